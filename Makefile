@@ -1,0 +1,33 @@
+# What a person runs is what CI runs. The environment lives in .venv and is made anew when a version changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check evaluate bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## set up, then make a video with the bundled model
+	$(BIN)/slagen generate "a red circle moving right"
+
+test: $(STAMP)  ## set up, then run all tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint and type-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+evaluate: $(STAMP)  ## the table of weights/README.md: 64 held-out prompts on the bundled weights
+	$(BIN)/python scripts/tiny_wan/evaluate.py
+
+bench: $(STAMP)  ## the torch backend against dense attention on this CPU
+	$(BIN)/python benchmarks/attention_cpu.py
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,176 @@
+"""Time the torch backend against dense attention on this CPU, in one run, and measure the memory it needs.
+
+    python benchmarks/attention_cpu.py --length 16384 32760
+
+Forward pass under inference_mode, float32, B = 1, H = 12, D = 128 (one layer of Wan2.1-1.3B), 95 % sparsity, blocks of
+64, proj_l in use: block map, both branches and projection are all in the time. Runs alternate between the two, so that
+a machine that slows down slows both. Memory is measured in a fresh process, as the highest resident size during one
+call, over that just before it: output included, inputs, libraries and a first call on 256 tokens not.
+"""
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slagen import __version__
+from slagen.attention import sparse_linear_attention
+from slagen.config import SLAConfig
+
+NUM_HEADS, HEAD_DIM = 12, 128
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, nargs="+", default=[16384, 32760], help="tokens (default: 16384 32760)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: 3)")
+    parser.add_argument("--domain", choices=["all", "marginal"], default="all", help="of the linear branch")
+    parser.add_argument(
+        "--layout", choices=["contiguous", "wan"], default="contiguous", help="wan: (B, L, H, D) strides"
+    )
+    parser.add_argument("--json", type=Path, help="where to write the result (default: benchmarks/results)")
+    parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    config = SLAConfig(linear_domain=args.domain)
+    if args.memory_of:
+        print(json.dumps(memory_of(args.memory_of, config, args.layout)))
+        return
+
+    check(config)
+    machine = {
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "slagen": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    print(
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {args.layout}, domain {args.domain}"
+    )
+    rows = []
+    for length in args.length:
+        row = measure(length, args.repeats, config, args.layout)
+        rows.append(row)
+        memory = "not measured" if row["extra_memory_gib"] is None else f"{row['extra_memory_gib']:.3f} GiB"
+        print(
+            f"L {length}: slagen {spread(row['slagen_s'])}, dense {spread(row['dense_s'])}, "
+            f"{row['speedup']:.2f} times faster, extra memory {memory}",
+            flush=True,
+        )
+
+    result = {
+        "benchmark": "attention_cpu",
+        "machine": machine,
+        "settings": {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM, "layout": args.layout, **config.to_dict()},
+        "rows": rows,
+    }
+    name = re.sub(r"[^a-z0-9]+", "-", f"attention-cpu {machine['cpu']} {machine['date']}".lower()).strip("-")
+    path = args.json or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(path)
+
+
+@torch.inference_mode()
+def check(config: SLAConfig) -> None:
+    """Stop unless the torch backend agrees with the reference on a short sequence with a tail."""
+    inputs = make_inputs(1000, "contiguous")
+    expected = sparse_linear_attention(**inputs, config=config, backend="reference")
+    torch.testing.assert_close(slagen(inputs, config), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def measure(length: int, repeats: int, config: SLAConfig, layout: str) -> dict:
+    """Time both, alternating, after a first run of each that is not counted (the dense one on fewer tokens)."""
+    options = ["--memory-of", str(length), "--domain", config.linear_domain, "--layout", layout]
+    child = subprocess.run([sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True)
+
+    inputs = make_inputs(length, layout)
+    slagen(inputs, config)
+    dense(make_inputs(2048, layout))
+    slagen_s, dense_s = [], []
+    for _ in range(repeats):
+        slagen_s.append(seconds(lambda: slagen(inputs, config)))
+        dense_s.append(seconds(lambda: dense(inputs)))
+    num_key_blocks = config.num_blocks(length)[1]
+    return {
+        "length": length,
+        "critical_blocks": config.num_critical(num_key_blocks),
+        "key_blocks": num_key_blocks,
+        "slagen_s": slagen_s,
+        "dense_s": dense_s,
+        "speedup": statistics.median(dense_s) / statistics.median(slagen_s),
+        "extra_memory_gib": json.loads(child.stdout),
+    }
+
+
+@torch.inference_mode()
+def memory_of(length: int, config: SLAConfig, layout: str) -> float | None:
+    """How far one call lifts the peak of this process, in GiB; None where there is no /proc."""
+    inputs = make_inputs(length, layout)
+    slagen(make_inputs(256, layout), config)
+    before = resident_kib("VmRSS")
+    slagen(inputs, config)
+    peak = resident_kib("VmHWM")
+    return None if before is None or peak is None else (peak - before) / 2**20
+
+
+def slagen(inputs: dict[str, Tensor], config: SLAConfig) -> Tensor:
+    return sparse_linear_attention(**inputs, config=config, backend="torch")  # type: ignore[arg-type]
+
+
+def dense(inputs: dict[str, Tensor]) -> Tensor:
+    return F.scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"])
+
+
+def make_inputs(length: int, layout: str) -> dict[str, Tensor]:
+    """Seeded q, k, v (1, H, L, D), and the weight and bias of proj_l."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, length, NUM_HEADS, HEAD_DIM) if layout == "wan" else (1, NUM_HEADS, length, HEAD_DIM)
+    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    if layout == "wan":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    weight = torch.randn(HEAD_DIM, HEAD_DIM, generator=generator) * HEAD_DIM**-0.5
+    bias = torch.randn(HEAD_DIM, generator=generator)
+    return {"q": q, "k": k, "v": v, "proj_weight": weight, "proj_bias": bias}
+
+
+def seconds(run: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def spread(times: list[float]) -> str:
+    return f"{statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})"
+
+
+def resident_kib(field: str) -> int | None:
+    """A line of /proc/self/status. Unlike getrusage, its peak does not begin with that of the parent process."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) if found else None
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

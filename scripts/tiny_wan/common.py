@@ -1,0 +1,101 @@
+"""What every stage needs: device, mixed precision, resumable state, a log line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def save_state(path: Path, parts: dict, **scalars) -> None:
+    """Write a resumable state; a killed run leaves the previous one."""
+    part = path.with_suffix(path.suffix + ".part")
+    torch.save({"parts": {k: v.state_dict() for k, v in parts.items()}, "scalars": scalars}, part)
+    os.replace(part, path)
+
+
+def load_state(path: Path, parts: dict) -> dict:
+    """Fill `parts` from a saved state and return its scalars; an empty dict when there is none."""
+    if not path.exists():
+        return {}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state["parts"][name])
+    return state["scalars"]
+
+
+def log(step: int, spent: float, **values: float) -> None:
+    print(f"step {step} {spent:.0f}s " + " ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """torch.save, whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    torch.save(content, part)
+    os.replace(part, path)
+
+
+def sigmas(count: int, shift: float, generator: torch.Generator) -> torch.Tensor:
+    """Stratified logit-normal noise levels in (0, 1), shifted towards noise as the sampler's are."""
+    u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    t = torch.sigmoid(1.2 * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def make_optimizers(model, lr: float, extra: list | None = None, boost: dict | None = None):
+    """Muon for the matrices inside blocks, AdamW for all else; `boost` maps a name's part to a factor on AdamW's rate."""
+    matrices, rest = [], {1.0: list(extra or [])}
+    for name, parameter in model.named_parameters():
+        factor = next((f for part, f in (boost or {}).items() if part in name), None)
+        if factor is None and name.startswith("blocks.") and parameter.ndim == 2:
+            matrices.append(parameter)
+        else:
+            rest.setdefault(factor or 1.0, []).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(
+        [dict(params=p, lr=lr * 0.5 * f) for f, p in rest.items()], betas=(0.9, 0.99), weight_decay=0.0
+    )
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return muon, adam
+
+
+class Ema:
+    """Exponential moving average of the parameters of several modules."""
+
+    def __init__(self, modules: list, decay: float):
+        self.parameters = [p for m in modules for p in m.parameters()]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        torch._foreach_lerp_(self.average, self.parameters, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Swap the averages in for the length of the block."""
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in self.parameters]
+            torch._foreach_copy_(self.parameters, self.average)
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(self.parameters, kept)
+
+    def state_dict(self) -> dict:
+        return {str(i): a for i, a in enumerate(self.average)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average = [state[str(i)].to(p.device) for i, p in enumerate(self.parameters)]

@@ -1,0 +1,143 @@
+"""Measures prompt adherence on held-out combinations, on the same prompts and seeds for every row.
+
+Without options: the two rows that the repository ships, dense and SLA. With --work: the control rows too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import random
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from checker import check
+from diffusers import WanTransformer3DModel
+from encode import held_out_scenes
+from scenes import SHAPES, caption
+
+from slagen.generate import describe_device
+from slagen.report import versions
+from slagen.wan.checkpoints import load_sla, read_sla, remove_sla
+from slagen.wan.loading import DTYPES, decode_latents, load_pipeline, resolve_model, set_flow_shift
+
+ROOT = Path(__file__).resolve().parents[2]
+ATTRIBUTES = ("colour", "shape", "motion", "background", "all")
+
+
+def prepare(pipe, row: str, folder: Path, work: Path | None, sparsity: float | None) -> None:
+    """Put a row's attention and weights into the pipeline."""
+    remove_sla(pipe)
+    if row == "dense":
+        return
+    if row == "dense tuned":
+        assert work is not None
+        pipe.transformer = WanTransformer3DModel.from_pretrained(work / "dense", dtype=pipe.transformer.dtype).eval()
+        return
+    files = {"SLA tuned": folder, "critical only, untuned": folder}
+    if work is not None:
+        files["critical only, tuned"] = work / "sparse"
+    metadata, _ = read_sla(files[row])
+    config = dataclasses.replace(metadata.config, sparsity=sparsity or metadata.config.sparsity)
+    if row == "critical only, untuned":
+        from slagen.wan.checkpoints import apply_sla
+
+        apply_sla(pipe, config, branches="sparse")
+        return
+    load_sla(pipe, files[row], config=config, branches="both" if row == "SLA tuned" else "sparse", allow_untrained=True)
+
+
+@torch.inference_mode()
+def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int) -> torch.Tensor:
+    """Final latents (N, C, T, h, w), in batches; every clip has its own generator, as in `slagen generate`."""
+    out = []
+    for i in range(0, len(prompts), 4):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 4]]
+        out.append(
+            pipe(
+                prompt=prompts[i : i + 4], height=defaults.height, width=defaults.width, num_frames=defaults.num_frames,
+                num_inference_steps=steps, guidance_scale=defaults.guidance_scale, generator=generators,
+                max_sequence_length=defaults.max_sequence_length, output_type="latent",
+            ).frames.float()
+        )  # fmt: skip
+    return torch.cat(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "weights" / "tiny-wan"))
+    parser.add_argument("--work", type=Path, help="where train_sla.py left the control rows")
+    parser.add_argument("--rows", nargs="+", help="default: all that there are weights for")
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--sparsity", type=float)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--frames", type=Path, help="save each row's clips as a .pt file in this folder")
+    args = parser.parse_args()
+    rows = args.rows or ["dense", "critical only, untuned", "SLA tuned"]
+    if not args.rows and args.work is not None:
+        rows = ["dense", "dense tuned", "critical only, untuned", "critical only, tuned", "SLA tuned"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = resolve_model(args.model, device.type)
+    steps = args.steps or source.defaults.steps
+    scenes = held_out_scenes(args.clips, 2)
+    rng = random.Random(5)
+    prompts = [caption(scene, rng) for scene in scenes]
+    seeds = [args.seed + i for i in range(args.clips)]
+    results, dense = [], None
+    for row in rows:
+        began = time.perf_counter()
+        pipe = load_pipeline(source, device, DTYPES[args.dtype])
+        set_flow_shift(pipe, source.defaults.flow_shift)
+        prepare(pipe, row, source.folder, args.work, args.sparsity)
+        latents = sample(pipe, prompts, seeds, source.defaults, steps)
+        dense = latents if row == "dense" else dense
+        with torch.inference_mode():
+            clips = [decode_latents(pipe.vae, z[None]) for z in latents]
+        if args.frames:
+            args.frames.mkdir(parents=True, exist_ok=True)
+            torch.save({"prompts": prompts, "clips": torch.stack(clips)}, args.frames / f"{row.replace(' ', '-')}.pt")
+        verdicts = [check(clip.numpy()) for clip in clips]
+        right = [v.right(s) for v, s in zip(verdicts, scenes, strict=True)]
+        shapes = {
+            shape: sum(r["shape"] for r, s in zip(right, scenes, strict=True) if s.shape == shape)
+            / sum(s.shape == shape for s in scenes)
+            for shape in SHAPES
+        }
+        result = {
+            "row": row, "clips": len(clips), **{a: sum(r[a] for r in right) / len(right) for a in ATTRIBUTES},
+            "by_shape": shapes, "template_overlap": sum(v.overlap for v in verdicts) / len(verdicts),
+            "error_to_dense": None if dense is None else ((latents - dense).norm() / dense.norm()).item(),
+            "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        results.append(result)
+        print(json.dumps(result), flush=True)
+        for prompt, verdict, r in zip(prompts, verdicts, right, strict=True):
+            if not r["all"]:
+                print(f"  {prompt}: {verdict}", flush=True)
+    print_table(results)
+    if args.json:
+        about = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.node(), "device": describe_device(device),
+                 "versions": versions(), "steps": steps, "dtype": args.dtype, "seeds": [seeds[0], seeds[-1]]}  # fmt: skip
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
+
+
+def print_table(results: list[dict]) -> None:
+    """The rows as Markdown, rates in percent."""
+    print("\n| row | clips | " + " | ".join(ATTRIBUTES) + " | " + " | ".join(SHAPES) + " | IoU | error to dense |")
+    print("|" + " --- |" * (4 + len(ATTRIBUTES) + len(SHAPES)))
+    for r in results:
+        error = "" if r["error_to_dense"] is None else f"{r['error_to_dense']:.3f}"
+        rates = [f"{r[a]:.0%}" for a in ATTRIBUTES] + [f"{r['by_shape'][s]:.0%}" for s in SHAPES]
+        print(f"| {r['row']} | {r['clips']} | {' | '.join(rates)} | {r['template_overlap']:.2f} | {error} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""slagen: fast video from Wan2.1 with sparse-linear attention.
+
+The public names load what they need on first use, so that `import slagen` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "SLAConfig": "slagen.config",
+    "GenerateConfig": "slagen.config",
+    "SlagenError": "slagen.errors",
+    "sparse_linear_attention": "slagen.attention",
+    "SparseLinearAttention": "slagen.attention",
+    "apply_sla": "slagen.wan.checkpoints",
+    "load_sla": "slagen.wan.checkpoints",
+    "save_sla": "slagen.wan.checkpoints",
+    "remove_sla": "slagen.wan.checkpoints",
+    "SLAMetadata": "slagen.wan.checkpoints",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slagen' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,6 @@
+"""`python -m slagen` is the `slagen` command."""
+
+from slagen.cli import main
+
+if __name__ == "__main__":
+    main()

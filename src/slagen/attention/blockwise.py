@@ -1,0 +1,319 @@
+"""Sparse-linear attention block by block: what `reference.py` defines, in memory that grows with L, not L^2.
+
+The sparse branch copies the critical key blocks of a few query blocks side by side, and attends to them with dense
+matrix products that stay in the cache. The linear branch reads one state per key block, the keys' part of its sums
+with the denominators as a last column, and sums the states over the domain of each query block:
+
+    [H_j, z_j] = phi(K_j)^T [V_j, 1]                        (D, D + 1)
+    O^l_i = phi(Q_i) H / (phi(Q_i) z + e)                   [H, z] = sum of [H_j, z_j] over the domain of i
+
+In the domain "all" one state serves every query, so W is multiplied into it once. In "marginal" the sums are one
+matrix product, of the 0/1 domain (M, N) with the states (N, D * (D + 1)): D N / (2 block_m block_n topk) of the sparse
+branch's operations, a third for D = 128, blocks of 64 and one block in 20, whatever L is. Subtracting the critical
+states from a total would take fewer operations but more memory traffic, and cancel digits.
+
+The backward pass computes the scores of each chunk again, so only the inputs and the selection are kept for it.
+Beside those and the outputs, memory holds the keys, values and states of a group of short heads or of one long head,
+and one run or chunk of its queries, at a time.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slagen.attention.block_map import MARGINAL, block_map, block_scores, critical_indices
+from slagen.attention.reference import EPSILON, feature_map
+from slagen.config import FeatureMap, SLAConfig
+
+# Fastest of 0.5 to 8 MiB on a Xeon with 2 MiB of second-level cache per core; D = 128, blocks of 64, and D = 64, of 16.
+CHUNK_BYTES = 2**20  # per thread: gathered keys, scores and weights of the query blocks attended at a time
+RUN_BYTES = 2 * 2**20  # the queries, or keys, that feature map, state and projection handle at a time
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SLAConfig,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    scale: float,
+    sparse: bool,
+) -> Tensor:
+    """Attend block by block; arguments and result as in `reference_attention`. Differentiable once."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    weight = None if proj_weight is None else proj_weight.to(dtype)
+    bias = None if proj_bias is None else proj_bias.to(dtype)
+    return _Blockwise.apply(q, k, v, weight, bias, config, scale, sparse)
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        config: SLAConfig,
+        scale: float,
+        sparse: bool,
+    ) -> Tensor:
+        kv_indices, domain = _select(q, k, config, sparse, linear=weight is not None)
+        ctx.save_for_backward(q, k, v, weight, bias, kv_indices, domain)
+        ctx.config, ctx.scale = config, scale
+
+        o, length = torch.empty_like(q), q.shape[2]
+        for heads in _head_groups(q):
+            k_j, v_j = _to_blocks(k[heads], config.block_n), _to_blocks(v[heads], config.block_n)
+            if weight is not None:
+                states = _states(k_j, v_j, config, length)
+                if domain is None:  # project the one state, not every row
+                    states[..., :-1] = states[..., :-1] @ weight.mT
+            for run, tokens in _query_runs(q, config):
+                q_i = _to_blocks(q[heads][:, :, tokens], config.block_m)
+                o_i = torch.empty_like(q_i)
+                if kv_indices is None:
+                    o_i.zero_()
+                else:
+                    _sparse_forward(q_i * scale, k_j, v_j, _rows(kv_indices, heads, run), length, o_i)
+                if weight is not None:
+                    domain_i = None if domain is None else _rows(domain, heads, run)
+                    _, _, o_linear, _ = _linear_rows(q_i, states, domain_i, config)
+                    o_i += o_linear.view(o_i.shape) if domain is None else o_linear @ weight.mT
+                if bias is not None:
+                    o_i += bias
+                _from_blocks(o_i, o[heads][:, :, tokens])
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weight, bias, kv_indices, domain = ctx.saved_tensors
+        config, scale, length = ctx.config, ctx.scale, q.shape[2]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dweight = None if weight is None else torch.zeros_like(weight)
+        dbias = None if bias is None else torch.zeros_like(bias)
+        with torch.autocast(q.device.type, enabled=False):
+            for heads in _head_groups(q):
+                k_j, v_j = _to_blocks(k[heads], config.block_n), _to_blocks(v[heads], config.block_n)
+                dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
+                if dweight is not None:
+                    states = _states(k_j, v_j, config, length)
+                    dstates = torch.zeros_like(states)
+                for run, tokens in _query_runs(q, config):
+                    q_i = _to_blocks(q[heads][:, :, tokens], config.block_m)
+                    do_i = _to_blocks(do[heads][:, :, tokens], config.block_m)
+                    if kv_indices is None:
+                        dq_i = torch.zeros_like(q_i)
+                    else:
+                        indices = _rows(kv_indices, heads, run)
+                        dq_i = _sparse_backward(q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j).mul_(scale)
+                    if dweight is not None:
+                        domain_i = None if domain is None else _rows(domain, heads, run)
+                        dq_i += _linear_backward(q_i, states, domain_i, weight, config, do_i, dstates, dweight)
+                    if dbias is not None:
+                        dbias += do_i.sum((0, 1, 2))
+                    _from_blocks(dq_i, dq[heads][:, :, tokens])
+                if dweight is not None:
+                    _states_backward(k_j, v_j, config, length, dstates, dk_j, dv_j)
+                _from_blocks(dk_j, dk[heads])
+                _from_blocks(dv_j, dv[heads])
+        return dq, dk, dv, dweight, dbias, None, None, None
+
+
+def _select(q: Tensor, k: Tensor, config: SLAConfig, sparse: bool, linear: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What the branches need of the block map: kv_indices (B, H, M, topk), and marginal blocks (B, H, M, N) bool."""
+    bounded = linear and config.linear_domain == "marginal"
+    if not sparse and not bounded:
+        return None, None
+    scores = block_scores(q, k, config)
+    kv_indices = critical_indices(scores, config) if sparse else None
+    return kv_indices, block_map(scores, config) == MARGINAL if bounded else None
+
+
+# Short heads are worked on in groups of G, long ones alone, in runs of R query blocks. Cut into blocks, the queries of
+# a run are (G, R, block_m, D), and the keys and values of a group (G, N, block_n, D).
+
+
+def _head_groups(q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Split (B, H) into some batches, or some heads of one batch, with about RUN_BYTES of queries."""
+    batch, num_heads, length, head_dim = q.shape
+    width = max(1, RUN_BYTES // (4 * length * head_dim))
+    if width >= num_heads:
+        step = width // num_heads
+        yield from ((slice(b, b + step), slice(None)) for b in range(0, batch, step))
+    else:
+        step = math.ceil(num_heads / math.ceil(num_heads / width))  # 8 heads, 6 at a time, are 4 and 4
+        yield from ((slice(b, b + 1), slice(h, h + step)) for b in range(batch) for h in range(0, num_heads, step))
+
+
+def _query_runs(q: Tensor, config: SLAConfig) -> Iterator[tuple[slice, slice]]:
+    """Split the query blocks of a head into runs of about RUN_BYTES: slices of blocks, and of tokens."""
+    step = max(1, RUN_BYTES // (4 * config.block_m * q.shape[3]))
+    for i in range(0, config.num_blocks(q.shape[2])[0], step):
+        yield slice(i, i + step), slice(i * config.block_m, (i + step) * config.block_m)
+
+
+def _rows(x: Tensor, heads: tuple[slice, slice], run: slice) -> Tensor:
+    """The rows of a run out of (B, H, M, ...), as (G, R, ...)."""
+    return x[heads][:, :, run].flatten(0, 1)
+
+
+def _to_blocks(x: Tensor, block: int) -> Tensor:
+    """Cut (b, h, L, D) into blocks (G, ceil(L / block), block, D), float32 or float64, zeros after the end."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    batch, num_heads, length, head_dim = x.shape
+    if length % block == 0:
+        return x.to(dtype).reshape(batch * num_heads, -1, block, head_dim).contiguous()
+    blocks = x.new_empty(batch, num_heads, length + -length % block, head_dim, dtype=dtype)
+    blocks[:, :, :length] = x
+    blocks[:, :, length:] = 0
+    return blocks.view(batch * num_heads, -1, block, head_dim)
+
+
+def _from_blocks(blocks: Tensor, out: Tensor) -> None:
+    """Copy blocks back into a (b, h, L, D) view, rounding to its dtype."""
+    out.copy_(blocks.view(*out.shape[:2], -1, out.shape[3])[:, :, : out.shape[2]])
+
+
+def _critical_chunks(q: Tensor, k: Tensor, kv_indices: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Split the G * R query blocks into cache-sized chunks of C.
+
+    Yields their slice, their C * topk critical blocks among the G * N key blocks, and which of them, (C, 1, 1), end
+    with the last block of a head. Critical blocks ascend, so no other position can hold that block.
+    """
+    num_heads, num_key_blocks, block_n, head_dim = k.shape
+    topk = kv_indices.shape[2]
+    offsets = torch.arange(0, num_heads * num_key_blocks, num_key_blocks, device=k.device)
+    flat = (kv_indices + offsets[:, None, None]).flatten()
+    ends = (kv_indices[..., -1] == num_key_blocks - 1).view(-1, 1, 1)
+
+    size = k.element_size() * topk * block_n * (head_dim + 2 * q.shape[2])  # gathered keys or values, scores, weights
+    chunk = max(1, CHUNK_BYTES * torch.get_num_threads() // size)
+    for i in range(0, len(ends), chunk):
+        yield slice(i, i + chunk), flat[i * topk : (i + chunk) * topk], ends[i : i + chunk]
+
+
+def _critical_weights(q: Tensor, k: Tensor, ends: Tensor, padding: int) -> Tensor:
+    """Softmax of scaled queries (C, block_m, D) over gathered keys (C, topk * block_n, D)."""
+    s = torch.bmm(q, k.mT)
+    if padding:
+        s[..., -padding:].masked_fill_(ends, -torch.inf)
+    return torch.softmax(s, -1)
+
+
+def _sparse_forward(q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, length: int, out: Tensor) -> None:
+    """Write O^s into `out` (G, R, block_m, D); q comes scaled."""
+    q_flat, k_flat, v_flat, out_flat = (x.flatten(0, 1) for x in (q, k, v, out))
+    gathered = (-1, kv_indices.shape[2] * k.shape[2], k.shape[3])
+    padding = k.shape[1] * k.shape[2] - length
+    for rows, blocks, ends in _critical_chunks(q, k, kv_indices):
+        p = _critical_weights(q_flat[rows], k_flat.index_select(0, blocks).view(gathered), ends, padding)
+        torch.bmm(p, v_flat.index_select(0, blocks).view(gathered), out=out_flat[rows])
+
+
+def _sparse_backward(
+    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, length: int, do: Tensor, dk: Tensor, dv: Tensor
+) -> Tensor:
+    """Add to dk and dv, and return dq; q comes scaled, and dq is the gradient of that."""
+    dq = torch.empty_like(q)
+    q_flat, k_flat, v_flat, do_flat, dq_flat, dk_flat, dv_flat = (x.flatten(0, 1) for x in (q, k, v, do, dq, dk, dv))
+    gathered, block = (-1, kv_indices.shape[2] * k.shape[2], k.shape[3]), (-1, k.shape[2], k.shape[3])
+    padding = k.shape[1] * k.shape[2] - length
+    for rows, blocks, ends in _critical_chunks(q, k, kv_indices):
+        q_c, do_c = q_flat[rows], do_flat[rows]
+        k_c = k_flat.index_select(0, blocks).view(gathered)
+        p = _critical_weights(q_c, k_c, ends, padding)
+        dv_flat.index_add_(0, blocks, torch.bmm(p.mT, do_c).view(block))
+        dp = torch.bmm(do_c, v_flat.index_select(0, blocks).view(gathered).mT)
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
+        torch.bmm(ds, k_c, out=dq_flat[rows])
+        dk_flat.index_add_(0, blocks, torch.bmm(ds.mT, q_c).view(block))
+    return dq
+
+
+# The states [H, z] are (G, N, D, D + 1), one for each key block, or (G, 1, D, D + 1) for the domain "all".
+
+
+def _join(x: Tensor, config: SLAConfig) -> Tensor:
+    """Make one block of all, (G, 1, rows, D), for the domain "all", where every block meets the same state."""
+    return x.flatten(1, 2).unsqueeze(1) if config.linear_domain == "all" else x
+
+
+def _key_runs(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Split the key blocks into runs of about RUN_BYTES: slices of blocks and of states, and phi(K)."""
+    step = max(1, RUN_BYTES // (4 * k[:, 0].numel()))
+    for j in range(0, k.shape[1], step):
+        run = slice(j, j + step)
+        phi_k = feature_map(k[:, run], config.feature_map)
+        phi_k.flatten(1, 2)[:, max(0, length - j * k.shape[2]) :] = 0  # phi(0) may be more
+        yield run, slice(None) if config.linear_domain == "all" else run, _join(phi_k, config)
+
+
+def _states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> Tensor:
+    """Sum phi(K)^T [V, 1] over the tokens of each key block, or over all."""
+    head_dim = k.shape[3]
+    states = k.new_zeros(k.shape[0], 1 if config.linear_domain == "all" else k.shape[1], head_dim, head_dim + 1)
+    for run, where, phi_k in _key_runs(k, config, length):
+        states[:, where, :, :-1] += phi_k.mT @ _join(v[:, run], config)
+        states[:, where, :, -1] += phi_k.sum(2)
+    return states
+
+
+def _states_backward(
+    k: Tensor, v: Tensor, config: SLAConfig, length: int, dstates: Tensor, dk: Tensor, dv: Tensor
+) -> None:
+    """Add to dk and dv."""
+    for run, where, phi_k in _key_runs(k, config, length):
+        dh, dz = dstates[:, where, :, :-1], dstates[:, where, :, -1:]
+        dphi_k = _join(v[:, run], config) @ dh.mT + dz.mT
+        dk[:, run] += _feature_map_backward(dphi_k, phi_k, config.feature_map).view(dk[:, run].shape)
+        dv[:, run] += (phi_k @ dh).view(dv[:, run].shape)
+
+
+def _linear_rows(q: Tensor, states: Tensor, domain: Tensor | None, config: SLAConfig) -> tuple[Tensor, ...]:
+    """phi(Q), the state of each query block, O^l and 1 / denominator, both 0 where the denominator is 0."""
+    phi_q = _join(feature_map(q, config.feature_map), config)
+    if domain is not None:
+        states = (domain.to(states.dtype) @ states.flatten(2)).unflatten(2, states.shape[2:])
+    mixed = phi_q @ states
+    denominator = mixed[..., -1:] + EPSILON[config.linear_domain]
+    inverse = denominator.reciprocal().masked_fill_(denominator == 0, 0)
+    return phi_q, states, mixed[..., :-1] * inverse, inverse
+
+
+def _linear_backward(
+    q: Tensor,
+    states: Tensor,
+    domain: Tensor | None,
+    weight: Tensor,
+    config: SLAConfig,
+    do: Tensor,
+    dstates: Tensor,
+    dweight: Tensor,
+) -> Tensor:
+    """Add to dstates and dweight, and return dq."""
+    phi_q, state, o_linear, inverse = _linear_rows(q, states, domain, config)
+    do = _join(do, config)
+    dweight += do.flatten(0, 2).mT @ o_linear.flatten(0, 2)
+    dnum = (do @ weight) * inverse
+    dmixed = torch.cat([dnum, -(dnum * o_linear).sum(-1, keepdim=True)], dim=-1)
+    dstate = phi_q.mT @ dmixed
+    if domain is None:
+        dstates += dstate
+    else:
+        dstates.flatten(2).baddbmm_(domain.to(dstates.dtype).mT, dstate.flatten(2))
+    return _feature_map_backward(dmixed @ state.mT, phi_q, config.feature_map).view(q.shape)
+
+
+def _feature_map_backward(dphi: Tensor, phi: Tensor, name: FeatureMap) -> Tensor:
+    """Gradient of x, given that of phi(x) and phi(x) itself."""
+    if name == "softmax":
+        return phi * (dphi - (dphi * phi).sum(-1, keepdim=True))
+    return dphi * (phi.clamp(max=1) if name == "elu" else phi > 0)

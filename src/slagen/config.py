@@ -1,0 +1,254 @@
+"""Every setting with its default, checked where it is made. No torch here, so that `slagen --help` answers at once."""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from slagen.errors import UsageError
+
+LinearDomain = Literal["all", "marginal"]
+FeatureMap = Literal["softmax", "elu", "relu"]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class SLAConfig:
+    """How sparse-linear attention divides its work between the exact and the linear branch.
+
+    With N key blocks, every query block attends exactly to its `num_critical(N)` key blocks of highest score, drops its
+    `num_negligible(N)` of lowest score, and leaves the rest, the marginal ones, to the linear branch.
+
+    Args:
+        sparsity: fraction of key blocks that is not attended exactly, in [0, 1). At least one block always is.
+        negligible: fraction of key blocks that neither branch sees, in [0, 1). Needs `linear_domain="marginal"`.
+        linear_domain: what the linear branch sums over. "all": every token, as the released weights were made;
+            "marginal": the marginal blocks only, as in the paper. Weights of one do not suit the other.
+        feature_map: phi of the linear branch: "softmax" over the head dimension, "elu" for elu(x) + 1, or "relu".
+        block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    sparsity: float = 0.95
+    negligible: float = 0.0
+    linear_domain: LinearDomain = "all"
+    feature_map: FeatureMap = "softmax"
+    block_m: int = 64
+    block_n: int = 64
+
+    def __post_init__(self) -> None:
+        _check_fraction("sparsity", self.sparsity, "Try 0.95.")
+        _check_fraction("negligible", self.negligible, "Try 0 or, as in the paper, 0.1.")
+        _check_choice("linear_domain", self.linear_domain, get_args(LinearDomain))
+        _check_choice("feature_map", self.feature_map, get_args(FeatureMap))
+        _check_choice("block_m", self.block_m, BLOCK_SIZES)
+        _check_choice("block_n", self.block_n, BLOCK_SIZES)
+        if self.negligible > 0 and self.linear_domain == "all":
+            raise UsageError(
+                f"negligible is {self.negligible} with linear_domain 'all', but that linear branch skips no token. "
+                "Try linear_domain 'marginal', or negligible 0."
+            )
+
+    def num_blocks(self, length: int) -> tuple[int, int]:
+        """The numbers of query and key blocks (M, N) that cover `length` tokens; the last ones may be partial."""
+        return math.ceil(length / self.block_m), math.ceil(length / self.block_n)
+
+    def num_critical(self, num_key_blocks: int) -> int:
+        """How many of the key blocks a query block attends to exactly: at least 1."""
+        return max(1, math.floor((1 - self.sparsity) * num_key_blocks + 1e-6))
+
+    def num_negligible(self, num_key_blocks: int) -> int:
+        """How many of the key blocks no branch sees; the critical ones are chosen first."""
+        wanted = math.floor(self.negligible * num_key_blocks + 1e-6)
+        return min(num_key_blocks - self.num_critical(num_key_blocks), wanted)
+
+    def num_marginal(self, num_key_blocks: int) -> int:
+        """How many of the key blocks are neither critical nor negligible."""
+        return num_key_blocks - self.num_critical(num_key_blocks) - self.num_negligible(num_key_blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "SLAConfig":
+        """Rebuild what `to_dict` gave. Raises UsageError unless every field is there, and no other."""
+        expected = {field.name for field in dataclasses.fields(cls)}
+        faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
+        faults += [f"have the unknown {name}" for name in sorted(fields.keys() - expected)]
+        if faults:
+            raise UsageError(f"SLA settings {' and '.join(faults)}. Give exactly {', '.join(sorted(expected))}.")
+        return cls(**fields)
+
+
+def _check_fraction(name: str, value: object, advice: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:  # nan fails here too
+        raise UsageError(f"{name} is {value!r}, but must be a number of at least 0 and below 1. {advice}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    # True == 1 and 64.0 == 64, so the type is compared too
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        default = SLAConfig.__dataclass_fields__[name].default
+        raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}. Try {default!r}.")
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """The settings a model was made for; a `slagen.json` beside `model_index.json` names those that are not Wan2.1's.
+
+    Args:
+        width, height: in pixels.
+        num_frames: video frames, 4k + 1.
+        fps: frames a second.
+        steps: denoising steps.
+        guidance_scale: weight of the prompt; above 1 every step has a second, unconditional pass.
+        flow_shift: how far the sampler's steps lean towards noise.
+        max_sequence_length: text tokens; shorter prompts are padded to it, and the padding is attended to.
+        negative_prompt: what to steer away from.
+        vocabulary: every word the model knows, where that is a closed list.
+        example_prompt: a prompt that works, for messages.
+    """
+
+    width: int = 832
+    height: int = 480
+    num_frames: int = 81
+    fps: int = 16
+    steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float = 3.0
+    max_sequence_length: int = 512
+    negative_prompt: str = ""
+    vocabulary: tuple[str, ...] | None = None
+    example_prompt: str = "a red fox walking through fresh snow, morning light"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "ModelDefaults":
+        """Build from JSON. Raises UsageError for an unknown name or a value of another type."""
+        for name, value in fields.items():
+            field = cls.__dataclass_fields__.get(name)
+            if field is None:
+                raise UsageError(f"{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+            if name == "vocabulary":
+                good = value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+            elif isinstance(field.default, float):
+                good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            elif isinstance(field.default, int):
+                good = type(value) is int and value > 0
+            else:
+                good = isinstance(value, str)
+            if not good:
+                raise UsageError(f"{name} is {value!r}. Give a value like {field.default!r}.")
+        vocabulary = fields.get("vocabulary")
+        return cls(**dict(fields, vocabulary=None if vocabulary is None else tuple(vocabulary)))
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words of a prompt that the model has never seen, in order, once each."""
+        if self.vocabulary is None:
+            return []
+        words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", prompt.lower())
+        return [word for word in dict.fromkeys(words) if word not in self.vocabulary]
+
+
+Attention = Literal["sla", "sparse", "linear", "dense"]
+Backend = Literal["auto", "reference", "torch", "triton"]
+Timing = Literal["off", "step", "layer"]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One call of `slagen generate`. What is None is the model's own default.
+
+    Args:
+        prompt: what the video shows.
+        model: preset, folder or hub id; None is Wan2.1-1.3B on CUDA and the bundled model elsewhere.
+        weights: SLA file, or a folder with an `sla.safetensors`; None looks in the model's folder.
+        allow_untrained: accept SLA weights that are missing or all zero: sparse attention without its linear branch.
+        attention: "sla"; "sparse" or "linear" for one of its branches; "dense" for the base model with full attention.
+        backend: which implementation of SLA.
+        sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
+        sla_topk: 1 - sparsity, as TurboDiffusion says it. At most one of the two.
+        negative_prompt: what to steer away from.
+        width, height: in pixels. num_frames: video frames, 4k + 1. fps: frames a second.
+        steps: denoising steps. guidance_scale, flow_shift: see ModelDefaults.
+        seed: from 0 to 2**63 - 1; None draws one. The i-th video of a call has seed + i.
+        num_videos: how many videos to make of the prompt.
+        dtype: of transformer and text encoder; "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda".
+        timing: "layer" times attention by layer, "step" by step only, "off" not at all.
+        output: a path that ends in .mp4 is the file, anything else a folder.
+        save_latents: also write the final latents, as safetensors. overwrite: replace files that are there.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    prompt: str
+    model: str | None = None
+    weights: str | None = None
+    allow_untrained: bool = False
+    attention: Attention = "sla"
+    backend: Backend = "auto"
+    sparsity: float | None = None
+    sla_topk: float | None = None
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    seed: int | None = None
+    num_videos: int = 1
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    timing: Timing = "layer"
+    output: str = "outputs"
+    save_latents: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise UsageError('the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".')
+        if self.sparsity is not None and self.sla_topk is not None:
+            raise UsageError(
+                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both say how much to keep. Give one of them."
+            )
+        if self.sparsity is not None:
+            _check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
+        if self.sla_topk is not None and not 0 < self.sla_topk <= 1:
+            raise UsageError(f"sla_topk is {self.sla_topk}, but must be above 0 and at most 1. Try --sla-topk 0.05.")
+        if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
+            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
+            raise UsageError(
+                f"num_frames is {self.num_frames}, but Wan decodes 4k + 1 frames. Try --num-frames {nearest}."
+            )
+        for name in ("width", "height", "fps", "steps", "num_videos"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+        if self.steps is not None and self.steps > 1000:
+            raise UsageError(f"steps is {self.steps}, but the sampler has 1000 time steps. Try --steps 50.")
+        if self.fps is not None and self.fps > 240:
+            raise UsageError(f"fps is {self.fps}, but must be at most 240. Try --fps 16.")
+        if (self.width is None) != (self.height is None):
+            raise UsageError("only one of width and height is given. Give both: --size 832x480.")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
+            raise UsageError(f"guidance_scale is {self.guidance_scale}, but must be 0 or above. Try --guidance-scale 5.")
+        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
+            raise UsageError(f"flow_shift is {self.flow_shift}, but must be above 0. Try --flow-shift 3.")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos:
+            raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+        for name, choices in (("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(get_args(choices))}.")
+        if self.attention == "dense" and (self.sparsity is not None or self.sla_topk is not None):
+            raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
+        if self.attention == "dense" and self.weights is not None:
+            raise UsageError("dense attention runs the base weights, so it takes no SLA weights. Leave --weights out.")
+        if self.attention == "dense" and self.backend != "auto":
+            raise UsageError(f"--backend {self.backend} is for SLA, but the attention is dense. Leave --backend out.")

@@ -1,0 +1,136 @@
+"""What the user sees: progress and notes on stderr, results on stdout. The only file that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+STAGES = {
+    "load": "loading the model",
+    "text": "reading the prompt",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "write": "writing",
+}
+
+stderr = Console(stderr=True, highlight=False)
+
+
+class GenerateProgress:
+    """Shows a run's events: a live line on a terminal, plain lines of notes elsewhere."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}"),
+            console=stderr,
+            transient=True,
+            disable=not stderr.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> GenerateProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Any) -> None:
+        """Show one `slagen.generate.Event`."""
+        if event.kind in ("note", "warning"):
+            style = "yellow" if event.kind == "warning" else "dim"
+            self._progress.console.print(f"[{style}]{event.kind}:[/] {escape(event.text)}", soft_wrap=True)
+        elif event.kind == "stage":
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task = self._progress.add_task(STAGES[event.text], total=event.num_steps or None, detail="")
+        elif event.kind == "step" and self._task is not None:
+            step = event.step
+            detail = f"step {step.latency_ms:.0f} ms" if step.latency_ms is not None else ""
+            if step.attention_share is not None:
+                detail += f", attention {step.attention_share:.0%}"
+            self._progress.update(self._task, completed=step.index + 1, detail=detail)
+
+
+def show_videos(result: Any, as_json: bool) -> None:
+    """Print what `generate` made: tables on stderr and one path a line on stdout, or JSON alone on stdout."""
+    if as_json:
+        rows = [{"video": str(v.path), "report": str(v.report_path), **v.report} for v in result.videos]
+        write(json.dumps(rows if len(rows) > 1 else rows[0], indent=2, ensure_ascii=False))
+        return
+    for video in result.videos:
+        show_report(video.report)
+        write(str(video.path))
+
+
+def show_report(content: dict[str, Any]) -> None:
+    """A report as a table of steps, and lines for the totals, on stderr."""
+    attention, cost, stages = content["attention"], content["cost"], content["stages_s"]
+    if content["timing"]["level"] != "off":
+        stderr.print(_step_table(content["steps"]))
+    what = f"{attention['mode']} attention, {attention['tokens']} tokens"
+    if "critical" in attention:
+        fractions = attention["fractions"]
+        what += (
+            f", {attention['key_blocks']} key blocks of {attention['block_n']}: {attention['critical']} critical "
+            f"({fractions['critical']:.1%}), {attention['marginal']} marginal, {attention['negligible']} negligible"
+        )
+    stderr.print(what, soft_wrap=True)
+    stderr.print(f"weights: {content['weights']['used']}, model {content['weights']['model']}", soft_wrap=True)
+    stderr.print(
+        f"attention FLOPs: {cost['attention_tflop']:.3g} T instead of {cost['dense_attention_tflop']:.3g} T dense; forward "
+        f"{cost['flops_speedup']:.2f}x fewer, {cost['achieved_share_of_ceiling']:.0%} of the "
+        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl)",
+        soft_wrap=True,
+    )
+    if cost["measured_attention_share"] is not None:
+        stderr.print(
+            f"attention time: {cost['measured_attention_share']:.1%} of the steps; timing itself cost "
+            f"{content['timing']['overhead_share']:.2%}",
+            soft_wrap=True,
+        )
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
+    stderr.print(f"seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB", soft_wrap=True)
+    stderr.print(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}", soft_wrap=True)
+
+
+def show_error(message: str) -> None:
+    """One message on stderr, prefixed so that it is found in a log."""
+    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """A line of result on stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _step_table(steps: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share"):
+        table.add_column(name, justify="right")
+    shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]
+    for step in shown:
+        if len(steps) > 12 and step is steps[-5]:
+            table.add_row("…")
+        table.add_row(
+            str(step["step"] + 1), f"{step['timestep']:g}", _ms(step["latency_ms"]), _ms(step["attention_ms"]),
+            _ms(step["attention_conditional_ms"]), _ms(step["attention_unconditional_ms"]),
+            "" if step["attention_share"] is None else f"{step['attention_share']:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"

@@ -1,0 +1,167 @@
+"""What a run measured -> the JSON beside its video."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from slagen.config import SLAConfig
+from slagen.timing import StepTimes
+
+SCHEMA_VERSION = 1
+PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Wan transformer that its cost depends on."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    text_tokens: int
+
+
+def block_counts(config: SLAConfig, num_tokens: int) -> dict[str, int]:
+    """Into how many blocks a sequence of `num_tokens` falls, and what becomes of the key blocks of each query block."""
+    query_blocks, key_blocks = config.num_blocks(num_tokens)
+    return {
+        "query_blocks": query_blocks,
+        "key_blocks": key_blocks,
+        "critical": config.num_critical(key_blocks),
+        "negligible": config.num_negligible(key_blocks),
+        "marginal": config.num_marginal(key_blocks),
+    }
+
+
+def dense_attention_flops(shape: ModelShape, num_tokens: int) -> int:
+    """FLOPs of full self-attention in one forward pass of one sample: 4 L^2 D for each head and layer."""
+    return 4 * num_tokens**2 * shape.head_dim * shape.num_heads * shape.num_layers
+
+
+def sla_attention_flops(
+    shape: ModelShape, num_tokens: int, config: SLAConfig, *, sparse: bool = True, linear: bool = True
+) -> int:
+    """FLOPs of sparse-linear attention in one forward pass: block map, critical blocks, linear branch, projection."""
+    query_blocks, key_blocks = config.num_blocks(num_tokens)
+    dim = shape.head_dim
+    flops = 2 * query_blocks * key_blocks * dim  # scores of the pooled blocks
+    if sparse:
+        kept = min(num_tokens, config.num_critical(key_blocks) * config.block_n)
+        flops += 4 * num_tokens * kept * dim
+    if linear:
+        flops += 4 * num_tokens * dim**2 + 2 * num_tokens * dim**2  # phi(K)^T V and phi(Q) H; proj_l
+        if config.linear_domain == "marginal":
+            flops += 2 * query_blocks * key_blocks * dim**2  # sums of the marginal blocks' states
+    return flops * shape.num_heads * shape.num_layers
+
+
+def other_flops(shape: ModelShape, num_tokens: int) -> int:
+    """FLOPs of everything but self-attention's core in one forward pass: linear layers, cross-attention, feed-forward."""
+    width = shape.num_heads * shape.head_dim
+    self_linears = 8 * num_tokens * width**2
+    cross = 4 * num_tokens * shape.text_tokens * width + 4 * (num_tokens + shape.text_tokens) * width**2
+    return (self_linears + cross + 4 * num_tokens * width * shape.ffn_dim) * shape.num_layers
+
+
+def cost_section(
+    shape: ModelShape, num_tokens: int, num_passes: int, attention_flops: int, steps: list[StepTimes]
+) -> dict[str, Any]:
+    """What dense attention would have cost, what was spent, and how near that is to the limit Amdahl's law sets.
+
+    Args:
+        num_passes: forward passes of the whole run.
+        attention_flops: of the attention that ran, in one pass.
+        steps: as timed.
+    Returns: a dict: FLOPs of the run; `flops_speedup` of the forward passes over dense attention, its `ceiling` if
+        attention were free, and `achieved` = speedup / ceiling; `time_ceiling`, how much faster the measured steps would be with
+        free attention (None if untimed).
+    """
+    dense, other = dense_attention_flops(shape, num_tokens), other_flops(shape, num_tokens)
+    ceiling = (dense + other) / other
+    speedup = (dense + other) / (attention_flops + other)
+    timed = [s for s in steps if s.attention_share is not None]
+    latency = sum(s.latency_ms or 0.0 for s in timed)
+    attention = sum(sum(s.attention_ms) for s in timed)
+    return {
+        "forward_passes": num_passes,
+        "dense_attention_tflop": dense * num_passes / 1e12,
+        "attention_tflop": attention_flops * num_passes / 1e12,
+        "other_tflop": other * num_passes / 1e12,
+        "attention_flops_saved": 1 - attention_flops / dense,
+        "dense_attention_share_of_flops": dense / (dense + other),
+        "amdahl_ceiling": ceiling,
+        "flops_speedup": speedup,
+        "achieved_share_of_ceiling": speedup / ceiling,
+        "measured_attention_share": attention / latency if latency else None,
+        "remaining_time_ceiling": latency / (latency - attention) if latency > attention else None,
+    }
+
+
+def step_section(steps: list[StepTimes]) -> list[dict[str, Any]]:
+    """The steps as the report lists them; times in milliseconds, None where they were not taken."""
+    rows = []
+    for step in steps:
+        passes = step.attention_ms if step.num_spans else []
+        rows.append(
+            {
+                "step": step.index,
+                "timestep": step.timestep,
+                "latency_ms": step.latency_ms,
+                "attention_ms": sum(passes) if passes else None,
+                "attention_conditional_ms": passes[0] if passes else None,
+                "attention_unconditional_ms": passes[1] if len(passes) > 1 else None,
+                "attention_share": step.attention_share,
+            }
+        )
+    return rows
+
+
+def layer_section(steps: list[StepTimes]) -> list[dict[str, Any]]:
+    """Attention time of each layer over all steps and passes, in milliseconds; empty if it was not taken."""
+    timed = [s.layers_ms for s in steps if s.layers_ms]
+    return [{"layer": i, "attention_ms": sum(times)} for i, times in enumerate(zip(*timed, strict=True))]
+
+
+def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> dict[str, Any]:
+    """How the times were taken, and what taking them cost: spans x measured cost of one, as a share of the steps."""
+    spans = sum(s.num_spans + 1 for s in steps) if level != "off" else 0
+    latency = sum(s.latency_ms or 0.0 for s in steps)
+    return {
+        "level": level,
+        "spans": spans,
+        "span_cost_ms": span_cost_ms if spans else 0.0,
+        "overhead_share": spans * span_cost_ms / latency if latency else 0.0,
+        "attention_means": "block map, both branches and proj_l; not the q, k, v and output layers around them",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file beside its final name and rename it."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as handle:
+            json.dump(content, handle, indent=2, ensure_ascii=False, allow_nan=False)
+            handle.write("\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,244 @@
+"""SLA weights on disk: strict, self-describing, never silently incomplete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slagen.attention.functional import Backend, Branches
+from slagen.config import SLAConfig
+from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.wan.processor import install, installation, remove
+
+FORMAT_VERSION = 1
+FILE_NAME = "sla.safetensors"
+PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
+
+
+@dataclass(frozen=True)
+class SLAMetadata:
+    """What an SLA file says of itself.
+
+    Args:
+        config: the settings the weights were trained with.
+        base_model: name of the model they were trained from, for messages.
+        base_hash: `weights_hash` of that model's transformer.
+        trained: what was trained, such as "all" or "proj_l".
+        steps: optimiser steps.
+        sampler_family: the sampler the weights are made for, such as "flow" for UniPC or Euler.
+    """
+
+    config: SLAConfig
+    base_model: str
+    base_hash: str
+    trained: str
+    steps: int
+    sampler_family: str = "flow"
+    format_version: int = FORMAT_VERSION
+
+    def to_strings(self) -> dict[str, str]:
+        """The safetensors metadata that holds it."""
+        fields = dict(self.__dict__, config=self.config.to_dict())
+        return {"slagen": json.dumps(fields, sort_keys=True)}
+
+    @classmethod
+    def from_strings(cls, metadata: dict[str, str] | None, path: Path) -> SLAMetadata:
+        """Read it back. Raises WeightsError if it is missing, newer, or does not hold what it must."""
+        text = (metadata or {}).get("slagen")
+        if text is None:
+            raise WeightsError(
+                f"{path} has no slagen metadata, so its block sizes and domain are unknown. "
+                f"Give a {FILE_NAME} that slagen wrote."
+            )
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields["format_version"]
+            if version != FORMAT_VERSION:
+                raise WeightsError(
+                    f"{path} has format version {version}; this slagen reads {FORMAT_VERSION}. Upgrade slagen."
+                )
+            return cls(**dict(fields, config=SLAConfig.from_dict(fields["config"])))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UsageError) as error:
+            raise WeightsError(f"{path} has metadata that slagen cannot read: {error}. Get the file again.") from error
+
+
+def weights_hash(transformer: WanTransformer3DModel) -> str:
+    """SHA-256 of the transformer's tensors by name, rounded to bfloat16, so that it does not depend on the load dtype."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(transformer.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_sla_file(path: Path) -> Path:
+    """The SLA file that a path names: itself, or `sla.safetensors` in a folder. Raises WeightsError."""
+    if path.is_dir():
+        path = path / FILE_NAME
+        if not path.is_file():
+            raise WeightsError(f"{path.parent} holds no {FILE_NAME}. Give the file or folder with --weights.")
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist. Give a {FILE_NAME}, or a folder with one, with --weights.")
+    if path.suffix in PICKLE_SUFFIXES:
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {FILE_NAME}."
+        )
+    return path
+
+
+def read_sla(path: str | Path) -> tuple[SLAMetadata, dict[str, Tensor]]:
+    """Read an SLA file or the one in a folder. Raises WeightsError if it is missing, broken or no SLA file."""
+    file = find_sla_file(Path(path))
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = SLAMetadata.from_strings(handle.metadata(), file)
+            return metadata, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
+
+
+def load_sla(
+    pipe: Any,
+    path: str | Path,
+    *,
+    config: SLAConfig | None = None,
+    backend: Backend = "auto",
+    branches: Branches = "both",
+    allow_untrained: bool = False,
+    base_hash: str | None = None,
+) -> SLAMetadata:
+    """Install SLA in a Wan pipeline with the weights of a file; `remove_sla` undoes it.
+
+    Args:
+        pipe: a WanPipeline, or its transformer. What slagen had installed in it before is removed first.
+        path: an `sla.safetensors`, or a folder with one.
+        config: instead of the file's, for another sparsity; block sizes, domain and feature map must be the file's.
+        backend, branches: as in `sparse_linear_attention`.
+        allow_untrained: accept layers whose `proj_l` is all zero.
+        base_hash: `weights_hash` of the transformer, where the caller has it already.
+    Returns: what the file says of itself.
+    Raises: WeightsError, before anything is changed, if the file is broken, made for another base, lacks a `proj_l`,
+        or holds a tensor that the model has not, or in another shape, or with values that are not finite.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    metadata, tensors = read_sla(path)
+    config = config or metadata.config
+    _check_same_form(config, metadata.config, path)
+    remove(transformer)
+    found = base_hash or weights_hash(transformer)
+    if found != metadata.base_hash:
+        raise WeightsError(
+            f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
+            f"weights {found[:12]}. Give that model with --model, or weights made for this one with --weights."
+        )
+    install(transformer, config, backend=backend, branches=branches)
+    try:
+        _fill(transformer, tensors, path, allow_untrained)
+    except SlagenError:
+        remove(transformer)
+        raise
+    return metadata
+
+
+def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str, Tensor] | None = None) -> Path:
+    """Write the SLA weights of a pipeline: every `proj_l`, and every tensor that differs from the base.
+
+    Args:
+        pipe: a WanPipeline with SLA installed, or its transformer.
+        path: a file, or a folder that gets `sla.safetensors`.
+        metadata: what the file will say of itself.
+        base: the base's transformer tensors by name; None compares with what `load_sla` put aside, or, after
+            `apply_sla`, takes the tensors as unchanged.
+    Returns: the file's path. It is written beside and renamed.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    record = installation(transformer)
+    state = transformer.state_dict()
+    if record is None or not any(_is_projection(name) for name in state):
+        raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
+    base = record.replaced if base is None else base
+    kept = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if _is_projection(name) or (name in base and not torch.equal(tensor.cpu(), base[name].to(tensor.dtype)))
+    }
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        file = file / FILE_NAME
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    save_file(kept, part, metadata=metadata.to_strings())
+    os.replace(part, file)
+    return file
+
+
+def apply_sla(
+    pipe: Any, config: SLAConfig | None = None, *, backend: Backend = "auto", branches: Branches = "both"
+) -> None:
+    """Install SLA with an untrained (zero) `proj_l` in a Wan pipeline: sparse attention, until it is fine-tuned.
+
+    Args:
+        pipe: a WanPipeline, or its transformer, without SLA in it.
+        config: how to divide the work; None is `SLAConfig()`.
+    Raises: UsageError if SLA is installed already or the model is no Wan.
+    """
+    install(getattr(pipe, "transformer", pipe), config or SLAConfig(), backend=backend, branches=branches)
+
+
+def remove_sla(pipe: Any) -> None:
+    """Take SLA out of a Wan pipeline and put the base weights and processors back. Without SLA, do nothing."""
+    remove(getattr(pipe, "transformer", pipe))
+
+
+def _is_projection(name: str) -> bool:
+    return ".processor.proj_l." in name
+
+
+def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path) -> None:
+    for name in ("linear_domain", "feature_map", "block_m", "block_n"):
+        if getattr(config, name) != getattr(trained, name):
+            raise WeightsError(
+                f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
+                "weights do not suit another. Leave the setting out."
+            )
+
+
+def _fill(
+    transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool
+) -> None:
+    """Check every tensor against the model, then copy them in and keep what they replace."""
+    state = transformer.state_dict()
+    faults = [f"{name} is missing" for name in state if _is_projection(name) and name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in state:
+            faults.append(f"{name} is not in the model")
+        elif tensor.shape != state[name].shape:
+            faults.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(state[name].shape)}")
+        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            faults.append(f"{name} has values that are not finite numbers")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise WeightsError(f"{path} does not fit: {'; '.join(faults[:3])}{more}. Get weights made for this model.")
+    zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
+    if zero and not allow_untrained:
+        raise WeightsError(
+            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear branch "
+            "is untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
+        )
+    record = installation(transformer)
+    assert record is not None
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if not _is_projection(name):
+                record.replaced[name] = state[name].detach().cpu().clone()
+            state[name].copy_(tensor)

@@ -1,0 +1,219 @@
+"""SLA inside `blocks[i].attn1` of a diffusers Wan transformer: install it, remove it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, _get_qkv_projections
+from torch import Tensor, nn
+
+from slagen.attention import SparseLinearAttention
+from slagen.attention.functional import Backend, Branches
+from slagen.config import SLAConfig
+from slagen.errors import UsageError
+from slagen.timing import StepRecorder
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, L, H, D), pairs interleaved, computed in the tables' float32."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+
+
+def _self_attention(
+    attn: WanAttention, hidden_states: Tensor, rotary_emb: Rotary | None, attend: Callable[..., Tensor]
+) -> Tensor:
+    """Everything around the attention itself, as WanAttnProcessor does it; `attend` sees (B, H, L, D) views."""
+    query, key, value = _get_qkv_projections(attn, hidden_states, None)  # type: ignore[arg-type]
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # (B, L, H, D)
+    if rotary_emb is not None:
+        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+    out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+    return attn.to_out[1](attn.to_out[0](out))
+
+
+class SLAProcessor(SparseLinearAttention):
+    """A diffusers attention processor for one Wan self-attention layer. Holds that layer's `proj_l`.
+
+    A sequence of fewer than two key blocks has nothing to choose from and is attended densely.
+
+    Args:
+        head_dim: D of the layer.
+        config: how SLA divides the work.
+        layer: index of the block, for the recorder.
+        recorder: where the attention's time is noted, or None.
+        backend, branches: as in `sparse_linear_attention`.
+    """
+
+    _attention_backend = None  # diffusers sets both on every processor that has them
+    _parallel_config = None
+
+    def __init__(
+        self,
+        head_dim: int,
+        config: SLAConfig,
+        layer: int,
+        *,
+        backend: Backend = "auto",
+        branches: Branches = "both",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(head_dim, config, backend=backend, branches=branches, device=device)
+        self.layer = layer
+        self.recorder: StepRecorder | None = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
+        return _self_attention(attn, hidden_states, rotary_emb, self._attend)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.recorder is None:
+            return self._operator(q, k, v)
+        with self.recorder.attention(self.layer):
+            return self._operator(q, k, v)
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.config.num_blocks(q.shape[2])[1] < 2:
+            return F.scaled_dot_product_attention(q, k, v)
+        return self.forward(q, k, v)
+
+
+class DenseProcessor:
+    """Full attention with the same spans around it: what SLA is compared with."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.recorder: StepRecorder | None = None
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
+        return _self_attention(attn, hidden_states, rotary_emb, self._attend)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.recorder is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        with self.recorder.attention(self.layer):
+            return F.scaled_dot_product_attention(q, k, v)
+
+
+def _refuse_what_sla_lacks(encoder_hidden_states: Any, attention_mask: Any, parallel_config: Any) -> None:
+    if encoder_hidden_states is not None or attention_mask is not None:
+        raise ValueError("this processor is for unmasked self-attention (attn1) only. Leave attn2 as it is.")
+    if parallel_config is not None:
+        raise ValueError(
+            "context parallelism splits the tokens, and SLA needs all of them to choose its blocks. "
+            "Call remove_sla() before enable_parallelism()."
+        )
+
+
+@dataclass
+class Installation:
+    """What `install` put aside, so that `remove` can put it back."""
+
+    processors: list[Any]
+    replaced: dict[str, Tensor] = field(default_factory=dict)  # base tensors that SLA weights overwrote, on the CPU
+
+
+def installation(transformer: WanTransformer3DModel) -> Installation | None:
+    """The record of what is installed in a transformer, None for an untouched one."""
+    return getattr(transformer, "_slagen_installation", None)
+
+
+def install(
+    transformer: WanTransformer3DModel,
+    config: SLAConfig | None,
+    *,
+    backend: Backend = "auto",
+    branches: Branches = "both",
+) -> None:
+    """Put one processor into every `blocks[i].attn1`; cross-attention stays as it is.
+
+    Args:
+        transformer: a Wan transformer without SLA in it.
+        config: for SLA with a fresh (zero) `proj_l` in each layer; None for timed full attention.
+    Raises: UsageError if SLA is installed already, or the model has no such layers.
+    """
+    if installation(transformer) is not None:
+        raise UsageError("this transformer has slagen's attention installed already. Call remove_sla(pipe) first.")
+    layers = self_attention_layers(transformer)
+    transformer._slagen_installation = Installation([attn.processor for attn in layers])  # type: ignore[assignment]
+    for index, attn in enumerate(layers):
+        if config is None:
+            attn.set_processor(DenseProcessor(index))
+            continue
+        head_dim = attn.inner_dim // attn.heads
+        device = next(attn.parameters()).device
+        processor = SLAProcessor(head_dim, config, index, backend=backend, branches=branches, device=device)
+        attn.set_processor(processor.train(attn.training))
+
+
+def remove(transformer: WanTransformer3DModel) -> None:
+    """Put the former processors and every overwritten base tensor back. Without an installation, do nothing."""
+    record = installation(transformer)
+    if record is None:
+        return
+    for attn, processor in zip(self_attention_layers(transformer), record.processors, strict=True):
+        attn.set_processor(processor)
+    with torch.no_grad():
+        state = transformer.state_dict()
+        for name, tensor in record.replaced.items():
+            state[name].copy_(tensor)
+    del transformer._slagen_installation
+
+
+def self_attention_layers(transformer: nn.Module) -> list[WanAttention]:
+    """The `attn1` of every block."""
+    layers = [block.attn1 for block in getattr(transformer, "blocks", []) if hasattr(block, "attn1")]
+    if not layers or not all(isinstance(attn, WanAttention) for attn in layers):
+        raise UsageError(
+            f"{type(transformer).__name__} has no Wan self-attention (blocks[i].attn1). Give a diffusers Wan2.1 pipeline."
+        )
+    return layers
+
+
+def processors(transformer: WanTransformer3DModel) -> list[Any]:
+    """The processor of each self-attention layer, in order."""
+    return [attn.processor for attn in self_attention_layers(transformer)]
+
+
+def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) -> Callable[[], None]:
+    """Have every forward pass and every self-attention noted by a recorder. Returns what detaches it again."""
+    for processor in processors(transformer):
+        processor.recorder = recorder
+    hook = transformer.register_forward_pre_hook(lambda module, args: recorder.begin_pass())
+
+    def detach() -> None:
+        hook.remove()
+        for processor in processors(transformer):
+            processor.recorder = None
+
+    return detach
+
+
+Attention = Literal["sla", "sparse", "linear", "dense"]

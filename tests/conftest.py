@@ -1,0 +1,19 @@
+"""What every test runs under: determinism that shows unwritten memory, one thread, GPU tests only with a GPU."""
+
+import pytest
+import torch
+
+torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with nan
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and a CUDA build of torch"))

@@ -1,0 +1,129 @@
+"""Who may import whom: the picture of the rooms, held against the imports of every file."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "slagen"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+LEAVES = {"errors", "config", "timing", "video", "report"}
+LIBRARY = {"kernels", "attention", "wan"}
+TASKS = {"generate", "bench", "finetune", "doctor"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "timing": {"errors", "config"},
+    "video": {"errors", "config"},
+    "report": {"errors", "config", "timing"},
+    "kernels": set(),
+    "attention": {"kernels", "errors", "config", "timing"},
+    "wan": {"kernels", "attention"} | LEAVES,
+    **{task: LIBRARY | LEAVES for task in TASKS},
+    "batch": {"generate"} | LIBRARY | LEAVES,
+    "console": LEAVES,
+    "cli": {"console", "batch"} | TASKS | LIBRARY | LEAVES,
+    "__main__": {"cli"},
+    "__init__": TASKS | LIBRARY | LEAVES,
+}
+DOORS = {
+    "triton": {"kernels"},
+    "diffusers": {"wan"},
+    "imageio": {"video"},
+    "imageio_ffmpeg": {"video"},
+    "ray": {"batch"},
+    "typer": {"cli"},
+    "rich": {"cli", "console"},
+}
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_modules(file: Path, *, top_level_only: bool = False) -> set[str]:
+    """Full names of what a file imports, for `from x import y` both x and x.y; not what is for type checkers only."""
+    package = ("slagen", *file.relative_to(SOURCE).parent.parts)
+    modules: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            modules.update({base}, (f"{base}.{alias.name}" for alias in node.names))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(file.read_text(encoding="utf-8")))
+    return modules
+
+
+def imported_rooms(file: Path, **options: bool) -> set[str]:
+    """The rooms a file imports from, but for its own, and for the version kept in `slagen/__init__.py`."""
+    names = {module.split(".")[1] for module in imported_modules(file, **options) if module.startswith("slagen.")}
+    return {name for name in names if (SOURCE / name).is_dir() or (SOURCE / f"{name}.py").is_file()} - {room_of(file)}
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(SOURCE))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_imports_point_left(file):
+    assert room_of(file) in MAY_IMPORT, f"{name(file)} is in no known room; add it to the picture first"
+    assert imported_rooms(file) <= MAY_IMPORT[room_of(file)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_every_heavy_dependency_has_one_door(file):
+    packages = {module.split(".")[0] for module in imported_modules(file)}
+    assert {package for package in packages & DOORS.keys() if room_of(file) not in DOORS[package]} == set()
+
+
+def test_definition_and_kernels_judge_each_other():
+    """The reference shares no code with the kernels, nor forward with backward but for the primitives."""
+    for file in FILES:
+        modules = imported_modules(file)
+        if file.match("attention/reference.py"):
+            assert not any(module.startswith("slagen.kernels") for module in modules)
+        if file.match("kernels/forward.py"):
+            assert not any(module.startswith("slagen.kernels.backward") for module in modules)
+        if file.match("kernels/backward.py"):
+            assert not any(module.startswith("slagen.kernels.forward") for module in modules)
+
+
+def test_kernels_and_tasks_are_imported_when_needed():
+    """So that the reference works without Triton, and `slagen --help` without torch."""
+    for file in FILES:
+        rooms = imported_rooms(file, top_level_only=True)
+        if room_of(file) == "attention":
+            assert "kernels" not in rooms, name(file)
+        if room_of(file) in {"cli", "console", "__init__", "__main__"}:
+            assert not rooms & (TASKS | LIBRARY | {"batch"}), name(file)
+
+
+@pytest.mark.parametrize("module", ["slagen", "slagen.config", "slagen.cli"])
+def test_import_costs_no_torch(module):
+    if module == "slagen.cli":
+        pytest.importorskip("typer", reason="needs typer")
+    heavy = "{'torch', 'diffusers', 'transformers', 'triton', 'numpy'}"
+    code = f"import sys, {module}; print(*sorted({heavy} & sys.modules.keys()))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE.parent)},
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""
