@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen import __version__
-from slagen.attention import sparse_linear_attention
+from slagen.attention.functional import Backend, sparse_linear_attention
 from slagen.config import SLAConfig
 
 NUM_HEADS, HEAD_DIM = 12, 128
@@ -89,7 +89,7 @@ def main() -> None:
 def check(config: SLAConfig) -> None:
     """Stop unless the torch backend agrees with the reference on a short sequence with a tail."""
     inputs = make_inputs(1000, "contiguous")
-    expected = sparse_linear_attention(**inputs, config=config, backend="reference")
+    expected = slagen(inputs, config, "reference")
     torch.testing.assert_close(slagen(inputs, config), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -129,8 +129,9 @@ def memory_of(length: int, config: SLAConfig, layout: str) -> float | None:
     return None if before is None or peak is None else (peak - before) / 2**20
 
 
-def slagen(inputs: dict[str, Tensor], config: SLAConfig) -> Tensor:
-    return sparse_linear_attention(**inputs, config=config, backend="torch")  # type: ignore[arg-type]
+def slagen(inputs: dict[str, Tensor], config: SLAConfig, backend: Backend = "torch") -> Tensor:
+    q, k, v, weight, bias = inputs.values()
+    return sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
 
 
 def dense(inputs: dict[str, Tensor]) -> Tensor:

@@ -109,7 +109,7 @@ def main() -> None:
     if not args.no_compile:
         model.compile_repeated_blocks(dynamic=False)
     # (share of the time up to here, latent frames, batch, shift)
-    phases = [(0.15, 1, 24, 2.0), (0.35, 2, 12, 2.5), (1.01, 5, 6, 4.0)]
+    phases = [(0.14, 1, 24, 2.0), (0.36, 2, 12, 2.5), (1.01, 5, 6, 4.0)]
     average, last_save = 0.0, time.monotonic()
     while spent < args.minutes * 60:
         began = time.monotonic()

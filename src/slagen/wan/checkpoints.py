@@ -74,8 +74,12 @@ class SLAMetadata:
 
 def weights_hash(transformer: WanTransformer3DModel) -> str:
     """SHA-256 of the transformer's tensors by name, rounded to bfloat16, so that it does not depend on the load dtype."""
+    return _hash(transformer.state_dict())
+
+
+def _hash(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(transformer.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -157,16 +161,23 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         pipe: a WanPipeline with SLA installed, or its transformer.
         path: a file, or a folder that gets `sla.safetensors`.
         metadata: what the file will say of itself.
-        base: the base's transformer tensors by name; None compares with what `load_sla` put aside, or, after
-            `apply_sla`, takes the tensors as unchanged.
+        base: the base's transformer tensors by name; None means that only `proj_l` and what `load_sla` put aside
+            can differ from it, which is checked.
     Returns: the file's path. It is written beside and renamed.
+    Raises: UsageError if no SLA is installed, or the base is not the one that the metadata names.
     """
     transformer = getattr(pipe, "transformer", pipe)
     record = installation(transformer)
     state = transformer.state_dict()
     if record is None or not any(_is_projection(name) for name in state):
         raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
-    base = record.replaced if base is None else base
+    if base is None:
+        base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not _is_projection(name)}
+    if _hash(base) != metadata.base_hash:
+        raise UsageError(
+            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so what was trained "
+            "cannot be told from it. Give the tensors from before training as base."
+        )
     kept = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in state.items()

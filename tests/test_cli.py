@@ -1,0 +1,197 @@
+"""The command line: what it hands to the task, what it says, and how it exits."""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wan_models import save_pipeline
+
+import slagen
+from slagen.cli import app, run
+from slagen.config import GenerateConfig
+from slagen.errors import SlagenError, WeightsError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Replace the task; collects the configs it is called with."""
+    import slagen.generate as task
+
+    configs: list[GenerateConfig] = []
+
+    def stub(config, on_event):
+        configs.append(config)
+        return task.GenerateResult([])
+
+    monkeypatch.setattr(task, "generate", stub)
+    monkeypatch.setattr("slagen.console.show_videos", lambda result, as_json: None)
+    return configs
+
+
+def test_no_flag_is_needed(seen):
+    assert run(["generate", "a red circle"]) == 0
+    assert seen == [GenerateConfig("a red circle")]
+
+
+def test_every_option_reaches_the_config(seen):
+    options = """--negative-prompt blur --model m --weights w --allow-untrained --attention sparse --backend torch
+        --sparsity 0.9 --steps 7 --guidance-scale 2.5 --flow-shift 4 --seed 11 --num-frames 17 --size 128x64 --fps 9
+        --num-videos 2 --dtype bf16 --device cpu --timing step --save-latents --output o --overwrite"""
+    assert run(["generate", "--prompt", "x", *options.split()]) == 0
+    assert seen == [
+        GenerateConfig(
+            "x", model="m", weights="w", allow_untrained=True, attention="sparse", backend="torch", sparsity=0.9,
+            negative_prompt="blur", width=128, height=64, num_frames=17, fps=9, steps=7, guidance_scale=2.5,
+            flow_shift=4.0, seed=11, num_videos=2, dtype="bf16", device="cpu", timing="step", output="o",
+            save_latents=True, overwrite=True,
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--sla_topk 0.1", "sla_topk", 0.1),
+        ("--topk 0.1", "sla_topk", 0.1),
+        ("--num_inference_steps 9", "steps", 9),
+        ("--sample_steps 9", "steps", 9),
+        ("--num_steps 9", "steps", 9),
+        ("--frame_num 17", "num_frames", 17),
+        ("--sample_guide_scale 3", "guidance_scale", 3.0),
+        ("--sample_shift 8", "flow_shift", 8.0),
+        ("--base_seed 5", "seed", 5),
+        ("--attn_mode dense", "attention", "dense"),
+        ("--ckpt_dir x", "model", "x"),
+        ("--dit_path x", "weights", "x"),
+        ("--save_file x.mp4", "output", "x.mp4"),
+        ("--size 64*32", "width", 64),
+        ("--seed -1", "seed", None),
+        ("-n dull", "negative_prompt", "dull"),
+    ],
+)
+def test_the_peers_spellings(seen, words, field, value):
+    assert run(["generate", "x", *words.split()]) == 0
+    assert getattr(seen[0], field) == value
+
+
+def test_the_peers_spellings_stay_out_of_the_help(capsys):
+    run(["generate", "--help"])
+    text = capsys.readouterr().out
+    assert "--sparsity" in text and "--num-inference-steps" not in text and "frame_num" not in text
+
+
+def test_the_prompt_from_stdin(seen, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a blue star\n"))
+    assert run(["generate", "-"]) == 0
+    assert seen[0].prompt == "a blue star"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", "--prompt", "y"], "given twice"),
+        (["generate", "   "], "prompt is empty"),
+        (["generate", "x", "--sparsity", "1.5"], "sparsity is 1.5"),
+        (["generate", "x", "--sparsity", "nan"], "sparsity is nan"),
+        (["generate", "x", "--num-frames", "80"], "--num-frames 81"),
+        (["generate", "x", "--size", "big"], "--size 832x480"),
+        (["generate", "x", "--sparsity", "0.9", "--sla-topk", "0.1"], "Give one of them"),
+        (["generate", "x", "--attention", "flash"], "flash"),
+        (["generate", "x", "--sparsty", "0.9"], "--sparsity"),
+        (["generate", "x", "--steps", "many"], "many"),
+        (["generat", "x"], "generate"),
+        (["generate", "--steps", "5"], "no prompt is given"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in re.sub(r"\s+", " ", err) and out == "" and "Traceback" not in err
+    assert not seen
+
+
+@pytest.mark.parametrize(("error", "code"), [(SlagenError("a"), 1), (WeightsError("b"), 5), (KeyError("c"), 1)])
+def test_errors_become_a_line_and_a_code(monkeypatch, capsys, error, code):
+    def fail(config, on_event):
+        raise error
+
+    monkeypatch.setattr("slagen.generate.generate", fail)
+    assert run(["generate", "x"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("SLAGEN_DEBUG", "1")
+    assert run(["generate", "x"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    def interrupt(config, on_event):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slagen.generate.generate", interrupt)
+    assert run(["generate", "x"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"slagen {slagen.__version__}\n"
+
+
+def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
+    folder = save_pipeline(tmp_path / "pipe")
+    arguments = ["generate", "a red [circle]", "--model", str(folder), "--size", "64x64", "--num-frames", "9", "--steps",
+                 "1", "--allow-untrained", "--seed", "3", "-o", str(tmp_path / "o")]  # fmt: skip
+    assert run(arguments) == 0
+    out, err = capsys.readouterr()
+    path = Path(out.strip())
+    assert re.fullmatch(r"0001-a-red-circle-s3-[0-9a-f]{8}\.mp4", path.name) and path.is_file()
+    assert "runs dense" in err and "peak memory" in err
+    assert run(arguments) == 2  # the same name again
+    assert run([*arguments, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["prompt"] == "a red [circle]"
+
+
+def test_ctrl_c_of_the_installed_command(tmp_path):
+    """A real SIGINT while it denoises: one line, exit 130, no file under a final name."""
+    folder = save_pipeline(tmp_path / "pipe")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slagen", "generate", "a red circle", "--model", str(folder), "--size", "512x512",
+         "--num-frames", "33", "--steps", "500", "--allow-untrained", "-o", str(tmp_path / "o")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "key blocks" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+    assert not list((tmp_path / "o").iterdir())
+
+
+def test_the_readme_names_only_commands_and_options_that_exist():
+    import typer
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = [line.strip() for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    found = 0
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:1] != ["slagen"] or words[1].startswith("-"):
+            continue
+        found += 1
+        options = {name for parameter in commands[words[1]].params for name in parameter.opts} | {"--help"}
+        assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= options, line
+    assert found >= 3

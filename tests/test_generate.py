@@ -1,0 +1,194 @@
+"""generate() on a random pipeline, and the bundled model as a user starts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from wan_models import save_pipeline
+
+from slagen.config import GenerateConfig
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.generate import generate, make_plan, pick_device
+from slagen.video import read_mp4
+
+BASE = dict(prompt="a red circle", width=64, height=64, num_frames=9, steps=2, seed=3, allow_untrained=True)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return str(save_pipeline(tmp_path_factory.mktemp("toy") / "pipe", num_heads=2, head_dim=16))
+
+
+def toy_config(toy, tmp_path, **changes):
+    # 3 x 8 x 8 tokens at 128 pixels: three key blocks of 64
+    return GenerateConfig(**{**BASE, "width": 128, "height": 128, "model": toy, "output": str(tmp_path / "out"), **changes})
+
+
+def test_a_video_and_its_report(toy, tmp_path):
+    events = []
+    result = generate(toy_config(toy, tmp_path, save_latents=True, sparsity=0.5), events.append)
+    (video,) = result.videos
+    assert read_mp4(video.path).shape == (9, 128, 128, 3)
+    report = json.loads(video.report_path.read_text())
+    assert report == video.report and report["schema_version"] == 1
+    assert report["settings"]["seed"] == 3 and report["settings"]["sparsity"] == 0.5
+    assert report["attention"]["tokens"] == 192
+    assert (report["attention"]["key_blocks"], report["attention"]["critical"]) == (3, 1)
+    assert sum(report["attention"]["fractions"].values()) == pytest.approx(1)
+    assert [s["step"] for s in report["steps"]] == [0, 1] and len(report["layers"]) == 2
+    for step in report["steps"]:
+        assert step["attention_ms"] == pytest.approx(
+            step["attention_conditional_ms"] + step["attention_unconditional_ms"]
+        )
+        assert 0 < step["attention_share"] < 1
+    assert set(report["stages_s"]) == {"start", "load", "text", "denoise", "decode", "write", "total"}
+    assert report["timing"]["overhead_share"] < 0.5
+    assert report["weights"]["used"] == "base with untrained SLA"
+    assert load_file(video.latents_path)["latents"].shape == (1, 4, 3, 16, 16)
+    assert [e.text for e in events if e.kind == "stage"] == ["load", "text", "denoise", "decode", "write"]
+    assert sum(e.kind == "step" for e in events) == 2
+    assert not list(video.path.parent.glob("*.part"))
+
+
+def test_seeds_count_up_and_repeat(toy, tmp_path):
+    first = generate(toy_config(toy, tmp_path, num_videos=2)).videos
+    assert [v.report["settings"]["seed"] for v in first] == [3, 4]
+    assert first[0].report["latents_hash"] != first[1].report["latents_hash"]
+    again = generate(toy_config(toy, tmp_path / "again", seed=4)).videos[0]
+    assert again.report["latents_hash"] == first[1].report["latents_hash"]
+
+
+def test_nothing_is_overwritten_unless_asked(toy, tmp_path):
+    (tmp_path / "out.mp4").write_text("mine")
+    config = toy_config(toy, tmp_path, output=str(tmp_path / "out.mp4"))
+    with pytest.raises(UsageError, match="--overwrite"):
+        generate(config)
+    assert (tmp_path / "out.mp4").read_text() == "mine"
+    generate(toy_config(toy, tmp_path, output=str(tmp_path / "out.mp4"), overwrite=True))
+    assert read_mp4(tmp_path / "out.mp4").shape[0] == 9
+
+
+def test_dense_runs_the_base(toy, tmp_path):
+    report = generate(toy_config(toy, tmp_path, attention="dense")).videos[0].report
+    assert report["weights"]["used"] == "base" and "critical" not in report["attention"]
+    assert report["cost"]["attention_flops_saved"] == 0
+    kept = generate(toy_config(toy, tmp_path, sparsity=0.0)).videos[0].report
+    assert kept["attention"]["critical"] == kept["attention"]["key_blocks"]
+
+
+@pytest.mark.parametrize("attention", ["sparse", "linear"])
+def test_one_branch_alone(toy, tmp_path, attention):
+    report = generate(toy_config(toy, tmp_path, attention=attention)).videos[0].report
+    assert report["attention"]["mode"] == attention
+
+
+def test_a_clip_of_one_block_runs_dense_and_says_so(toy, tmp_path):
+    plan = make_plan(toy_config(toy, tmp_path, width=64, height=64))
+    assert plan.num_tokens == 48 and plan.sla is None
+    assert "runs dense" in plan.warnings[0]
+
+
+def test_latents_that_are_not_finite_write_nothing(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("slagen.generate._denoise", lambda *a: (torch.full((1, 4, 3, 16, 16), torch.nan), None))
+    with pytest.raises(SlagenError, match="not finite"):
+        generate(toy_config(toy, tmp_path))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_interrupt_leaves_no_file(toy, tmp_path):
+    def stop(event):
+        if event.kind == "stage" and event.text == "write":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(toy_config(toy, tmp_path), stop)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"width": 100}, UsageError, "multiples of 16 pixels. Try --size 96x128"),
+        ({"output": "/dev/null/out"}, SlagenError, "takes no files"),
+        ({"allow_untrained": False}, WeightsError, "--allow-untrained"),
+        ({"weights": "/none"}, WeightsError, "does not exist"),
+        ({"model": "nothing"}, UsageError, "no preset, folder or hub id"),
+        ({"device": "tpu"}, UsageError, "Try --device auto"),
+        ({"output": "a.mp4", "num_videos": 2}, UsageError, "is one file"),
+    ],
+    ids=["size", "output", "untrained", "weights", "model", "device", "one-file"],
+)
+def test_what_cannot_work_is_refused(toy, tmp_path, changes, error, words):
+    with pytest.raises(error, match=words):
+        generate(toy_config(toy, tmp_path, **changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there():
+    with pytest.raises(EnvironmentProblem, match="sees 0 CUDA devices"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"num_frames": 80}, "Try --num-frames 81"),
+        ({"sparsity": float("nan")}, "sparsity is nan"),
+        ({"sparsity": 1.0}, "sparsity is 1.0"),
+        ({"sparsity": 0.9, "sla_topk": 0.1}, "Give one of them"),
+        ({"sla_topk": 0.0}, "Try --sla-topk"),
+        ({"steps": 0}, "at least 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"seed": -5}, "seed is -5"),
+        ({"attention": "dense", "sparsity": 0.5}, "keeps every block"),
+        ({"attention": "dense", "weights": "x"}, "takes no SLA weights"),
+        ({"num_frames": float("inf")}, "num_frames"),
+    ],
+)
+def test_settings_that_cannot_work(changes, words):
+    with pytest.raises(UsageError, match=words):
+        GenerateConfig(**{"prompt": "x", **changes})
+
+
+def slagen(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "slagen", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
+    )
+
+
+def test_the_bundled_model_shows_what_the_prompt_says(tmp_path):
+    """The command as installed, twice with one seed: same latents, and a red circle that moves right."""
+    from checker import check
+
+    hashes = []
+    for name in ("a.mp4", "b.mp4"):
+        done = slagen("generate", "a red circle moving right", "--seed", "7", "-o", name, "--device", "cpu",
+                      "--model", "tiny-wan", "--json", cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        hashes.append(report["latents_hash"])
+        assert report["weights"]["used"] == "SLA" and report["settings"]["sparsity"] == 0.95
+        assert report["timing"]["overhead_share"] < 0.02
+    assert hashes[0] == hashes[1]
+    verdict = check(read_mp4(tmp_path / "a.mp4"))
+    assert (verdict.colour, verdict.shape, verdict.motion, verdict.background) == ("red", "circle", "right", "black")
+
+
+def test_words_the_bundled_model_does_not_know_are_named(tmp_path):
+    plan = make_plan(GenerateConfig("a furry red dog moving right", model="tiny-wan", output=str(tmp_path)))
+    assert "'furry', 'dog'" in plan.warnings[0] and "a red circle" in plan.warnings[0]
+    assert make_plan(GenerateConfig("A Red circle, moving right.", model="tiny-wan")).warnings == []
+
+
+def test_the_bundled_model_is_small_and_whole():
+    from slagen.wan.loading import bundled_folder
+
+    folder = bundled_folder()
+    assert sum(f.stat().st_size for f in Path(folder).rglob("*")) <= 30 * 2**20
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config["num_attention_heads"] % 2 == 0 and config["attention_head_dim"] in (32, 64)
