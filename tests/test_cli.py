@@ -149,8 +149,8 @@ def test_version(capsys):
 
 def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
     folder = save_pipeline(tmp_path / "pipe")
-    arguments = ["generate", "a red [circle]", "--model", str(folder), "--size", "64x64", "--num-frames", "9", "--steps",
-                 "1", "--allow-untrained", "--seed", "3", "-o", str(tmp_path / "o")]  # fmt: skip
+    flags = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--allow-untrained", "--seed", "3"]
+    arguments = ["generate", "a red [circle]", "--model", str(folder), *flags, "-o", str(tmp_path / "o")]
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     path = Path(out.strip())
@@ -185,7 +185,11 @@ def test_the_readme_names_only_commands_and_options_that_exist():
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    lines = [line.strip() for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S) for line in block.splitlines()]
+    lines = [
+        line.strip()
+        for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S)
+        for line in block.splitlines()
+    ]
     found = 0
     for line in lines:
         words = shlex.split(line.removeprefix("$ "), comments=True)

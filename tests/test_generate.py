@@ -25,7 +25,9 @@ def toy(tmp_path_factory):
 
 def toy_config(toy, tmp_path, **changes):
     # 3 x 8 x 8 tokens at 128 pixels: three key blocks of 64
-    return GenerateConfig(**{**BASE, "width": 128, "height": 128, "model": toy, "output": str(tmp_path / "out"), **changes})
+    return GenerateConfig(
+        **{**BASE, "width": 128, "height": 128, "model": toy, "output": str(tmp_path / "out"), **changes}
+    )
 
 
 def test_a_video_and_its_report(toy, tmp_path):

@@ -7,7 +7,9 @@ from imageio_ffmpeg import get_ffmpeg_version, read_frames
 from slagen.errors import SlagenError
 from slagen.video import read_mp4, write_mp4
 
-COLOURS = np.array([(225, 30, 35), (30, 170, 60), (35, 85, 230), (250, 220, 40), (12, 12, 14), (245, 245, 245)], np.uint8)
+COLOURS = np.array(
+    [(225, 30, 35), (30, 170, 60), (35, 85, 230), (250, 220, 40), (12, 12, 14), (245, 245, 245)], np.uint8
+)
 
 
 def clip(num_frames=9, height=48, width=64):

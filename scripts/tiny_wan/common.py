@@ -53,7 +53,7 @@ def sigmas(count: int, shift: float, generator: torch.Generator) -> torch.Tensor
 
 
 def make_optimizers(model, lr: float, extra: list | None = None, boost: dict | None = None):
-    """Muon for the matrices inside blocks, AdamW for all else; `boost` maps a name's part to a factor on AdamW's rate."""
+    """Muon for the matrices inside blocks, AdamW for the rest; `boost`: part of a name -> factor on its rate."""
     matrices, rest = [], {1.0: list(extra or [])}
     for name, parameter in model.named_parameters():
         factor = next((f for part, f in (boost or {}).items() if part in name), None)

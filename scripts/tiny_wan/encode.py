@@ -60,7 +60,9 @@ def main() -> None:
             save_tensors(path, {"latents": latents, "scenes": [asdict(s) for s in part]})
             print(path.name, flush=True)
     held = held_out_scenes(128, args.seed + 1)
-    save_tensors(args.work / "held_out.pt", {"latents": encode(vae, held, device, 8), "scenes": [asdict(s) for s in held]})
+    save_tensors(
+        args.work / "held_out.pt", {"latents": encode(vae, held, device, 8), "scenes": [asdict(s) for s in held]}
+    )
     sample = torch.load(chunks / "000000.pt", weights_only=True)["latents"].float()
     mean, std = sample.mean((0, 2, 3, 4)), sample.std((0, 2, 3, 4))
     print("latent mean", mean, "std", std)

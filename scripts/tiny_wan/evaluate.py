@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import random
 import time
 from datetime import UTC, datetime
@@ -123,8 +122,14 @@ def main() -> None:
                 print(f"  {prompt}: {verdict}", flush=True)
     print_table(results)
     if args.json:
-        about = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.node(), "device": describe_device(device),
-                 "versions": versions(), "steps": steps, "dtype": args.dtype, "seeds": [seeds[0], seeds[-1]]}  # fmt: skip
+        about = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": describe_device(device),
+            "versions": versions(),
+            "steps": steps,
+            "dtype": args.dtype,
+            "seeds": [seeds[0], seeds[-1]],
+        }
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**about, "rows": results}, indent=2) + "\n")
 

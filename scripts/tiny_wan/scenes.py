@@ -71,7 +71,9 @@ def is_held_out(colour: str, shape: str, motion: str) -> bool:
     return (c + 3 * s + 5 * m) % 8 == 4
 
 
-def sample_scene(rng: random.Random, colour: str = "", shape: str = "", motion: str = "", background: str = "") -> Scene:
+def sample_scene(
+    rng: random.Random, colour: str = "", shape: str = "", motion: str = "", background: str = ""
+) -> Scene:
     """Draw a scene; attributes that are not given are drawn from the combinations that are trained on."""
     while True:
         c = colour or rng.choice(list(COLOURS))

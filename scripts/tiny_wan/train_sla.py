@@ -47,9 +47,7 @@ def main() -> None:
     encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").to(device).eval().requires_grad_(False)
     clips = Clips(args.work, AutoencoderKLWan.from_pretrained(folder / "vae").config)
     shift = UniPCMultistepScheduler.from_pretrained(folder / "scheduler").config.flow_shift
-    config = SLAConfig(
-        sparsity=args.sparsity, linear_domain=args.linear_domain, block_m=args.block, block_n=args.block
-    )
+    config = SLAConfig(sparsity=args.sparsity, linear_domain=args.linear_domain, block_m=args.block, block_n=args.block)
     if args.row != "dense":
         apply_sla(model, config, branches="sparse" if args.row == "sparse" else "both")
     muon, adam = make_optimizers(model, args.lr, boost={"proj_l": args.proj_boost})

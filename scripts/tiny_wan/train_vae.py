@@ -33,7 +33,7 @@ def windows(scenes, side: int, rng: random.Random) -> list[tuple[int, int, int]]
 
 
 def build(config: dict = CONFIG) -> AutoencoderKLWan:
-    """A fresh VAE: convolutions at 1.7 times PyTorch's gain, and a narrow posterior whose noise does not drown the start."""
+    """A fresh VAE: convolutions at 1.7 times PyTorch's gain, and a posterior too narrow to drown the start in noise."""
     vae = AutoencoderKLWan(**config)
     with torch.no_grad():
         for module in vae.modules():

@@ -61,8 +61,8 @@ def slagen(
 ) -> None:
     """Fast video from Wan2.1: sparse-linear attention, and a report of where the time went.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 part of a batch failed, 4 environment (no GPU, package, driver or hub),
-    5 weights that do not fit, 6 a gate failed, 130 interrupted. SLAGEN_DEBUG=1 adds the traceback to an error.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 3 part of a batch failed, 4 environment (no GPU, package, driver
+    or hub), 5 weights that do not fit, 6 a gate failed, 130 interrupted. SLAGEN_DEBUG=1 adds the traceback.
     """
 
 
@@ -72,7 +72,8 @@ VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"
 @app.command(no_args_is_help=True, context_settings=CONTEXT)
 def generate(
     words: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What the video shows; - reads it from stdin.", show_default=False)
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What the video shows; - reads it from stdin.", show_default=False),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt, instead of the argument.", rich_help_panel=VIDEO)
@@ -83,24 +84,24 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", rich_help_panel=VIDEO,
+            "--model",
+            "-m",
+            rich_help_panel=VIDEO,
             help="tiny-wan (bundled), wan2.1-1.3b, wan2.1-14b, a folder, or a hub id. Default: wan2.1-1.3b with a CUDA "
             "device, tiny-wan without.",
         ),
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Width x height in pixels, such as 832x480.", rich_help_panel=VIDEO, metavar="WxH")
+        str | None,
+        typer.Option(help="Width x height in pixels, such as 832x480.", rich_help_panel=VIDEO, metavar="WxH"),
     ] = None,
-    num_frames: Annotated[
-        int | None, typer.Option(help="Video frames, 4k + 1.", rich_help_panel=VIDEO)
-    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Video frames, 4k + 1.", rich_help_panel=VIDEO)] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=VIDEO)] = None,
-    num_videos: Annotated[
-        int, typer.Option(help="How many videos; seeds count up.", rich_help_panel=VIDEO)
-    ] = 1,
+    num_videos: Annotated[int, typer.Option(help="How many videos; seeds count up.", rich_help_panel=VIDEO)] = 1,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(help="Weight of the prompt; 1 skips the unconditional pass.", rich_help_panel=SAMPLING)
+        float | None,
+        typer.Option(help="Weight of the prompt; 1 skips the unconditional pass.", rich_help_panel=SAMPLING),
     ] = None,
     flow_shift: Annotated[
         float | None, typer.Option(help="Lean of the sampler towards noise.", rich_help_panel=SAMPLING)
@@ -109,11 +110,10 @@ def generate(
         int | None, typer.Option(help="Same seed, same video. Random (-1) unless given.", rich_help_panel=SAMPLING)
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=SAMPLING)
+        Dtype,
+        typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=SAMPLING),
     ] = "auto",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)] = "auto",
     attention: Annotated[
         Attention,
         typer.Option(
@@ -127,7 +127,8 @@ def generate(
     sparsity: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=ATTENTION, show_default=False,
+            rich_help_panel=ATTENTION,
+            show_default=False,
             help="Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.",
         ),
     ] = None,
@@ -139,7 +140,8 @@ def generate(
         str | None,
         typer.Option(
             help="SLA weights: an sla.safetensors or a folder with one. Default: beside the model.",
-            rich_help_panel=ATTENTION, metavar="FILE_OR_FOLDER",
+            rich_help_panel=ATTENTION,
+            metavar="FILE_OR_FOLDER",
         ),
     ] = None,
     allow_untrained: Annotated[

@@ -178,7 +178,8 @@ class GenerateConfig:
         steps: denoising steps. guidance_scale, flow_shift: see ModelDefaults.
         seed: from 0 to 2**63 - 1; None draws one. The i-th video of a call has seed + i.
         num_videos: how many videos to make of the prompt.
-        dtype: of transformer and text encoder; "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda".
+        dtype: of transformer and text encoder; "auto" is bf16 on CUDA and fp32 elsewhere.
+        device: "auto", "cpu", "cuda" or "cuda:N".
         timing: "layer" times attention by layer, "step" by step only, "off" not at all.
         output: a path that ends in .mp4 is the file, anything else a folder.
         save_latents: also write the final latents, as safetensors. overwrite: replace files that are there.
@@ -212,10 +213,12 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise UsageError('the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".')
+            raise UsageError(
+                'the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".'
+            )
         if self.sparsity is not None and self.sla_topk is not None:
             raise UsageError(
-                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both say how much to keep. Give one of them."
+                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} say the same thing twice. Give one of them."
             )
         if self.sparsity is not None:
             _check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
@@ -237,7 +240,9 @@ class GenerateConfig:
         if (self.width is None) != (self.height is None):
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise UsageError(f"guidance_scale is {self.guidance_scale}, but must be 0 or above. Try --guidance-scale 5.")
+            raise UsageError(
+                f"guidance_scale is {self.guidance_scale}, but must be 0 or above. Try --guidance-scale 5."
+            )
         if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise UsageError(f"flow_shift is {self.flow_shift}, but must be above 0. Try --flow-shift 3.")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos:

@@ -43,7 +43,9 @@ class GenerateProgress:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def __call__(self, event: Any) -> None:
@@ -89,8 +91,8 @@ def show_report(content: dict[str, Any]) -> None:
     stderr.print(what, soft_wrap=True)
     stderr.print(f"weights: {content['weights']['used']}, model {content['weights']['model']}", soft_wrap=True)
     stderr.print(
-        f"attention FLOPs: {cost['attention_tflop']:.3g} T instead of {cost['dense_attention_tflop']:.3g} T dense; forward "
-        f"{cost['flops_speedup']:.2f}x fewer, {cost['achieved_share_of_ceiling']:.0%} of the "
+        f"attention FLOPs: {cost['attention_tflop']:.3g} T instead of {cost['dense_attention_tflop']:.3g} T dense; "
+        f"forward {cost['flops_speedup']:.2f}x fewer, {cost['achieved_share_of_ceiling']:.0%} of the "
         f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl)",
         soft_wrap=True,
     )

@@ -28,7 +28,7 @@ from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import part_path, write_mp4
-from slagen.wan.checkpoints import FILE_NAME, SLAMetadata, apply_sla, load_sla, read_sla, weights_hash
+from slagen.wan.checkpoints import FILE_NAME, SLAMetadata, apply_sla, load_sla, read_metadata, weights_hash
 from slagen.wan.loading import (
     DTYPES,
     ModelSource,
@@ -123,6 +123,17 @@ def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda 
     Raises: SlagenError of some kind. Videos that were finished before stay.
     """
     plan = make_plan(config)
+    try:
+        return _run(plan, on_event)
+    except torch.OutOfMemoryError as error:
+        config = plan.config
+        raise SlagenError(
+            f"the GPU ran out of memory at {config.width}x{config.height}, {config.num_frames} frames. "
+            "Try fewer --num-frames or a smaller --size."
+        ) from error
+
+
+def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
     for text in plan.notes:
         on_event(Event("note", text))
     for text in plan.warnings:
@@ -188,11 +199,12 @@ def make_plan(config: GenerateConfig) -> Plan:
             sla, sla_path = None, None
             config = dataclasses.replace(config, attention="dense", sparsity=None, sla_topk=None, weights=None)
             warnings.append(
-                f"{num_tokens} tokens are fewer than 2 key blocks, so there is nothing to leave out: this clip runs dense"
+                f"{num_tokens} tokens are fewer than 2 key blocks, so nothing can be left out: this clip runs dense"
             )
         elif config.attention != "linear":
             notes.append(
-                f"sparsity {sla.sparsity:g} -> {counts['critical']} of {counts['key_blocks']} key blocks per query block"
+                f"sparsity {sla.sparsity:g} -> {counts['critical']} of {counts['key_blocks']} key blocks "
+                "per query block"
             )
     return Plan(config, source, device, dtype, sla, sla_path, num_tokens, notes, warnings)
 
@@ -232,13 +244,12 @@ def _plan_attention(config: GenerateConfig, source: ModelSource) -> tuple[SLACon
     if config.weights is None and not path.is_file():
         if not config.allow_untrained:
             raise WeightsError(
-                f"{source.name} has no SLA weights beside it, and untrained SLA makes poor video. Give them with --weights, "
-                "run the base model with --attention dense, or go on with --allow-untrained."
+                f"{source.name} has no SLA weights beside it, and untrained SLA makes poor video. Give them "
+                "with --weights, run the base model with --attention dense, or go on with --allow-untrained."
             )
         sla, found = SLAConfig(), None
     else:
-        metadata, _ = read_sla(path)
-        sla, found = metadata.config, path
+        sla, found = read_metadata(path).config, path
     return (sla if sparsity is None else dataclasses.replace(sla, sparsity=sparsity)), found
 
 
@@ -323,7 +334,9 @@ def _make_video(
     return Video(path, path.with_suffix(".json"), content, latents_path)
 
 
-def _denoise(pipe: Any, plan: Plan, embeds: dict[str, Any], on_event: Callable[[Event], None]) -> tuple[Any, StepRecorder]:
+def _denoise(
+    pipe: Any, plan: Plan, embeds: dict[str, Any], on_event: Callable[[Event], None]
+) -> tuple[Any, StepRecorder]:
     """Run the sampling loop; returns the final latents (1, C, T, h, w) and the recorder with its steps."""
     config = plan.config
     recorder = StepRecorder(plan.device.type, config.timing)
@@ -343,11 +356,6 @@ def _denoise(pipe: Any, plan: Plan, embeds: dict[str, Any], on_event: Callable[[
             output_type="latent", callback_on_step_end=after_step,
             max_sequence_length=plan.source.defaults.max_sequence_length,
         )  # fmt: skip
-    except torch.OutOfMemoryError as error:
-        raise SlagenError(
-            f"the GPU ran out of memory at {config.width}x{config.height}, {config.num_frames} frames. "
-            "Try fewer --num-frames or a smaller --size."
-        ) from error
     finally:
         detach()
     return output.frames, recorder
@@ -405,7 +413,12 @@ def _report(
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """The device and its host, for reports: name, memory in GiB, cores, threads."""
-    host = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform()}
+    host = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
     if device.type != "cuda":
         return {"type": "cpu", "name": host["cpu"], **host}
     card = torch.cuda.get_device_properties(device)

@@ -63,7 +63,7 @@ def sla_attention_flops(
 
 
 def other_flops(shape: ModelShape, num_tokens: int) -> int:
-    """FLOPs of everything but self-attention's core in one forward pass: linear layers, cross-attention, feed-forward."""
+    """FLOPs of a forward pass but for self-attention's core: linear layers, cross-attention, feed-forward."""
     width = shape.num_heads * shape.head_dim
     self_linears = 8 * num_tokens * width**2
     cross = 4 * num_tokens * shape.text_tokens * width + 4 * (num_tokens + shape.text_tokens) * width**2
@@ -79,9 +79,9 @@ def cost_section(
         num_passes: forward passes of the whole run.
         attention_flops: of the attention that ran, in one pass.
         steps: as timed.
-    Returns: a dict: FLOPs of the run; `flops_speedup` of the forward passes over dense attention, its `ceiling` if
-        attention were free, and `achieved` = speedup / ceiling; `time_ceiling`, how much faster the measured steps would be with
-        free attention (None if untimed).
+    Returns: a dict: TFLOP of the run; `flops_speedup` of the forward passes over dense attention, its
+        `amdahl_ceiling` if attention were free, and the share of that which was reached; `remaining_time_ceiling`, how
+        much faster the measured steps would be if attention were free (None if untimed).
     """
     dense, other = dense_attention_flops(shape, num_tokens), other_flops(shape, num_tokens)
     ceiling = (dense + other) / other

@@ -22,7 +22,7 @@ class SpanClock:
 
     def __init__(self, device_type: str) -> None:
         self.on_cuda = device_type == "cuda"
-        self._spans: list[tuple[Hashable, Any, Any]] = []
+        self._spans: list[tuple[Any, Any, Any]] = []
         self._spare_events: list[Any] = []
 
     def mark(self) -> Any:
@@ -46,7 +46,7 @@ class SpanClock:
         yield
         self.add(key, start, self.mark())
 
-    def read(self) -> list[tuple[Hashable, float]]:
+    def read(self) -> list[tuple[Any, float]]:
         """All spans since the last call, as (key, milliseconds). On CUDA this waits for the device, once."""
         spans, self._spans = self._spans, []
         if not self.on_cuda:
@@ -134,7 +134,7 @@ class StepRecorder:
                 if key == "step":
                     step.latency_ms = duration
                     continue
-                number, layer = key  # type: ignore[misc]
+                number, layer = key
                 step.attention_ms += [0.0] * (number + 1 - len(step.attention_ms))
                 step.attention_ms[number] += duration
                 if self.level == "layer":

@@ -73,7 +73,7 @@ class SLAMetadata:
 
 
 def weights_hash(transformer: WanTransformer3DModel) -> str:
-    """SHA-256 of the transformer's tensors by name, rounded to bfloat16, so that it does not depend on the load dtype."""
+    """SHA-256 of a transformer's tensors by name, rounded to bfloat16 so that the load dtype does not matter."""
     return _hash(transformer.state_dict())
 
 
@@ -100,13 +100,23 @@ def find_sla_file(path: Path) -> Path:
     return path
 
 
+def read_metadata(path: str | Path) -> SLAMetadata:
+    """What an SLA file, or the one in a folder, says of itself; its tensors are not read. Raises as `read_sla`."""
+    return _read(path, with_tensors=False)[0]
+
+
 def read_sla(path: str | Path) -> tuple[SLAMetadata, dict[str, Tensor]]:
     """Read an SLA file or the one in a folder. Raises WeightsError if it is missing, broken or no SLA file."""
+    return _read(path, with_tensors=True)
+
+
+def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, Tensor]]:
     file = find_sla_file(Path(path))
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = SLAMetadata.from_strings(handle.metadata(), file)
-            return metadata, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            names = handle.keys() if with_tensors else []
+            return metadata, {name: handle.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
 
@@ -243,8 +253,8 @@ def _fill(
     zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
     if zero and not allow_untrained:
         raise WeightsError(
-            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear branch "
-            "is untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
+            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear "
+            "branch is untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
         )
     record = installation(transformer)
     assert record is not None

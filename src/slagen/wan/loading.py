@@ -75,7 +75,8 @@ def resolve_model(model: str | None, device_type: str) -> ModelSource:
     known = [BUNDLED, *PRESETS]
     close = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.4)
     raise UsageError(
-        f"model {model!r} is no preset, folder or hub id. Presets: {', '.join(known)}. Try --model {(close or known)[0]}."
+        f"model {model!r} is no preset, folder or hub id. Presets: {', '.join(known)}. "
+        f"Try --model {(close or known)[0]}."
     )
 
 
@@ -226,7 +227,9 @@ def _tensor_names(folder: Path) -> set[str]:
             with safe_open(file, framework="pt") as handle:
                 names.update(handle.keys())
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{file} is missing, broken or truncated ({error}). Copy or download it again.") from error
+            raise WeightsError(
+                f"{file} is missing, broken or truncated ({error}). Copy or download it again."
+            ) from error
     return names
 
 

@@ -192,7 +192,7 @@ def self_attention_layers(transformer: nn.Module) -> list[WanAttention]:
     layers = [block.attn1 for block in getattr(transformer, "blocks", []) if hasattr(block, "attn1")]
     if not layers or not all(isinstance(attn, WanAttention) for attn in layers):
         raise UsageError(
-            f"{type(transformer).__name__} has no Wan self-attention (blocks[i].attn1). Give a diffusers Wan2.1 pipeline."
+            f"{type(transformer).__name__} has no Wan self-attention (blocks[i].attn1). Give a Wan2.1 pipeline."
         )
     return layers
 

@@ -1,0 +1,50 @@
+"""Stage 5: put the trained pipeline and its SLA weights into weights/tiny-wan, with the model's own defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from scenes import FPS, NUM_FRAMES, SIZE, vocabulary
+from text import MAX_SEQUENCE_LENGTH
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_MIB = 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
+    parser.add_argument("--out", type=Path, default=ROOT / "weights" / "tiny-wan")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--flow-shift", type=float, default=4.0)
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    shutil.copytree(args.work / "pipeline", args.out)
+    sla = args.work / "sla" / "sla.safetensors"
+    if sla.exists():
+        shutil.copy(sla, args.out)
+    defaults = {
+        "width": SIZE,
+        "height": SIZE,
+        "num_frames": NUM_FRAMES,
+        "fps": FPS,
+        "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "flow_shift": args.flow_shift,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "vocabulary": vocabulary(),
+        "example_prompt": "a red circle moving right on a white background",
+    }
+    (args.out / "slagen.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 2**20
+    print(f"{args.out}: {size:.1f} MiB")
+    if size > LIMIT_MIB:
+        raise SystemExit(f"the model is {size:.1f} MiB, but at most {LIMIT_MIB} MiB may ship.")
+
+
+if __name__ == "__main__":
+    main()
