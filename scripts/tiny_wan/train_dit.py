@@ -13,6 +13,7 @@ from common import Ema, autocast, best_device, load_state, log, make_optimizers,
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from scenes import Scene, caption
 from text import TEXT_DIM, build_text_encoder, build_tokenizer, embed
+from transformers import UMT5EncoderModel
 
 CONFIG = dict(
     patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=64, in_channels=16, out_channels=16,
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="go on from this pipeline's weights, with whole clips from the start")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     device = best_device()
@@ -100,6 +102,9 @@ def main() -> None:
     tokenizer = build_tokenizer()
     encoder = build_text_encoder(len(tokenizer)).to(device).train()
     model = build().to(device).train()
+    if args.init is not None:
+        model.load_state_dict(WanTransformer3DModel.from_pretrained(args.init / "transformer").state_dict())
+        encoder.load_state_dict(UMT5EncoderModel.from_pretrained(args.init / "text_encoder").state_dict())
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     muon, adam = make_optimizers(model, args.lr, extra=list(encoder.parameters()))
     ema = Ema([model, encoder], 0.997)
@@ -110,6 +115,8 @@ def main() -> None:
         model.compile_repeated_blocks(dynamic=False)
     # (share of the time up to here, latent frames, batch, shift)
     phases = [(0.14, 1, 24, 2.0), (0.36, 2, 12, 2.5), (1.01, 5, 6, 4.0)]
+    if args.init is not None:
+        phases = phases[-1:]
     average, last_save = 0.0, time.monotonic()
     while spent < args.minutes * 60:
         began = time.monotonic()

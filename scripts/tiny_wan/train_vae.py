@@ -67,21 +67,31 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=13.0, help="training time; the learning rate follows it")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--refine", type=Path, help="train only the decoder of this VAE folder: its latents, and what knows them, stay"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     device = best_device()
     torch.manual_seed(args.seed)
     vae = build().to(device).train()
-    parameters = list(vae.parameters())
+    if args.refine is not None:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(args.refine).state_dict())
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    parameters = [p for p in vae.parameters() if p.requires_grad]
     small = [p for p in parameters if p.ndim < 4]
     muon = ConvMuon([p for p in parameters if p.ndim >= 4], args.lr)
     adam = torch.optim.AdamW(small, lr=args.lr * 1.7, betas=(0.9, 0.99), weight_decay=0.0)
     bases = [(group, group["lr"]) for optimizer in (muon, adam) for group in optimizer.param_groups]
     parts = dict(vae=vae, muon=muon, adam=adam)
-    state = load_state(args.work / "vae.state", parts)
+    state_path = args.work / ("vae.state" if args.refine is None else "vae-refine.state")
+    state = load_state(state_path, parts)
     step, spent = state.get("step", 0), state.get("spent", 0.0)
     # (share of the time up to here, frames, side in pixels, batch)
-    phases = [(0.20, 1, 64, 12), (0.80, 9, 64, 6), (1.01, 17, 64, 4)]
+    phases = (
+        [(1.01, 17, 64, 4)] if args.refine is not None else [(0.20, 1, 64, 12), (0.80, 9, 64, 6), (1.01, 17, 64, 4)]
+    )
     average, last_save = {}, time.monotonic()
     while spent < args.minutes * 60:
         began = time.monotonic()
@@ -124,9 +134,12 @@ def main() -> None:
         if step % 25 == 0:
             log(step, spent, frames=frames, **average)
         if time.monotonic() - last_save > 60:
-            save_state(args.work / "vae.state", parts, step=step, spent=spent)
+            save_state(state_path, parts, step=step, spent=spent)
             last_save = time.monotonic()
-    save_state(args.work / "vae.state", parts, step=step, spent=spent)
+    save_state(state_path, parts, step=step, spent=spent)
+    if args.refine is not None:  # the statistics of the latents stay too
+        config = AutoencoderKLWan.load_config(args.refine)
+        vae.register_to_config(latents_mean=config["latents_mean"], latents_std=config["latents_std"])
     vae.eval().float().cpu().save_pretrained(args.work / "vae")
 
 
