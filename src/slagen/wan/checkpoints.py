@@ -199,6 +199,7 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     save_file(kept, part, metadata=metadata.to_strings())
+    part.chmod(0o644)  # safetensors makes it readable by its owner only
     os.replace(part, file)
     return file
 
