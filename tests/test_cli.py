@@ -108,7 +108,7 @@ def test_the_prompt_from_stdin(seen, monkeypatch):
         (["generate", "x", "--sparsity", "0.9", "--sla-topk", "0.1"], "Give one of them"),
         (["generate", "x", "--attention", "flash"], "flash"),
         (["generate", "x", "--sparsty", "0.9"], "--sparsity"),
-        (["generate", "x", "--steps", "many"], "many"),
+        (["generate", "x", "--steps", "many"], "--steps"),
         (["generat", "x"], "generate"),
         (["generate", "--steps", "5"], "no prompt is given"),
     ],

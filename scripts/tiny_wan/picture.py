@@ -1,4 +1,4 @@
-"""Makes weights/clips.gif, the README's picture: held-out prompts, the shipped weights, one seed."""
+"""Makes weights/clips.gif, the README's picture: four prompts, the shipped weights, one seed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from slagen.video import read_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = (
-    "a yellow triangle moving right on a navy background",
-    "a cyan star growing on a black background",
-    "a red circle moving left on a white background",
-    "a purple square falling on a gray background",
+    "a red circle growing on a gray background",
+    "a cyan star growing on a navy background",
+    "a blue square shrinking on a white background",
+    "a yellow triangle moving right on a black background",
 )
 
 

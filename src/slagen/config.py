@@ -224,6 +224,10 @@ class GenerateConfig:
             _check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
         if self.sla_topk is not None and not 0 < self.sla_topk <= 1:
             raise UsageError(f"sla_topk is {self.sla_topk}, but must be above 0 and at most 1. Try --sla-topk 0.05.")
+        for name in ("width", "height", "num_frames", "fps", "steps", "num_videos", "seed"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise UsageError(f"{name} is {value!r}, but must be a whole number.")
         if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise UsageError(
