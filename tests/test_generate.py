@@ -172,8 +172,9 @@ def test_the_bundled_model_shows_what_the_prompt_says(tmp_path):
 
     hashes = []
     for name in ("a.mp4", "b.mp4"):
-        done = slagen("generate", "a red circle growing on a gray background", "--seed", "0", "-o", name, "--device", "cpu",
-                      "--model", "tiny-wan", "--json", cwd=tmp_path)  # fmt: skip
+        prompt = "a red circle growing on a gray background"
+        options = ["--seed", "0", "--output", name, "--device", "cpu", "--model", "tiny-wan", "--json"]
+        done = slagen("generate", prompt, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         hashes.append(report["latents_hash"])
