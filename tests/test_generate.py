@@ -101,6 +101,20 @@ def test_latents_that_are_not_finite_write_nothing(toy, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_full_disk_leaves_nothing_behind(toy, tmp_path, monkeypatch):
+    """The probe that found the disk full stayed there as an empty file."""
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, b"")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SlagenError, match="No space left"):
+        generate(toy_config(toy, tmp_path))
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_an_interrupt_leaves_no_file(toy, tmp_path):
     def stop(event):
         if event.kind == "stage" and event.text == "write":

@@ -463,8 +463,10 @@ def _claim_paths(plan: Plan) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".slagen-{os.getpid()}.part"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise SlagenError(
             f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
