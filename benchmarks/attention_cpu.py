@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen import __version__
-from slagen.attention.functional import Backend, sparse_linear_attention
-from slagen.config import SLAConfig
+from slagen.attention.functional import sparse_linear_attention
+from slagen.config import Backend, SLAConfig
 
 NUM_HEADS, HEAD_DIM = 12, 128
 RESULTS = Path(__file__).parent / "results"

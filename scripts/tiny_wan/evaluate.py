@@ -21,7 +21,7 @@ from scenes import SHAPES, caption
 
 from slagen.generate import describe_device
 from slagen.report import versions
-from slagen.wan.checkpoints import load_sla, read_sla, remove_sla
+from slagen.wan.checkpoints import apply_sla, load_sla, read_sla, remove_sla
 from slagen.wan.loading import DTYPES, decode_latents, load_pipeline, resolve_model, set_flow_shift
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,8 +43,6 @@ def prepare(pipe, row: str, folder: Path, work: Path | None, sparsity: float | N
     metadata, _ = read_sla(files[row])
     config = dataclasses.replace(metadata.config, sparsity=sparsity or metadata.config.sparsity)
     if row == "critical only, untuned":
-        from slagen.wan.checkpoints import apply_sla
-
         apply_sla(pipe, config, branches="sparse")
         return
     load_sla(pipe, files[row], config=config, branches="both" if row == "SLA tuned" else "sparse", allow_untrained=True)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Timing = Literal["off", "step", "layer"]
+from slagen.config import Timing
 
 
 class SpanClock:

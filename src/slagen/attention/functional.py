@@ -8,9 +8,8 @@ from torch import Tensor
 
 from slagen.attention.blockwise import blockwise_attention
 from slagen.attention.reference import reference_attention
-from slagen.config import SLAConfig
+from slagen.config import Backend, SLAConfig
 
-Backend = Literal["auto", "reference", "torch", "triton"]
 Branches = Literal["both", "sparse", "linear"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

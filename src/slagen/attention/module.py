@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from slagen.attention.functional import Backend, Branches, sparse_linear_attention
-from slagen.config import SLAConfig
+from slagen.attention.functional import Branches, sparse_linear_attention
+from slagen.config import Backend, SLAConfig
 
 
 class SparseLinearAttention(nn.Module):

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slagen.attention.functional import Backend, Branches
-from slagen.config import SLAConfig
+from slagen.attention.functional import Branches
+from slagen.config import Backend, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.wan.processor import install, installation, remove
 

@@ -188,7 +188,6 @@ def _describe(folder: Path, name: str) -> ModelSource:
             raise WeightsError(f"{folder / 'slagen.json'}: {error}") from error
     _, patch_height, patch_width = transformer.get("patch_size", (1, 2, 2))
     grid = vae.get("scale_factor_spatial", 8) * max(patch_height, patch_width)
-    # WanPipeline itself wants multiples of 16
     return ModelSource(folder, name, defaults, grid, vae.get("scale_factor_temporal", 4))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor, nn
 
 from slagen.attention import SparseLinearAttention
-from slagen.attention.functional import Backend, Branches
-from slagen.config import SLAConfig
+from slagen.attention.functional import Branches
+from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
 
@@ -49,9 +49,9 @@ class SLAProcessor(SparseLinearAttention):
     Args:
         head_dim: D of the layer.
         config: how SLA divides the work.
-        layer: index of the block, for the recorder.
-        recorder: where the attention's time is noted, or None.
+        layer: index of the block, for the recorder that `attach_recorder` gives it.
         backend, branches: as in `sparse_linear_attention`.
+        device: where `proj_l` is made.
     """
 
     _attention_backend = None  # diffusers sets both on every processor that has them
@@ -214,6 +214,3 @@ def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) 
             processor.recorder = None
 
     return detach
-
-
-Attention = Literal["sla", "sparse", "linear", "dense"]
