@@ -1,7 +1,15 @@
-"""What every test runs under: determinism that shows unwritten memory, one thread, GPU tests only with a GPU."""
+"""What every test runs under: determinism that shows unwritten memory, one thread, GPU tests only with a GPU.
+
+Without a GPU, Triton's kernels run in its interpreter, which is chosen when Triton is first imported.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with nan
 torch.set_num_threads(1)

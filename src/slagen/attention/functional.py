@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from slagen.attention.blockwise import blockwise_attention
+from slagen.attention.fused import fused_attention, unsupported
 from slagen.attention.reference import reference_attention
 from slagen.config import Backend, SLAConfig
 
 Branches = Literal["both", "sparse", "linear"]
+BRANCHES = get_args(Branches)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,7 +42,8 @@ def sparse_linear_attention(
         proj_bias: (D,): b, added to every row, also where O^l is 0.
         scale: factor on q @ k^T before softmax, above 0; None is D ** -0.5.
         backend: "reference" is the definition, with dense masks; "torch" gathers the critical blocks, in bounded
-            memory; "auto" is "torch". "triton" arrives with the kernels.
+            memory; "triton" runs the fused kernels, on CUDA, in float16, bfloat16 and float32, for head dimensions from
+            16 to 256 that are powers of two. "auto" is "triton" where that is possible, otherwise "torch".
         branches: "both"; "sparse" for o = O^s, as without a weight; "linear" for o = O^l W^T + b, where the blocks
             chosen still bound the domain "marginal".
     Returns: o, (B, H, L, D) in q's dtype.
@@ -53,20 +56,29 @@ def sparse_linear_attention(
         scale = q.shape[-1] ** -0.5
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; it must be finite and above 0, or the lowest scores would win. Try None.")
-    if branches not in get_args(Branches):
-        raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(get_args(Branches))}.")
+    if branches not in BRANCHES:
+        raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(BRANCHES)}.")
     if branches == "linear" and proj_weight is None:
         raise ValueError("branches is 'linear' without proj_weight, which leaves no branch. Give proj_weight.")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(get_args(Backend))}.")
-    if backend == "triton":
-        raise ValueError("backend is 'triton', which arrives with the kernels. Try reference, torch or auto.")
-
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
     if branches == "sparse":
         proj_weight = proj_bias = None
-    attend = reference_attention if backend == "reference" else blockwise_attention
+    attend = BACKENDS[choose_backend(q, backend)]
     with torch.autocast(q.device.type, enabled=False):
         return attend(q, k, v, config, proj_weight, proj_bias, float(scale), branches != "linear")
+
+
+BACKENDS = {"reference": reference_attention, "torch": blockwise_attention, "triton": fused_attention}
+
+
+def choose_backend(q: Tensor, backend: Backend = "auto") -> Literal["reference", "torch", "triton"]:
+    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one can not take them."""
+    if backend == "auto":
+        return "triton" if q.is_cuda and unsupported(q) is None else "torch"
+    if backend == "triton" and (reason := unsupported(q)) is not None:
+        raise ValueError(f"backend is 'triton', but {reason}. Try torch or auto.")
+    return backend
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:

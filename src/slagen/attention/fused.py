@@ -1,0 +1,274 @@
+"""The fused kernels as one PyTorch operator: autograd, torch.compile and CUDA graphs see a single node.
+
+Shapes follow from lengths and the configuration alone, and nothing waits for the device.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slagen.attention.reference import EPSILON, reference_attention
+from slagen.config import SLAConfig
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128, 256)
+
+_verified: set[tuple[Any, ...]] = set()
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SLAConfig,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    scale: float,
+    sparse: bool,
+) -> Tensor:
+    """Attend with the Triton kernels; arguments and result as in `reference_attention`. Differentiable once."""
+    verify(q, config)
+    given = [x for x in (q, k, v, proj_weight, proj_bias) if x is not None]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return _call(q, k, v, config, proj_weight, proj_bias, scale, sparse, save)
+
+
+def unsupported(q: Tensor) -> str | None:
+    """Why the kernels can not take tensors like q; None when they can."""
+    return _why_not(q.device.type, q.dtype, q.shape[-1])
+
+
+@torch.compiler.assume_constant_result
+def _why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (it comes with torch's CUDA builds on Linux)"
+    if dtype not in DTYPES:
+        return f"the kernels compute in {', '.join(map(str, DTYPES))}, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"the kernels take a head dimension of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if device_type == "cuda":
+        return None
+    from slagen.kernels.resources import interpreting
+
+    if device_type == "cpu" and interpreting():
+        return None
+    return f"the tensors are on {device_type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1, which is slow)"
+
+
+def verify(q: Tensor, config: SLAConfig) -> None:
+    """Try the kernels' configuration on a tiny input, once for each device, dtype, head dimension and kind of block.
+
+    A configuration that a card can not run, or that computes something else there, gives way to the next smaller one.
+    During capture or compilation nothing is tried: the remembered choice stands.
+    Raises: RuntimeError when no configuration is right.
+    """
+    if torch.compiler.is_compiling() or not q.is_cuda or torch.cuda.is_current_stream_capturing():
+        return
+    key = (q.device, q.dtype, q.shape[-1], config.block_m, config.block_n, config.linear_domain, config.feature_map)
+    if key in _verified:
+        return
+    from slagen.kernels import resources
+
+    while (fault := trial(q, config)) is not None:
+        if not resources.demote(q):
+            raise RuntimeError(f"the Triton kernels fail on {q.device}: {fault}. Try --backend torch.")
+        warnings.warn(
+            f"the Triton kernels fail on {q.device} ({fault}); their next smaller tiles are used.", stacklevel=2
+        )
+    _verified.add(key)
+
+
+def trial(q: Tensor, config: SLAConfig) -> str | None:
+    """Run forward and backward on two heads of a few blocks: what is wrong, or None."""
+    from slagen.kernels.resources import OutOfResources
+
+    length, head_dim = 3 * max(config.block_m, config.block_n) + 5, q.shape[-1]
+    small = dataclasses.replace(config, sparsity=0.5, negligible=0.0)
+    make: dict[str, Any] = {
+        "generator": torch.Generator(q.device).manual_seed(0),
+        "device": q.device,
+        "dtype": torch.float32,
+    }
+    with torch.enable_grad():
+        drawn = [torch.randn(1, 2, length, head_dim, **make).to(q.dtype) for _ in range(3)]
+        drawn += [torch.randn(head_dim, head_dim, **make) * head_dim**-0.5, torch.randn(head_dim, **make)]
+        inputs = [x.requires_grad_() for x in drawn]
+        do = torch.randn(drawn[0].shape, **make)
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        exact = reference_attention(wide[0], wide[1], wide[2], small, wide[3], wide[4], head_dim**-0.5, True)
+        truth = [exact, *torch.autograd.grad(exact, wide, do.double())]
+        try:
+            o = _call(inputs[0], inputs[1], inputs[2], small, inputs[3], inputs[4], head_dim**-0.5, True, True)
+            found = [o, *torch.autograd.grad(o, inputs, do.to(q.dtype))]
+        except OutOfResources as error:
+            return str(error)
+    eps = torch.finfo(q.dtype).eps
+    for name, actual, expected in zip(("o", "dq", "dk", "dv", "dweight", "dbias"), found, truth, strict=True):
+        # What rounding can cause, with room to spare: a wrong tile is wrong by far more.
+        if not (actual.double() - expected).abs().max() <= 32 * eps * expected.abs().max():
+            return f"{name} is wrong"
+    return None
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SLAConfig,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    scale: float,
+    sparse: bool,
+    save: bool,
+) -> Tensor:
+    return _forward(
+        q, k, v, proj_weight, proj_bias, config.sparsity, config.negligible, config.linear_domain, config.feature_map,
+        config.block_m, config.block_n, scale, sparse, save,
+    )[0]  # fmt: skip
+
+
+def _options(
+    length: int,
+    sparsity: float,
+    negligible: float,
+    linear_domain: str,
+    feature_map: str,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    sparse: bool,
+) -> dict[str, Any]:
+    """The settings of an operator's call as the kernels take them."""
+    config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)  # type: ignore[arg-type]
+    num_key_blocks = config.num_blocks(length)[1]
+    return {
+        "block_m": block_m,
+        "block_n": block_n,
+        "num_critical": config.num_critical(num_key_blocks),
+        "num_negligible": config.num_negligible(num_key_blocks),
+        "marginal": linear_domain == "marginal",
+        "feature_map": feature_map,
+        "eps": EPSILON[linear_domain],
+        "scale": scale,
+        "sparse": sparse,
+    }
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@torch.library.custom_op("slagen::sla_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sparsity: float,
+    negligible: float,
+    linear_domain: str,
+    feature_map: str,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    sparse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from slagen.kernels import sla_forward
+
+    options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
+    with _on_device(q):
+        return sla_forward(q, k, v, weight, bias, save=save, **options)
+
+
+@_forward.register_fake
+def _(
+    q, k, v, weight, bias, sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse, save
+):  # fmt: skip
+    batch, num_heads, length, head_dim = q.shape
+    heads = batch * num_heads
+    options = _options(length, sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
+    num_rows, num_columns = -(-length // block_m), -(-length // block_n)
+    topk = options["num_critical"]
+    linear, rows = save and weight is not None, save and sparse
+    one_state, classes = linear and not options["marginal"], rows or (linear and options["marginal"])
+    int32 = {"dtype": torch.int32}
+    fp32 = {"dtype": torch.float32}
+    return (
+        torch.empty_like(q),
+        q.new_empty((heads, length) if rows else 0, **fp32),
+        q.new_empty((heads, num_rows, topk) if rows else 0, **int32),
+        q.new_empty((heads, num_rows, num_columns) if classes else 0, dtype=torch.int8),
+        q.new_empty((heads, num_rows * topk) if rows else 0, **int32),
+        q.new_empty((heads, num_columns + 1) if rows else 0, **int32),
+        q.new_empty((heads, head_dim, head_dim) if one_state else 0, **fp32),
+        q.new_empty((heads, head_dim) if one_state else 0, **fp32),
+    )
+
+
+@torch.library.custom_op("slagen::sla_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: list[Tensor],
+    sparsity: float,
+    negligible: float,
+    linear_domain: str,
+    feature_map: str,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from slagen.kernels import sla_backward
+
+    options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
+    with _on_device(q):
+        return sla_backward(do, q, k, v, weight, bias, *saved, **options)
+
+
+@_backward.register_fake
+def _(
+    do, q, k, v, weight, bias, saved, sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse
+):  # fmt: skip
+    return (
+        torch.empty_like(q),
+        torch.empty_like(k),
+        torch.empty_like(v),
+        q.new_empty(0 if weight is None else weight.shape, dtype=torch.float32),
+        q.new_empty(0 if bias is None else bias.shape, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, weight, bias, *options, _save = inputs
+    ctx.save_for_backward(q, k, v, weight, bias, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.options = options
+
+
+def _autograd(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, weight, bias, *saved = ctx.saved_tensors
+    dq, dk, dv, dweight, dbias = _backward(do, q, k, v, weight, bias, saved, *ctx.options)
+    return (
+        dq,
+        dk,
+        dv,
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        *(None,) * 9,
+    )
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,0 +1,227 @@
+"""The forward pass: one pass over K and V, one over Q, the selection, and a kernel that attends and writes o once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slagen.kernels.primitives import (
+    COLUMNS_AT_ONCE,
+    LOG2_E,
+    feature_shift,
+    feature_values,
+    load_columns,
+    load_rows,
+    online_softmax,
+    reciprocal,
+    store_rows,
+    weight_inverse,
+)
+from slagen.kernels.resources import Tiles, tiles
+from slagen.kernels.selection import column_lists, pool, select
+from slagen.kernels.states import fold, key_states, marginal_states, precision
+
+
+@triton.jit
+def _attend_tiles(
+    q, k_base, v_base, kv_ptr, begin, end, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
+    BLOCK_N: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to tiles `begin` to `end` of the listed blocks; MASKED where one may cross the end of the sequence."""
+    PARTS: tl.constexpr = BLOCK_N // TILE_N
+    for t in range(begin, end):
+        start = tl.load(kv_ptr + t // PARTS).to(tl.int64) * BLOCK_N + (t % PARTS) * TILE_N
+        k = load_rows(k_base, k_l, k_d, start, length, TILE_N, HEAD_DIM, MASKED)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if MASKED:
+            qk = tl.where((tl.arange(0, TILE_N) < length - start)[None, :], qk, -float("inf"))
+        p, m_i, l_i, alpha = online_softmax(qk, m_i, l_i)
+        v = load_rows(v_base, v_l, v_d, start, length, TILE_N, HEAD_DIM, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    kv_ptr,
+    state_ptr,
+    z_ptr,
+    bias_ptr,
+    q_b,
+    q_h,
+    q_l,
+    q_d,
+    k_b,
+    k_h,
+    k_l,
+    k_d,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
+    o_b,
+    o_h,
+    o_l,
+    o_d,
+    num_heads,
+    length,
+    num_rows,
+    topk,
+    scale_log2,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPARSE: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MARGINAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    SAVE_LSE: tl.constexpr,
+    FEATURE_MAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """TILE_M rows of o: walk the critical blocks, add the linear branch and the bias, store once."""
+    tile = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // num_heads, bh % num_heads
+    start_m = tile * TILE_M
+    row = bh * num_rows + start_m // BLOCK_M
+    q_base = q_ptr + b * q_b + h * q_h
+    offs_m = tl.arange(0, TILE_M)
+    q = load_rows(q_base, q_l, q_d, start_m, length, TILE_M, HEAD_DIM, True)
+    acc = tl.zeros((TILE_M, HEAD_DIM), dtype=tl.float32)
+
+    if SPARSE:
+        k_base, v_base = k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h
+        kv_row = kv_ptr + row * topk
+        m_i = tl.full((TILE_M,), -float("inf"), dtype=tl.float32)
+        l_i = tl.zeros((TILE_M,), dtype=tl.float32)
+        # The blocks ascend, so only the last of them can cross the end of the sequence.
+        whole, all_tiles = (topk - 1) * (BLOCK_N // TILE_N), topk * (BLOCK_N // TILE_N)
+        acc, m_i, l_i = _attend_tiles(
+            q, k_base, v_base, kv_row, 0, whole, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
+            BLOCK_N, TILE_N, HEAD_DIM, False, PRECISION,
+        )  # fmt: skip
+        acc, m_i, l_i = _attend_tiles(
+            q, k_base, v_base, kv_row, whole, all_tiles, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
+            BLOCK_N, TILE_N, HEAD_DIM, True, PRECISION,
+        )  # fmt: skip
+        acc = acc / l_i[:, None]
+        if SAVE_LSE:
+            tl.store(lse_ptr + bh * length + start_m + offs_m, m_i + tl.log2(l_i), mask=offs_m < length - start_m)
+
+    if LINEAR:
+        place = row if MARGINAL else bh
+        offs_d = tl.arange(0, HEAD_DIM)
+        z_base, state_base = z_ptr + place * HEAD_DIM, state_ptr + place * HEAD_DIM * HEAD_DIM
+        shift = feature_shift(q, FEATURE_MAP)
+        inverse = weight_inverse(
+            q_base, q_l, q_d, start_m, length, shift, z_base, eps, TILE_M, HEAD_DIM, CHUNK, FEATURE_MAP
+        )  # fmt: skip
+        # The weights phi z / (phi . z + eps) of the features lie in [0, 1] and H / z is a mean of values for each, so
+        # float16 holds both, however long the sequence is. A few features at a time, so that little is on chip at once.
+        for first in tl.static_range(0, HEAD_DIM, CHUNK):
+            offs_c = first + tl.arange(0, CHUNK)
+            z = tl.load(z_base + offs_c)
+            x = load_columns(q_base, q_l, q_d, start_m, first, length, TILE_M, CHUNK)
+            u = feature_values(x, shift, FEATURE_MAP) * z[None, :] * inverse[:, None]
+            state = tl.load(state_base + offs_c[:, None] * HEAD_DIM + offs_d[None, :])
+            if MARGINAL:
+                state = (state.to(tl.float32) * reciprocal(z)[:, None]).to(state.dtype)
+            acc = tl.dot(u.to(q.dtype), state, acc, input_precision=PRECISION)
+    if BIAS:
+        acc += tl.load(bias_ptr + tl.arange(0, HEAD_DIM)).to(tl.float32)[None, :]
+    store_rows(o_ptr + b * o_b + h * o_h, o_l, o_d, start_m, length, acc, TILE_M, HEAD_DIM)
+
+
+def sla_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    block_m: int,
+    block_n: int,
+    num_critical: int,
+    num_negligible: int,
+    marginal: bool,
+    feature_map: str,
+    eps: float,
+    scale: float,
+    sparse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sparse-linear attention, as `attention/reference.py` defines it.
+
+    Args:
+        q, k, v: (B, H, L, D), float16, bfloat16 or float32, any strides; D a power of two from 16 to 256.
+        weight: (D, D), or None for no linear branch. bias: (D,), or None.
+        block_m, block_n: query rows and key columns of a block: 16, 32, 64 or 128.
+        num_critical, num_negligible: key blocks of each row that are attended exactly, at least 1, and not at all.
+        marginal: bound the linear branch to the marginal blocks; otherwise it sees every token.
+        eps: added to the denominator of the linear branch.
+        scale: factor on q @ k^T before softmax.
+        sparse: False leaves the sparse branch out.
+        save: also return what `sla_backward` needs.
+    Returns:
+        o: (B, H, L, D) in q's dtype, laid out as q is.
+        lse: (B * H, L) float32, log2 of the softmax denominator (base 2, scale included).
+        kv_indices, classes, q_indices, q_offsets: as `select` and `column_lists` give them.
+        state, z: of the domain of all tokens, (B * H, D, D) and (B * H, D) float32, divided by L.
+        What is not needed is empty; everything but o is where not `save`.
+    Source: SLA, arXiv:2509.24006; online softmax from FlashAttention-2, arXiv:2307.08691.
+    """
+    batch, num_heads, length, head_dim = q.shape
+    heads, num_rows = batch * num_heads, triton.cdiv(length, block_m)
+    nothing = q.new_empty(0)
+    lse, state, z = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+    kv_indices, q_indices, q_offsets = (q.new_empty(0, dtype=torch.int32) for _ in range(3))
+    classes = q.new_empty(0, dtype=torch.int8)
+    bounded = weight is not None and marginal
+    selecting = sparse or bounded
+
+    if weight is not None:
+        w = weight.to(q.dtype).contiguous() if bounded else None
+        means, states, zs = key_states(k, v, block_n, feature_map, marginal, w, pool=selecting)
+    elif selecting:
+        means = pool(k, block_n)
+    if selecting:
+        scores = torch.bmm(pool(q, block_m), means.mT)
+        kv_indices, classes = select(scores, num_critical, num_negligible, classes=bounded or (save and sparse))
+        if save and sparse:
+            q_indices, q_offsets = column_lists(classes, num_critical)
+    folded, folded_z, eps_used = nothing, nothing, eps
+    if weight is not None and marginal:
+        folded, folded_z = marginal_states(states, zs, classes, num_critical + num_negligible)
+    elif weight is not None:
+        state, z = states.sum(1) / length, zs.sum(1) / length
+        folded, folded_z, eps_used = fold(state, z, weight, q.dtype), z, eps / length
+
+    o = torch.empty_like(q)
+    if save and sparse:
+        lse = torch.empty(heads, length, dtype=torch.float32, device=q.device)
+    tile: Tiles = tiles("attend", q, block_m, block_n)
+    attend_kernel[(triton.cdiv(length, tile.m), heads)](
+        q, k, v, o, lse, kv_indices, folded, folded_z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
+        num_heads, length, num_rows, num_critical, scale * LOG2_E, eps_used,
+        BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim, SPARSE=sparse,
+        CHUNK=min(head_dim, COLUMNS_AT_ONCE), LINEAR=weight is not None, MARGINAL=marginal,
+        BIAS=bias is not None, SAVE_LSE=save and sparse,
+        FEATURE_MAP=feature_map, PRECISION=precision(q), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if not save:
+        lse, kv_indices, classes, q_indices, q_offsets, state, z = (
+            x.new_empty(0) for x in (lse, kv_indices, classes, q_indices, q_offsets, state, z)
+        )
+    elif not sparse:
+        kv_indices = kv_indices.new_empty(0)
+    return o, lse, kv_indices, classes, q_indices, q_offsets, state, z

@@ -1,0 +1,282 @@
+"""The Triton kernels against the float64 reference, in the interpreter or on a GPU, and what they cost on cards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import assert_within_budget, make_proj, make_qkv, plain_attention, strided
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+
+from slagen import doctor  # noqa: E402
+from slagen.attention import sparse_linear_attention  # noqa: E402
+from slagen.attention.block_map import block_map, block_scores, critical_indices  # noqa: E402
+from slagen.attention.functional import choose_backend  # noqa: E402
+from slagen.config import SLAConfig  # noqa: E402
+from slagen.kernels import resources, selection  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [
+    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),  # the interpreter computes bfloat16 wrongly
+]
+DTYPES = [pytest.param(torch.float32, id="fp32"), *HALF]
+NAMES = ("o", "dq", "dk", "dv", "dweight", "dbias")
+
+
+def results(attend, inputs, do) -> tuple[torch.Tensor, ...]:
+    """o and the gradients of all inputs, through fresh leaves of the same strides."""
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
+    o = attend(*leaves)
+    return (o.detach(), *torch.autograd.grad(o, leaves, do))
+
+
+def check(shape, dtype, config: SLAConfig, view=lambda x: x, proj: bool = True) -> None:
+    """Forward and backward are within the error budget, for o and the gradient of every input."""
+    inputs = [view(x.to(DEVICE)) for x in make_qkv(shape, dtype)]
+    if proj:
+        inputs += [x.to(DEVICE) for x in make_proj(shape[3], dtype)]
+    do = make_qkv(shape, dtype, seed=2)[0].to(DEVICE)
+
+    def attend(backend):
+        def call(q, k, v, weight=None, bias=None):
+            return sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
+
+        return call
+
+    def plain(q, k, v, weight=None, bias=None):
+        return plain_attention(q, k, v, config, weight, bias)
+
+    actual = results(attend("triton"), inputs, do)
+    exact = results(attend("reference"), [x.double() for x in inputs], do.double())
+    for name, a, p, e in zip(NAMES, actual, results(plain, inputs, do), exact, strict=False):
+        assert a.isfinite().all(), name
+        # With one key the softmax is 1, and the gradient of its scores is a difference of equal sums.
+        assert_within_budget(name, a, p, e, unit=4.0 if shape[2] == 1 else 0.0)
+
+
+DOMAINS = [
+    pytest.param({"linear_domain": "all"}, id="all"),
+    pytest.param({"linear_domain": "marginal"}, id="marginal"),
+    pytest.param({"linear_domain": "marginal", "negligible": 0.3}, id="marginal-negligible"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_numbers(domain, dtype):
+    """A tail, three blocks of a size and a length that differ."""
+    check((2, 2, 75, 32), dtype, SLAConfig(sparsity=0.6, block_m=32, block_n=16, **domain))
+
+
+@pytest.mark.parametrize("domain", DOMAINS[:2])
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+def test_feature_maps(domain, feature_map):
+    check((1, 2, 70, 16), torch.float16, SLAConfig(0.6, feature_map=feature_map, block_m=16, block_n=32, **domain))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 64])
+def test_tails(length):
+    """Shorter than a block, whole blocks, and one token more."""
+    for domain in ("all", "marginal"):
+        check((1, 1, length, 16), torch.float32, SLAConfig(0.5, linear_domain=domain, block_m=16, block_n=16))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.99], ids=["all-blocks", "one-block"])
+def test_ends_of_sparsity(sparsity):
+    """With every block kept no block is marginal, and that linear branch is zero."""
+    for domain in ("all", "marginal"):
+        check((1, 2, 50, 16), torch.float16, SLAConfig(sparsity, linear_domain=domain, block_m=16, block_n=16))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_head_dimensions(head_dim):
+    """Where the state is multiplied with in pieces, and where a tile is smaller than a block."""
+    check((1, 1, 70, head_dim), torch.float16, SLAConfig(0.5, block_m=64, block_n=64))
+
+
+def test_marginal_at_head_dimension_256():
+    check((1, 1, 70, 256), torch.float32, SLAConfig(0.5, linear_domain="marginal", block_m=16, block_n=32))
+
+
+def test_blocks_of_128():
+    check((1, 1, 300, 16), torch.float16, SLAConfig(0.5, block_m=128, block_n=128))
+
+
+def test_strided_views():
+    """The (B, L, H, D) memory that Wan hands over, and rows that are not contiguous."""
+    config = SLAConfig(0.6, block_m=16, block_n=16)
+    check((2, 2, 40, 16), torch.float32, config, view=strided)
+    check((1, 2, 40, 16), torch.float32, config, view=lambda x: x.mT.contiguous().mT)
+
+
+def test_without_projection():
+    check((1, 2, 60, 32), torch.float16, SLAConfig(0.6, block_m=16, block_n=16), proj=False)
+
+
+@pytest.mark.parametrize("branches", ["sparse", "linear"])
+@pytest.mark.parametrize("domain", DOMAINS[:2])
+def test_one_branch(domain, branches):
+    config = SLAConfig(0.6, block_m=16, block_n=16, **domain)
+    inputs = [x.to(DEVICE) for x in (*make_qkv((1, 2, 60, 16), torch.float32), *make_proj(16, torch.float32))]
+    do = make_qkv((1, 2, 60, 16), torch.float32, seed=2)[0].to(DEVICE)
+    found = {}
+    for backend in ("triton", "torch"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        o = sparse_linear_attention(*leaves[:3], config, *leaves[3:], backend=backend, branches=branches)
+        grads = torch.autograd.grad(o, leaves, do, allow_unused=True)
+        found[backend] = [o, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))]
+    for name, a, e in zip(NAMES, found["triton"], found["torch"], strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_long_sums_stay_finite_in_float16():
+    """elu over many equal tokens: the plain sum of phi(k)^T v would pass 65,504."""
+    length = 4096
+    k = torch.full((1, 1, length, 16), 6.0, dtype=torch.float16, device=DEVICE)
+    q = torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    weight = torch.eye(16, device=DEVICE)
+    for domain in ("all", "marginal"):
+        config = SLAConfig(0.9, linear_domain=domain, feature_map="elu", block_m=128, block_n=128)
+        o = sparse_linear_attention(q, k, k, config, weight, backend="triton")
+        torch.testing.assert_close(o.float(), torch.full_like(o, 12.0).float(), rtol=2e-3, atol=0)
+
+
+def test_backward_is_repeatable():
+    config = SLAConfig(0.5, linear_domain="marginal", block_m=16, block_n=16)
+    inputs = [x.to(DEVICE) for x in (*make_qkv((1, 2, 60, 16), torch.float32), *make_proj(16, torch.float32))]
+
+    def attend(q, k, v, weight, bias):
+        return sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
+
+    do = torch.ones(1, 2, 60, 16, device=DEVICE)
+    first, second = results(attend, inputs, do), results(attend, inputs, do)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# The selection
+
+
+@pytest.mark.parametrize("columns", [5, 1030], ids=["one-step", "two-steps"])
+def test_selection_is_that_of_the_reference(columns):
+    """Ties, infinities, nan and both zeros included; the lists turn round to the columns' own."""
+    generator = torch.Generator().manual_seed(columns)
+    scores = torch.randn(3, 7, columns, generator=generator)
+    scores[1] = scores[1].round()  # many equal scores
+    scores[2, 0] = -scores[2, 0].abs()
+    scores[2, 1, :4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    scores[2, 2, 1] = torch.nan
+    config = SLAConfig(sparsity=0.7, negligible=0.2, linear_domain="marginal", block_m=16, block_n=16)
+    critical, negligible = config.num_critical(columns), config.num_negligible(columns)
+    kv_indices, classes = selection.select(scores.to(DEVICE), critical, negligible, classes=True)
+    clean = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)[None]
+    assert torch.equal(classes.cpu(), block_map(clean, config)[0])
+    assert torch.equal(kv_indices.cpu().long(), critical_indices(clean, config)[0])
+    q_indices, q_offsets = selection.column_lists(classes, critical)
+    for head in range(3):
+        for column in range(columns):
+            rows = q_indices[head, q_offsets[head, column] : q_offsets[head, column + 1]].cpu()
+            assert torch.equal(rows.long(), (classes[head, :, column].cpu() == 1).nonzero()[:, 0])
+
+
+def test_selects_the_blocks_of_the_torch_backend():
+    q, k, _ = make_qkv((2, 3, 200, 16), torch.float32)
+    config = SLAConfig(0.7, block_m=32, block_n=16)
+    scores = torch.bmm(selection.pool(q.to(DEVICE), 32), selection.pool(k.to(DEVICE), 16).mT)
+    kv_indices, _ = selection.select(scores, 3, 0, classes=False)
+    expected = critical_indices(block_scores(q, k, config), config)
+    assert torch.equal(kv_indices.cpu().view(2, 3, 7, -1)[..., :3].long(), expected[..., :3])
+
+
+# Where the kernels may run
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    q = torch.zeros(1, 1, 16, 16)
+    monkeypatch.setattr(resources, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="on cpu, and Triton needs a CUDA device.*Try torch or auto"):
+        choose_backend(q, "triton")
+    assert choose_backend(q) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("q", "complaint"),
+    [
+        (torch.zeros(1, 1, 16, 16, dtype=torch.float64), "not torch.float64"),
+        (torch.zeros(1, 1, 16, 48), "16, 32, 64, 128, 256, not 48"),
+    ],
+    ids=["float64", "head-dim-48"],
+)
+def test_refuses_what_it_cannot_compute(q, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        sparse_linear_attention(q, q, q, SLAConfig(), backend="triton")
+
+
+def test_operator_is_well_registered():
+    """Fake shapes and autograd hold, so that torch.compile and CUDA graphs can take the operator as it is."""
+    q, k, v = make_qkv((1, 2, 40, 16), torch.float32, requires_grad=True)
+    weight, bias = make_proj(16, torch.float32, requires_grad=True)
+    for domain, sparse in (("all", True), ("marginal", True), ("marginal", False)):
+        arguments = (q, k, v, weight, bias, 0.6, 0.0, domain, "softmax", 16, 16, 0.25, sparse, True)
+        torch.library.opcheck(
+            torch.ops.slagen.sla_forward.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_traces_into_one_graph():
+    """Nothing around the operator breaks torch.compile's graph, forward or backward."""
+    config = SLAConfig(0.6, block_m=16, block_n=16)
+    inputs = [x.to(DEVICE) for x in (*make_qkv((1, 2, 40, 16), torch.float32), *make_proj(16, torch.float32))]
+
+    def attend(q, k, v, weight, bias):
+        return sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
+
+    do = torch.ones(1, 2, 40, 16, device=DEVICE)
+    traced = results(torch.compile(attend, backend="aot_eager", fullgraph=True), inputs, do)
+    for a, e in zip(traced, results(attend, inputs, do), strict=True):
+        assert torch.equal(a, e)
+
+
+@pytest.mark.gpu
+def test_compiles_into_one_graph():
+    config = SLAConfig(0.6, block_m=64, block_n=64)
+    q, k, v = (x.cuda() for x in make_qkv((1, 2, 300, 64), torch.bfloat16))
+    weight, bias = (x.cuda() for x in make_proj(64, torch.float32))
+    eager = sparse_linear_attention(q, k, v, config, weight, bias)
+    attend = torch.compile(sparse_linear_attention, fullgraph=True)
+    assert torch.equal(attend(q, k, v, config, weight, bias), eager)
+
+
+@pytest.mark.gpu
+def test_is_captured_in_a_cuda_graph():
+    config = SLAConfig(0.6, block_m=64, block_n=64)
+    q, k, v = (x.cuda() for x in make_qkv((1, 2, 300, 64), torch.bfloat16))
+    weight, bias = (x.cuda() for x in make_proj(64, torch.float32))
+    eager = sparse_linear_attention(q, k, v, config, weight, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = sparse_linear_attention(q, k, v, config, weight, bias)
+    graph.replay()
+    assert torch.equal(o, eager)
+
+
+# What the kernels cost on cards that are not here
+
+
+def test_costs_on_every_card():
+    """No spill, shared memory within the card's, tensor cores in use; no row worse than the committed baseline."""
+    content = doctor.kernel_costs()
+    rows = content["kernels"]
+    assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+    assert {row["head_dim"] for row in rows} == {64, 128}
+    assert [row for row in rows if row["faults"]] == []
+    assert all(row["registers"] > 0 for row in rows)
+    baseline = json.loads((Path(__file__).parent / "kernel_costs.json").read_text())
+    if content["triton"] != baseline["triton"]:
+        pytest.skip(f"the baseline is of Triton {baseline['triton']}, here is {content['triton']}")
+    known = {(r["kernel"], r["target"], r["head_dim"]): r for r in baseline["kernels"]}
+    for row in rows:
+        before = known[row["kernel"], row["target"], row["head_dim"]]
+        assert row["shared_bytes"] <= before["shared_bytes"], row
+        assert row["registers"] <= before["registers"] + 8, row
