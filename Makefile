@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check evaluate bench clean
+.PHONY: demo test check evaluate bench gpu clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,10 +24,13 @@ check: $(STAMP)  ## lint and type-check
 	$(BIN)/mypy
 
 evaluate: $(STAMP)  ## the table of weights/README.md: 64 held-out prompts on the bundled weights
-	$(BIN)/python scripts/tiny_wan/evaluate.py
+	$(BIN)/python scripts/tiny_wan/evaluate.py --dtype bf16
 
 bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 	$(BIN)/python benchmarks/attention_cpu.py
+
+gpu: $(STAMP)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
+	$(BIN)/python scripts/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist

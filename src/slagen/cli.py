@@ -4,12 +4,22 @@ import os
 import re
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
 from slagen import __version__
-from slagen.config import Attention, Backend, Dtype, GenerateConfig, Timing
+from slagen.config import (
+    Attention,
+    Backend,
+    BenchConfig,
+    Dtype,
+    FeatureMap,
+    GenerateConfig,
+    LinearDomain,
+    RandomInit,
+    Timing,
+)
 from slagen.errors import SlagenError, UsageError
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
@@ -110,7 +120,7 @@ def generate(
         int | None, typer.Option(help="Same seed, same video. Random (-1) unless given.", rich_help_panel=SAMPLING)
     ] = None,
     dtype: Annotated[
-        Dtype,
+        str,
         typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=SAMPLING),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)] = "auto",
@@ -188,7 +198,7 @@ def generate(
         flow_shift=flow_shift,
         seed=None if seed == -1 else seed,
         num_videos=num_videos,
-        dtype=dtype,
+        dtype=parse_dtype(dtype),
         device=device,
         timing=timing,
         output=output,
@@ -204,6 +214,154 @@ def generate(
     console.show_videos(result, as_json)
 
 
+WHAT, HOW = "What to measure", "How to measure"
+
+
+@app.command(context_settings=CONTEXT)
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=WHAT,
+            show_default=False,
+            help="wan-1.3b-480p, wan-1.3b-720p, wan-14b-480p, wan-14b-720p, tiny-wan, or batch x heads x tokens x head "
+            "dimension, such as 1x12x8192x128. May be repeated. Default: wan-1.3b-480p.",
+        ),
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None,
+        typer.Option(
+            rich_help_panel=WHAT,
+            show_default=False,
+            help="May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; for a model 0.95.",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            rich_help_panel=WHAT,
+            show_default=False,
+            help="sla, sparse, sdpa, sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math, flash-attn, sage, flex or "
+            "sla-public. May be repeated. Default: all.",
+        ),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(
+            rich_help_panel=WHAT,
+            show_default=False,
+            help="Tokens, for the length sweep; may be repeated. Default: doubling from 1,024 up to the shape's.",
+        ),
+    ] = None,
+    length_sweep: Annotated[
+        bool, typer.Option("--length-sweep/--no-length-sweep", help="Time shorter sequences too.", rich_help_panel=WHAT)
+    ] = True,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", rich_help_panel=WHAT, help="Time this model's denoising loop: a preset, folder or hub id."
+        ),
+    ] = None,
+    random_init: Annotated[
+        RandomInit | None,
+        typer.Option(help="The same for a random Wan of true size: wan-1.3b or wan-14b.", rich_help_panel=WHAT),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Width x height of the loop, in pixels.", rich_help_panel=WHAT, metavar="WxH")
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Video frames of the loop.", rich_help_panel=WHAT)] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the loop.", rich_help_panel=WHAT)] = 4,
+    backend: Annotated[
+        Backend, typer.Option(help="SLA's implementation: auto, reference, torch or triton.", rich_help_panel=HOW)
+    ] = "auto",
+    linear_domain: Annotated[
+        LinearDomain, typer.Option(help="What the linear branch sees: all or marginal.", rich_help_panel=HOW)
+    ] = "all",
+    feature_map: Annotated[FeatureMap, typer.Option(help="softmax, elu or relu.", rich_help_panel=HOW)] = "softmax",
+    block_m: Annotated[int, typer.Option(help="Query rows of a block.", rich_help_panel=HOW)] = 64,
+    block_n: Annotated[int, typer.Option(help="Key columns of a block.", rich_help_panel=HOW)] = 64,
+    dtype: Annotated[
+        str, typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=HOW)
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=HOW)] = "auto",
+    backward: Annotated[
+        bool | None,
+        typer.Option(
+            "--backward/--no-backward", help="Time the backward pass too. Default: on CUDA.", rich_help_panel=HOW
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each measurement.", rich_help_panel=HOW)] = 2.0,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="A folder for bench.json, .md, .png and .svg.", rich_help_panel=OUTPUT),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Time SLA against dense attention and other sparse attention on this machine; what is wrong is not timed.
+
+    Example: slagen bench --shape 1x12x8192x128 --sparsity 0.95 --output results
+    """
+    width, height = parse_size(size)
+    config = BenchConfig(
+        shapes=tuple(shape or ["wan-1.3b-480p"]),
+        sparsities=tuple(sparsity or ()),
+        methods=tuple(method or ()),
+        backend=backend,
+        linear_domain=linear_domain,
+        feature_map=feature_map,
+        block_m=block_m,
+        block_n=block_n,
+        dtype=parse_dtype(dtype),
+        device=device,
+        backward=backward,
+        lengths=tuple(length) if length else None if length_sweep else (),
+        seconds=seconds,
+        model=model,
+        random_init=random_init,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        steps=steps,
+        output=output,
+    )
+    from slagen import bench as task
+    from slagen import console
+
+    result = task.bench(config, console.note)
+    console.show_bench(result, as_json)
+
+
+@app.command(context_settings=CONTEXT)
+def doctor(
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Compile every kernel for every card: shared memory, registers, spills."),
+    ] = False,
+    require_gpu: Annotated[
+        bool, typer.Option("--require-gpu", help="Exit with code 4 where there is no usable GPU.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Say what this machine can do, and what to mend.
+
+    Example: slagen doctor --kernels
+    """
+    from slagen import console
+    from slagen import doctor as task
+
+    if kernels:
+        content = task.kernel_costs(console.note)
+        console.show_kernels(content, as_json)
+        task.check_kernels(content)
+        return
+    findings = task.examine()
+    console.show_findings(findings, as_json)
+    if require_gpu:
+        task.check_gpu(findings)
+
+
 def read_prompt(words: str | None, option: str | None) -> str:
     """The prompt from the argument, the option or stdin. Raises UsageError if two or none are given."""
     if words is not None and option is not None:
@@ -214,6 +372,15 @@ def read_prompt(words: str | None, option: str | None) -> str:
     if text == "-":
         text = sys.stdin.read()
     return text.strip()
+
+
+def parse_dtype(text: str) -> Dtype:
+    """A dtype by its short name, or by PyTorch's. Raises UsageError."""
+    full = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+    name = full.get(text.lower(), text.lower())
+    if name not in get_args(Dtype):
+        raise UsageError(f"dtype is {text!r}, but must be one of {', '.join(get_args(Dtype))}. Try --dtype auto.")
+    return cast(Dtype, name)
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

@@ -261,3 +261,95 @@ class GenerateConfig:
             raise UsageError("dense attention runs the base weights, so it takes no SLA weights. Leave --weights out.")
         if self.attention == "dense" and self.backend != "auto":
             raise UsageError(f"--backend {self.backend} is for SLA, but the attention is dense. Leave --backend out.")
+
+
+# Self-attention calls of real models: batch, heads, tokens, head dimension.
+SHAPES = {
+    "wan-1.3b-480p": (1, 12, 32760, 128),  # 832x480, 81 frames
+    "wan-1.3b-720p": (1, 12, 75600, 128),  # 1280x720, 81 frames
+    "wan-14b-480p": (1, 40, 32760, 128),
+    "wan-14b-720p": (1, 40, 75600, 128),
+    "tiny-wan": (1, 4, 320, 64),
+}
+RandomInit = Literal["wan-1.3b", "wan-14b"]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """One call of `slagen bench`.
+
+    Args:
+        shapes: names of SHAPES, or "BxHxLxD". Not used with `model` or `random_init`.
+        sparsities: which to measure; empty sweeps 0.8, 0.9, 0.95 and 0.97 for a shape, and 0.95 for a model.
+        methods: names of `slagen.bench.METHODS`; empty is all that run here.
+        backend: which implementation of SLA.
+        linear_domain, feature_map, block_m, block_n: as in SLAConfig.
+        dtype: "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda" or "cuda:N".
+        backward: also time the backward pass; None does on CUDA.
+        lengths: token counts of the length sweep; None doubles from 1,024 up to the shape's, () sweeps none.
+        seconds: time for each measurement, at least three repeats.
+        model: time the denoising loop of this preset, folder or hub id instead.
+        random_init: the same for a randomly initialised Wan of this size.
+        size, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
+        output: a folder for bench.json, bench.md, bench.png and bench.svg; None writes nothing.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    shapes: tuple[str, ...] = ("wan-1.3b-480p",)
+    sparsities: tuple[float, ...] = ()
+    methods: tuple[str, ...] = ()
+    backend: Backend = "auto"
+    linear_domain: LinearDomain = "all"
+    feature_map: FeatureMap = "softmax"
+    block_m: int = 64
+    block_n: int = 64
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    backward: bool | None = None
+    lengths: tuple[int, ...] | None = None
+    seconds: float = 2.0
+    model: str | None = None
+    random_init: RandomInit | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    steps: int = 4
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.random_init is not None:
+            raise UsageError("--model and --random-init both say which model to time. Give one of them.")
+        for shape in self.shapes:
+            parse_shape(shape)
+        for sparsity in self.sparsities or (0.95,):
+            self.sla(sparsity)  # checks the fraction and the blocks
+        if any(length < 1 for length in self.lengths or ()):
+            raise UsageError(f"lengths are {self.lengths}, but a sequence has at least 1 token. Try --lengths 4096.")
+        if not 0 < self.seconds < math.inf:
+            raise UsageError(f"seconds is {self.seconds}, but must be above 0. Try --seconds 2.")
+        if self.steps < 1:
+            raise UsageError(f"steps is {self.steps}, but must be at least 1. Try --steps 4.")
+
+    def sla(self, sparsity: float) -> SLAConfig:
+        """The attention that is measured at one sparsity."""
+        return SLAConfig(
+            sparsity=sparsity,
+            linear_domain=self.linear_domain,
+            feature_map=self.feature_map,
+            block_m=self.block_m,
+            block_n=self.block_n,
+        )
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """(B, H, L, D) of a name in SHAPES or of "BxHxLxD". Raises UsageError."""
+    if text in SHAPES:
+        return SHAPES[text]
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,7})x(\d{1,4})", text.strip().lower())
+    sizes = tuple(int(number) for number in match.groups()) if match else ()
+    if len(sizes) != 4 or 0 in sizes:
+        raise UsageError(
+            f"shape is {text!r}, but must be one of {', '.join(SHAPES)}, or batch x heads x tokens x head dimension. "
+            "Try --shape 1x12x8192x128."
+        )
+    return sizes  # type: ignore[return-value]

@@ -86,7 +86,8 @@ def show_report(content: dict[str, Any]) -> None:
         fractions = attention["fractions"]
         what += (
             f", {attention['key_blocks']} key blocks of {attention['block_n']}: {attention['critical']} critical "
-            f"({fractions['critical']:.1%}), {attention['marginal']} marginal, {attention['negligible']} negligible"
+            f"({fractions['critical']:.1%}), {attention['marginal']} marginal, {attention['negligible']} negligible; "
+            f"{attention['backend']} backend"
         )
     stderr.print(what, soft_wrap=True)
     stderr.print(f"weights: {content['weights']['used']}, model {content['weights']['model']}", soft_wrap=True)
@@ -107,6 +108,69 @@ def show_report(content: dict[str, Any]) -> None:
     stderr.print(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}", soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """A line about what is going on, on stderr."""
+    stderr.print(f"[dim]note:[/] {escape(text)}", soft_wrap=True)
+
+
+def show_bench(result: Any, as_json: bool) -> None:
+    """Print what `bench` measured: a table on stdout, or JSON alone."""
+    content = result.content
+    if as_json:
+        write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    about = content["machine"]
+    out = _stdout()
+    out.print(
+        f"{escape(about['name'])}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s",
+        soft_wrap=True,
+    )
+    for columns, rows in result.tables:
+        if rows:
+            table = Table(box=None, pad_edge=False, header_style="dim")
+            for column in columns:
+                table.add_column(column, no_wrap=True)
+            for row in rows:
+                table.add_row(*map(escape, row))
+            out.print(table)
+    for verdict in result.verdicts:
+        out.print(verdict, soft_wrap=True)
+    for path in result.files:
+        write(str(path))
+
+
+def show_findings(findings: list[Any], as_json: bool) -> None:
+    """Print what `doctor` found: a table on stdout, or JSON alone."""
+    if as_json:
+        write(json.dumps({"findings": [vars(finding) for finding in findings]}, indent=2, ensure_ascii=False))
+        return
+    colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in findings:
+        status = f"[{colours[finding.status]}]{finding.status}[/]"
+        table.add_row(status, finding.name, escape(finding.found + (f"\n{finding.fix}" if finding.fix else "")))
+    _stdout().print(table)
+
+
+def show_kernels(content: dict[str, Any], as_json: bool) -> None:
+    """Print what the kernels cost on each card: a table on stdout, or JSON alone."""
+    if as_json:
+        write(json.dumps(content, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spill bytes", "mma", ""):
+        table.add_column(name)
+    for row in content["kernels"]:
+        config = row["config"]
+        tile = f"{config['tile_m']}x{config['tile_n']}, " if "tile_m" in config else ""
+        table.add_row(
+            row["kernel"], row["target"], str(row["head_dim"]), f"{tile}{config['num_warps']}, {config['num_stages']}",
+            f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit'] // 1024}", str(row["registers"]),
+            str(row["spill_bytes"]), row["mma"] or "", "; ".join(row["faults"]),
+        )  # fmt: skip
+    _stdout().print(table)
+
+
 def show_error(message: str) -> None:
     """One message on stderr, prefixed so that it is found in a log."""
     stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
@@ -116,6 +180,12 @@ def write(text: str) -> None:
     """A line of result on stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def _stdout() -> Console:
+    """Stdout as a terminal is wide, or wide enough for every table where it is none."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=160)
 
 
 def _step_table(steps: list[dict[str, Any]]) -> Table:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -22,15 +21,14 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from slagen import report
-from slagen.attention.functional import Branches
-from slagen.config import GenerateConfig, SLAConfig
+from slagen import machine, report
+from slagen.attention.functional import Branches, choose_backend
+from slagen.config import Backend, GenerateConfig, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import part_path, write_mp4
 from slagen.wan.checkpoints import FILE_NAME, SLAMetadata, apply_sla, load_sla, read_metadata, weights_hash
 from slagen.wan.loading import (
-    DTYPES,
     ModelSource,
     decode_latents,
     load_pipeline,
@@ -80,6 +78,7 @@ class Plan:
     num_tokens: int
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    backend: str | None = None  # what SLA will run on; None where the attention is dense
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,7 +103,7 @@ class Plan:
             "flow_shift": c.flow_shift,
             "seed": c.seed,
             "num_videos": c.num_videos,
-            "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
+            "dtype": next(name for name, dtype in machine.DTYPES.items() if dtype == self.dtype),
             "device": str(self.device),
             "timing": c.timing,
             "output": c.output,
@@ -162,8 +161,8 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
 
 def make_plan(config: GenerateConfig) -> Plan:
     """Fill in every default and check all that can be checked without reading weights. Raises SlagenError."""
-    device = pick_device(config.device)
-    dtype = _pick_dtype(config.dtype, device)
+    device = machine.pick_device(config.device)
+    dtype = machine.pick_dtype(config.dtype, device)
     source = resolve_model(config.model, device.type)
     defaults = source.defaults
     notes, warnings = [], []
@@ -206,33 +205,19 @@ def make_plan(config: GenerateConfig) -> Plan:
                 f"sparsity {sla.sparsity:g} -> {counts['critical']} of {counts['key_blocks']} key blocks "
                 "per query block"
             )
-    return Plan(config, source, device, dtype, sla, sla_path, num_tokens, notes, warnings)
+    backend = None
+    if sla is not None:
+        backend = _pick_backend(config.backend, source.head_dim, device, dtype)
+        notes.append(f"SLA runs on the {backend} backend")
+    return Plan(config, source, device, dtype, sla, sla_path, num_tokens, notes, warnings, backend)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that a name means: "auto" is CUDA where there is one. Raises UsageError or EnvironmentProblem."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def _pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that SLA will run on. Raises EnvironmentProblem where a named one can not."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N. Try --device auto.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EnvironmentProblem(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
-            "Try --device cpu, or install a CUDA build of PyTorch."
-        )
-    return device
-
-
-def _pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name != "auto":
-        return DTYPES[name]
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), name)
+    except ValueError as error:
+        raise EnvironmentProblem(str(error)) from error
 
 
 def _plan_attention(config: GenerateConfig, source: ModelSource) -> tuple[SLAConfig | None, Path | None]:
@@ -383,7 +368,7 @@ def _report(
     else:
         counts = report.block_counts(sla, plan.num_tokens)
         fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
-        attention |= {**sla.to_dict(), **counts, "fractions": fractions}
+        attention |= {**sla.to_dict(), **counts, "fractions": fractions, "backend": plan.backend}
         flops = report.sla_attention_flops(
             shape, plan.num_tokens, sla, sparse=config.attention != "linear", linear=config.attention != "sparse"
         )
@@ -397,54 +382,18 @@ def _report(
         },
         "settings": plan.settings,
         "versions": report.versions(),
-        "device": describe_device(plan.device),
+        "device": machine.describe_device(plan.device),
         "weights": weights,
         "latents_hash": hashlib.sha256(latents.numpy().tobytes()).hexdigest(),
         "attention": attention,
         "stages_s": {**stages, "total": sum(stages.values())},
         "since_process_start_s": time.time() - psutil.Process().create_time(),
-        "peak_memory_gib": peak_memory_gib(plan.device),
+        "peak_memory_gib": machine.peak_memory_gib(plan.device),
         "steps": report.step_section(steps),
         "layers": report.layer_section(steps),
         "cost": report.cost_section(shape, plan.num_tokens, passes, flops, steps),
         "timing": report.timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
     }  # fmt: skip
-
-
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """The device and its host, for reports: name, memory in GiB, cores, threads."""
-    host = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-    if device.type != "cuda":
-        return {"type": "cpu", "name": host["cpu"], **host}
-    card = torch.cuda.get_device_properties(device)
-    return {"type": "cuda", "name": card.name, "memory_gib": card.total_memory / 2**30,
-            "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda, **host}  # fmt: skip
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory held so far, in GiB: of the card on CUDA, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    info = psutil.Process().memory_info()
-    peak = getattr(info, "peak_wset", None)  # Windows
-    if peak is None:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    return peak / 2**30
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _claim_paths(plan: Plan) -> list[Path]:

@@ -155,11 +155,15 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file beside its final name and rename it."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its final name and rename it."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("w", encoding="utf-8") as handle:
-            json.dump(content, handle, indent=2, ensure_ascii=False, allow_nan=False)
-            handle.write("\n")
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(part, path)

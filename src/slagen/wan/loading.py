@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
@@ -23,7 +23,6 @@ PRESETS = {
     "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 
@@ -37,6 +36,7 @@ class ModelSource:
     defaults: ModelDefaults
     spatial_grid: int  # height and width must be multiples of this many pixels
     temporal_factor: int  # video frames a latent frame
+    head_dim: int  # of the transformer's attention
 
     def num_tokens(self, width: int, height: int, num_frames: int) -> int:
         """L, the length of the self-attention sequence; sizes in pixels and video frames."""
@@ -109,6 +109,33 @@ def load_pipeline(source: ModelSource, device: torch.device, dtype: torch.dtype)
     tie_embeddings(pipe.text_encoder, tensors["text_encoder"])
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)
+    return pipe
+
+
+# Wan2.1 text-to-video (config.json of the public checkpoints); 1.3B and 14B differ in these.
+RANDOM_INIT = {
+    "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
+    "wan-14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+}
+
+
+def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> WanPipeline:
+    """A Wan of a true size with random weights and nothing else: what it computes is noise, what it costs is real."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            transformer = WanTransformer3DModel(
+                attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
+                cross_attn_norm=True, qk_norm="rms_norm_across_heads", patch_size=(1, 2, 2), **RANDOM_INIT[name],
+            )  # fmt: skip
+    finally:
+        torch.set_default_dtype(before)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+    )
+    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer.eval(), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -188,7 +215,8 @@ def _describe(folder: Path, name: str) -> ModelSource:
             raise WeightsError(f"{folder / 'slagen.json'}: {error}") from error
     _, patch_height, patch_width = transformer.get("patch_size", (1, 2, 2))
     grid = vae.get("scale_factor_spatial", 8) * max(patch_height, patch_width)
-    return ModelSource(folder, name, defaults, grid, vae.get("scale_factor_temporal", 4))
+    factor = vae.get("scale_factor_temporal", 4)
+    return ModelSource(folder, name, defaults, grid, factor, transformer.get("attention_head_dim", 128))
 
 
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""Everything that only a GPU can tell: `make gpu` on a bare machine with one CUDA card.
+
+    python scripts/gpu.py                  all parts that have no result yet, in order
+    python scripts/gpu.py --part sweep     one part, again
+    python scripts/gpu.py --tables         the README's tables, from the results of every card
+
+Each part runs in a process of its own, ends within nine minutes, and leaves one JSON file in
+benchmarks/results/<card>/; a part whose file is there is skipped, so a run that was cut short goes on. The training of
+the bundled model is not among the parts unless it is asked for with --part tiny: it takes what time it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+LIMIT_S = 9 * 60
+SLAGEN = [sys.executable, "-m", "slagen"]
+SWEEP = {  # kernel -> tiles to try: query rows, key columns, warps, stages
+    "attend": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2),
+               (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 2), (64, 64, 8, 3), (64, 32, 4, 3)],
+    "states": [(64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 8, 3), (32, 32, 8, 2), (32, 32, 4, 3), (64, 64, 4, 2)],
+    "dq": [(128, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3)],
+    "dkv": [(64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2)],
+}  # fmt: skip
+
+
+def bench(*options: str, name: str, folder: Path) -> None:
+    """One `slagen bench`, whose JSON becomes the part's result and whose files lie in a folder of its name."""
+    command = [*SLAGEN, "bench", *options, "--output", str(folder / name)]
+    subprocess.run(command, check=True, timeout=LIMIT_S)
+    (folder / f"{name}.json").write_text((folder / name / "bench.json").read_text())
+
+
+def tests(folder: Path) -> None:
+    """The tests that need a GPU, bf16 among them."""
+    command = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "-k", "not costs", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
+    print(result.stdout[-3000:], flush=True)
+    save(folder / "tests.json", {"exit_code": result.returncode, "output": result.stdout.splitlines()[-40:]})
+
+
+def sweep(folder: Path) -> None:
+    """Time every candidate tile of every kernel, forward or backward as a whole, and name the fastest."""
+    import torch
+
+    from slagen.attention import sparse_linear_attention
+    from slagen.config import SLAConfig
+    from slagen.kernels import resources
+
+    rows, began = [], time.monotonic()
+    table = {kernel: list(entries) for kernel, entries in resources.TABLE.items()}
+    for head_dim, block_m in ((128, 64), (128, 128), (64, 64)):
+        config = SLAConfig(0.95, block_m=block_m, block_n=64)
+        drawn = [torch.randn(1, 12, 32760, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        proj = torch.randn(head_dim, head_dim, device="cuda") * head_dim**-0.5, torch.randn(head_dim, device="cuda")
+        for kernel, candidates in SWEEP.items():
+            for tile in candidates:
+                if time.monotonic() - began > LIMIT_S - 60:
+                    print("out of time: the rest is left out", flush=True)
+                    break
+                resources.TABLE = {**table, kernel: [(1 << 30, 0, resources.Tiles(*tile))]}
+                backward = kernel in ("dq", "dkv")
+                try:
+                    value = time_call(sparse_linear_attention, drawn, config, proj, backward)
+                except Exception as error:  # a tile that a card can not run is a result of the sweep
+                    rows.append({"kernel": kernel, "head_dim": head_dim, "block_m": block_m, "tile": tile,
+                                 "ms": None, "reason": f"{type(error).__name__}: {error}"[:200]})  # fmt: skip
+                    continue
+                rows.append({"kernel": kernel, "head_dim": head_dim, "block_m": block_m, "tile": tile, "ms": value})
+                print(rows[-1], flush=True)
+    resources.TABLE = table
+    save(folder / "sweep.json", {"rows": rows})
+
+
+def time_call(attend, drawn, config, proj, backward: bool) -> float:
+    """Median milliseconds of 15 calls, forward or forward and backward."""
+    import statistics
+
+    import torch
+
+    q, k, v, do = drawn
+    if backward:
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    times = []
+    for i in range(18):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        o = attend(q, k, v, config, *proj, backend="triton")
+        if backward:
+            torch.autograd.grad(o, (q, k, v), do)
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def tiny(folder: Path) -> None:
+    """Make the bundled model, each stage in the time that is left of nine minutes; run it again to go on."""
+    scripts = ROOT / "scripts" / "tiny_wan"
+    work = ["--work", str(ROOT / "build" / "tiny-wan")]
+    for stage in (["train_vae.py", "--minutes", "2"], ["encode.py"], ["train_dit.py"], ["train_sla.py"], ["export.py"]):
+        subprocess.run([sys.executable, str(scripts / stage[0]), *stage[1:], *work], check=True, timeout=LIMIT_S)
+    result = folder / "tiny.json"
+    subprocess.run([sys.executable, str(scripts / "evaluate.py"), "--json", str(result)], check=True, timeout=LIMIT_S)
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a result with card, date and versions, whole or not at all."""
+    import torch
+
+    from slagen import report
+    from slagen.machine import describe_device
+
+    about = {
+        "machine": {**describe_device(torch.device("cuda")), "versions": report.versions()},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    report.write_json(path, {**about, **content})
+
+
+def loop(name: str, folder: Path, *options: str) -> None:
+    bench("--random-init", "wan-1.3b", "--steps", "4", *options, name=name, folder=folder)
+
+
+PARTS = {
+    "tests": tests,
+    "sweep": sweep,
+    "bench-1.3b-480p": lambda folder: bench("--shape", "wan-1.3b-480p", "--sparsity", "0.9", "--sparsity", "0.95",
+                                            "--sparsity", "0.97", "--seconds", "1",
+                                            name="bench-1.3b-480p", folder=folder),
+    "bench-1.3b-720p": lambda folder: bench("--shape", "wan-1.3b-720p", "--sparsity", "0.95", "--no-length-sweep",
+                                            "--seconds", "1", name="bench-1.3b-720p", folder=folder),
+    "bench-14b-720p": lambda folder: bench("--shape", "wan-14b-720p", "--sparsity", "0.95", "--no-length-sweep",
+                                           "--no-backward", "--seconds", "1", name="bench-14b-720p", folder=folder),
+    "bench-marginal": lambda folder: bench("--shape", "wan-1.3b-480p", "--sparsity", "0.95", "--linear-domain",
+                                           "marginal", "--method", "sla", "--method", "sdpa-flash", "--no-length-sweep",
+                                           name="bench-marginal", folder=folder),
+    "loop-1.3b-480p": lambda folder: loop("loop-1.3b-480p", folder),
+    "tiny": tiny,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=list(PARTS), action="append", help="only this part, even if it has a result")
+    parser.add_argument("--tables", action="store_true", help="print Markdown tables of the results and stop")
+    args = parser.parse_args()
+    if args.tables:
+        print_tables()
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("make gpu needs a CUDA device, and PyTorch sees none. Try slagen bench --device cpu.")
+    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder = RESULTS / card
+    folder.mkdir(parents=True, exist_ok=True)
+    names = args.part or [name for name in PARTS if name != "tiny" and not (folder / f"{name}.json").exists()]
+    failed = []
+    for name in names:
+        began = time.monotonic()
+        print(f"== {name}", flush=True)
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        command = [sys.executable, "-c", f"import gpu, pathlib; gpu.PARTS[{name!r}](pathlib.Path({str(folder)!r}))"]
+        try:
+            subprocess.run(command, check=True, timeout=LIMIT_S, cwd=ROOT / "scripts", env=environment)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            failed.append(name)
+            print(f"{name} failed: {error}", flush=True)
+        print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}. The others have results; make gpu tries again.")
+
+
+def print_tables() -> None:
+    """Every bench result as the README shows it."""
+    from slagen.bench import BenchResult, markdown
+
+    for path in sorted(RESULTS.glob("*/*.json")):
+        content = json.loads(path.read_text())
+        if "break_even_tokens" in content:
+            print(f"<!-- {path.relative_to(ROOT)} -->\n{markdown(BenchResult(content))}")
+
+
+if __name__ == "__main__":
+    main()

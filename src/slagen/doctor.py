@@ -1,0 +1,183 @@
+"""What this machine can do for slagen, and what to mend; and what the kernels cost on cards that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slagen.attention.fused import trial, unsupported
+from slagen.config import SLAConfig
+from slagen.errors import EnvironmentProblem, GateError, SlagenError
+
+HUB_GIB = {"wan2.1-1.3b": 28, "wan2.1-14b": 80}  # about what a download and its use take; unverified
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `status`: "ok", "note" (works without it) or "problem"; `fix`: what to do."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at packages, device, kernels, bundled model, hub cache and disk. Downloads nothing."""
+    return [
+        Finding("python", "ok", sys.version.split()[0]),
+        _package("torch", "pip install torch"),
+        _package("triton", "pip install triton (Linux only; it comes with torch's CUDA builds)", needed=False),
+        _package("diffusers", "pip install diffusers"),
+        _package("transformers", "pip install transformers"),
+        _package("ftfy", "pip install ftfy: without it prompts are cleaned wrongly"),
+        *_gpu(),
+        _kernels(),
+        _bundled_model(),
+        *_disk(),
+    ]
+
+
+def _package(name: str, fix: str, needed: bool = True) -> Finding:
+    try:
+        return Finding(name, "ok", version(name))
+    except PackageNotFoundError:
+        return Finding(name, "problem" if needed else "note", "not installed", fix)
+
+
+def _gpu() -> list[Finding]:
+    if not torch.cuda.is_available():
+        reason = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
+        fix = "none is needed for the bundled model; for Wan2.1, a card, its driver and a CUDA build of PyTorch"
+        return [Finding("gpu", "note", f"none: {reason}", fix)]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        bf16 = (card.major, card.minor) >= (8, 0)
+        shared = getattr(card, "shared_memory_per_block_optin", card.shared_memory_per_block)
+        text = (
+            f"{card.name}, capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, "
+            f"{shared // 1024} KiB shared memory, bf16 {'yes' if bf16 else 'no'}"
+        )
+        fix = "" if bf16 else "use --dtype fp16: this card has no bf16"
+        found.append(Finding(f"gpu {index}", "ok" if bf16 else "note", text, fix))
+    found.append(Finding("cuda", "ok", f"{torch.version.cuda}, driver {_driver()}"))
+    return found
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown (no nvidia-smi)"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]
+
+
+def _kernels() -> Finding:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    probe = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+    reason = unsupported(probe)
+    if reason is not None:
+        return Finding("kernels", "note", f"the torch backend is used: {reason}")
+    for domain in ("all", "marginal"):
+        wrong = trial(probe, SLAConfig(linear_domain=domain))  # type: ignore[arg-type]
+        if wrong is not None:
+            return Finding(
+                "kernels", "problem", f"Triton, domain {domain}: {wrong}", "use --backend torch, and tell us"
+            )
+    return Finding("kernels", "ok", "Triton, forward and backward agree with the reference in both domains")
+
+
+def _bundled_model() -> Finding:
+    """Load the bundled model, which also checks that its UMT5 embedding is tied."""
+    from slagen.wan.loading import load_pipeline, resolve_model
+
+    try:
+        source = resolve_model("tiny-wan", "cpu")
+        pipe = load_pipeline(source, torch.device("cpu"), torch.float32)
+    except SlagenError as error:
+        return Finding("bundled model", "problem", str(error), "install slagen again")
+    encoder = pipe.text_encoder
+    tied = encoder.encoder.embed_tokens.weight is encoder.shared.weight
+    if not tied:
+        return Finding("bundled model", "problem", "UMT5's embed_tokens is not tied: it would make noise", "tell us")
+    return Finding("bundled model", "ok", f"{source.folder}, UMT5 embedding tied")
+
+
+def _disk() -> list[Finding]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    found = Finding("hub cache", "ok", f"{cache}, {free:.0f} GiB free")
+    if free < HUB_GIB["wan2.1-1.3b"]:
+        fix = f"Wan2.1-1.3B takes about {HUB_GIB['wan2.1-1.3b']} GiB: free some, or set HF_HOME to another disk"
+        found = Finding("hub cache", "note", found.found, fix)
+    return [found]
+
+
+def check_gpu(findings: list[Finding]) -> None:
+    """Raise EnvironmentProblem unless a GPU was found."""
+    missing = next((finding for finding in findings if finding.name == "gpu"), None)
+    if missing is not None:
+        raise EnvironmentProblem(f"--require-gpu was given, but there is {missing.found}. {missing.fix.capitalize()}.")
+
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+COMPILE = (
+    "import json, sys; from slagen.kernels.inspection import kernel_costs\n"
+    "print(json.dumps([{**c.to_dict(), 'faults': c.faults()} for c in kernel_costs((int(sys.argv[1]),))]))"
+)
+
+
+def kernel_costs(on_note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Compile every kernel for every card, each card in a process of its own where Triton's interpreter is off.
+
+    Returns: {"triton": version, "kernels": [row, ...]}; a row's `faults` say which limits it breaks.
+    Raises: EnvironmentProblem without Triton, SlagenError when a kernel does not compile.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise EnvironmentProblem("Triton is not installed, so no kernel compiles. Try pip install triton (Linux only).")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compile_for(target: int) -> list[dict[str, Any]]:
+        on_note(f"compiling for sm_{target}")
+        command = [sys.executable, "-c", COMPILE, str(target)]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if result.returncode:
+            last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+            raise SlagenError(f"the kernels do not compile for sm_{target}: {last}")
+        return json.loads(result.stdout)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for rows in pool.map(compile_for, TARGETS) for row in rows]
+    return {"triton": version("triton"), "kernels": rows}
+
+
+def check_kernels(content: dict[str, Any]) -> None:
+    """Raise GateError if a row breaks a limit of its card."""
+    broken = [row for row in content["kernels"] if row["faults"]]
+    if broken:
+        row = broken[0]
+        raise GateError(
+            f"{len(broken)} of {len(content['kernels'])} kernels break a limit; the first is {row['kernel']} on "
+            f"{row['target']}, head dimension {row['head_dim']}: {'; '.join(row['faults'])}."
+        )
+
+
+def to_json(findings: list[Finding]) -> list[dict[str, str]]:
+    """The findings, ready for JSON."""
+    return [asdict(finding) for finding in findings]

@@ -1,0 +1,78 @@
+"""Which machine this is, which of its devices runs, and how much memory a run took."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from slagen.errors import EnvironmentProblem, UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """The device and its host, for reports: name, memory in GiB, cores, threads."""
+    host = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+    if device.type != "cuda":
+        return {"type": "cpu", "name": host["cpu"], **host}
+    card = torch.cuda.get_device_properties(device)
+    return {"type": "cuda", "name": card.name, "memory_gib": card.total_memory / 2**30,
+            "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda, **host}  # fmt: skip
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far, in GiB: of the card on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", None)  # Windows
+    if peak is None:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return peak / 2**30
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a name means: "auto" is CUDA where there is one. Raises UsageError or EnvironmentProblem."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N. Try --device auto.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            f"device is {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+            "Try --device cpu, or install a CUDA build of PyTorch."
+        )
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a name means: "auto" is bf16 on CUDA, fp16 where a card lacks that, and fp32 elsewhere."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
