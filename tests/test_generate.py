@@ -12,7 +12,8 @@ from wan_models import save_pipeline
 
 from slagen.config import GenerateConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
-from slagen.generate import generate, make_plan, pick_device
+from slagen.generate import generate, make_plan
+from slagen.machine import pick_device
 from slagen.video import read_mp4
 
 BASE = dict(prompt="a red circle", width=64, height=64, num_frames=9, steps=2, seed=3, allow_untrained=True)
@@ -178,15 +179,12 @@ def slagen(*arguments, cwd):
 
 
 def test_the_bundled_model_shows_what_the_prompt_says(tmp_path):
-    """The command as installed, twice with one seed: same latents, and something red that grows on gray.
-
-    The shape is not asserted: the shipped weights do not draw shapes reliably yet (weights/README.md).
-    """
+    """The command as installed, twice with one seed: same latents, and a red circle that moves right on black."""
     from checker import check
 
     hashes = []
     for name in ("a.mp4", "b.mp4"):
-        prompt = "a red circle growing on a gray background"
+        prompt = "a red circle moving right"
         options = ["--seed", "0", "--output", name, "--device", "cpu", "--model", "tiny-wan", "--json"]
         done = slagen("generate", prompt, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -196,7 +194,21 @@ def test_the_bundled_model_shows_what_the_prompt_says(tmp_path):
         assert report["timing"]["overhead_share"] < 0.02
     assert hashes[0] == hashes[1]
     verdict = check(read_mp4(tmp_path / "a.mp4"))
-    assert (verdict.colour, verdict.motion, verdict.background) == ("red", "growing", "gray")
+    assert (verdict.colour, verdict.shape, verdict.motion, verdict.background) == ("red", "circle", "right", "black")
+
+
+def test_the_triton_backend_makes_the_same_step(tmp_path):
+    """One step in Triton's interpreter: the latents are the torch backend's to rounding, and the report names each."""
+    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+    latents = {}
+    for backend in ("torch", "triton"):
+        options = ["--seed", "0", "--steps", "1", "--guidance-scale", "1", "--dtype", "float32", "--device", "cpu"]
+        options += ["--model", "tiny-wan", "--output", f"{backend}.mp4", "--save-latents", "--json"]
+        done = slagen("generate", "a red circle moving right", "--backend", backend, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["attention"]["backend"] == backend
+        (latents[backend],) = load_file(next(tmp_path.glob(f"{backend}*.safetensors"))).values()
+    torch.testing.assert_close(latents["triton"], latents["torch"], rtol=0, atol=1e-4)
 
 
 def test_words_the_bundled_model_does_not_know_are_named(tmp_path):

@@ -10,14 +10,9 @@ from pathlib import Path
 import torch
 from common import autocast, best_device, save_tensors
 from diffusers import AutoencoderKLWan
-from scenes import COLOURS, MOTIONS, SHAPES, is_held_out, render, sample_scene
+from scenes import COLOURS, MOTIONS, SHAPES, is_held_out, render, sample_scene, training_scenes
 
-CHUNK = 512
-
-
-def training_scenes(count: int, seed: int):
-    rng = random.Random(seed)
-    return [sample_scene(rng) for _ in range(count)]
+CHUNK = 448
 
 
 def held_out_scenes(count: int, seed: int):
@@ -44,15 +39,15 @@ def encode(vae: AutoencoderKLWan, scenes: list, device: torch.device, batch: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
-    parser.add_argument("--clips", type=int, default=6144)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     device = best_device()
     vae = AutoencoderKLWan.from_pretrained(args.work / "vae").to(device).eval()
     chunks = args.work / "clips"
     chunks.mkdir(exist_ok=True)
-    scenes = training_scenes(args.clips, args.seed)
-    for start in range(0, args.clips, CHUNK):
+    scenes = training_scenes()
+    random.Random(args.seed).shuffle(scenes)
+    for start in range(0, len(scenes), CHUNK):
         path = chunks / f"{start:06d}.pt"
         if not path.exists():
             part = scenes[start : start + CHUNK]

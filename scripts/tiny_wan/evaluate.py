@@ -19,10 +19,10 @@ from diffusers import WanTransformer3DModel
 from encode import held_out_scenes
 from scenes import SHAPES, caption
 
-from slagen.generate import describe_device
+from slagen.machine import DTYPES, describe_device
 from slagen.report import versions
 from slagen.wan.checkpoints import apply_sla, load_sla, read_sla, remove_sla
-from slagen.wan.loading import DTYPES, decode_latents, load_pipeline, resolve_model, set_flow_shift
+from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_flow_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTRIBUTES = ("colour", "shape", "motion", "background", "all")

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+from diffusers import AutoencoderKLWan
 from scenes import FPS, NUM_FRAMES, SIZE, vocabulary
 from text import MAX_SEQUENCE_LENGTH
 
@@ -24,6 +25,9 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     shutil.copytree(args.work / "pipeline", args.out)
+    AutoencoderKLWan.from_pretrained(args.work / "vae").half().save_pretrained(
+        args.out / "vae"
+    )  # refined since, perhaps
     sla = args.work / "sla" / "sla.safetensors"
     if sla.exists():
         shutil.copy(sla, args.out)

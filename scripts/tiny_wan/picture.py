@@ -15,10 +15,10 @@ from slagen.video import read_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = (
-    "a red circle growing on a gray background",
+    "a red circle moving right",
     "a cyan star growing on a navy background",
-    "a blue square shrinking on a white background",
-    "a yellow triangle moving right on a black background",
+    "a blue square falling on a white background",
+    "an orange triangle moving left on a gray background",
 )
 
 

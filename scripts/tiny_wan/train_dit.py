@@ -16,11 +16,13 @@ from text import TEXT_DIM, build_text_encoder, build_tokenizer, embed
 from transformers import UMT5EncoderModel
 
 CONFIG = dict(
-    patch_size=(1, 1, 1), num_attention_heads=4, attention_head_dim=64, in_channels=16, out_channels=16,
+    patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=16, out_channels=16,
     text_dim=TEXT_DIM, freq_dim=256, ffn_dim=768, num_layers=6, cross_attn_norm=True,
     qk_norm="rms_norm_across_heads", rope_max_seq_len=128,
 )  # fmt: skip
 CAPTION_DROP = 0.1
+# Each phase: the share of the steps at which it ends, latent frames, batch, flow shift.
+PHASES = ((0.10, 1, 96, 2.0), (0.25, 2, 48, 2.5), (1.0, 5, 24, 4.0))
 
 
 def build() -> WanTransformer3DModel:
@@ -89,10 +91,11 @@ def export(work: Path, model, encoder, tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="go on from this pipeline's weights, with whole clips from the start")
+    parser.add_argument("--init", type=Path, help="start from this pipeline's weights, as far as their shapes fit")
+    parser.add_argument("--whole", action="store_true", help="whole clips from the first step")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     device = best_device()
@@ -103,7 +106,9 @@ def main() -> None:
     encoder = build_text_encoder(len(tokenizer)).to(device).train()
     model = build().to(device).train()
     if args.init is not None:
-        model.load_state_dict(WanTransformer3DModel.from_pretrained(args.init / "transformer").state_dict())
+        fits = WanTransformer3DModel.from_pretrained(args.init / "transformer").state_dict()
+        own = model.state_dict()
+        model.load_state_dict({k: v for k, v in fits.items() if v.shape == own[k].shape}, strict=False)
         encoder.load_state_dict(UMT5EncoderModel.from_pretrained(args.init / "text_encoder").state_dict())
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     muon, adam = make_optimizers(model, args.lr, extra=list(encoder.parameters()))
@@ -113,15 +118,11 @@ def main() -> None:
     step, spent = state.get("step", 0), state.get("spent", 0.0)
     if not args.no_compile:
         model.compile_repeated_blocks(dynamic=False)
-    # (share of the time up to here, latent frames, batch, shift)
-    phases = [(0.14, 1, 24, 2.0), (0.36, 2, 12, 2.5), (1.01, 5, 6, 4.0)]
-    if args.init is not None:
-        phases = phases[-1:]
     average, last_save = 0.0, time.monotonic()
-    while spent < args.minutes * 60:
+    while step < args.steps:
         began = time.monotonic()
-        share = spent / (args.minutes * 60)
-        _, frames, size, shift = next(p for p in phases if share < p[0])
+        share = step / args.steps
+        _, frames, size, shift = PHASES[-1] if args.whole else next(p for p in PHASES if share < p[0])
         rate = min(1, (step + 1) / 100) * (1.0 if share < 0.4 else max(0.01, (1 - share) / 0.6))
         for optimizer in (muon, adam):
             for group in optimizer.param_groups:

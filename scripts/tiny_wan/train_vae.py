@@ -70,13 +70,15 @@ def main() -> None:
     parser.add_argument(
         "--refine", type=Path, help="train only the decoder of this VAE folder: its latents, and what knows them, stay"
     )
+    parser.add_argument("--init", type=Path, help="start from this VAE folder, with whole clips from the first step")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     device = best_device()
     torch.manual_seed(args.seed)
     vae = build().to(device).train()
+    if args.init is not None or args.refine is not None:
+        vae.load_state_dict(AutoencoderKLWan.from_pretrained(args.init or args.refine).state_dict())
     if args.refine is not None:
-        vae.load_state_dict(AutoencoderKLWan.from_pretrained(args.refine).state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     parameters = [p for p in vae.parameters() if p.requires_grad]
@@ -89,9 +91,9 @@ def main() -> None:
     state = load_state(state_path, parts)
     step, spent = state.get("step", 0), state.get("spent", 0.0)
     # (share of the time up to here, frames, side in pixels, batch)
-    phases = (
-        [(1.01, 17, 64, 4)] if args.refine is not None else [(0.20, 1, 64, 12), (0.80, 9, 64, 6), (1.01, 17, 64, 4)]
-    )
+    phases = [(0.20, 1, 64, 12), (0.80, 9, 64, 6), (1.01, 17, 64, 4)]
+    if args.init is not None or args.refine is not None:
+        phases = phases[-1:]
     average, last_save = {}, time.monotonic()
     while spent < args.minutes * 60:
         began = time.monotonic()
@@ -110,13 +112,16 @@ def main() -> None:
         with autocast(device):
             posterior = vae.encode(clips).latent_dist
             z = posterior.sample()
+            if args.refine is not None:  # a generated latent is a little off, and should still become a clean object
+                z = z + 0.1 * z.detach().std((0, 2, 3, 4), keepdim=True) * torch.randn_like(z)
             decoded = vae._decode(z).sample
         error = (decoded.float() - clips).abs()
         background = clips[:, :, :, :1, :1]
         near = (clips - background).abs().amax(1, keepdim=True).gt(0.02).float()
         b, _, f, h, w = near.shape
         near = torch.nn.functional.max_pool2d(near.reshape(b * f, 1, h, w), 9, 1, 4).view(b, 1, f, h, w)
-        reconstruction = (error * (1 + 2 * near)).mean() + ((decoded.float() - clips) ** 2 * near).mean()
+        contrast = (clips - background).abs().amax((1, 2, 3, 4), keepdim=True).clamp(min=0.5)  # purple on gray is low
+        reconstruction = (error * (1 + 2 * near) / contrast).mean() + (error**2 * near / contrast).mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + 1e-4 * kl
