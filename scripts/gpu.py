@@ -146,7 +146,7 @@ PARTS = {
     "bench-marginal": lambda folder: bench("--shape", "wan-1.3b-480p", "--sparsity", "0.95", "--linear-domain",
                                            "marginal", "--method", "sla", "--method", "sdpa-flash", "--no-length-sweep",
                                            name="bench-marginal", folder=folder),
-    "loop-1.3b-480p": lambda folder: loop("loop-1.3b-480p", folder),
+    "loop-1.3b-480p": lambda folder: loop("loop-1.3b-480p", folder, "--compile"),
     "tiny": tiny,
 }  # fmt: skip
 

@@ -42,6 +42,7 @@ def test_rows_and_files(tmp_path):
     ratio = rows["sdpa"]["forward_ms"]["median"] / rows["sla"]["forward_ms"]["median"]
     assert rows["sla"]["speedup"] == pytest.approx(ratio) and rows["sdpa"]["speedup"] == 1
     parts = rows["sla"]["parts_ms"]
+    assert list(parts) == ["block_map", "state", "projection", "fused"]
     assert sum(parts.values()) == pytest.approx(rows["sla"]["forward_ms"]["median"])
     assert {path.name for path in result.files} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
     assert json.loads((tmp_path / "results" / "bench.json").read_text()) == result.content

@@ -11,15 +11,16 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine"}
+LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models"}
 LIBRARY = {"kernels", "attention", "wan"}
-TASKS = {"generate", "bench", "finetune", "doctor"}
+TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "timing": {"errors", "config"},
     "video": {"errors", "config"},
     "report": {"errors", "config", "timing"},
+    "models": {"errors", "config", "report"},
     "plot": set(),
     "machine": {"errors"},
     "kernels": set(),

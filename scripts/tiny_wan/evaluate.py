@@ -22,7 +22,7 @@ from scenes import SHAPES, caption
 from slagen.machine import DTYPES, describe_device
 from slagen.report import versions
 from slagen.wan.checkpoints import apply_sla, load_sla, read_sla, remove_sla
-from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_flow_shift
+from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTRIBUTES = ("colour", "shape", "motion", "background", "all")
@@ -91,7 +91,7 @@ def main() -> None:
     for row in rows:
         began = time.perf_counter()
         pipe = load_pipeline(source, device, DTYPES[args.dtype])
-        set_flow_shift(pipe, source.defaults.flow_shift)
+        set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe, row, source.folder, args.work, args.sparsity)
         latents = sample(pipe, prompts, seeds, source.defaults, steps)
         dense = latents if row == "dense" else dense

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 MIN_REPEATS, MAX_REPEATS = 3, 100
 MATH_LIMIT_GIB = 16.0  # scores of PyTorch's math backend are not asked for beyond this
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Any]  # q, k, v -> o, or what a stage makes of them
 
 
 class NotHere(Exception):
@@ -396,29 +396,60 @@ def _quartiles(times: list[float]) -> dict[str, Any]:
 
 
 def _parts(setting: Setting, inputs: tuple[Tensor, ...], total: float, seconds: float) -> dict[str, float]:
-    """Where SLA's forward time goes: the block map, the critical blocks, and the linear branch with its projection.
+    """Where SLA's forward time goes: block map, state, projection, each timed alone, and the fused rest."""
+    stages = _triton_stages if choose_backend(inputs[0], setting.backend) == "triton" else _torch_stages
+    parts = {
+        name: _time(stage, [inputs], setting.device, seconds / 4, backward=False)[1]["median"]
+        for name, stage in stages(setting, inputs).items()
+    }
+    return {**parts, "fused": total - sum(parts.values())}
 
-    The map is timed alone, the sparse branch with it, and what is left of the whole is the linear branch: in the fused
-    kernels the branches overlap, so a part is what the operator would save without it.
-    """
-    q, k, v, do = inputs
-    config = setting.config
 
-    def select(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if choose_backend(q, setting.backend) == "triton":
-            from slagen.kernels.selection import pool, select
+def _triton_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
+    """What precedes the kernel that attends. `state` holds the pooling of the keys, which shares its pass over them."""
+    from slagen.kernels.selection import pool, select
+    from slagen.kernels.states import fold, key_states, marginal_states
 
-            scores = torch.bmm(pool(q, config.block_m), pool(k, config.block_n).mT)
-            return select(scores, config.num_critical(scores.shape[2]), 0, classes=False)[0]
+    config, (q, k, v, _) = setting.config, inputs
+    marginal = config.linear_domain == "marginal"
+    num_columns = config.num_blocks(q.shape[2])[1]
+    topk, num_negligible = config.num_critical(num_columns), config.num_negligible(num_columns)
+    weight = setting.weight.to(q.dtype)
+
+    def sums(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return key_states(k, v, config.block_n, config.feature_map, marginal, weight if marginal else None, pool=True)
+
+    def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return select(torch.bmm(pool(q, config.block_m), means.mT), topk, num_negligible, classes=marginal)
+
+    def state(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        _, states, zs = sums(k, v)
+        return marginal_states(states, zs, classes, topk + num_negligible) if marginal else (states.sum(1), zs.sum(1))
+
+    means, states, zs = sums(k, v)
+    classes = block_map(q, k, v)[1]
+    if marginal:  # multiplied into the states of the blocks, where they are made
+        return {"block_map": block_map, "state": state}
+    total, z = states.sum(1), zs.sum(1)
+    return {"block_map": block_map, "state": state, "projection": lambda q, k, v: fold(total, z, weight, q.dtype)}
+
+
+def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
+    """As `_triton_stages`; in the domain "marginal" every row is projected, after it has attended."""
+    from slagen.attention.blockwise import head_groups, key_states, to_blocks
+
+    config, q = setting.config, inputs[0]
+
+    def block_map(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return critical_indices(block_scores(q, k, config), config)
 
-    block_map = _time(select, [(q, k, v, do)], q.device, seconds / 4, backward=False)[1]["median"]
-    sparse = _time(_sparse(setting), [(q, k, v, do)], q.device, seconds / 4, backward=False)[1]["median"]
-    return {
-        "block_map": block_map,
-        "critical_blocks": sparse - block_map,
-        "linear_branch_and_projection": total - sparse,
-    }
+    def state(q: Tensor, k: Tensor, v: Tensor) -> None:
+        for heads in head_groups(q):
+            key_states(to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n), config, q.shape[2])
+
+    rows = q.shape[2] if config.linear_domain == "marginal" else q.shape[3]
+    projected = torch.randn(*q.shape[:2], rows, q.shape[3], device=q.device)
+    return {"block_map": block_map, "state": state, "projection": lambda q, k, v: projected @ setting.weight.mT}
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
@@ -471,7 +502,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def _models(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The denoising loop, dense with each dense backend of PyTorch and with SLA at each sparsity."""
+    """The denoising loop, dense with each dense backend of PyTorch and with SLA at each sparsity, as config says."""
     from slagen.wan.loading import load_pipeline, random_pipeline, resolve_model
     from slagen.wan.processor import install, remove
 
@@ -481,36 +512,53 @@ def _models(
         name, defaults = config.random_init, ModelDefaults()
         pipe = random_pipeline(name, device, dtype)
     else:
-        source = resolve_model(config.model, device.type)
+        source = resolve_model(config.model, device.type, on_note=on_note)
         on_note(f"loading {source.name}")
         pipe, name, defaults = load_pipeline(source, device, dtype), source.name, source.defaults
     heads = pipe.transformer.config
     probe = torch.empty(1, 1, 1, heads.attention_head_dim, dtype=dtype, device=device)
     dense = [None] if device.type != "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    loops = (False, True) if config.compile else (False,)
     rows = []
     for backend in dense:
         label = "sdpa" if backend is None else f"sdpa-{backend.name.removesuffix('_ATTENTION').lower()}"
-        on_note(f"{name}, dense attention, {label}")
-        install(pipe.transformer, None)
-        try:
-            with contextlib.nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH]):
-                rows.append({"attention": "dense", "backend": label, "sparsity": None, **_loop(pipe, config, defaults)})
-        finally:
-            remove(pipe.transformer)
+        for compiled in loops:
+            on_note(f"{name}, dense attention, {label}" + ", compiled" * compiled)
+            install(pipe.transformer, None)
+            try:
+                with contextlib.nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH]):
+                    times = _loop(pipe, config, defaults, compiled)
+            finally:
+                remove(pipe.transformer)
+            rows.append({"attention": "dense", "backend": label, "sparsity": None, **times})
     for sparsity in config.sparsities or (0.95,):
-        on_note(f"{name}, SLA, sparsity {sparsity:g}")
-        install(pipe.transformer, config.sla(sparsity), backend=config.backend)
-        try:
-            label = choose_backend(probe, config.backend)
-            rows.append({"attention": "sla", "backend": label, "sparsity": sparsity, **_loop(pipe, config, defaults)})
-        finally:
-            remove(pipe.transformer)
+        label = choose_backend(probe, config.backend)
+        for compiled in loops:
+            on_note(f"{name}, SLA, sparsity {sparsity:g}" + ", compiled" * compiled)
+            install(pipe.transformer, config.sla(sparsity), backend=config.backend)
+            try:
+                times = _loop(pipe, config, defaults, compiled)
+            finally:
+                remove(pipe.transformer)
+            rows.append({"attention": "sla", "backend": label, "sparsity": sparsity, **times})
     fastest = min(row["step_ms"]["median"] for row in rows if row["attention"] == "dense")
     return [{"model": name, **row, "speedup": fastest / row["step_ms"]["median"]} for row in rows]
 
 
-def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults) -> dict[str, Any]:
-    """Run the denoising loop, first one step to warm up, and split its steps."""
+@contextlib.contextmanager
+def _compiled_blocks(transformer: Any) -> Iterator[None]:
+    """Compile every block for the length of the `with` block."""
+    torch._dynamo.reset()  # one attention after the other in the same blocks must not add up to the limit of recompiles
+    transformer.compile_repeated_blocks(dynamic=False)
+    try:
+        yield
+    finally:
+        for block in transformer.blocks:
+            block._compiled_call_impl = None
+
+
+def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> dict[str, Any]:
+    """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
     from slagen.wan.processor import attach_recorder
 
     transformer = pipe.transformer
@@ -519,7 +567,6 @@ def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults) -> dict[str, 
     shape = (1, defaults.max_sequence_length, transformer.config.text_dim)
     text = [torch.randn(shape, generator=generator).to(device, transformer.dtype) for _ in range(2)]
     recorder = StepRecorder(device.type, "layer")
-    detach = attach_recorder(transformer, recorder)
     width, height = config.width or defaults.width, config.height or defaults.height
     num_frames = config.num_frames or defaults.num_frames
 
@@ -536,19 +583,21 @@ def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults) -> dict[str, 
             max_sequence_length=defaults.max_sequence_length,
         )  # fmt: skip
 
-    try:
-        with torch.inference_mode():
-            run(1)
-            recorder.steps.clear()
-            run(config.steps)
-    finally:
-        detach()
+    with torch.inference_mode(), contextlib.ExitStack() as stack:
+        if compiled:
+            stack.enter_context(_compiled_blocks(transformer))
+        else:
+            stack.callback(attach_recorder(transformer, recorder))
+        run(1)
+        recorder.steps.clear()
+        run(config.steps)
     latency = [step.latency_ms or 0.0 for step in recorder.steps]
     attention = [sum(step.attention_ms) for step in recorder.steps]
     return {
-        "size": f"{width}x{height}", "num_frames": num_frames, "steps": config.steps,
-        "step_ms": _quartiles(latency), "attention_ms": _quartiles(attention),
-        "attention_share": sum(attention) / sum(latency), "peak_memory_gib": machine.peak_memory_gib(device),
+        "size": f"{width}x{height}", "num_frames": num_frames, "steps": config.steps, "compiled": compiled,
+        "step_ms": _quartiles(latency), "attention_ms": None if compiled else _quartiles(attention),
+        "attention_share": None if compiled else sum(attention) / sum(latency),
+        "peak_memory_gib": machine.peak_memory_gib(device),
     }  # fmt: skip
 
 
@@ -616,10 +665,10 @@ def model_cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['model']} {row['size']}, {row['num_frames']} frames",
         row["attention"],
-        row["backend"],
+        row["backend"] + ", compiled" * row["compiled"],
         _number(row["sparsity"]),
         f"{step['median']:.4g} ({step['q1']:.4g}-{step['q3']:.4g})",
-        f"{row['attention_share']:.0%}",
+        "" if row["compiled"] else f"{row['attention_share']:.0%}",
         f"{row['speedup']:.2f}x" + (" (slower)" if row["speedup"] < 1 and row["attention"] == "sla" else ""),
     ]
 

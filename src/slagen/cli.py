@@ -18,6 +18,7 @@ from slagen.config import (
     GenerateConfig,
     LinearDomain,
     RandomInit,
+    Sampler,
     Timing,
 )
 from slagen.errors import SlagenError, UsageError
@@ -34,6 +35,7 @@ ALIASES = {
     "attention-backend": "attention", "attention-type": "attention", "attn-mode": "attention",
     "model-path": "model", "ckpt-dir": "model",
     "dit-path": "weights", "dit": "weights", "sla-weights": "weights",
+    "sample-solver": "sampler", "scheduler": "sampler", "vae-path": "vae",
     "save-file": "output", "save-path": "output", "output-path": "output",
 }  # fmt: skip
 
@@ -97,8 +99,8 @@ def generate(
             "--model",
             "-m",
             rich_help_panel=VIDEO,
-            help="tiny-wan (bundled), wan2.1-1.3b, wan2.1-14b, a folder, or a hub id. Default: wan2.1-1.3b with a CUDA "
-            "device, tiny-wan without.",
+            help="A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with "
+            "a CUDA device, tiny-wan (bundled) without.",
         ),
     ] = None,
     size: Annotated[
@@ -116,6 +118,16 @@ def generate(
     flow_shift: Annotated[
         float | None, typer.Option(help="Lean of the sampler towards noise.", rich_help_panel=SAMPLING)
     ] = None,
+    sampler: Annotated[
+        Sampler | None,
+        typer.Option(help="unipc, euler, dpm++ or rcm. Default: what the weights are for.", rich_help_panel=SAMPLING),
+    ] = None,
+    sigma_max: Annotated[
+        float | None, typer.Option(help="First noise level of rcm, 80 unless given.", rich_help_panel=SAMPLING)
+    ] = None,
+    ode: Annotated[
+        bool, typer.Option("--ode", help="Without fresh noise in each step of rcm.", rich_help_panel=SAMPLING)
+    ] = False,
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same video. Random (-1) unless given.", rich_help_panel=SAMPLING)
     ] = None,
@@ -149,11 +161,18 @@ def generate(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="SLA weights: an sla.safetensors or a folder with one. Default: beside the model.",
+            help="SLA weights, or a whole transformer in any public form. Default: the model's own.",
             rich_help_panel=ATTENTION,
             metavar="FILE_OR_FOLDER",
         ),
     ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="Another VAE, such as Wan2.1_VAE.pth.", rich_help_panel=VIDEO, metavar="FILE_OR_FOLDER"),
+    ] = None,
+    local_files_only: Annotated[
+        bool, typer.Option("--local-files-only", help="Download nothing.", rich_help_panel=VIDEO)
+    ] = False,
     allow_untrained: Annotated[
         bool,
         typer.Option("--allow-untrained", help="Run SLA whose weights are missing or zero.", rich_help_panel=ATTENTION),
@@ -170,6 +189,9 @@ def generate(
     timing: Annotated[
         Timing, typer.Option(help="layer, step or off: how finely attention is timed.", rich_help_panel=OUTPUT)
     ] = "layer",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, as slagen plan does.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
@@ -183,6 +205,8 @@ def generate(
         prompt=read_prompt(words, prompt),
         model=model,
         weights=weights,
+        vae=vae,
+        local_files_only=local_files_only,
         allow_untrained=allow_untrained,
         attention=attention,
         backend=backend,
@@ -196,6 +220,9 @@ def generate(
         steps=steps,
         guidance_scale=guidance_scale,
         flow_shift=flow_shift,
+        sampler=sampler,
+        sigma_max=sigma_max,
+        ode=ode,
         seed=None if seed == -1 else seed,
         num_videos=num_videos,
         dtype=parse_dtype(dtype),
@@ -207,11 +234,168 @@ def generate(
     )
     from slagen import console
 
+    if dry_run:
+        from slagen import plan as planning
+
+        console.show_plan(planning.plan(config), as_json)
+        return
     with console.GenerateProgress() as progress:
         from slagen import generate as task
 
         result = task.generate(config, progress)
     console.show_videos(result, as_json)
+
+
+@app.command(context_settings=CONTEXT)
+def plan(
+    words: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What the video shows, for its name.", show_default=False)
+    ] = "prompt",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A preset or a folder. Default: tiny-wan.", rich_help_panel=VIDEO),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="As for generate.", rich_help_panel=ATTENTION, metavar="FILE_OR_FOLDER")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Width x height in pixels, such as 832x480.", rich_help_panel=VIDEO, metavar="WxH"),
+    ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Video frames, 4k + 1.", rich_help_panel=VIDEO)] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=VIDEO)] = None,
+    num_videos: Annotated[int, typer.Option(help="How many videos.", rich_help_panel=VIDEO)] = 1,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Weight of the prompt; above 1 doubles the passes.", rich_help_panel=SAMPLING)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="For the names.", rich_help_panel=SAMPLING)] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Default: as trained.", rich_help_panel=ATTENTION, show_default=False)
+    ] = None,
+    sla_topk: Annotated[
+        float | None, typer.Option(help="1 - sparsity.", rich_help_panel=ATTENTION, show_default=False)
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="A folder, or a file that ends in .mp4.", rich_help_panel=OUTPUT)
+    ] = "outputs",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Say what a run will be, before any file is fetched or read: tokens, blocks, FLOPs, memory, downloads.
+
+    Example: slagen plan --model wan2.1-t2v-1.3b --size 832x480 --num-frames 81 --sparsity 0.95
+    """
+    width, height = parse_size(size)
+    config = GenerateConfig(
+        prompt=words,
+        model=model,
+        weights=weights,
+        sparsity=sparsity,
+        sla_topk=sla_topk,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=fps,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=None if seed == -1 else seed,
+        num_videos=num_videos,
+        output=output,
+    )
+    from slagen import console
+    from slagen import plan as planning
+
+    console.show_plan(planning.plan(config), as_json)
+
+
+@app.command(context_settings=CONTEXT)
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
+) -> None:
+    """List the presets: where their weights come from, and the settings they are made for.
+
+    Example: slagen models
+    """
+    from slagen import console
+    from slagen import plan as planning
+
+    console.show_models(planning.models(), as_json)
+
+
+@app.command(context_settings=CONTEXT)
+def info(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A weight file, or a folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
+) -> None:
+    """Say what a weight file or folder is, and whether its SLA was trained (the norm of every layer's proj_l).
+
+    Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
+    """
+    from slagen import console
+    from slagen import convert as task
+
+    console.show_info(task.info(path), as_json)
+
+
+@app.command(context_settings=CONTEXT)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A transformer in any public form, or the original VAE.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The folder of the pipeline it belongs to, whose text encoder, tokenizer and VAE are taken along.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+) -> None:
+    """Write weights of any public form as a diffusers folder with sla.safetensors beside its transformer.
+
+    Example: slagen convert TurboWan2.1-T2V-1.3B-480P.pth turbo --model Wan2.1-T2V-1.3B-Diffusers
+    """
+    kind = parse_dtype(dtype)
+    if kind == "auto":
+        raise UsageError("dtype is 'auto', but a file needs one. Try --dtype bf16.")
+    from slagen import console, machine
+    from slagen import convert as task
+
+    made = task.convert(
+        source, output, base=model, dtype=machine.DTYPES[kind], overwrite=overwrite, on_note=console.note
+    )
+    console.write(str(made))
+
+
+@app.command(context_settings=CONTEXT)
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The transformer that gets the change.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to make.")],
+    diff_base: Annotated[str, typer.Option(help="The transformer before tuning.")],
+    diff_target: Annotated[str, typer.Option(help="The transformer after tuning.")],
+    weight: Annotated[float, typer.Option(help="How much of the change is added.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Add what a tuning changed to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).
+
+    Example: slagen merge rcm.pth merged.safetensors --diff-base wan.safetensors --diff-target wan-sla.pth
+    """
+    from slagen import console
+    from slagen import convert as task
+
+    made = task.merge(
+        base,
+        output,
+        diff_base=diff_base,
+        diff_target=diff_target,
+        weight=weight,
+        overwrite=overwrite,
+        on_note=console.note,
+    )
+    console.write(str(made))
 
 
 WHAT, HOW = "What to measure", "How to measure"
@@ -271,6 +455,9 @@ def bench(
     ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Video frames of the loop.", rich_help_panel=WHAT)] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of the loop.", rich_help_panel=WHAT)] = 4,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Time the loop with torch.compile as well.", rich_help_panel=WHAT)
+    ] = False,
     backend: Annotated[
         Backend, typer.Option(help="SLA's implementation: auto, reference, torch or triton.", rich_help_panel=HOW)
     ] = "auto",
@@ -324,6 +511,7 @@ def bench(
         height=height,
         num_frames=num_frames,
         steps=steps,
+        compile=compiled,
         output=output,
     )
     from slagen import bench as task

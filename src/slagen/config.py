@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from slagen.errors import UsageError
 
+Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 LinearDomain = Literal["all", "marginal"]
 FeatureMap = Literal["softmax", "elu", "relu"]
 
@@ -106,6 +108,7 @@ class ModelDefaults:
         steps: denoising steps.
         guidance_scale: weight of the prompt; above 1 every step has a second, unconditional pass.
         flow_shift: how far the sampler's steps lean towards noise.
+        sampler: "rcm" for weights distilled to a few steps, otherwise "unipc", "euler" or "dpm++".
         max_sequence_length: text tokens; shorter prompts are padded to it, and the padding is attended to.
         negative_prompt: what to steer away from.
         vocabulary: every word the model knows, where that is a closed list.
@@ -119,6 +122,7 @@ class ModelDefaults:
     steps: int = 50
     guidance_scale: float = 5.0
     flow_shift: float = 3.0
+    sampler: Sampler = "unipc"
     max_sequence_length: int = 512
     negative_prompt: str = ""
     vocabulary: tuple[str, ...] | None = None
@@ -133,6 +137,8 @@ class ModelDefaults:
                 raise UsageError(f"{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
             if name == "vocabulary":
                 good = value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value))
+            elif name == "sampler":
+                good = value in get_args(Sampler)
             elif isinstance(field.default, float):
                 good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
             elif isinstance(field.default, int):
@@ -166,8 +172,8 @@ class GenerateConfig:
 
     Args:
         prompt: what the video shows.
-        model: preset, folder or hub id; None is Wan2.1-1.3B on CUDA and the bundled model elsewhere.
-        weights: SLA file, or a folder with an `sla.safetensors`; None looks in the model's folder.
+        model: preset, folder or hub id; None is TurboWan 1.3B on CUDA and the bundled model elsewhere.
+        weights: SLA weights or a whole transformer, a file or folder of any public form; None takes the model's own.
         allow_untrained: accept SLA weights that are missing or all zero: sparse attention without its linear branch.
         attention: "sla"; "sparse" or "linear" for one of its branches; "dense" for the base model with full attention.
         backend: which implementation of SLA.
@@ -175,7 +181,10 @@ class GenerateConfig:
         sla_topk: 1 - sparsity, as TurboDiffusion says it. At most one of the two.
         negative_prompt: what to steer away from.
         width, height: in pixels. num_frames: video frames, 4k + 1. fps: frames a second.
-        steps: denoising steps. guidance_scale, flow_shift: see ModelDefaults.
+        steps: denoising steps. guidance_scale, flow_shift, sampler: see ModelDefaults.
+        sigma_max, ode: first noise level of the rcm sampler, and its form without fresh noise.
+        vae: another VAE's file or folder, in the original or in diffusers' names.
+        local_files_only: download nothing.
         seed: from 0 to 2**63 - 1; None draws one. The i-th video of a call has seed + i.
         num_videos: how many videos to make of the prompt.
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA and fp32 elsewhere.
@@ -189,6 +198,8 @@ class GenerateConfig:
     prompt: str
     model: str | None = None
     weights: str | None = None
+    vae: str | None = None
+    local_files_only: bool = False
     allow_untrained: bool = False
     attention: Attention = "sla"
     backend: Backend = "auto"
@@ -202,6 +213,9 @@ class GenerateConfig:
     steps: int | None = None
     guidance_scale: float | None = None
     flow_shift: float | None = None
+    sampler: Sampler | None = None
+    sigma_max: float | None = None
+    ode: bool = False
     seed: int | None = None
     num_videos: int = 1
     dtype: Dtype = "auto"
@@ -249,18 +263,26 @@ class GenerateConfig:
             )
         if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
             raise UsageError(f"flow_shift is {self.flow_shift}, but must be above 0. Try --flow-shift 3.")
+        if self.sigma_max is not None and not 0 < self.sigma_max < math.inf:
+            raise UsageError(f"sigma_max is {self.sigma_max}, but must be above 0. Try --sigma-max 80.")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos:
             raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
-        for name, choices in (("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype)):
+        for name, choices in (
+            ("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value not in get_args(choices):
+            if value not in get_args(choices) and (name, value) != ("sampler", None):
                 raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(get_args(choices))}.")
         if self.attention == "dense" and (self.sparsity is not None or self.sla_topk is not None):
             raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
-        if self.attention == "dense" and self.weights is not None:
-            raise UsageError("dense attention runs the base weights, so it takes no SLA weights. Leave --weights out.")
         if self.attention == "dense" and self.backend != "auto":
             raise UsageError(f"--backend {self.backend} is for SLA, but the attention is dense. Leave --backend out.")
+
+    @property
+    def slug(self) -> str:
+        """The prompt as a part of a file name."""
+        plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
+        return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
 
 
 # Self-attention calls of real models: batch, heads, tokens, head dimension.
@@ -291,6 +313,7 @@ class BenchConfig:
         model: time the denoising loop of this preset, folder or hub id instead.
         random_init: the same for a randomly initialised Wan of this size.
         size, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
+        compile: run the denoising loop once more with every block of the transformer compiled.
         output: a folder for bench.json, bench.md, bench.png and bench.svg; None writes nothing.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
@@ -314,6 +337,7 @@ class BenchConfig:
     height: int | None = None
     num_frames: int | None = None
     steps: int = 4
+    compile: bool = False
     output: str | None = None
 
     def __post_init__(self) -> None:

@@ -171,6 +171,85 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
     _stdout().print(table)
 
 
+def show_plan(content: dict[str, Any], as_json: bool) -> None:
+    """Print what a run will be: a table on stdout, or JSON alone."""
+    if as_json:
+        write(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    settings, memory = content["settings"], content["memory_gib"]
+    tera = {name: flops / 1e12 for name, flops in content["flops"].items()}
+    stages = ", ".join(
+        f"{name} {stage['weights']:.1f} + {stage['activations']:.1f}" for name, stage in memory["stages"].items()
+    )
+    tail = f", the last with {content['tail_tokens']} tokens" if content["tail_tokens"] else ""
+    rows = [
+        ("model", content["model"]),
+        ("video", f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, {settings['fps']} fps"),
+        ("sampling", f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}: "
+                     f"{content['forward_passes']} forward passes"),
+        ("tokens", f"{content['tokens']}: {content['key_blocks']} key blocks of {settings['block_n']}{tail}"),
+        ("sparsity", f"{settings['sparsity']:g} -> top-k {content['topk_blocks']} of {content['key_blocks']} key "
+                     f"blocks (kept {content['kept_fraction']:.2%})"),
+        ("TFLOP a forward", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
+                            f"SLA {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
+        ("fewer FLOPs", f"{content['flops_speedup']:.2f}x; free attention would be {content['amdahl_ceiling']:.2f}x "
+                        "(Amdahl)"),
+        ("memory", f"about {memory['gpu_peak_all_resident']:.1f} GiB on the GPU with all parts there, "
+                   f"{memory['gpu_peak_offloaded']:.1f} one at a time; host {memory['host']:.1f}"),
+        ("by stage, GiB", f"weights + activations: {stages} (estimates)"),
+        *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless here") for row in content["downloads"]],
+        *[("output", name) for name in content["outputs"]],
+    ]  # fmt: skip
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, text in rows:
+        table.add_row(f"[dim]{name}[/]", escape(text))
+    _stdout().print(table)
+    for text in content["notes"]:
+        note(text)
+
+
+def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the presets: a table on stdout, or JSON alone."""
+    if as_json:
+        write(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("preset", "size", "frames", "sampler", "guidance", "SLA trained at", "from"):
+        table.add_column(name, no_wrap=name != "from")
+    for row in rows:
+        sampler = f"{row['steps']} x {row['sampler']}"
+        sampler += "" if row["flow_shift"] is None else f", shift {row['flow_shift']:g}"
+        sla = row["sla"]
+        trained = "" if sla is None else f"{sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}"
+        table.add_row(
+            row["name"], row["size"], str(row["num_frames"]), sampler, f"{row['guidance_scale']:g}", trained,
+            row["weights"] or row["base"] or "this installation",
+        )  # fmt: skip
+    _stdout().print(table)
+
+
+def show_info(content: dict[str, Any], as_json: bool) -> None:
+    """Print what a weight file is: a table on stdout, or JSON alone."""
+    if as_json:
+        write(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    _add_rows(table, content, "")
+    _stdout().print(table)
+
+
+def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _add_rows(table, value, f"{prefix}{name}.")
+        elif name == "proj_l_norms":
+            shown = ", ".join(f"{norm:.3g}" for norm in value) or "none"
+            table.add_row(f"[dim]{prefix}proj_l norms by layer[/]", shown)
+        else:
+            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            table.add_row(f"[dim]{prefix}{name}[/]", escape(text))
+
+
 def show_error(message: str) -> None:
     """One message on stderr, prefixed so that it is found in a log."""
     stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import re
 import secrets
 import shutil
 import time
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,19 +22,24 @@ from safetensors.torch import save_file
 
 from slagen import machine, report
 from slagen.attention.functional import Branches, choose_backend
-from slagen.config import Backend, GenerateConfig, SLAConfig
+from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.models import SLA_FILE, ModelSource
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import part_path, write_mp4
-from slagen.wan.checkpoints import FILE_NAME, SLAMetadata, apply_sla, load_sla, read_metadata, weights_hash
-from slagen.wan.loading import (
-    ModelSource,
-    decode_latents,
-    load_pipeline,
-    resolve_model,
-    set_flow_shift,
+from slagen.wan.checkpoints import (
+    SLAMetadata,
+    apply_sla,
+    install_projections,
+    load_sla,
+    read_metadata,
+    weights_hash,
 )
+from slagen.wan.formats import Found, peek
+from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
 from slagen.wan.processor import attach_recorder, install
+
+SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,12 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     sla: SLAConfig | None  # None runs dense
-    sla_path: Path | None
+    sla_path: Path | None  # the file that holds SLA's weights: its own, or the transformer's
     num_tokens: int
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     backend: str | None = None  # what SLA will run on; None where the attention is dense
+    sla_alone: bool = True  # whether `sla_path` is a file of slagen's, with metadata
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,7 +94,8 @@ class Plan:
             "prompt": c.prompt,
             "negative_prompt": c.negative_prompt,
             "model": self.source.name,
-            "weights": None if self.sla_path is None else str(self.sla_path),
+            "weights": str(self.source.weights or self.sla_path or "") or None,
+            "vae": c.vae,
             "allow_untrained": c.allow_untrained,
             "attention": c.attention,
             "backend": c.backend,
@@ -100,7 +106,10 @@ class Plan:
             "fps": c.fps,
             "steps": c.steps,
             "guidance_scale": c.guidance_scale,
-            "flow_shift": c.flow_shift,
+            "sampler": c.sampler,
+            "flow_shift": None if c.sampler == "rcm" else c.flow_shift,
+            "sigma_max": c.sigma_max if c.sampler == "rcm" else None,
+            "ode": c.ode if c.sampler == "rcm" else None,
             "seed": c.seed,
             "num_videos": c.num_videos,
             "dtype": next(name for name, dtype in machine.DTYPES.items() if dtype == self.dtype),
@@ -121,7 +130,7 @@ def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda 
     Returns: the videos, each written with its report.
     Raises: SlagenError of some kind. Videos that were finished before stay.
     """
-    plan = make_plan(config)
+    plan = make_plan(config, on_event)
     try:
         return _run(plan, on_event)
     except torch.OutOfMemoryError as error:
@@ -142,8 +151,10 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
 
     on_event(Event("stage", "load"))
     began = time.perf_counter()
-    pipe = load_pipeline(plan.source, plan.device, plan.dtype)
-    set_flow_shift(pipe, plan.config.flow_shift)  # type: ignore[arg-type]
+    c = plan.config
+    pipe = load_pipeline(plan.source, plan.device, plan.dtype, None if c.vae is None else Path(c.vae).expanduser())
+    assert c.sampler is not None and c.flow_shift is not None
+    set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
     weights = _install_attention(pipe, plan)
     stages["load"] = time.perf_counter() - began
 
@@ -159,15 +170,28 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
     return GenerateResult(videos)
 
 
-def make_plan(config: GenerateConfig) -> Plan:
+def make_plan(config: GenerateConfig, on_event: Callable[[Event], None] = lambda event: None) -> Plan:
     """Fill in every default and check all that can be checked without reading weights. Raises SlagenError."""
     device = machine.pick_device(config.device)
     dtype = machine.pick_dtype(config.dtype, device)
-    source = resolve_model(config.model, device.type)
-    defaults = source.defaults
-    notes, warnings = [], []
+    notes: list[str] = []
+    warnings: list[str] = []
+    found = None if config.weights is None else _look_at(Path(config.weights).expanduser())
+    source = resolve_model(
+        config.model, device.type, own_transformer=found is None or found.kind != "transformer",
+        local_files_only=config.local_files_only, on_note=lambda text: on_event(Event("note", text)),
+    )  # fmt: skip
     if config.model is None and device.type != "cuda":
         notes.append(f"no CUDA device, so the bundled model {source.name} runs; choose another with --model")
+    if found is not None and found.kind == "transformer":
+        source = dataclasses.replace(source, weights=Path(config.weights or "").expanduser())
+    sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
+    if config.attention == "dense" and source.weights is not None:
+        notes.append(
+            f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
+        )
+    defaults = _defaults(source.defaults, distilled)
+    config = _plan_sampler(config, defaults, distilled, warnings)
     filled = {
         name: getattr(defaults, name)
         for name in ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
@@ -191,8 +215,13 @@ def make_plan(config: GenerateConfig) -> Plan:
             f'it knows prompts like "{defaults.example_prompt}"'
         )
     num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
-    sla, sla_path = _plan_attention(config, source)
     if sla is not None:
+        trained = sla
+        sparsity = config.sparsity if config.sla_topk is None else 1 - config.sla_topk
+        if sparsity is not None:
+            sla = dataclasses.replace(sla, sparsity=sparsity)
+        if sla_path is not None and not math.isclose(sla.sparsity, trained.sparsity, abs_tol=1e-9):
+            warnings.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {sla.sparsity:g}")
         counts = report.block_counts(sla, num_tokens)
         if counts["key_blocks"] < 2:
             sla, sla_path = None, None
@@ -209,7 +238,52 @@ def make_plan(config: GenerateConfig) -> Plan:
     if sla is not None:
         backend = _pick_backend(config.backend, source.head_dim, device, dtype)
         notes.append(f"SLA runs on the {backend} backend")
-    return Plan(config, source, device, dtype, sla, sla_path, num_tokens, notes, warnings, backend)
+    return Plan(config, source, device, dtype, sla, sla_path, num_tokens, notes, warnings, backend, sla_alone)
+
+
+def _look_at(path: Path) -> Found:
+    """What --weights names. A folder may hold a transformer, SLA weights, or, as `slagen convert` writes it, both."""
+    if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
+        return Found("sla")
+    return peek(path)
+
+
+def _defaults(defaults: ModelDefaults, distilled: bool) -> ModelDefaults:
+    """The model's own, but where its weights were replaced by ones of another kind of sampler."""
+    if distilled and defaults.sampler != "rcm":
+        return dataclasses.replace(defaults, steps=4, guidance_scale=1.0, sampler="rcm", negative_prompt="")
+    if not distilled and defaults.sampler == "rcm":
+        return dataclasses.replace(defaults, steps=50, guidance_scale=5.0, sampler="unipc")
+    return defaults
+
+
+def _plan_sampler(
+    config: GenerateConfig, defaults: ModelDefaults, distilled: bool, warnings: list[str]
+) -> GenerateConfig:
+    """Choose the sampler that the weights are made for. Raises WeightsError if another is asked for."""
+    sampler = config.sampler or defaults.sampler
+    if distilled and sampler != "rcm":
+        raise WeightsError(
+            f"--sampler is {sampler}, but these weights are distilled for rcm and make noise with any other. "
+            "Leave --sampler out."
+        )
+    if not distilled and sampler == "rcm":
+        raise WeightsError(
+            "--sampler is rcm, but these weights are not distilled for it and make noise with it. Leave --sampler out."
+        )
+    if sampler == "rcm":
+        if config.flow_shift is not None:
+            raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")
+        if config.steps is not None and config.steps > 4:
+            raise UsageError(f"steps is {config.steps}, but rcm takes 1 to 4. Try --steps 4.")
+        if config.guidance_scale is not None and config.guidance_scale > 1:
+            warnings.append(
+                f"guidance {config.guidance_scale:g}: these weights are distilled with guidance in them; 1 is right"
+            )
+        return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
+    if config.sigma_max is not None or config.ode:
+        raise UsageError(f"--sigma-max and --ode are for the rcm sampler, but this is {sampler}. Leave them out.")
+    return dataclasses.replace(config, sampler=sampler)
 
 
 def _pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -220,39 +294,75 @@ def _pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: tor
         raise EnvironmentProblem(str(error)) from error
 
 
-def _plan_attention(config: GenerateConfig, source: ModelSource) -> tuple[SLAConfig | None, Path | None]:
-    """The SLA settings to run with, and the file they come from. Raises WeightsError where there is no file."""
+def _plan_attention(
+    config: GenerateConfig, source: ModelSource, found: Found | None
+) -> tuple[SLAConfig | None, Path | None, bool, bool]:
+    """What SLA to run and from where.
+
+    Returns: the settings it was trained with (None runs dense), the file of its weights (None without any), whether
+        that is a file of slagen's own, and whether the weights in all are distilled for rCM.
+    Raises: WeightsError where SLA is asked for and there are no weights for it.
+    """
+    path, alone = None, True
+    if found is not None and found.kind in ("sla", "side-file"):
+        if config.attention == "dense":
+            raise UsageError("dense attention takes no SLA weights. Leave --weights out.")
+        path, alone = Path(config.weights or "").expanduser(), found.kind == "sla"
+    elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
+        path = source.folder / SLA_FILE
+    elif source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
+        path = source.weights / SLA_FILE
+    inside = None if source.weights is None or path is not None else peek(source.weights)
+    if inside is not None and inside.sla is not None:
+        path, alone = source.weights, False
+    metadata = read_metadata(path) if path is not None and alone else None
+    if metadata is not None:
+        distilled = metadata.sampler_family == "rcm"
+    elif source.weights is not None:
+        distilled = inside is not None and inside.sampler == "rcm"
+    else:
+        distilled = source.defaults.sampler == "rcm"
     if config.attention == "dense":
-        return None, None
-    path = Path(config.weights).expanduser() if config.weights is not None else source.folder / FILE_NAME
-    sparsity = config.sparsity if config.sla_topk is None else 1 - config.sla_topk
-    if config.weights is None and not path.is_file():
+        return None, None, True, distilled
+    if path is None:
         if not config.allow_untrained:
             raise WeightsError(
-                f"{source.name} has no SLA weights beside it, and untrained SLA makes poor video. Give them "
-                "with --weights, run the base model with --attention dense, or go on with --allow-untrained."
+                f"{source.name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply "
+                "lost, and the video is poor. Give SLA weights with --weights, run these as they are with "
+                "--attention dense, or go on with --allow-untrained."
             )
-        sla, found = SLAConfig(), None
-    else:
-        sla, found = read_metadata(path).config, path
-    return (sla if sparsity is None else dataclasses.replace(sla, sparsity=sparsity)), found
+        return SLAConfig(), None, True, distilled
+    if metadata is not None:
+        return metadata.config, path, True, distilled
+    sla = inside.sla if inside is not None else found.sla if found is not None else None
+    assert sla is not None
+    return sla, path, False, distilled
 
 
 def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
     """Put the planned attention into the pipeline; returns what the report says of the weights."""
-    found: dict[str, Any] = {"model": plan.source.name, "model_hash": weights_hash(pipe.transformer)}
+    found: dict[str, Any] = {
+        "model": plan.source.name, "model_file": None if plan.source.weights is None else str(plan.source.weights),
+        "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
+    }  # fmt: skip
     branches: Branches = {"sparse": "sparse", "linear": "linear"}.get(plan.config.attention, "both")  # type: ignore[assignment]
+    backend, untrained = plan.config.backend, plan.config.allow_untrained
     if plan.sla is None:
         install(pipe.transformer, None)
-        return {**found, "used": "base", "sla_file": None, "sla_hash": None}
+        return {**found, "used": "base" if plan.source.weights is None else "the same weights, full attention"}
     if plan.sla_path is None:
-        apply_sla(pipe, plan.sla, backend=plan.config.backend, branches=branches)
-        return {**found, "used": "base with untrained SLA", "sla_file": None, "sla_hash": None}
+        apply_sla(pipe, plan.sla, backend=backend, branches=branches)
+        return {**found, "used": "base with untrained SLA"}
+    if not plan.sla_alone:
+        install_projections(
+            pipe, plan.sla_path, plan.sla, backend=backend, branches=branches, allow_untrained=untrained
+        )
+        return {**found, "used": "SLA", "sla_file": str(plan.sla_path)}
     metadata: SLAMetadata = load_sla(
-        pipe, plan.sla_path, config=plan.sla, backend=plan.config.backend, branches=branches,
-        allow_untrained=plan.config.allow_untrained, base_hash=found["model_hash"],
+        pipe, plan.sla_path, config=plan.sla, backend=backend, branches=branches, allow_untrained=untrained,
+        base_hash=found["model_hash"],
     )  # fmt: skip
-    file = plan.sla_path / FILE_NAME if plan.sla_path.is_dir() else plan.sla_path
+    file = plan.sla_path / SLA_FILE if plan.sla_path.is_dir() else plan.sla_path
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return {**found, "used": "SLA", "sla_file": str(file), "sla_hash": digest, "trained": metadata.trained,
@@ -333,6 +443,13 @@ def _denoise(
         return {}
 
     generator = torch.Generator().manual_seed(config.seed)  # type: ignore[arg-type]
+    if config.sampler == "rcm":
+        assert config.width and config.height and config.num_frames
+        frames = (config.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+        height, width = (size // pipe.vae_scale_factor_spatial for size in (config.height, config.width))
+        pipe.scheduler.generator = generator
+        shape = (1, pipe.transformer.config.in_channels, frames, height, width)
+        embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
     try:
         recorder.begin_step()
         output = pipe(
@@ -357,11 +474,7 @@ def _report(
 ) -> dict[str, Any]:
     config, sla, steps = plan.config, plan.sla, recorder.steps
     num_frames, height, width, _ = frames_shape
-    model = json.loads((plan.source.folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-    shape = report.ModelShape(
-        model["num_layers"], model["num_attention_heads"], model["attention_head_dim"], model["ffn_dim"],
-        plan.source.defaults.max_sequence_length,
-    )  # fmt: skip
+    shape = plan.source.shape
     attention: dict[str, Any] = {"mode": config.attention, "tokens": plan.num_tokens}
     if sla is None:
         flops = report.dense_attention_flops(shape, plan.num_tokens)
@@ -441,6 +554,4 @@ def _file_stem(plan: Plan, index: int) -> str:
     """`<index>-<slug>-s<seed>-<hash>`; the hash tells settings apart that the rest of the name does not."""
     settings = {k: v for k, v in plan.settings.items() if k not in ("output", "overwrite", "save_latents", "timing")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    plain = unicodedata.normalize("NFKD", plan.config.prompt.lower()).encode("ascii", "ignore").decode()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
-    return f"{index + 1:04d}-{slug}-s{(plan.config.seed or 0) + index}-{digest}"
+    return f"{index + 1:04d}-{plan.config.slug}-s{(plan.config.seed or 0) + index}-{digest}"

@@ -70,14 +70,14 @@ class _Blockwise(torch.autograd.Function):
         ctx.config, ctx.scale = config, scale
 
         o, length = torch.empty_like(q), q.shape[2]
-        for heads in _head_groups(q):
-            k_j, v_j = _to_blocks(k[heads], config.block_n), _to_blocks(v[heads], config.block_n)
+        for heads in head_groups(q):
+            k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
             if weight is not None:
-                states = _states(k_j, v_j, config, length)
+                states = key_states(k_j, v_j, config, length)
                 if domain is None:  # project the one state, not every row
                     states[..., :-1] = states[..., :-1] @ weight.mT
             for run, tokens in _query_runs(q, config):
-                q_i = _to_blocks(q[heads][:, :, tokens], config.block_m)
+                q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
                 o_i = torch.empty_like(q_i)
                 if kv_indices is None:
                     o_i.zero_()
@@ -101,15 +101,15 @@ class _Blockwise(torch.autograd.Function):
         dweight = None if weight is None else torch.zeros_like(weight)
         dbias = None if bias is None else torch.zeros_like(bias)
         with torch.autocast(q.device.type, enabled=False):
-            for heads in _head_groups(q):
-                k_j, v_j = _to_blocks(k[heads], config.block_n), _to_blocks(v[heads], config.block_n)
+            for heads in head_groups(q):
+                k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
                 dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
                 if dweight is not None:
-                    states = _states(k_j, v_j, config, length)
+                    states = key_states(k_j, v_j, config, length)
                     dstates = torch.zeros_like(states)
                 for run, tokens in _query_runs(q, config):
-                    q_i = _to_blocks(q[heads][:, :, tokens], config.block_m)
-                    do_i = _to_blocks(do[heads][:, :, tokens], config.block_m)
+                    q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
+                    do_i = to_blocks(do[heads][:, :, tokens], config.block_m)
                     if kv_indices is None:
                         dq_i = torch.zeros_like(q_i)
                     else:
@@ -142,7 +142,7 @@ def _select(q: Tensor, k: Tensor, config: SLAConfig, sparse: bool, linear: bool)
 # a run are (G, R, block_m, D), and the keys and values of a group (G, N, block_n, D).
 
 
-def _head_groups(q: Tensor) -> Iterator[tuple[slice, slice]]:
+def head_groups(q: Tensor) -> Iterator[tuple[slice, slice]]:
     """Split (B, H) into some batches, or some heads of one batch, with about RUN_BYTES of queries."""
     batch, num_heads, length, head_dim = q.shape
     width = max(1, RUN_BYTES // (4 * length * head_dim))
@@ -166,7 +166,7 @@ def _rows(x: Tensor, heads: tuple[slice, slice], run: slice) -> Tensor:
     return x[heads][:, :, run].flatten(0, 1)
 
 
-def _to_blocks(x: Tensor, block: int) -> Tensor:
+def to_blocks(x: Tensor, block: int) -> Tensor:
     """Cut (b, h, L, D) into blocks (G, ceil(L / block), block, D), float32 or float64, zeros after the end."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     batch, num_heads, length, head_dim = x.shape
@@ -257,7 +257,7 @@ def _key_runs(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice
         yield run, slice(None) if config.linear_domain == "all" else run, _join(phi_k, config)
 
 
-def _states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> Tensor:
+def key_states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> Tensor:
     """Sum phi(K)^T [V, 1] over the tokens of each key block, or over all."""
     head_dim = k.shape[3]
     states = k.new_zeros(k.shape[0], 1 if config.linear_domain == "all" else k.shape[1], head_dim, head_dim + 1)

@@ -18,11 +18,11 @@ from torch import Tensor
 from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.models import SLA_FILE
+from slagen.wan.formats import PICKLE_SUFFIXES, Checkpoint, SideFile, read_checkpoint
 from slagen.wan.processor import install, installation, remove
 
 FORMAT_VERSION = 1
-FILE_NAME = "sla.safetensors"
-PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class SLAMetadata:
         base_hash: `weights_hash` of that model's transformer.
         trained: what was trained, such as "all" or "proj_l".
         steps: optimiser steps.
-        sampler_family: the sampler the weights are made for, such as "flow" for UniPC or Euler.
+        sampler_family: the sampler the weights are made for: "flow" for UniPC, Euler or DPM-Solver++, or "rcm".
+        source_hash: SHA-256 of the file that they were converted from; empty where slagen trained them.
     """
 
     config: SLAConfig
@@ -44,6 +45,7 @@ class SLAMetadata:
     trained: str
     steps: int
     sampler_family: str = "flow"
+    source_hash: str = ""
     format_version: int = FORMAT_VERSION
 
     def to_strings(self) -> dict[str, str]:
@@ -58,7 +60,7 @@ class SLAMetadata:
         if text is None:
             raise WeightsError(
                 f"{path} has no slagen metadata, so its block sizes and domain are unknown. "
-                f"Give a {FILE_NAME} that slagen wrote."
+                f"Give a {SLA_FILE} that slagen wrote."
             )
         try:
             fields: dict[str, Any] = json.loads(text)
@@ -88,14 +90,14 @@ def _hash(state: dict[str, Tensor]) -> str:
 def find_sla_file(path: Path) -> Path:
     """The SLA file that a path names: itself, or `sla.safetensors` in a folder. Raises WeightsError."""
     if path.is_dir():
-        path = path / FILE_NAME
+        path = path / SLA_FILE
         if not path.is_file():
-            raise WeightsError(f"{path.parent} holds no {FILE_NAME}. Give the file or folder with --weights.")
+            raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist. Give a {FILE_NAME}, or a folder with one, with --weights.")
+        raise WeightsError(f"{path} does not exist. Give a {SLA_FILE}, or a folder with one, with --weights.")
     if path.suffix in PICKLE_SUFFIXES:
         raise WeightsError(
-            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {FILE_NAME}."
+            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."
         )
     return path
 
@@ -164,6 +166,38 @@ def load_sla(
     return metadata
 
 
+def install_projections(
+    pipe: Any,
+    path: str | Path,
+    config: SLAConfig,
+    *,
+    backend: Backend = "auto",
+    branches: Branches = "both",
+    allow_untrained: bool = False,
+) -> None:
+    """Install SLA with the `proj_l` that a transformer's own file holds, or SimpleTuner's side file.
+
+    Raises: WeightsError if there is none, or it does not fit; the pipeline is as before then.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    found = read_checkpoint(Path(path), projections_only=True)
+    if isinstance(found, Checkpoint):
+        tensors = found.projections
+    else:
+        layers = range(transformer.config.num_layers)
+        tensors = {f"blocks.{i}.attn1.processor.proj_l.{name}": x for i in layers for name, x in _pair(found)}
+    install(transformer, config, backend=backend, branches=branches)
+    try:
+        _fill(transformer, tensors, path, allow_untrained)
+    except SlagenError:
+        remove(transformer)
+        raise
+
+
+def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
+    return [("weight", side.weight), ("bias", side.bias)]
+
+
 def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str, Tensor] | None = None) -> Path:
     """Write the SLA weights of a pipeline: every `proj_l`, and every tensor that differs from the base.
 
@@ -195,7 +229,7 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
     }
     file = Path(path)
     if file.suffix != ".safetensors":
-        file = file / FILE_NAME
+        file = file / SLA_FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     save_file(kept, part, metadata=metadata.to_strings())

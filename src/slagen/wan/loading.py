@@ -2,109 +2,129 @@
 
 from __future__ import annotations
 
-import difflib
-import json
+import dataclasses
 import re
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    GGUFQuantizationConfig,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
-from slagen.config import ModelDefaults
-from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.config import Sampler
+from slagen.errors import WeightsError
+from slagen.models import (
+    BUNDLED,
+    CUDA_DEFAULT,
+    PRESETS,
+    WAN_1_3B,
+    WAN_14B,
+    ModelSource,
+    bundled_folder,
+    describe_folder,
+    read_json,
+    unknown_model,
+)
+from slagen.report import ModelShape
+from slagen.wan.formats import (
+    Checkpoint,
+    check_fit,
+    identify,
+    read_checkpoint,
+    read_tensors,
+    rename_vae,
+    transformer_files,
+)
+from slagen.wan.hub import OnNote, fetch_pipeline, fetch_weights
+from slagen.wan.rcm import RCMScheduler
 
-BUNDLED = "tiny-wan"
-PRESETS = {
-    "wan2.1-1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "wan2.1-14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-}
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model lies, what to call it, and the settings it was made for."""
-
-    folder: Path
-    name: str
-    defaults: ModelDefaults
-    spatial_grid: int  # height and width must be multiples of this many pixels
-    temporal_factor: int  # video frames a latent frame
-    head_dim: int  # of the transformer's attention
-
-    def num_tokens(self, width: int, height: int, num_frames: int) -> int:
-        """L, the length of the self-attention sequence; sizes in pixels and video frames."""
-        frames = (num_frames - 1) // self.temporal_factor + 1
-        return frames * (width // self.spatial_grid) * (height // self.spatial_grid)
-
-
-def bundled_folder() -> Path:
-    """The model that travels with slagen: inside the package when installed, in weights/ in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "weights" / BUNDLED, package.parents[1] / "weights" / BUNDLED):
-        if (folder / "model_index.json").is_file():
-            return folder
-    raise EnvironmentProblem(f"the bundled model {BUNDLED} is missing from this installation. Install slagen again.")
-
-
-def resolve_model(model: str | None, device_type: str) -> ModelSource:
+def resolve_model(
+    model: str | None,
+    device_type: str,
+    *,
+    own_transformer: bool = True,
+    local_files_only: bool = False,
+    on_note: OnNote = lambda text: None,
+) -> ModelSource:
     """Find a model's folder, downloading a hub id, and check that it is a Wan2.1 text-to-video pipeline.
 
     Args:
-        model: a preset, a folder or a hub id; None is Wan2.1-1.3B on CUDA and the bundled model elsewhere.
+        model: a preset, a folder or a hub id; None is TurboWan 1.3B on CUDA and the bundled model elsewhere.
+        own_transformer: False where another transformer will be used: its weights are not downloaded.
+        local_files_only: download nothing.
+        on_note: told of downloads.
     Raises: UsageError for a name that is none of these, EnvironmentProblem if the hub does not give it, WeightsError if
         the folder holds something else.
     """
     if model is None:
-        model = "wan2.1-1.3b" if device_type == "cuda" else BUNDLED
+        model = CUDA_DEFAULT if device_type == "cuda" else BUNDLED
     if model == BUNDLED:
-        return _describe(bundled_folder(), BUNDLED)
+        return describe_folder(bundled_folder(), BUNDLED)
+    options: dict[str, Any] = {"local_files_only": local_files_only, "on_note": on_note}
+    preset = PRESETS.get(model)
+    if preset is not None and preset.base is not None:
+        weights = None
+        if preset.weights is not None and own_transformer:
+            weights = fetch_weights(preset.weights, **options)
+        folder = fetch_pipeline(preset.base, transformer=own_transformer and weights is None, **options)
+        source = describe_folder(folder, preset.name)
+        return dataclasses.replace(source, defaults=preset.defaults, weights=weights)
     path = Path(model).expanduser()
-    if model in PRESETS:
-        return _describe(_download(PRESETS[model]), PRESETS[model])
     if path.exists():
-        return _describe(path, path.resolve().name)
+        return describe_folder(path, path.resolve().name)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
-        return _describe(_download(model), model)
-    known = [BUNDLED, *PRESETS]
-    close = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.4)
-    raise UsageError(
-        f"model {model!r} is no preset, folder or hub id. Presets: {', '.join(known)}. "
-        f"Try --model {(close or known)[0]}."
-    )
+        return describe_folder(fetch_pipeline(model, transformer=own_transformer, **options), model)
+    raise unknown_model(model)
 
 
-def load_pipeline(source: ModelSource, device: torch.device, dtype: torch.dtype) -> WanPipeline:
+def load_pipeline(
+    source: ModelSource, device: torch.device, dtype: torch.dtype, vae: Path | None = None
+) -> WanPipeline:
     """Load a pipeline: transformer and text encoder in `dtype`, the VAE in float32, on the device as memory allows.
 
-    Nothing is ever cast after loading: diffusers keeps norms, time embedding and rotary tables in float32 itself.
+    Nothing is ever cast after loading: norms, time embedding and rotary tables are float32 from the first.
+
+    Args:
+        vae: a file or folder of another VAE, in the original or in diffusers' names.
     Raises: WeightsError if a file is broken, or a weight is missing.
     """
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    tensors = {part: _tensor_names(source.folder / part) for part in ("transformer", "vae", "text_encoder")}
+    parts: dict[str, Any] = {"transformer": load_transformer(source, dtype)}
+    if vae is not None:
+        parts["vae"] = load_vae(vae, source.folder / "vae")
+    tensors = {part: _tensor_names(source.folder / part) for part in ("vae", "text_encoder") if part not in parts}
     try:
         pipe = WanPipeline.from_pretrained(
-            source.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True
+            source.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **parts
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise WeightsError(f"{source.folder} cannot be loaded: {_first_line(error)}. Get the model again.") from error
-    for part in ("transformer", "vae"):
-        expected = set(getattr(pipe, part).state_dict())
-        missing, extra = sorted(expected - tensors[part]), sorted(tensors[part] - expected)
+    if vae is None:
+        expected = set(pipe.vae.state_dict())
+        missing, extra = sorted(expected - tensors["vae"]), sorted(tensors["vae"] - expected)
         if missing or extra:
             what = f"lacks {missing[0]}" if missing else f"has the unknown {extra[0]}"
             raise WeightsError(
-                f"{source.folder / part} {what} ({len(missing)} missing, {len(extra)} unknown tensors), and would make "
-                "noise. Get the model again."
+                f"{source.folder / 'vae'} {what} ({len(missing)} missing, {len(extra)} unknown tensors), and would "
+                "make noise. Get the model again."
             )
     tie_embeddings(pipe.text_encoder, tensors["text_encoder"])
     pipe.set_progress_bar_config(disable=True)
@@ -112,11 +132,80 @@ def load_pipeline(source: ModelSource, device: torch.device, dtype: torch.dtype)
     return pipe
 
 
-# Wan2.1 text-to-video (config.json of the public checkpoints); 1.3B and 14B differ in these.
-RANDOM_INIT = {
-    "wan-1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "wan-14b": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
-}
+def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The transformer of a model, from its folder or from the file that replaces it; on the CPU, in eval mode.
+
+    Raises: WeightsError unless every tensor is there, once, in the right shape.
+    """
+    config = source.folder / "transformer"
+    if source.weights is None:
+        transformer_files(config)
+    checkpoint = read_checkpoint(source.weights or config, dtype)
+    if not isinstance(checkpoint, Checkpoint):
+        raise WeightsError(f"{source.weights} holds SLA weights alone, not a transformer. Give it with --weights.")
+    return build_transformer(checkpoint, read_json(config / "config.json", source.folder), dtype)
+
+
+def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> WanTransformer3DModel:
+    """A transformer with a checkpoint's weights in `dtype`, but for what diffusers keeps in float32.
+
+    Args:
+        config: as in a transformer's config.json.
+    Raises: WeightsError with the list of what does not fit.
+    """
+    with init_empty_weights():
+        model = WanTransformer3DModel.from_config(config)
+    state = model.state_dict()
+    heads = model.config
+    check_fit(
+        checkpoint, {name: tensor.shape for name, tensor in state.items()}, heads.num_layers, heads.attention_head_dim
+    )
+    if checkpoint.path.suffix == ".gguf":  # stays quantised, multiplied out by diffusers as it is used
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_config(folder)
+            return WanTransformer3DModel.from_single_file(
+                str(checkpoint.path), config=folder, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype)
+            ).eval()
+    kept = set(WanTransformer3DModel._keep_in_fp32_modules)
+    tensors = {
+        name: tensor.to(torch.float32 if kept & set(name.split(".")) else dtype)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
+    """A VAE from a file in the original or in diffusers' names, float32.
+
+    Args:
+        config: the folder of a VAE whose config.json says its sizes and the statistics of its latents; None: Wan2.1's.
+    Raises: WeightsError unless it is one, whole, and of that size.
+    """
+    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    tensors = read_tensors(file)
+    if identify(tensors) != "vae":
+        raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
+    with init_empty_weights():
+        vae = AutoencoderKLWan.from_config({} if config is None else read_json(config / "config.json", config))
+    if "conv1.weight" in tensors:
+        tensors = rename_vae(tensors, vae.config.num_res_blocks)
+    check_fit(Checkpoint(path, "vae", tensors, {}), {name: x.shape for name, x in vae.state_dict().items()}, 0, 0)
+    vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+    return vae.eval()
+
+
+RANDOM_INIT = {"wan-1.3b": WAN_1_3B, "wan-14b": WAN_14B}
+
+
+def wan_config(shape: ModelShape) -> dict[str, Any]:
+    """The transformer config of the public Wan2.1 text-to-video models, which differ in these sizes alone."""
+    return {
+        "num_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "attention_head_dim": shape.head_dim,
+        "ffn_dim": shape.ffn_dim, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "patch_size": (1, 2, 2), "eps": 1e-6,
+        "rope_max_seq_len": 1024,
+    }  # fmt: skip
 
 
 def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> WanPipeline:
@@ -125,10 +214,7 @@ def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> WanP
     torch.set_default_dtype(dtype)
     try:
         with device:
-            transformer = WanTransformer3DModel(
-                attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096, freq_dim=256,
-                cross_attn_norm=True, qk_norm="rms_norm_across_heads", patch_size=(1, 2, 2), **RANDOM_INIT[name],
-            )  # fmt: skip
+            transformer = WanTransformer3DModel(**wan_config(RANDOM_INIT[name]))
     finally:
         torch.set_default_dtype(before)
     scheduler = UniPCMultistepScheduler(
@@ -175,9 +261,27 @@ def place(pipe: WanPipeline, device: torch.device) -> None:
         pipe.enable_model_cpu_offload(device=device)
 
 
-def set_flow_shift(pipe: WanPipeline, flow_shift: float) -> None:
-    """Give the pipeline a UniPC sampler with another flow shift; all else stays as the model's own."""
-    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=flow_shift)
+def set_sampler(
+    pipe: WanPipeline, sampler: Sampler, flow_shift: float, *, sigma_max: float = 80.0, stochastic: bool = True
+) -> None:
+    """Give a pipeline a sampler; UniPC keeps what else the model's own scheduler says.
+
+    Args:
+        flow_shift: of all but rCM, whose noise levels `sigma_max` sets. stochastic: rCM only.
+    """
+    flow: dict[str, Any] = {"num_train_timesteps": 1000}
+    if sampler == "rcm":
+        pipe.scheduler = RCMScheduler(sigma_max=sigma_max, stochastic=stochastic)
+    elif sampler == "euler":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=flow_shift, **flow)
+    elif sampler == "dpm++":
+        pipe.scheduler = DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift, **flow
+        )
+    else:
+        pipe.scheduler = UniPCMultistepScheduler.from_config(
+            pipe.scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+        )
 
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -190,55 +294,11 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     return frames.permute(1, 2, 3, 0).cpu()
 
 
-def _describe(folder: Path, name: str) -> ModelSource:
-    """Read a pipeline folder's small files. Raises WeightsError if it is no Wan2.1 text-to-video pipeline."""
-    if not folder.is_dir():
-        raise WeightsError(
-            f"{folder} is a file, but a model is a folder with a model_index.json in it. "
-            "Give a diffusers Wan2.1 folder with --model."
-        )
-    index = _read_json(folder / "model_index.json", folder)
-    kind = index.get("_class_name")
-    if kind != "WanPipeline":
-        raise WeightsError(f"{folder} holds a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder.")
-    if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
-        raise WeightsError(f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video.")
-    transformer = _read_json(folder / "transformer" / "config.json", folder)
-    vae = _read_json(folder / "vae" / "config.json", folder)
-    if transformer.get("image_dim") is not None or transformer.get("in_channels") != transformer.get("out_channels"):
-        raise WeightsError(f"{folder} is an image-to-video model. slagen runs Wan2.1 text-to-video.")
-    defaults = ModelDefaults()
-    if (folder / "slagen.json").is_file():
-        try:
-            defaults = ModelDefaults.from_dict(_read_json(folder / "slagen.json", folder))
-        except SlagenError as error:
-            raise WeightsError(f"{folder / 'slagen.json'}: {error}") from error
-    _, patch_height, patch_width = transformer.get("patch_size", (1, 2, 2))
-    grid = vae.get("scale_factor_spatial", 8) * max(patch_height, patch_width)
-    factor = vae.get("scale_factor_temporal", 4)
-    return ModelSource(folder, name, defaults, grid, factor, transformer.get("attention_head_dim", 128))
-
-
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{folder} has no {path.relative_to(folder)}, so it is no diffusers pipeline. Give a folder as "
-            "WanPipeline.save_pretrained writes it."
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path} cannot be read: {_first_line(error)}. Get the model again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no JSON object. Get the model again.")
-    return content
-
-
 def _tensor_names(folder: Path) -> set[str]:
     """Names of all tensors in a component's safetensors files; every header is checked against its file's length."""
     index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
     if index is not None:
-        shards = sorted(set(_read_json(index, folder).get("weight_map", {}).values()))
+        shards = sorted(set(read_json(index, folder).get("weight_map", {}).values()))
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise WeightsError(f"{index} names no shards, or shards outside its folder. Get the model again.")
         files = [folder / shard for shard in shards]
@@ -258,21 +318,6 @@ def _tensor_names(folder: Path) -> set[str]:
                 f"{file} is missing, broken or truncated ({error}). Copy or download it again."
             ) from error
     return names
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
-    except RepositoryNotFoundError as error:
-        raise UsageError(f"the hub has no model {repo_id!r}, or it wants a login (HF_TOKEN). Check --model.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, RuntimeError) as error:
-        raise EnvironmentProblem(
-            f"{repo_id} is not on this machine and the hub cannot be reached ({_first_line(error)}). Try again online, "
-            f"give a folder with --model, or try the bundled model with --model {BUNDLED}."
-        ) from error
 
 
 def _first_line(error: BaseException) -> str:

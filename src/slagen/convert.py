@@ -1,0 +1,305 @@
+"""convert, merge and info: weight files of any public form -> a folder that slagen and diffusers read, or words."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slagen import report
+from slagen.config import ModelDefaults
+from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.models import BUNDLED, PRESETS, SLA_FILE, TURBO_SLA, ModelSource, bundled_folder, describe_folder, read_json
+from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
+from slagen.wan.formats import Checkpoint, SideFile, check_fit, identify, peek, read_checkpoint, read_tensors
+from slagen.wan.loading import build_transformer, load_vae, wan_config
+from slagen.wan.processor import install
+
+PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
+MAX_SHARD = "5GB"
+
+
+def convert(
+    source: str, output: str, *, base: str | None = None, dtype: torch.dtype = torch.bfloat16,
+    overwrite: bool = False, on_note: Callable[[str], None] = lambda text: None,
+) -> Path:  # fmt: skip
+    """Write a transformer of any public form as a diffusers folder, with its SLA weights in `sla.safetensors`.
+
+    Args:
+        source: the transformer's file or folder, or the original VAE's file.
+        output: the folder to make; it appears whole or not at all.
+        base: a diffusers pipeline's folder, whose other parts are copied so that the result is a whole model; None
+            writes the transformer alone, for `--weights`.
+        dtype: of the transformer's weights, but for what diffusers keeps in float32.
+    Raises: WeightsError if anything in the file is left over, missing or misshapen; UsageError if `output` exists.
+    """
+    path, target = Path(source).expanduser(), Path(output).expanduser()
+    folder = None if base is None else describe_base(base)
+    _check_free(target, overwrite)
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        if not path.is_dir() and identify(read_tensors(path)) == "vae":
+            _convert_vae(path, part, folder)
+        else:
+            _convert_transformer(path, part, folder, dtype, on_note)
+        if overwrite and target.exists():
+            shutil.rmtree(target)
+        os.replace(part, target)
+    except OSError as error:
+        raise SlagenError(
+            f"{target} cannot be written ({error.strerror or error}). Check the free space there."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def describe_base(base: str) -> ModelSource:
+    """A pipeline's folder to take parts from: a folder, or the bundled model."""
+    if base == BUNDLED:
+        return describe_folder(bundled_folder(), BUNDLED)
+    path = Path(base).expanduser()
+    if not path.exists():
+        raise UsageError(f"--model is {base!r}, but convert needs a folder on this machine. Give one, or leave it out.")
+    return describe_folder(path, path.resolve().name)
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.is_file() or (target.exists() and not overwrite and any(target.iterdir())):
+        raise UsageError(f"{target} exists. Choose another output, or replace a folder with --overwrite.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _convert_vae(path: Path, part: Path, folder: ModelSource | None) -> None:
+    load_vae(path, None if folder is None else folder.folder / "vae").save_pretrained(part)
+
+
+def _convert_transformer(
+    path: Path, part: Path, folder: ModelSource | None, dtype: torch.dtype, on_note: Callable[[str], None]
+) -> None:
+    if path.suffix == ".gguf":
+        raise UsageError(f"{path} is GGUF, which is to be run as it is: generate --weights {path}.")
+    checkpoint = read_checkpoint(path, dtype)
+    if isinstance(checkpoint, SideFile):
+        raise UsageError(
+            f"{path} holds SLA weights alone. Use it beside its model: generate --model MODEL --weights {path}."
+        )
+    config = _config_for(checkpoint, folder)
+    model = build_transformer(checkpoint, config, dtype)
+    layers = len(checkpoint.projections) // 2
+    on_note(f"{checkpoint.layout} names, {len(checkpoint.tensors)} tensors, SLA in {layers} layers: all used")
+    model.save_pretrained(part / "transformer", max_shard_size=MAX_SHARD)
+    distilled = bool(checkpoint.projections)
+    if checkpoint.projections:
+        name = folder.name if folder is not None else _preset_name(model.config)
+        metadata = SLAMetadata(
+            TURBO_SLA,
+            name,
+            weights_hash(model),
+            trained="all",
+            steps=0,
+            sampler_family="rcm",
+            source_hash=_digest(path),
+        )
+        install(model, TURBO_SLA)
+        state = model.state_dict()
+        with torch.no_grad():
+            for key, tensor in checkpoint.projections.items():
+                state[key].copy_(tensor)
+        save_sla(model, part / SLA_FILE, metadata)
+    if folder is not None:
+        shutil.copy(folder.folder / "model_index.json", part)
+        for component in PARTS:
+            if (folder.folder / component).is_dir():
+                shutil.copytree(folder.folder / component, part / component, copy_function=_link_or_copy)
+        report.write_json(part / "slagen.json", _defaults(folder.defaults, distilled))
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """A hard link costs no space; another disk needs a copy."""
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _defaults(base: ModelDefaults, distilled: bool) -> dict[str, Any]:
+    """The model's own settings as slagen.json holds them."""
+    fields = {name: getattr(base, name) for name in ModelDefaults.__dataclass_fields__}
+    if distilled:
+        fields |= {"sampler": "rcm", "steps": 4, "guidance_scale": 1.0, "negative_prompt": ""}
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in fields.items() if value is not None
+    }
+
+
+def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str, Any]:
+    """The transformer's config: the base's, or that of the public Wan2.1 with this width and depth."""
+    if folder is not None:
+        return read_json(folder.folder / "transformer" / "config.json", folder.folder)
+    for preset in PRESETS.values():
+        shape = preset.shape
+        if (shape.num_heads * shape.head_dim, shape.num_layers) == (checkpoint.width, checkpoint.num_layers):
+            return wan_config(shape)
+    raise WeightsError(
+        f"{checkpoint.path} has {checkpoint.num_layers} layers of width {checkpoint.width}, which is no public Wan2.1 "
+        "(1.3B: 30 of 1536, 14B: 40 of 5120). Give the pipeline that it belongs to with --model."
+    )
+
+
+def _preset_name(config: Any) -> str:
+    width = config.num_attention_heads * config.attention_head_dim
+    return next((p.name for p in PRESETS.values() if p.shape.num_heads * p.shape.head_dim == width), "wan2.1")
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's files in order."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def merge(
+    base: str, output: str, *, diff_base: str, diff_target: str, weight: float = 1.0, overwrite: bool = False,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Path:  # fmt: skip
+    """Add what a tuning changed to another model: W = W_base + w (W_target - W_diffbase), tensor by tensor in float32.
+
+    Args:
+        base: transformer that gets the change, such as a step-distilled one.
+        output: a .safetensors file, in diffusers' names, in the base's dtypes.
+        diff_base, diff_target: the transformer before and after tuning. What only the target has (`proj_l`) is copied;
+            what either lacks, or has in another shape, stays the base's.
+        weight: w.
+    Raises: WeightsError if a file is no transformer; UsageError for an output that exists.
+    Source: TurboDiffusion's merge script, github.com/thu-ml/TurboDiffusion.
+    """
+    target = Path(output).expanduser()
+    if target.suffix != ".safetensors":
+        raise UsageError(f"the output is {target}, but must be a .safetensors file.")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists. Choose another output, or replace it with --overwrite.")
+    found = [_whole(Path(name).expanduser()) for name in (base, diff_base, diff_target)]
+    start, before, after = ({**c.tensors, **c.projections} for c in found)
+    merged: dict[str, Tensor] = {}
+    kept = []
+    for name, tensor in start.items():
+        pair = before.get(name), after.get(name)
+        if any(x is None or x.shape != tensor.shape for x in pair):
+            merged[name] = tensor
+            kept.append(name)
+            continue
+        change = pair[1].float() - pair[0].float()  # type: ignore[union-attr]
+        merged[name] = (tensor.float() + weight * change).to(tensor.dtype)
+    copied = [name for name in after if name not in start]
+    merged |= {name: after[name] for name in copied}
+    on_note(
+        f"{len(start) - len(kept)} tensors changed, {len(kept)} kept as in the base, {len(copied)} only the target's"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in merged.items()}, part)
+        os.replace(part, target)
+    except OSError as error:
+        raise SlagenError(
+            f"{target} cannot be written ({error.strerror or error}). Check the free space there."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def _whole(path: Path) -> Checkpoint:
+    """A transformer that is whole in itself: as many tensors in every layer, none of them strange."""
+    checkpoint = read_checkpoint(path, torch.float32)
+    if not isinstance(checkpoint, Checkpoint):
+        raise WeightsError(f"{path} holds SLA weights alone, not a transformer.")
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    roles = {re.sub(r"^blocks\.\d+\.", "", name) for name in shapes if name.startswith("blocks.")}
+    for layer in range(checkpoint.num_layers):
+        for role in roles:
+            shapes.setdefault(f"blocks.{layer}.{role}", torch.Size())
+    weights = [x for name, x in checkpoint.projections.items() if name.endswith("weight")]
+    check_fit(checkpoint, shapes, checkpoint.num_layers, weights[0].shape[0] if weights else 0)
+    return checkpoint
+
+
+def info(path_text: str) -> dict[str, Any]:
+    """Say what a weight file or folder is: its form, sizes and dtypes, and the norm of every layer's `proj_l`.
+
+    Raises: WeightsError if it is broken, or nothing that slagen knows.
+    """
+    path = Path(path_text).expanduser()
+    if path.is_dir() and (path / "model_index.json").is_file():
+        return _describe_pipeline(path)
+    if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
+        path = path / SLA_FILE
+    content = read_tensors(path)
+    kind = identify(content)
+    about: dict[str, Any] = {"path": str(path), "kind": kind}
+    tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
+    about |= {
+        "tensors": len(tensors),
+        "parameters": sum(x.numel() for x in tensors.values()),
+        "dtypes": dict(Counter(str(x.dtype).removeprefix("torch.") for x in tensors.values())),
+    }
+    if kind == "sla":
+        return about | _describe_sla(path, tensors)
+    if kind == "side-file":
+        side = read_checkpoint(path)
+        assert isinstance(side, SideFile)
+        norms = [side.weight.norm().item()]
+        return about | {"trained_with": side.config.to_dict(), "proj_l_norms": norms, "trained": norms[0] > 0}
+    if kind != "transformer":
+        return about
+    checkpoint = read_checkpoint(path)
+    assert isinstance(checkpoint, Checkpoint)
+    found = peek(path)
+    norms = _norms(checkpoint.projections)
+    about |= {
+        "layout": checkpoint.layout, "layers": checkpoint.num_layers, "width": checkpoint.width,
+        "quantised": checkpoint.quantised or path.suffix == ".gguf", "sampler": found.sampler or "unipc",
+        "sla": found.sla is not None, "proj_l_norms": norms, "trained": bool(norms) and min(norms) > 0,
+        "faults": checkpoint.faults,
+    }  # fmt: skip
+    if (path / SLA_FILE).is_file():
+        about["sla_file"] = info(str(path / SLA_FILE))
+    return about
+
+
+def _describe_pipeline(folder: Path) -> dict[str, Any]:
+    source = describe_folder(folder, folder.resolve().name)
+    about: dict[str, Any] = {"path": str(folder), "kind": "pipeline", **vars(source.shape)}
+    about["transformer"] = info(str(folder / "transformer"))
+    if (folder / SLA_FILE).is_file():
+        about["sla_file"] = info(str(folder / SLA_FILE))
+    return about
+
+
+def _describe_sla(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    metadata = read_metadata(path)
+    norms = _norms({name: x for name, x in tensors.items() if ".proj_l." in name})
+    about = {name: value for name, value in vars(metadata).items() if name != "config"}
+    return {
+        "base_model": about.pop("base_model"), "trained_with": metadata.config.to_dict(), "metadata": about,
+        "layers": len(norms), "proj_l_norms": norms, "trained": bool(norms) and min(norms) > 0,
+    }  # fmt: skip
+
+
+def _norms(projections: dict[str, Tensor]) -> list[float]:
+    """The Frobenius norm of each layer's `proj_l` weight, in the layers' order."""
+    weights = {int(name.split(".")[1]): x for name, x in projections.items() if name.endswith("proj_l.weight")}
+    return [weights[layer].float().norm().item() for layer in sorted(weights)]

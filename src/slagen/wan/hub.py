@@ -1,0 +1,116 @@
+"""Files from the Hugging Face hub: asked for their sizes first, fetched with resume, or found on this machine.
+
+HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+
+from slagen.errors import EnvironmentProblem, UsageError
+from slagen.models import BUNDLED
+
+PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
+TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
+FAILURES = (HTTPError, OSError, RuntimeError)  # the hub's own errors are HTTPErrors too
+
+OnNote = Callable[[str], None]
+
+
+def fetch_pipeline(repo_id: str, *, transformer: bool, local_files_only: bool, on_note: OnNote) -> Path:
+    """The folder of a diffusers pipeline; without its transformer's weights where others replace them."""
+    ignored = [] if transformer else TRANSFORMER_WEIGHTS
+    return _fetch(repo_id, PIPELINE_FILES, ignored, local_files_only, on_note)
+
+
+def fetch_weights(repo_id: str, *, local_files_only: bool, on_note: OnNote) -> Path:
+    """The one transformer file of a repository that is not quantised.
+
+    Raises: EnvironmentProblem if there is not exactly one.
+    """
+    folder = _fetch(repo_id, ["*.pth", "*.safetensors"], ["*quant*"], local_files_only, on_note)
+    files = [file for file in sorted(folder.rglob("*")) if file.suffix in (".pth", ".safetensors")]
+    files = [file for file in files if "quant" not in file.name]
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise EnvironmentProblem(
+            f"{repo_id} should hold one transformer file, but has {found}. Download the right one and give it with "
+            "--weights."
+        )
+    return files[0]
+
+
+def _fetch(repo_id: str, wanted: list[str], ignored: list[str], local_files_only: bool, on_note: OnNote) -> Path:
+    """A snapshot of some of a repository's files. Raises EnvironmentProblem, or UsageError for an impossible id."""
+    options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ignored}
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        if local_files_only or constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(repo_id, local_files_only=True, **options))
+        info = HfApi().model_info(repo_id, files_metadata=True)
+        _check_room(repo_id, info, wanted, ignored, on_note)
+        return Path(snapshot_download(repo_id, **options))
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is no hub id. Give owner/name, a folder, or a preset with --model.") from error
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise EnvironmentProblem(
+            f"the hub has no model {repo_id!r} for you: check the name; a gated or private model wants a token of "
+            "yours (hf auth login, or HF_TOKEN), and a wrong token hides it."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise EnvironmentProblem(_absent(repo_id, "it was not to be downloaded")) from error
+    except FAILURES as error:
+        return _from_cache(repo_id, options, error)
+
+
+def _from_cache(repo_id: str, options: dict[str, Any], error: Exception) -> Path:
+    """What an earlier download left whole, where the hub cannot be asked now."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code in (401, 403):
+        raise EnvironmentProblem(f"the hub refuses {repo_id} ({first}). Check HF_TOKEN.") from error
+    try:
+        return Path(snapshot_download(repo_id, local_files_only=True, **options))
+    except (LocalEntryNotFoundError, OSError) as missing:
+        raise EnvironmentProblem(_absent(repo_id, f"the hub cannot be reached: {first}")) from missing
+
+
+def _absent(repo_id: str, why: str) -> str:
+    return (
+        f"{repo_id} is not on this machine, and {why}. Try again online (finished files are kept), give a "
+        f"folder with --model, or try the bundled model with --model {BUNDLED}."
+    )
+
+
+def _check_room(repo_id: str, info: Any, wanted: list[str], ignored: list[str], on_note: OnNote) -> None:
+    """Say what will be downloaded. Raises EnvironmentProblem if the disk does not hold it."""
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    names = filter_repo_objects(sizes, allow_patterns=wanted, ignore_patterns=ignored)
+    missing = [name for name in names if not isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)]
+    needed = sum(sizes[name] for name in missing)
+    if not missing:
+        return
+    cache = Path(constants.HF_HUB_CACHE)
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise EnvironmentProblem(
+            f"{repo_id} needs {needed / 2**30:.2f} GiB, but {place} has {free / 2**30:.2f} GiB free. Free some space, "
+            "or set HF_HOME to a folder on another disk."
+        )
+    on_note(f"downloading {len(missing)} files of {repo_id}, {needed / 2**30:.2f} GiB, to {cache}")
