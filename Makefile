@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check evaluate bench gpu clean
+.PHONY: demo test check evaluate bench gpu soak clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 
 gpu: $(STAMP)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
 	$(BIN)/python scripts/gpu.py
+
+soak: $(STAMP)  ## 40 prompts, killed at 25 random moments, every video once
+	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py -k killed
 
 clean:
 	rm -rf $(VENV) build dist

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from public_forms import SIZES, fastvideo, projections, quantised, spell, turbo, wan
 from safetensors.torch import save_file
 from wan_models import build_pipeline, build_transformer, save_pipeline
@@ -15,9 +16,10 @@ from wan_models import build_pipeline, build_transformer, save_pipeline
 from slagen.config import GenerateConfig, SLAConfig
 from slagen.convert import convert, info, merge
 from slagen.errors import UsageError, WeightsError
-from slagen.generate import generate, make_plan
+from slagen.generate import generate
 from slagen.models import TURBO_SLA, describe_folder
-from slagen.wan.checkpoints import install_projections
+from slagen.resolve import make_plan
+from slagen.wan.checkpoints import install_projections, read_metadata
 from slagen.wan.formats import identify, peek, read_checkpoint
 from slagen.wan.loading import build_transformer as load
 from slagen.wan.loading import load_transformer, load_vae
@@ -414,12 +416,26 @@ def test_a_failed_conversion_leaves_nothing(base, state, tmp_path):
     with pytest.raises(WeightsError, match="proj_out.bias is missing"):
         convert(str(path), str(tmp_path / "out"), base=str(base))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["turbo.pth"]
-    with pytest.raises(WeightsError, match="no public Wan2.1"):
-        convert(str(write(path, turbo(state, projections()))), str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(UsageError, match="exists"):
         convert(str(path), str(tmp_path / "out"), base=str(base))
+
+
+@pytest.mark.parametrize("form", ["turbo", "quant", "fastvideo"])
+def test_conversion_needs_no_base(form, state, tmp_path):
+    """Sizes are read off the tensors; what comes out is a transformer for diffusers, and for --weights."""
+    content = turbo(state, projections())
+    if form == "quant":
+        content = quantised(content)
+    elif form == "fastvideo":
+        content = {**fastvideo(state), **spell(projections(), "attn1.attn_impl")}
+    out = convert(str(write(tmp_path / "x.pth", content)), str(tmp_path / "out"), dtype=torch.float32)
+    loaded = WanTransformer3DModel.from_pretrained(out, subfolder="transformer")
+    assert loaded.config.num_attention_heads == 2 and loaded.config.attention_head_dim == 64
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=0 if form != "quant" else 0.01)
+    assert read_metadata(out).sampler_family == "rcm" and peek(out).kind == "transformer"
 
 
 def test_merge_is_the_published_arithmetic(state, tmp_path):

@@ -12,8 +12,9 @@ from wan_models import save_pipeline
 
 from slagen.config import GenerateConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
-from slagen.generate import generate, make_plan
+from slagen.generate import generate
 from slagen.machine import pick_device
+from slagen.resolve import make_plan
 from slagen.video import read_mp4
 
 BASE = dict(prompt="a red circle", width=64, height=64, num_frames=9, steps=2, seed=3, allow_untrained=True)

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models"}
+LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -26,8 +26,11 @@ MAY_IMPORT = {
     "kernels": set(),
     "attention": {"kernels", "errors", "config", "timing"},
     "wan": {"kernels", "attention"} | LEAVES,
-    **{task: LIBRARY | LEAVES for task in TASKS},
-    "batch": {"generate"} | LIBRARY | LEAVES,
+    "prompts": {"errors", "config"},
+    "manifest": {"errors"},
+    "resolve": LIBRARY | LEAVES,
+    **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
+    "batch": {"generate", "resolve"} | LIBRARY | LEAVES,
     "console": LEAVES,
     "cli": {"console", "batch"} | TASKS | LIBRARY | LEAVES,
     "__main__": {"cli"},

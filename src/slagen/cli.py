@@ -12,6 +12,7 @@ from slagen import __version__
 from slagen.config import (
     Attention,
     Backend,
+    BatchConfig,
     BenchConfig,
     Dtype,
     FeatureMap,
@@ -46,7 +47,7 @@ def normalize(token: str) -> str:
     return ALIASES.get(token, token)
 
 
-INTERRUPTED = 130
+PARTLY_FAILED, INTERRUPTED = 3, 130
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "token_normalize_func": normalize}
 
@@ -81,6 +82,105 @@ def slagen(
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"
 
 
+# What `generate` and `batch` share.
+NegativePromptOption = Annotated[
+    str | None, typer.Option("--negative-prompt", "-n", help="What to steer away from.", rich_help_panel=VIDEO)
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        rich_help_panel=VIDEO,
+        help="A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with "
+        "a CUDA device, tiny-wan (bundled) without.",
+    ),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option(help="Width x height in pixels, such as 832x480.", rich_help_panel=VIDEO, metavar="WxH"),
+]
+NumFramesOption = Annotated[int | None, typer.Option(help="Video frames, 4k + 1.", rich_help_panel=VIDEO)]
+FpsOption = Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=VIDEO)]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)]
+GuidanceScaleOption = Annotated[
+    float | None,
+    typer.Option(help="Weight of the prompt; 1 skips the unconditional pass.", rich_help_panel=SAMPLING),
+]
+FlowShiftOption = Annotated[
+    float | None, typer.Option(help="Lean of the sampler towards noise.", rich_help_panel=SAMPLING)
+]
+SamplerOption = Annotated[
+    Sampler | None,
+    typer.Option(help="unipc, euler, dpm++ or rcm. Default: what the weights are for.", rich_help_panel=SAMPLING),
+]
+SigmaMaxOption = Annotated[
+    float | None, typer.Option(help="First noise level of rcm, 80 unless given.", rich_help_panel=SAMPLING)
+]
+OdeOption = Annotated[
+    bool, typer.Option("--ode", help="Without fresh noise in each step of rcm.", rich_help_panel=SAMPLING)
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Same seed, same video. Random (-1) unless given.", rich_help_panel=SAMPLING)
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=SAMPLING),
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)]
+AttentionOption = Annotated[
+    Attention,
+    typer.Option(
+        rich_help_panel=ATTENTION,
+        help="sla; sparse or linear: one branch of it; dense: the base model with full attention.",
+    ),
+]
+BackendOption = Annotated[
+    Backend, typer.Option(help="SLA's implementation: auto, reference, torch or triton.", rich_help_panel=ATTENTION)
+]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        rich_help_panel=ATTENTION,
+        show_default=False,
+        help="Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.",
+    ),
+]
+SlaTopkOption = Annotated[
+    float | None,
+    typer.Option(help="1 - sparsity: the fraction that is.", rich_help_panel=ATTENTION, show_default=False),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="SLA weights, or a whole transformer in any public form. Default: the model's own.",
+        rich_help_panel=ATTENTION,
+        metavar="FILE_OR_FOLDER",
+    ),
+]
+VaeOption = Annotated[
+    str | None,
+    typer.Option(help="Another VAE, such as Wan2.1_VAE.pth.", rich_help_panel=VIDEO, metavar="FILE_OR_FOLDER"),
+]
+LocalFilesOnlyOption = Annotated[
+    bool, typer.Option("--local-files-only", help="Download nothing.", rich_help_panel=VIDEO)
+]
+AllowUntrainedOption = Annotated[
+    bool,
+    typer.Option("--allow-untrained", help="Run SLA whose weights are missing or zero.", rich_help_panel=ATTENTION),
+]
+OutputOption = Annotated[
+    str, typer.Option("--output", "-o", help="A folder, or a file that ends in .mp4.", rich_help_panel=OUTPUT)
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.", rich_help_panel=OUTPUT)]
+SaveLatentsOption = Annotated[
+    bool, typer.Option("--save-latents", help="Also write the final latents.", rich_help_panel=OUTPUT)
+]
+TimingOption = Annotated[
+    Timing, typer.Option(help="layer, step or off: how finely attention is timed.", rich_help_panel=OUTPUT)
+]
+
+
 @app.command(no_args_is_help=True, context_settings=CONTEXT)
 def generate(
     words: Annotated[
@@ -90,105 +190,37 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt, instead of the argument.", rich_help_panel=VIDEO)
     ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", "-n", help="What to steer away from.", rich_help_panel=VIDEO)
-    ] = None,
-    model: Annotated[
+    prompts: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            rich_help_panel=VIDEO,
-            help="A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with "
-            "a CUDA device, tiny-wan (bundled) without.",
-        ),
+        typer.Option(help="A file of prompts: the same as slagen batch FILE.", rich_help_panel=VIDEO, metavar="FILE"),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Width x height in pixels, such as 832x480.", rich_help_panel=VIDEO, metavar="WxH"),
-    ] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Video frames, 4k + 1.", rich_help_panel=VIDEO)] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames a second.", rich_help_panel=VIDEO)] = None,
+    negative_prompt: NegativePromptOption = None,
+    model: ModelOption = None,
+    size: SizeOption = None,
+    num_frames: NumFramesOption = None,
+    fps: FpsOption = None,
     num_videos: Annotated[int, typer.Option(help="How many videos; seeds count up.", rich_help_panel=VIDEO)] = 1,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=SAMPLING)] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Weight of the prompt; 1 skips the unconditional pass.", rich_help_panel=SAMPLING),
-    ] = None,
-    flow_shift: Annotated[
-        float | None, typer.Option(help="Lean of the sampler towards noise.", rich_help_panel=SAMPLING)
-    ] = None,
-    sampler: Annotated[
-        Sampler | None,
-        typer.Option(help="unipc, euler, dpm++ or rcm. Default: what the weights are for.", rich_help_panel=SAMPLING),
-    ] = None,
-    sigma_max: Annotated[
-        float | None, typer.Option(help="First noise level of rcm, 80 unless given.", rich_help_panel=SAMPLING)
-    ] = None,
-    ode: Annotated[
-        bool, typer.Option("--ode", help="Without fresh noise in each step of rcm.", rich_help_panel=SAMPLING)
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Same seed, same video. Random (-1) unless given.", rich_help_panel=SAMPLING)
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=SAMPLING),
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)] = "auto",
-    attention: Annotated[
-        Attention,
-        typer.Option(
-            rich_help_panel=ATTENTION,
-            help="sla; sparse or linear: one branch of it; dense: the base model with full attention.",
-        ),
-    ] = "sla",
-    backend: Annotated[
-        Backend, typer.Option(help="SLA's implementation: auto, reference, torch or triton.", rich_help_panel=ATTENTION)
-    ] = "auto",
-    sparsity: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=ATTENTION,
-            show_default=False,
-            help="Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.",
-        ),
-    ] = None,
-    sla_topk: Annotated[
-        float | None,
-        typer.Option(help="1 - sparsity: the fraction that is.", rich_help_panel=ATTENTION, show_default=False),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="SLA weights, or a whole transformer in any public form. Default: the model's own.",
-            rich_help_panel=ATTENTION,
-            metavar="FILE_OR_FOLDER",
-        ),
-    ] = None,
-    vae: Annotated[
-        str | None,
-        typer.Option(help="Another VAE, such as Wan2.1_VAE.pth.", rich_help_panel=VIDEO, metavar="FILE_OR_FOLDER"),
-    ] = None,
-    local_files_only: Annotated[
-        bool, typer.Option("--local-files-only", help="Download nothing.", rich_help_panel=VIDEO)
-    ] = False,
-    allow_untrained: Annotated[
-        bool,
-        typer.Option("--allow-untrained", help="Run SLA whose weights are missing or zero.", rich_help_panel=ATTENTION),
-    ] = False,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="A folder, or a file that ends in .mp4.", rich_help_panel=OUTPUT)
-    ] = "outputs",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that exist.", rich_help_panel=OUTPUT)
-    ] = False,
-    save_latents: Annotated[
-        bool, typer.Option("--save-latents", help="Also write the final latents.", rich_help_panel=OUTPUT)
-    ] = False,
-    timing: Annotated[
-        Timing, typer.Option(help="layer, step or off: how finely attention is timed.", rich_help_panel=OUTPUT)
-    ] = "layer",
+    steps: StepsOption = None,
+    guidance_scale: GuidanceScaleOption = None,
+    flow_shift: FlowShiftOption = None,
+    sampler: SamplerOption = None,
+    sigma_max: SigmaMaxOption = None,
+    ode: OdeOption = False,
+    seed: SeedOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    attention: AttentionOption = "sla",
+    backend: BackendOption = "auto",
+    sparsity: SparsityOption = None,
+    sla_topk: SlaTopkOption = None,
+    weights: WeightsOption = None,
+    vae: VaeOption = None,
+    local_files_only: LocalFilesOnlyOption = False,
+    allow_untrained: AllowUntrainedOption = False,
+    output: OutputOption = "outputs",
+    overwrite: OverwriteOption = False,
+    save_latents: SaveLatentsOption = False,
+    timing: TimingOption = "layer",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, as slagen plan does.", rich_help_panel=OUTPUT)
     ] = False,
@@ -200,9 +232,11 @@ def generate(
 
     Example: slagen generate "a red circle moving right" --seed 7 --output circle.mp4
     """
+    if prompts is not None and (words is not None or prompt is not None):
+        raise UsageError("both a prompt and --prompts are given. Give one of them.")
     width, height = parse_size(size)
     config = GenerateConfig(
-        prompt=read_prompt(words, prompt),
+        prompt=read_prompt(words, prompt) if prompts is None else "-",
         model=model,
         weights=weights,
         vae=vae,
@@ -239,11 +273,105 @@ def generate(
 
         console.show_plan(planning.plan(config), as_json)
         return
+    if prompts is not None:
+        _run_batch(BatchConfig(prompts, config), as_json)
+        return
     with console.GenerateProgress() as progress:
         from slagen import generate as task
 
         result = task.generate(config, progress)
     console.show_videos(result, as_json)
+
+
+@app.command(no_args_is_help=True, context_settings=CONTEXT)
+def batch(
+    prompts: Annotated[
+        str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv or .yaml; - reads text from stdin.")
+    ],
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: every n-th job from the i-th on, for n machines.", metavar="I/N")
+    ] = None,
+    cache_dir: Annotated[str, typer.Option(help="Where prompt embeddings and hashes are kept.")] = "~/.cache/slagen",
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False,
+    negative_prompt: NegativePromptOption = None,
+    model: ModelOption = None,
+    size: SizeOption = None,
+    num_frames: NumFramesOption = None,
+    fps: FpsOption = None,
+    steps: StepsOption = None,
+    guidance_scale: GuidanceScaleOption = None,
+    flow_shift: FlowShiftOption = None,
+    sampler: SamplerOption = None,
+    sigma_max: SigmaMaxOption = None,
+    ode: OdeOption = False,
+    seed: SeedOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    attention: AttentionOption = "sla",
+    backend: BackendOption = "auto",
+    sparsity: SparsityOption = None,
+    sla_topk: SlaTopkOption = None,
+    weights: WeightsOption = None,
+    vae: VaeOption = None,
+    local_files_only: LocalFilesOnlyOption = False,
+    allow_untrained: AllowUntrainedOption = False,
+    output: OutputOption = "outputs",
+    save_latents: SaveLatentsOption = False,
+    timing: TimingOption = "layer",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Make a video of every prompt in a file; run it again to go on after anything.
+
+    A line of text is a prompt, and what differs: a red circle --seed 7 --size 128x128 --steps 8 --id circle
+
+    Example: slagen batch prompts.txt --output outputs
+    """
+    width, height = parse_size(size)
+    settings = GenerateConfig(
+        prompt="-",
+        width=width,
+        height=height,
+        seed=None if seed == -1 else seed,
+        dtype=parse_dtype(dtype),
+        negative_prompt=negative_prompt,
+        model=model,
+        num_frames=num_frames,
+        fps=fps,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        flow_shift=flow_shift,
+        sampler=sampler,
+        sigma_max=sigma_max,
+        ode=ode,
+        device=device,
+        attention=attention,
+        backend=backend,
+        sparsity=sparsity,
+        sla_topk=sla_topk,
+        weights=weights,
+        vae=vae,
+        local_files_only=local_files_only,
+        allow_untrained=allow_untrained,
+        output=output,
+        save_latents=save_latents,
+        timing=timing,
+    )
+    _run_batch(BatchConfig(prompts, settings, retry_failed, parse_shard(shard), cache_dir, no_cache), as_json)
+
+
+def _run_batch(config: BatchConfig, as_json: bool) -> None:
+    from slagen import console
+
+    with console.GenerateProgress() as progress:
+        from slagen import batch as task
+
+        result = task.batch(config, progress)
+    console.show_batch(result, as_json)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if result.failed:
+        raise typer.Exit(PARTLY_FAILED)
 
 
 @app.command(context_settings=CONTEXT)
@@ -569,6 +697,16 @@ def parse_dtype(text: str) -> Dtype:
     if name not in get_args(Dtype):
         raise UsageError(f"dtype is {text!r}, but must be one of {', '.join(get_args(Dtype))}. Try --dtype auto.")
     return cast(Dtype, name)
+
+
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """(i, n) from "i/n". Raises UsageError."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if match is None:
+        raise UsageError(f"shard is {text!r}, but must be i/n, such as 1/4 on the first of four machines.")
+    return int(match[1]), int(match[2])
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

@@ -285,6 +285,31 @@ class GenerateConfig:
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
 
 
+@dataclass(frozen=True)
+class BatchConfig:
+    """One call of `slagen batch`.
+
+    Args:
+        prompts: a prompt file, or "-" for stdin.
+        generate: the settings of every prompt that says nothing else; its own prompt is not used.
+        retry_failed: try again what failed before.
+        shard: (i, n): make each n-th job alone, from the i-th on, 1 being the first.
+        cache_dir: where hashes and prompt embeddings are kept. no_cache: keep no embeddings.
+    Raises: UsageError for a shard that is none.
+    """
+
+    prompts: str
+    generate: GenerateConfig
+    retry_failed: bool = False
+    shard: tuple[int, int] | None = None
+    cache_dir: str = "~/.cache/slagen"
+    no_cache: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise UsageError(f"shard is {self.shard[0]}/{self.shard[1]}, but must be i/n from 1/n to n/n. Try 1/2.")
+
+
 # Self-attention calls of real models: batch, heads, tokens, head dimension.
 SHAPES = {
     "wan-1.3b-480p": (1, 12, 32760, 128),  # 832x480, 81 frames

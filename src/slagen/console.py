@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 STAGES = {
+    "hash": "reading the weights' hashes",
     "load": "loading the model",
     "text": "reading the prompt",
     "denoise": "denoising",
@@ -38,6 +39,7 @@ class GenerateProgress:
             disable=not stderr.is_terminal,
         )
         self._task: TaskID | None = None
+        self._job = ""
 
     def __enter__(self) -> GenerateProgress:
         self._progress.start()
@@ -53,10 +55,18 @@ class GenerateProgress:
         if event.kind in ("note", "warning"):
             style = "yellow" if event.kind == "warning" else "dim"
             self._progress.console.print(f"[{style}]{event.kind}:[/] {escape(event.text)}", soft_wrap=True)
+        elif event.kind == "plan":
+            self._progress.console.print(escape(event.text), soft_wrap=True)
+        elif event.kind == "job":
+            self._job = escape(event.text)
+            if not stderr.is_terminal:
+                self._progress.console.print(self._job, soft_wrap=True)
         elif event.kind == "stage":
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(STAGES[event.text], total=event.num_steps or None, detail="")
+            self._task = self._progress.add_task(
+                " ".join([self._job, STAGES[event.text]]).strip(), total=event.num_steps or None, detail=""
+            )
         elif event.kind == "step" and self._task is not None:
             step = event.step
             detail = f"step {step.latency_ms:.0f} ms" if step.latency_ms is not None else ""
@@ -74,6 +84,24 @@ def show_videos(result: Any, as_json: bool) -> None:
     for video in result.videos:
         show_report(video.report)
         write(str(video.path))
+
+
+def show_batch(result: Any, as_json: bool) -> None:
+    """Print what `batch` made: one path a line on stdout and counts on stderr, or JSON alone on stdout."""
+    if as_json:
+        content = {**vars(result), "folder": str(result.folder)}
+        content["failed"] = [{"video": name, "reason": reason} for name, reason in result.failed]
+        write(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    for name in result.made:
+        write(str(result.folder / name))
+    for name, reason in result.failed:
+        stderr.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", soft_wrap=True)
+    elsewhere = f", {len(result.elsewhere)} by another process" if result.elsewhere else ""
+    stderr.print(
+        f"{len(result.made)} made{elsewhere}, {len(result.kept)} were there, {len(result.failed)} failed",
+        soft_wrap=True,
+    )
 
 
 def show_report(content: dict[str, Any]) -> None:

@@ -18,7 +18,18 @@ from torch import Tensor
 from slagen import report
 from slagen.config import ModelDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.models import BUNDLED, PRESETS, SLA_FILE, TURBO_SLA, ModelSource, bundled_folder, describe_folder, read_json
+from slagen.models import (
+    BUNDLED,
+    PRESETS,
+    SLA_FILE,
+    TURBO_SLA,
+    WAN_1_3B,
+    ModelSource,
+    bundled_folder,
+    describe_folder,
+    read_json,
+)
+from slagen.report import ModelShape
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
 from slagen.wan.formats import Checkpoint, SideFile, check_fit, identify, peek, read_checkpoint, read_tensors
 from slagen.wan.loading import build_transformer, load_vae, wan_config
@@ -144,17 +155,29 @@ def _defaults(base: ModelDefaults, distilled: bool) -> dict[str, Any]:
 
 
 def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str, Any]:
-    """The transformer's config: the base's, or that of the public Wan2.1 with this width and depth."""
+    """The transformer's config: the base's, or one read off the tensors' shapes."""
     if folder is not None:
         return read_json(folder.folder / "transformer" / "config.json", folder.folder)
-    for preset in PRESETS.values():
-        shape = preset.shape
-        if (shape.num_heads * shape.head_dim, shape.num_layers) == (checkpoint.width, checkpoint.num_layers):
-            return wan_config(shape)
-    raise WeightsError(
-        f"{checkpoint.path} has {checkpoint.num_layers} layers of width {checkpoint.width}, which is no public Wan2.1 "
-        "(1.3B: 30 of 1536, 14B: 40 of 5120). Give the pipeline that it belongs to with --model."
-    )
+    tensors, width = checkpoint.tensors, checkpoint.width
+    weights = [x for name, x in checkpoint.projections.items() if name.endswith("weight")]
+    head_dim = weights[0].shape[0] if weights else WAN_1_3B.head_dim
+    try:
+        ffn_dim = tensors["blocks.0.ffn.net.0.proj.bias"].shape[0]
+        sizes = {
+            "text_dim": tensors["condition_embedder.text_embedder.linear_1.weight"].shape[1],
+            "freq_dim": tensors["condition_embedder.time_embedder.linear_1.weight"].shape[1],
+            "in_channels": tensors["patch_embedding.weight"][0].numel() // 4,
+            "out_channels": tensors["proj_out.bias"].shape[0] // 4,
+        }
+    except (KeyError, IndexError) as error:
+        raise WeightsError(f"{checkpoint.path} lacks {error}, so it is no whole transformer. Get it again.") from error
+    if not width or width % head_dim:
+        raise WeightsError(
+            f"{checkpoint.path} has layers of width {width}, which are no heads of {head_dim}. Give the pipeline that "
+            "it belongs to with --model."
+        )
+    shape = ModelShape(checkpoint.num_layers, width // head_dim, head_dim, ffn_dim, 512)
+    return {**wan_config(shape), **sizes}
 
 
 def _preset_name(config: Any) -> str:

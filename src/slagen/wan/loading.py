@@ -93,7 +93,12 @@ def resolve_model(
 
 
 def load_pipeline(
-    source: ModelSource, device: torch.device, dtype: torch.dtype, vae: Path | None = None
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    vae: Path | None = None,
+    *,
+    text_encoder: bool = True,
 ) -> WanPipeline:
     """Load a pipeline: transformer and text encoder in `dtype`, the VAE in float32, on the device as memory allows.
 
@@ -101,6 +106,7 @@ def load_pipeline(
 
     Args:
         vae: a file or folder of another VAE, in the original or in diffusers' names.
+        text_encoder: False leaves text encoder and tokenizer out.
     Raises: WeightsError if a file is broken, or a weight is missing.
     """
     diffusers_logging.set_verbosity_error()
@@ -110,6 +116,8 @@ def load_pipeline(
     parts: dict[str, Any] = {"transformer": load_transformer(source, dtype)}
     if vae is not None:
         parts["vae"] = load_vae(vae, source.folder / "vae")
+    if not text_encoder:
+        parts |= {"text_encoder": None, "tokenizer": None}
     tensors = {part: _tensor_names(source.folder / part) for part in ("vae", "text_encoder") if part not in parts}
     try:
         pipe = WanPipeline.from_pretrained(
@@ -126,7 +134,8 @@ def load_pipeline(
                 f"{source.folder / 'vae'} {what} ({len(missing)} missing, {len(extra)} unknown tensors), and would "
                 "make noise. Get the model again."
             )
-    tie_embeddings(pipe.text_encoder, tensors["text_encoder"])
+    if text_encoder:
+        tie_embeddings(pipe.text_encoder, tensors["text_encoder"])
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)
     return pipe
@@ -252,7 +261,7 @@ def place(pipe: WanPipeline, device: torch.device) -> None:
     if device.type != "cuda":
         pipe.to(device)
         return
-    parts = [pipe.transformer, pipe.text_encoder, pipe.vae]
+    parts = [part for part in (pipe.transformer, pipe.text_encoder, pipe.vae) if part is not None]
     needed = sum(t.numel() * t.element_size() for part in parts for t in part.state_dict().values())
     free, _ = torch.cuda.mem_get_info(device)
     if needed + ACTIVATIONS_GIB * 2**30 <= free:

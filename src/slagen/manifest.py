@@ -1,0 +1,191 @@
+"""The append-only record of a batch: which jobs were queued, which are running, done or failed, whoever ran them.
+
+`manifest.jsonl` holds one event a line. Lines are appended whole and synced, never changed; a line that a crash tore is
+ignored, and the next append starts a new one. Who works on a job holds an OS lock on its lock file, which is free again
+when the process dies, so a job that is "running" without a holder was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from slagen.errors import SlagenError
+
+FILE_NAME = "manifest.jsonl"
+LOCKS = ".slagen"
+VERSION = 1
+
+
+@dataclass
+class Job:
+    """One video of a batch, as the manifest knows it.
+
+    Args:
+        key: SHA-256 of all that changes its pixels, its seed among them.
+        index: its place in the names, given once.
+        name: of its video, without folder.
+        settings: what it is made with. seed: given, or drawn when it was queued.
+        lookup: for a job whose seed was drawn: hash of the settings without it, and its count among equal ones.
+        state: "queued", "running", "done" or "failed".
+        result: what the last event says: the file's hash, the reason of a failure.
+    """
+
+    key: str
+    index: int
+    name: str
+    settings: dict[str, Any]
+    seed: int
+    lookup: str = ""
+    state: str = "queued"
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A job that a run asks for: its settings, and its seed if one was given."""
+
+    settings: dict[str, Any]
+    seed: int | None
+    slug: str
+    id: str = ""
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of JSON content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+class Manifest:
+    """One output folder's record. Any number of processes may hold one on the same folder.
+
+    Args:
+        folder: where videos lie; made if it is not there.
+    Raises: SlagenError where files cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / FILE_NAME
+        try:
+            (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SlagenError(
+                f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
+            ) from error
+        self._write_lock = FileLock(folder / LOCKS / "manifest.lock")
+
+    def read(self) -> dict[str, Job]:
+        """Every job by its key, in the order of queueing. Lines that are no events are passed over."""
+        jobs: dict[str, Job] = {}
+        for event in self._events():
+            key, kind = event.get("key"), event.get("event")
+            if kind == "queued" and isinstance(key, str) and key not in jobs:
+                try:
+                    jobs[key] = Job(
+                        key, event["index"], event["name"], event["settings"], event["seed"], event["lookup"]
+                    )
+                except KeyError:
+                    continue
+            elif kind in ("running", "done", "failed") and key in jobs:
+                if jobs[key].state == "done" and kind != "done":
+                    continue  # a late word of a worker that lost its lock
+                jobs[key].state, jobs[key].result = kind, event
+        return jobs
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        for line in data.split(b"\n"):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and event.get("v") == VERSION:
+                yield event
+
+    def append(self, *events: dict[str, Any]) -> None:
+        """Add events in one write, synced to the disk. Raises SlagenError if the disk takes them not."""
+        with self._write_lock:
+            self._append(events)
+
+    def _append(self, events: tuple[dict[str, Any], ...]) -> None:
+        stamp = time.time()
+        lines = [json.dumps({"v": VERSION, **event, "time": stamp}, ensure_ascii=False) for event in events]
+        data = ("\n".join(lines) + "\n").encode()
+        try:
+            with self.path.open("a+b") as handle:
+                if handle.tell() > 0:
+                    handle.seek(-1, os.SEEK_END)
+                    if handle.read(1) != b"\n":  # the line before was torn
+                        data = b"\n" + data
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise SlagenError(f"{self.path} cannot be written ({error.strerror or error}). Free some space.") from error
+
+    def queue(self, wanted: list[Wanted]) -> list[Job]:
+        """Find each wanted job, or queue it: all new ones in one append.
+
+        A job with a seed is found by its key; one without by its settings and its count among equal ones of this call,
+        so that inserting a line elsewhere changes nothing.
+
+        Returns: the job of each that is wanted; the same one for equal settings with equal seeds.
+        """
+        with self._write_lock:
+            jobs = self.read()
+            drawn = {job.lookup: job for job in jobs.values() if job.lookup}
+            following = 1 + max((job.index for job in jobs.values()), default=0)
+            counts: dict[str, int] = {}
+            found, events = [], []
+            for want in wanted:
+                lookup = ""
+                if want.seed is None:
+                    plain = digest(want.settings)
+                    counts[plain] = counts.get(plain, 0) + 1
+                    lookup = f"{plain}:{counts[plain]}"
+                    job = drawn.get(lookup)
+                else:
+                    job = jobs.get(digest({**want.settings, "seed": want.seed}))
+                if job is None:
+                    seed = secrets.randbelow(2**31) if want.seed is None else want.seed
+                    key = digest({**want.settings, "seed": seed})
+                    name = f"{want.id or f'{following:04d}-{want.slug}'}-s{seed}-{key[:8]}.mp4"
+                    job = jobs[key] = Job(key, following, name, want.settings, seed, lookup)
+                    following += 1
+                    events.append({"event": "queued", "key": key, "index": job.index, "name": name,
+                                   "settings": want.settings, "seed": seed, "lookup": lookup})  # fmt: skip
+                found.append(job)
+            if events:
+                self._append(tuple(events))
+        return found
+
+    def claim(self, job: Job) -> BaseFileLock | None:
+        """Take a job's lock, to be released by the caller; None where another process holds it."""
+        lock = FileLock(self.folder / LOCKS / f"{job.key[:32]}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock
+
+    def is_whole(self, job: Job) -> bool:
+        """Whether a done job's video is there with the bytes that were written."""
+        path = self.folder / job.name
+        try:
+            with path.open("rb") as handle:
+                return hashlib.file_digest(handle, "sha256").hexdigest() == job.result.get("sha256")
+        except OSError:
+            return False

@@ -1,0 +1,307 @@
+"""Prompt files: text, JSON lines, CSV or YAML -> requests, every fault with its file, line and column. No torch."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slagen.config import GenerateConfig
+from slagen.errors import UsageError
+
+MAX_PROMPT = 20_000  # characters; Wan reads 512 tokens of them
+FIELDS = {  # what may differ within one loaded model: option -> field of GenerateConfig and its type
+    "seed": ("seed", int), "size": ("size", str), "width": ("width", int), "height": ("height", int),
+    "num-frames": ("num_frames", int), "steps": ("steps", int), "guidance-scale": ("guidance_scale", float),
+    "flow-shift": ("flow_shift", float), "fps": ("fps", int), "negative-prompt": ("negative_prompt", str),
+    "sparsity": ("sparsity", float), "sla-topk": ("sla_topk", float), "num-videos": ("num_videos", int),
+    "id": ("id", str),
+}  # fmt: skip
+SHORT = {  # musubi's and kohya's, and other tools' names
+    "w": "width", "h": "height", "f": "num-frames", "d": "seed", "s": "steps", "g": "guidance-scale",
+    "l": "guidance-scale", "fs": "flow-shift", "n": "negative-prompt",
+    "frames": "num-frames", "frame-num": "num-frames", "video-length": "num-frames",
+    "num-inference-steps": "steps", "sample-steps": "steps", "infer-steps": "steps", "num-steps": "steps",
+    "guidance": "guidance-scale", "cfg": "guidance-scale", "sample-guide-scale": "guidance-scale",
+    "shift": "flow-shift", "sample-shift": "flow-shift", "base-seed": "seed", "negative": "negative-prompt",
+    "topk": "sla-topk", "num-samples": "num-videos", "num-videos-per-prompt": "num-videos",
+}  # fmt: skip
+ELSEWHERE = {
+    *(name.replace("_", "-") for name in GenerateConfig.__dataclass_fields__), "timing", "overwrite", "json",
+    "attn-mode", "model-path", "ckpt-dir", "dit", "vae-path", "output-path", "save-path",
+} - {*FIELDS, "prompt"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a prompt file.
+
+    Args:
+        prompt: what the video shows.
+        fields: what the line says of GenerateConfig's fields.
+        id: its own name, empty unless given.
+        num_videos: how many; seeds count up.
+        where: file and line, for messages.
+    """
+
+    prompt: str
+    fields: dict[str, Any]
+    id: str
+    num_videos: int
+    where: str
+
+
+class _Fault(Exception):
+    """What is wrong with a line, and at which column, 1 being the first."""
+
+    def __init__(self, text: str, column: int | None = None) -> None:
+        super().__init__(text)
+        self.text, self.column = text, column
+
+
+def read_prompts(source: str) -> list[Request]:
+    """Read and check a whole prompt file.
+
+    Args:
+        source: a .txt, .jsonl, .csv or .yaml file, or "-" for text on stdin.
+    Raises: UsageError with every fault, up to ten, each with file, line and column.
+    """
+    name, suffix, data = _load(source)
+    text = _decode(name, data)
+    parse = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".yaml": _yaml, ".yml": _yaml}.get(suffix, _text)
+    requests: list[Request] = []
+    faults: list[str] = []
+    ids: dict[str, str] = {}
+    for line, entry in parse(name, text):
+        where = f"{name}:{line}"
+        try:
+            if isinstance(entry, _Fault):
+                raise entry
+            request = _request(entry, where)
+            if request.id in ids:
+                raise _Fault(f"id {request.id!r} is that of {ids[request.id]} too")
+            if request.id:
+                ids[request.id] = where
+            requests.append(request)
+        except _Fault as fault:
+            column = "" if fault.column is None else f":{fault.column}"
+            faults.append(f"{where}{column}: {fault.text}")
+    if faults:
+        more = f"\n... and {len(faults) - 10} more faults" if len(faults) > 10 else ""
+        raise UsageError("\n".join(faults[:10]) + more)
+    if not requests:
+        raise UsageError(f"{name} holds no prompt. Write one on each line.")
+    return requests
+
+
+def _load(source: str) -> tuple[str, str, bytes]:
+    if source == "-":
+        return "stdin", ".txt", sys.stdin.buffer.read()
+    path = Path(source).expanduser()
+    try:
+        return str(path), path.suffix.lower(), path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}). Give a file of prompts, or - for stdin."
+        ) from error
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise UsageError(
+            f"{name}:{line}:{column}: byte {data[error.start]:#04x} is not UTF-8. Save it as UTF-8."
+        ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UsageError(f"{name}:{line}: holds a NUL byte. Save it as plain UTF-8 text.")
+    return text
+
+
+Entry = dict[str, Any] | _Fault
+
+
+def _text(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    """`prompt --option value --option value`; a value runs to the next " --"."""
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            yield number, _text_line(line)
+        except _Fault as fault:
+            yield number, fault
+
+
+def _text_line(line: str) -> dict[str, Any]:
+    pieces = re.split(r"(?:^|(?<=\s))--(?=\S)", line)
+    entry: dict[str, Any] = {"prompt": pieces[0].strip()}
+    column = len(pieces[0]) + 1
+    for piece in pieces[1:]:
+        match = re.match(r"([^\s=]+)(?:\s*=\s*|\s+|$)(.*)", piece, re.DOTALL)
+        name, value = match.groups() if match else (piece, "")
+        option = _option(name, column)
+        if option in entry:
+            raise _Fault(f"--{name} is given twice", column)
+        entry[option] = _convert(option, value.strip(), column)
+        column += len(piece) + 2
+    return entry
+
+
+def _option(name: str, column: int | None = None) -> str:
+    """An option's name as we spell it."""
+    plain = name.strip().replace("_", "-").lower()
+    plain = SHORT.get(plain, plain)
+    if plain in FIELDS:
+        return plain
+    if plain in ELSEWHERE:
+        raise _Fault(f"--{name} is the same for all prompts and belongs on the command line", column)
+    raise _Fault(f"--{name} is unknown; a line takes {', '.join('--' + option for option in FIELDS)}", column)
+
+
+def _convert(option: str, value: Any, column: int | None = None) -> Any:
+    """A value of an option's type, from text or from JSON."""
+    kind = FIELDS[option][1]
+    if kind is str:
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise _Fault(f"--{option} is {value!r}, but must be text", column)
+        return str(value)
+    if isinstance(value, str):
+        try:
+            return kind(value)
+        except ValueError:
+            raise _Fault(f"--{option} is {value!r}, but must be a number", column) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+        raise _Fault(f"--{option} is {value!r}, but must be a{' whole' * (kind is int)} number", column)
+    return kind(value)
+
+
+def _mapping(content: Any) -> Entry:
+    """An entry of JSON, YAML or CSV, its keys spelt as options are."""
+    if isinstance(content, str):
+        content = {"prompt": content}
+    if not isinstance(content, dict):
+        return _Fault(f"is {content!r:.40}, but must be an object with a prompt")
+    entry: dict[str, Any] = {}
+    try:
+        for key, value in content.items():
+            if key == "prompt":
+                if not isinstance(value, str):
+                    raise _Fault(f"prompt is {value!r:.40}, but must be text")
+                entry["prompt"] = value.strip()
+            elif value is not None:
+                option = _option(str(key))
+                if option in entry:
+                    raise _Fault(f"{key} is given twice")
+                entry[option] = _convert(option, value)
+    except _Fault as fault:
+        return fault
+    return entry
+
+
+def _jsonl(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, _mapping(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            column = error.colno if isinstance(error, json.JSONDecodeError) else None
+            yield number, _Fault("is no JSON object", column)
+
+
+def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if header is None:
+                header = [cell.strip() for cell in row]
+                if "prompt" not in header:
+                    yield rows.line_num, _Fault("has no column named prompt")
+                    return
+                if len(set(header)) < len(header):
+                    yield rows.line_num, _Fault("names a column twice")
+                    return
+                continue
+            if len(row) != len(header):
+                yield rows.line_num, _Fault(f"has {len(row)} cells, but the first line names {len(header)}")
+                continue
+            yield (
+                rows.line_num,
+                _mapping({k: v.strip() for k, v in zip(header, row, strict=True) if v.strip() or k == "prompt"}),
+            )
+    except csv.Error as error:
+        yield rows.line_num, _Fault(f"is no CSV: {error}")
+
+
+def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = str(getattr(error, "problem", None) or error).splitlines()[0]
+        yield (mark.line + 1 if mark else 1), _Fault(f"is no YAML: {what}", mark.column + 1 if mark else None)
+        return
+    if isinstance(content, dict) and set(content) == {"prompts"} and node is not None:
+        node, content = node.value[0][1], content["prompts"]
+    if content is None:
+        return
+    if not isinstance(content, list):
+        yield 1, _Fault("must be a list of prompts")
+        return
+    for part, value in zip(node.value, content, strict=True):
+        yield part.start_mark.line + 1, _mapping(value)
+
+
+def _request(entry: dict[str, Any], where: str) -> Request:
+    """Check a line by making the config that it would run with, model apart."""
+    prompt = entry.pop("prompt", "")
+    if not prompt:
+        raise _Fault("has no prompt", 1)
+    if len(prompt) > MAX_PROMPT:
+        raise _Fault(f"has a prompt of {len(prompt):,} characters, but at most {MAX_PROMPT:,} are taken")
+    name = entry.pop("id", "")
+    if name and not re.fullmatch(r"[\w][\w.-]{0,79}", name):
+        raise _Fault(f"id is {name!r:.60}, but must be letters, digits, dots, dashes and underscores, at most 80")
+    fields = {FIELDS[option][0]: value for option, value in entry.items()}
+    size = fields.pop("size", None)
+    if size is not None:
+        match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", size)
+        if match is None or "width" in fields or "height" in fields:
+            raise _Fault(f"--size is {size!r}, but must be width x height in pixels, and said once. Try --size 832x480")
+        fields["width"], fields["height"] = int(match[1]), int(match[2])
+    if fields.get("seed") == -1:
+        del fields["seed"]
+    try:
+        config = GenerateConfig(prompt=prompt, **fields)
+    except UsageError as error:
+        raise _Fault(str(error)) from None
+    fields = {key: getattr(config, key) for key in fields}
+    num_videos = fields.pop("num_videos", 1)
+    return Request(prompt, fields, name, num_videos, where)
+
+
+def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
+    """The command line's settings, with what a line says in place of theirs."""
+    fields = dict(request.fields)
+    if "sparsity" in fields:
+        fields["sla_topk"] = None
+    elif "sla_topk" in fields:
+        fields["sparsity"] = None
+    return dataclasses.replace(base, prompt=request.prompt, num_videos=request.num_videos, **fields)

@@ -1,0 +1,281 @@
+"""From what was asked to what will run: the model found, its weights looked at, every default filled in.
+
+Nothing is loaded here; what can be refused is refused before minutes are spent on weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slagen import machine, report
+from slagen.attention.functional import choose_backend
+from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig
+from slagen.errors import EnvironmentProblem, UsageError, WeightsError
+from slagen.models import SLA_FILE, ModelSource
+from slagen.wan.checkpoints import read_metadata
+from slagen.wan.formats import Found, peek
+from slagen.wan.loading import resolve_model
+
+SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What will be loaded, for any number of videos.
+
+    Args:
+        source: the pipeline's folder, and the transformer file that replaces its own, if one does.
+        sla: what SLA's weights were trained with; None where the attention is dense.
+        sla_path: the file that holds them: slagen's own where `sla_alone`, otherwise the transformer's or a side file;
+            None for untrained SLA.
+        distilled: whether they are made for the rCM sampler.
+    """
+
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    sla: SLAConfig | None
+    sla_path: Path | None
+    sla_alone: bool
+    distilled: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GenerateConfig with every default filled in, checked against the model, before any weight is read."""
+
+    config: GenerateConfig
+    weights: Weights
+    sla: SLAConfig | None  # with this video's sparsity; None runs dense
+    num_tokens: int
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    backend: str | None = None  # what SLA will run on; None where the attention is dense
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by option name, as it will be used."""
+        c, weights = self.config, self.weights
+        file = weights.source.weights or (None if self.sla is None else weights.sla_path)
+        sparsity = None if self.sla is None else self.sla.sparsity
+        return {
+            "prompt": c.prompt,
+            "negative_prompt": c.negative_prompt,
+            "model": weights.source.name,
+            "weights": None if file is None else str(file),
+            "vae": c.vae,
+            "allow_untrained": c.allow_untrained,
+            "attention": c.attention,
+            "backend": c.backend,
+            "sparsity": sparsity,
+            "sla_topk": None if sparsity is None else round(1 - sparsity, 12),
+            "size": f"{c.width}x{c.height}",
+            "num_frames": c.num_frames,
+            "fps": c.fps,
+            "steps": c.steps,
+            "guidance_scale": c.guidance_scale,
+            "sampler": c.sampler,
+            "flow_shift": None if c.sampler == "rcm" else c.flow_shift,
+            "sigma_max": c.sigma_max if c.sampler == "rcm" else None,
+            "ode": c.ode if c.sampler == "rcm" else None,
+            "seed": c.seed,
+            "num_videos": c.num_videos,
+            "dtype": next(name for name, dtype in machine.DTYPES.items() if dtype == weights.dtype),
+            "device": str(weights.device),
+            "timing": c.timing,
+            "output": c.output,
+            "save_latents": c.save_latents,
+            "overwrite": c.overwrite,
+        }
+
+
+def find_weights(config: GenerateConfig, on_note: Callable[[str], None] = lambda text: None) -> Weights:
+    """Find the model and the attention's weights that a config names, downloading what is not here.
+
+    Raises: SlagenError of some kind where they are not there, broken, or do not suit the attention asked for.
+    """
+    device = machine.pick_device(config.device)
+    dtype = machine.pick_dtype(config.dtype, device)
+    notes: list[str] = []
+    found = None if config.weights is None else _look_at(Path(config.weights).expanduser())
+    source = resolve_model(
+        config.model, device.type, own_transformer=found is None or found.kind != "transformer",
+        local_files_only=config.local_files_only, on_note=on_note,
+    )  # fmt: skip
+    if config.model is None and device.type != "cuda":
+        notes.append(f"no CUDA device, so the bundled model {source.name} runs; choose another with --model")
+    if found is not None and found.kind == "transformer":
+        source = dataclasses.replace(source, weights=Path(config.weights or "").expanduser())
+    sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
+    if config.attention == "dense" and source.weights is not None:
+        notes.append(
+            f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
+        )
+    return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes))
+
+
+def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
+    """Fill in every default and check all that can be checked without reading weights. Raises SlagenError.
+
+    Args:
+        weights: as `find_weights` found them, where the caller has them already.
+    """
+    weights = weights or find_weights(config)
+    source, sla = weights.source, weights.sla
+    notes, warnings = list(weights.notes), list[str]()
+    defaults = _defaults(source.defaults, weights.distilled)
+    config = _plan_sampler(config, defaults, weights.distilled, warnings)
+    filled = {
+        name: getattr(defaults, name)
+        for name in ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
+        if getattr(config, name) is None
+    }
+    if config.seed is None:
+        filled["seed"] = secrets.randbelow(2**31)
+    config = dataclasses.replace(config, **filled)
+    assert config.width and config.height and config.num_frames
+    grid = max(16, source.spatial_grid)  # WanPipeline itself takes multiples of 16 only
+    if config.width % grid or config.height % grid:
+        width, height = (max(grid, round(x / grid) * grid) for x in (config.width, config.height))
+        raise UsageError(
+            f"size is {config.width}x{config.height}, but {source.name} makes multiples of {grid} pixels. "
+            f"Try --size {width}x{height}."
+        )
+    unknown = defaults.unknown_words(config.prompt)
+    if unknown:
+        warnings.append(
+            f"{source.name} does not know {', '.join(map(repr, unknown))} and will guess; "
+            f'it knows prompts like "{defaults.example_prompt}"'
+        )
+    num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
+    if sla is not None:
+        trained = sla
+        sparsity = config.sparsity if config.sla_topk is None else 1 - config.sla_topk
+        if sparsity is not None:
+            sla = dataclasses.replace(sla, sparsity=sparsity)
+        if weights.sla_path is not None and not math.isclose(sla.sparsity, trained.sparsity, abs_tol=1e-9):
+            warnings.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {sla.sparsity:g}")
+        counts = report.block_counts(sla, num_tokens)
+        if counts["key_blocks"] < 2:
+            sla = None
+            config = dataclasses.replace(config, attention="dense", sparsity=None, sla_topk=None)
+            warnings.append(
+                f"{num_tokens} tokens are fewer than 2 key blocks, so nothing can be left out: this clip runs dense"
+            )
+        elif config.attention != "linear":
+            notes.append(
+                f"sparsity {sla.sparsity:g} -> {counts['critical']} of {counts['key_blocks']} key blocks "
+                "per query block"
+            )
+    backend = None
+    if sla is not None:
+        backend = _pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
+        notes.append(f"SLA runs on the {backend} backend")
+    return Plan(config, weights, sla, num_tokens, notes, warnings, backend)
+
+
+def _look_at(path: Path) -> Found:
+    """What --weights names. A folder may hold a transformer, SLA weights, or, as `slagen convert` writes it, both."""
+    if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
+        return Found("sla")
+    return peek(path)
+
+
+def _defaults(defaults: ModelDefaults, distilled: bool) -> ModelDefaults:
+    """The model's own, but where its weights were replaced by ones of another kind of sampler."""
+    if distilled and defaults.sampler != "rcm":
+        return dataclasses.replace(defaults, steps=4, guidance_scale=1.0, sampler="rcm", negative_prompt="")
+    if not distilled and defaults.sampler == "rcm":
+        return dataclasses.replace(defaults, steps=50, guidance_scale=5.0, sampler="unipc")
+    return defaults
+
+
+def _plan_sampler(
+    config: GenerateConfig, defaults: ModelDefaults, distilled: bool, warnings: list[str]
+) -> GenerateConfig:
+    """Choose the sampler that the weights are made for. Raises WeightsError if another is asked for."""
+    sampler = config.sampler or defaults.sampler
+    if distilled and sampler != "rcm":
+        raise WeightsError(
+            f"--sampler is {sampler}, but these weights are distilled for rcm and make noise with any other. "
+            "Leave --sampler out."
+        )
+    if not distilled and sampler == "rcm":
+        raise WeightsError(
+            "--sampler is rcm, but these weights are not distilled for it and make noise with it. Leave --sampler out."
+        )
+    if sampler == "rcm":
+        if config.flow_shift is not None:
+            raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")
+        if config.steps is not None and config.steps > 4:
+            raise UsageError(f"steps is {config.steps}, but rcm takes 1 to 4. Try --steps 4.")
+        if config.guidance_scale is not None and config.guidance_scale > 1:
+            warnings.append(
+                f"guidance {config.guidance_scale:g}: these weights are distilled with guidance in them; 1 is right"
+            )
+        return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
+    if config.sigma_max is not None or config.ode:
+        raise UsageError(f"--sigma-max and --ode are for the rcm sampler, but this is {sampler}. Leave them out.")
+    return dataclasses.replace(config, sampler=sampler)
+
+
+def _pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that SLA will run on. Raises EnvironmentProblem where a named one can not."""
+    try:
+        return choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), name)
+    except ValueError as error:
+        raise EnvironmentProblem(str(error)) from error
+
+
+def _plan_attention(
+    config: GenerateConfig, source: ModelSource, found: Found | None
+) -> tuple[SLAConfig | None, Path | None, bool, bool]:
+    """What SLA to run and from where.
+
+    Returns: the settings it was trained with (None runs dense), the file of its weights (None without any), whether
+        that is a file of slagen's own, and whether the weights in all are distilled for rCM.
+    Raises: WeightsError where SLA is asked for and there are no weights for it.
+    """
+    path, alone = None, True
+    if found is not None and found.kind in ("sla", "side-file"):
+        if config.attention == "dense":
+            raise UsageError("dense attention takes no SLA weights. Leave --weights out.")
+        path, alone = Path(config.weights or "").expanduser(), found.kind == "sla"
+    elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
+        path = source.folder / SLA_FILE
+    elif source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
+        path = source.weights / SLA_FILE
+    inside = None if source.weights is None or path is not None else peek(source.weights)
+    if inside is not None and inside.sla is not None:
+        path, alone = source.weights, False
+    metadata = read_metadata(path) if path is not None and alone else None
+    if metadata is not None:
+        distilled = metadata.sampler_family == "rcm"
+    elif source.weights is not None:
+        distilled = inside is not None and inside.sampler == "rcm"
+    else:
+        distilled = source.defaults.sampler == "rcm"
+    if config.attention == "dense":
+        return None, None, True, distilled
+    if path is None:
+        if not config.allow_untrained:
+            raise WeightsError(
+                f"{source.name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply "
+                "lost, and the video is poor. Give SLA weights with --weights, run these as they are with "
+                "--attention dense, or go on with --allow-untrained."
+            )
+        return SLAConfig(), None, True, distilled
+    if metadata is not None:
+        return metadata.config, path, True, distilled
+    sla = inside.sla if inside is not None else found.sla if found is not None else None
+    assert sla is not None
+    return sla, path, False, distilled

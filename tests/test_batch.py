@@ -1,0 +1,319 @@
+"""Batches: every video once, whatever happens in between."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from wan_models import save_pipeline
+
+from slagen.batch import batch
+from slagen.cli import run
+from slagen.config import BatchConfig, GenerateConfig
+from slagen.errors import SlagenError, UsageError
+from slagen.manifest import Manifest, Wanted
+from slagen.video import read_mp4
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("model") / "toy")
+
+
+def settings(toy, tmp_path, lines, output="out", **fields):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(lines))
+    options = {name: fields.pop(name) for name in ("retry_failed", "shard", "no_cache") if name in fields}
+    base = GenerateConfig(
+        "-", model=str(toy), attention="dense", width=64, height=64, num_frames=5, steps=1, device="cpu",
+        output=str(tmp_path / output), **fields,
+    )  # fmt: skip
+    return BatchConfig(str(path), base, cache_dir=str(tmp_path / "cache"), **options)
+
+
+def made(folder):
+    return sorted(path.name for path in Path(folder).glob("*.mp4"))
+
+
+def events_of(config, **options):
+    seen = []
+    return batch(config, seen.append, **options), seen
+
+
+def test_a_second_run_makes_nothing_and_exits_0(toy, tmp_path):
+    lines = [
+        "a red circle --seed 1",
+        "a circle",
+        "a circle",
+        "a red circle --seed 1",
+        "a red circle --seed 2 --num-videos 2",
+    ]
+    first, seen = events_of(settings(toy, tmp_path, lines))
+    assert len(first.made) == 5 and not first.failed
+    assert any("there twice with seed 1" in event.text for event in seen if event.kind == "warning")
+    assert any("5 to make; time: known after the first video" in event.text for event in seen if event.kind == "plan")
+    names = made(tmp_path / "out")
+    assert names == sorted(first.made) and all(
+        (tmp_path / "out" / name).with_suffix(".json").is_file() for name in names
+    )
+    assert not list((tmp_path / "out").glob("*.part"))
+    stamps = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in names}
+    again = batch(settings(toy, tmp_path, lines))
+    assert not again.made and sorted(again.kept) == names
+    assert stamps == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in names}
+
+
+def test_an_inserted_line_makes_one_video(toy, tmp_path):
+    first = batch(settings(toy, tmp_path, ["a red circle", "a circle"]))
+    second = batch(settings(toy, tmp_path, ["a circle --seed 5", "a red circle", "a circle", "a circle"]))
+    assert sorted(second.kept) == sorted(first.made) and len(second.made) == 2
+
+
+def test_what_is_gone_or_changed_is_made_again_under_its_name(toy, tmp_path):
+    lines = ["a red circle", "a circle"]
+    first = batch(settings(toy, tmp_path, lines))
+    files = [tmp_path / "out" / name for name in first.made]
+    hashes = [json.loads(file.with_suffix(".json").read_text())["latents_hash"] for file in files]
+    files[0].unlink()
+    files[1].write_bytes(b"not what it was")
+    assert sorted(batch(settings(toy, tmp_path, lines)).made) == sorted(first.made)
+    assert hashes == [json.loads(file.with_suffix(".json").read_text())["latents_hash"] for file in files]
+
+
+def test_one_failure_does_not_stop_the_rest(toy, tmp_path, monkeypatch):
+    from slagen import generate as task
+
+    lines = ["a red circle --seed 1", "a circle --seed 2", "red --seed 3"]
+    real = task._denoise
+
+    def fail(pipe, plan, *rest):
+        if plan.config.seed == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pipe, plan, *rest)
+
+    monkeypatch.setattr(task, "_denoise", fail)
+    result = batch(settings(toy, tmp_path, lines))
+    assert len(result.made) == 2 and [reason for _, reason in result.failed] == ["CUDA out of memory"]
+    monkeypatch.setattr(task, "_denoise", real)
+    again = batch(settings(toy, tmp_path, lines))
+    assert not again.made and "--retry-failed" in again.failed[0][1]
+    third = batch(settings(toy, tmp_path, lines, retry_failed=True))
+    assert len(third.made) == 1 and not third.failed
+
+
+def test_shards_divide_the_work(toy, tmp_path):
+    lines = [f"a circle --seed {seed}" for seed in range(5)]
+    first = batch(settings(toy, tmp_path, lines, shard=(1, 2)))
+    second = batch(settings(toy, tmp_path, lines, shard=(2, 2)))
+    assert (len(first.made), len(second.made)) == (3, 2) and len(made(tmp_path / "out")) == 5
+    with pytest.raises(UsageError, match="Try 1/2"):
+        BatchConfig("x", GenerateConfig("-"), shard=(3, 2))
+
+
+def test_known_prompts_need_no_text_encoder(toy, tmp_path, monkeypatch):
+    lines = ["a red circle --seed 4", "a circle --seed 5"]
+    first = batch(settings(toy, tmp_path, lines))
+    from slagen import generate as task
+
+    loaded = []
+    real = task.load_pipeline
+
+    def watch(*arguments, text_encoder):
+        loaded.append(text_encoder)
+        return real(*arguments, text_encoder=text_encoder)
+
+    monkeypatch.setattr(task, "load_pipeline", watch)
+    second = batch(settings(toy, tmp_path, lines, output="again"))
+    assert loaded == [False]
+    hashes = [
+        json.loads((tmp_path / folder / name).with_suffix(".json").read_text())["latents_hash"]
+        for folder, result in (("out", first), ("again", second)) for name in sorted(result.made)
+    ]  # fmt: skip
+    assert hashes[:2] == hashes[2:]
+    for file in (tmp_path / "cache" / "embeddings").iterdir():
+        file.write_bytes(b"damaged")
+    assert len(batch(settings(toy, tmp_path, lines, output="third")).made) == 2 and loaded == [False, True]
+    batch(settings(toy, tmp_path, ["red --seed 1"], output="fourth", no_cache=True))
+    assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 3  # two prompts and the empty negative one
+
+
+def test_a_batch_makes_what_generate_makes(toy, tmp_path):
+    from slagen.generate import generate
+
+    config = settings(toy, tmp_path, ["a red circle --seed 9"])
+    name = batch(config).made[0]
+    one = generate(GenerateConfig(**{**vars(config.generate), "prompt": "a red circle", "seed": 9,
+                                     "output": str(tmp_path / "one.mp4")})).videos[0].report  # fmt: skip
+    assert json.loads((tmp_path / "out" / name).with_suffix(".json").read_text())["latents_hash"] == one["latents_hash"]
+
+
+def test_leftovers_of_the_dead_go_and_others_stay(toy, tmp_path):
+    lines = ["a red circle --seed 1", "a circle --seed 2"]
+    config = settings(toy, tmp_path, lines)
+    first = batch(config)
+    folder = tmp_path / "out"
+    manifest = Manifest(folder)
+    jobs = {job.name: job for job in manifest.read().values()}
+    dead, live = (folder / f"{name}.part" for name in first.made)
+    foreign = folder / "someone-elses.mp4.part"
+    for path in (dead, live, foreign):
+        path.write_bytes(b"half")
+    lock = manifest.claim(jobs[first.made[1]])
+    assert lock is not None
+    # a lock is the process's own, so another process looks
+    process = start(toy, tmp_path, config.prompts)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not dead.exists() and live.exists() and foreign.exists()
+    lock.release()
+
+
+def command(toy, folder):
+    return ["--model", str(toy), "--attention", "dense", "--size", "64x64", "--num-frames", "5", "--steps", "1",
+            "--device", "cpu", "--output", str(folder), "--cache-dir", str(Path(folder).parent / "cache")]  # fmt: skip
+
+
+def environment(tmp_path):
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+
+
+def start(toy, tmp_path, prompts):
+    arguments = [sys.executable, "-m", "slagen", "batch", str(prompts), *command(toy, tmp_path / "out")]
+    return subprocess.Popen(
+        arguments, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def check_consistent(folder, count):
+    jobs = Manifest(folder).read()
+    assert len(jobs) == count and {job.state for job in jobs.values()} == {"done"}
+    assert made(folder) == sorted(job.name for job in jobs.values())
+    assert all(Manifest(folder).is_whole(job) and len(read_mp4(folder / job.name)) == 5 for job in jobs.values())
+    assert not list(folder.glob("*.part"))
+
+
+def test_killed_at_random_moments(toy, tmp_path):
+    """`make soak` does this 25 times with 40 prompts."""
+    prompts = tmp_path / "prompts.txt"
+    count, kills = int(os.environ.get("SLAGEN_SOAK_PROMPTS", 6)), int(os.environ.get("SLAGEN_SOAK_KILLS", 2))
+    prompts.write_text(
+        "\n".join(["a red circle"] * (count // 2) + [f"a circle --seed {i}" for i in range(count - count // 2)])
+    )
+    rng = random.Random(count)
+    for _ in range(kills):
+        process = start(toy, tmp_path, prompts)
+        time.sleep(rng.uniform(3.0, 7.0))
+        process.kill()
+        process.wait()
+    process = start(toy, tmp_path, prompts)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    check_consistent(tmp_path / "out", count)
+
+
+def test_two_processes_make_each_video_once(toy, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a circle --seed {seed}" for seed in range(6)))
+    both = [start(toy, tmp_path, prompts) for _ in range(2)]
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    paths = [line for out, _ in outputs for line in out.splitlines()]
+    assert len(paths) == len(set(paths)) == 6
+    check_consistent(tmp_path / "out", 6)
+
+
+def test_interrupted_once_the_video_is_finished(toy, tmp_path):
+    """SIGINT in the first of three: that one is whole, the rest is for the next run, the code is 130."""
+    config = settings(toy, tmp_path, [f"a circle --seed {seed}" for seed in range(3)])
+
+    def interrupt(event):
+        if event.kind == "job":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert threading.current_thread() is threading.main_thread()
+    result = batch(config, interrupt)
+    assert result.interrupted and len(result.made) == 1
+    assert len(batch(config).made) == 2
+    check_consistent(tmp_path / "out", 3)
+
+
+def test_stopped_now_leaves_nothing_half(toy, tmp_path):
+    config = settings(toy, tmp_path, ["a circle --seed 1", "a circle --seed 2"])
+
+    def terminate(event):
+        if event.kind == "stage" and event.text == "decode":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        batch(config, terminate)
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert len(batch(config).made) == 2
+    check_consistent(tmp_path / "out", 2)
+
+
+# The manifest
+
+
+def want(seed=None, **extra):
+    return Wanted({"prompt": "p", **extra}, seed, "p")
+
+
+def test_a_torn_line_is_passed_over_and_closed(tmp_path):
+    manifest = Manifest(tmp_path)
+    first, second = manifest.queue([want(1), want(2)])
+    manifest.append({"event": "done", "key": first.key, "sha256": "x"})
+    with manifest.path.open("ab") as handle:
+        handle.write(b'{"v": 1, "event": "done", "key": "' + second.key[:20].encode())
+    jobs = manifest.read()
+    assert jobs[first.key].state == "done" and jobs[second.key].state == "queued"
+    manifest.append({"event": "done", "key": second.key, "sha256": "y"})
+    assert {job.state for job in manifest.read().values()} == {"done"}
+    for line in (b"null\n", b"[]\n", b'{"v": 9}\n', b"\xff\xfe\n"):
+        with manifest.path.open("ab") as handle:
+            handle.write(line)
+    assert len(manifest.read()) == 2
+
+
+def test_jobs_without_seeds_are_found_by_their_count(tmp_path):
+    manifest = Manifest(tmp_path)
+    first = manifest.queue([want(), want(), want(steps=3)])
+    assert len({job.key for job in first}) == 3
+    again = manifest.queue([want(7), want(steps=3), want(), want(), want()])
+    assert [job.key for job in again[1:4]] == [first[2].key, first[0].key, first[1].key]
+    assert [job.index for job in again] == [4, 3, 1, 2, 5]
+    assert manifest.path.read_text().count("\n") == 5
+
+
+def test_a_late_word_changes_nothing_that_is_done(tmp_path):
+    manifest = Manifest(tmp_path)
+    (job,) = manifest.queue([want(1)])
+    manifest.append({"event": "done", "key": job.key, "sha256": "x"}, {"event": "running", "key": job.key})
+    assert manifest.read()[job.key].state == "done"
+
+
+def test_a_folder_that_takes_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SlagenError, match="takes no files"):
+        Manifest(tmp_path / "file")
+
+
+def test_command(toy, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --seed 3")
+    assert run(["batch", str(prompts), *command(toy, tmp_path / "out")]) == 0
+    (path,) = capsys.readouterr().out.splitlines()
+    assert Path(path).is_file()
+    assert run(["generate", "--prompts", str(prompts), *command(toy, tmp_path / "out")[:-2], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == [Path(path).name]
+    prompts.write_text("a --bad 3")
+    assert run(["batch", str(prompts), *command(toy, tmp_path / "out")]) == 2
+    assert "prompts.txt:1:3: --bad is unknown" in capsys.readouterr().err
+    assert run(["batch", str(prompts), "--shard", "one"]) == 2
+    assert run(["generate", "a", "--prompts", str(prompts)]) == 2
