@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "manifest": {"errors"},
     "resolve": LIBRARY | LEAVES,
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
+    "replay": {"generate"} | LIBRARY | LEAVES,
     "batch": {"generate", "resolve"} | LIBRARY | LEAVES,
     "console": LEAVES,
-    "cli": {"console", "batch"} | TASKS | LIBRARY | LEAVES,
+    "cli": {"console", "batch", "replay"} | TASKS | LIBRARY | LEAVES,
     "__main__": {"cli"},
     "__init__": TASKS | LIBRARY | LEAVES,
 }

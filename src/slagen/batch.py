@@ -293,12 +293,10 @@ class _Run:
             except (SlagenError, RuntimeError, OSError) as error:
                 self._fail(task, error)
                 return
-            with video.path.open("rb") as handle:
-                sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
             work, seconds = _work(task), time.monotonic() - began
             self.manifest.append({
-                "event": "done", "key": task.job.key, "sha256": sha256, "seconds": seconds, "work": work,
-                "latents_hash": video.report["latents_hash"],
+                "event": "done", "key": task.job.key, "sha256": video.report["video"]["sha256"],
+                "latents_hash": video.report["latents_hash"], "seconds": seconds, "work": work,
             })  # fmt: skip
             self.spent += work
             self.result.made.append(task.job.name)

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
@@ -22,7 +23,7 @@ from slagen.config import (
     Sampler,
     Timing,
 )
-from slagen.errors import SlagenError, UsageError
+from slagen.errors import GateError, SlagenError, UsageError
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
 ALIASES = {
@@ -454,17 +455,43 @@ def models(
 
 @app.command(context_settings=CONTEXT)
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A weight file, or a folder.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A weight file or folder, a video, or its .json.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
 ) -> None:
-    """Say what a weight file or folder is, and whether its SLA was trained (the norm of every layer's proj_l).
+    """Say what a weight file or folder is, and whether its SLA was trained; or how a video was made.
 
     Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
     """
     from slagen import console
     from slagen import convert as task
+    from slagen import replay as past
 
-    console.show_info(task.info(path), as_json)
+    console.show_info(past.describe(Path(path).expanduser()) or task.info(path), as_json)
+
+
+@app.command(context_settings=CONTEXT)
+def replay(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen made, or its .json.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Keep the new video here.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
+) -> None:
+    """Make a video again and compare latents, frames and file; exit code 6 where they differ.
+
+    Example: slagen replay outputs/0001-a-red-circle-moving-right-s7-12345678.json
+    """
+    if output is not None and not output.lower().endswith(".mp4"):
+        raise UsageError(f"output is {output!r}, but must be a file that ends in .mp4.")
+    from slagen import console
+
+    with console.GenerateProgress() as progress:
+        from slagen import replay as task
+
+        result = task.replay(path, output, progress)
+    console.show_replay(result, as_json)
+    if not result["same"]:
+        raise GateError("the video is not the same. What differs is above.")
 
 
 @app.command(context_settings=CONTEXT)

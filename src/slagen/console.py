@@ -266,10 +266,27 @@ def show_info(content: dict[str, Any], as_json: bool) -> None:
     _stdout().print(table)
 
 
+def show_replay(content: dict[str, Any], as_json: bool) -> None:
+    """Print whether a video came out the same: a table on stdout, or JSON alone."""
+    if as_json:
+        write(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "before", "now", ""):
+        table.add_column(name)
+    for name, row in content["hashes"].items():
+        table.add_row(name, row["before"][:16], row["now"][:16], "same" if row["same"] else "[bold red]different[/]")
+    for name, (before, now) in content["versions_changed"].items():
+        table.add_row(name, str(before), str(now), "changed")
+    _stdout().print(table)
+
+
 def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
     for name, value in content.items():
         if isinstance(value, dict):
             _add_rows(table, value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            table.add_row(f"[dim]{prefix}{name}[/]", f"{len(value)} entries (--json shows them)")
         elif name == "proj_l_norms":
             shown = ", ".join(f"{norm:.3g}" for norm in value) or "none"
             table.add_row(f"[dim]{prefix}proj_l norms by layer[/]", shown)

@@ -201,7 +201,11 @@ def save(sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda 
     assert config.fps
     on_event(Event("stage", "write"))
     began = time.perf_counter()
-    write_mp4(sample.frames, path, config.fps)
+    hashes = {
+        "latents_hash": hashlib.sha256(sample.latents.numpy().tobytes()).hexdigest(),
+        "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
+    }
+    write_mp4(sample.frames, path, config.fps, report.comment(sample.plan.settings, **hashes))
     latents_path = None
     try:
         if config.save_latents:
@@ -209,7 +213,7 @@ def save(sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda 
             save_file({"latents": sample.latents}, part_path(latents_path))
             os.replace(part_path(latents_path), latents_path)
         sample.stages["write"] = time.perf_counter() - began
-        content = _report(sample, path)
+        content = _report(sample, path, **hashes)
         report.write_json(path.with_suffix(".json"), content)
     except OSError as error:
         raise SlagenError(
@@ -282,7 +286,9 @@ def _denoise(
     return output.frames, recorder
 
 
-def _report(sample: Sample, path: Path) -> dict[str, Any]:
+def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> dict[str, Any]:
+    with path.open("rb") as handle:
+        file_hash = hashlib.file_digest(handle, "sha256").hexdigest()
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
     config, sla, steps = plan.config, plan.sla, recorder.steps
     num_frames, height, width, _ = sample.frames.shape
@@ -303,13 +309,13 @@ def _report(sample: Sample, path: Path) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "video": {
             "file": path.name, "frames": num_frames, "width": width, "height": height, "fps": config.fps,
-            "duration_s": num_frames / (config.fps or 1),
+            "duration_s": num_frames / (config.fps or 1), "sha256": file_hash, "frames_hash": frames_hash,
         },
         "settings": plan.settings,
         "versions": report.versions(),
         "device": machine.describe_device(plan.weights.device),
         "weights": sample.weights,
-        "latents_hash": hashlib.sha256(sample.latents.numpy().tobytes()).hexdigest(),
+        "latents_hash": latents_hash,
         "attention": attention,
         "stages_s": {**stages, "total": sum(stages.values())},
         "since_process_start_s": time.time() - psutil.Process().create_time(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -14,6 +15,8 @@ from slagen.config import SLAConfig
 from slagen.timing import StepTimes
 
 SCHEMA_VERSION = 1
+COMMENT_BYTES = 32 * 1024
+AROUND = ("output", "overwrite", "save_latents", "timing", "num_videos")  # settings that are about other files
 PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 
 
@@ -151,6 +154,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def comment(settings: dict[str, Any], latents_hash: str, frames_hash: str) -> str:
+    """What an MP4 says of itself: how it was made, in at most 32 KiB; a longer prompt is there as its hash."""
+    kept = {name: value for name, value in settings.items() if name not in AROUND}
+    content = {
+        "schema_version": SCHEMA_VERSION, "settings": kept, "versions": versions(),
+        "latents_hash": latents_hash, "video": {"frames_hash": frames_hash},
+    }  # fmt: skip
+    text = json.dumps(content, ensure_ascii=False)
+    for name in ("prompt", "negative_prompt"):
+        if len(text.encode()) > COMMENT_BYTES:
+            kept[f"{name}_sha256"] = hashlib.sha256(kept.pop(name).encode()).hexdigest()
+            text = json.dumps(content, ensure_ascii=False)
+    return text
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ class Plan:
         return {
             "prompt": c.prompt,
             "negative_prompt": c.negative_prompt,
-            "model": weights.source.name,
+            "model": c.model or weights.source.name,
             "weights": None if file is None else str(file),
             "vae": c.vae,
             "allow_untrained": c.allow_untrained,

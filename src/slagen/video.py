@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -20,18 +22,20 @@ def part_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
     """Write an H.264 MP4 (yuv420p, plays everywhere): under `<name>.part`, decoded as a check, then renamed.
 
     Args:
         frames: (F, H, W, 3) uint8 RGB, H and W even.
         path: the final name; a file there is replaced.
         fps: frames a second.
+        comment: kept in the file's metadata.
     Raises: SlagenError if the file cannot be written or does not read back; nothing is left behind.
     """
     num_frames, height, width, _ = frames.shape
     part = part_path(path)
     options = ["-f", "mp4", "-crf", str(CRF), "-preset", "medium", "-movflags", "+faststart", *COLOUR]
+    options += ["-metadata", f"comment={comment}"] if comment else []
     try:
         part.unlink(missing_ok=True)
         writer = imageio_ffmpeg.write_frames(
@@ -68,6 +72,26 @@ def read_mp4(path: str | Path) -> np.ndarray:
     except (OSError, RuntimeError, StopIteration) as error:
         raise SlagenError(f"{path} is no video that ffmpeg can decode. Check the file.") from error
     return np.stack(frames)
+
+
+def is_mp4(path: Path) -> bool:
+    """Whether a file begins as an MP4 does."""
+    try:
+        with path.open("rb") as handle:
+            return handle.read(12)[4:8] == b"ftyp"
+    except OSError:
+        return False
+
+
+def read_comment(path: Path) -> str:
+    """The comment in a video's metadata, empty without one. Raises SlagenError if ffmpeg cannot read the file."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    if done.returncode != 0:
+        raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
+    text = done.stdout.decode("utf-8", "replace")
+    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL) if match else ""
 
 
 def _first_frame(path: Path) -> np.ndarray:
