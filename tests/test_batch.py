@@ -1,8 +1,10 @@
 """Batches: every video once, whatever happens in between."""
 
+import base64
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +70,19 @@ def test_a_second_run_makes_nothing_and_exits_0(toy, tmp_path):
     again = batch(settings(toy, tmp_path, lines))
     assert not again.made and sorted(again.kept) == names
     assert stamps == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in names}
+
+
+def test_the_page_shows_every_job_and_escapes_prompts(toy, tmp_path):
+    """It is opened from disk: nothing in it is fetched. Prompts are words, never markup."""
+    evil = '<script>alert("x")</script> circle'
+    result = batch(settings(toy, tmp_path, ["a red circle --seed 1", evil + " --seed 2"]))
+    page = result.page.read_text()
+    assert page.count('<video src="data:video/mp4;base64,') == 2 and page.count("<figure") == 2
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert not re.search(r'(src|href)="(?!data:)[^"]*//', page)
+    small = base64.b64decode(re.search(r'base64,([^"]+)"', page)[1])
+    (tmp_path / "small.mp4").write_bytes(small)
+    assert read_mp4(tmp_path / "small.mp4").shape == (5, 64, 64, 3)
 
 
 def test_an_inserted_line_makes_one_video(toy, tmp_path):

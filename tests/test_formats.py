@@ -164,7 +164,7 @@ def corruptions(content, count, seed):
     rng = random.Random(seed)
     names = sorted(content)
     for number in range(count):
-        name, kind = names[rng.randrange(len(names))], number % 6
+        name, kind = names[rng.randrange(len(names))], number % 7
         broken = dict(content)
         tensor = broken.pop(name)
         if kind == 0:
@@ -177,8 +177,10 @@ def corruptions(content, count, seed):
             what, broken[name] = "reshaped", tensor.reshape(-1, 1, 1)
         elif kind == 4:
             what, broken[name] = "integer", tensor.to(torch.int32)
-        else:
+        elif kind == 5:
             what, broken[name] = "float64", tensor.double()
+        else:
+            what, broken[name] = "float16", tensor.half()
         yield f"{what} {name}", broken
 
 

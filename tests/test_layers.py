@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest"}
+LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "wan": {"kernels", "attention"} | LEAVES,
     "prompts": {"errors", "config"},
     "manifest": {"errors"},
+    "pages": set(),
     "resolve": LIBRARY | LEAVES,
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
     "replay": {"generate"} | LIBRARY | LEAVES,
@@ -44,6 +45,7 @@ DOORS = {
     "imageio_ffmpeg": {"video"},
     "matplotlib": {"plot"},
     "ray": {"batch"},
+    "jinja2": {"pages"},
     "typer": {"cli"},
     "rich": {"cli", "console"},
 }

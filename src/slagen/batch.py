@@ -33,9 +33,11 @@ from slagen import prompts
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.generate import Event, Session, Video, save
-from slagen.manifest import Job, Manifest, Wanted, digest
-from slagen.report import write_json
+from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
+from slagen.pages import Card, contact_sheet
+from slagen.report import write_bytes, write_json, write_text
 from slagen.resolve import Plan, Weights, find_weights, make_plan
+from slagen.video import make_thumbnail
 
 NOT_PIXELS = {  # settings that change no pixel, the seed, which is kept apart, and paths, whose contents are hashed
     "output", "overwrite", "save_latents", "timing", "num_videos", "seed", "device", "allow_untrained", "model",
@@ -51,7 +53,7 @@ class BatchResult:
 
     Args:
         made: by this call. kept: done before, and verified. elsewhere: made meanwhile by another process.
-        failed: name and reason. interrupted: whether the run was told to stop.
+        failed: name and reason. interrupted: whether the run was told to stop. page: the contact sheet.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class BatchResult:
     elsewhere: list[str] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     interrupted: bool = False
+    page: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,32 @@ def batch(config: BatchConfig, on_event: Callable[[Event], None] = lambda event:
         with _signals(stop, on_event):
             _Run(config, manifest, todo, result, stop, on_event).run()
             result.interrupted = stop.is_set()
+        result.page = write_page(manifest)
     return result
+
+
+def write_page(manifest: Manifest) -> Path:
+    """`index.html`: every job of a folder with a playing thumbnail, which is kept under `.slagen` for the next time."""
+    thumbnails = manifest.folder / LOCKS / "thumbnails"
+    thumbnails.mkdir(exist_ok=True)
+    cards = []
+    for job in manifest.read().values():
+        path, share, video = manifest.folder / job.name, None, None
+        state = job.state if job.state != "failed" else f"failed: {job.result.get('reason')}"
+        if job.state == "done" and path.is_file():
+            small = thumbnails / f"{job.key[:32]}-{str(job.result.get('sha256'))[:16]}.mp4"
+            try:
+                if not small.is_file():
+                    write_bytes(small, make_thumbnail(path))
+                video = small.read_bytes()
+                share = json.loads(path.with_suffix(".json").read_text())["cost"]["measured_attention_share"]
+            except (SlagenError, OSError, ValueError, KeyError) as error:
+                state = f"done, but unreadable: {error}"
+        seconds = job.result.get("seconds")
+        cards.append(Card(job.index, job.name, job.settings["prompt"], job.seed, state, video, seconds, share))
+    page = manifest.folder / "index.html"
+    write_text(page, contact_sheet(f"{manifest.folder.resolve().name}: {len(cards)} videos", cards))
+    return page
 
 
 def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:

@@ -89,7 +89,7 @@ def show_videos(result: Any, as_json: bool) -> None:
 def show_batch(result: Any, as_json: bool) -> None:
     """Print what `batch` made: one path a line on stdout and counts on stderr, or JSON alone on stdout."""
     if as_json:
-        content = {**vars(result), "folder": str(result.folder)}
+        content = {**vars(result), "folder": str(result.folder), "page": result.page and str(result.page)}
         content["failed"] = [{"video": name, "reason": reason} for name, reason in result.failed]
         write(json.dumps(content, indent=2, ensure_ascii=False))
         return
@@ -97,6 +97,8 @@ def show_batch(result: Any, as_json: bool) -> None:
         write(str(result.folder / name))
     for name, reason in result.failed:
         stderr.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", soft_wrap=True)
+    if result.page is not None:
+        stderr.print(f"all of them: {result.page}", soft_wrap=True)
     elsewhere = f", {len(result.elsewhere)} by another process" if result.elsewhere else ""
     stderr.print(
         f"{len(result.made)} made{elsewhere}, {len(result.kept)} were there, {len(result.failed)} failed",

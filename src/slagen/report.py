@@ -178,10 +178,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside its final name and rename it."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file beside its final name and rename it."""
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8") as handle:
-            handle.write(text)
+        with part.open("wb") as handle:
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(part, path)

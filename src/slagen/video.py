@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -72,6 +73,19 @@ def read_mp4(path: str | Path) -> np.ndarray:
     except (OSError, RuntimeError, StopIteration) as error:
         raise SlagenError(f"{path} is no video that ffmpeg can decode. Check the file.") from error
     return np.stack(frames)
+
+
+def make_thumbnail(path: Path, width: int = 240) -> bytes:
+    """A small MP4 of a video, no wider than `width` pixels. Raises SlagenError if ffmpeg cannot make it."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / "small.mp4"
+        scale = f"scale='min({width},iw)':-2"
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-vf", scale, "-an", "-crf", "28"]
+        command += ["-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags", "+faststart", str(small)]
+        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+        if done.returncode != 0:
+            raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
+        return small.read_bytes()
 
 
 def is_mp4(path: Path) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -488,9 +489,14 @@ def _number_faults(tensors: dict[str, Tensor]) -> list[str]:
         rarest = min(found, key=lambda dtype: len(found[dtype]))
         if len(found) > 1:
             faults.append(f"{found[rarest][0]} is {rarest}, unlike in other blocks")
-    halves = {dtype for found in kinds.values() for dtype in found} - {torch.float32}
-    if len(halves) > 1:
-        faults.append("bfloat16 and float16 are mixed")
+    sizes: Counter[torch.dtype] = Counter()
+    for name, tensor in tensors.items():
+        sizes[tensor.dtype] += 0 if "proj_l" in name else tensor.numel()
+    main = sizes.most_common(1)[0][0] if sizes else torch.float32
+    for role, found in kinds.items():  # a file in half precision may keep some in float32, but nothing else is mixed
+        for dtype in set(found) - {main, torch.float32}:
+            if "proj_l" not in role or main in FLOATS[:2]:
+                faults.append(f"{found[dtype][0]} is {dtype}, but the rest is {main}")
     return faults
 
 
