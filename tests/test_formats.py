@@ -294,6 +294,13 @@ def test_what_is_no_transformer_is_named_and_refused(names, kind, words, tmp_pat
         peek(path)
 
 
+def test_the_original_folder_names_the_way_out(tmp_path):
+    """Wan2.1 as first published: its T5 is a pickle with names of its own."""
+    (tmp_path / "models_t5_umt5-xxl-enc-bf16.pth").write_bytes(b"")
+    with pytest.raises(WeightsError, match="--model wan2.1-t2v-1.3b"):
+        describe_folder(tmp_path, "Wan2.1-T2V-1.3B")
+
+
 def test_another_size_of_model_is_refused(state, tmp_path):
     larger = build_transformer(num_heads=4, head_dim=64, num_layers=3)
     with pytest.raises(WeightsError, match="missing") as caught:

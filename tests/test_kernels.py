@@ -96,6 +96,17 @@ def test_head_dimensions(head_dim):
     check((1, 1, 70, head_dim), torch.float16, SLAConfig(0.5, block_m=64, block_n=64))
 
 
+def test_heads_in_groups_change_nothing(monkeypatch):
+    """The states of all heads at once would take gigabytes for a long video, so heads are taken a few at a time."""
+    q, k, v = (strided(x.to(DEVICE)) for x in make_qkv((2, 3, 75, 16), torch.float32))
+    weight, bias = (x.to(DEVICE) for x in make_proj(16, torch.float32))
+    config = SLAConfig(0.6, linear_domain="marginal", block_m=16, block_n=16)
+    whole = sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
+    monkeypatch.setattr("slagen.kernels.forward.STATES_BYTES", 2 * 5 * 16 * 16 * 4)  # two heads at a time
+    grouped = sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
+    assert torch.equal(whole, grouped)
+
+
 def test_marginal_at_head_dimension_256():
     check((1, 1, 70, 256), torch.float32, SLAConfig(0.5, linear_domain="marginal", block_m=16, block_n=32))
 

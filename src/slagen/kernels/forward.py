@@ -21,6 +21,8 @@ from slagen.kernels.resources import Tiles, tiles
 from slagen.kernels.selection import column_lists, pool, select
 from slagen.kernels.states import fold, key_states, marginal_states, precision
 
+STATES_BYTES = 2**28  # of the domain "marginal": one state for each key block of the heads that are worked on at once
+
 
 @triton.jit
 def _attend_tiles(
@@ -159,6 +161,7 @@ def sla_forward(
     scale: float,
     sparse: bool,
     save: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sparse-linear attention, as `attention/reference.py` defines it.
 
@@ -172,6 +175,8 @@ def sla_forward(
         scale: factor on q @ k^T before softmax.
         sparse: False leaves the sparse branch out.
         save: also return what `sla_backward` needs.
+        out: where o is written; None makes it. Where marginal and not `save`, heads are taken in groups whose states
+            fit in STATES_BYTES.
     Returns:
         o: (B, H, L, D) in q's dtype, laid out as q is.
         lse: (B * H, L) float32, log2 of the softmax denominator (base 2, scale included).
@@ -188,6 +193,18 @@ def sla_forward(
     classes = q.new_empty(0, dtype=torch.int8)
     bounded = weight is not None and marginal
     selecting = sparse or bounded
+    o = torch.empty_like(q) if out is None else out
+    group = max(1, STATES_BYTES // (triton.cdiv(length, block_n) * head_dim**2 * q.element_size()))
+    if bounded and not save and heads > group:
+        for b in range(batch):
+            for h in range(0, num_heads, group):
+                part = slice(b, b + 1), slice(h, h + group)
+                sla_forward(
+                    q[part], k[part], v[part], weight, bias, block_m=block_m, block_n=block_n,
+                    num_critical=num_critical, num_negligible=num_negligible, marginal=marginal,
+                    feature_map=feature_map, eps=eps, scale=scale, sparse=sparse, save=save, out=o[part],
+                )  # fmt: skip
+        return o, lse, kv_indices, classes, q_indices, q_offsets, state, z
 
     if weight is not None:
         w = weight.to(q.dtype).contiguous() if bounded else None
@@ -206,7 +223,6 @@ def sla_forward(
         state, z = states.sum(1) / length, zs.sum(1) / length
         folded, folded_z, eps_used = fold(state, z, weight, q.dtype), z, eps / length
 
-    o = torch.empty_like(q)
     if save and sparse:
         lse = torch.empty(heads, length, dtype=torch.float32, device=q.device)
     tile: Tiles = tiles("attend", q, block_m, block_n)
