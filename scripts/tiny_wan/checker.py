@@ -16,9 +16,7 @@ from scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, _distance_tables, render
 from scipy import ndimage
 
 MASK_DISTANCE = 60.0  # RGB distance from the background that counts as object, before its colour is known
-# A shape is recognised when its template fits best, well enough, and clearly better than any other: the templates of
-# circle and square overlap by 0.79, all others by 0.39 to 0.56. A star with blunt tips has 0.7 and leads by 0.15.
-MIN_OVERLAP, MIN_LEAD = 0.65, 0.05  # mean intersection over union; how far the best is ahead of the next
+MIN_OVERLAP = 0.80  # mean intersection over union with the best template, below which no shape is recognised
 MIN_WHOLE = 0.95  # share of the object's pixels in its largest piece, on average
 GRID = 48
 
@@ -102,8 +100,7 @@ def _shape(masks: list[np.ndarray]) -> tuple[str, float]:
     either = (boxes[:, None] | templates[None]).sum((2, 3))
     overlap = (both / either).mean(0)
     best = int(overlap.argmax())
-    lead = overlap[best] - np.delete(overlap, best).max()
-    return (SHAPES[best] if overlap[best] >= MIN_OVERLAP and lead >= MIN_LEAD else "none"), float(overlap[best])
+    return (SHAPES[best] if overlap[best] >= MIN_OVERLAP else "none"), float(overlap[best])
 
 
 def _motion(masks: list[np.ndarray]) -> str:

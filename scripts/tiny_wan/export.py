@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
     parser.add_argument("--out", type=Path, default=ROOT / "weights" / "tiny-wan")
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--flow-shift", type=float, default=4.0)
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)

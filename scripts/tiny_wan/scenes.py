@@ -49,7 +49,7 @@ MOTIONS = {
 # in each latent frame; what grows or shrinks stays there. With so few places a small model learns them all in an hour.
 PATH = (0.25, 0.75)
 MIDDLE = 0.5
-RADII = (0.15625, 0.1875)
+RADII = (0.171875, 0.1953125)
 GROWTHS = ((0.078125, 0.265625), (0.09375, 0.296875))
 
 # Extent of each shape's corners in units of the clip's radius; areas come out alike.

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from common import autocast, best_device, load_state, log, save_state
 from diffusers import AutoencoderKLWan
-from scenes import SIZE, render, sample_scene
+from scenes import SIZE, Scene, render, sample_scene
 
 CONFIG = dict(
     base_dim=16, decoder_base_dim=24, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, attn_scales=[],
@@ -21,15 +22,58 @@ CONFIG = dict(
 )  # fmt: skip
 
 
+NOISE = 0.15  # on latents in training, in units of their spread
+
+
 def windows(scenes, side: int, rng: random.Random) -> list[tuple[int, int, int]]:
-    """A square part of the frame for each scene, centred near where the object passes."""
+    """A square part of the frame for each scene, near where the object passes and on the grid of the latents."""
     out = []
     for scene in scenes:
         t = rng.random()
         centre = [(a * (1 - t) + b * t) * SIZE for a, b in zip(scene.start[:2], scene.end[:2], strict=True)]
-        left, top = (int(min(max(c + rng.uniform(-0.4, 0.4) * side - side / 2, 0), SIZE - side)) for c in centre)
+        left, top = (8 * round(min(max(c + rng.uniform(-8, 8) - side / 2, 0), SIZE - side) / 8) for c in centre)
         out.append((left, top, side))
     return out
+
+
+def importance(clips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much each pixel of clips (B, 3, F, H, W) counts, and each clip's contrast.
+
+    Edges count more than areas, and in an edge's surroundings object and background count the same in sum: the tips of
+    a star and its inner corners are few pixels, and all that makes it one.
+    """
+    batch, _, frames, height, width = clips.shape
+    background = clips[:, :, :1, :1, :1]
+    distance = (clips - background).abs().amax(1, keepdim=True)
+    contrast = distance.amax((1, 2, 3, 4), keepdim=True).clamp(min=0.05)
+    cover = (distance / contrast).view(batch * frames, 1, height, width)
+    share = F.avg_pool2d(cover, 9, 1, 4, count_include_pad=False)
+    near = ((share > 0.01) & (share < 0.99)).float()
+    weight = (1 + 3 * near) * (cover / (share + 0.1) + (1 - cover) / (1.1 - share))
+    return weight.view(batch, 1, frames, height, width), contrast.clamp(min=0.5)  # purple on gray is low
+
+
+class Encoded:
+    """What encode.py left: the training scenes with their latents, for a decoder that is trained alone."""
+
+    def __init__(self, work: Path):
+        parts = [torch.load(path, weights_only=True) for path in sorted((work / "clips").glob("*.pt"))]
+        self.latents = torch.cat([part["latents"] for part in parts])
+        self.scenes = [Scene(**scene) for part in parts for scene in part["scenes"]]
+
+    def batch(self, size: int, side: int, rng: random.Random, device):
+        """`size` windows: latents (B, C, T, side / 8, side / 8), clips, and which pixels do not depend on the cut."""
+        picks = rng.sample(range(len(self.scenes)), size)
+        scenes = [self.scenes[i] for i in picks]
+        places = windows(scenes, side, rng)
+        cuts = [self.latents[i, :, :, y // 8 : (y + side) // 8, x // 8 : (x + side) // 8]
+                for i, (x, y, _) in zip(picks, places, strict=True)]  # fmt: skip
+        sound = torch.zeros(size, 1, 1, side, side, device=device)
+        for i, (x, y, _) in enumerate(places):
+            top, left = 8 * (y > 0), 8 * (x > 0)
+            bottom, right = side - 8 * (y + side < SIZE), side - 8 * (x + side < SIZE)
+            sound[i, :, :, top:bottom, left:right] = 1
+        return torch.stack(cuts).float().to(device), render(scenes, window=places, device=device), sound
 
 
 def build(config: dict = CONFIG) -> AutoencoderKLWan:
@@ -91,48 +135,49 @@ def main() -> None:
     state = load_state(state_path, parts)
     step, spent = state.get("step", 0), state.get("spent", 0.0)
     # (share of the time up to here, frames, side in pixels, batch)
-    phases = [(0.20, 1, 64, 12), (0.80, 9, 64, 6), (1.01, 17, 64, 4)]
+    phases = [(0.20, 1, 64, 12), (0.60, 9, 64, 12), (1.01, 17, 64, 12)]
     if args.init is not None or args.refine is not None:
         phases = phases[-1:]
+    encoded = Encoded(args.work) if args.refine is not None else None
     average, last_save = {}, time.monotonic()
     while spent < args.minutes * 60:
         began = time.monotonic()
         share = spent / (args.minutes * 60)
         _, frames, side, batch = next(p for p in phases if share < p[0])
         rng = random.Random(args.seed * 1_000_003 + step)
-        scenes = [sample_scene(rng) for _ in range(batch)]
-        clips = render(scenes, window=windows(scenes, side, rng), device=device)
-        first = rng.randrange(clips.shape[2] - frames + 1)  # a run of frames, at the true speed
-        clips = clips[:, :, first : first + frames]
-        if rng.random() < 0.5:  # any colour, so that the latent space has no holes between the eight
-            permutation = torch.randperm(3)
-            clips = clips[:, permutation.to(device)]
+        if encoded is not None:
+            z, clips, sound = encoded.batch(batch, side, rng, device)
+        else:
+            scenes = [sample_scene(rng) for _ in range(batch)]
+            clips = render(scenes, window=windows(scenes, side, rng), device=device)
+            first = rng.randrange(clips.shape[2] - frames + 1)  # a run of frames, at the true speed
+            clips, sound = clips[:, :, first : first + frames], 1.0
         for group, base in bases:
             group["lr"] = base * min(1, (step + 1) / 20) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * min(share, 1)))
         with autocast(device):
-            posterior = vae.encode(clips).latent_dist
-            z = posterior.sample()
-            if args.refine is not None:  # a generated latent is a little off, and should still become a clean object
-                z = z + 0.1 * z.detach().std((0, 2, 3, 4), keepdim=True) * torch.randn_like(z)
+            if encoded is None:
+                posterior = vae.encode(clips).latent_dist
+                z = posterior.sample()
+            # A generated latent is a little off, and should still become a clean object.
+            z = z + NOISE * z.detach().std((0, 2, 3, 4), keepdim=True) * torch.randn_like(z)
             decoded = vae._decode(z).sample
         error = (decoded.float() - clips).abs()
-        background = clips[:, :, :, :1, :1]
-        near = (clips - background).abs().amax(1, keepdim=True).gt(0.02).float()
-        b, _, f, h, w = near.shape
-        near = torch.nn.functional.max_pool2d(near.reshape(b * f, 1, h, w), 9, 1, 4).view(b, 1, f, h, w)
-        contrast = (clips - background).abs().amax((1, 2, 3, 4), keepdim=True).clamp(min=0.5)  # purple on gray is low
-        reconstruction = (error * (1 + 2 * near) / contrast).mean() + (error**2 * near / contrast).mean()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        loss = reconstruction + 1e-4 * kl
+        weight, contrast = importance(clips)
+        loss = ((error + error**2) * weight * sound / contrast).mean()
+        values = {}
+        if encoded is None:
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+            loss = loss + 1e-4 * kl
+            values = dict(kl=kl.item(), std=mean.std().item())
         vae.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(small, 1.0)
         muon.step()
         adam.step()
         with torch.no_grad():
-            psnr = -10 * math.log10(max(((decoded.float() - clips) ** 2).mean().item() / 4, 1e-10))
-        for name, value in dict(l1=error.mean().item(), kl=kl.item(), psnr=psnr, std=mean.std().item()).items():
+            values["psnr"] = -10 * math.log10(max((error**2 * sound).mean().item() / 4, 1e-10))
+        for name, value in dict(l1=error.mean().item(), **values).items():
             average[name] = 0.95 * average.get(name, value) + 0.05 * value
         step += 1
         spent += time.monotonic() - began

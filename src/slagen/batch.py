@@ -31,9 +31,10 @@ from safetensors.torch import load_file, save_file
 
 from slagen import prompts
 from slagen.config import BatchConfig, GenerateConfig
-from slagen.errors import SlagenError, UsageError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generate import Event, Session, Video, save
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
+from slagen.models import read_header
 from slagen.pages import Card, contact_sheet
 from slagen.report import write_bytes, write_json, write_text
 from slagen.resolve import Plan, Weights, find_weights, make_plan
@@ -295,9 +296,9 @@ class _Run:
             self.on_event(
                 Event("job", f"{number} of {len(self.todo)}{self._time_left()}: {task.plan.config.prompt:.60}")
             )
-            began = time.monotonic()
+            began, stages = time.monotonic(), {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
             try:
-                sample = session.sample(task.plan, embeddings.get(task.plan, session), {}, self.on_event)
+                sample = session.sample(task.plan, embeddings.get(task.plan, session), stages, self.on_event)
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
                 self._fail(task, error)
                 return True
@@ -366,39 +367,53 @@ class Embeddings:
 
     def has(self, plan: Plan) -> bool:
         """Whether a plan's texts are all known."""
-        return all(self._load(text) is not None for text in _texts(plan))
+        return all(self._known(text) for text in _texts(plan))
 
     def put(self, plan: Plan, embeds: dict[str, torch.Tensor | None]) -> None:
-        """Remember what `Session.encode` gave."""
+        """Remember what `Session.encode` gave: on disk where that takes it, otherwise in memory."""
         for text, tensor in zip(_texts(plan), embeds.values(), strict=False):
             assert tensor is not None
-            key = digest([*self.about, text])
-            self.memory[key] = tensor.cpu()
+            tensor, key = tensor.cpu().contiguous(), self._key(text)
             if self.folder is not None:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     part = self.folder / f"{key}.{os.getpid()}.part"
-                    save_file({"embeds": tensor.cpu().contiguous()}, part)
+                    save_file({"embeds": tensor}, part)
                     os.replace(part, self.folder / f"{key}.safetensors")
+                    continue
                 except OSError:
-                    self.folder = None  # a cache that cannot be written is done without
+                    self.folder = None
+            self.memory[key] = tensor
 
     def get(self, plan: Plan, session: Session) -> dict[str, torch.Tensor | None]:
-        """A plan's embeddings as `Session.sample` takes them."""
+        """A plan's embeddings as `Session.sample` takes them. Raises SlagenError if their file is gone or broken."""
         device = session.pipe._execution_device
-        tensors = [self._load(text) for text in _texts(plan)]
-        assert all(tensor is not None for tensor in tensors)
-        names = ("prompt_embeds", "negative_prompt_embeds")
-        return dict(zip(names, [x.to(device) for x in tensors if x is not None] + [None] * 2, strict=False))
+        tensors: list[torch.Tensor | None] = [self._load(text).to(device) for text in _texts(plan)]
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*tensors, None], strict=False))
 
-    def _load(self, text: str) -> torch.Tensor | None:
-        key = digest([*self.about, text])
-        if key not in self.memory and self.folder is not None:
-            try:
-                self.memory[key] = load_file(self.folder / f"{key}.safetensors")["embeds"]
-            except (OSError, SafetensorError, KeyError):
-                return None
-        return self.memory.get(key)
+    def _key(self, text: str) -> str:
+        return digest([*self.about, text])
+
+    def _path(self, key: str) -> Path:
+        return self.cache / "embeddings" / f"{key}.safetensors"
+
+    def _known(self, text: str) -> bool:
+        key = self._key(text)
+        if key in self.memory or self.folder is None:
+            return key in self.memory
+        try:
+            return "embeds" in read_header(self._path(key))
+        except WeightsError:
+            return False
+
+    def _load(self, text: str) -> torch.Tensor:
+        key = self._key(text)
+        if key in self.memory:
+            return self.memory[key]
+        try:
+            return load_file(self._path(key))["embeds"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise SlagenError(f"{self._path(key)} is gone or broken ({error}). Run the batch again.") from error
 
 
 def _texts(plan: Plan) -> list[str]:

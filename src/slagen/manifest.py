@@ -82,32 +82,39 @@ class Manifest:
             raise SlagenError(
                 f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
             ) from error
+        self._jobs: dict[str, Job] = {}
+        self._offset = 0
         self._write_lock = FileLock(folder / LOCKS / "manifest.lock")
 
     def read(self) -> dict[str, Job]:
         """Every job by its key, in the order of queueing. Lines that are no events are passed over."""
-        jobs: dict[str, Job] = {}
         for event in self._events():
-            key, kind = event.get("key"), event.get("event")
-            if kind == "queued" and isinstance(key, str) and key not in jobs:
-                try:
-                    jobs[key] = Job(
-                        key, event["index"], event["name"], event["settings"], event["seed"], event["lookup"]
-                    )
-                except KeyError:
-                    continue
-            elif kind in ("running", "done", "failed") and key in jobs:
-                if jobs[key].state == "done" and kind != "done":
-                    continue  # a late word of a worker that lost its lock
-                jobs[key].state, jobs[key].result = kind, event
-        return jobs
+            self._apply(event)
+        return dict(self._jobs)
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        key, kind = event.get("key"), event.get("event")
+        if kind == "queued" and isinstance(key, str) and key not in self._jobs:
+            fields = {name: event.get(name) for name in ("index", "name", "settings", "seed", "lookup")}
+            if None not in fields.values():
+                self._jobs[key] = Job(key, **fields)  # type: ignore[arg-type]
+        elif kind in ("running", "done", "failed") and key in self._jobs:
+            job = self._jobs[key]
+            if job.state == "done" and kind != "done":
+                return  # a late word of a worker that lost its lock
+            job.state, job.result = kind, event
 
     def _events(self) -> Iterator[dict[str, Any]]:
+        """What was appended since the last call; a line without an end is left for the next one."""
         try:
-            data = self.path.read_bytes()
+            with self.path.open("rb") as handle:
+                handle.seek(self._offset)
+                data = handle.read()
         except FileNotFoundError:
             return
-        for line in data.split(b"\n"):
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.split(b"\n"):
             try:
                 event = json.loads(line)
             except ValueError:
