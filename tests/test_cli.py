@@ -168,13 +168,18 @@ def test_ctrl_c_of_the_installed_command(tmp_path):
         [sys.executable, "-m", "slagen", "generate", "a red circle", "--model", str(folder), "--size", "512x512",
          "--num-frames", "33", "--steps", "500", "--allow-untrained", "-o", str(tmp_path / "o")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        # a shell that runs the tests in the background has its children ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     while "key blocks" not in process.stderr.readline():
         assert process.poll() is None
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     assert not list((tmp_path / "o").iterdir())
