@@ -217,7 +217,7 @@ def check_consistent(folder, count):
 def test_killed_at_random_moments(toy, tmp_path):
     """`make soak` does this 25 times with 40 prompts."""
     prompts = tmp_path / "prompts.txt"
-    count, kills = int(os.environ.get("SLAGEN_SOAK_PROMPTS", 6)), int(os.environ.get("SLAGEN_SOAK_KILLS", 2))
+    count, kills = int(os.environ.get("SLAGEN_SOAK_PROMPTS", 4)), int(os.environ.get("SLAGEN_SOAK_KILLS", 1))
     prompts.write_text(
         "\n".join(["a red circle"] * (count // 2) + [f"a circle --seed {i}" for i in range(count - count // 2)])
     )
