@@ -290,7 +290,17 @@ def test_a_torn_line_is_passed_over_and_closed(tmp_path):
     assert jobs[first.key].state == "done" and jobs[second.key].state == "queued"
     manifest.append({"event": "done", "key": second.key, "sha256": "y"})
     assert {job.state for job in manifest.read().values()} == {"done"}
-    for line in (b"null\n", b"[]\n", b'{"v": 9}\n', b"\xff\xfe\n"):
+    outside = {
+        "v": 1,
+        "event": "queued",
+        "key": "k",
+        "index": 3,
+        "name": "../x.mp4",
+        "settings": {},
+        "seed": 1,
+        "lookup": "",
+    }
+    for line in (json.dumps(outside).encode() + b"\n", b"null\n", b"[]\n", b'{"v": 9}\n', b"\xff\xfe\n"):
         with manifest.path.open("ab") as handle:
             handle.write(line)
     assert len(manifest.read()) == 2

@@ -381,7 +381,7 @@ class Embeddings:
                     save_file({"embeds": tensor}, part)
                     os.replace(part, self.folder / f"{key}.safetensors")
                     continue
-                except OSError:
+                except (OSError, SafetensorError):
                     self.folder = None
             self.memory[key] = tensor
 

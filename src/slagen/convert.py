@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,10 +67,8 @@ def convert(
         if overwrite and target.exists():
             shutil.rmtree(target)
         os.replace(part, target)
-    except OSError as error:
-        raise SlagenError(
-            f"{target} cannot be written ({error.strerror or error}). Check the free space there."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
@@ -219,13 +218,12 @@ def merge(
     merged: dict[str, Tensor] = {}
     kept = []
     for name, tensor in start.items():
-        pair = before.get(name), after.get(name)
-        if any(x is None or x.shape != tensor.shape for x in pair):
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None or not old.shape == new.shape == tensor.shape:
             merged[name] = tensor
             kept.append(name)
             continue
-        change = pair[1].float() - pair[0].float()  # type: ignore[union-attr]
-        merged[name] = (tensor.float() + weight * change).to(tensor.dtype)
+        merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
     copied = [name for name in after if name not in start]
     merged |= {name: after[name] for name in copied}
     on_note(
@@ -236,10 +234,8 @@ def merge(
     try:
         save_file({name: tensor.contiguous() for name, tensor in merged.items()}, part)
         os.replace(part, target)
-    except OSError as error:
-        raise SlagenError(
-            f"{target} cannot be written ({error.strerror or error}). Check the free space there."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
     finally:
         part.unlink(missing_ok=True)
     return target

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from slagen import machine, report
@@ -31,6 +32,8 @@ from slagen.video import part_path, write_mp4
 from slagen.wan.checkpoints import SLAMetadata, apply_sla, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
 from slagen.wan.processor import attach_recorder, install, processors
+
+BRANCHES: dict[str, Branches] = {"sparse": "sparse", "linear": "linear"}  # of --attention; all else runs both
 
 
 @dataclass(frozen=True)
@@ -215,9 +218,9 @@ def save(sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda 
         sample.stages["write"] = time.perf_counter() - began
         content = _report(sample, path, **hashes)
         report.write_json(path.with_suffix(".json"), content)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SlagenError(
-            f"{path} is written, but a file beside it could not be ({error.strerror}). Check the free space there."
+            f"{path} is written, but a file beside it could not be ({error}). Check the free space there."
         ) from error
     return Video(path, path.with_suffix(".json"), content, latents_path)
 
@@ -229,7 +232,7 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
         "model": source.name, "model_file": None if source.weights is None else str(source.weights),
         "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
     }  # fmt: skip
-    branches: Branches = {"sparse": "sparse", "linear": "linear"}.get(config.attention, "both")  # type: ignore[assignment]
+    branches = BRANCHES.get(config.attention, "both")
     if plan.sla is None:
         install(pipe.transformer, None)
         return {**found, "used": "base" if source.weights is None else "the same weights, full attention"}

@@ -95,9 +95,13 @@ class Manifest:
     def _apply(self, event: dict[str, Any]) -> None:
         key, kind = event.get("key"), event.get("event")
         if kind == "queued" and isinstance(key, str) and key not in self._jobs:
-            fields = {name: event.get(name) for name in ("index", "name", "settings", "seed", "lookup")}
-            if None not in fields.values():
-                self._jobs[key] = Job(key, **fields)  # type: ignore[arg-type]
+            index, name, settings = event.get("index"), event.get("name"), event.get("settings")
+            seed, lookup = event.get("seed"), event.get("lookup")
+            if (
+                isinstance(index, int) and isinstance(name, str) and isinstance(settings, dict)
+                and isinstance(seed, int) and isinstance(lookup, str) and Path(name).name == name
+            ):  # fmt: skip
+                self._jobs[key] = Job(key, index, name, settings, seed, lookup)
         elif kind in ("running", "done", "failed") and key in self._jobs:
             job = self._jobs[key]
             if job.state == "done" and kind != "done":
