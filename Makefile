@@ -32,8 +32,8 @@ bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 gpu: $(STAMP)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
 	$(BIN)/python scripts/gpu.py
 
-soak: $(STAMP)  ## 40 prompts, killed at 25 random moments, every video once
-	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py -k killed
+soak: $(STAMP)  ## 40 prompts, killed at 25 random moments, every video once; then the same on Ray
+	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py tests/test_cluster.py -k killed
 
 clean:
 	rm -rf $(VENV) build dist

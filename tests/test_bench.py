@@ -1,6 +1,7 @@
 """slagen bench: what it measures, what it refuses, and what it writes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,12 +129,14 @@ def test_shapes_have_names():
     assert parse_shape(" 1X2x3x16 ") == (1, 2, 3, 16)
 
 
-def test_command(capsys):
+def test_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # results go into outputs/bench there
     options = ["--shape", "1x1x128x16", "--method", "sla", "--method", "sdpa", "--sparsity", "0.5", "--seconds", "0.01"]
     assert run(["bench", *options, "--device", "cpu", "--no-length-sweep", "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [row["method"] for row in content["rows"]] == ["sla", "sdpa"]
     assert content["machine"]["type"] == "cpu"
+    assert sorted(file.suffix for file in Path("outputs/bench").iterdir()) == [".json", ".md", ".png", ".svg"]
     assert run(["bench", "--shape", "what"]) == 2
 
 

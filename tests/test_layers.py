@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
+LEAVES |= {"quality", "footage"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -29,12 +30,21 @@ MAY_IMPORT = {
     "prompts": {"errors", "config"},
     "manifest": {"errors"},
     "pages": set(),
+    "quality": {"errors"},
+    "footage": {"errors"},
     "resolve": LIBRARY | LEAVES,
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
+    "finetune": {"generate", "resolve", "dataset", "parallel", "trainer", "training_state"} | LIBRARY | LEAVES,
     "replay": {"generate"} | LIBRARY | LEAVES,
-    "batch": {"generate", "resolve"} | LIBRARY | LEAVES,
+    "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
+    "parallel": {"errors", "config"},
+    "trainer": {"dataset", "parallel"} | LEAVES,
+    "training_state": {"trainer", "parallel"} | LEAVES,
+    "embeddings": {"generate", "resolve"} | LIBRARY | LEAVES,
+    "batch": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
+    "cluster": {"generate", "batch"} | LEAVES,
     "console": LEAVES,
-    "cli": {"console", "batch", "replay"} | TASKS | LIBRARY | LEAVES,
+    "cli": {"console", "batch", "cluster", "replay", "dataset"} | TASKS | LIBRARY | LEAVES,
     "__main__": {"cli"},
     "__init__": TASKS | LIBRARY | LEAVES,
 }
@@ -44,7 +54,11 @@ DOORS = {
     "imageio": {"video"},
     "imageio_ffmpeg": {"video"},
     "matplotlib": {"plot"},
-    "ray": {"batch"},
+    "ray": {"cluster"},
+    "av": {"footage"},
+    "peft": {"wan"},
+    "PIL": {"quality"},
+    "bitsandbytes": {"trainer"},
     "jinja2": {"pages"},
     "typer": {"cli"},
     "rich": {"cli", "console"},
@@ -119,7 +133,7 @@ def test_kernels_and_tasks_are_imported_when_needed():
         if room_of(file) == "attention":
             assert "kernels" not in rooms, name(file)
         if room_of(file) in {"cli", "console", "__init__", "__main__"}:
-            assert not rooms & (TASKS | LIBRARY | {"batch"}), name(file)
+            assert not rooms & (TASKS | LIBRARY | {"batch", "cluster", "dataset"}), name(file)
 
 
 @pytest.mark.parametrize("module", ["slagen", "slagen.config", "slagen.cli"])

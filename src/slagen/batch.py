@@ -8,7 +8,6 @@ the work: who cannot have a lock goes on to the next job and comes back.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,19 +24,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from filelock import BaseFileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from filelock import BaseFileLock, FileLock
 
 from slagen import prompts
 from slagen.config import BatchConfig, GenerateConfig
-from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.embeddings import Embeddings, component_files, file_hashes
+from slagen.errors import SlagenError, UsageError
 from slagen.generate import Event, Session, Video, save
+from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
-from slagen.models import read_header
 from slagen.pages import Card, contact_sheet
-from slagen.report import write_bytes, write_json, write_text
+from slagen.report import dense_attention_flops, other_flops, sla_attention_flops, write_bytes, write_json, write_text
 from slagen.resolve import Plan, Weights, find_weights, make_plan
 from slagen.video import make_thumbnail
 
@@ -45,7 +43,7 @@ NOT_PIXELS = {  # settings that change no pixel, the seed, which is kept apart, 
     "weights", "vae",
 }  # fmt: skip
 POLL_S = 0.5
-WORKER = f"{socket.gethostname()}:{os.getpid()}"
+PAGE = "index.html"
 
 
 @dataclass
@@ -83,13 +81,32 @@ def batch(config: BatchConfig, on_event: Callable[[Event], None] = lambda event:
         What goes wrong with one prompt is in the result.
     """
     requests = prompts.read_prompts(config.prompts)
+    stop = threading.Event()
+    worker = f"{uuid.uuid4().hex[:12]}:{socket.gethostname()}:{os.getpid()}"
+    result = share(config, requests, stop, on_event, worker)
+    result.page = write_page(Manifest(result.folder))
+    return result
+
+
+def share(
+    config: BatchConfig, requests: list[prompts.Request], stop: threading.Event, on_event: Callable[[Event], None],
+    worker: str,
+) -> BatchResult:  # fmt: skip
+    """One process's share of a batch: every job that no other process has.
+
+    Args:
+        stop: set it, and the run ends after the video it is at.
+        worker: a name for this process, which the manifest keeps: an id of the run, host and process behind colons.
+    Raises: as `batch`.
+    """
     folder = Path(config.generate.output).expanduser()
     if folder.suffix.lower() == ".mp4":
         raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = _plans(config.generate, requests, weights)
     on_event(Event("stage", "hash"))
-    identity = _identity(weights, config.generate.vae, Path(config.cache_dir).expanduser())
+    cache = Path(config.cache_dir).expanduser()
+    identity = _identity(weights, config.generate.vae, cache)
     manifest = Manifest(folder)
     tasks = _queue(manifest, plans, identity, on_event)
     if config.shard is not None:
@@ -97,25 +114,29 @@ def batch(config: BatchConfig, on_event: Callable[[Event], None] = lambda event:
         tasks = tasks[part - 1 :: parts]
     jobs = manifest.read()
     result = BatchResult(folder)
-    todo = _sweep(manifest, jobs, tasks, config, result, on_event)
+    todo = _sweep(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
     _check_room(folder, todo)
-    on_event(Event("plan", _forecast(folder, jobs, tasks, todo)))
+    speed = Speed(cache, [identity, describe_device(weights.device)["name"]])
+    on_event(Event("plan", _forecast(folder, tasks, todo, speed)))
     if todo:
-        stop = threading.Event()
-        with _signals(stop, on_event):
-            _Run(config, manifest, todo, result, stop, on_event).run()
+        with signals(stop, on_event):
+            _Run(config, manifest, todo, result, stop, on_event, worker, speed).run()
             result.interrupted = stop.is_set()
-        result.page = write_page(manifest)
     return result
 
 
 def write_page(manifest: Manifest) -> Path:
     """`index.html`: every job of a folder with a playing thumbnail, which is kept under `.slagen` for the next time."""
+    with FileLock(manifest.folder / LOCKS / "page.lock"):  # one of those that share the work at a time
+        return _write_page(manifest)
+
+
+def _write_page(manifest: Manifest) -> Path:
     thumbnails = manifest.folder / LOCKS / "thumbnails"
     thumbnails.mkdir(exist_ok=True)
     cards = []
     for job in manifest.read().values():
-        path, share, video = manifest.folder / job.name, None, None
+        path, attention, video = manifest.folder / job.name, None, None
         state = job.state if job.state != "failed" else f"failed: {job.result.get('reason')}"
         if job.state == "done" and path.is_file():
             small = thumbnails / f"{job.key[:32]}-{str(job.result.get('sha256'))[:16]}.mp4"
@@ -123,12 +144,12 @@ def write_page(manifest: Manifest) -> Path:
                 if not small.is_file():
                     write_bytes(small, make_thumbnail(path))
                 video = small.read_bytes()
-                share = json.loads(path.with_suffix(".json").read_text())["cost"]["measured_attention_share"]
+                attention = json.loads(path.with_suffix(".json").read_text())["cost"]["measured_attention_share"]
             except (SlagenError, OSError, ValueError, KeyError) as error:
                 state = f"done, but unreadable: {error}"
         seconds = job.result.get("seconds")
-        cards.append(Card(job.index, job.name, job.settings["prompt"], job.seed, state, video, seconds, share))
-    page = manifest.folder / "index.html"
+        cards.append(Card(job.index, job.name, job.settings["prompt"], job.seed, state, video, seconds, attention))
+    page = manifest.folder / PAGE
     write_text(page, contact_sheet(f"{manifest.folder.resolve().name}: {len(cards)} videos", cards))
     return page
 
@@ -179,7 +200,7 @@ def _queue(
 
 
 def _sweep(
-    manifest: Manifest, jobs: dict[str, Job], tasks: list[Task], config: BatchConfig, result: BatchResult,
+    manifest: Manifest, jobs: dict[str, Job], tasks: list[Task], retry_failed: bool, worker: str, result: BatchResult,
     on_event: Callable[[Event], None],
 ) -> list[Task]:  # fmt: skip
     """Take away what killed runs left, and sort out what is done or failed; the rest is to do."""
@@ -194,7 +215,9 @@ def _sweep(
         job = jobs[task.job.key]
         if job.state == "done" and manifest.is_whole(job):
             result.kept.append(job.name)
-        elif job.state == "failed" and not config.retry_failed:
+        elif job.state == "failed" and str(job.result.get("worker")).split(":")[0] == worker.split(":")[0]:
+            result.failed.append((job.name, str(job.result.get("reason"))))  # by another worker of this very run
+        elif job.state == "failed" and not retry_failed:
             result.failed.append((job.name, f"{job.result.get('reason')} (before; --retry-failed tries again)"))
         else:
             if job.state == "done":
@@ -219,16 +242,51 @@ def _pixels(task: Task) -> int:
     return (config.width or 0) * (config.height or 0) * (config.num_frames or 0)
 
 
-def _forecast(folder: Path, jobs: dict[str, Job], tasks: list[Task], todo: list[Task]) -> str:
-    """How many, how long, how much: the time from what this manifest says of earlier videos, by pixels and steps."""
-    rates = [job.result["seconds"] / job.result["work"] for job in jobs.values() if job.result.get("work")]
+def _forecast(folder: Path, tasks: list[Task], todo: list[Task], speed: Speed) -> str:
+    """How many, how long, how much."""
     if not todo:
         return f"{len(tasks)} videos, none to make"
-    duration = "known after the first video"
-    if rates:
-        duration = "about " + clock(sorted(rates)[len(rates) // 2] * sum(map(_work, todo)))
+    rate = speed.read()
+    duration = "known after the first video" if rate is None else "about " + clock(rate * sum(map(_work, todo)))
     size = sum(2**20 + _pixels(task) // 4 for task in todo) / 2**20
     return f"{len(tasks)} videos, {len(todo)} to make; time: {duration}; disk: at most {size:.0f} MiB in {folder}"
+
+
+class Speed:
+    """Seconds for a FLOP of denoising, as this machine's last videos with these weights took; kept in the cache.
+
+    Args:
+        about: what a speed depends on.
+    """
+
+    def __init__(self, cache: Path, about: list[str]) -> None:
+        self.store, self.key = cache / "speeds.json", digest(about)
+
+    def read(self) -> float | None:
+        """The median of the last videos; None before the first."""
+        rates = self._rates().get(self.key)
+        return sorted(rates)[len(rates) // 2] if rates else None
+
+    def add(self, rate: float) -> None:
+        """Remember one more."""
+        known = self._rates()
+        try:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.store, {**known, self.key: [*known.get(self.key, []), rate][-9:]})
+        except OSError:
+            pass  # it is a forecast, no more
+
+    def _rates(self) -> dict[str, list[float]]:
+        try:
+            content = json.loads(self.store.read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(content, dict):
+            return {}
+        return {
+            key: rates for key, rates in content.items()
+            if isinstance(rates, list) and all(isinstance(rate, float) and rate > 0 for rate in rates)
+        }  # fmt: skip
 
 
 def clock(seconds: float) -> str:
@@ -240,17 +298,29 @@ def clock(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+@dataclass
+class _Attempt:
+    """One try at a job, from its sampling to its end in the manifest; holds the job's lock."""
+
+    task: Task
+    lock: BaseFileLock
+    id: str
+    began: float
+    video: Future[Video] | None = None
+
+
 class _Run:
     """One process's share of the work: sampling here, writing in a thread, so that one goes on beside the other."""
 
     def __init__(
         self, config: BatchConfig, manifest: Manifest, todo: list[Task], result: BatchResult, stop: threading.Event,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[Event], None], worker: str, speed: Speed,
     ) -> None:  # fmt: skip
         self.config, self.manifest, self.todo, self.result, self.stop = config, manifest, todo, result, stop
-        self.on_event, self.start_time = on_event, time.time()
-        self.began, self.spent = time.monotonic(), 0  # work done since, in pixels x steps
-        self.writing: tuple[Task, BaseFileLock, Future[Video], float] | None = None
+        self.on_event, self.worker, self.speed = on_event, worker, speed
+        self.before = {task.job.key: task.job.result for task in todo}
+        self.began = 0.0
+        self.writing: _Attempt | None = None
 
     def run(self) -> None:
         """Make what is to do, and wait for what others hold."""
@@ -264,6 +334,7 @@ class _Run:
                 embeddings.put(task.plan, session.encode(task.plan))
             session.release_text_encoder()
         waiting = list(self.todo)
+        self.began = time.monotonic()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:
             try:
                 while waiting and not self.stop.is_set():
@@ -284,27 +355,27 @@ class _Run:
             return False
         kept = False
         try:
-            now = self.manifest.read()[task.job.key]
+            jobs = self.manifest.read()
+            now = jobs[task.job.key]
             if now.state == "done" and self.manifest.is_whole(now):
                 self.result.elsewhere.append(now.name)
                 return True
-            if now.state == "failed" and now.result.get("time", 0) > self.start_time:
+            if now.state == "failed" and self._has_ended(now):
                 self.result.failed.append((now.name, str(now.result.get("reason"))))
                 return True
-            self.manifest.append({"event": "running", "key": task.job.key, "worker": WORKER})
-            number = len(self.result.made) + len(self.result.failed) + 1 + (self.writing is not None)
-            self.on_event(
-                Event("job", f"{number} of {len(self.todo)}{self._time_left()}: {task.plan.config.prompt:.60}")
-            )
-            began, stages = time.monotonic(), {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
+            attempt = _Attempt(task, lock, uuid.uuid4().hex, time.monotonic())
+            running = {"event": "running", "key": now.key, "attempt": attempt.id, "worker": self.worker}
+            self.manifest.append(running)
+            self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt:.60}"))
+            stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
             try:
                 sample = session.sample(task.plan, embeddings.get(task.plan, session), stages, self.on_event)
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
-                self._fail(task, error)
+                self._fail(attempt, error)
                 return True
             self._finish()
-            path = self.manifest.folder / task.job.name
-            self.writing, kept = (task, lock, writer.submit(save, sample, path), began), True
+            attempt.video, kept = writer.submit(save, sample, self.manifest.folder / task.job.name), True
+            self.writing = attempt
             return True
         finally:
             if not kept:
@@ -314,116 +385,55 @@ class _Run:
         """Wait for the video that is being written, and put its end into the manifest."""
         if self.writing is None:
             return
-        task, lock, future, began = self.writing
-        self.writing = None
+        attempt, self.writing = self.writing, None
+        task = attempt.task
+        assert attempt.video is not None
         try:
             try:
-                video = future.result()
+                video = attempt.video.result()
             except (SlagenError, RuntimeError, OSError) as error:
-                self._fail(task, error)
+                self._fail(attempt, error)
                 return
-            work, seconds = _work(task), time.monotonic() - began
-            self.manifest.append({
-                "event": "done", "key": task.job.key, "sha256": video.report["video"]["sha256"],
-                "latents_hash": video.report["latents_hash"], "seconds": seconds, "work": work,
-            })  # fmt: skip
-            self.spent += work
-            self.result.made.append(task.job.name)
+            seconds = time.monotonic() - attempt.began
+            counts = self.manifest.finish(
+                task.job, attempt.id, event="done", worker=self.worker, seconds=seconds,
+                sha256=video.report["video"]["sha256"], latents_hash=video.report["latents_hash"],
+            )  # fmt: skip
+            (self.result.made if counts else self.result.elsewhere).append(task.job.name)
+            self.speed.add(seconds / _work(task))
         finally:
-            lock.release()
+            attempt.lock.release()
 
-    def _fail(self, task: Task, error: BaseException) -> None:
+    def _fail(self, attempt: _Attempt, error: BaseException) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self.manifest.append({"event": "failed", "key": task.job.key, "reason": reason})
-        self.result.failed.append((task.job.name, reason))
-        self.on_event(Event("warning", f"{task.job.name} failed: {reason}"))
+        job = attempt.task.job
+        self.manifest.finish(job, attempt.id, event="failed", worker=self.worker, reason=reason)
+        self.result.failed.append((job.name, reason))
+        self.on_event(Event("warning", f"{job.name} failed: {reason}"))
 
-    def _time_left(self) -> str:
-        if not self.spent:
-            return ""
-        left = sum(map(_work, self.todo)) - self.spent
-        return f", about {clock(left * (time.monotonic() - self.began) / self.spent)} left"
+    def _has_ended(self, job: Job) -> bool:
+        """Whether a job was made, or failed, since this run began, whoever ran it."""
+        return job.state in ("done", "failed") and job.result is not self.before[job.key]
+
+    def _progress(self, jobs: dict[str, Job]) -> str:
+        """How many videos have ended, and the time left by what all who share the work have done since."""
+        ended = [task for task in self.todo if self._has_ended(jobs[task.job.key])]
+        left = ""
+        if ended:
+            done, everything = sum(map(_work, ended)), sum(map(_work, self.todo))
+            left = f", about {clock((everything - done) * (time.monotonic() - self.began) / done)} left"
+        return f"{len(ended)} of {len(self.todo)} done{left}"
 
 
 def _work(task: Task) -> int:
-    return _pixels(task) * (task.plan.config.steps or 1)
-
-
-class Embeddings:
-    """Prompts as the text encoder gives them, in memory and, unless the config says no, on disk.
-
-    A file is named by a hash of the encoder's and tokenizer's files, the text, its length and dtype: it is never stale.
-    """
-
-    def __init__(self, config: BatchConfig, plan: Plan) -> None:
-        weights = plan.weights
-        self.cache = Path(config.cache_dir).expanduser()
-        self.folder = None if config.no_cache else self.cache / "embeddings"
-        files = component_files(weights.source.folder, ("text_encoder", "tokenizer"))
-        self.about = [
-            file_hashes(files, self.cache), weights.source.defaults.max_sequence_length, str(weights.dtype)
-        ]  # fmt: skip
-        self.memory: dict[str, torch.Tensor] = {}
-
-    def has(self, plan: Plan) -> bool:
-        """Whether a plan's texts are all known."""
-        return all(self._known(text) for text in _texts(plan))
-
-    def put(self, plan: Plan, embeds: dict[str, torch.Tensor | None]) -> None:
-        """Remember what `Session.encode` gave: on disk where that takes it, otherwise in memory."""
-        for text, tensor in zip(_texts(plan), embeds.values(), strict=False):
-            assert tensor is not None
-            tensor, key = tensor.cpu().contiguous(), self._key(text)
-            if self.folder is not None:
-                try:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    part = self.folder / f"{key}.{os.getpid()}.part"
-                    save_file({"embeds": tensor}, part)
-                    os.replace(part, self.folder / f"{key}.safetensors")
-                    continue
-                except (OSError, SafetensorError):
-                    self.folder = None
-            self.memory[key] = tensor
-
-    def get(self, plan: Plan, session: Session) -> dict[str, torch.Tensor | None]:
-        """A plan's embeddings as `Session.sample` takes them. Raises SlagenError if their file is gone or broken."""
-        device = session.pipe._execution_device
-        tensors: list[torch.Tensor | None] = [self._load(text).to(device) for text in _texts(plan)]
-        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*tensors, None], strict=False))
-
-    def _key(self, text: str) -> str:
-        return digest([*self.about, text])
-
-    def _path(self, key: str) -> Path:
-        return self.cache / "embeddings" / f"{key}.safetensors"
-
-    def _known(self, text: str) -> bool:
-        key = self._key(text)
-        if key in self.memory or self.folder is None:
-            return key in self.memory
-        try:
-            return "embeds" in read_header(self._path(key))
-        except WeightsError:
-            return False
-
-    def _load(self, text: str) -> torch.Tensor:
-        key = self._key(text)
-        if key in self.memory:
-            return self.memory[key]
-        try:
-            return load_file(self._path(key))["embeds"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise SlagenError(f"{self._path(key)} is gone or broken ({error}). Run the batch again.") from error
-
-
-def _texts(plan: Plan) -> list[str]:
-    guided = (plan.config.guidance_scale or 0) > 1
-    return [plan.config.prompt, plan.config.negative_prompt or ""][: 2 if guided else 1]
-
-
-def component_files(folder: Path, parts: tuple[str, ...]) -> list[Path]:
-    """The files of some components of a pipeline, in order."""
-    return [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
+    """The FLOPs of a video's denoising, by which its time is foretold."""
+    plan, shape = task.plan, task.plan.weights.source.shape
+    if plan.sla is None:
+        attention = dense_attention_flops(shape, plan.num_tokens)
+    else:
+        attention = sla_attention_flops(shape, plan.num_tokens, plan.sla)
+    passes = (plan.config.steps or 1) * (2 if (plan.config.guidance_scale or 0) > 1 else 1)
+    return passes * (attention + other_flops(shape, plan.num_tokens))
 
 
 def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
@@ -437,34 +447,8 @@ def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
     return file_hashes(list(dict.fromkeys(files)), cache)
 
 
-def file_hashes(files: list[Path], cache: Path) -> str:
-    """One hash of many files' contents. Each file's is kept in `cache` by path, size and time, so it is read once."""
-    store = cache / "hashes.json"
-    try:
-        known = json.loads(store.read_text())
-    except (OSError, ValueError):
-        known = {}
-    digests, changed = [], False
-    for file in files:
-        status = file.stat()
-        name, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
-        entry = known.get(name)
-        if not isinstance(entry, list) or entry[:2] != stamp:
-            with file.open("rb") as handle:
-                entry = known[name] = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
-            changed = True
-        digests.append([file.name, entry[2]])
-    if changed:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            write_json(store, known)
-        except OSError:
-            pass  # hashed again the next time
-    return digest(digests)
-
-
 @contextmanager
-def _signals(stop: threading.Event, on_event: Callable[[Event], None]) -> Iterator[None]:
+def signals(stop: threading.Event, on_event: Callable[[Event], None]) -> Iterator[None]:
     """SIGINT once: finish the video and stop. SIGINT again, or SIGTERM: stop now."""
 
     def interrupt(number: int, frame: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,13 +16,20 @@ from slagen.config import (
     Backend,
     BatchConfig,
     BenchConfig,
+    Branch,
+    DataConfig,
     Dtype,
     FeatureMap,
+    FinetuneConfig,
     GenerateConfig,
     LinearDomain,
+    Loss,
+    Optimizer,
+    Parallel,
     RandomInit,
     Sampler,
     Timing,
+    Trained,
 )
 from slagen.errors import GateError, SlagenError, UsageError
 
@@ -49,6 +57,7 @@ def normalize(token: str) -> str:
 
 
 PARTLY_FAILED, INTERRUPTED = 3, 130
+CACHE = "~/.cache/slagen"
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "token_normalize_func": normalize}
 
@@ -293,8 +302,17 @@ def batch(
     shard: Annotated[
         str | None, typer.Option(help="i/n: every n-th job from the i-th on, for n machines.", metavar="I/N")
     ] = None,
-    cache_dir: Annotated[str, typer.Option(help="Where prompt embeddings and hashes are kept.")] = "~/.cache/slagen",
+    cache_dir: Annotated[str, typer.Option(help="Where prompt embeddings and hashes are kept.")] = CACHE,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Share the work on Ray: at RAY_ADDRESS, or started on this machine.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(help="The same on the Ray cluster there.", metavar="HOST:PORT")
+    ] = None,
+    ray_workers: Annotated[
+        int | None, typer.Option(help="Models in memory at once. Default: one a GPU, or one a machine without.")
+    ] = None,
     negative_prompt: NegativePromptOption = None,
     model: ModelOption = None,
     size: SizeOption = None,
@@ -358,16 +376,24 @@ def batch(
         save_latents=save_latents,
         timing=timing,
     )
-    _run_batch(BatchConfig(prompts, settings, retry_failed, parse_shard(shard), cache_dir, no_cache), as_json)
+    if ray and ray_address is None:
+        ray_address = os.environ.get("RAY_ADDRESS") or "local"
+    config = BatchConfig(
+        prompts, settings, retry_failed, parse_shard(shard), cache_dir, no_cache, ray_address, ray_workers
+    )  # fmt: skip
+    _run_batch(config, as_json)
 
 
 def _run_batch(config: BatchConfig, as_json: bool) -> None:
     from slagen import console
 
     with console.GenerateProgress() as progress:
-        from slagen import batch as task
+        if config.ray_address is None:
+            from slagen.batch import batch as task
+        else:
+            from slagen.cluster import batch_on_ray as task
 
-        result = task.batch(config, progress)
+        result = task(config, progress)
     console.show_batch(result, as_json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
@@ -553,6 +579,240 @@ def merge(
     console.write(str(made))
 
 
+DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Machine"
+
+tuning = typer.Typer(name="finetune", no_args_is_help=True, context_settings=CONTEXT, rich_markup_mode="rich")
+app.add_typer(tuning)
+
+DataSizeOption = Annotated[
+    str | None, typer.Option("--size", help="Clips of this area, width x height.", rich_help_panel=DATA, metavar="WxH")
+]
+DataFramesOption = Annotated[
+    int | None, typer.Option("--num-frames", help="The longest clip, 4k + 1.", rich_help_panel=DATA)
+]
+DataFpsOption = Annotated[int | None, typer.Option("--fps", help="Frames a second of clips.", rich_help_panel=DATA)]
+HeldOutOption = Annotated[
+    int | None, typer.Option(help="Videos to hold out. Default: a tenth, from 1 to 16.", rich_help_panel=DATA)
+]
+TuneModelOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", rich_help_panel=MODEL, help="A preset, folder or hub id, as for generate."),
+]
+TuneSeedOption = Annotated[int, typer.Option("--seed", help="Of noise and order.", rich_help_panel=TRAINING)]
+TuneDtypeOption = Annotated[
+    str, typer.Option("--dtype", help="To compute in: auto, bf16, fp16 or fp32.", rich_help_panel=MACHINE)
+]
+TuneDeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]
+
+
+@tuning.callback(invoke_without_command=True)
+def finetune(
+    context: typer.Context,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=DATA, metavar="PATH", help="Videos with captions (see finetune data), or prepared."
+        ),
+    ] = None,
+    self_generate: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=DATA, metavar="FILE", help="No videos: a prompt file, of which the dense model makes clips."
+        ),
+    ] = None,
+    clips_per_prompt: Annotated[
+        int, typer.Option(help="How many clips of each; one more is held out.", rich_help_panel=DATA)
+    ] = 4,
+    held_out: HeldOutOption = None,
+    size: DataSizeOption = None,
+    num_frames: DataFramesOption = None,
+    fps: DataFpsOption = None,
+    model: TuneModelOption = None,
+    weights: Annotated[
+        str | None, typer.Option(help="SLA weights to go on from.", rich_help_panel=MODEL, metavar="FILE_OR_FOLDER")
+    ] = None,
+    from_dense: Annotated[
+        bool, typer.Option("--from-dense", help="Begin with dense weights and a fresh proj_l.", rich_help_panel=MODEL)
+    ] = False,
+    local_files_only: Annotated[
+        bool, typer.Option("--local-files-only", help="Download nothing.", rich_help_panel=MODEL)
+    ] = False,
+    attention: Annotated[
+        Branch, typer.Option(help="sla, or sparse or linear: one branch of it, to compare.", rich_help_panel=MODEL)
+    ] = "sla",
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Default: as the model's SLA has it, or 0.95.", rich_help_panel=MODEL, show_default=False),
+    ] = None,
+    negligible: Annotated[
+        float | None, typer.Option(help="Fraction of blocks neither branch sees.", rich_help_panel=MODEL)
+    ] = None,
+    linear_domain: Annotated[
+        LinearDomain | None, typer.Option(help="What the linear branch sees: all or marginal.", rich_help_panel=MODEL)
+    ] = None,
+    feature_map: Annotated[FeatureMap | None, typer.Option(help="softmax, elu or relu.", rich_help_panel=MODEL)] = None,
+    block_m: Annotated[int | None, typer.Option(help="Query rows of a block.", rich_help_panel=MODEL)] = None,
+    block_n: Annotated[int | None, typer.Option(help="Key columns of a block.", rich_help_panel=MODEL)] = None,
+    anneal_from: Annotated[
+        float | None,
+        typer.Option(help="Sparsity to begin with; it rises over half of the steps.", rich_help_panel=MODEL),
+    ] = None,
+    loss: Annotated[
+        Loss, typer.Option(help="distill: the dense model's velocity; flow: the data's.", rich_help_panel=TRAINING)
+    ] = "distill",
+    layer_loss: Annotated[
+        float, typer.Option(help="Weight of each layer's attention error.", rich_help_panel=TRAINING)
+    ] = 0.0,
+    train: Annotated[
+        Trained, typer.Option(help="all, attn, proj or lora (and proj_l).", rich_help_panel=TRAINING)
+    ] = "all",
+    lora_rank: Annotated[int, typer.Option(help="Rank of lora.", rich_help_panel=TRAINING)] = 32,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=TRAINING)] = None,
+    proj_multiplier: Annotated[
+        float | None, typer.Option(help="Factor on it for proj_l.", rich_help_panel=TRAINING)
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps it rises over, at most a tenth.", rich_help_panel=TRAINING)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Clips a step, over all processes.", rich_help_panel=TRAINING)
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Clips at a time on one device.", rich_help_panel=TRAINING)
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Cut longer gradients. Default: none.", rich_help_panel=TRAINING)
+    ] = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="adamw or adamw8bit.", rich_help_panel=TRAINING)] = "adamw",
+    seed: TuneSeedOption = 0,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            rich_help_panel=MACHINE,
+            show_default=False,
+            help="Recompute activations, to save memory. Default: on CUDA.",
+        ),
+    ] = None,
+    dtype: TuneDtypeOption = "auto",
+    device: TuneDeviceOption = "auto",
+    backend: Annotated[
+        Backend, typer.Option(help="SLA's implementation: auto, reference, torch or triton.", rich_help_panel=MACHINE)
+    ] = "auto",
+    parallel: Annotated[
+        Parallel, typer.Option(help="Under torchrun: ddp copies the model, fsdp splits it.", rich_help_panel=MACHINE)
+    ] = "auto",
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=OUTPUT)] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between validations with clips.", rich_help_panel=OUTPUT)
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew in a folder with a checkpoint.", rich_help_panel=OUTPUT)
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files too.", rich_help_panel=OUTPUT)
+    ] = False,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="A folder for weights, checkpoints, log and page.", rich_help_panel=OUTPUT),
+    ] = "finetuned",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Give a Wan model sparse-linear attention, and see that it worked; the same command again goes on.
+
+    Example: slagen finetune --model tiny-wan --from-dense --self-generate prompts.txt --sparsity 0.95 --steps 60
+    """
+    if context.invoked_subcommand is not None:
+        return
+    width, height = parse_size(size)
+    config = FinetuneConfig(
+        data=DataConfig(data, self_generate, clips_per_prompt, held_out, width, height, num_frames, fps),
+        model=model,
+        weights=weights,
+        from_dense=from_dense,
+        local_files_only=local_files_only,
+        output=output,
+        attention=attention,
+        sparsity=sparsity,
+        negligible=negligible,
+        linear_domain=linear_domain,
+        feature_map=feature_map,
+        block_m=block_m,
+        block_n=block_n,
+        anneal_from=anneal_from,
+        loss=loss,
+        layer_loss=layer_loss,
+        train=train,
+        lora_rank=lora_rank,
+        steps=steps,
+        lr=lr,
+        proj_multiplier=proj_multiplier,
+        warmup_steps=warmup_steps,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        optimizer=optimizer,
+        checkpointing=checkpointing,
+        seed=seed,
+        dtype=parse_dtype(dtype),
+        device=device,
+        backend=backend,
+        parallel=parallel,
+        save_every=save_every,
+        validate_every=validate_every,
+        restart=restart,
+        tensorboard=tensorboard,
+    )
+    from slagen import console
+
+    with console.GenerateProgress() as progress:
+        from slagen import finetune as task
+
+        result = task.finetune(config, progress)
+    console.show_finetune(result, as_json)
+
+
+@tuning.command("data", context_settings=CONTEXT)
+def finetune_data(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="Videos with a .txt beside each, a .jsonl (video_path, caption), videos2caption.json or metadata.csv.",
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to make.")],
+    model: TuneModelOption = None,
+    held_out: HeldOutOption = None,
+    size: DataSizeOption = None,
+    num_frames: DataFramesOption = None,
+    fps: DataFpsOption = None,
+    seed: TuneSeedOption = 0,
+    dtype: TuneDtypeOption = "auto",
+    device: TuneDeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Encode videos and captions for finetune --data, once; what is there already is kept.
+
+    Example: slagen finetune data videos --output prepared --model wan2.1-t2v-1.3b
+    """
+    width, height = parse_size(size)
+    config = DataConfig(path, None, held_out=held_out, width=width, height=height, num_frames=num_frames, fps=fps)
+    base = GenerateConfig("-", model=model, device=device, dtype=parse_dtype(dtype))
+    from slagen import console
+
+    with console.GenerateProgress() as progress:
+        from slagen import dataset as task
+
+        data = task.prepare(config, base, Path(output).expanduser(), Path(CACHE).expanduser(), seed, progress)
+    console.show_data(data, as_json)
+
+
 WHAT, HOW = "What to measure", "How to measure"
 
 
@@ -634,9 +894,9 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for each measurement.", rich_help_panel=HOW)] = 2.0,
     output: Annotated[
-        str | None,
+        str,
         typer.Option("--output", "-o", help="A folder for bench.json, .md, .png and .svg.", rich_help_panel=OUTPUT),
-    ] = None,
+    ] = "outputs/bench",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
@@ -748,6 +1008,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its code; every expected failure is one message."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: part files go, the code is 130
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

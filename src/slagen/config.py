@@ -98,6 +98,45 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
 
 
 @dataclass(frozen=True)
+class TrainingDefaults:
+    """How a model is fine-tuned unless `slagen finetune` is told otherwise; what is here is what was published for Wan.
+
+    Args:
+        steps: of the optimiser.
+        lr: learning rate. proj_multiplier: factor on it for `proj_l`.
+        warmup_steps: over which it rises from 0, at most a tenth of all steps. decay: fraction of the steps, at the
+            end, over which it falls to 0 again.
+        batch_size: clips a step, over all processes. micro_batch: clips at a time on one of them.
+        log_sigma_mean, log_sigma_std: noise levels are sigma / (1 + sigma), log sigma normal.
+    Source: TurboDiffusion's SLA training, github.com/thu-ml/TurboDiffusion.
+    """
+
+    steps: int = 2000
+    lr: float = 1e-5
+    proj_multiplier: float = 1.0
+    warmup_steps: int = 100
+    decay: float = 0.0
+    batch_size: int = 32
+    micro_batch: int = 1
+    log_sigma_mean: float = 1.5
+    log_sigma_std: float = 1.6
+
+    @classmethod
+    def from_dict(cls, fields: object) -> "TrainingDefaults":
+        """Build from JSON. Raises UsageError for an unknown name or a value that is no number of its type."""
+        if not isinstance(fields, dict):
+            raise UsageError(f"training is {fields!r}. Give an object.")
+        for name, value in fields.items():
+            field = cls.__dataclass_fields__.get(name)
+            if field is None:
+                raise UsageError(f"training.{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+            whole = isinstance(field.default, int)
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < 0:
+                raise UsageError(f"training.{name} is {value!r}. Give a value like {field.default!r}.")
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
 class ModelDefaults:
     """The settings a model was made for; a `slagen.json` beside `model_index.json` names those that are not Wan2.1's.
 
@@ -113,6 +152,7 @@ class ModelDefaults:
         negative_prompt: what to steer away from.
         vocabulary: every word the model knows, where that is a closed list.
         example_prompt: a prompt that works, for messages.
+        training: how it is fine-tuned.
     """
 
     width: int = 832
@@ -127,14 +167,20 @@ class ModelDefaults:
     negative_prompt: str = ""
     vocabulary: tuple[str, ...] | None = None
     example_prompt: str = "a red fox walking through fresh snow, morning light"
+    training: TrainingDefaults = TrainingDefaults()
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelDefaults":
         """Build from JSON. Raises UsageError for an unknown name or a value of another type."""
+        fields = dict(fields)
+        if "training" in fields:
+            fields["training"] = TrainingDefaults.from_dict(fields["training"])
         for name, value in fields.items():
             field = cls.__dataclass_fields__.get(name)
             if field is None:
                 raise UsageError(f"{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+            if name == "training":
+                continue
             if name == "vocabulary":
                 good = value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value))
             elif name == "sampler":
@@ -295,7 +341,9 @@ class BatchConfig:
         retry_failed: try again what failed before.
         shard: (i, n): make each n-th job alone, from the i-th on, 1 being the first.
         cache_dir: where hashes and prompt embeddings are kept. no_cache: keep no embeddings.
-    Raises: UsageError for a shard that is none.
+        ray_address: of a Ray cluster that shares the work; "local" starts one on this machine, None uses no Ray.
+        ray_workers: how many of its actors; None is one for each GPU, or for each machine where there is none.
+    Raises: UsageError for a shard that is none, or workers without Ray.
     """
 
     prompts: str
@@ -304,8 +352,12 @@ class BatchConfig:
     shard: tuple[int, int] | None = None
     cache_dir: str = "~/.cache/slagen"
     no_cache: bool = False
+    ray_address: str | None = None
+    ray_workers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.ray_workers is not None and (self.ray_workers < 1 or self.ray_address is None):
+            raise UsageError(f"ray_workers is {self.ray_workers}, but must be at least 1, and needs --ray.")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise UsageError(f"shard is {self.shard[0]}/{self.shard[1]}, but must be i/n from 1/n to n/n. Try 1/2.")
 
@@ -402,3 +454,147 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
             "Try --shape 1x12x8192x128."
         )
     return sizes  # type: ignore[return-value]
+
+
+Loss = Literal["distill", "flow"]
+Branch = Literal["sla", "sparse", "linear"]
+Trained = Literal["all", "attn", "proj", "lora"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Parallel = Literal["auto", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips to train on, and in what form.
+
+    Args:
+        path: raw or prepared data; None where the model makes its own.
+        self_generate: a prompt file whose videos the dense model makes, to be distilled on.
+        clips_per_prompt: how many clips of each such prompt to train on; one more is held out.
+        held_out: clips of a data set that are never trained on; None is a tenth, from 1 to 16.
+        width, height, num_frames, fps: the size of clips, whose area and length no clip exceeds; None is the model's.
+    Raises: UsageError if a value is out of range, or no data or two kinds of it are given.
+    """
+
+    path: str | None = None
+    self_generate: str | None = None
+    clips_per_prompt: int = 4
+    held_out: int | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.self_generate is None):
+            raise UsageError("give either --data FOLDER with videos, or --self-generate FILE with prompts.")
+        for name in ("clips_per_prompt", "held_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, fps=self.fps)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One call of `slagen finetune`. What is None is the model's own default.
+
+    Args:
+        data: what to train on.
+        model: preset, folder or hub id. weights: SLA weights to go on from; None takes the model's own.
+        from_dense: begin with the model's dense weights and a fresh `proj_l`.
+        output: a folder for `sla.safetensors`, the checkpoint, the log and the page.
+        attention: "sla", or one of its branches alone. sparsity and the four after it: as in SLAConfig; None is what
+            the weights were trained with, or SLAConfig's.
+        anneal_from: sparsity to begin with; it rises to `sparsity` over the first half of the steps.
+        loss: "distill" is the squared difference of the student's velocity from the frozen dense model's on the same
+            noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
+        train: "all" of the transformer, "attn": its self-attention, "proj": `proj_l` alone, or "lora": low-rank
+            changes of self-attention, of rank `lora_rank`, and `proj_l`.
+        steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch: see TrainingDefaults.
+        weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
+        optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
+        checkpointing: recompute activations in the backward pass; None does on CUDA.
+        seed: of noise and order. dtype: to compute in; weights stay in float32. device, backend: as in GenerateConfig.
+        parallel: how the processes of torchrun share the model: "ddp" copies it, "fsdp" splits it; "auto" copies.
+        context_parallel: processes that share one clip's tokens.
+        save_every, validate_every: steps between checkpoints, and between validations with clips; None is a tenth of
+            all steps, at least 10, for the first, and half of them for the second.
+        restart: begin anew although the output folder holds a checkpoint.
+        tensorboard: also write TensorBoard's event files.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    data: DataConfig
+    model: str | None = None
+    weights: str | None = None
+    from_dense: bool = False
+    local_files_only: bool = False
+    output: str = "finetuned"
+    attention: Branch = "sla"
+    sparsity: float | None = None
+    negligible: float | None = None
+    linear_domain: LinearDomain | None = None
+    feature_map: FeatureMap | None = None
+    block_m: int | None = None
+    block_n: int | None = None
+    anneal_from: float | None = None
+    loss: Loss = "distill"
+    layer_loss: float = 0.0
+    train: Trained = "all"
+    lora_rank: int = 32
+    steps: int | None = None
+    lr: float | None = None
+    proj_multiplier: float | None = None
+    warmup_steps: int | None = None
+    batch_size: int | None = None
+    micro_batch: int | None = None
+    weight_decay: float = 0.01
+    max_grad_norm: float | None = None
+    optimizer: Optimizer = "adamw"
+    checkpointing: bool | None = None
+    seed: int = 0
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    backend: Backend = "auto"
+    parallel: Parallel = "auto"
+    context_parallel: int = 1
+    save_every: int | None = None
+    validate_every: int | None = None
+    restart: bool = False
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("attention", Branch), ("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
+                            ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
+            if getattr(self, name) not in get_args(kinds):
+                raise UsageError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(kinds))}.")
+        for name in ("steps", "batch_size", "micro_batch", "lora_rank", "context_parallel", "save_every",
+                     "validate_every"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{name} is {value!r}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+        for name in ("lr", "proj_multiplier", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}, but must be above 0.")
+        for name in ("weight_decay", "layer_loss", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{name} is {value}, but must be 0 or above.")
+        for name in ("sparsity", "negligible", "anneal_from"):
+            if getattr(self, name) is not None:
+                _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} 0.5.")
+        if self.from_dense and self.weights is not None:
+            raise UsageError("--from-dense begins without SLA weights, but --weights gives some. Leave one out.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+
+    def sla(self, trained: SLAConfig | None) -> SLAConfig:
+        """The attention that is trained: what is asked for, in place of what the weights were made with."""
+        names = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        base = trained or SLAConfig()
+        if given.get("linear_domain") == "all" and "negligible" not in given:
+            base = dataclasses.replace(base, negligible=0.0)
+        return dataclasses.replace(base, **given)

@@ -16,6 +16,7 @@ STAGES = {
     "hash": "reading the weights' hashes",
     "load": "loading the model",
     "text": "reading the prompt",
+    "measure": "measuring",
     "denoise": "denoising",
     "decode": "decoding",
     "write": "writing",
@@ -38,8 +39,8 @@ class GenerateProgress:
             transient=True,
             disable=not stderr.is_terminal,
         )
-        self._task: TaskID | None = None
-        self._job = ""
+        self._tasks: dict[int, TaskID] = {}  # by worker
+        self._jobs: dict[int, str] = {}
 
     def __enter__(self) -> GenerateProgress:
         self._progress.start()
@@ -51,28 +52,76 @@ class GenerateProgress:
         self._progress.stop()
 
     def __call__(self, event: Any) -> None:
-        """Show one `slagen.generate.Event`."""
-        if event.kind in ("note", "warning"):
+        """Show one `slagen.generate.Event`, or a `slagen.finetune.Progress`."""
+        if not hasattr(event, "kind"):
+            self._show_step(event)
+        elif event.kind in ("note", "warning"):
             style = "yellow" if event.kind == "warning" else "dim"
             self._progress.console.print(f"[{style}]{event.kind}:[/] {escape(event.text)}", soft_wrap=True)
         elif event.kind == "plan":
             self._progress.console.print(escape(event.text), soft_wrap=True)
+        elif event.kind == "clip":
+            self._show_stage(0, escape(event.text), None)
         elif event.kind == "job":
-            self._job = escape(event.text)
+            who = f"worker {event.worker}: " if event.worker else ""
+            self._jobs[event.worker] = who + escape(event.text)
             if not stderr.is_terminal:
-                self._progress.console.print(self._job, soft_wrap=True)
+                self._progress.console.print(self._jobs[event.worker], soft_wrap=True)
         elif event.kind == "stage":
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(
-                " ".join([self._job, STAGES[event.text]]).strip(), total=event.num_steps or None, detail=""
-            )
-        elif event.kind == "step" and self._task is not None:
+            text = f"{self._jobs.get(event.worker, '')} {STAGES[event.text]}".strip()
+            self._show_stage(event.worker, text, event.num_steps or None)
+        elif event.kind == "step" and event.worker in self._tasks:
             step = event.step
             detail = f"step {step.latency_ms:.0f} ms" if step.latency_ms is not None else ""
             if step.attention_share is not None:
                 detail += f", attention {step.attention_share:.0%}"
-            self._progress.update(self._task, completed=step.index + 1, detail=detail)
+            self._progress.update(self._tasks[event.worker], completed=step.index + 1, detail=detail)
+
+    def _show_stage(self, worker: int, text: str, total: int | None) -> None:
+        if worker in self._tasks:
+            self._progress.remove_task(self._tasks[worker])
+        self._tasks[worker] = self._progress.add_task(text, total=total, detail="")
+
+    def _show_step(self, step: Any) -> None:
+        """A training's step: live on a terminal, one line in twenty elsewhere."""
+        error = "" if step.error is None else f", error to the teacher {step.error:.4f}"
+        norms = step.proj_norms
+        projections = f", proj_l {min(norms):.3g} to {max(norms):.3g}" if norms else ""
+        detail = (
+            f"loss {step.loss:.4e}{error}, gradient {step.grad_norm:.3e}{projections}, "
+            f"{step.tokens_per_s:,.0f} tokens/s, {step.memory_gib:.1f} GiB, {step.left_s / 60:.1f} min left"
+        )
+        if -1 not in self._tasks:
+            self._show_stage(-1, "training", step.steps)
+        self._progress.update(self._tasks[-1], completed=step.step, detail=detail)
+        if not stderr.is_terminal and (step.step % 20 == 0 or step.step in (1, step.steps)):
+            self._progress.console.print(f"step {step.step} of {step.steps}: {detail}", soft_wrap=True)
+
+
+def show_finetune(result: Any, as_json: bool) -> None:
+    """Print what a training came to: the weights' path on stdout and the rest on stderr, or JSON alone."""
+    if as_json:
+        content = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in vars(result).items()
+        }
+        write(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    before, after = result.teacher_error_before, result.teacher_error_after
+    stderr.print(
+        f"error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after", soft_wrap=True
+    )
+    stderr.print(f"curves and clips: {result.page}", soft_wrap=True)
+    write(str(result.weights))
+
+
+def show_data(data: Any, as_json: bool) -> None:
+    """Print what a prepared set holds: its folder on stdout and counts on stderr, or JSON alone."""
+    counts = {"training": len(data.training), "held_out": len(data.held_out)}
+    if as_json:
+        write(json.dumps({"folder": str(data.folder), "hash": data.hash, **counts}, indent=2))
+        return
+    stderr.print(f"{counts['training']} clips to train on, {counts['held_out']} held out")
+    write(str(data.folder))
 
 
 def show_videos(result: Any, as_json: bool) -> None:

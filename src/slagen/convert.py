@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -145,7 +146,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 def _defaults(base: ModelDefaults, distilled: bool) -> dict[str, Any]:
     """The model's own settings as slagen.json holds them."""
-    fields = {name: getattr(base, name) for name in ModelDefaults.__dataclass_fields__}
+    fields = dataclasses.asdict(base)
     if distilled:
         fields |= {"sampler": "rcm", "steps": 4, "guidance_scale": 1.0, "negative_prompt": ""}
     return {

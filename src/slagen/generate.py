@@ -44,6 +44,7 @@ class Event:
     text: str = ""
     step: StepTimes | None = None
     num_steps: int = 0
+    worker: int = 0  # whose event it is, where several work
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,14 @@ class Session:
     Args:
         plan: the first of them, which says what to load.
         text_encoder: False where all prompts are encoded already.
+        pipe: a pipeline with the plan's attention in it already; None loads one.
     Raises: WeightsError where weights are broken or do not fit.
     """
 
-    def __init__(self, plan: Plan, text_encoder: bool = True) -> None:
+    def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
+        if pipe is not None:
+            self.pipe, self.about = pipe, {"model": plan.weights.source.name}
+            return
         weights, vae = plan.weights, plan.config.vae
         self.pipe = load_pipeline(
             weights.source, weights.device, weights.dtype, None if vae is None else Path(vae).expanduser(),
@@ -166,6 +171,26 @@ class Session:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    @torch.no_grad()
+    def denoise(
+        self, plan: Plan, embeds: dict[str, torch.Tensor | None], on_event: Callable[[Event], None]
+    ) -> tuple[torch.Tensor, StepRecorder]:
+        """One video's final latents, (1, C, T, h, w), and its steps. Raises SlagenError where they are not finite."""
+        c, pipe = plan.config, self.pipe
+        assert c.sampler is not None and c.flow_shift is not None and c.steps
+        set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
+        for processor in processors(pipe.transformer):
+            if plan.sla is not None:
+                processor.config = plan.sla
+        on_event(Event("stage", "denoise", num_steps=c.steps))
+        latents, recorder = _denoise(pipe, plan, embeds, on_event)
+        if not torch.isfinite(latents).all():
+            raise SlagenError(
+                f"the latents of seed {c.seed} are not finite, so no video was written. "
+                "Try --dtype fp32, or --backend reference to see whether a kernel is at fault."
+            )
+        return latents, recorder
+
     @torch.inference_mode()
     def sample(
         self,
@@ -175,25 +200,13 @@ class Session:
         on_event: Callable[[Event], None],
     ) -> Sample:
         """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
-        c, pipe = plan.config, self.pipe
-        assert c.sampler is not None and c.flow_shift is not None and c.steps
-        set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
-        for processor in processors(pipe.transformer):
-            if plan.sla is not None:
-                processor.config = plan.sla
-        on_event(Event("stage", "denoise", num_steps=c.steps))
         began = time.perf_counter()
-        latents, recorder = _denoise(pipe, plan, embeds, on_event)
-        if not torch.isfinite(latents).all():
-            raise SlagenError(
-                f"the latents of seed {c.seed} are not finite, so no video was written. "
-                "Try --dtype fp32, or --backend reference to see whether a kernel is at fault."
-            )
+        latents, recorder = self.denoise(plan, embeds, on_event)
         stages["denoise"] = time.perf_counter() - began
 
         on_event(Event("stage", "decode"))
         began = time.perf_counter()
-        frames = decode_latents(pipe.vae, latents).numpy()
+        frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
         return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about)
 

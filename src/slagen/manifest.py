@@ -37,7 +37,8 @@ class Job:
         settings: what it is made with. seed: given, or drawn when it was queued.
         lookup: for a job whose seed was drawn: hash of the settings without it, and its count among equal ones.
         state: "queued", "running", "done" or "failed".
-        result: what the last event says: the file's hash, the reason of a failure.
+        result: what the event of that state says: the file's hash, the reason of a failure.
+        attempt: of the last one that began; whose it is not, does not end it.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Job:
     lookup: str = ""
     state: str = "queued"
     result: dict[str, Any] = field(default_factory=dict)
+    attempt: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class Manifest:
                 self._jobs[key] = Job(key, index, name, settings, seed, lookup)
         elif kind in ("running", "done", "failed") and key in self._jobs:
             job = self._jobs[key]
+            if kind == "running":
+                job.attempt = str(event.get("attempt"))
             if job.state == "done" and kind != "done":
                 return  # a late word of a worker that lost its lock
             job.state, job.result = kind, event
@@ -130,6 +134,14 @@ class Manifest:
         """Add events in one write, synced to the disk. Raises SlagenError if the disk takes them not."""
         with self._write_lock:
             self._append(events)
+
+    def finish(self, job: Job, attempt: str, **event: Any) -> bool:
+        """Append the end of an attempt, unless another has begun since: then False, and what it made does not count."""
+        with self._write_lock:
+            if self.read()[job.key].attempt != attempt:
+                return False
+            self._append(({**event, "key": job.key, "attempt": attempt},))
+        return True
 
     def _append(self, events: tuple[dict[str, Any], ...]) -> None:
         stamp = time.time()

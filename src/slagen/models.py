@@ -79,6 +79,7 @@ class ModelSource:
     Args:
         folder: in diffusers layout; its transformer may hold a config alone where `weights` replaces it.
         weights: a transformer file to use instead of the folder's.
+        patch_size: latent frames, rows and columns of a token. spatial_factor: pixels a latent row or column.
         spatial_grid: height and width must be multiples of this many pixels.
         temporal_factor: video frames a latent frame.
     """
@@ -90,6 +91,8 @@ class ModelSource:
     spatial_grid: int = 16
     temporal_factor: int = 4
     weights: Path | None = None
+    patch_size: tuple[int, ...] = (1, 2, 2)
+    spatial_factor: int = 8
 
     @property
     def head_dim(self) -> int:
@@ -155,13 +158,16 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
             raise
         except SlagenError as error:
             raise WeightsError(f"{folder / 'slagen.json'}: {error}") from error
-    _, patch_height, patch_width = transformer.get("patch_size", (1, 2, 2))
+    patch = tuple(transformer.get("patch_size", (1, 2, 2)))
+    factor = vae.get("scale_factor_spatial", 8)
     shape = ModelShape(
         transformer.get("num_layers", 30), transformer.get("num_attention_heads", 12),
         transformer.get("attention_head_dim", 128), transformer.get("ffn_dim", 8960), defaults.max_sequence_length,
     )  # fmt: skip
-    grid = vae.get("scale_factor_spatial", 8) * max(patch_height, patch_width)
-    return ModelSource(folder, name, defaults, shape, grid, vae.get("scale_factor_temporal", 4))
+    return ModelSource(
+        folder, name, defaults, shape, factor * max(patch[1:]), vae.get("scale_factor_temporal", 4),
+        patch_size=patch, spatial_factor=factor,
+    )  # fmt: skip
 
 
 def read_json(path: Path, folder: Path) -> dict[str, Any]:

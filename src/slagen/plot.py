@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,46 @@ def _swept(rows: list[dict[str, Any]]) -> float | None:
     """The sparsity that was measured at the most lengths."""
     found = [row["sparsity"] for row in rows if row["sparsity"] is not None]
     return max(dict.fromkeys(found), key=found.count) if found else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve. marked: its points are drawn too."""
+
+    label: str
+    x: list[float]
+    y: list[float]
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis. log: the other is logarithmic."""
+
+    title: str
+    x_label: str
+    lines: list[Line]
+    log: bool = False
+
+
+def draw_chart(chart: Chart) -> str:
+    """A chart as an SVG element that stands in a page; text in it is text."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for line in chart.lines:
+        axes.plot(line.x, line.y, "o-" if line.marked else "-", ms=4, lw=1.2, label=line.label)
+    axes.set(xlabel=chart.x_label, title=chart.title)
+    if chart.log and any(value > 0 for line in chart.lines for value in line.y):
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    if 1 < len(chart.lines) <= 12:
+        axes.legend(fontsize="small")
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
-from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.models import SLA_FILE
 from slagen.wan.formats import PICKLE_SUFFIXES, Checkpoint, SideFile, read_checkpoint
 from slagen.wan.processor import install, installation, remove
@@ -230,12 +230,53 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
     file = Path(path)
     if file.suffix != ".safetensors":
         file = file / SLA_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    save_file(kept, part, metadata=metadata.to_strings())
-    part.chmod(0o644)  # safetensors makes it readable by its owner only
-    os.replace(part, file)
+    write_sla(kept, file, metadata)
     return file
+
+
+def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata) -> None:
+    """Write an SLA file beside its name and rename it: every `proj_l`, and what else was trained, by the model's names.
+
+    A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
+    B A. Raises SlagenError where the disk does not take it.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, metadata=metadata.to_strings())
+        part.chmod(0o644)  # safetensors makes it readable by its owner only
+        with part.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(part, file)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
+
+
+LORA_TARGETS = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+
+
+def add_lora(transformer: WanTransformer3DModel, rank: int, seed: int) -> None:
+    """Put fresh low-rank changes, which change nothing yet, beside the linear layers of self-attention.
+
+    Raises: EnvironmentProblem where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EnvironmentProblem("--train lora needs peft. Install it: pip install 'slagen[finetune]'") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
+
+
+def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trained parameters as an SLA file keeps them: `proj_l` in float32, all else in float16; peft's names plain."""
+    return {
+        name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B."): tensor.float()
+        if _is_projection(name) else tensor.half()
+        for name, tensor in named.items()
+    }  # fmt: skip
 
 
 def apply_sla(
@@ -269,11 +310,27 @@ def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path) ->
             )
 
 
+def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Low-rank changes added to the weights that they change. Raises WeightsError where they do not fit."""
+    changed = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    for name, down in tensors.items():
+        if ".lora_A." not in name:
+            continue
+        target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
+        base = state.get(target)
+        if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
+            raise WeightsError(f"{path} does not fit: {name} has no partner or no layer of its size to change.")
+        product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
+        changed[target] = base.float() + product
+    return changed
+
+
 def _fill(
     transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool
 ) -> None:
     """Check every tensor against the model, then copy them in and keep what they replace."""
     state = transformer.state_dict()
+    tensors = _multiply_out(tensors, state, path)
     faults = [f"{name} is missing" for name in state if _is_projection(name) and name not in tensors]
     for name, tensor in tensors.items():
         if name not in state:
@@ -286,6 +343,8 @@ def _fill(
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise WeightsError(f"{path} does not fit: {'; '.join(faults[:3])}{more}. Get weights made for this model.")
     zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
+    if transformer.blocks[0].attn1.processor.branches == "sparse":
+        zero = []  # it is not used
     if zero and not allow_untrained:
         raise WeightsError(
             f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear "

@@ -99,6 +99,7 @@ def load_pipeline(
     vae: Path | None = None,
     *,
     text_encoder: bool = True,
+    transformer: bool = True,
 ) -> WanPipeline:
     """Load a pipeline: transformer and text encoder in `dtype`, the VAE in float32, on the device as memory allows.
 
@@ -106,14 +107,14 @@ def load_pipeline(
 
     Args:
         vae: a file or folder of another VAE, in the original or in diffusers' names.
-        text_encoder: False leaves text encoder and tokenizer out.
+        text_encoder: False leaves text encoder and tokenizer out. transformer: False leaves it out.
     Raises: WeightsError if a file is broken, or a weight is missing.
     """
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parts: dict[str, Any] = {"transformer": load_transformer(source, dtype)}
+    parts: dict[str, Any] = {"transformer": load_transformer(source, dtype) if transformer else None}
     if vae is not None:
         parts["vae"] = load_vae(vae, source.folder / "vae")
     if not text_encoder:
@@ -295,12 +296,24 @@ def set_sampler(
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Latents (1, C, T, h, w), normalised, to video frames (F, H, W, 3) uint8 on the CPU."""
-    shape = (1, -1, 1, 1, 1)
-    mean = torch.tensor(vae.config.latents_mean, device=latents.device, dtype=torch.float32).view(shape)
-    std = torch.tensor(vae.config.latents_std, device=latents.device, dtype=torch.float32).view(shape)
+    mean, std = (x.to(latents.device) for x in _statistics(vae))
     video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0]
     frames = video.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return frames.permute(1, 2, 3, 0).cpu()
+
+
+def encode_video(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
+    """Video frames (F, H, W, 3) uint8, F = 4k + 1, to latents (C, T, h, w) float32 on the CPU, normalised."""
+    video = frames.to(vae.device).permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
+    mean, std = _statistics(vae)
+    latents = vae.encode(video.to(vae.dtype)).latent_dist.mode().float().cpu()
+    return ((latents - mean) / std)[0]
+
+
+def _statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of a VAE's latents, each (1, C, 1, 1, 1) float32."""
+    mean, std = (torch.tensor(x, dtype=torch.float32) for x in (vae.config.latents_mean, vae.config.latents_std))
+    return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
 
 def _tensor_names(folder: Path) -> set[str]:

@@ -1,0 +1,277 @@
+"""batch_on_ray(BatchConfig) -> BatchResult: the same jobs, shared by Ray actors on this machine or on many.
+
+Every actor has a process and a model of its own and takes what no other has, as any number of `slagen batch` on one
+folder do. What this file adds is to start them, to show what they tell, and to replace those that die.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import socket
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from slagen import __version__, prompts
+from slagen.batch import BatchResult, share, signals, write_page
+from slagen.config import BatchConfig
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError
+from slagen.generate import Event
+from slagen.manifest import Manifest
+from slagen.models import PRESETS
+
+POLL_S = 0.5
+MAX_LOSSES = 3  # workers that a job, or that starting, may cost before it is given up
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing but settings and progress travels
+LOCAL = "local"
+
+
+def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None) -> BatchResult:
+    """Make every video of a prompt file that is not made yet, on Ray.
+
+    Args:
+        config: with a `ray_address`. All machines must see its files and its output folder under the same paths.
+        on_event: told of every worker's plan, videos, stages and steps.
+    Raises: EnvironmentProblem where Ray is not installed, not reached, or has too little; as `batch` besides.
+    """
+    requests = prompts.read_prompts(config.prompts)
+    config = _absolute(config)
+    stop = threading.Event()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # where Ray tells of workers that died
+        ray = _start(config.ray_address or LOCAL)
+        try:
+            with signals(stop, on_event):
+                return _Driver(ray, config, requests, stop, on_event).run()
+        finally:
+            ray.shutdown()
+
+
+def _absolute(config: BatchConfig) -> BatchConfig:
+    """The same config for processes with another working directory."""
+    base = config.generate
+    paths: dict[str, Any] = {"output": str(Path(base.output).expanduser().absolute())}
+    for name in ("model", "weights", "vae"):
+        value = getattr(base, name)
+        if value is not None and value not in PRESETS and Path(value).expanduser().exists():
+            paths[name] = str(Path(value).expanduser().absolute())
+    cache = str(Path(config.cache_dir).expanduser().absolute())
+    return dataclasses.replace(config, generate=dataclasses.replace(base, **paths), cache_dir=cache)
+
+
+def _start(address: str) -> Any:
+    """Import Ray and connect, or start it here, without dashboard, usage report or log lines."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentProblem("--ray needs Ray. Install it: pip install 'slagen[ray]'") from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address == LOCAL:
+        options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(address, **options)
+    except (ConnectionError, RuntimeError, ValueError, ImportError, OSError, TimeoutError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EnvironmentProblem(
+            f"Ray at {address!r} is not reached ({reason}). Start it with ray start --head, or leave the address out."
+        ) from error
+    return ray
+
+
+class Worker:
+    """An actor: one process with one model. Its methods are called from afar.
+
+    Args:
+        config, requests: the whole batch; which part of it is this worker's shows as it goes.
+        name: for the manifest; host and process are put behind it.
+        number: for progress.
+    """
+
+    def __init__(self, config: BatchConfig, requests: list[prompts.Request], name: str, number: int) -> None:
+        self.config, self.requests, self.number = config, requests, number
+        self.name = f"{name}:{socket.gethostname()}:{os.getpid()}"
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.stopping = threading.Event()
+
+    def make(self) -> BatchResult | SlagenError:
+        """Share in the work until all of it is done; an expected error is given back, as Ray would wrap it."""
+        try:
+            return share(self.config, self.requests, self.stopping, self._tell, self.name)
+        except SlagenError as error:
+            return error
+
+    def poll(self) -> tuple[str, str, list[Event]]:
+        """This worker's name, the version of slagen it runs, and what happened since the last call, a while after."""
+        events: list[Event] = []
+        with suppress(queue.Empty):
+            events.append(self.events.get(timeout=POLL_S))
+            while True:
+                events.append(self.events.get_nowait())
+        return self.name, __version__, events
+
+    def halt(self) -> None:
+        """End after the video that is being made."""
+        self.stopping.set()
+
+    def _tell(self, event: Event) -> None:
+        self.events.put(dataclasses.replace(event, worker=self.number))
+
+
+@dataclasses.dataclass
+class _Hand:
+    """The driver's hold on one worker: its actor, the call that works, the call that waits for events."""
+
+    number: int
+    actor: Any
+    result: Any
+    poll: Any
+    name: str = ""  # once it has started
+
+
+class _Driver:
+    def __init__(
+        self, ray: Any, config: BatchConfig, requests: list[prompts.Request], stop: threading.Event,
+        on_event: Callable[[Event], None],
+    ) -> None:  # fmt: skip
+        self.ray, self.config, self.requests, self.stop, self.on_event = ray, config, requests, stop, on_event
+        self.run_id = uuid.uuid4().hex[:12]
+        self.losses: Counter[str] = Counter()  # by the key of a job, or "" for a worker that had none yet
+        self.results: list[BatchResult] = []
+        self.hands: list[_Hand] = []
+
+    def run(self) -> BatchResult:
+        """Keep the workers at it until there is nothing to do."""
+        options, count = self._resources()
+        self.make_actor = self.ray.remote(max_concurrency=4, max_restarts=0, **options)(Worker)
+        self.on_event(Event("note", f"{count} Ray worker{'s' * (count > 1)}, {_words(options)} each"))
+        self.hands = [self._hire(number) for number in range(1, count + 1)]
+        told = False
+        try:
+            while self.hands:
+                if self.stop.is_set() and not told:
+                    told = True
+                    self._send_home()
+                waiting = [ref for hand in self.hands for ref in (hand.result, hand.poll)]
+                ready, _ = self.ray.wait(waiting, timeout=POLL_S)
+                for hand in list(self.hands):
+                    if ready and ready[0] in (hand.result, hand.poll):
+                        self._hear(hand, ready[0])
+        finally:
+            for hand in self.hands:
+                self.ray.kill(hand.actor)
+        return self._sum()
+
+    def _resources(self) -> tuple[dict[str, float], int]:
+        """What an actor takes, and how many there are."""
+        have = self.ray.cluster_resources()
+        gpus = 0 if self.config.generate.device == "cpu" else int(have.get("GPU", 0))
+        machines = sum(name.startswith("node:") and not name.startswith("node:__") for name in have)
+        wanted = self.config.ray_workers or gpus or machines or 1
+        wanted = min(wanted, sum(request.num_videos for request in self.requests))
+        if gpus:
+            if wanted > gpus:
+                raise UsageError(f"ray_workers is {wanted}, but Ray has {gpus} GPUs. Try --ray-workers {gpus}.")
+            return {"num_gpus": 1}, wanted
+        cpus = int(have.get("CPU", 0))
+        if wanted > cpus:
+            raise UsageError(f"ray_workers is {wanted}, but Ray has {cpus} CPUs. Try --ray-workers {max(1, cpus)}.")
+        return {"num_cpus": cpus // wanted}, wanted
+
+    def _hire(self, number: int) -> _Hand:
+        actor = self.make_actor.remote(self.config, self.requests, self.run_id, number)
+        return _Hand(number, actor, actor.make.remote(), actor.poll.remote())
+
+    def _hear(self, hand: _Hand, ref: Any) -> None:
+        """Take in what one call gave. Raises what stopped a worker, if that would stop all of them."""
+        try:
+            given = self.ray.get(ref)
+        except self.ray.exceptions.RayActorError as error:
+            self.hands.remove(hand)
+            self._replace(hand, error)
+            return
+        except self.ray.exceptions.RayError as error:
+            raise SlagenError(f"Ray worker {hand.number} failed: {_reason(error)}") from error
+        if ref is hand.poll:
+            hand.name, version, events = given
+            if version != __version__:
+                raise EnvironmentProblem(f"a worker has slagen {version}, but this is {__version__}. Make them equal.")
+            for event in events:
+                if event.kind != "plan" or hand.number == 1:
+                    self.on_event(event)
+            hand.poll = hand.actor.poll.remote()
+            return
+        self.hands.remove(hand)
+        with suppress(self.ray.exceptions.RayActorError):
+            for _, _, events in (self.ray.get(hand.poll), self.ray.get(hand.actor.poll.remote())):
+                for event in events:
+                    self.on_event(event)
+        self.ray.kill(hand.actor)
+        if isinstance(given, SlagenError):
+            raise given
+        self.results.append(given)
+        if not given.interrupted:  # all is done, so nobody needs those that have not begun
+            self._send_home()
+
+    def _send_home(self) -> None:
+        """Tell those at work to end after their video, and drop those that never began."""
+        for hand in list(self.hands):
+            if hand.name:
+                hand.actor.halt.remote()
+            else:
+                self.hands.remove(hand)
+                self.ray.kill(hand.actor)
+
+    def _replace(self, hand: _Hand, error: Exception) -> None:
+        """A worker is gone: note what it was at, and hire another unless that has cost too many."""
+        manifest = Manifest(Path(self.config.generate.output))
+        mine = [job for job in manifest.read().values() if job.state == "running" and self._worker(job) == hand.name]
+        for job in mine:
+            self.losses[job.key] += 1
+            if self.losses[job.key] >= MAX_LOSSES:
+                reason = f"its worker was lost {MAX_LOSSES} times; perhaps it ran out of memory"
+                manifest.finish(job, job.attempt, event="failed", worker=hand.name, reason=reason)
+        if self.stop.is_set():
+            return
+        self.losses[""] = 0 if mine else self.losses[""] + 1
+        if self.losses[""] >= MAX_LOSSES:
+            raise SlagenError(f"{MAX_LOSSES} Ray workers in a row ended before they made anything: {_reason(error)}")
+        self.on_event(Event("warning", f"worker {hand.number} was lost, and another takes its place"))
+        self.hands.append(self._hire(hand.number))
+
+    @staticmethod
+    def _worker(job: Any) -> str:
+        return str(job.result.get("worker"))
+
+    def _sum(self) -> BatchResult:
+        """One result of all: the manifest knows what was made, whoever lived to tell."""
+        folder = Path(self.config.generate.output)
+        manifest = Manifest(folder)
+        jobs = manifest.read().values()
+        made = [job.name for job in jobs if job.state == "done" and self._worker(job).startswith(self.run_id)]
+        there = {name for result in self.results for name in (*result.kept, *result.elsewhere)}
+        failed = {name: reason for result in self.results for name, reason in result.failed}
+        done = {job.name for job in jobs if job.state == "done"}
+        before = {name for result in self.results for name in result.kept}
+        return BatchResult(
+            folder, made=made,
+            kept=[job.name for job in jobs if job.name in before and job.name not in made],
+            elsewhere=[job.name for job in jobs if job.name in there - before and job.name not in made],
+            failed=[(name, reason) for name, reason in failed.items() if name not in done],
+            interrupted=self.stop.is_set(), page=write_page(manifest),
+        )  # fmt: skip
+
+
+def _words(options: dict[str, float]) -> str:
+    return ", ".join(f"{number} {name.removeprefix('num_').upper()}" for name, number in options.items())
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:300]

@@ -1,0 +1,365 @@
+"""Clips as a transformer is trained on them: latents and text, encoded once, kept in checked shards.
+
+A prepared folder holds shards of tensors, `tensors.jsonl`, which says where each is and what it must hash to, and
+`dataset.json`, written last, which says what the set consists of and what encoded it. Tensors are named by a hash of
+all that they were made from, so that preparing again makes what is missing or changed and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slagen import prompts
+from slagen.config import DataConfig, GenerateConfig
+from slagen.embeddings import component_files, file_hashes
+from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.footage import Cut, plan_cuts, read_cut, read_footage
+from slagen.generate import Event, Session
+from slagen.manifest import digest
+from slagen.models import ModelSource, read_header
+from slagen.quality import Example
+from slagen.report import write_json
+from slagen.resolve import Weights, find_weights, make_plan
+from slagen.wan.loading import encode_video, load_pipeline
+
+SET_FILE, INDEX_FILE = "dataset.json", "tensors.jsonl"
+VERSION = 1
+SHARD_BYTES = 256 * 2**20
+SHARD_TENSORS = 16  # what a killed run loses at most
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip of a prepared set: names of its tensors, and the shape of its latents (C, T, h, w)."""
+
+    latents: str
+    text: str
+    caption: str
+    shape: tuple[int, ...]
+    held_out: bool
+
+
+class Store:
+    """Tensors by name, in shards. Added ones are on disk once `flush` has returned."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.places: dict[str, tuple[str, str]] = {}  # name -> shard, SHA-256
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._waiting: dict[str, Tensor] = {}
+        whole: dict[str, bool] = {}
+        try:
+            lines = (folder / INDEX_FILE).read_bytes().split(b"\n")
+        except OSError:
+            lines = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                name, shard, sha256, shape = entry["name"], entry["shard"], entry["sha256"], entry["shape"]
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill
+            if Path(shard).name != shard:
+                continue
+            if shard not in whole:
+                whole[shard] = _is_whole(folder / shard)
+            if whole[shard]:
+                self.places[name], self.shapes[name] = (shard, sha256), tuple(shape)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places or name in self._waiting
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor. Raises SlagenError where the disk does not take it."""
+        self._waiting[name] = tensor.detach().cpu().contiguous()
+        size = sum(t.numel() * t.element_size() for t in self._waiting.values())
+        if len(self._waiting) >= SHARD_TENSORS or size >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits: a shard beside its name, renamed, and then its lines in the index."""
+        if not self._waiting:
+            return
+        shard = f"{digest(sorted(self._waiting))[:16]}.safetensors"
+        part = self.folder / f"{shard}.part"
+        lines = []
+        for name, tensor in self._waiting.items():
+            entry = {"name": name, "shard": shard, "sha256": _sha256(tensor), "shape": list(tensor.shape)}
+            lines.append(json.dumps(entry))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(self._waiting, part)
+            os.replace(part, self.folder / shard)
+            with (self.folder / INDEX_FILE).open("a+b") as handle:
+                handle.write(("\n" + "\n".join(lines) + "\n").encode())  # the first closes a line that a kill tore
+                handle.flush()
+                os.fsync(handle.fileno())
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise SlagenError(f"{self.folder} takes no more ({error}). Free some space, and start again.") from error
+        for name, tensor in self._waiting.items():
+            self.places[name], self.shapes[name] = (shard, _sha256(tensor)), tuple(tensor.shape)
+        self._waiting = {}
+
+    def load(self, name: str) -> Tensor:
+        """A tensor that was kept. Raises WeightsError if its bytes are not those that were written."""
+        shard, sha256 = self.places[name]
+        try:
+            with safe_open(self.folder / shard, framework="pt") as handle:
+                tensor = handle.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{self.folder / shard} is broken ({error}). Delete it, and prepare again.") from error
+        if _sha256(tensor) != sha256:
+            raise WeightsError(f"{self.folder / shard} has changed since it was written. Delete it, and prepare again.")
+        return tensor
+
+
+class Dataset:
+    """A prepared set.
+
+    Args:
+        folder: as `prepare` made it.
+    Raises: WeightsError where it is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, Store(folder)
+        try:
+            content = json.loads((folder / SET_FILE).read_text(encoding="utf-8"))
+            if content["version"] != VERSION:
+                raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}.")
+            self.identity: str = content["identity"]
+            self.negative: str = content["negative"]
+            self.fps: int = content["fps"]
+            clips = [Clip(**{**clip, "shape": tuple(clip["shape"])}) for clip in content["clips"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{folder} is no prepared data set ({error}). Prepare it again.") from error
+        names = {name for clip in clips for name in (clip.latents, clip.text)} | {self.negative}
+        lost = sum(name not in self.store for name in names)
+        if lost:
+            raise WeightsError(f"{folder} lacks {lost} of {len(names)} tensors. Prepare it again.")
+        self.training = [clip for clip in clips if not clip.held_out]
+        self.held_out = [clip for clip in clips if clip.held_out]
+        if not self.training or not self.held_out:
+            raise WeightsError(f"{folder} has {len(self.training)} clips to train on, {len(self.held_out)} held out.")
+        self.hash = digest([self.identity, [dataclasses.astuple(clip) for clip in clips]])
+
+    def example(self, clip: Clip) -> Example:
+        """A clip's latents and text, both float32."""
+        return Example(self.store.load(clip.latents).float(), self.store.load(clip.text).float())
+
+    def negative_text(self) -> Tensor:
+        """The negative prompt as the text encoder gives it, (S, E)."""
+        return self.store.load(self.negative).float()
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether a folder was written by `prepare`."""
+    return (path / SET_FILE).is_file()
+
+
+def encoder_identity(source: ModelSource, cache: Path) -> str:
+    """A hash of what makes latents and text: VAE, text encoder, tokenizer, length of texts."""
+    files = component_files(source.folder, ("vae", "text_encoder", "tokenizer"))
+    return digest([file_hashes(files, cache), source.defaults.max_sequence_length])
+
+
+def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
+    """A prepared set for a model. Raises WeightsError if it was encoded by another VAE or text encoder."""
+    data = Dataset(folder)
+    if data.identity != encoder_identity(source, cache):
+        raise WeightsError(
+            f"{folder} was encoded with another VAE or text encoder than {source.name}'s, and would teach noise. "
+            "Give that model with --model, or the raw data with --data."
+        )
+    return data
+
+
+def prepare(
+    config: DataConfig, base: GenerateConfig, folder: Path, cache: Path, seed: int, on_event: Callable[[Event], None]
+) -> Dataset:
+    """Encode a set of videos, or have the dense model make one, into a folder; what is there already is kept.
+
+    Args:
+        base: model, device and dtype. seed: which clips are held out, and with what noise own ones are made.
+    Raises: UsageError with every fault of the set, WeightsError for a broken model.
+    """
+    weights = find_weights(dataclasses.replace(base, attention="dense", weights=None))
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob("*.safetensors.part"):
+        part.unlink(missing_ok=True)
+    make = _generated if config.self_generate is not None else _encoded
+    store = Store(folder)
+    clips, negative, fps = make(config, base, weights, store, cache, seed, on_event)
+    store.flush()
+    content = {
+        "version": VERSION, "identity": encoder_identity(weights.source, cache), "model": weights.source.name,
+        "negative": negative, "fps": fps, "clips": [dataclasses.asdict(clip) for clip in clips],
+    }  # fmt: skip
+    write_json(folder / SET_FILE, content)
+    return Dataset(folder)
+
+
+Made = tuple[list[Clip], str, int]
+
+
+def _encoded(
+    config: DataConfig, base: GenerateConfig, weights: Weights, store: Store, cache: Path, seed: int,
+    on_event: Callable[[Event], None],
+) -> Made:  # fmt: skip
+    """Clips of a data set of videos."""
+    source = weights.source
+    assert config.path is not None
+    footage = read_footage(Path(config.path).expanduser())
+    full = _full_cut(config, source)
+    cuts = plan_cuts(footage, full, max(16, source.spatial_grid))
+    identity = encoder_identity(source, cache)
+    names = [
+        digest([identity, file_hashes([item.path], cache), dataclasses.astuple(cut)])
+        for item, cut in zip(footage, cuts, strict=True)
+    ]
+    texts = {item.caption: digest([identity, item.caption]) for item in footage}
+    negative = source.defaults.negative_prompt
+    texts[negative] = digest([identity, negative])
+    todo = [i for i, name in enumerate(names) if name not in store]
+    missing = [text for text, name in texts.items() if name not in store]
+    if todo or missing:
+        on_event(Event("stage", "load"))
+        pipe = load_pipeline(
+            source, weights.device, weights.dtype, text_encoder=bool(missing), transformer=False
+        )  # fmt: skip
+        _encode_texts(pipe, missing, texts, store, source, on_event)
+        pipe.text_encoder = pipe.tokenizer = None
+    faults = []
+    for number, i in enumerate(todo):
+        on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
+        if names[i] in store:
+            continue  # the same video twice
+        try:
+            frames = torch.from_numpy(read_cut(footage[i].path, cuts[i]))
+        except UsageError as error:
+            faults.append(f"{footage[i].where}: {error}")
+            continue
+        with torch.inference_mode():
+            store.add(names[i], encode_video(pipe.vae, frames))
+    store.flush()
+    if faults:
+        raise UsageError(f"the data set has {len(faults)} faults:\n" + "\n".join(faults[:20]))
+    held = config.held_out or min(16, max(1, len(names) // 10))
+    order = sorted(dict.fromkeys(names), key=lambda name: digest([seed, name]))
+    if held >= len(order):
+        raise UsageError(f"the data set has {len(order)} clips, and {held} are held out. Give more, or --held-out 1.")
+    kept = set(order[:held])
+    clips = {
+        name: Clip(name, texts[item.caption], item.caption, store.shapes[name], name in kept)
+        for name, item in zip(names, footage, strict=True)
+    }
+    return list(clips.values()), texts[negative], full.fps
+
+
+def _full_cut(config: DataConfig, source: ModelSource) -> Cut:
+    """The largest clip. Raises UsageError for a size that the model does not make."""
+    d, grid = source.defaults, max(16, source.spatial_grid)
+    width, height = config.width or d.width, config.height or d.height
+    if width % grid or height % grid:
+        nearest = "x".join(str(max(grid, round(size / grid) * grid)) for size in (width, height))
+        raise UsageError(
+            f"size is {width}x{height}, but {source.name} takes multiples of {grid} pixels. Try --size {nearest}."
+        )
+    return Cut(width, height, config.num_frames or d.num_frames, config.fps or d.fps)
+
+
+@torch.inference_mode()
+def _encode_texts(
+    pipe: Any, missing: list[str], texts: dict[str, str], store: Store, source: ModelSource,
+    on_event: Callable[[Event], None],
+) -> None:  # fmt: skip
+    if missing:
+        on_event(Event("stage", "text"))
+    for text in missing:
+        embeds, _ = pipe.encode_prompt(
+            prompt=text, do_classifier_free_guidance=False, device=pipe._execution_device,
+            max_sequence_length=source.defaults.max_sequence_length,
+        )  # fmt: skip
+        store.add(texts[text], embeds[0])
+    store.flush()
+
+
+def _generated(
+    config: DataConfig, base: GenerateConfig, weights: Weights, store: Store, cache: Path, seed: int,
+    on_event: Callable[[Event], None],
+) -> Made:  # fmt: skip
+    """Clips that the dense model makes of prompts, the last of each prompt held out."""
+    assert config.self_generate is not None
+    source = weights.source
+    identity = encoder_identity(source, cache)
+    files = [source.weights] if source.weights is not None and source.weights.is_file() else []
+    files += component_files(source.weights or source.folder, ("transformer",))
+    made_by = [identity, file_hashes(files, cache)]
+    settings = dataclasses.replace(
+        base, attention="dense", weights=None, width=config.width, height=config.height, num_frames=config.num_frames,
+        fps=config.fps, num_videos=1, save_latents=False, timing="off",
+    )  # fmt: skip
+    jobs, faults = [], []
+    for request in prompts.read_prompts(config.self_generate):
+        for number in range(config.clips_per_prompt + 1):
+            try:
+                one = prompts.apply(settings, dataclasses.replace(request, num_videos=1))
+                drawn = int(digest([seed, request.prompt, number])[:8], 16)
+                chosen = drawn if one.seed is None else one.seed + number
+                plan = make_plan(dataclasses.replace(one, seed=chosen), weights)
+            except SlagenError as error:
+                faults.append(f"{request.where}: {error}")
+                break
+            pixels = {k: v for k, v in plan.settings.items() if k not in ("output", "device", "model", "overwrite")}
+            name = digest([made_by, pixels])
+            jobs.append((plan, name, digest([identity, request.prompt]), number == config.clips_per_prompt))
+    if faults:
+        raise UsageError("\n".join(faults[:10]))
+    negative = digest([identity, source.defaults.negative_prompt])
+    todo = list({name: plan for plan, name, _, _ in jobs if name not in store}.items())
+    texts = {plan.config.prompt: text for plan, _, text, _ in jobs} | {source.defaults.negative_prompt: negative}
+    missing = [text for text, name in texts.items() if name not in store]
+    if todo or missing:
+        on_event(Event("stage", "load"))
+        session = Session(jobs[0][0])
+        _encode_texts(session.pipe, missing, texts, store, source, on_event)
+        embeds = {}
+        for _, plan in todo:
+            key = (plan.config.prompt, plan.config.negative_prompt, (plan.config.guidance_scale or 0) > 1)
+            if key not in embeds:
+                embeds[key] = session.encode(plan)
+        session.release_text_encoder()
+    for number, (name, plan) in enumerate(todo):
+        on_event(Event("clip", f"{number + 1} of {len(todo)} to make: {plan.config.prompt:.60}"))
+        key = (plan.config.prompt, plan.config.negative_prompt, (plan.config.guidance_scale or 0) > 1)
+        latents, _ = session.denoise(plan, embeds[key], lambda event: None)
+        store.add(name, latents[0].float())
+    store.flush()
+    clips = [
+        Clip(name, text, plan.config.prompt, store.shapes[name], held) for plan, name, text, held in jobs
+    ]  # fmt: skip
+    return clips, negative, jobs[0][0].config.fps or source.defaults.fps
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        read_header(path)
+    except WeightsError:
+        return False
+    return True
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,582 @@
+"""finetune(FinetuneConfig) -> FinetuneResult: give a Wan model SLA, and see that it worked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from slagen import dataset
+from slagen.attention.functional import Branches
+from slagen.config import FinetuneConfig, GenerateConfig, TrainingDefaults
+from slagen.dataset import Clip, Dataset
+from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.generate import Event, Session
+from slagen.machine import peak_memory_gib, pick_device, pick_dtype
+from slagen.pages import Pair, training_page
+from slagen.parallel import Team, join, whole
+from slagen.plot import Chart, Line, draw_chart
+from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
+from slagen.report import versions, write_json, write_text
+from slagen.resolve import find_weights, make_plan
+from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan
+from slagen.training_state import FOLDER, load_state, read_latest, save_state
+from slagen.video import make_thumbnail, read_mp4, write_mp4
+from slagen.wan.checkpoints import (
+    SLAMetadata,
+    add_lora,
+    apply_sla,
+    install_projections,
+    load_sla,
+    trained_tensors,
+    weights_hash,
+    write_sla,
+)
+from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
+from slagen.wan.processor import install
+
+LOG, PAGE, RESULT, CLIPS = "log.jsonl", "index.html", "result.json", "clips"
+MAX_HELD_OUT = 16  # clips that an error is measured on
+SHOWN_PROMPTS = 2  # prompts with side-by-side clips
+BRANCHES: dict[str, Branches] = {"sla": "both", "sparse": "sparse", "linear": "linear"}
+ANYTIME = {  # settings that change nothing of what is learnt
+    "output", "restart", "save_every", "validate_every", "tensorboard", "device", "parallel", "context_parallel",
+    "micro_batch", "checkpointing", "local_files_only", "data",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a training came to.
+
+    Args:
+        output: the folder. weights: the file that `slagen generate --weights` takes.
+        teacher_error_before, teacher_error_after: relative L2 error of the velocity to the dense teacher's, on clips
+            that were never trained on, without guidance; after: of the very weights that were written.
+        steps: of the optimiser, in all. seconds: of training, in all. page: curves and clips.
+    """
+
+    output: Path
+    weights: Path
+    steps: int
+    teacher_error_before: float
+    teacher_error_after: float
+    seconds: float
+    page: Path
+
+
+@dataclass
+class Progress:
+    """What is told after a step; as a line of the log, its fields."""
+
+    step: int
+    steps: int
+    loss: float
+    error: float | None
+    grad_norm: float
+    lr: float
+    proj_norms: list[float] = field(default_factory=list)
+    tokens_per_s: float = 0.0
+    memory_gib: float = 0.0
+    seconds: float = 0.0
+    left_s: float = 0.0
+
+
+Tell = Callable[[Event | Progress], None]
+
+
+def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> FinetuneResult:
+    """Fine-tune a model with SLA inside, or go on with what the output folder holds.
+
+    Args:
+        on_event: told of stages, clips, notes and steps, in the first process.
+    Raises: UsageError for faulty data or changed settings, WeightsError for weights that do not fit, SlagenError for a
+        loss that is not finite or a full disk; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
+    """
+    device = pick_device(config.device)
+    folder = Path(config.output).expanduser()
+    with join(device, config.parallel) as team:
+        tell = on_event if team.first else lambda event: None
+        with _only_one(folder) if team.first else nullcontext():
+            return _Run(config, folder, team, tell).run()
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the output folder. Raises SlagenError where another run has it, or it takes no files."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SlagenError(f"another slagen finetune is at work in {folder}. Give another --output.") from error
+    except OSError as error:
+        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class _Run:
+    def __init__(
+        self, config: FinetuneConfig, folder: Path, team: Team, tell: Callable[[Event | Progress], None]
+    ) -> None:
+        self.config, self.folder, self.team, self.tell = config, folder, team, tell
+        base = GenerateConfig(
+            "-", model=config.model, weights=config.weights, local_files_only=config.local_files_only,
+            allow_untrained=True, device=str(team.device), dtype=config.dtype, backend=config.backend,
+        )  # fmt: skip
+        self.base = base
+        self.weights = find_weights(base, lambda text: tell(Event("note", text)))
+        if not config.from_dense and self.weights.sla_path is None:
+            raise WeightsError(
+                f"{self.weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some "
+                "with --weights."
+            )
+        self.sla = config.sla(self.weights.sla)
+        self.schedule = _schedule(config, self.weights.source.defaults.training)
+        if self.schedule.batch_size % team.size:
+            raise UsageError(
+                f"batch_size is {self.schedule.batch_size}, but {team.size} processes share it. Give a multiple."
+            )
+        self.recipe = Recipe(
+            self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
+            config.seed, pick_dtype(config.dtype, team.device),
+        )  # fmt: skip
+        self.stop = threading.Event()
+
+    def run(self) -> FinetuneResult:
+        """Everything, from the data to the page."""
+        if self.config.restart and self.team.first:
+            for name in (FOLDER, CLIPS, LOG, RESULT, PAGE):
+                path = self.folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.team.wait()
+        self.data = self._data()
+        found = read_latest(self.folder)
+        self.settings = self._settings()
+        if found is not None:
+            _compare(found[1].get("settings"), self.settings, self.folder)
+        self._check_tokens()
+        self.tell(Event("stage", "load"))
+        self.student, self.teacher = self._models()
+        tokens = max(map(self._tokens, self.data.training))
+        parts = self.team.size if self.team.kind == "fsdp" else 1
+        plan = memory_plan(self.student, self.teacher, self.recipe, tokens, parts, self._recomputes())
+        self.tell(Event("note", plan))
+        self.student, self.teacher = self.student.to(self.team.device), self.teacher.to(self.team.device)
+        trainer = Trainer(self.student, self.teacher, self.data, self.recipe, self.team)
+        self.trainer = trainer
+        self.examples = [self.data.example(clip) for clip in self.data.held_out[:MAX_HELD_OUT]]
+        self.levels = noise_levels(LEVELS, self.schedule.log_sigma_mean, self.schedule.log_sigma_std)
+        step, spent = 0, 0.0
+        if found is not None:
+            path, about = found
+            load_state(trainer, path, about)
+            step, spent, self.before = about["step"], about["seconds"], about["before"]
+            self.tell(Event("note", f"going on from step {step} of {self.schedule.steps}"))
+        else:
+            self.tell(Event("stage", "measure"))
+            self.before = {"error": self._error(), "layers": self._layers()}
+        if self.team.first:
+            self._cut_log(step)
+        self._validate_if_due(step)
+        spent = self._train(step, spent)
+        return self._finish(spent)
+
+    def _data(self) -> Dataset:
+        """The prepared data, prepared by the first process where it is raw."""
+        data, cache = self.config.data, Path("~/.cache/slagen").expanduser()
+        source = self.weights.source
+        if data.path is not None and dataset.is_prepared(Path(data.path).expanduser()):
+            return dataset.open_dataset(Path(data.path).expanduser(), source, cache)
+        folder = self.folder / "data"
+        if self.team.first:
+            dataset.prepare(data, self.base, folder, cache, self.config.seed, self.tell)
+        self.team.wait()
+        return dataset.open_dataset(folder, source, cache)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that changes what is learnt, to be compared when a run goes on."""
+        fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in ANYTIME}
+        schedule = {k: v for k, v in dataclasses.asdict(self.schedule).items() if k not in ANYTIME}
+        return json.loads(json.dumps({
+            **fields, **schedule, **self.sla.to_dict(), "dtype": str(self.recipe.dtype), "data": self.data.hash,
+            "model": self.weights.source.name,
+        }))  # fmt: skip
+
+    def _tokens(self, clip: Clip) -> int:
+        patch = self.weights.source.patch_size
+        return math.prod(size // part for size, part in zip(clip.shape[1:], patch, strict=True))
+
+    def _check_tokens(self) -> None:
+        least = min(map(self._tokens, [*self.data.training, *self.data.held_out]))
+        if self.sla.num_blocks(least)[1] < 2:
+            raise UsageError(
+                f"a clip has {least} tokens, fewer than 2 key blocks of {self.sla.block_n}, so nothing can be left "
+                "out. Give larger or longer clips, or a smaller --block-n."
+            )
+
+    def _recomputes(self) -> bool:
+        return self.team.device.type == "cuda" if self.config.checkpointing is None else self.config.checkpointing
+
+    def _models(self) -> tuple[Any, Any]:
+        """The student with its attention, and its frozen teacher."""
+        config, source = self.config, self.weights.source
+        student = load_transformer(source, torch.float32)
+        self.base_hash = weights_hash(student)
+        branches = BRANCHES[config.attention]
+        if config.from_dense or self.weights.sla_path is None:
+            apply_sla(student, self.sla, backend=config.backend, branches=branches)
+            if config.attention == "linear":  # O^l itself, to begin with
+                for name, parameter in student.named_parameters():
+                    if name.endswith(f"{PROJECTION}weight"):
+                        torch.nn.init.eye_(parameter)
+        elif self.weights.sla_alone:
+            load_sla(
+                student, self.weights.sla_path, config=self.sla, backend=config.backend, branches=branches,
+                allow_untrained=True, base_hash=self.base_hash,
+            )  # fmt: skip
+        else:
+            install_projections(
+                student, self.weights.sla_path, self.sla, backend=config.backend, branches=branches,
+                allow_untrained=True,
+            )  # fmt: skip
+        if config.train == "lora":
+            add_lora(student, config.lora_rank, config.seed)
+        for name, parameter in student.named_parameters():
+            projection = PROJECTION in name
+            trained = {
+                "all": True, "attn": ".attn1." in name, "proj": projection, "lora": projection or ".lora_" in name,
+            }[config.train]  # fmt: skip
+            parameter.requires_grad_(trained and not (projection and config.attention == "sparse"))
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise UsageError("--train proj with --attention sparse leaves nothing to train. Try --train attn.")
+        if self._recomputes():
+            student.enable_gradient_checkpointing()
+        teacher = load_transformer(source, self.recipe.dtype)
+        install(teacher, None)
+        return student.train(), teacher.requires_grad_(False)
+
+    def _train(self, step: int, spent: float) -> float:
+        """The steps that are left; returns the seconds of all of them."""
+        steps, trainer, team = self.schedule.steps, self.trainer, self.team
+        save_every = self.config.save_every or max(10, steps // 10)
+        first, before = step, spent
+        began = time.monotonic()
+        with (
+            _stopping(self.stop),
+            _tensorboard(self.folder, self.config.tensorboard and team.first, self.tell) as board,
+        ):
+            while step < steps:
+                self._anneal(step)
+                start = time.monotonic()
+                result = trainer.step(step)
+                step += 1
+                spent = before + time.monotonic() - began
+                self._told(step, first, result, spent, before, time.monotonic() - start, board)
+                stopping = team.agree(self.stop.is_set())
+                if stopping or step % save_every == 0 or step == steps:
+                    self._save(step, spent)
+                if stopping and step < steps:
+                    raise KeyboardInterrupt
+                if step < steps:
+                    self._validate_if_due(step)
+        self._anneal(steps)
+        return spent
+
+    def _anneal(self, step: int) -> None:
+        """Sparsity rises over the first half of the steps, where that is asked for."""
+        start = self.config.anneal_from
+        if start is None:
+            return
+        part = min(1.0, 2 * step / self.schedule.steps)
+        sla = dataclasses.replace(self.sla, sparsity=start + (self.sla.sparsity - start) * part)
+        for block in self.student.blocks:
+            block.attn1.processor.config = sla
+
+    def _told(
+        self, step: int, first: int, result: StepResult, spent: float, before: float, seconds: float, board: Any
+    ) -> None:
+        """One line of the log, and of TensorBoard's."""
+        norms = [
+            float(whole(p.detach()).norm()) for name, p in self.student.named_parameters()
+            if name.endswith(f"{PROJECTION}weight")
+        ]  # fmt: skip
+        if not self.team.first:
+            return
+        steps = self.schedule.steps
+        progress = Progress(
+            step, steps, result.loss, result.error, result.grad_norm, result.lr, norms, result.num_tokens / seconds,
+            peak_memory_gib(self.team.device), spent, (spent - before) / (step - first) * (steps - step),
+        )  # fmt: skip
+        try:
+            with (self.folder / LOG).open("a") as handle:
+                handle.write(json.dumps({"event": "step", **vars(progress)}) + "\n")
+        except OSError as error:
+            raise SlagenError(f"{self.folder / LOG} cannot be written ({error.strerror}). Free some space.") from error
+        if board is not None:
+            values = {"loss": result.loss, "error": result.error, "grad_norm": result.grad_norm, "lr": result.lr}
+            for name, value in values.items():
+                if value is not None:
+                    board.add_scalar(f"train/{name}", value, step)
+            for layer, norm in enumerate(norms):
+                board.add_scalar(f"proj_l/{layer:02d}", norm, step)
+        self.tell(progress)
+
+    def _save(self, step: int, spent: float) -> None:
+        about = {"settings": self.settings, "seconds": spent, "before": self.before, "versions": versions()}
+        save_state(self.trainer, self.folder, step, about)
+
+    def _cut_log(self, step: int) -> None:
+        """Take back what the log says of steps after the checkpoint."""
+        lines = [line for line in read_log(self.folder) if line["step"] <= step]
+        try:
+            write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise SlagenError(f"{self.folder / LOG} cannot be written ({error.strerror}). Free some space.") from error
+
+    def _error(self) -> float:
+        return velocity_error(
+            self.student, self.teacher, self.examples, self.levels, device=self.team.device,
+            autocast=self.trainer.autocast,
+        )  # fmt: skip
+
+    def _layers(self) -> list[float]:
+        return layer_errors(
+            self.student, self.teacher, self.examples[:2], self.levels[::2], device=self.team.device,
+            autocast=self.trainer.autocast,
+        )  # fmt: skip
+
+    def _validate_if_due(self, step: int) -> None:
+        """Error and clips of the average weights, every so many steps; the log says which were done."""
+        every = self.config.validate_every or max(1, self.schedule.steps // 2)
+        if step % every == 0:
+            with self.trainer.averaged():
+                self._validate(step)
+
+    def _validated(self) -> set[int]:
+        return {line["step"] for line in read_log(self.folder) if line["event"] == "validation"}
+
+    def _validate(self, step: int) -> None:
+        """Error to the teacher and clips of the student as it is, into the log and beside it."""
+        if self.team.agree(self.team.first and step in self._validated()):
+            return
+        self.tell(Event("stage", "measure"))
+        error = self._error()
+        files = self._clips(step)
+        if self.team.first:
+            with (self.folder / LOG).open("a") as handle:
+                handle.write(json.dumps({"event": "validation", "step": step, "error": error, "clips": files}) + "\n")
+            self.tell(
+                Event("note", f"step {step}: error to the teacher {error:.4f} (it was {self.before['error']:.4f})")
+            )
+
+    def _clips(self, step: int) -> list[str]:
+        """Side-by-side videos of fixed prompts and seeds, dense and the student."""
+        captions = dict.fromkeys(clip.caption for clip in self.data.held_out)
+        chosen = [next(c for c in self.data.held_out if c.caption == text) for text in list(captions)[:SHOWN_PROMPTS]]
+        files = []
+        pipe = load_pipeline(
+            self.weights.source, self.team.device, self.recipe.dtype, text_encoder=False, transformer=False
+        )  # fmt: skip
+        label = self.config.attention
+        for number, clip in enumerate(chosen):
+            kept = self.folder / CLIPS / f"dense-{number}.mp4"
+            file = self.folder / CLIPS / f"step-{step:06d}-{number}.mp4"
+            kept.parent.mkdir(exist_ok=True)
+            there = not self.team.agree(self.team.first and not kept.is_file())
+            dense = None if there else self._sample(pipe, self.teacher, clip, number)
+            student = self._sample(pipe, self.student, clip, number)
+            if self.team.first:
+                if dense is not None:
+                    write_mp4(dense, kept, self.data.fps)
+                beside = [read_mp4(kept), student]
+                write_mp4(side_by_side(beside, ["dense", f"{label}, step {step}"]), file, self.data.fps, clip.caption)
+                files.append(file.name)
+        return files
+
+    def _sample(self, pipe: Any, transformer: Any, clip: Clip, seed: int) -> Any:
+        """Frames of a clip's prompt, as the model's own sampler makes them."""
+        source = self.weights.source
+        frames, height, width = clip.shape[1:]
+        grid = source.spatial_factor
+        config = dataclasses.replace(
+            self.base, prompt=clip.caption, seed=seed, width=width * grid, height=height * grid,
+            num_frames=(frames - 1) * source.temporal_factor + 1, timing="off",
+        )  # fmt: skip
+        plan = dataclasses.replace(make_plan(config, self.weights), sla=None)
+        texts: list[Tensor] = [self.data.example(clip).text, self.data.negative_text()]
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        embeds: dict[str, Tensor | None] = {
+            name: text[None].to(self.team.device) for name, text in zip(names, texts, strict=True)
+        }
+        pipe.register_modules(transformer=transformer)
+        training = transformer.training
+        transformer.eval()
+        try:
+            with self.trainer.autocast():
+                latents, _ = Session(plan, pipe=pipe).denoise(plan, embeds, lambda event: None)
+            with torch.no_grad():
+                return decode_latents(pipe.vae, latents).numpy()
+        finally:
+            transformer.train(training)
+
+    def _finish(self, spent: float) -> FinetuneResult:
+        """Round the average weights, measure those, write them, and the page."""
+        steps, trainer = self.schedule.steps, self.trainer
+        metadata = SLAMetadata(
+            self.sla, self.weights.source.name, self.base_hash, self._trained(), steps,
+            "rcm" if self.weights.distilled else "flow",
+        )  # fmt: skip
+        with trainer.averaged(), torch.no_grad():
+            for name, parameter in trainer.named.items():
+                if PROJECTION not in name:
+                    parameter.copy_(parameter.half().float())  # as they are stored
+            after, layers = self._error(), self._layers()
+            self._validate(steps)
+            wanted = {n: p for n, p in self.student.named_parameters() if n in trainer.named or PROJECTION in n}
+            tensors = trained_tensors({name: whole(p.detach()) for name, p in wanted.items()})
+        result = FinetuneResult(
+            self.folder, self.folder / "sla.safetensors", steps, self.before["error"], after, spent, self.folder / PAGE
+        )  # fmt: skip
+        if self.team.first:
+            write_sla(tensors, result.weights, metadata)
+            content = {
+                **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
+                "layer_errors_before": self.before["layers"], "layer_errors_after": layers, "settings": self.settings,
+                "versions": versions(),
+            }  # fmt: skip
+            write_json(self.folder / RESULT, content)
+            write_text(result.page, self._page(content))
+        self.team.wait()
+        return result
+
+    def _trained(self) -> str:
+        return self.config.train if self.config.attention == "sla" else f"{self.config.train}, {self.config.attention}"
+
+    def _page(self, content: dict[str, Any]) -> str:
+        log = read_log(self.folder)
+        steps = [line for line in log if line["event"] == "step"]
+        checks = [line for line in log if line["event"] == "validation"]
+        x = [line["step"] for line in steps]
+        errors = [(line["step"], line["error"]) for line in steps if line["error"] is not None]
+        charts = [
+            Chart("loss", "step", [Line("loss", x, [line["loss"] for line in steps])], log=True),
+            Chart("error to the dense teacher", "step", [
+                Line("of the step's clips", [step for step, _ in errors], [error for _, error in errors]),
+                Line("held out, average weights", [c["step"] for c in checks], [c["error"] for c in checks], True),
+            ], log=True),
+            Chart("gradient norm", "step", [Line("uncut", x, [line["grad_norm"] for line in steps])], log=True),
+            Chart("norm of proj_l by layer", "step", [
+                Line(f"layer {i}", x, [line["proj_norms"][i] for line in steps])
+                for i in range(len(steps[0]["proj_norms"]) if steps else 0)
+            ]),
+            Chart("error of self-attention by layer", "layer", [
+                Line(name, list(range(len(content[key]))), content[key], True)
+                for name, key in (("before", "layer_errors_before"), ("after", "layer_errors_after"))
+            ]),
+        ]  # fmt: skip
+        pairs = []
+        for check in checks:
+            for name in check["clips"]:
+                path = self.folder / CLIPS / name
+                if path.is_file():
+                    caption = list(dict.fromkeys(clip.caption for clip in self.data.held_out))[int(path.stem[-1])]
+                    pairs.append(Pair(check["step"], caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
+        before, after = content["teacher_error_before"], content["teacher_error_after"]
+        facts = {
+            "model": self.weights.source.name, "attention": f"{self.config.attention}, sparsity {self.sla.sparsity:g}",
+            "trained": self.config.train, "loss": self.config.loss, "steps": str(self.schedule.steps),
+            "error to the teacher": f"{before:.4f} before, {after:.4f} after ({1 - after / before:.0%} less)",
+            "clips": f"{len(self.data.training)} to train on, {len(self.data.held_out)} held out",
+            "time": f"{content['seconds'] / 60:.1f} min",
+        }  # fmt: skip
+        title = f"{self.folder.resolve().name}: {self.weights.source.name} with SLA"
+        return training_page(title, facts, [draw_chart(chart) for chart in charts], pairs)
+
+
+def _schedule(config: FinetuneConfig, defaults: TrainingDefaults) -> TrainingDefaults:
+    """The model's own numbers, with what the user said in their place."""
+    names = ("steps", "lr", "proj_multiplier", "warmup_steps", "batch_size", "micro_batch")
+    return dataclasses.replace(defaults, **{n: getattr(config, n) for n in names if getattr(config, n) is not None})
+
+
+def _compare(before: Any, now: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError where a run would go on with other settings than it began with."""
+    if not isinstance(before, dict):
+        raise UsageError(f"{folder} holds a checkpoint without settings. Begin anew with --restart.")
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    if changed:
+        told = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
+        raise UsageError(
+            f"{folder} holds a run with other settings: {told}. Give the same ones, another --output, or begin anew "
+            "with --restart."
+        )
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that are whole."""
+    try:
+        text = (folder / LOG).read_text(encoding="utf-8")
+    except OSError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int) and "event" in content:
+            lines.append(content)
+    return lines
+
+
+@contextmanager
+def _stopping(stop: threading.Event) -> Iterator[None]:
+    """SIGINT or SIGTERM once: a checkpoint after this step, and the end. Twice: the end now."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _tensorboard(folder: Path, wanted: bool, tell: Callable[[Event], None]) -> Iterator[Any]:
+    """A writer of event files, or None; where TensorBoard is not installed, one line says so."""
+    if not wanted:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        tell(Event("warning", "no TensorBoard files: it is not installed (pip install 'slagen[tensorboard]')"))
+        yield None
+        return
+    with SummaryWriter(folder / "tensorboard") as board:
+        yield board

@@ -1,0 +1,292 @@
+"""Data sets of videos as people have them -> clips of one length and size; every fault of a set is told at once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slagen.errors import EnvironmentProblem, UsageError
+
+SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
+RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
+LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
+MAX_CAPTION = 20_000
+SHOWN = 20  # faults in one message
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A video and what it shows.
+
+    Args:
+        where: the line or file that names it, for messages.
+    """
+
+    path: Path
+    caption: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a video that becomes a clip: its beginning, resampled in time, scaled and cropped around the middle.
+
+    Args:
+        width, height: in pixels. num_frames: 4k + 1. fps: of the clip.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+
+
+def read_footage(path: Path) -> list[Footage]:
+    """Find the videos and captions of a data set.
+
+    Args:
+        path: a folder of videos with a .txt beside each; musubi's .jsonl (`video_path`, `caption`); FastVideo's
+            videos2caption.json (`path`, `cap`); DiffSynth's metadata.csv (`video`, `prompt`); or a folder with one.
+    Raises: UsageError with every fault.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist. Give a folder of videos with a .txt beside each.")
+    file = path
+    if path.is_dir():
+        lists = [path / name for name in ("videos2caption.json", "metadata.csv")] + sorted(path.glob("*.jsonl"))
+        lists = [file for file in lists if file.is_file()]
+        if len(lists) > 1:
+            raise UsageError(f"{path} holds {lists[0].name} and {lists[1].name}. Give one of them with --data.")
+        if not lists:
+            return _folder(path)
+        file = lists[0]
+    faults: list[str] = []
+    found: list[Footage] = []
+    for where, video, caption in _entries(file):
+        if not isinstance(video, str) or not video.strip():
+            faults.append(f"{where}: names no video")
+            continue
+        caption = _caption(caption)
+        if not caption:
+            faults.append(f"{where}: has no caption")
+            continue
+        place = next((p for p in _places(file.parent, video) if p.is_file()), None)
+        if place is None:
+            faults.append(f"{where}: {video} does not exist")
+        else:
+            found.append(Footage(place, caption, where))
+    _tell(faults)
+    if not found:
+        raise UsageError(f"{file} names no video.")
+    return found
+
+
+def _folder(path: Path) -> list[Footage]:
+    videos = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not videos:
+        raise UsageError(
+            f"{path} holds no videos ({', '.join(sorted(SUFFIXES))}) and no list of them (metadata.csv, "
+            "videos2caption.json, *.jsonl)."
+        )
+    faults, found = [], []
+    for video in videos:
+        text = video.with_suffix(".txt")
+        try:
+            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
+        except (OSError, UnicodeDecodeError):
+            faults.append(f"{video.name}: {text.name} beside it is missing, or no UTF-8")
+            continue
+        if not 0 < len(caption) <= MAX_CAPTION:
+            faults.append(f"{video.name}: {text.name} beside it is empty, or longer than {MAX_CAPTION} characters")
+            continue
+        found.append(Footage(video, caption, video.name))
+    _tell(faults)
+    return found
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Any, Any]]:
+    """Where, video and caption of every entry of a list."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+    if file.suffix.lower() == ".csv":
+        try:
+            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            if rows.fieldnames is None or not {"video", "prompt"} <= set(rows.fieldnames):
+                raise UsageError(f"{file} lacks a column named video or prompt.")
+            for row in rows:
+                yield f"{file.name}:{rows.line_num}", row["video"], row["prompt"]
+        except csv.Error as error:
+            raise UsageError(f"{file}: is no CSV: {error}.") from error
+    elif file.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                entry = _json(line, f"{file}:{number}")
+                entry = entry if isinstance(entry, dict) else {}
+                yield f"{file.name}:{number}", entry.get("video_path"), entry.get("caption")
+    elif file.suffix.lower() == ".json":
+        content = _json(text, str(file))
+        if not isinstance(content, list):
+            raise UsageError(f"{file} holds no list of videos.")
+        for number, entry in enumerate(content, 1):
+            entry = entry if isinstance(entry, dict) else {}
+            yield f"{file.name}, entry {number}", entry.get("path"), entry.get("cap")
+    else:
+        raise UsageError(f"{file} is no list of videos. Give a folder, a .jsonl, videos2caption.json or metadata.csv.")
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: is no JSON: {error}.") from error
+
+
+def _caption(value: Any) -> str:
+    """A caption as one line; FastVideo gives a list, of which the first counts. Empty where there is none."""
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    caption = " ".join(value.split()) if isinstance(value, str) else ""
+    return caption if len(caption) <= MAX_CAPTION else ""
+
+
+def _places(folder: Path, name: str) -> list[Path]:
+    """Where a list may mean: beside it, or in its folder `videos`, as FastVideo has it."""
+    return [folder / name, folder / "videos" / name]
+
+
+def _tell(faults: list[str]) -> None:
+    if faults:
+        more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise UsageError(f"the data set has {len(faults)} faults:\n" + "\n".join(faults[:SHOWN]) + more)
+
+
+def plan_cuts(footage: list[Footage], full: Cut, grid: int) -> list[Cut]:
+    """Look at every video and choose the form of its clip: the nearest of a few sizes, the longest of a few lengths.
+
+    Args:
+        full: the largest area and length. grid: width and height are multiples of this.
+    Raises: UsageError with every video that cannot be read, has no pictures, or is too short.
+    """
+    sizes = _sizes(full, grid)
+    lengths = sorted({max(1, int(full.num_frames * part) - 1) // 4 * 4 + 1 for part in LENGTHS}, reverse=True)
+    faults, cuts = [], []
+    for item in footage:
+        try:
+            duration, width, height = _probe(item.path)
+        except _Unreadable as error:
+            faults.append(f"{item.where}: {item.path.name} {error}")
+            continue
+        frames = math.floor(duration * full.fps + 1e-6) + 1
+        length = next((length for length in lengths if length <= frames), None)
+        if length is None:
+            least = (lengths[-1] - 1) / full.fps
+            faults.append(
+                f"{item.where}: {item.path.name} is {duration:.2f} s long, but at least {least:.2f} s are needed"
+            )
+            continue
+        best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        cuts.append(Cut(*best, length, full.fps))
+    _tell(faults)
+    return cuts
+
+
+def _sizes(full: Cut, grid: int) -> list[tuple[int, int]]:
+    """Sizes of about one area: the model's own, that upside down, and a few ratios between."""
+    sizes = [(full.width, full.height), (full.height, full.width)]
+    for ratio in RATIOS:
+        width = int(math.sqrt(full.width * full.height * ratio) / grid + 1e-6) * grid
+        height = int(full.width * full.height / max(width, 1) / grid + 1e-6) * grid
+        if width and height:
+            sizes.append((width, min(height, round(width / ratio / grid) * grid or grid)))
+    return list(dict.fromkeys(sizes))
+
+
+class _Unreadable(Exception):
+    """Why a video cannot be used."""
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise EnvironmentProblem("reading videos needs PyAV. Install it: pip install 'slagen[finetune]'") from error
+    av.logging.set_level(av.logging.PANIC)
+    return av
+
+
+def _probe(path: Path) -> tuple[float, int, int]:
+    """Seconds from the first frame to the last, width and height, by reading the packets; one frame is decoded."""
+    av = _av()
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise _Unreadable("has sound but no pictures")
+            stream = container.streams.video[0]
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise _Unreadable("holds no frame")
+            width, height = frame.width, frame.height
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            base = float(stream.time_base)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _Unreadable(f"cannot be decoded ({error})") from error
+    return (max(times) - min(times)) * base if times else 0.0, width, height
+
+
+def read_cut(path: Path, cut: Cut) -> np.ndarray:
+    """A clip of a video: at each of its times, the frame that is shown then by the video's own timestamps.
+
+    Returns: (num_frames, height, width, 3) uint8 RGB.
+    Raises: UsageError where the video ends too soon or cannot be decoded.
+    """
+    av = _av()
+    picked: list[np.ndarray] = []
+    shown: Any = None
+    start: float = math.nan
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    continue
+                time = float(frame.pts * stream.time_base)
+                start = time if shown is None else start
+                while shown is not None and len(picked) < cut.num_frames:
+                    if len(picked) / cut.fps + start >= time - 1e-6:
+                        break
+                    picked.append(_fit(shown, cut))
+                shown = frame
+                if len(picked) == cut.num_frames:
+                    break
+            last = None if shown is None else float(shown.pts * stream.time_base)
+            while last is not None and len(picked) < cut.num_frames:
+                if len(picked) / cut.fps + start > last + 1e-6:
+                    break
+                picked.append(_fit(shown, cut))
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{path} cannot be decoded ({error}).") from error
+    if len(picked) < cut.num_frames:
+        raise UsageError(f"{path} gives {len(picked)} frames at {cut.fps} a second, but {cut.num_frames} are needed.")
+    return np.stack(picked)
+
+
+def _fit(frame: Any, cut: Cut) -> np.ndarray:
+    """A frame scaled to cover the clip's size, and cropped around its middle."""
+    factor = max(cut.width / frame.width, cut.height / frame.height)
+    width, height = max(cut.width, round(frame.width * factor)), max(cut.height, round(frame.height * factor))
+    picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    left, top = (width - cut.width) // 2, (height - cut.height) // 2
+    return np.ascontiguousarray(picture[top : top + cut.height, left : left + cut.width])

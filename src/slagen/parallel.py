@@ -1,0 +1,145 @@
+"""The processes that train together, as torchrun starts them: who they are, and how they share a model.
+
+Copies (DDP) and splits (FSDP2) are PyTorch's own. One process alone is a team of one, and needs no process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from slagen.config import Parallel
+from slagen.errors import EnvironmentProblem, UsageError
+
+TIMEOUT = timedelta(days=1)  # others wait while the first prepares data
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process's place among those that train together.
+
+    Args:
+        rank: 0 is the first, which writes files. size: how many there are.
+        device: this process's own. kind: "alone", "ddp" or "fsdp".
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    kind: str
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def share(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A module that all train as one: what is called in its place. With "fsdp" its parameters become parts.
+
+        Args:
+            dtype: to compute in; gradients are summed in float32.
+        """
+        if self.kind == "ddp":
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            lower = None if dtype == torch.float32 else dtype
+            policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, output_dtype=None)
+            for block in module.blocks:  # type: ignore[union-attr]
+                fully_shard(block, mp_policy=policy)
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        return module
+
+    @contextmanager
+    def syncing(self, shared: nn.Module, last: bool) -> Iterator[None]:
+        """Around a backward pass: gradients are summed over the team in the last of a step only."""
+        if self.kind == "ddp" and not last:
+            with shared.no_sync():  # type: ignore[operator]
+                yield
+            return
+        if self.kind == "fsdp":
+            shared.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+
+
+@contextmanager
+def join(device: torch.device, parallel: Parallel) -> Iterator[Team]:
+    """This process's team, for the length of the block.
+
+    Args:
+        device: as asked for; on CUDA each process takes the card of its local rank.
+    Raises: UsageError for several processes' options without torchrun, EnvironmentProblem where they do not find
+        each other.
+    """
+    if not dist.is_torchelastic_launched():
+        if parallel != "auto":
+            raise UsageError(
+                f"--parallel {parallel} is for several processes. Start them: torchrun --nproc-per-node 2 -m slagen ..."
+            )
+        yield Team(0, 1, device, "alone")
+        return
+    started = not dist.is_initialized()
+    if started:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise EnvironmentProblem(f"the processes of torchrun do not find each other: {error}") from error
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", dist.get_node_local_rank(0))
+            torch.cuda.set_device(device)
+        yield Team(dist.get_rank(), dist.get_world_size(), device, "fsdp" if parallel == "fsdp" else "ddp")
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be in parts over the team, put together on every process."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process; shares its memory."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a tensor as the whole that `other` is a piece of."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(other, DTensor):
+        return part
+    kept: Any = DTensor.from_local(part, other.device_mesh, other.placements, shape=other.shape, stride=other.stride())
+    return kept

@@ -1,0 +1,149 @@
+"""How far SLA is from dense attention: in velocity, layer by layer, and side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+LEVELS = 4  # noise levels at which an error is measured
+
+
+@dataclass(frozen=True)
+class Example:
+    """A clip that a transformer is judged on.
+
+    Args:
+        latents: (C, T, h, w) float32, normalised. text: (S, E), its caption as the text encoder gives it.
+    """
+
+    latents: Tensor
+    text: Tensor
+
+
+def noise_levels(count: int, mean: float, std: float) -> list[float]:
+    """The middles of `count` equally likely parts of t = sigma / (1 + sigma), log sigma ~ N(mean, std)."""
+    normal = NormalDist(mean, std)
+    sigmas = [np.exp(normal.inv_cdf((i + 0.5) / count)) for i in range(count)]
+    return [float(sigma / (1 + sigma)) for sigma in sigmas]
+
+
+def mix(latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+    """Latents with noise, x_t = (1 - t) x_0 + t noise; the three broadcast."""
+    return (1 - level) * latents + level * noise
+
+
+def velocity(transformer: nn.Module, noisy: Tensor, level: Tensor, text: Tensor) -> Tensor:
+    """What a Wan transformer says of noisy latents (B, C, T, h, w) at t = level (B,): noise - x_0, without guidance."""
+    return transformer(hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=text, return_dict=False)[0]
+
+
+@torch.no_grad()
+def velocity_error(
+    student: nn.Module,
+    teacher: nn.Module,
+    examples: Sequence[Example],
+    levels: Sequence[float],
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Relative L2 error of a student's velocity to its teacher's, over all examples and noise levels together.
+
+    Args:
+        levels: t of each, in (0, 1). seed: of the noise, which is the same in every call.
+    Returns: ||student - teacher|| / ||teacher||.
+    """
+    device = device or next(teacher.parameters()).device
+    difference = torch.zeros((), dtype=torch.float64)
+    scale = torch.zeros((), dtype=torch.float64)
+    for noisy, level, text in _inputs(examples, levels, seed, device):
+        with autocast():
+            expected = velocity(teacher, noisy, level, text).double().cpu()
+            found = velocity(student, noisy, level, text).double().cpu()
+        difference += (found - expected).square().sum()
+        scale += expected.square().sum()
+    return float((difference / scale).sqrt())
+
+
+@torch.no_grad()
+def layer_errors(
+    student: nn.Module,
+    teacher: nn.Module,
+    examples: Sequence[Example],
+    levels: Sequence[float],
+    *,
+    seed: int = 0,
+    device: torch.device | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[float]:
+    """The same for what self-attention gives in each layer; errors of earlier layers are in it."""
+    device = device or next(teacher.parameters()).device
+    layers = len(teacher.blocks)  # type: ignore[arg-type]
+    difference, scale = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.float64)
+    for noisy, level, text in _inputs(examples, levels, seed, device):
+        with autocast(), AttentionOutputs(teacher) as expected, AttentionOutputs(student) as found:
+            velocity(teacher, noisy, level, text)
+            velocity(student, noisy, level, text)
+        for i, (e, f) in enumerate(zip(expected.tensors, found.tensors, strict=True)):
+            difference[i] += (f.double() - e.double()).square().sum().cpu()
+            scale[i] += e.double().square().sum().cpu()
+    return (difference / scale).sqrt().tolist()
+
+
+class AttentionOutputs:
+    """Within it, `tensors` collects what the self-attention of each layer gives in a forward pass, (B, L, width)."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        self.tensors: list[Tensor] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> AttentionOutputs:
+        layers: Any = self.transformer.blocks
+        count = len(layers)
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            if len(self.tensors) < count:  # gradient checkpointing calls again in the backward pass
+                self.tensors.append(output)
+
+        self._handles = [block.attn1.register_forward_hook(keep) for block in layers]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
+    """Videos (F, H, W, 3) uint8 of one size beside each other, each under its label."""
+    frames, height, width, _ = clips[0].shape
+    band, gap = max(16, height // 16), 4
+    total = len(clips) * (width + gap) - gap
+    canvas = np.zeros((frames, height + band + (height + band) % 2, total + total % 2, 3), np.uint8)
+    title = Image.new("RGB", (canvas.shape[2], band))
+    draw = ImageDraw.Draw(title)
+    font = ImageFont.load_default(band * 0.7)
+    for i, (clip, label) in enumerate(zip(clips, labels, strict=True)):
+        left = i * (width + gap)
+        canvas[:, band : band + height, left : left + width] = clip
+        draw.text((left + 2, band // 2), label, fill="white", font=font, anchor="lm")
+    canvas[:, :band] = np.asarray(title)
+    return canvas
+
+
+def _inputs(examples: Sequence[Example], levels: Sequence[float], seed: int, device: torch.device) -> Any:
+    for i, example in enumerate(examples):
+        for j, level in enumerate(levels):
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + i) * 1009 + j)
+            noise = torch.randn(example.latents.shape, generator=generator)
+            noisy = mix(example.latents, noise, torch.tensor(level))
+            yield noisy[None].to(device), torch.tensor([level], device=device), example.text[None].to(device)

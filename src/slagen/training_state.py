@@ -1,0 +1,131 @@
+"""A training's checkpoints: optimiser, weights and their average, whole or not there.
+
+Each is a folder `step-000100` with `state.safetensors` and `state.json`, written as `step-000100.part` and renamed. The
+last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from slagen.errors import SlagenError, WeightsError
+from slagen.models import read_header
+from slagen.parallel import like, own_part, whole
+from slagen.trainer import Trainer
+
+FOLDER = "checkpoints"
+KEPT = 2
+
+
+def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any]) -> None:
+    """Write a checkpoint. Every process calls it; the first one writes.
+
+    Args:
+        about: kept beside the tensors, and given back by `read_latest`.
+    Raises: SlagenError where the disk does not take it; the checkpoints before stay.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=trainer.team.size > 1, ignore_frozen_params=True)
+    state: Any = get_state_dict(trainer.student, trainer.optimizer, options=options)
+    weights, optimizer = state
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, entries in optimizer.get("state", {}).items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            else:
+                plain.setdefault(name, {})[key] = value
+    for name, part in trainer.average.items():
+        tensors[f"average/{name}"] = whole(like(part, trainer.named[name].detach()))
+    if not trainer.team.first:
+        return
+    final = folder / FOLDER / f"step-{step:06d}"
+    part_folder = final.with_name(final.name + ".part")
+    try:
+        shutil.rmtree(part_folder, ignore_errors=True)
+        part_folder.mkdir(parents=True)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part_folder / "state.safetensors"
+        )
+        content = {**about, "step": step, "plain": plain}
+        (part_folder / "state.json").write_text(json.dumps(content, allow_nan=False))
+        for file in part_folder.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part_folder, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part_folder, ignore_errors=True)
+        raise SlagenError(
+            f"the checkpoint of step {step} could not be written to {folder} ({error}). Free some space and start "
+            "again: the run goes on from the checkpoint before."
+        ) from error
+    for old in _steps(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last whole checkpoint of a run and what was kept beside it; None where there is none."""
+    for path in reversed(_steps(folder)):
+        try:
+            about = json.loads((path / "state.json").read_text())
+            read_header(path / "state.safetensors")
+        except (OSError, ValueError, WeightsError):
+            continue
+        if isinstance(about, dict) and isinstance(about.get("step"), int):
+            return path, about
+    return None
+
+
+def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
+    """Bring a trainer to where a checkpoint was written. Raises WeightsError if it is of another model."""
+    try:
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{path} is broken ({error}). Delete it, and the run goes on from the one before."
+        ) from error
+    expected = {f"{kind}/{name}" for name in trainer.named for kind in ("weights", "average")}
+    if expected != {name for name in tensors if not name.startswith("optimizer/")}:
+        raise WeightsError(f"{path} is of another model, or trains another part of it. Begin anew with --restart.")
+    state: dict[str, Any] = {name: dict(entries) for name, entries in about["plain"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
+            state.setdefault(parameter, {})[key] = tensor
+    weights: dict[str, Any] = {
+        name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
+    }
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    groups = get_state_dict(trainer.student, trainer.optimizer, options=options)[1]["param_groups"]
+    set_state_dict(
+        trainer.student, trainer.optimizer, model_state_dict=weights,
+        optim_state_dict={"state": state, "param_groups": groups}, options=options,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, average in trainer.average.items():
+            average.copy_(_part_of(tensors[f"average/{name}"], trainer.named[name].detach()))
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor, cut as a parameter is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return own_part(distribute_tensor(tensor, parameter.device_mesh, parameter.placements))
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = (folder / FOLDER).glob("step-*")
+    return sorted(path for path in found if path.is_dir() and not path.name.endswith(".part"))

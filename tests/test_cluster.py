@@ -1,0 +1,139 @@
+"""Batches on Ray: real actors on this machine's CPU, killed and left alone."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_batch import check_consistent, command, environment, made, settings
+from wan_models import save_pipeline
+
+from slagen import cluster, prompts
+from slagen.cli import run
+from slagen.config import BatchConfig, GenerateConfig
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError
+from slagen.manifest import Manifest, Wanted
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    pytest.importorskip("ray", reason="needs ray: pip install 'slagen[ray]'")
+    return save_pipeline(tmp_path_factory.mktemp("model") / "toy")
+
+
+def start(toy, tmp_path, workers=2):
+    arguments = [sys.executable, "-m", "slagen", "batch", str(tmp_path / "prompts.txt")]
+    arguments += [*command(toy, tmp_path / "out"), "--ray", "--ray-workers", str(workers)]
+    env = {name: value for name, value in environment(tmp_path).items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def workers_at_work(folder):
+    """Processes that make a video just now, as the manifest tells."""
+    jobs = Manifest(folder).read().values() if folder.is_dir() else []
+    return {int(str(job.result.get("worker")).split(":")[-1]) for job in jobs if job.state == "running"}
+
+
+def kill_worker(folder, process, timeout=90):
+    """SIGKILL one that is at work; False if the driver ends before."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        for pid in workers_at_work(folder):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def finish(process, timeout=300):
+    out, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, errors
+    return out, errors
+
+
+def test_a_killed_worker_is_replaced(toy, tmp_path):
+    """The rest is made all the same, every video once."""
+    count = 6
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a circle --seed {seed}" for seed in range(count)))
+    process = start(toy, tmp_path)
+    assert kill_worker(tmp_path / "out", process)
+    out, errors = finish(process)
+    assert "was lost, and another takes its place" in errors and "Ray" in errors
+    assert sorted(map(os.path.basename, out.split())) == made(tmp_path / "out")
+    check_consistent(tmp_path / "out", count)
+
+
+def test_killed_drivers_and_workers_leave_whole_work(toy, tmp_path):
+    """`make soak` does this 25 times with 40 prompts."""
+    count, kills = int(os.environ.get("SLAGEN_SOAK_PROMPTS", 5)), int(os.environ.get("SLAGEN_SOAK_KILLS", 1))
+    (tmp_path / "prompts.txt").write_text("\n".join(["a circle"] * count))
+    rng = random.Random(count)
+    for number in range(kills):
+        process = start(toy, tmp_path)
+        if number % 2 and kill_worker(tmp_path / "out", process):
+            time.sleep(rng.uniform(0.0, 3.0))
+        else:
+            time.sleep(rng.uniform(6.0, 14.0))
+        process.kill()
+        process.communicate()
+    finish(start(toy, tmp_path))
+    check_consistent(tmp_path / "out", count)
+
+
+def test_a_job_that_costs_three_workers_fails(toy, tmp_path, monkeypatch):
+    """As one does that the machine's memory does not hold; the rest goes on."""
+    config = settings(toy, tmp_path, ["a circle --seed 1"])
+    manifest = Manifest(Path(config.generate.output))
+    (job,) = manifest.queue([Wanted({"prompt": "a circle"}, 1, "a-circle")])
+    said = []
+    driver = cluster._Driver(None, config, [], SimpleNamespace(is_set=lambda: False), said.append)
+    monkeypatch.setattr(driver, "_hire", lambda number: cluster._Hand(number, None, None, None, "next"))
+    for number in range(cluster.MAX_LOSSES):
+        manifest.append({"event": "running", "key": job.key, "attempt": str(number), "worker": f"w{number}"})
+        driver._replace(cluster._Hand(1, None, None, None, f"w{number}"), RuntimeError("killed"))
+    state = manifest.read()[job.key]
+    assert state.state == "failed" and "lost 3 times" in state.result["reason"] and len(said) == 3
+    with pytest.raises(SlagenError, match="before they made anything: out of disk"):
+        for _ in range(cluster.MAX_LOSSES):
+            driver._replace(cluster._Hand(1, None, None, None, ""), RuntimeError("x\nout of disk"))
+
+
+def test_what_cannot_start(toy, tmp_path, monkeypatch, capsys):
+    config = settings(toy, tmp_path, ["a circle"])
+    with pytest.raises(UsageError, match="ray_workers is 2, but must be at least 1, and needs --ray"):
+        dataclasses.replace(config, ray_workers=2)
+    (tmp_path / "prompts.txt").write_text("a circle --sneed 3")
+    assert run(["batch", str(tmp_path / "prompts.txt"), *command(toy, tmp_path / "out"), "--ray"]) == 2
+    assert "--sneed is unknown" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"):
+        cluster._start("local")
+
+
+def test_workers_fit_the_machines(toy):
+    """One a GPU, else one a machine; never more than there are videos, nor than Ray has room for."""
+
+    def resources(have, workers=None, device="auto", count=100):
+        config = BatchConfig("p", GenerateConfig("-", device=device), ray_address="local", ray_workers=workers)
+        ray = SimpleNamespace(cluster_resources=lambda: have)
+        requests = [prompts.Request("a", {}, "", count, "")]
+        return cluster._Driver(ray, config, requests, None, print)._resources()
+
+    two = {"CPU": 16.0, "GPU": 8.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0}
+    assert resources(two) == ({"num_gpus": 1}, 8)
+    assert resources(two, workers=3) == ({"num_gpus": 1}, 3)
+    assert resources(two, count=2) == ({"num_gpus": 1}, 2)
+    assert resources(two, device="cpu") == ({"num_cpus": 8}, 2)
+    with pytest.raises(UsageError, match="Try --ray-workers 8"):
+        resources(two, workers=9)
+    with pytest.raises(UsageError, match="Try --ray-workers 16"):
+        resources(two, workers=20, device="cpu")
