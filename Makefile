@@ -16,7 +16,7 @@ demo: $(STAMP)  ## set up, then make a video with the bundled model
 	$(BIN)/slagen generate "a red circle moving right"
 
 test: $(STAMP)  ## set up, then run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## lint and type-check
 	$(BIN)/ruff check .
@@ -32,8 +32,9 @@ bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 gpu: $(STAMP)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
 	$(BIN)/python scripts/gpu.py
 
-soak: $(STAMP)  ## 40 prompts, killed at 25 random moments, every video once; then the same on Ray
-	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py tests/test_cluster.py -k killed
+soak: $(STAMP)  ## 40 prompts, killed at 25 random moments, every video once; the same on Ray; 20 kills of a finetune
+	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py tests/test_cluster.py \
+		tests/test_finetune.py -k killed
 
 clean:
 	rm -rf $(VENV) build dist

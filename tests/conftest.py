@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run in its interpreter, which is chosen when Tri
 """
 
 import os
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,3 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and a CUDA build of torch"))
+
+
+def needs(package: str, extra: str) -> ModuleType:
+    """A package of an extra; without it the tests of the calling module are skipped, and say so."""
+    return pytest.importorskip(package, reason=f"needs {package}: pip install '{extra}'")

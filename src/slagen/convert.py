@@ -269,6 +269,8 @@ def info(path_text: str) -> dict[str, Any]:
         path = path / SLA_FILE
     content = read_tensors(path)
     kind = identify(content)
+    if path.suffix == ".safetensors" and path.is_file() and kind == "transformer":
+        kind = peek(path).kind  # slagen's own may hold every tensor of a transformer
     about: dict[str, Any] = {"path": str(path), "kind": kind}
     tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
     about |= {

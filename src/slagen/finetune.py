@@ -450,7 +450,7 @@ class _Run:
             after, layers = self._error(), self._layers()
             self._validate(steps)
             wanted = {n: p for n, p in self.student.named_parameters() if n in trainer.named or PROJECTION in n}
-            tensors = trained_tensors({name: whole(p.detach()) for name, p in wanted.items()})
+            tensors = trained_tensors({name: whole(p.detach()).clone() for name, p in wanted.items()})
         result = FinetuneResult(
             self.folder, self.folder / "sla.safetensors", steps, self.before["error"], after, spent, self.folder / PAGE
         )  # fmt: skip

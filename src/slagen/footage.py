@@ -18,6 +18,7 @@ from slagen.errors import EnvironmentProblem, UsageError
 SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
 RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
+MIN_FRAMES = 5  # unless still pictures are asked for
 MAX_CAPTION = 20_000
 SHOWN = 20  # faults in one message
 
@@ -178,7 +179,8 @@ def plan_cuts(footage: list[Footage], full: Cut, grid: int) -> list[Cut]:
     Raises: UsageError with every video that cannot be read, has no pictures, or is too short.
     """
     sizes = _sizes(full, grid)
-    lengths = sorted({max(1, int(full.num_frames * part) - 1) // 4 * 4 + 1 for part in LENGTHS}, reverse=True)
+    least = min(full.num_frames, MIN_FRAMES)
+    lengths = sorted({max(least, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
     faults, cuts = [], []
     for item in footage:
         try:

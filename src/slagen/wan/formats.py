@@ -326,7 +326,8 @@ def peek(path: Path) -> Found:
     """Look at a weight file's names. Raises WeightsError if it is nothing that can be run."""
     if path.suffix == ".safetensors" and path.is_file():
         content: dict[str, Any] = read_header(path)
-        content.pop("__metadata__", None)
+        if "slagen" in (content.pop("__metadata__", None) or {}):
+            return Found("sla")  # with every tensor that was trained, which may be all of a transformer's
     else:
         content = read_tensors(path)
     kind = identify(content)

@@ -1,0 +1,239 @@
+"""Stage 4: SLA by `slagen finetune`, and the comparison that weights/README.md shows: the paper's tables in small.
+
+    python scripts/tiny_wan/sla_table.py             every run that has no result yet, the most telling first
+    python scripts/tiny_wan/sla_table.py --limit 60  none that is begun after 60 minutes
+    python scripts/tiny_wan/sla_table.py --table     only the table, from the results there are
+
+Runs go on where they were stopped. Each cell is written to benchmarks/results/tiny-wan-sla-table.json as it is done, with
+its machine, and the table in weights/README.md is made anew from that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "tiny-wan"
+RESULTS = ROOT / "benchmarks" / "results" / "tiny-wan-sla-table.json"
+README = ROOT / "weights" / "README.md"
+MARKS = ("<!-- sla table -->\n", "<!-- end of sla table -->\n")
+ROWS = {  # name in the table -> what slagen finetune is told
+    "critical only": ["--attention", "sparse"],
+    "linear only": ["--attention", "linear"],
+    "SLA all": ["--attention", "sla", "--linear-domain", "all"],
+    "SLA marginal, 10 % negligible": ["--attention", "sla", "--linear-domain", "marginal", "--negligible", "0.1"],
+    "dense, tuned as long": ["--attention", "dense", "--loss", "flow"],
+}
+AT = (0, 50, 250, 1000)  # steps that have a column
+NUM_VIDEOS, NUM_CLIPS = 448, 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a row."""
+
+    row: str
+    sparsity: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.row}/{self.sparsity:g}/{self.seed}/{self.steps}"
+
+    @property
+    def folder(self) -> Path:
+        return WORK / "table" / self.key.replace("/", "-").replace(" ", "-").replace(",", "").replace("%", "percent")
+
+
+def runs() -> list[Run]:
+    """All of them, the most telling first. 95 % keeps 1 of the 20 key blocks, which is the least there is."""
+    both = ("SLA all", "critical only")
+    wanted = [Run(row, 0.95, 0, 250) for row in ROWS]
+    wanted += [Run(row, 0.95, 0, 1000) for row in both]
+    wanted += [Run(row, 0.95, seed, 250) for seed in (1, 2) for row in ROWS]
+    wanted += [Run(row, 0.9, 0, 250) for row in ROWS if not row.startswith("dense")]
+    return wanted
+
+
+def make_videos(folder: Path) -> None:
+    """Training scenes as videos with captions, for `slagen finetune data`."""
+    from scenes import FPS, caption, render, training_scenes
+
+    from slagen.video import write_mp4
+
+    rng = random.Random(7)
+    scenes = training_scenes()
+    rng.shuffle(scenes)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(scenes[:NUM_VIDEOS]):
+        text = caption(scene, rng)
+        path = folder / f"{i:04d}.mp4"
+        if not path.exists():
+            frames = (render([scene])[0].permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
+            write_mp4(frames, path, FPS)
+        path.with_suffix(".txt").write_text(text + "\n")
+
+
+def train(run: Run, data: Path, dtype: str) -> dict:
+    """One `slagen finetune`; returns its result."""
+    command = [sys.executable, "-m", "slagen", "finetune", "--model", "tiny-wan", "--from-dense", "--data", str(data)]
+    command += [*ROWS[run.row], "--seed", str(run.seed), "--steps", str(run.steps), "--validate-every", "50", "--json"]
+    command += ["--dtype", dtype, "--output", str(run.folder)]
+    if not run.row.startswith("dense"):
+        command += ["--sparsity", str(run.sparsity)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def adherence(run: Run) -> dict:
+    """How many held-out prompts a run's weights get right, with the latents' distance to the dense model's."""
+    import torch
+    from checker import check
+    from encode import held_out_scenes
+    from evaluate import ATTRIBUTES, sample
+    from scenes import caption
+
+    from slagen.machine import describe_device
+    from slagen.wan.checkpoints import load_sla
+    from slagen.wan.formats import read_checkpoint
+    from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = resolve_model("tiny-wan", device.type)
+    scenes, rng = held_out_scenes(NUM_CLIPS, 2), random.Random(5)
+    prompts = [caption(scene, rng) for scene in scenes]
+    seeds = [1000 + i for i in range(NUM_CLIPS)]
+
+    def latents(prepare) -> torch.Tensor:
+        pipe = load_pipeline(source, device, torch.bfloat16)
+        set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
+        prepare(pipe)
+        return sample(pipe, prompts, seeds, source.defaults, source.defaults.steps), pipe
+
+    def tuned(pipe) -> None:
+        if run.row.startswith("dense"):
+            checkpoint = read_checkpoint(run.folder / "transformer.safetensors", torch.bfloat16)
+            pipe.transformer.load_state_dict(checkpoint.tensors)
+        else:
+            branches = {"critical only": "sparse", "linear only": "linear"}.get(run.row, "both")
+            load_sla(pipe, run.folder / "sla.safetensors", branches=branches, allow_untrained=True)
+
+    kept = WORK / "table" / "dense-latents.pt"
+    if not kept.exists():
+        torch.save(latents(lambda pipe: None)[0], kept)
+    dense = torch.load(kept, weights_only=True)
+    found, pipe = latents(tuned)
+    with torch.inference_mode():
+        clips = [decode_latents(pipe.vae, z[None]).numpy() for z in found]
+    right = [check(clip).right(scene) for clip, scene in zip(clips, scenes, strict=True)]
+    return {
+        "clips": NUM_CLIPS, **{a: sum(r[a] for r in right) / len(right) for a in ATTRIBUTES},
+        "latents_error_to_dense": ((found - dense).norm() / dense.norm()).item(),
+        "device": describe_device(device),
+    }  # fmt: skip
+
+
+def read_results() -> dict[str, dict]:
+    """Results by key of the run."""
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+
+
+def write_results(results: dict[str, dict]) -> None:
+    from slagen.report import versions, write_json
+
+    content = {"about": __doc__.splitlines()[0], "written": datetime.now(UTC).isoformat(timespec="seconds"),
+               "versions": versions(), "runs": results}  # fmt: skip
+    write_json(RESULTS, content)
+
+
+def table(results: dict[str, dict]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| row | sparsity | " + " | ".join(f"error, {n:,} steps" for n in AT) + " | adherence after | seeds |",
+        "|" + " --- |" * (len(AT) + 4),
+    ]
+    for sparsity in (0.9, 0.95):
+        for row in ROWS:
+            dense = row.startswith("dense")
+            if dense and sparsity == 0.9:
+                continue
+            own = [
+                (Run(row, sparsity, int(key.split("/")[2]), int(key.split("/")[3])), value)
+                for key, value in results.items() if key.startswith(f"{row}/{sparsity:g}/")
+            ]  # fmt: skip
+            cells = []
+            for step in AT:
+                errors = [value["errors"][str(step)] for run, value in own if str(step) in value["errors"]
+                          and (step == run.steps or (step < 1000 and run.steps == 250))]  # fmt: skip
+                cells.append(spread(errors, "{:.3f}"))
+            ends = []
+            for steps in (250, 1000):
+                rates = [value["adherence"]["all"] for run, value in own if run.steps == steps and "adherence" in value]
+                if rates:
+                    ends.append(f"{steps:,}: {spread([100 * rate for rate in rates], '{:.0f}')} %")
+            seeds = len({run.seed for run, _ in own})
+            name = "" if dense else f"{sparsity:.0%}"
+            lines.append(f"| {row} | {name} | {' | '.join(cells)} | {', '.join(ends) or 'not run'} | {seeds or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and standard deviation over seeds."""
+    if not values:
+        return "not run"
+    text = form.format(statistics.mean(values))
+    return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"
+
+
+def write_table(results: dict[str, dict]) -> None:
+    """Put the table between its marks in weights/README.md."""
+    text = README.read_text()
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    part = README.with_suffix(".md.part")
+    part.write_text(before + MARKS[0] + table(results) + MARKS[1] + after)
+    os.replace(part, README)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no run is begun")
+    parser.add_argument("--dtype", default="bf16", help="to compute in")
+    parser.add_argument("--table", action="store_true", help="only make the table anew")
+    args = parser.parse_args()
+    results, began = read_results(), time.monotonic()
+    if not args.table:
+        data = WORK / "data"
+        if not (data / "dataset.json").exists():
+            make_videos(WORK / "videos")
+            command = [sys.executable, "-m", "slagen", "finetune", "data", str(WORK / "videos"), "--output", str(data)]
+            subprocess.run([*command, "--model", "tiny-wan"], cwd=ROOT, check=True)
+        for run in runs():
+            if run.key in results or time.monotonic() - began > 60 * args.limit:
+                continue
+            print(run.key, flush=True)
+            told = train(run, data, args.dtype)
+            log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+            errors = {str(line["step"]): line["error"] for line in log if line["event"] == "validation"}
+            errors[str(run.steps)] = told["teacher_error_after"]
+            results[run.key] = {"errors": errors, "seconds": told["seconds"], "dtype": args.dtype,
+                                "adherence": adherence(run)}  # fmt: skip
+            write_results(results)
+            write_table(results)
+    write_table(results)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

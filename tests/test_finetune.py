@@ -1,0 +1,464 @@
+"""slagen finetune: that it learns, goes on after anything, and that what it writes is what it measured."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs
+from safetensors.torch import load_file
+from wan_models import build_pipeline, save_pipeline
+
+from slagen import finetune as task
+from slagen.cli import run
+from slagen.config import DataConfig, FinetuneConfig, SLAConfig
+from slagen.dataset import Dataset
+from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.finetune import finetune, read_log
+from slagen.models import describe_folder
+from slagen.quality import layer_errors, noise_levels, velocity_error
+from slagen.trainer import PROJECTION
+from slagen.training_state import read_latest
+from slagen.wan.checkpoints import load_sla, read_sla, remove_sla
+from slagen.wan.loading import load_transformer
+from slagen.wan.processor import install
+
+PROMPTS = "a red circle --steps 1 --size 64x64 --frames 9\na circle --steps 1 --size 64x64 --frames 5\n"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A tiny random Wan, and clips that it made itself, prepared."""
+    folder = tmp_path_factory.mktemp("toy")
+    pipe = build_pipeline()
+    with torch.no_grad():
+        for block in pipe.transformer.blocks:
+            block.attn1.norm_q.weight.mul_(8)  # peaks, so that it matters which blocks are kept
+    pipe.save_pretrained(model := folder / "model")
+    training = {"steps": 12, "lr": 1e-3, "batch_size": 4, "micro_batch": 4, "proj_multiplier": 2.0}
+    defaults = {"steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8, "fps": 8, "training": training,
+                "width": 64, "height": 64, "num_frames": 9}  # fmt: skip
+    (model / "slagen.json").write_text(json.dumps(defaults))
+    (folder / "prompts.txt").write_text(PROMPTS)
+    first = finetune(settings(model, folder / "made", steps=1, self_generate=folder / "prompts.txt"))
+    assert first.steps == 1
+    return model, folder / "made" / "data"
+
+
+def settings(model, output, *, data=None, self_generate=None, **fields):
+    source = DataConfig(None if data is None else str(data), self_generate and str(self_generate), clips_per_prompt=3)
+    fields = {"from_dense": True, "sparsity": 0.6, "block_m": 16, "block_n": 16, "device": "cpu",
+              "validate_every": 1000, **fields}  # fmt: skip
+    return FinetuneConfig(source, model=str(model), output=str(output), **fields)
+
+
+def weights(folder):
+    return read_sla(folder)[1]
+
+
+def test_it_learns_and_writes_what_it_measured(toy, tmp_path):
+    """The error of the file, loaded as generate loads it, is the one that was told."""
+    model, data = toy
+    said = []
+    result = finetune(settings(model, tmp_path / "out", data=data, steps=30, validate_every=10), said.append)
+    assert result.teacher_error_after < 0.9 * result.teacher_error_before
+    source = describe_folder(model, "toy")
+    teacher, student = (load_transformer(source, torch.float32) for _ in range(2))
+    install(teacher, None)
+    load_sla(student, result.weights)
+    prepared = Dataset(data)
+    examples = [prepared.example(clip) for clip in prepared.held_out]
+    levels = noise_levels(4, 1.5, 1.6)
+    assert velocity_error(student, teacher, examples, levels) == pytest.approx(result.teacher_error_after, rel=1e-5)
+    steps = [line for line in read_log(tmp_path / "out") if line["event"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 31))
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and len(line["proj_norms"]) == 2 for line in steps)
+    assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0, 10, 20, 30]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("<svg") == 5 and page.count("data:video/mp4;base64,") == 8 and "a red circle" in page
+    assert sum(isinstance(event, task.Progress) for event in said) == 30
+    metadata, _ = read_sla(result.weights)
+    assert (metadata.steps, metadata.trained, metadata.config.sparsity) == (30, "all", 0.6)
+
+
+def test_generate_takes_the_result(toy, tmp_path):
+    model, data = toy
+    result = finetune(settings(model, tmp_path / "out", data=data, steps=2))
+    options = ["--size", "64x64", "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
+    assert run(["generate", "a red circle", "--model", str(model), "--weights", str(result.weights), *options]) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["weights"]["used"] == "SLA" and report["weights"]["trained_steps"] == 2
+
+
+def test_going_on_ends_where_one_run_ends(toy, tmp_path):
+    """N steps are k, an end, and N - k, bit for bit; so are the log and the error."""
+    model, data = toy
+    whole = finetune(settings(model, tmp_path / "whole", data=data, steps=8))
+    for output, stop in (("parts", 3), ("parts", 5), ("parts", None)):
+        told = []
+
+        def end(event, stop=stop, told=told):
+            told.append(event)
+            if isinstance(event, task.Progress) and event.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        config = settings(model, tmp_path / output, data=data, steps=8)
+        if stop is not None:
+            with pytest.raises(KeyboardInterrupt):
+                finetune(config, end)
+            assert read_latest(tmp_path / output)[1]["step"] == stop
+        else:
+            result = finetune(config, end)
+    assert any("going on from step 5 of 8" in getattr(event, "text", "") for event in told)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (result.teacher_error_before, result.teacher_error_after) == (
+        whole.teacher_error_before, whole.teacher_error_after,
+    )  # fmt: skip
+    losses = [
+        [line["loss"] for line in read_log(tmp_path / name) if line["event"] == "step"] for name in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+    again = finetune(settings(model, tmp_path / "parts", data=data, steps=8))
+    assert again.teacher_error_after == whole.teacher_error_after
+
+
+def test_killed_at_random_moments(toy, tmp_path):
+    """`make soak` does this 20 times."""
+    model, data = toy
+    kills = int(os.environ.get("SLAGEN_SOAK_KILLS", 1)) * 4 // 5 or 1
+    steps = 8 * max(1, kills // 4)
+    options = ["--model", str(model), "--data", str(data), "--from-dense", "--sparsity", "0.6", "--block-m", "16",
+               "--block-n", "16", "--steps", str(steps), "--save-every", "2", "--validate-every", "1000",
+               "--device", "cpu", "--json"]  # fmt: skip
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+
+    def start(folder):
+        command = [sys.executable, "-m", "slagen", "finetune", *options, "--output", str(tmp_path / folder)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    rng = random.Random(1)
+    for _ in range(kills):
+        process = start("killed")
+        time.sleep(rng.uniform(4.0, 9.0))
+        process.kill()
+        process.communicate()
+    results = {}
+    for folder in ("killed", "whole"):
+        process = start(folder)
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        results[folder] = json.loads(out)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results["whole"]["teacher_error_after"] == results["killed"]["teacher_error_after"]
+    assert not list((tmp_path / "killed").rglob("*.part"))
+
+
+def test_other_settings_are_refused(toy, tmp_path):
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=2)
+    finetune(config)
+    before = (tmp_path / "out" / "sla.safetensors").read_bytes()
+    for change in ({"lr": 3e-3}, {"steps": 3}, {"loss": "flow"}, {"sparsity": 0.5}, {"seed": 1}):
+        with pytest.raises(UsageError, match=f"{next(iter(change))} was .* Give the same ones"):
+            finetune(dataclasses.replace(config, **change))
+    assert (tmp_path / "out" / "sla.safetensors").read_bytes() == before
+    assert finetune(dataclasses.replace(config, lr=3e-3, restart=True)).steps == 2
+
+
+def changed(folder, model):
+    """The names of what differs from the dense model, by kind."""
+    base = load_transformer(describe_folder(model, "toy"), torch.float32).state_dict()
+    tensors = weights(folder)
+    kinds = {"proj": False, "attn": False, "rest": False}
+    for name, tensor in tensors.items():
+        if PROJECTION in name:
+            kinds["proj"] |= bool(tensor.any())
+        elif ".lora_" not in name and not torch.equal(tensor.float(), base[name].half().float()):
+            kinds["attn" if ".attn1." in name else "rest"] = True
+    return {kind for kind, differs in kinds.items() if differs}
+
+
+@pytest.mark.parametrize(
+    "train, expected", [("all", {"proj", "attn", "rest"}), ("attn", {"proj", "attn"}), ("proj", {"proj"})]
+)
+def test_only_what_is_asked_for_trains(toy, tmp_path, train, expected):
+    model, data = toy
+    finetune(settings(model, tmp_path / "out", data=data, steps=3, train=train))
+    assert changed(tmp_path / "out", model) == expected
+
+
+def test_lora_is_added_to_the_weights_it_changes(toy, tmp_path):
+    needs("peft", "slagen[finetune]")
+    model, data = toy
+    result = finetune(settings(model, tmp_path / "out", data=data, steps=6, train="lora", lora_rank=4, lr=1e-2))
+    names = weights(tmp_path / "out")
+    assert names["blocks.0.attn1.to_q.lora_A.weight"].shape == (4, 32) and len(names) == 2 * (4 * 2 + 2)
+    source = describe_folder(model, "toy")
+    teacher, student = (load_transformer(source, torch.float32) for _ in range(2))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    install(teacher, None)
+    load_sla(student, result.weights)
+    prepared = Dataset(data)
+    examples = [prepared.example(clip) for clip in prepared.held_out]
+    error = velocity_error(student, teacher, examples, noise_levels(4, 1.5, 1.6))
+    assert error == pytest.approx(result.teacher_error_after, rel=1e-4)
+    assert not torch.equal(student.blocks[0].attn1.to_q.weight, before["blocks.0.attn1.to_q.weight"])
+    remove_sla(student)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("fields", [
+    {"attention": "sparse"}, {"attention": "linear"}, {"loss": "flow"}, {"layer_loss": 1.0}, {"anneal_from": 0.2},
+    {"linear_domain": "marginal", "negligible": 0.2}, {"max_grad_norm": 0.1}, {"dtype": "bf16"},
+], ids=str)  # fmt: skip
+def test_the_comparisons_train_too(toy, tmp_path, fields):
+    model, data = toy
+    result = finetune(settings(model, tmp_path / "out", data=data, steps=3, **fields))
+    metadata, tensors = read_sla(result.weights)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    projections = [tensor for name, tensor in tensors.items() if name.endswith("proj_l.weight")]
+    if fields.get("attention") == "sparse":
+        assert not any(tensor.any() for tensor in projections) and metadata.trained == "all, sparse"
+        options = ["--size", "64x64", "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
+        command = ["generate", "a", "--model", str(model), "--weights", str(result.weights), "--attention", "sparse"]
+        assert run([*command, *options]) == 0
+    if fields.get("attention") == "linear":  # it began as O^l itself
+        assert all((tensor - torch.eye(16)).abs().max() < 0.1 for tensor in projections)
+
+
+def test_gradient_checkpointing_changes_no_number(toy, tmp_path):
+    """The block map is chosen again, and is the same."""
+    model, data = toy
+    for name, on in (("with", True), ("without", False)):
+        finetune(settings(model, tmp_path / name, data=data, steps=3, checkpointing=on))
+    one, other = weights(tmp_path / "with"), weights(tmp_path / "without")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_going_on_from_sla_weights(toy, tmp_path):
+    """Without --from-dense the model's SLA weights are where it begins."""
+    model, data = toy
+    first = finetune(settings(model, tmp_path / "first", data=data, steps=6))
+    config = settings(model, tmp_path / "second", data=data, steps=2, from_dense=False, block_m=None, block_n=None,
+                      weights=str(first.weights))  # fmt: skip
+    second = finetune(config)
+    assert second.teacher_error_before == pytest.approx(first.teacher_error_after, rel=1e-4)
+    with pytest.raises(WeightsError, match="no SLA weights to go on from. Begin with --from-dense"):
+        finetune(settings(model, tmp_path / "third", data=data, from_dense=False))
+
+
+def test_a_loss_that_is_not_finite_stops(toy, tmp_path):
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=8, lr=1e30, save_every=1)
+    with pytest.raises(SlagenError, match=r"the loss of step \d is (nan|inf), on clips of 'a.* The last|the last"):
+        finetune(config)
+    path, about = read_latest(tmp_path / "out")
+    assert about["step"] >= 1 and load_file(path / "state.safetensors")
+
+
+def test_two_runs_in_one_folder(toy, tmp_path):
+    model, data = toy
+    with task._only_one(tmp_path / "out"), pytest.raises(SlagenError, match="is at work in"):
+        finetune(settings(model, tmp_path / "out", data=data))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SlagenError, match="takes no files"):
+        finetune(settings(model, tmp_path / "file", data=data))
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(toy, tmp_path):
+    model, data = toy
+
+    def end(event):
+        if isinstance(event, task.Progress) and event.step == 4:
+            raise RuntimeError("the machine is gone")
+
+    config = settings(model, tmp_path / "out", data=data, steps=6, save_every=1)
+    with contextlib.suppress(RuntimeError):
+        finetune(config, end)
+    path, about = read_latest(tmp_path / "out")
+    assert about["step"] == 3
+    file = path / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert read_latest(tmp_path / "out")[1]["step"] == 2
+    finetune(config)
+    whole = finetune(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    one, other = weights(tmp_path / "out"), weights(whole.output)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Data
+
+
+def test_data_of_another_vae_and_too_few_tokens(toy, tmp_path):
+    model, data = toy
+    other = save_pipeline(tmp_path / "other", seed=1)
+    (other / "slagen.json").write_bytes((model / "slagen.json").read_bytes())
+    with pytest.raises(WeightsError, match="encoded with another VAE"):
+        finetune(settings(other, tmp_path / "out", data=data))
+    with pytest.raises(UsageError, match="fewer than 2 key blocks of 128"):
+        finetune(settings(model, tmp_path / "out", data=data, block_n=128))
+
+
+def test_changed_shards_are_found(toy, tmp_path):
+    import shutil
+
+    model, data = toy
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = max(copy.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 64
+    shard.write_bytes(content)
+    with pytest.raises(WeightsError, match="has changed since it was written"):
+        finetune(settings(model, tmp_path / "out", data=copy, steps=6))
+    shard.write_bytes(content[:-9])
+    with pytest.raises(WeightsError, match=r"lacks \d+ of \d+ tensors. Prepare it again"):
+        finetune(settings(model, tmp_path / "out", data=copy))
+    (copy / "dataset.json").write_text("{}")
+    with pytest.raises(WeightsError, match="is no prepared data set"):
+        finetune(settings(model, tmp_path / "out", data=copy))
+
+
+def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
+    needs("av", "slagen[finetune]")
+    from test_footage import write_video
+
+    from slagen import dataset
+
+    model, _ = toy
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in range(4):
+        write_video(raw / f"{number}.mp4", [60 * number, 40], [0, 2000], (64, 64))
+        (raw / f"{number}.txt").write_text("a red circle")
+    encoded = []
+    real = dataset.encode_video
+    monkeypatch.setattr(dataset, "encode_video", lambda vae, frames: encoded.append(frames.shape) or real(vae, frames))
+    command = ["finetune", "data", str(raw), "--output", str(tmp_path / "data"), "--model", str(model), "--size",
+               "64x64", "--num-frames", "9", "--device", "cpu", "--json"]  # fmt: skip
+    assert run(command) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["training"], counts["held_out"], len(encoded)) == (3, 1, 4) and set(encoded) == {(9, 64, 64, 3)}
+    assert run(command) == 0 and len(encoded) == 4
+    write_video(raw / "2.mp4", [200, 20], [0, 2000], (64, 64))
+    (raw / "3.txt").write_text("a circle")
+    assert run(command) == 0 and len(encoded) == 5
+    assert finetune(settings(model, tmp_path / "out", data=tmp_path / "data", steps=2)).steps == 2
+    finetune(settings(model, tmp_path / "raw-out", data=raw, steps=1, train="proj"))  # prepares by itself
+    (raw / "1.mp4").write_bytes(b"broken")
+    assert run(command) == 2
+    assert "1.mp4 cannot be decoded" in capsys.readouterr().err
+
+
+# The command
+
+
+def test_command(toy, tmp_path, capsys, monkeypatch):
+    model, data = toy
+    base = [
+        "finetune",
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    options = ["--from-dense", "--sparsity", "0.6", "--block-m", "16", "--block-n", "16", "--steps", "1"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run([*base, *options, "--tensorboard", "--json"]) == 0
+    out, errors = capsys.readouterr()
+    content = json.loads(out)
+    assert {"steps", "teacher_error_before", "teacher_error_after", "output"} <= content.keys()
+    assert errors.count("no TensorBoard files") == 1
+    monkeypatch.undo()
+    assert run([*base, *options]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "sla.safetensors")
+    assert run([*base, *options, "--lr", "3"]) == 2
+    assert run(["finetune", "--from-dense"]) == 2
+    assert run([*base, "--self-generate", "x.txt"]) == 2
+    assert run([*base, "--parallel", "ddp", "--restart"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert run([*base, *options, "--restart", "--optimizer", "adamw8bit"]) == 4
+    assert "slagen[adamw8bit]" in capsys.readouterr().err
+
+
+def test_tensorboard(toy, tmp_path):
+    needs("tensorboard", "slagen[tensorboard]")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model, data = toy
+    finetune(settings(model, tmp_path / "out", data=data, steps=3, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert [entry.step for entry in events.Scalars("train/loss")] == [1, 2, 3]
+    assert {"train/error", "train/grad_norm", "proj_l/00", "proj_l/01"} <= set(events.Tags()["scalars"])
+
+
+# Several processes
+
+
+@pytest.fixture(scope="module")
+def together(toy, tmp_path_factory):
+    """What one process, two copies and two halves made of the same step."""
+    model, data = toy
+    folder = tmp_path_factory.mktemp("together")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    found = {}
+    for kind in ("alone", "ddp", "fsdp"):
+        (folder / kind).mkdir()
+        script = [str(Path(__file__).parent / "train_together.py"), str(model), str(data), str(folder / kind)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, *script, "auto"] if kind == "alone" else [*torchrun, *script, kind]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[:2] == [kind, "1" if kind == "alone" else "2"]
+        found[kind] = load_file(folder / kind / "kept.safetensors")
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_give_the_gradients_of_one(together, kind):
+    one, two = together["alone"], together[kind]
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if name.startswith("grad/"):
+            assert (tensor - two[name]).norm() <= 1e-6 * max(1.0, tensor.norm().item()), name
+
+
+@pytest.mark.parametrize("kind", ["alone", "ddp", "fsdp"])
+def test_checkpoints_go_on_in_every_team(together, kind):
+    tensors = together[kind]
+    for name, tensor in tensors.items():
+        if name.startswith("weight/"):
+            assert torch.equal(tensor, tensors[name.replace("weight/", "resumed/")]), name
+
+
+def test_a_layers_error_is_its_own():
+    """With every block kept and a zero projection there is none; with few blocks there is."""
+    from wan_models import build_transformer
+
+    from slagen.quality import Example
+    from slagen.wan.checkpoints import apply_sla
+
+    teacher, student = build_transformer(), build_transformer()
+    install(teacher, None)
+    apply_sla(student, SLAConfig(sparsity=0.0, block_m=16, block_n=16))
+    examples = [Example(torch.randn(4, 3, 8, 8), torch.randn(8, 32))]
+    assert max(layer_errors(student, teacher, examples, [0.5])) < 1e-5
+    remove_sla(student)
+    apply_sla(student, SLAConfig(sparsity=0.9, block_m=16, block_n=16))
+    assert min(layer_errors(student, teacher, examples, [0.5])) > 1e-3

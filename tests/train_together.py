@@ -1,0 +1,57 @@
+"""Run by torchrun: one training step of a tiny Wan, its gradients and weights saved by the first process.
+
+train_together.py MODEL DATA OUT ddp|fsdp|auto
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from slagen.config import SLAConfig, TrainingDefaults
+from slagen.dataset import Dataset
+from slagen.models import describe_folder
+from slagen.parallel import join, whole
+from slagen.trainer import Recipe, Trainer
+from slagen.training_state import load_state, read_latest, save_state
+from slagen.wan.checkpoints import apply_sla
+from slagen.wan.loading import load_transformer
+
+SLA = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
+SCHEDULE = TrainingDefaults(steps=20, lr=1e-3, batch_size=4, micro_batch=1, proj_multiplier=2.0, warmup_steps=0)
+
+
+def main(model: str, data: str, out: str, parallel: str) -> None:
+    torch.set_num_threads(1)
+    source = describe_folder(Path(model), "toy")
+    recipe = Recipe(SCHEDULE, "distill", 0.1, 0.01, 1.0, "adamw", 0, torch.float32)
+    with join(torch.device("cpu"), parallel) as team:  # type: ignore[arg-type]
+
+        def build() -> Trainer:
+            student, teacher = (load_transformer(source, torch.float32) for _ in range(2))
+            apply_sla(student, SLA)
+            student.enable_gradient_checkpointing()
+            return Trainer(student.train(), teacher.requires_grad_(False), Dataset(Path(data)), recipe, team)
+
+        trainer = build()
+        result = trainer.step(0)
+        kept = {f"grad/{name}": whole(p.grad) for name, p in trainer.named.items()}
+        save_state(trainer, Path(out), 1, {})
+        team.wait()
+        again = build()  # goes on as if it had never stopped
+        load_state(again, *read_latest(Path(out)))
+        for one in (trainer, again):
+            one.step(1)
+        for name, parameter in trainer.named.items():
+            kept[f"weight/{name}"] = whole(parameter.detach())
+            kept[f"resumed/{name}"] = whole(again.named[name].detach())
+        if team.first:
+            save_file(
+                {name: tensor.contiguous().clone() for name, tensor in kept.items()}, Path(out) / "kept.safetensors"
+            )
+            print(team.kind, team.size, result.loss, result.grad_norm)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
