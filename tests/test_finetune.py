@@ -236,6 +236,18 @@ def test_the_comparisons_train_too(toy, tmp_path, fields):
         assert all((tensor - torch.eye(16)).abs().max() < 0.1 for tensor in projections)
 
 
+def test_a_dense_control_is_a_transformer(toy, tmp_path):
+    model, data = toy
+    fields = {"attention": "dense", "loss": "flow", "sparsity": None, "block_m": None, "block_n": None}
+    result = finetune(settings(model, tmp_path / "out", data=data, steps=3, **fields))
+    assert result.teacher_error_before == 0 < result.teacher_error_after
+    options = ["--size", "64x64", "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
+    command = ["generate", "a", "--model", str(model), "--weights", str(result.weights), "--attention", "dense"]
+    assert run([*command, *options]) == 0
+    with pytest.raises(UsageError, match="Give --loss flow"):
+        settings(model, tmp_path / "out", data=data, attention="dense")
+
+
 def test_gradient_checkpointing_changes_no_number(toy, tmp_path):
     """The block map is chosen again, and is the same."""
     model, data = toy
@@ -418,19 +430,20 @@ def together(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
     found = {}
-    for kind in ("alone", "ddp", "fsdp"):
+    for kind in ("alone", "ddp", "fsdp", "context"):
         (folder / kind).mkdir()
         script = [str(Path(__file__).parent / "train_together.py"), str(model), str(data), str(folder / kind)]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [sys.executable, *script, "auto"] if kind == "alone" else [*torchrun, *script, kind]
+        how = {"alone": ["auto", "1"], "context": ["fsdp", "2"]}.get(kind, [kind, "1"])
+        command = [*([sys.executable] if kind == "alone" else torchrun), *script, *how]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[:2] == [kind, "1" if kind == "alone" else "2"]
+        assert done.stdout.split()[:2] == [how[0].replace("auto", "alone"), "1" if kind == "alone" else "2"]
         found[kind] = load_file(folder / kind / "kept.safetensors")
     return found
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "context"])
 def test_two_processes_give_the_gradients_of_one(together, kind):
     one, two = together["alone"], together[kind]
     assert one.keys() == two.keys()
@@ -439,7 +452,7 @@ def test_two_processes_give_the_gradients_of_one(together, kind):
             assert (tensor - two[name]).norm() <= 1e-6 * max(1.0, tensor.norm().item()), name
 
 
-@pytest.mark.parametrize("kind", ["alone", "ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["alone", "ddp", "fsdp", "context"])
 def test_checkpoints_go_on_in_every_team(together, kind):
     tensors = together[kind]
     for name, tensor in tensors.items():

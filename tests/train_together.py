@@ -16,22 +16,28 @@ from slagen.parallel import join, whole
 from slagen.trainer import Recipe, Trainer
 from slagen.training_state import load_state, read_latest, save_state
 from slagen.wan.checkpoints import apply_sla
+from slagen.wan.context import split_tokens
 from slagen.wan.loading import load_transformer
+from slagen.wan.processor import install
 
 SLA = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
 SCHEDULE = TrainingDefaults(steps=20, lr=1e-3, batch_size=4, micro_batch=1, proj_multiplier=2.0, warmup_steps=0)
 
 
-def main(model: str, data: str, out: str, parallel: str) -> None:
+def main(model: str, data: str, out: str, parallel: str, context: str) -> None:
     torch.set_num_threads(1)
     source = describe_folder(Path(model), "toy")
     recipe = Recipe(SCHEDULE, "distill", 0.1, 0.01, 1.0, "adamw", 0, torch.float32)
-    with join(torch.device("cpu"), parallel) as team:  # type: ignore[arg-type]
+    with join(torch.device("cpu"), parallel, int(context)) as team:  # type: ignore[arg-type]
 
         def build() -> Trainer:
             student, teacher = (load_transformer(source, torch.float32) for _ in range(2))
             apply_sla(student, SLA)
+            install(teacher, None)
             student.enable_gradient_checkpointing()
+            if team.context_group is not None:
+                split_tokens(student, team.context_group)
+                split_tokens(teacher, team.context_group)
             return Trainer(student.train(), teacher.requires_grad_(False), Dataset(Path(data)), recipe, team)
 
         trainer = build()

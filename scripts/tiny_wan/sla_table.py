@@ -4,8 +4,8 @@
     python scripts/tiny_wan/sla_table.py --limit 60  none that is begun after 60 minutes
     python scripts/tiny_wan/sla_table.py --table     only the table, from the results there are
 
-Runs go on where they were stopped. Each cell is written to benchmarks/results/tiny-wan-sla-table.json as it is done, with
-its machine, and the table in weights/README.md is made anew from that file.
+Runs go on where they were stopped. Each cell is written to benchmarks/results/tiny-wan-sla-table.json as it is done,
+with its machine, and the table in weights/README.md is made anew from that file.
 """
 
 from __future__ import annotations

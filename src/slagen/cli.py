@@ -16,7 +16,6 @@ from slagen.config import (
     Backend,
     BatchConfig,
     BenchConfig,
-    Branch,
     DataConfig,
     Dtype,
     FeatureMap,
@@ -30,6 +29,7 @@ from slagen.config import (
     Sampler,
     Timing,
     Trained,
+    TunedAttention,
 )
 from slagen.errors import GateError, SlagenError, UsageError
 
@@ -638,7 +638,8 @@ def finetune(
         bool, typer.Option("--local-files-only", help="Download nothing.", rich_help_panel=MODEL)
     ] = False,
     attention: Annotated[
-        Branch, typer.Option(help="sla, or sparse or linear: one branch of it, to compare.", rich_help_panel=MODEL)
+        TunedAttention,
+        typer.Option(help="sla; to compare: sparse or linear, one branch of it, or dense.", rich_help_panel=MODEL),
     ] = "sla",
     sparsity: Annotated[
         float | None,
@@ -704,6 +705,9 @@ def finetune(
     parallel: Annotated[
         Parallel, typer.Option(help="Under torchrun: ddp copies the model, fsdp splits it.", rich_help_panel=MACHINE)
     ] = "auto",
+    context_parallel: Annotated[
+        int, typer.Option(help="Under torchrun: processes that share a clip's tokens.", rich_help_panel=MACHINE)
+    ] = 1,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=OUTPUT)] = None,
     validate_every: Annotated[
         int | None, typer.Option(help="Steps between validations with clips.", rich_help_panel=OUTPUT)
@@ -763,6 +767,7 @@ def finetune(
         device=device,
         backend=backend,
         parallel=parallel,
+        context_parallel=context_parallel,
         save_every=save_every,
         validate_every=validate_every,
         restart=restart,

@@ -457,7 +457,7 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
 
 
 Loss = Literal["distill", "flow"]
-Branch = Literal["sla", "sparse", "linear"]
+TunedAttention = Literal["sla", "sparse", "linear", "dense"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Parallel = Literal["auto", "ddp", "fsdp"]
@@ -504,8 +504,8 @@ class FinetuneConfig:
         model: preset, folder or hub id. weights: SLA weights to go on from; None takes the model's own.
         from_dense: begin with the model's dense weights and a fresh `proj_l`.
         output: a folder for `sla.safetensors`, the checkpoint, the log and the page.
-        attention: "sla", or one of its branches alone. sparsity and the four after it: as in SLAConfig; None is what
-            the weights were trained with, or SLAConfig's.
+        attention: "sla", or one of its branches alone; "dense" for a control that is tuned as long.
+        sparsity, and the five after it: as in SLAConfig; None is what the weights were trained with, or SLAConfig's.
         anneal_from: sparsity to begin with; it rises to `sparsity` over the first half of the steps.
         loss: "distill" is the squared difference of the student's velocity from the frozen dense model's on the same
             noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
@@ -531,7 +531,7 @@ class FinetuneConfig:
     from_dense: bool = False
     local_files_only: bool = False
     output: str = "finetuned"
-    attention: Branch = "sla"
+    attention: TunedAttention = "sla"
     sparsity: float | None = None
     negligible: float | None = None
     linear_domain: LinearDomain | None = None
@@ -565,7 +565,7 @@ class FinetuneConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name, kinds in (("attention", Branch), ("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
+        for name, kinds in (("attention", TunedAttention), ("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
                             ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
                 raise UsageError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(kinds))}.")
@@ -585,6 +585,10 @@ class FinetuneConfig:
         for name in ("sparsity", "negligible", "anneal_from"):
             if getattr(self, name) is not None:
                 _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} 0.5.")
+        if self.attention == "dense" and (self.loss != "flow" or self.train not in ("all", "attn")):
+            raise UsageError(
+                "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
+            )
         if self.from_dense and self.weights is not None:
             raise UsageError("--from-dense begins without SLA weights, but --weights gives some. Leave one out.")
         if not 0 <= self.seed <= MAX_SEED:

@@ -45,6 +45,7 @@ from slagen.wan.checkpoints import (
     weights_hash,
     write_sla,
 )
+from slagen.wan.context import split_tokens
 from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
 from slagen.wan.processor import install
 
@@ -108,7 +109,7 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
     """
     device = pick_device(config.device)
     folder = Path(config.output).expanduser()
-    with join(device, config.parallel) as team:
+    with join(device, config.parallel, config.context_parallel) as team:
         tell = on_event if team.first else lambda event: None
         with _only_one(folder) if team.first else nullcontext():
             return _Run(config, folder, team, tell).run()
@@ -138,20 +139,21 @@ class _Run:
         self.config, self.folder, self.team, self.tell = config, folder, team, tell
         base = GenerateConfig(
             "-", model=config.model, weights=config.weights, local_files_only=config.local_files_only,
-            allow_untrained=True, device=str(team.device), dtype=config.dtype, backend=config.backend,
+            allow_untrained=True, attention="dense" if config.attention == "dense" else "sla",
+            device=str(team.device), dtype=config.dtype, backend=config.backend,
         )  # fmt: skip
         self.base = base
         self.weights = find_weights(base, lambda text: tell(Event("note", text)))
-        if not config.from_dense and self.weights.sla_path is None:
+        if not config.from_dense and config.attention != "dense" and self.weights.sla_path is None:
             raise WeightsError(
                 f"{self.weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some "
                 "with --weights."
             )
         self.sla = config.sla(self.weights.sla)
         self.schedule = _schedule(config, self.weights.source.defaults.training)
-        if self.schedule.batch_size % team.size:
+        if self.schedule.batch_size % team.data_size:
             raise UsageError(
-                f"batch_size is {self.schedule.batch_size}, but {team.size} processes share it. Give a multiple."
+                f"batch_size is {self.schedule.batch_size}, but {team.data_size} processes share it. Give a multiple."
             )
         self.recipe = Recipe(
             self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
@@ -225,7 +227,7 @@ class _Run:
 
     def _check_tokens(self) -> None:
         least = min(map(self._tokens, [*self.data.training, *self.data.held_out]))
-        if self.sla.num_blocks(least)[1] < 2:
+        if self.config.attention != "dense" and self.sla.num_blocks(least)[1] < 2:
             raise UsageError(
                 f"a clip has {least} tokens, fewer than 2 key blocks of {self.sla.block_n}, so nothing can be left "
                 "out. Give larger or longer clips, or a smaller --block-n."
@@ -239,8 +241,10 @@ class _Run:
         config, source = self.config, self.weights.source
         student = load_transformer(source, torch.float32)
         self.base_hash = weights_hash(student)
-        branches = BRANCHES[config.attention]
-        if config.from_dense or self.weights.sla_path is None:
+        branches = BRANCHES.get(config.attention, "both")
+        if config.attention == "dense":
+            install(student, None)
+        elif config.from_dense or self.weights.sla_path is None:
             apply_sla(student, self.sla, backend=config.backend, branches=branches)
             if config.attention == "linear":  # O^l itself, to begin with
                 for name, parameter in student.named_parameters():
@@ -270,6 +274,9 @@ class _Run:
             student.enable_gradient_checkpointing()
         teacher = load_transformer(source, self.recipe.dtype)
         install(teacher, None)
+        if self.team.context_group is not None:
+            for transformer in (student, teacher):
+                split_tokens(transformer, self.team.context_group)
         return student.train(), teacher.requires_grad_(False)
 
     def _train(self, step: int, spent: float) -> float:
@@ -360,6 +367,7 @@ class _Run:
         return layer_errors(
             self.student, self.teacher, self.examples[:2], self.levels[::2], device=self.team.device,
             autocast=self.trainer.autocast,
+            total=self.team.over_context if self.team.context_group is not None else lambda sums: sums,
         )  # fmt: skip
 
     def _validate_if_due(self, step: int) -> None:
@@ -450,12 +458,14 @@ class _Run:
             after, layers = self._error(), self._layers()
             self._validate(steps)
             wanted = {n: p for n, p in self.student.named_parameters() if n in trainer.named or PROJECTION in n}
+            if self.config.attention == "dense":
+                wanted = dict(self.student.named_parameters())
             tensors = trained_tensors({name: whole(p.detach()).clone() for name, p in wanted.items()})
         result = FinetuneResult(
-            self.folder, self.folder / "sla.safetensors", steps, self.before["error"], after, spent, self.folder / PAGE
+            self.folder, self.folder / self._file(), steps, self.before["error"], after, spent, self.folder / PAGE
         )  # fmt: skip
         if self.team.first:
-            write_sla(tensors, result.weights, metadata)
+            write_sla(tensors, result.weights, None if self.config.attention == "dense" else metadata)
             content = {
                 **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
                 "layer_errors_before": self.before["layers"], "layer_errors_after": layers, "settings": self.settings,
@@ -465,6 +475,9 @@ class _Run:
             write_text(result.page, self._page(content))
         self.team.wait()
         return result
+
+    def _file(self) -> str:
+        return "transformer.safetensors" if self.config.attention == "dense" else "sla.safetensors"
 
     def _trained(self) -> str:
         return self.config.train if self.config.attention == "sla" else f"{self.config.train}, {self.config.attention}"
@@ -499,10 +512,11 @@ class _Run:
                     caption = list(dict.fromkeys(clip.caption for clip in self.data.held_out))[int(path.stem[-1])]
                     pairs.append(Pair(check["step"], caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
         before, after = content["teacher_error_before"], content["teacher_error_after"]
+        sparsity = "" if self.config.attention == "dense" else f", sparsity {self.sla.sparsity:g}"
         facts = {
-            "model": self.weights.source.name, "attention": f"{self.config.attention}, sparsity {self.sla.sparsity:g}",
+            "model": self.weights.source.name, "attention": self.config.attention + sparsity,
             "trained": self.config.train, "loss": self.config.loss, "steps": str(self.schedule.steps),
-            "error to the teacher": f"{before:.4f} before, {after:.4f} after ({1 - after / before:.0%} less)",
+            "error to the teacher": f"{before:.4f} before, {after:.4f} after ({1 - after / (before or 1):.0%} less)",
             "clips": f"{len(self.data.training)} to train on, {len(self.data.held_out)} held out",
             "time": f"{content['seconds'] / 60:.1f} min",
         }  # fmt: skip

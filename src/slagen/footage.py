@@ -179,8 +179,8 @@ def plan_cuts(footage: list[Footage], full: Cut, grid: int) -> list[Cut]:
     Raises: UsageError with every video that cannot be read, has no pictures, or is too short.
     """
     sizes = _sizes(full, grid)
-    least = min(full.num_frames, MIN_FRAMES)
-    lengths = sorted({max(least, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
+    fewest = min(full.num_frames, MIN_FRAMES)
+    lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
     faults, cuts = [], []
     for item in footage:
         try:

@@ -28,12 +28,25 @@ class Team:
     Args:
         rank: 0 is the first, which writes files. size: how many there are.
         device: this process's own. kind: "alone", "ddp" or "fsdp".
+        context: how many share a clip, one after the other by rank; context_group: they, where they are several.
     """
 
     rank: int
     size: int
     device: torch.device
     kind: str
+    context: int = 1
+    context_group: Any = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the shares of a batch is this process's."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """How many shares a batch has."""
+        return self.size // self.context
 
     @property
     def first(self) -> bool:
@@ -56,6 +69,12 @@ class Team:
         """The sum over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
+        return values
+
+    def over_context(self, values: Tensor) -> Tensor:
+        """The sum over those that share a clip."""
+        values = values.clone()
+        dist.all_reduce(values, group=self.context_group)
         return values
 
     def share(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -90,18 +109,20 @@ class Team:
 
 
 @contextmanager
-def join(device: torch.device, parallel: Parallel) -> Iterator[Team]:
+def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator[Team]:
     """This process's team, for the length of the block.
 
     Args:
         device: as asked for; on CUDA each process takes the card of its local rank.
+        context: how many processes share a clip's tokens.
     Raises: UsageError for several processes' options without torchrun, EnvironmentProblem where they do not find
         each other.
     """
     if not dist.is_torchelastic_launched():
-        if parallel != "auto":
+        if parallel != "auto" or context > 1:
+            option = f"--context-parallel {context}" if context > 1 else f"--parallel {parallel}"
             raise UsageError(
-                f"--parallel {parallel} is for several processes. Start them: torchrun --nproc-per-node 2 -m slagen ..."
+                f"{option} is for several processes. Start them: torchrun --nproc-per-node 2 -m slagen ..."
             )
         yield Team(0, 1, device, "alone")
         return
@@ -115,7 +136,12 @@ def join(device: torch.device, parallel: Parallel) -> Iterator[Team]:
         if device.type == "cuda":
             device = torch.device("cuda", dist.get_node_local_rank(0))
             torch.cuda.set_device(device)
-        yield Team(dist.get_rank(), dist.get_world_size(), device, "fsdp" if parallel == "fsdp" else "ddp")
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if size % context:
+            raise UsageError(f"context_parallel is {context}, but must divide the {size} processes.")
+        groups = [dist.new_group(range(i, i + context)) for i in range(0, size, context)] if context > 1 else None
+        own = None if groups is None else groups[rank // context]
+        yield Team(rank, size, device, "fsdp" if parallel == "fsdp" else "ddp", context, own)
     finally:
         if started:
             dist.destroy_process_group()

@@ -84,8 +84,13 @@ def layer_errors(
     seed: int = 0,
     device: torch.device | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> list[float]:
-    """The same for what self-attention gives in each layer; errors of earlier layers are in it."""
+    """The same for what self-attention gives in each layer; errors of earlier layers are in it.
+
+    Args:
+        total: adds up over the processes that share a clip's tokens.
+    """
     device = device or next(teacher.parameters()).device
     layers = len(teacher.blocks)  # type: ignore[arg-type]
     difference, scale = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.float64)
@@ -96,6 +101,7 @@ def layer_errors(
         for i, (e, f) in enumerate(zip(expected.tensors, found.tensors, strict=True)):
             difference[i] += (f.double() - e.double()).square().sum().cpu()
             scale[i] += e.double().square().sum().cpu()
+    difference, scale = total(difference.float().to(device)), total(scale.float().to(device))
     return (difference / scale).sqrt().tolist()
 
 

@@ -121,8 +121,9 @@ class Trainer:
         recipe, team = self.recipe, self.team
         batch = recipe.schedule.batch_size
         clips = self._clips(number)
-        shares = [self._pieces([(i, clips[i]) for i in range(rank, batch, team.size)]) for rank in range(team.size)]
-        pieces, passes = shares[team.rank], max(map(len, shares))
+        parts = team.data_size
+        shares = [self._pieces([(i, clips[i]) for i in range(part, batch, parts)]) for part in range(parts)]
+        pieces, passes = shares[team.data_rank], max(map(len, shares))
         levels = self._levels(number)
         rate = self.learning_rate(number)
         for group in self.optimizer.param_groups:
@@ -136,11 +137,12 @@ class Trainer:
             noisy = mix(x, noise, level.view(-1, 1, 1, 1, 1))
             with team.syncing(self.shared, last=j == passes - 1):
                 loss, difference, scale = self._loss(noisy, level, text, noise - x)
-                # DDP and FSDP take the mean over processes, so each has its own clips' share of the batch, times them
+                # DDP and FSDP take the mean over all processes, so each gives its part of the sum times their number;
+                # those that share a clip's tokens each have the gradients of their own
                 (loss.sum() * (counts * team.size / batch)).backward()
             tokens = difference.new_tensor(float(x[0, 0].numel() * len(piece)))
             sums += counts * torch.stack([loss.detach().sum().double(), difference, scale, tokens])
-        team.total(sums)
+        team.total(sums).div_(team.context)  # those that share a clip all have its loss
         loss_sum, difference_sum, scale_sum, latents = sums.tolist()
         if not math.isfinite(loss_sum):
             names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
@@ -181,8 +183,11 @@ class Trainer:
             pairs = list(zip(expected_layers.tensors, found_layers.tensors, strict=True))
             for e, f in pairs:
                 e, f = e.float(), f.float()
-                relative = (f - e).square().mean((1, 2)) / e.square().mean((1, 2)).clamp_min(1e-12)
-                loss = loss + self.recipe.layer_loss / len(pairs) * relative
+                wrong, right = (f - e).square().sum((1, 2)), e.square().sum((1, 2))
+                if self.team.context_group is not None:  # each has some of the tokens
+                    right = self.team.over_context(right)
+                    wrong = wrong + (self.team.over_context(wrong.detach()) - wrong.detach())
+                loss = loss + self.recipe.layer_loss / len(pairs) * wrong / right.clamp_min(1e-12)
         return loss, difference, expected.double().square().sum()
 
     def _clips(self, number: int) -> list[Clip]:

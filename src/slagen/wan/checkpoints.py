@@ -234,16 +234,17 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
     return file
 
 
-def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata) -> None:
+def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | None) -> None:
     """Write an SLA file beside its name and rename it: every `proj_l`, and what else was trained, by the model's names.
 
     A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
-    B A. Raises SlagenError where the disk does not take it.
+    B A. Without metadata it is a plain transformer file. Raises SlagenError where the disk does not take it.
     """
     part = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, metadata=metadata.to_strings())
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, part, metadata=None if metadata is None else metadata.to_strings())
         part.chmod(0o644)  # safetensors makes it readable by its owner only
         with part.open("rb") as handle:
             os.fsync(handle.fileno())

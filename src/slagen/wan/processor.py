@@ -70,6 +70,7 @@ class SLAProcessor(SparseLinearAttention):
         super().__init__(head_dim, config, backend=backend, branches=branches, device=device)
         self.layer = layer
         self.recorder: StepRecorder | None = None
+        self.token_group: Any = None  # the processes that share a clip's tokens, see context.py
 
     def __call__(
         self,
@@ -80,7 +81,7 @@ class SLAProcessor(SparseLinearAttention):
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
         _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
-        return _self_attention(attn, hidden_states, rotary_emb, self._attend)
+        return _self_attention(attn, hidden_states, rotary_emb, _over_tokens(self._attend, self.token_group))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.recorder is None:
@@ -94,6 +95,15 @@ class SLAProcessor(SparseLinearAttention):
         return self.forward(q, k, v)
 
 
+def _over_tokens(attend: Callable[..., Tensor], group: Any) -> Callable[..., Tensor]:
+    """Attention over all tokens of some heads, where each process has all heads of some tokens."""
+    if group is None:
+        return attend
+    from slagen.wan.context import to_heads, to_tokens
+
+    return lambda q, k, v: to_tokens(attend(*(to_heads(x, group) for x in (q, k, v))), group)
+
+
 class DenseProcessor:
     """Full attention with the same spans around it: what SLA is compared with."""
 
@@ -103,6 +113,7 @@ class DenseProcessor:
     def __init__(self, layer: int) -> None:
         self.layer = layer
         self.recorder: StepRecorder | None = None
+        self.token_group: Any = None  # the processes that share a clip's tokens, see context.py
 
     def __call__(
         self,
@@ -113,7 +124,7 @@ class DenseProcessor:
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
         _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
-        return _self_attention(attn, hidden_states, rotary_emb, self._attend)
+        return _self_attention(attn, hidden_states, rotary_emb, _over_tokens(self._attend, self.token_group))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.recorder is None:
