@@ -305,7 +305,6 @@ class _Attempt:
     task: Task
     lock: BaseFileLock
     id: str
-    began: float
     video: Future[Video] | None = None
 
 
@@ -363,7 +362,7 @@ class _Run:
             if now.state == "failed" and self._has_ended(now):
                 self.result.failed.append((now.name, str(now.result.get("reason"))))
                 return True
-            attempt = _Attempt(task, lock, uuid.uuid4().hex, time.monotonic())
+            attempt = _Attempt(task, lock, uuid.uuid4().hex)
             running = {"event": "running", "key": now.key, "attempt": attempt.id, "worker": self.worker}
             self.manifest.append(running)
             self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt:.60}"))
@@ -394,7 +393,7 @@ class _Run:
             except (SlagenError, RuntimeError, OSError) as error:
                 self._fail(attempt, error)
                 return
-            seconds = time.monotonic() - attempt.began
+            seconds = video.report["stages_s"]["total"]
             counts = self.manifest.finish(
                 task.job, attempt.id, event="done", worker=self.worker, seconds=seconds,
                 sha256=video.report["video"]["sha256"], latents_hash=video.report["latents_hash"],
@@ -419,8 +418,9 @@ class _Run:
         """How many videos have ended, and the time left by what all who share the work have done since."""
         ended = [task for task in self.todo if self._has_ended(jobs[task.job.key])]
         left = ""
-        if ended:
-            done, everything = sum(map(_work, ended)), sum(map(_work, self.todo))
+        sampled = [*ended, self.writing.task] if self.writing is not None else ended
+        if sampled:
+            done, everything = sum(map(_work, sampled)), sum(map(_work, self.todo))
             left = f", about {clock((everything - done) * (time.monotonic() - self.began) / done)} left"
         return f"{len(ended)} of {len(self.todo)} done{left}"
 

@@ -1,7 +1,9 @@
 """One clip's tokens over several processes (Ulysses): split along the sequence, by heads within self-attention.
 
-Each process computes its share of the tokens; within self-attention the shares are exchanged so that it sees all tokens of
-its share of the heads, so blocks are chosen as if there were one process. Source: DeepSpeed-Ulysses, arXiv:2309.14509.
+Each process computes its share of the tokens; within self-attention the shares are exchanged so that it sees all tokens
+of its share of the heads, and blocks are chosen as if there were one process.
+
+Source: DeepSpeed-Ulysses, arXiv:2309.14509.
 """
 
 from __future__ import annotations
