@@ -114,6 +114,12 @@ def test_what_cannot_start(toy, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("a circle --sneed 3")
     assert run(["batch", str(tmp_path / "prompts.txt"), *command(toy, tmp_path / "out"), "--ray"]) == 2
     assert "--sneed is unknown" in capsys.readouterr().err
+    assert run(["batch", str(tmp_path / "prompts.txt"), "--ray-address", "127.0.0.1:1"]) == 2  # the file comes first
+    (tmp_path / "prompts.txt").write_text("a circle")
+    for address, code in (("127.0.0.1:1", 4), ("nonsense", 2)):
+        options = [*command(toy, tmp_path / "out"), "--ray-address", address]
+        assert run(["batch", str(tmp_path / "prompts.txt"), *options]) == code
+        assert address in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"):
         cluster._start("local")

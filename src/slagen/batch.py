@@ -30,7 +30,7 @@ from slagen import prompts
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.embeddings import Embeddings, component_files, file_hashes
 from slagen.errors import SlagenError, UsageError
-from slagen.generate import Event, Session, Video, save
+from slagen.generate import Event, Sample, Session, Video, free_memory, save
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
@@ -367,10 +367,14 @@ class _Run:
             self.manifest.append(running)
             self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt:.60}"))
             stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
+            sample: Sample | None
             try:
                 sample = session.sample(task.plan, embeddings.get(task.plan, session), stages, self.on_event)
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
                 self._fail(attempt, error)
+                sample = None
+            if sample is None:
+                free_memory()  # what ran out of it held it until here
                 return True
             self._finish()
             attempt.video, kept = writer.submit(save, sample, self.manifest.folder / task.job.name), True

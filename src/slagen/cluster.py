@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
+import re
 import socket
 import threading
 import uuid
@@ -66,23 +67,35 @@ def _absolute(config: BatchConfig) -> BatchConfig:
 
 def _start(address: str) -> Any:
     """Import Ray and connect, or start it here, without dashboard, usage report or log lines."""
+    match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
+    if match is None and address not in (LOCAL, "auto"):
+        raise UsageError(f"the Ray address is {address!r}, but must be HOST:PORT. Leave it out to start Ray here.")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads these when it is imported
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
         raise EnvironmentProblem("--ray needs Ray. Install it: pip install 'slagen[ray]'") from error
+    if match is not None:  # Ray itself would try for minutes
+        try:
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise _unreached(address, error) from error
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == LOCAL:
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
         ray.init(address, **options)
     except (ConnectionError, RuntimeError, ValueError, ImportError, OSError, TimeoutError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EnvironmentProblem(
-            f"Ray at {address!r} is not reached ({reason}). Start it with ray start --head, or leave the address out."
-        ) from error
+        raise _unreached(address, error) from error
     return ray
+
+
+def _unreached(address: str, error: Exception) -> EnvironmentProblem:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return EnvironmentProblem(
+        f"Ray at {address!r} is not reached ({reason}). Start it with ray start --head, or leave the address out."
+    )
 
 
 class Worker:
@@ -269,7 +282,9 @@ class _Driver:
 
 
 def _words(options: dict[str, float]) -> str:
-    return ", ".join(f"{number} {name.removeprefix('num_').upper()}" for name, number in options.items())
+    (name, number), *_ = options.items()
+    what = name.removeprefix("num_").removesuffix("s").upper()
+    return f"{number:g} {what}{'s' * (number > 1)}"
 
 
 def _reason(error: Exception) -> str:

@@ -167,9 +167,7 @@ class Session:
     def release_text_encoder(self) -> None:
         """Give its memory back: every prompt is encoded."""
         self.pipe.text_encoder = self.pipe.tokenizer = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     @torch.no_grad()
     def denoise(
@@ -209,6 +207,13 @@ class Session:
         frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
         return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that the next video has room for it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def save(sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda event: None) -> Video:
