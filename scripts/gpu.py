@@ -6,7 +6,7 @@
 
 Each part runs in a process of its own, ends within nine minutes, and leaves one JSON file in
 benchmarks/results/<card>/; a part whose file is there is skipped, so a run that was cut short goes on. The training of
-the bundled model is not among the parts unless it is asked for with --part tiny: it takes what time it is given.
+the bundled model, and of the table that compares ways to tune it, run when asked for (--part tiny, --part sla-table).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT_S = 9 * 60
+ON_REQUEST = ("tiny", "sla-table")
 SLAGEN = [sys.executable, "-m", "slagen"]
 SWEEP = {  # kernel -> tiles to try: query rows, key columns, warps, stages
     "attend": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2),
@@ -116,6 +117,13 @@ def tiny(folder: Path) -> None:
     subprocess.run([sys.executable, str(scripts / "evaluate.py"), "--json", str(result)], check=True, timeout=LIMIT_S)
 
 
+def sla_table(folder: Path) -> None:
+    """The runs of the comparison table that fit into nine minutes; run it again to go on."""
+    script = str(ROOT / "scripts" / "tiny_wan" / "sla_table.py")
+    subprocess.run([sys.executable, script, "--limit", "5"], check=True, timeout=LIMIT_S)
+    subprocess.run([sys.executable, script, "--table"], check=True, timeout=LIMIT_S)
+
+
 def save(path: Path, content: dict) -> None:
     """Write a result with card, date and versions, whole or not at all."""
     import torch
@@ -149,6 +157,7 @@ PARTS = {
                                            name="bench-marginal", folder=folder),
     "loop-1.3b-480p": lambda folder: loop("loop-1.3b-480p", folder, "--compile"),
     "tiny": tiny,
+    "sla-table": sla_table,
 }  # fmt: skip
 
 
@@ -167,7 +176,7 @@ def main() -> None:
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     folder = RESULTS / card
     folder.mkdir(parents=True, exist_ok=True)
-    names = args.part or [name for name in PARTS if name != "tiny" and not (folder / f"{name}.json").exists()]
+    names = args.part or [name for name in PARTS if name not in ON_REQUEST and not (folder / f"{name}.json").exists()]
     failed = []
     for name in names:
         began = time.monotonic()

@@ -265,6 +265,8 @@ def test_going_on_from_sla_weights(toy, tmp_path):
                       weights=str(first.weights))  # fmt: skip
     second = finetune(config)
     assert second.teacher_error_before == pytest.approx(first.teacher_error_after, rel=1e-4)
+    with pytest.raises(UsageError, match="Leave one of them out"):
+        finetune(dataclasses.replace(config, from_dense=True))
     with pytest.raises(WeightsError, match="no SLA weights to go on from. Begin with --from-dense"):
         finetune(settings(model, tmp_path / "third", data=data, from_dense=False))
 
@@ -399,6 +401,7 @@ def test_command(toy, tmp_path, capsys, monkeypatch):
     assert run([*base, *options]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "sla.safetensors")
     assert run([*base, *options, "--lr", "3"]) == 2
+    assert run([*base, *options, "--dtype", "fp16"]) == 2
     assert run(["finetune", "--from-dense"]) == 2
     assert run([*base, "--self-generate", "x.txt"]) == 2
     assert run([*base, "--parallel", "ddp", "--restart"]) == 2
@@ -458,6 +461,22 @@ def test_checkpoints_go_on_in_every_team(together, kind):
     for name, tensor in tensors.items():
         if name.startswith("weight/"):
             assert torch.equal(tensor, tensors[name.replace("weight/", "resumed/")]), name
+
+
+def test_the_command_under_torchrun(toy, tmp_path):
+    """One answer of two processes, and the error of one."""
+    model, data = toy
+    alone = finetune(settings(model, tmp_path / "alone", data=data, steps=2))
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "slagen",
+               "finetune", "--parallel", "fsdp", "--model", str(model), "--data", str(data), "--from-dense", "--json",
+               "--sparsity", "0.6", "--block-m", "16", "--block-n", "16", "--steps", "2", "--validate-every", "1000",
+               "--device", "cpu", "--output", str(tmp_path / "two")]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=1e-4)
+    one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")
+    assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-3) for name in one)
 
 
 def test_a_layers_error_is_its_own():

@@ -600,7 +600,7 @@ TuneModelOption = Annotated[
 ]
 TuneSeedOption = Annotated[int, typer.Option("--seed", help="Of noise and order.", rich_help_panel=TRAINING)]
 TuneDtypeOption = Annotated[
-    str, typer.Option("--dtype", help="To compute in: auto, bf16, fp16 or fp32.", rich_help_panel=MACHINE)
+    str, typer.Option("--dtype", help="To compute in: auto, bf16 or fp32.", rich_help_panel=MACHINE)
 ]
 TuneDeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]
 
@@ -629,7 +629,10 @@ def finetune(
     fps: DataFpsOption = None,
     model: TuneModelOption = None,
     weights: Annotated[
-        str | None, typer.Option(help="SLA weights to go on from.", rich_help_panel=MODEL, metavar="FILE_OR_FOLDER")
+        str | None,
+        typer.Option(
+            help="SLA weights to go on from, or a transformer.", rich_help_panel=MODEL, metavar="FILE_OR_FOLDER"
+        ),
     ] = None,
     from_dense: Annotated[
         bool, typer.Option("--from-dense", help="Begin with dense weights and a fresh proj_l.", rich_help_panel=MODEL)
@@ -779,7 +782,8 @@ def finetune(
         from slagen import finetune as task
 
         result = task.finetune(config, progress)
-    console.show_finetune(result, as_json)
+    if result.rank == 0:
+        console.show_finetune(result, as_json)
 
 
 @tuning.command("data", context_settings=CONTEXT)

@@ -501,7 +501,8 @@ class FinetuneConfig:
 
     Args:
         data: what to train on.
-        model: preset, folder or hub id. weights: SLA weights to go on from; None takes the model's own.
+        model: preset, folder or hub id. weights: SLA weights to go on from, or a whole transformer; None takes the
+            model's own.
         from_dense: begin with the model's dense weights and a fresh `proj_l`.
         output: a folder for `sla.safetensors`, the checkpoint, the log and the page.
         attention: "sla", or one of its branches alone; "dense" for a control that is tuned as long.
@@ -589,8 +590,6 @@ class FinetuneConfig:
             raise UsageError(
                 "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
             )
-        if self.from_dense and self.weights is not None:
-            raise UsageError("--from-dense begins without SLA weights, but --weights gives some. Leave one out.")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
 

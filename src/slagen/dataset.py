@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ from slagen.wan.loading import encode_video, load_pipeline
 SET_FILE, INDEX_FILE = "dataset.json", "tensors.jsonl"
 VERSION = 1
 SHARD_BYTES = 256 * 2**20
-SHARD_TENSORS = 16  # what a killed run loses at most
+SHARD_TENSORS = 16
+SHARD_S = 20.0  # of work, which a killed run loses at most
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Store:
         self.places: dict[str, tuple[str, str]] = {}  # name -> shard, SHA-256
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._waiting: dict[str, Tensor] = {}
+        self._flushed = time.monotonic()
         whole: dict[str, bool] = {}
         try:
             lines = (folder / INDEX_FILE).read_bytes().split(b"\n")
@@ -84,11 +87,13 @@ class Store:
         """Keep a tensor. Raises SlagenError where the disk does not take it."""
         self._waiting[name] = tensor.detach().cpu().contiguous()
         size = sum(t.numel() * t.element_size() for t in self._waiting.values())
-        if len(self._waiting) >= SHARD_TENSORS or size >= SHARD_BYTES:
+        late = time.monotonic() - self._flushed > SHARD_S
+        if late or len(self._waiting) >= SHARD_TENSORS or size >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write what waits: a shard beside its name, renamed, and then its lines in the index."""
+        self._flushed = time.monotonic()
         if not self._waiting:
             return
         shard = f"{digest(sorted(self._waiting))[:16]}.safetensors"
@@ -192,11 +197,15 @@ def prepare(
     """Encode a set of videos, or have the dense model make one, into a folder; what is there already is kept.
 
     Args:
-        base: model, device and dtype. seed: which clips are held out, and with what noise own ones are made.
+        base: model, device and dtype; its weights, if any, are a whole transformer.
+        seed: which clips are held out, and with what noise own ones are made.
     Raises: UsageError with every fault of the set, WeightsError for a broken model.
     """
-    weights = find_weights(dataclasses.replace(base, attention="dense", weights=None))
-    folder.mkdir(parents=True, exist_ok=True)
+    weights = find_weights(dataclasses.replace(base, attention="dense"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
     for part in folder.glob("*.safetensors.part"):
         part.unlink(missing_ok=True)
     make = _generated if config.self_generate is not None else _encoded
@@ -207,7 +216,10 @@ def prepare(
         "version": VERSION, "identity": encoder_identity(weights.source, cache), "model": weights.source.name,
         "negative": negative, "fps": fps, "clips": [dataclasses.asdict(clip) for clip in clips],
     }  # fmt: skip
-    write_json(folder / SET_FILE, content)
+    try:
+        write_json(folder / SET_FILE, content)
+    except OSError as error:
+        raise SlagenError(f"{folder / SET_FILE} cannot be written ({error}). Free some space.") from error
     return Dataset(folder)
 
 
@@ -308,7 +320,7 @@ def _generated(
     files += component_files(source.weights or source.folder, ("transformer",))
     made_by = [identity, file_hashes(files, cache)]
     settings = dataclasses.replace(
-        base, attention="dense", weights=None, width=config.width, height=config.height, num_frames=config.num_frames,
+        base, attention="dense", width=config.width, height=config.height, num_frames=config.num_frames,
         fps=config.fps, num_videos=1, save_latents=False, timing="off",
     )  # fmt: skip
     jobs, faults = [], []

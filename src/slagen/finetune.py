@@ -68,6 +68,7 @@ class FinetuneResult:
         teacher_error_before, teacher_error_after: relative L2 error of the velocity to the dense teacher's, on clips
             that were never trained on, without guidance; after: of the very weights that were written.
         steps: of the optimiser, in all. seconds: of training, in all. page: curves and clips.
+        rank: of the process that says so, under torchrun.
     """
 
     output: Path
@@ -77,6 +78,7 @@ class FinetuneResult:
     teacher_error_after: float
     seconds: float
     page: Path
+    rank: int = 0
 
 
 @dataclass
@@ -112,7 +114,18 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
     with join(device, config.parallel, config.context_parallel) as team:
         tell = on_event if team.first else lambda event: None
         with _only_one(folder) if team.first else nullcontext():
-            return _Run(config, folder, team, tell).run()
+            try:
+                return _Run(config, folder, team, tell).run()
+            except torch.OutOfMemoryError as error:
+                raise SlagenError(
+                    "the GPU ran out of memory. Try --micro-batch 1, --checkpointing, --optimizer adamw8bit, --train "
+                    "lora, or fewer --num-frames."
+                ) from error
+            except OSError as error:
+                raise SlagenError(
+                    f"{folder} cannot be written ({error}). Free some space and start again: it goes on from the last "
+                    "checkpoint."
+                ) from error
 
 
 @contextmanager
@@ -144,6 +157,12 @@ class _Run:
         )  # fmt: skip
         self.base = base
         self.weights = find_weights(base, lambda text: tell(Event("note", text)))
+        if config.from_dense and config.weights is not None and self.weights.source.weights is None:
+            raise UsageError(
+                "--from-dense begins without SLA weights, but --weights gives some. Leave one of them out."
+            )
+        if self.weights.source.weights is None:
+            self.base = dataclasses.replace(base, weights=None)  # SLA weights are no concern of the dense model's
         if not config.from_dense and config.attention != "dense" and self.weights.sla_path is None:
             raise WeightsError(
                 f"{self.weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some "
@@ -155,9 +174,13 @@ class _Run:
             raise UsageError(
                 f"batch_size is {self.schedule.batch_size}, but {team.data_size} processes share it. Give a multiple."
             )
+        if config.dtype == "fp16":
+            raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
+        dtype = pick_dtype(config.dtype, team.device)
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # a card without bf16
         self.recipe = Recipe(
             self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
-            config.seed, pick_dtype(config.dtype, team.device),
+            config.seed, dtype,
         )  # fmt: skip
         self.stop = threading.Event()
 
@@ -286,7 +309,7 @@ class _Run:
         first, before = step, spent
         began = time.monotonic()
         with (
-            _stopping(self.stop),
+            _stopping(self.stop, self.tell),
             _tensorboard(self.folder, self.config.tensorboard and team.first, self.tell) as board,
         ):
             while step < steps:
@@ -462,7 +485,8 @@ class _Run:
                 wanted = dict(self.student.named_parameters())
             tensors = trained_tensors({name: whole(p.detach()).clone() for name, p in wanted.items()})
         result = FinetuneResult(
-            self.folder, self.folder / self._file(), steps, self.before["error"], after, spent, self.folder / PAGE
+            self.folder, self.folder / self._file(), steps, self.before["error"], after, spent, self.folder / PAGE,
+            self.team.rank,
         )  # fmt: skip
         if self.team.first:
             write_sla(tensors, result.weights, None if self.config.attention == "dense" else metadata)
@@ -561,13 +585,14 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
+def _stopping(stop: threading.Event, tell: Tell) -> Iterator[None]:
     """SIGINT or SIGTERM once: a checkpoint after this step, and the end. Twice: the end now."""
 
     def interrupt(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
+        tell(Event("warning", "a checkpoint after this step, then the end; press Ctrl-C again to stop now"))
 
     if threading.current_thread() is not threading.main_thread():
         yield
