@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
-LEAVES |= {"quality", "footage"}
+LEAVES |= {"quality", "footage", "interrupts"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "manifest": {"errors"},
     "pages": set(),
     "quality": {"errors"},
+    "interrupts": set(),
     "footage": {"errors"},
     "resolve": LIBRARY | LEAVES,
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},

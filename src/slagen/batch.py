@@ -17,12 +17,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import BaseFileLock, FileLock
 
@@ -31,6 +30,7 @@ from slagen.config import BatchConfig, GenerateConfig
 from slagen.embeddings import Embeddings, component_files, file_hashes
 from slagen.errors import SlagenError, UsageError
 from slagen.generate import Event, Sample, Session, Video, free_memory, save
+from slagen.interrupts import stopping
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
@@ -451,22 +451,7 @@ def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
     return file_hashes(list(dict.fromkeys(files)), cache)
 
 
-@contextmanager
-def signals(stop: threading.Event, on_event: Callable[[Event], None]) -> Iterator[None]:
+def signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
     """SIGINT once: finish the video and stop. SIGINT again, or SIGTERM: stop now."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        if stop.is_set() or number == signal.SIGTERM:
-            raise KeyboardInterrupt
-        stop.set()
-        on_event(Event("warning", "stopping after this video; press Ctrl-C again to stop now"))
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    text = "stopping after this video; press Ctrl-C again to stop now"
+    return stopping(stop, lambda: on_event(Event("warning", text)), at_once=(signal.SIGTERM,))

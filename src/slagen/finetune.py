@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from slagen.config import FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.dataset import Clip, Dataset
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generate import Event, Session
+from slagen.interrupts import stopping
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.pages import Pair, training_page
 from slagen.parallel import Team, join, whole
@@ -308,8 +308,9 @@ class _Run:
         save_every = self.config.save_every or max(10, steps // 10)
         first, before = step, spent
         began = time.monotonic()
+        text = "a checkpoint after this step, then the end; press Ctrl-C again to stop now"
         with (
-            _stopping(self.stop, self.tell),
+            stopping(self.stop, lambda: self.tell(Event("warning", text))),
             _tensorboard(self.folder, self.config.tensorboard and team.first, self.tell) as board,
         ):
             while step < steps:
@@ -319,10 +320,10 @@ class _Run:
                 step += 1
                 spent = before + time.monotonic() - began
                 self._told(step, first, result, spent, before, time.monotonic() - start, board)
-                stopping = team.agree(self.stop.is_set())
-                if stopping or step % save_every == 0 or step == steps:
+                ending = team.agree(self.stop.is_set())
+                if ending or step % save_every == 0 or step == steps:
                     self._save(step, spent)
-                if stopping and step < steps:
+                if ending and step < steps:
                     raise KeyboardInterrupt
                 if step < steps:
                     self._validate_if_due(step)
@@ -582,27 +583,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         if isinstance(content, dict) and isinstance(content.get("step"), int) and "event" in content:
             lines.append(content)
     return lines
-
-
-@contextmanager
-def _stopping(stop: threading.Event, tell: Tell) -> Iterator[None]:
-    """SIGINT or SIGTERM once: a checkpoint after this step, and the end. Twice: the end now."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        tell(Event("warning", "a checkpoint after this step, then the end; press Ctrl-C again to stop now"))
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

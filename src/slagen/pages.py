@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import Environment
+
+STYLE = """:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
+  body { margin: 0 auto; max-width: 1200px; padding: 1.5rem; }
+  figure { margin: 0; border: 1px solid #8884; border-radius: .5rem; overflow: hidden; }
+  video { display: block; width: 100%; }
+  a { color: inherit; }"""
 
 SHEET = """<!doctype html>
 <html lang="en">
@@ -13,21 +20,18 @@ SHEET = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-  :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-  body { margin: 0 auto; max-width: 1200px; padding: 1.5rem; }
+  {{ style }}
   header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline; }
   h1 { font-size: 1.2rem; margin: 0 auto 0 0; }
   button { font: inherit; padding: .2rem .7rem; border: 1px solid #8888; border-radius: 1rem; background: none;
     color: inherit; cursor: pointer; }
   button[aria-pressed=true] { background: #8883; }
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1rem; margin-top: 1rem; }
-  figure { margin: 0; border: 1px solid #8884; border-radius: .5rem; overflow: hidden; }
-  video { display: block; width: 100%; aspect-ratio: 16 / 10; object-fit: contain; background: #0003; }
+  video { aspect-ratio: 16 / 10; object-fit: contain; background: #0003; }
   figcaption { padding: .5rem .7rem .7rem; overflow-wrap: anywhere; }
   .prompt { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical; overflow: hidden; }
   .facts { opacity: .7; font-size: .85rem; margin-top: .3rem; }
   .failed { padding: 1rem .7rem; }
-  a { color: inherit; }
 </style>
 <header>
   <h1>{{ title }}</h1>
@@ -94,8 +98,7 @@ class Card:
 
 def contact_sheet(title: str, cards: list[Card]) -> str:
     """The HTML of a page with a playing thumbnail of every video, sortable."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(SHEET)
-    return template.render(title=title, rows=cards, orders=ORDERS)
+    return _render(SHEET, title=title, rows=cards, orders=ORDERS)
 
 
 TRAINING = """<!doctype html>
@@ -104,17 +107,13 @@ TRAINING = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-  :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-  body { margin: 0 auto; max-width: 1200px; padding: 1.5rem; }
+  {{ style }}
   h1 { font-size: 1.2rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
   dt { opacity: .7; } dd { margin: 0; }
   section { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; }
   section svg { width: 100%; height: auto; background: white; border-radius: .5rem; }
-  figure { margin: 0; border: 1px solid #8884; border-radius: .5rem; overflow: hidden; }
-  video { display: block; width: 100%; }
   figcaption { padding: .5rem .7rem; overflow-wrap: anywhere; }
-  a { color: inherit; }
 </style>
 <h1>{{ title }}</h1>
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
@@ -150,8 +149,12 @@ class Pair:
 
 def training_page(title: str, facts: dict[str, str], charts: list[str], pairs: list[Pair]) -> str:
     """The HTML of a page on a training: facts, curves (SVG elements), and clips."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TRAINING)
-    return template.render(title=title, facts=facts, charts=charts, pairs=pairs)
+    return _render(TRAINING, title=title, facts=facts, charts=charts, pairs=pairs)
+
+
+def _render(page: str, **content: Any) -> str:
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(page)
+    return template.render(style=STYLE, **content)
 
 
 def _data_uri(video: bytes) -> str:

@@ -41,21 +41,57 @@ def _self_attention(
     return attn.to_out[1](attn.to_out[0](out))
 
 
-class SLAProcessor(SparseLinearAttention):
-    """A diffusers attention processor for one Wan self-attention layer. Holds that layer's `proj_l`.
+class _Processor:
+    """A diffusers attention processor for one Wan self-attention layer; a subclass has the attention itself."""
+
+    _attention_backend = None  # diffusers sets both on every processor that has them
+    _parallel_config = None
+    layer: int  # index of the block, for the recorder
+    recorder: StepRecorder | None = None  # `attach_recorder` gives one
+    token_group: Any = None  # the processes that share a clip's tokens, see context.py
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Rotary | None = None,
+    ) -> Tensor:
+        _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
+        return _self_attention(attn, hidden_states, rotary_emb, self._attend)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.token_group is not None:
+            from slagen.wan.context import to_heads, to_tokens
+
+            q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
+            return to_tokens(self._timed(q, k, v), self.token_group)
+        return self._timed(q, k, v)
+
+    def _timed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.recorder is None:
+            return self._operator(q, k, v)
+        with self.recorder.attention(self.layer):
+            return self._operator(q, k, v)
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q, k, v, each (B, H, L, D)."""
+        raise NotImplementedError
+
+
+class SLAProcessor(_Processor, SparseLinearAttention):
+    """Sparse-linear attention in one layer. Holds that layer's `proj_l`.
 
     A sequence of fewer than two key blocks has nothing to choose from and is attended densely.
 
     Args:
         head_dim: D of the layer.
         config: how SLA divides the work.
-        layer: index of the block, for the recorder that `attach_recorder` gives it.
+        layer: index of the block.
         backend, branches: as in `sparse_linear_attention`.
         device: where `proj_l` is made.
     """
-
-    _attention_backend = None  # diffusers sets both on every processor that has them
-    _parallel_config = None
 
     def __init__(
         self,
@@ -67,27 +103,8 @@ class SLAProcessor(SparseLinearAttention):
         branches: Branches = "both",
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(head_dim, config, backend=backend, branches=branches, device=device)
+        SparseLinearAttention.__init__(self, head_dim, config, backend=backend, branches=branches, device=device)
         self.layer = layer
-        self.recorder: StepRecorder | None = None
-        self.token_group: Any = None  # the processes that share a clip's tokens, see context.py
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Rotary | None = None,
-    ) -> Tensor:
-        _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
-        return _self_attention(attn, hidden_states, rotary_emb, _over_tokens(self._attend, self.token_group))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.recorder is None:
-            return self._operator(q, k, v)
-        with self.recorder.attention(self.layer):
-            return self._operator(q, k, v)
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.config.num_blocks(q.shape[2])[1] < 2:
@@ -95,42 +112,14 @@ class SLAProcessor(SparseLinearAttention):
         return self.forward(q, k, v)
 
 
-def _over_tokens(attend: Callable[..., Tensor], group: Any) -> Callable[..., Tensor]:
-    """Attention over all tokens of some heads, where each process has all heads of some tokens."""
-    if group is None:
-        return attend
-    from slagen.wan.context import to_heads, to_tokens
-
-    return lambda q, k, v: to_tokens(attend(*(to_heads(x, group) for x in (q, k, v))), group)
-
-
-class DenseProcessor:
+class DenseProcessor(_Processor):
     """Full attention with the same spans around it: what SLA is compared with."""
-
-    _attention_backend = None
-    _parallel_config = None
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
-        self.recorder: StepRecorder | None = None
-        self.token_group: Any = None  # the processes that share a clip's tokens, see context.py
 
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Rotary | None = None,
-    ) -> Tensor:
-        _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
-        return _self_attention(attn, hidden_states, rotary_emb, _over_tokens(self._attend, self.token_group))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.recorder is None:
-            return F.scaled_dot_product_attention(q, k, v)
-        with self.recorder.attention(self.layer):
-            return F.scaled_dot_product_attention(q, k, v)
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def _refuse_what_sla_lacks(encoder_hidden_states: Any, attention_mask: Any, parallel_config: Any) -> None:
