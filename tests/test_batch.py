@@ -152,9 +152,14 @@ def test_known_prompts_need_no_text_encoder(toy, tmp_path, monkeypatch):
         for folder, result in (("out", first), ("again", second)) for name in sorted(result.made)
     ]  # fmt: skip
     assert hashes[:2] == hashes[2:]
-    for file in (tmp_path / "cache" / "embeddings").iterdir():
-        file.write_bytes(b"damaged")
-    assert len(batch(settings(toy, tmp_path, lines, output="third")).made) == 2 and loaded == [False, True]
+    for number, file in enumerate(sorted((tmp_path / "cache" / "embeddings").iterdir())):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 16  # whole, but not what was written
+        file.write_bytes(content if number else b"damaged")
+    third = batch(settings(toy, tmp_path, lines, output="third"))
+    assert len(third.made) == 2 and loaded == [False, True]
+    again = [json.loads((tmp_path / "third" / name).with_suffix(".json").read_text()) for name in sorted(third.made)]
+    assert [report["latents_hash"] for report in again] == hashes[:2]
     batch(settings(toy, tmp_path, ["red --seed 1"], output="fourth", no_cache=True))
     assert len(list((tmp_path / "cache" / "embeddings").iterdir())) == 3  # two prompts and the empty negative one
 
@@ -327,10 +332,26 @@ def test_a_late_word_changes_nothing_that_is_done(tmp_path):
     assert manifest.read()[job.key].state == "done"
 
 
+def test_damaged_notes_in_the_cache_are_made_anew(toy, tmp_path):
+    """hashes.json and speeds.json only save time."""
+    config = settings(toy, tmp_path, ["a circle --seed 1"])
+    first = batch(config)
+    for text in ("", "[]", "{", '{"x": 3}', "null"):
+        for name in ("hashes.json", "speeds.json"):
+            (tmp_path / "cache" / name).write_text(text)
+        assert batch(config).kept == first.made
+    notes = json.loads((tmp_path / "cache" / "hashes.json").read_text())
+    (tmp_path / "cache" / "hashes.json").write_text(json.dumps({name: entry[:2] for name, entry in notes.items()}))
+    assert batch(config).kept == first.made
+
+
 def test_a_folder_that_takes_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SlagenError, match="takes no files"):
         Manifest(tmp_path / "file")
+    (tmp_path / "manifest.jsonl").mkdir()
+    with pytest.raises(SlagenError, match="cannot be read"):
+        Manifest(tmp_path).read()
 
 
 def test_command(toy, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,8 @@ STAGES = {
     "decode": "decoding",
     "write": "writing",
 }
+
+LINE_S = 15.0  # between lines on what goes on, where there is no terminal
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -41,6 +44,7 @@ class GenerateProgress:
         )
         self._tasks: dict[int, TaskID] = {}  # by worker
         self._jobs: dict[int, str] = {}
+        self._last_line = 0.0
 
     def __enter__(self) -> GenerateProgress:
         self._progress.start()
@@ -62,6 +66,9 @@ class GenerateProgress:
             self._progress.console.print(escape(event.text), soft_wrap=True)
         elif event.kind == "clip":
             self._show_stage(0, escape(event.text), None)
+            if not stderr.is_terminal and time.monotonic() - self._last_line > LINE_S:
+                self._last_line = time.monotonic()
+                self._progress.console.print(escape(event.text), soft_wrap=True)
         elif event.kind == "job":
             who = f"worker {event.worker}: " if event.worker else ""
             self._jobs[event.worker] = who + escape(event.text)

@@ -8,14 +8,13 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from slagen.config import BatchConfig
-from slagen.errors import SlagenError, WeightsError
+from slagen.errors import SlagenError
 from slagen.generate import Session
 from slagen.manifest import digest
-from slagen.models import read_header
 from slagen.report import write_json
 from slagen.resolve import Plan
 
@@ -35,6 +34,7 @@ class Embeddings:
             file_hashes(files, self.cache), weights.source.defaults.max_sequence_length, str(weights.dtype)
         ]  # fmt: skip
         self.memory: dict[str, torch.Tensor] = {}
+        self.whole: set[str] = set()  # keys of files that were read and are what was written
 
     def has(self, plan: Plan) -> bool:
         """Whether a plan's texts are all known."""
@@ -46,13 +46,14 @@ class Embeddings:
             assert tensor is not None
             tensor, key = tensor.cpu().contiguous(), self._key(text)
             if self.folder is not None:
+                part = self.folder / f"{key}.{os.getpid()}.part"
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    part = self.folder / f"{key}.{os.getpid()}.part"
-                    save_file({"embeds": tensor}, part)
-                    os.replace(part, self.folder / f"{key}.safetensors")
+                    save_file({"embeds": tensor}, part, metadata={"sha256": _sha256(tensor)})
+                    os.replace(part, self._path(key))
                     continue
                 except (OSError, SafetensorError):
+                    part.unlink(missing_ok=True)
                     self.folder = None
             self.memory[key] = tensor
 
@@ -72,19 +73,29 @@ class Embeddings:
         key = self._key(text)
         if key in self.memory or self.folder is None:
             return key in self.memory
-        try:
-            return "embeds" in read_header(self._path(key))
-        except WeightsError:
-            return False
+        if key not in self.whole and self._read(key) is not None:
+            self.whole.add(key)
+        return key in self.whole
 
     def _load(self, text: str) -> torch.Tensor:
         key = self._key(text)
-        if key in self.memory:
-            return self.memory[key]
+        tensor = self.memory[key] if key in self.memory else self._read(key)
+        if tensor is None:
+            raise SlagenError(f"{self._path(key)} is gone or broken. Run the batch again with --retry-failed.")
+        return tensor
+
+    def _read(self, key: str) -> torch.Tensor | None:
+        """What a file holds; None unless that is what was written."""
         try:
-            return load_file(self._path(key))["embeds"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise SlagenError(f"{self._path(key)} is gone or broken ({error}). Run the batch again.") from error
+            with safe_open(self._path(key), framework="pt") as handle:
+                tensor, metadata = handle.get_tensor("embeds"), handle.metadata() or {}
+        except (OSError, SafetensorError):
+            return None
+        return tensor if metadata.get("sha256") == _sha256(tensor) else None
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _texts(plan: Plan) -> list[str]:
@@ -111,7 +122,7 @@ def file_hashes(files: list[Path], cache: Path) -> str:
         status = file.stat()
         name, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
         entry = known.get(name)
-        if not isinstance(entry, list) or entry[:2] != stamp:
+        if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp and isinstance(entry[2], str)):
             with file.open("rb") as handle:
                 entry = known[name] = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
             changed = True

@@ -120,6 +120,10 @@ class Manifest:
                 data = handle.read()
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise SlagenError(
+                f"{self.path} cannot be read ({error.strerror or error}). Give another --output."
+            ) from error
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.split(b"\n"):
