@@ -596,7 +596,12 @@ HeldOutOption = Annotated[
 ]
 TuneModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", rich_help_panel=MODEL, help="A preset, folder or hub id, as for generate."),
+    typer.Option(
+        "--model",
+        "-m",
+        rich_help_panel=MODEL,
+        help="A preset, folder or hub id. Default: wan2.1-t2v-1.3b with a CUDA device, tiny-wan (bundled) without.",
+    ),
 ]
 TuneSeedOption = Annotated[int, typer.Option("--seed", help="Of noise and order.", rich_help_panel=TRAINING)]
 TuneDtypeOption = Annotated[

@@ -501,8 +501,8 @@ class FinetuneConfig:
 
     Args:
         data: what to train on.
-        model: preset, folder or hub id. weights: SLA weights to go on from, or a whole transformer; None takes the
-            model's own.
+        model: preset, folder or hub id; None is Wan2.1 1.3B on CUDA and the bundled model elsewhere.
+        weights: SLA weights to go on from, or a whole transformer; None takes the model's own.
         from_dense: begin with the model's dense weights and a fresh `proj_l`.
         output: a folder for `sla.safetensors`, the checkpoint, the log and the page.
         attention: "sla", or one of its branches alone; "dense" for a control that is tuned as long.

@@ -50,6 +50,7 @@ from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
 from slagen.wan.processor import install
 
 LOG, PAGE, RESULT, CLIPS = "log.jsonl", "index.html", "result.json", "clips"
+DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
 MAX_HELD_OUT = 16  # clips that an error is measured on
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
 BRANCHES: dict[str, Branches] = {"sla": "both", "sparse": "sparse", "linear": "linear"}
@@ -151,7 +152,8 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.team, self.tell = config, folder, team, tell
         base = GenerateConfig(
-            "-", model=config.model, weights=config.weights, local_files_only=config.local_files_only,
+            "-", model=config.model or (DEFAULT_ON_CUDA if team.device.type == "cuda" else None),
+            weights=config.weights, local_files_only=config.local_files_only,
             allow_untrained=True, attention="dense" if config.attention == "dense" else "sla",
             device=str(team.device), dtype=config.dtype, backend=config.backend,
         )  # fmt: skip
