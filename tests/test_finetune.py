@@ -265,6 +265,7 @@ def test_going_on_from_sla_weights(toy, tmp_path):
                       weights=str(first.weights))  # fmt: skip
     second = finetune(config)
     assert second.teacher_error_before == pytest.approx(first.teacher_error_after, rel=1e-4)
+    assert read_sla(second.weights)[0].steps == 8
     with pytest.raises(UsageError, match="Leave one of them out"):
         finetune(dataclasses.replace(config, from_dense=True))
     with pytest.raises(WeightsError, match="no SLA weights to go on from. Begin with --from-dense"):

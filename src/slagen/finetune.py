@@ -41,6 +41,7 @@ from slagen.wan.checkpoints import (
     apply_sla,
     install_projections,
     load_sla,
+    read_metadata,
     trained_tensors,
     weights_hash,
     write_sla,
@@ -266,6 +267,7 @@ class _Run:
         config, source = self.config, self.weights.source
         student = load_transformer(source, torch.float32)
         self.base_hash = weights_hash(student)
+        self.steps_before = 0
         branches = BRANCHES.get(config.attention, "both")
         if config.attention == "dense":
             install(student, None)
@@ -276,6 +278,7 @@ class _Run:
                     if name.endswith(f"{PROJECTION}weight"):
                         torch.nn.init.eye_(parameter)
         elif self.weights.sla_alone:
+            self.steps_before = read_metadata(self.weights.sla_path).steps
             load_sla(
                 student, self.weights.sla_path, config=self.sla, backend=config.backend, branches=branches,
                 allow_untrained=True, base_hash=self.base_hash,
@@ -474,7 +477,7 @@ class _Run:
         """Round the average weights, measure those, write them, and the page."""
         steps, trainer = self.schedule.steps, self.trainer
         metadata = SLAMetadata(
-            self.sla, self.weights.source.name, self.base_hash, self._trained(), steps,
+            self.sla, self.weights.source.name, self.base_hash, self._trained(), self.steps_before + steps,
             "rcm" if self.weights.distilled else "flow",
         )  # fmt: skip
         with trainer.averaged(), torch.no_grad():
