@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slagen import prompts
 from slagen.config import DataConfig, GenerateConfig
-from slagen.embeddings import component_files, file_hashes
+from slagen.embeddings import component_files, content_hashes, file_hashes
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage
 from slagen.generate import Event, Session
@@ -237,10 +237,8 @@ def _encoded(
     full = _full_cut(config, source)
     cuts = plan_cuts(footage, full, max(16, source.spatial_grid))
     identity = encoder_identity(source, cache)
-    names = [
-        digest([identity, file_hashes([item.path], cache), dataclasses.astuple(cut)])
-        for item, cut in zip(footage, cuts, strict=True)
-    ]
+    contents = content_hashes([item.path for item in footage], cache)
+    names = [digest([identity, content, dataclasses.astuple(cut)]) for content, cut in zip(contents, cuts, strict=True)]
     texts = {item.caption: digest([identity, item.caption]) for item in footage}
     negative = source.defaults.negative_prompt
     texts[negative] = digest([identity, negative])

@@ -109,7 +109,13 @@ def component_files(folder: Path, parts: tuple[str, ...]) -> list[Path]:
 
 
 def file_hashes(files: list[Path], cache: Path) -> str:
-    """One hash of many files' contents. Each file's is kept in `cache` by path, size and time, so it is read once."""
+    """One hash of many files' names and contents."""
+    names = [file.name for file in files]
+    return digest([list(pair) for pair in zip(names, content_hashes(files, cache), strict=True)])
+
+
+def content_hashes(files: list[Path], cache: Path) -> list[str]:
+    """SHA-256 of each file. They are kept in `cache` by path, size and time, so that a file is read once."""
     store = cache / "hashes.json"
     try:
         known = json.loads(store.read_text())
@@ -117,7 +123,7 @@ def file_hashes(files: list[Path], cache: Path) -> str:
         known = None
     if not isinstance(known, dict):
         known = {}
-    digests, changed = [], False
+    found, changed = [], False
     for file in files:
         status = file.stat()
         name, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
@@ -126,11 +132,11 @@ def file_hashes(files: list[Path], cache: Path) -> str:
             with file.open("rb") as handle:
                 entry = known[name] = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
             changed = True
-        digests.append([file.name, entry[2]])
+        found.append(entry[2])
     if changed:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             write_json(store, known)
         except OSError:
             pass  # hashed again the next time
-    return digest(digests)
+    return found
