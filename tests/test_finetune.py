@@ -480,6 +480,29 @@ def test_the_command_under_torchrun(toy, tmp_path):
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-3) for name in one)
 
 
+def test_the_1_3b_is_planned_to_fit_on_80_gb():
+    """480p, 81 frames, one clip at a time: 32,760 tokens; the parts it is made of are counted, not measured."""
+    from diffusers import WanTransformer3DModel
+
+    from slagen.config import TrainingDefaults
+    from slagen.trainer import Recipe, memory_plan
+    from slagen.wan.loading import RANDOM_INIT, wan_config
+
+    with torch.device("meta"):
+        student = WanTransformer3DModel(**wan_config(RANDOM_INIT["wan-1.3b"]))
+        teacher = WanTransformer3DModel(**wan_config(RANDOM_INIT["wan-1.3b"])).bfloat16()
+    recipe = Recipe(TrainingDefaults(), "distill", 0.0, 0.01, None, "adamw", 0, torch.bfloat16)
+
+    def gib(recipe=recipe, parts=1, recomputes=True):
+        text = memory_plan(student, teacher, recipe, 32760, parts, recomputes)
+        return float(text.split("memory about ")[1].split()[0])
+
+    parameters = sum(p.numel() for p in student.parameters())
+    assert (20 + 2) * parameters / 2**30 < gib() < 60  # 20 bytes a trained parameter, 2 a teacher's
+    assert gib(recomputes=False) > 100 > gib(dataclasses.replace(recipe, optimizer="adamw8bit")) + 45
+    assert gib(parts=8) < gib() - 15
+
+
 def test_a_layers_error_is_its_own():
     """With every block kept and a zero projection there is none; with few blocks there is."""
     from wan_models import build_transformer
