@@ -332,6 +332,19 @@ def test_a_late_word_changes_nothing_that_is_done(tmp_path):
     assert manifest.read()[job.key].state == "done"
 
 
+def test_only_the_last_to_begin_ends_a_job(tmp_path):
+    """Where locks do not hold, as on some network disks: who was overtaken does not count."""
+    manifest = Manifest(tmp_path)
+    (job,) = manifest.queue([want(1)])
+    manifest.append({"event": "running", "key": job.key, "attempt": "a", "worker": "x"})
+    Manifest(tmp_path).append({"event": "running", "key": job.key, "attempt": "b", "worker": "y"})
+    assert not manifest.finish(job, "a", event="done", sha256="x")
+    assert not manifest.finish(job, "a", event="failed", reason="late")
+    assert manifest.read()[job.key].state == "running"
+    assert manifest.finish(job, "b", event="done", sha256="y")
+    assert Manifest(tmp_path).read()[job.key].result["sha256"] == "y"
+
+
 def test_damaged_notes_in_the_cache_are_made_anew(toy, tmp_path):
     """hashes.json and speeds.json only save time."""
     config = settings(toy, tmp_path, ["a circle --seed 1"])
