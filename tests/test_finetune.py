@@ -281,6 +281,15 @@ def test_a_loss_that_is_not_finite_stops(toy, tmp_path):
     assert about["step"] >= 1 and load_file(path / "state.safetensors")
 
 
+def test_a_disk_too_small_is_told_before_the_first_step(toy, tmp_path, monkeypatch):
+    model, data = toy
+    usage = task.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(task.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    with pytest.raises(SlagenError, match="3 checkpoints of 0.0 GiB each must fit"):
+        finetune(settings(model, tmp_path / "out", data=data))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_two_runs_in_one_folder(toy, tmp_path):
     model, data = toy
     with task._only_one(tmp_path / "out"), pytest.raises(SlagenError, match="is at work in"):
