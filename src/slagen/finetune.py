@@ -33,7 +33,7 @@ from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, vel
 from slagen.report import versions, write_json, write_text
 from slagen.resolve import find_weights, make_plan
 from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan
-from slagen.training_state import FOLDER, KEPT, load_state, read_latest, save_state
+from slagen.training_state import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
 from slagen.video import make_thumbnail, read_mp4, write_mp4
 from slagen.wan.checkpoints import (
     SLAMetadata,
@@ -241,14 +241,15 @@ class _Run:
         return dataset.open_dataset(folder, source, cache)
 
     def _check_room(self) -> None:
-        """Raise SlagenError where the disk does not hold the checkpoints, one more of which is there as it is written."""
+        """Raise SlagenError where the disk does not hold the checkpoints, and one more while it is written."""
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         each = (8 + (2 if self.config.optimizer == "adamw8bit" else 8)) * trained  # weights, average, optimiser
+        more = KEPT + 1 - len(checkpoints(self.folder))
         free = shutil.disk_usage(self.folder).free
-        if free < (KEPT + 1) * each:
+        if free < more * each:
             raise SlagenError(
-                f"{self.folder} has {free / 2**30:.1f} GiB free, but {KEPT + 1} checkpoints of {each / 2**30:.1f} GiB "
-                "each must fit. Free some space, or give another --output."
+                f"{self.folder} has {free / 2**30:.1f} GiB free, but {more} checkpoints of {each / 2**30:.1f} GiB each "
+                "must fit. Free some space, or give another --output."
             )
 
     def _settings(self) -> dict[str, Any]:

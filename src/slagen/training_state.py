@@ -70,13 +70,13 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
             f"the checkpoint of step {step} could not be written to {folder} ({error}). Free some space and start "
             "again: the run goes on from the checkpoint before."
         ) from error
-    for old in _steps(folder)[:-KEPT]:
+    for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The last whole checkpoint of a run and what was kept beside it; None where there is none."""
-    for path in reversed(_steps(folder)):
+    for path in reversed(checkpoints(folder)):
         try:
             about = json.loads((path / "state.json").read_text())
             read_header(path / "state.safetensors")
@@ -126,6 +126,7 @@ def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     return own_part(distribute_tensor(tensor, parameter.device_mesh, parameter.placements))
 
 
-def _steps(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the last one last."""
     found = (folder / FOLDER).glob("step-*")
     return sorted(path for path in found if path.is_dir() and not path.name.endswith(".part"))
