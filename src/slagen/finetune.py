@@ -248,7 +248,7 @@ class _Run:
         free = shutil.disk_usage(self.folder).free
         if free < more * each:
             raise SlagenError(
-                f"{self.folder} has {free / 2**30:.1f} GiB free, but {more} checkpoints of {each / 2**30:.1f} GiB each "
+                f"{self.folder} has {free / 2**30:.2g} GiB free, but {more} checkpoints of {each / 2**30:.2g} GiB each "
                 "must fit. Free some space, or give another --output."
             )
 
