@@ -4,8 +4,10 @@
     python scripts/tiny_wan/sla_table.py --limit 60  none that is begun after 60 minutes
     python scripts/tiny_wan/sla_table.py --table     only the table, from the results there are
 
-Runs go on where they were stopped. Each cell is written to benchmarks/results/tiny-wan-sla-table.json as it is done,
-with its machine, and the table in weights/README.md is made anew from that file.
+Runs go on where they were stopped, and the same command started twice shares the runs: on few cores, one process on
+each core (OMP_NUM_THREADS=1 taskset -c K) does more than one process on all. Each cell is written to
+benchmarks/results/tiny-wan-sla-table.json as it is done, with its machine, and the table in weights/README.md is made
+anew from that file.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "tiny-wan"
@@ -88,7 +92,8 @@ def make_videos(folder: Path) -> None:
 def train(run: Run, data: Path, dtype: str) -> dict:
     """One `slagen finetune`; returns its result."""
     command = [sys.executable, "-m", "slagen", "finetune", "--model", "tiny-wan", "--from-dense", "--data", str(data)]
-    command += [*ROWS[run.row], "--seed", str(run.seed), "--steps", str(run.steps), "--validate-every", "50", "--json"]
+    every = "50" if run.steps <= 250 else "250"
+    command += [*ROWS[run.row], "--seed", str(run.seed), "--steps", str(run.steps), "--validate-every", every, "--json"]
     command += ["--dtype", dtype, "--output", str(run.folder)]
     if not run.row.startswith("dense"):
         command += ["--sparsity", str(run.sparsity)]
@@ -149,12 +154,33 @@ def read_results() -> dict[str, dict]:
     return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
 
 
-def write_results(results: dict[str, dict]) -> None:
+def add_result(run: Run, result: dict) -> None:
+    """Put a run's result into the file and the table, beside those of other processes."""
     from slagen.report import versions, write_json
 
-    content = {"about": __doc__.splitlines()[0], "written": datetime.now(UTC).isoformat(timespec="seconds"),
-               "versions": versions(), "runs": results}  # fmt: skip
-    write_json(RESULTS, content)
+    with FileLock(WORK / "table" / "results.lock"):
+        results = {**read_results(), run.key: result}
+        content = {"about": __doc__.splitlines()[0], "written": datetime.now(UTC).isoformat(timespec="seconds"),
+                   "versions": versions(), "runs": results}  # fmt: skip
+        write_json(RESULTS, content)
+        write_table(results)
+
+
+def do(run: Run, data: Path, dtype: str) -> None:
+    """Train and measure, unless that is done or another process is at it."""
+    try:
+        with FileLock(WORK / "table" / f"{run.folder.name}.lock", timeout=0):
+            if run.key in read_results():
+                return
+            print(run.key, flush=True)
+            told = train(run, data, dtype)
+            log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+            errors = {str(line["step"]): line["error"] for line in log if line["event"] == "validation"}
+            errors[str(run.steps)] = told["teacher_error_after"]
+            result = {"errors": errors, "seconds": told["seconds"], "dtype": dtype, "adherence": adherence(run)}
+            add_result(run, result)
+    except Timeout:
+        print(f"{run.key}: another process is at it", flush=True)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -212,7 +238,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", help="to compute in")
     parser.add_argument("--table", action="store_true", help="only make the table anew")
     args = parser.parse_args()
-    results, began = read_results(), time.monotonic()
+    began = time.monotonic()
     if not args.table:
         data = WORK / "data"
         if not (data / "dataset.json").exists():
@@ -220,19 +246,10 @@ def main() -> None:
             command = [sys.executable, "-m", "slagen", "finetune", "data", str(WORK / "videos"), "--output", str(data)]
             subprocess.run([*command, "--model", "tiny-wan"], cwd=ROOT, check=True)
         for run in runs():
-            if run.key in results or time.monotonic() - began > 60 * args.limit:
-                continue
-            print(run.key, flush=True)
-            told = train(run, data, args.dtype)
-            log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-            errors = {str(line["step"]): line["error"] for line in log if line["event"] == "validation"}
-            errors[str(run.steps)] = told["teacher_error_after"]
-            results[run.key] = {"errors": errors, "seconds": told["seconds"], "dtype": args.dtype,
-                                "adherence": adherence(run)}  # fmt: skip
-            write_results(results)
-            write_table(results)
-    write_table(results)
-    print(table(results))
+            if time.monotonic() - began < 60 * args.limit:
+                do(run, data, args.dtype)
+    write_table(read_results())
+    print(table(read_results()))
 
 
 if __name__ == "__main__":
