@@ -110,7 +110,7 @@ def tiny(folder: Path) -> None:
     """Make the bundled model, each stage in the time that is left of nine minutes; run it again to go on."""
     scripts = ROOT / "scripts" / "tiny_wan"
     work = ["--work", str(ROOT / "build" / "tiny-wan")]
-    stages = ["train_vae.py --minutes 2", "encode.py", "train_dit.py", "train_text.py", "train_sla.py", "export.py"]
+    stages = ["train_vae.py --minutes 2", "encode.py", "train_dit.py", "train_text.py", "export.py", "tune.py"]
     for stage in map(str.split, stages):
         subprocess.run([sys.executable, str(scripts / stage[0]), *stage[1:], *work], check=True, timeout=LIMIT_S)
     result = folder / "tiny.json"

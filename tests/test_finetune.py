@@ -19,13 +19,14 @@ from wan_models import build_pipeline, save_pipeline
 
 from slagen import finetune as task
 from slagen.cli import run
-from slagen.config import DataConfig, FinetuneConfig, SLAConfig
+from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.dataset import Dataset
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.finetune import finetune, read_log
+from slagen.finetune import finetune
 from slagen.models import describe_folder
 from slagen.quality import layer_errors, noise_levels, velocity_error
-from slagen.trainer import PROJECTION
+from slagen.trainer import PROJECTION, Trainer
+from slagen.training_log import read_log
 from slagen.training_state import read_latest
 from slagen.wan.checkpoints import load_sla, read_sla, remove_sla
 from slagen.wan.loading import load_transformer
@@ -54,7 +55,8 @@ def toy(tmp_path_factory):
 
 
 def settings(model, output, *, data=None, self_generate=None, **fields):
-    source = DataConfig(None if data is None else str(data), self_generate and str(self_generate), clips_per_prompt=3)
+    count = None if self_generate is None else 3
+    source = DataConfig(None if data is None else str(data), self_generate and str(self_generate), count)
     fields = {"from_dense": True, "sparsity": 0.6, "block_m": 16, "block_n": 16, "device": "cpu",
               "validate_every": 1000, **fields}  # fmt: skip
     return FinetuneConfig(source, model=str(model), output=str(output), **fields)
@@ -96,6 +98,23 @@ def test_generate_takes_the_result(toy, tmp_path):
     assert run(["generate", "a red circle", "--model", str(model), "--weights", str(result.weights), *options]) == 0
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["weights"]["used"] == "SLA" and report["weights"]["trained_steps"] == 2
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25])
+def test_that_part_of_the_captions_is_the_negative_prompt(toy, tmp_path, monkeypatch, fraction):
+    """As the unconditional pass of guidance sees it."""
+    model, data = toy
+    negative, seen = Dataset(data).negative_text(), []
+    inputs = Trainer._inputs
+
+    def spy(self, number, piece):
+        x, noise, texts = inputs(self, number, piece)
+        seen.extend(torch.equal(text, negative) for text in texts)
+        return x, noise, texts
+
+    monkeypatch.setattr(Trainer, "_inputs", spy)
+    finetune(settings(model, tmp_path / "out", data=data, steps=5, micro_batch=2, caption_dropout=fraction))
+    assert (len(seen), sum(seen)) == (20, 20 * fraction)
 
 
 def test_going_on_ends_where_one_run_ends(toy, tmp_path):
@@ -272,6 +291,159 @@ def test_going_on_from_sla_weights(toy, tmp_path):
         finetune(settings(model, tmp_path / "third", data=data, from_dense=False))
 
 
+@pytest.mark.parametrize("train", ["attn", "proj", "lora"])
+def test_going_on_keeps_what_was_trained_before(toy, tmp_path, train):
+    """The file holds it all, whichever part goes on, and it is what was measured."""
+    if train == "lora":
+        needs("peft", "slagen[finetune]")
+    model, data = toy
+    path, source, prepared = None, describe_folder(model, "toy"), Dataset(data)
+    for number, part in enumerate(("all", train, train)):
+        before = {"from_dense": True} if path is None else {"from_dense": False, "weights": str(path)}
+        result = finetune(settings(model, tmp_path / str(number), data=data, steps=6, train=part, lr=1e-2, **before))
+        path = result.weights
+    teacher, student = (load_transformer(source, torch.float32) for _ in range(2))
+    install(teacher, None)
+    load_sla(student, path)
+    examples = [prepared.example(clip) for clip in prepared.held_out]
+    error = velocity_error(student, teacher, examples, noise_levels(4, 1.5, 1.6))
+    assert error == pytest.approx(result.teacher_error_after, rel=1e-4)
+    assert changed(path, model) >= {"proj", "rest"}
+
+
+def test_a_transformer_of_ones_own_lies_beside_the_result(toy, tmp_path):
+    """What was trained on it is loaded without any model that has it."""
+    model, data = toy
+    fields = {"attention": "dense", "loss": "flow", "sparsity": None, "block_m": None, "block_n": None, "train": "attn"}
+    dense = finetune(settings(model, tmp_path / "dense", data=data, steps=3, lr=1e-2, **fields))
+    source = describe_folder(model, "toy")
+    teacher, student = (load_transformer(source, torch.float32) for _ in range(2))
+    student.load_state_dict({name: tensor.float() for name, tensor in load_file(dense.weights).items()})
+    examples = [Dataset(data).example(clip) for clip in Dataset(data).held_out]
+    error = velocity_error(student, teacher, examples, noise_levels(4, 1.5, 1.6))
+    assert error == pytest.approx(dense.teacher_error_after, rel=1e-5)
+    tuned = finetune(settings(model, tmp_path / "tuned", data=data, steps=2, weights=str(dense.weights)))
+    options = ["--size", "64x64", "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
+    assert tuned.weights == tmp_path / "tuned"
+    assert run(["generate", "a", "--model", str(model), "--weights", str(tuned.weights), *options]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["weights"]["trained_steps"] == 2
+
+
+def test_other_weights_under_the_same_name_are_refused(toy, tmp_path):
+    model, data = toy
+    first = finetune(settings(model, tmp_path / "first", data=data, steps=2))
+    again = {"from_dense": False, "data": data, "weights": str(first.weights)}
+    with pytest.raises(UsageError, match="where the result would be written over them"):
+        finetune(settings(model, tmp_path / "first", **again, steps=3))
+    config = settings(model, tmp_path / "second", **again, steps=2)
+    finetune(config)
+    finetune(settings(model, tmp_path / "first", data=data, steps=4, restart=True))
+    with pytest.raises(UsageError, match="weights_hash was .* Give the same ones"):
+        finetune(config)
+
+
+def test_restart_takes_away_its_own_and_not_before_all_is_well(toy, tmp_path):
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=2, restart=True)
+    foreign = [tmp_path / "out" / name for name in ("checkpoints/my-model.pt", "clips/holiday.mp4", "notes.txt")]
+    finetune(dataclasses.replace(config, seed=1))
+    for file in foreign:
+        file.write_text("mine")
+    own = (tmp_path / "out" / "checkpoints").glob("step-*")
+    before = {path.name: (path / "sha256.json").read_text() for path in own}
+    with pytest.raises(UsageError):
+        finetune(dataclasses.replace(config, data=DataConfig(str(tmp_path / "nowhere"))))
+    assert before == {name: (tmp_path / "out" / "checkpoints" / name / "sha256.json").read_text() for name in before}
+    assert finetune(config).steps == 2
+    assert all(file.read_text() == "mine" for file in foreign)
+
+
+def test_clips_of_seeds_that_overlap_are_never_in_both_sets(toy, tmp_path):
+    model, _ = toy
+    (tmp_path / "prompts.txt").write_text("a red circle --seed 1\na red circle --seed 2\na blue star --seed 1\n")
+    finetune(settings(model, tmp_path / "out", steps=1, self_generate=tmp_path / "prompts.txt", backend="torch"))
+    made = Dataset(tmp_path / "out" / "data")
+    assert not {clip.latents for clip in made.training} & {clip.latents for clip in made.held_out}
+    assert len(made.held_out) == 3
+
+
+def test_a_gradient_that_is_not_finite_stops(toy, tmp_path, monkeypatch):
+    """Nothing of its step is kept, so the same command goes on once the fault is gone."""
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=4, save_every=1)
+    total = torch.nn.utils.get_total_norm
+    calls = []
+
+    def spoiled(*arguments, **options):
+        calls.append(0)
+        return total(*arguments, **options) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", spoiled)
+    with pytest.raises(SlagenError, match="the gradient of step 3 is nan"):
+        finetune(config)
+    assert read_latest(tmp_path / "out")[1]["step"] == 2
+    finetune(config)
+    whole = finetune(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    one, other = weights(tmp_path / "out"), weights(whole.output)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_validations_are_at_the_final_sparsity(toy, tmp_path):
+    """Also where sparsity rises, and right after going on."""
+    model, data = toy
+    config = settings(model, tmp_path / "whole", data=data, steps=4, anneal_from=0.0, validate_every=1)
+    finetune(config)
+
+    def end(event):
+        if isinstance(event, task.Progress) and event.step == 2:
+            raise RuntimeError("the machine is gone")
+
+    parts = dataclasses.replace(config, output=str(tmp_path / "parts"), save_every=1)
+    with contextlib.suppress(RuntimeError):
+        finetune(parts, end)
+    finetune(parts)
+    errors = [
+        [line["error"] for line in read_log(tmp_path / name) if line["event"] == "validation"]
+        for name in ("whole", "parts")
+    ]
+    assert errors[0] == errors[1] and len(errors[0]) == 5
+    with pytest.raises(UsageError, match="sparsity rises from there to 0.6"):
+        finetune(settings(model, tmp_path / "no", data=data, anneal_from=0.8))
+
+
+def test_told_to_stop_in_a_validation(toy, tmp_path, monkeypatch):
+    """It ends without the clip and without another step, and the validation is made when it goes on."""
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=4, validate_every=2)
+    sample, asked = task._Run._sample, []
+
+    def signalled(self, *arguments):
+        if self.trainer.optimizer.state and not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(task._Run, "_sample", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config)
+    assert asked and read_latest(tmp_path / "out")[1]["step"] == 2
+    assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0]
+    finetune(config)
+    assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0, 2, 4]
+
+
+def test_settings_without_effect_are_refused():
+    data = DataConfig("videos")
+    for fields, words in (
+        ({"attention": "dense", "loss": "flow", "sparsity": 0.5}, "Leave --sparsity out"),
+        ({"attention": "dense", "loss": "flow", "anneal_from": 0.5}, "Leave --anneal-from out"),
+        ({"attention": "sparse", "train": "proj"}, "leaves nothing to train"),
+        ({"loss": "flow", "layer_loss": 1.0}, "Leave one out"),
+        ({"dtype": "fp16"}, "lost in fp16"), ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            FinetuneConfig(data, **fields)
+
+
 def test_a_loss_that_is_not_finite_stops(toy, tmp_path):
     model, data = toy
     config = settings(model, tmp_path / "out", data=data, steps=8, lr=1e30, save_every=1)
@@ -299,6 +471,20 @@ def test_two_runs_in_one_folder(toy, tmp_path):
         finetune(settings(model, tmp_path / "file", data=data))
 
 
+def test_two_broken_checkpoints_do_not_cost_the_new_ones(toy, tmp_path):
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=6, save_every=1)
+    finetune(config)
+    for path in (tmp_path / "out" / "checkpoints").glob("step-*"):
+        (path / "state.json").write_text("{}")
+
+    def look(event):
+        if isinstance(event, task.Progress) and event.step > 1:
+            assert read_latest(tmp_path / "out")[1]["step"] == event.step - 1
+
+    assert finetune(config, look).steps == 6
+
+
 def test_a_broken_checkpoint_falls_back_to_the_one_before(toy, tmp_path):
     model, data = toy
 
@@ -312,9 +498,16 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(toy, tmp_path):
     path, about = read_latest(tmp_path / "out")
     assert about["step"] == 3
     file = path / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
     assert read_latest(tmp_path / "out")[1]["step"] == 2
-    finetune(config)
+    left = path.with_name("step-000077.part")
+    left.mkdir()
+    told = []
+    finetune(config, told.append)
+    assert [e.text for e in told if getattr(e, "kind", "") == "warning"] == [f"{path} is broken, so it is passed over"]
+    assert not left.exists()
     whole = finetune(dataclasses.replace(config, output=str(tmp_path / "whole")))
     one, other = weights(tmp_path / "out"), weights(whole.output)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -382,6 +575,68 @@ def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
     (raw / "1.mp4").write_bytes(b"broken")
     assert run(command) == 2
     assert "1.mp4 cannot be decoded" in capsys.readouterr().err
+
+
+def prepare(model, path, output, held_out=None, dtype="fp32"):
+    from slagen import dataset
+
+    config = DataConfig(str(path), held_out=held_out, width=64, height=64, num_frames=9)
+    base = GenerateConfig("-", model=str(model), device="cpu", dtype=dtype)
+    told = []
+    return dataset.prepare(config, base, output, output.parent / "cache", 0, told.append), told
+
+
+def test_what_a_data_set_may_be(toy, tmp_path):
+    """Several captions of a video, faulty numbers of clips, folders in each other, precisions, damage."""
+    needs("av", "slagen[finetune]")
+    from test_footage import write_video
+
+    model, prepared = toy
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    raw.mkdir()
+    for number in range(3):
+        write_video(raw / f"{number}.mp4", [60 * number, 40], [0, 2000], (64, 64))
+    lines = [{"video_path": f"{n}.mp4", "caption": c} for n in range(3) for c in ("a circle", "a star")]
+    (raw / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for held_out in (3, 7):
+        with pytest.raises(UsageError, match=f"has 3 clips, of which {held_out} would be held out"):
+            prepare(model, raw, data, held_out)
+    made, told = prepare(model, raw, data)
+    assert not any("encode" in event.text for event in prepare(model, raw, data)[1] if event.kind == "clip")
+    assert (len(made.training), len(made.held_out)) == (4, 2)
+    assert {clip.caption for clip in made.held_out} == {"a circle", "a star"}
+    assert not {clip.latents for clip in made.training} & {clip.latents for clip in made.held_out}
+    assert prepare(model, raw, data, dtype="bf16")[0].hash != made.hash  # other texts
+    with pytest.raises(UsageError, match="lies within the data"):
+        prepare(model, raw, raw / "here")
+    for option in ({"width": 64, "height": 64}, {"held_out": 1}):
+        config = dataclasses.replace(settings(model, tmp_path / "out", data=data), data=DataConfig(str(data), **option))
+        with pytest.raises(UsageError, match="is prepared already"):
+            finetune(config)
+    largest = max(data.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[-5] ^= 64
+    largest.write_bytes(content)
+    again, told = prepare(model, raw, data)
+    assert sum(event.kind == "clip" for event in told) >= 1 and again.hash == made.hash
+    (raw / "1.mp4").write_bytes(b"broken")
+    with pytest.raises(UsageError, match="1.mp4 cannot be decoded"):
+        prepare(model, raw, data)
+    with pytest.raises(UsageError, match="was not prepared to its end"):
+        finetune(settings(model, tmp_path / "out", data=data))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_data_of_another_negative_prompt(toy, tmp_path):
+    import shutil
+
+    model, data = toy
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    content = json.loads((other / "slagen.json").read_text())
+    (other / "slagen.json").write_text(json.dumps({**content, "negative_prompt": "blurry"}))
+    with pytest.raises(WeightsError, match="was prepared for another negative prompt"):
+        finetune(settings(other, tmp_path / "out", data=data))
 
 
 # The command

@@ -1,13 +1,18 @@
 """Data sets of videos: what is read, what is cut from it, and that all faults are told at once."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import needs
+from PIL import Image
 
 from slagen.errors import EnvironmentProblem, UsageError
-from slagen.footage import Cut, plan_cuts, read_cut, read_footage
+from slagen.footage import Cut, Footage, plan_cuts, read_cut, read_footage
 
 av = needs("av", "slagen[finetune]")
 FULL = Cut(64, 48, 17, 8)
@@ -24,6 +29,29 @@ def write_video(path, levels, times_ms, size=(64, 48), sound=False):
         for level, time in zip(levels, times_ms, strict=True):
             frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), level, np.uint8), format="rgb24")
             frame.pts = time
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def look_at(path):
+    footage, faults = read_footage(path)
+    return plan_cuts(footage, FULL, 16, faults)
+
+
+def ffmpeg(*arguments):
+    import imageio_ffmpeg
+
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
+
+
+def write_ramp(path, frames=48, fps=16, size=(64, 48), codec="libx264", **options):
+    """Frame i is plain grey 4 i."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *size, "rgb8" if codec == "gif" else "yuv420p"
+        stream.options = {"crf": "1", **options} if codec == "libx264" else {}
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 4 * i, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -61,14 +89,106 @@ def test_sizes_and_lengths_fall_into_few_buckets(tmp_path):
     for name, size, seconds in (("wide", (128, 96), 3), ("tall", (96, 128), 1.2), ("square", (80, 80), 0.6)):
         write_video(tmp_path / f"{name}.mp4", [0, 100, 200], [0, int(500 * seconds), int(1000 * seconds)], size)
         (tmp_path / f"{name}.txt").write_text("a circle")
-    footage = read_footage(tmp_path)
-    cuts = {item.path.stem: cut for item, cut in zip(footage, plan_cuts(footage, FULL, 16), strict=True)}
+    footage, faults = read_footage(tmp_path)
+    cuts = {item.path.stem: cut for item, cut in zip(footage, plan_cuts(footage, FULL, 16, faults), strict=True)}
     assert cuts["wide"] == FULL
     assert (cuts["tall"].width, cuts["tall"].height, cuts["tall"].num_frames) == (48, 64, 9)
     assert (cuts["square"].width, cuts["square"].height, cuts["square"].num_frames) == (48, 48, 5)
     assert all(
         read_cut(item.path, cuts[item.path.stem]).shape[0] == cuts[item.path.stem].num_frames for item in footage
     )
+
+
+@pytest.mark.parametrize("name, fps", [("a.mkv", 16), ("a.mkv", 24), ("a.mp4", 16), ("a.mov", 24), ("a.gif", 16)])
+def test_times_that_a_container_rounds(tmp_path, name, fps):
+    """Matroska keeps milliseconds and GIF hundredths: at the video's own rate no frame is lost or shown twice."""
+    if name.endswith("gif"):
+        write_ramp(tmp_path / "a.mp4", 17, fps)
+        ffmpeg("-i", tmp_path / "a.mp4", tmp_path / name)
+    else:
+        write_ramp(tmp_path / name, 17, fps)
+    (tmp_path / "a.txt").write_text("a")
+    footage = [item for item in read_footage(tmp_path)[0] if item.path.name == name]
+    (cut,) = plan_cuts(footage, Cut(64, 48, 17, fps), 16)
+    assert cut.num_frames == 17
+    clip = read_cut(tmp_path / name, cut).mean((1, 2, 3))
+    np.testing.assert_allclose(clip, [4 * i for i in range(17)], atol=9 if name.endswith("gif") else 2)
+    assert np.all(np.diff(clip) > 0) or name.endswith("gif")
+
+
+def test_pictures_are_as_they_are_to_be_seen(tmp_path):
+    """A phone's film lies on its side with a note to turn it; old ones have pixels that are not square."""
+    picture = np.zeros((48, 96, 3), np.uint8)
+    picture[:24, :48] = 255  # upper left
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
+        for _ in range(17):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    for angle, corner in ((0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (270, (0, 1))):
+        turned = tmp_path / f"{angle}.mp4"
+        ffmpeg("-display_rotation", angle, "-i", tmp_path / "a.mp4", "-c", "copy", turned)
+        size = (48, 96) if angle % 180 else (96, 48)
+        cut = plan_cuts([Footage(turned, "a", "a")], Cut(96, 48, 17, 8), 16)[0]
+        assert (cut.width, cut.height) == size
+        ffmpeg("-i", turned, "-frames:v", 1, tmp_path / f"{angle}.png")  # ffmpeg turns it by itself
+        expected = np.asarray(Image.open(tmp_path / f"{angle}.png").convert("RGB")).astype(int)
+        clip = read_cut(turned, cut)[0].astype(int)
+        assert clip.shape == expected.shape and np.abs(clip - expected).mean() < 4
+        half = clip.shape[0] // 2 * corner[0], clip.shape[1] // 2 * corner[1]
+        assert clip[half[0] : half[0] + clip.shape[0] // 2, half[1] : half[1] + clip.shape[1] // 2].mean() > 230
+    ffmpeg("-i", tmp_path / "a.mp4", "-vf", "setsar=1/4", tmp_path / "sar.mp4")
+    cut = plan_cuts([Footage(tmp_path / "sar.mp4", "a", "a")], Cut(96, 48, 17, 8), 16)[0]
+    assert (cut.width, cut.height) == (48, 96)
+    clip = read_cut(tmp_path / "sar.mp4", cut)[0]
+    assert clip[:48, :24].mean() > 230 and clip[:, 24:].mean() < 20
+
+
+def test_a_trimmed_video_is_as_long_as_what_it_shows(tmp_path):
+    """A cut without encoding keeps packets from before its beginning, which are not shown."""
+    write_ramp(tmp_path / "long.mp4", 60, 8, g="48", keyint_min="48")
+    ffmpeg("-ss", 2, "-i", tmp_path / "long.mp4", "-t", 1.4, "-c", "copy", tmp_path / "a.mp4")
+    (cut,) = plan_cuts([Footage(tmp_path / "a.mp4", "a", "a")], Cut(64, 48, 33, 8), 16)
+    assert cut.num_frames == 13 and len(read_cut(tmp_path / "a.mp4", cut)) == cut.num_frames
+
+
+def test_a_damaged_video_is_refused_and_does_not_hang(tmp_path):
+    write_ramp(tmp_path / "a.mp4", 60, 16, (320, 240))
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    start = len(content) * 3 // 10
+    content[start : start + len(content) // 6] = bytes(len(content) // 6)
+    (tmp_path / "a.mp4").write_bytes(content)
+    code = (
+        "import sys; from pathlib import Path; from slagen.errors import UsageError\n"
+        "from slagen.footage import Cut, read_cut\n"
+        "for _ in range(5):\n"
+        "    try: read_cut(Path(sys.argv[1]), Cut(64, 48, 57, 16))\n"
+        "    except UsageError as error: print(error)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    command = [sys.executable, "-c", code, str(tmp_path / "a.mp4")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_and_notes_of_any_kind(tmp_path):
+    write_ramp(tmp_path / "12:30.mp4", 17, 8)
+    (tmp_path / "12:30.txt").write_text("a")
+    ffmpeg("-i", tmp_path / "12:30.mp4", "-c", "copy", "-metadata", b"title=caf\xe9".decode("utf-8", "surrogateescape"),
+           tmp_path / "b.mkv")  # fmt: skip
+    (tmp_path / "b.TXT").write_text("b")
+    assert len(look_at(tmp_path)) == 2
+    (tmp_path / "c.mp4").write_text("ffconcat version 1.0\nfile b.mkv\n")
+    (tmp_path / "c.txt").write_text("c")
+    with pytest.raises(UsageError, match="c.mp4 cannot be decoded"):
+        look_at(tmp_path)
+
+
+def test_times_that_go_back_are_told(tmp_path):
+    write_ramp(tmp_path / "a.avi", 40, 8, bf="3", b_strategy="0")
+    with pytest.raises(UsageError, match="timestamps that go back"):
+        read_cut(tmp_path / "a.avi", Cut(64, 48, 17, 8))
 
 
 def test_cropped_around_the_middle(tmp_path):
@@ -102,13 +222,13 @@ def test_four_kinds_of_lists_mean_the_same(tmp_path):
             (place / video).write_bytes((tmp_path / video).read_bytes())
         (folder / name).write_text(text, encoding="utf-8")
         for given in (folder, folder / name):
-            assert {(item.path.name, item.caption) for item in read_footage(given)} == expected, kind
+            assert {(item.path.name, item.caption) for item in read_footage(given)[0]} == expected, kind
     folder = tmp_path / "plain" / "deeper"
     folder.mkdir(parents=True)
     for video, caption in expected:
         (folder / video).write_bytes((tmp_path / video).read_bytes())
         (folder / video).with_suffix(".txt").write_text(caption + "\n")
-    assert {(item.path.name, item.caption) for item in read_footage(tmp_path / "plain")} == expected
+    assert {(item.path.name, item.caption) for item in read_footage(tmp_path / "plain")[0]} == expected
 
 
 def test_every_fault_is_told_at_once(tmp_path):
@@ -120,26 +240,30 @@ def test_every_fault_is_told_at_once(tmp_path):
     lines = [{"video_path": f"{name}.mp4", "caption": "a"} for name in ("good", "short", "sound", "broken", "empty")]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UsageError) as caught:
-        plan_cuts(read_footage(tmp_path), FULL, 16)
+        look_at(tmp_path)
     text = str(caught.value)
     assert text.startswith("the data set has 4 faults")
     for part in ("data.jsonl:2: short.mp4 is 0.10 s long", "data.jsonl:3: sound.mp4 has sound but no pictures",
                  "data.jsonl:4: broken.mp4 cannot be decoded", "data.jsonl:5: empty.mp4 cannot be dec"):  # fmt: skip
         assert part in text
     lines = [{"caption": "a"}, {"video_path": "good.mp4"}, {"video_path": "good.mp4", "caption": " "}, 7,
-             {"video_path": "gone.mp4", "caption": "a"}]  # fmt: skip
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UsageError, match="has 5 faults") as caught:
-        read_footage(tmp_path)
-    assert "data.jsonl:3: has no caption" in str(caught.value) and "data.jsonl:5: gone.mp4 does not" in str(
-        caught.value
-    )
+             {"video_path": "gone.mp4", "caption": "a"}, {"video_path": "x" * 300, "caption": "a"},
+             {"video_path": "good.mp4", "caption": "a \ud83d"}, {"video_path": "good.mp4", "caption": "a\0"},
+             {"video_path": "short.mp4", "caption": "a"}]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("\n".join(["{", *map(json.dumps, lines)]))
+    with pytest.raises(UsageError, match="has 10 faults") as caught:
+        look_at(tmp_path)
+    for part in ("data.jsonl:1: is no JSON", "data.jsonl:4: has no caption", "data.jsonl:6: gone.mp4 does not exist",
+                 "data.jsonl:7: xxx", "data.jsonl:8: has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
         ("a.jsonl", "{", "a.jsonl:1: is no JSON"), ("a.jsonl", "", "names no video"),
+        ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: has too many columns; put the caption in"),
+        ("metadata.csv", 'video,prompt\na.mp4,"a', "is no CSV"),
         ("metadata.csv", "a,b\n1,2\n", "lacks a column"), ("videos2caption.json", "{}", "no list of videos"),
         ("a.txt", "x", "no list of videos"), ("a.csv", b"\xff\xfe", "cannot be read as UTF-8"),
     ],
@@ -147,7 +271,7 @@ def test_every_fault_is_told_at_once(tmp_path):
 def test_lists_that_are_none(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
-        read_footage(tmp_path / name)
+        look_at(tmp_path / name)
 
 
 def test_folders_without_a_set(tmp_path):
@@ -158,15 +282,18 @@ def test_folders_without_a_set(tmp_path):
     write_video(tmp_path / "a.mp4", [0], [0])
     write_video(tmp_path / "b.mp4", [0], [0])
     (tmp_path / "b.txt").write_text("  \n")
-    with pytest.raises(UsageError, match="2 faults"):
+    (tmp_path / "._b.mp4").write_bytes(b"what a Mac puts beside a file")
+    (tmp_path / "c.mp4").symlink_to(tmp_path / "gone.mp4")
+    with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: is a link that leads nowhere"):
+        look_at(tmp_path)
+    (tmp_path / "tensors.jsonl").write_text("")
+    with pytest.raises(UsageError, match="was not prepared to its end"):
         read_footage(tmp_path)
 
 
 def test_without_pyav(tmp_path, monkeypatch):
-    import sys
-
     write_video(tmp_path / "a.mp4", [0, 1], [0, 2000])
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(EnvironmentProblem, match=r"slagen\[finetune\]"):
-        plan_cuts(read_footage(tmp_path), FULL, 16)
+        look_at(tmp_path)

@@ -13,6 +13,7 @@ from slagen.config import SLAConfig, TrainingDefaults
 from slagen.dataset import Dataset
 from slagen.models import describe_folder
 from slagen.parallel import join, whole
+from slagen.quality import velocity_error
 from slagen.trainer import Recipe, Trainer
 from slagen.training_state import load_state, read_latest, save_state
 from slagen.wan.checkpoints import apply_sla
@@ -21,7 +22,9 @@ from slagen.wan.loading import load_transformer
 from slagen.wan.processor import install
 
 SLA = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
-SCHEDULE = TrainingDefaults(steps=20, lr=1e-3, batch_size=4, micro_batch=1, proj_multiplier=2.0, warmup_steps=0)
+SCHEDULE = TrainingDefaults(
+    steps=20, lr=1e-3, batch_size=4, micro_batch=1, proj_multiplier=2.0, warmup_steps=0, caption_dropout=0.25
+)
 
 
 def main(model: str, data: str, out: str, parallel: str, context: str) -> None:
@@ -38,13 +41,16 @@ def main(model: str, data: str, out: str, parallel: str, context: str) -> None:
             if team.context_group is not None:
                 split_tokens(student, team.context_group)
                 split_tokens(teacher, team.context_group)
-            return Trainer(student.train(), teacher.requires_grad_(False), Dataset(Path(data)), recipe, team)
+            teacher = team.share_frozen(teacher.requires_grad_(False))
+            return Trainer(student.train(), teacher, Dataset(Path(data)), recipe, team)
 
         trainer = build()
         result = trainer.step(0)
         kept = {f"grad/{name}": whole(p.grad) for name, p in trainer.named.items()}
         save_state(trainer, Path(out), 1, {})
         team.wait()
+        with trainer.averaged():  # a validation in between leaves no trace
+            velocity_error(trainer.student, trainer.teacher, [trainer.data.example(trainer.data.held_out[0])], [0.5])
         again = build()  # goes on as if it had never stopped
         load_state(again, *read_latest(Path(out)))
         for one in (trainer, again):

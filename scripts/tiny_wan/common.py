@@ -52,19 +52,14 @@ def sigmas(count: int, shift: float, generator: torch.Generator) -> torch.Tensor
     return shift * t / (1 + (shift - 1) * t)
 
 
-def make_optimizers(model, lr: float, extra: list | None = None, boost: dict | None = None):
-    """Muon for the matrices inside blocks, AdamW for the rest; `boost`: part of a name -> factor on its rate."""
-    matrices, rest = [], {1.0: list(extra or [])}
+def make_optimizers(model, lr: float, extra: list):
+    """Muon for the matrices inside blocks, AdamW for the rest and what is `extra`."""
+    matrices, rest = [], list(extra)
     for name, parameter in model.named_parameters():
-        factor = next((f for part, f in (boost or {}).items() if part in name), None)
-        if factor is None and name.startswith("blocks.") and parameter.ndim == 2:
-            matrices.append(parameter)
-        else:
-            rest.setdefault(factor or 1.0, []).append(parameter)
+        inside = name.startswith("blocks.") and parameter.ndim == 2
+        (matrices if inside else rest).append(parameter)
     muon = torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(
-        [dict(params=p, lr=lr * 0.5 * f) for f, p in rest.items()], betas=(0.9, 0.99), weight_decay=0.0
-    )
+    adam = torch.optim.AdamW(rest, lr=lr * 0.5, betas=(0.9, 0.99), weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]

@@ -1,7 +1,4 @@
-"""Measures prompt adherence on held-out combinations, on the same prompts and seeds for every row.
-
-Without options: the two rows that the repository ships, dense and SLA. With --work: the control rows too.
-"""
+"""Measures prompt adherence on held-out combinations, on the same prompts and seeds for every row that ships."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from pathlib import Path
 
 import torch
 from checker import check
-from diffusers import WanTransformer3DModel
 from encode import held_out_scenes
 from scenes import SHAPES, caption
 
@@ -25,27 +21,21 @@ from slagen.wan.checkpoints import apply_sla, load_sla, read_sla, remove_sla
 from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
 
 ROOT = Path(__file__).resolve().parents[2]
+ROWS = ("dense", "critical only, untuned", "SLA tuned")
 ATTRIBUTES = ("colour", "shape", "motion", "background", "all")
 
 
-def prepare(pipe, row: str, folder: Path, work: Path | None, sparsity: float | None) -> None:
+def prepare(pipe, row: str, weights: Path, sparsity: float | None) -> None:
     """Put a row's attention and weights into the pipeline."""
     remove_sla(pipe)
     if row == "dense":
         return
-    if row == "dense tuned":
-        assert work is not None
-        pipe.transformer = WanTransformer3DModel.from_pretrained(work / "dense", dtype=pipe.transformer.dtype).eval()
-        return
-    files = {"SLA tuned": folder, "critical only, untuned": folder}
-    if work is not None:
-        files["critical only, tuned"] = work / "sparse"
-    metadata, _ = read_sla(files[row])
+    metadata, _ = read_sla(weights)
     config = dataclasses.replace(metadata.config, sparsity=sparsity or metadata.config.sparsity)
     if row == "critical only, untuned":
         apply_sla(pipe, config, branches="sparse")
-        return
-    load_sla(pipe, files[row], config=config, branches="both" if row == "SLA tuned" else "sparse", allow_untrained=True)
+    else:
+        load_sla(pipe, weights, config=config, allow_untrained=True)
 
 
 @torch.inference_mode()
@@ -67,8 +57,8 @@ def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "weights" / "tiny-wan"))
-    parser.add_argument("--work", type=Path, help="where train_sla.py left the control rows")
-    parser.add_argument("--rows", nargs="+", help="default: all that there are weights for")
+    parser.add_argument("--weights", type=Path, help="SLA weights to measure in place of the model's")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--sparsity", type=float)
@@ -77,9 +67,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--frames", type=Path, help="save each row's clips as a .pt file in this folder")
     args = parser.parse_args()
-    rows = args.rows or ["dense", "critical only, untuned", "SLA tuned"]
-    if not args.rows and args.work is not None:
-        rows = ["dense", "dense tuned", "critical only, untuned", "critical only, tuned", "SLA tuned"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model(args.model, device.type)
     steps = args.steps or source.defaults.steps
@@ -88,11 +75,11 @@ def main() -> None:
     prompts = [caption(scene, rng) for scene in scenes]
     seeds = [args.seed + i for i in range(args.clips)]
     results, dense = [], None
-    for row in rows:
+    for row in args.rows:
         began = time.perf_counter()
         pipe = load_pipeline(source, device, DTYPES[args.dtype])
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
-        prepare(pipe, row, source.folder, args.work, args.sparsity)
+        prepare(pipe, row, args.weights or source.folder, args.sparsity)
         latents = sample(pipe, prompts, seeds, source.defaults, steps)
         dense = latents if row == "dense" else dense
         with torch.inference_mode():

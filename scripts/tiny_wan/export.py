@@ -1,4 +1,4 @@
-"""Stage 5: put the trained pipeline and its SLA weights into weights/tiny-wan, with the model's own defaults."""
+"""Stage 4: put the trained pipeline into weights/tiny-wan, with the model's own defaults; SLA comes after it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ LIMIT_MIB = 30
 
 # How `slagen finetune` tunes it: noise levels as in train_dit.py, and what brings the error down in 60 steps.
 TRAINING = {
-    "steps": 700, "lr": 4e-4, "proj_multiplier": 3.0, "warmup_steps": 6, "decay": 0.4, "batch_size": 12,
-    "micro_batch": 12, "log_sigma_mean": 1.39, "log_sigma_std": 1.2,
+    "steps": 700, "lr": 8e-4, "proj_multiplier": 4.0, "warmup_steps": 6, "decay": 0.4, "batch_size": 8,
+    "micro_batch": 8, "log_sigma_mean": 1.39, "log_sigma_std": 1.2, "caption_dropout": 0.1,
 }  # fmt: skip
 
 
@@ -35,9 +35,6 @@ def main() -> None:
     AutoencoderKLWan.from_pretrained(args.work / "vae").half().save_pretrained(
         args.out / "vae"
     )  # refined since, perhaps
-    sla = args.work / "sla" / "sla.safetensors"
-    if sla.exists():
-        shutil.copy(sla, args.out)
     defaults = {
         "width": SIZE,
         "height": SIZE,

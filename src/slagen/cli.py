@@ -626,8 +626,9 @@ def finetune(
         ),
     ] = None,
     clips_per_prompt: Annotated[
-        int, typer.Option(help="How many clips of each; one more is held out.", rich_help_panel=DATA)
-    ] = 4,
+        int | None,
+        typer.Option(help="How many clips of each; one more is held out. Default: 4.", rich_help_panel=DATA),
+    ] = None,
     held_out: HeldOutOption = None,
     size: DataSizeOption = None,
     num_frames: DataFramesOption = None,
@@ -689,6 +690,10 @@ def finetune(
     ] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Clips at a time on one device.", rich_help_panel=TRAINING)
+    ] = None,
+    caption_dropout: Annotated[
+        float | None,
+        typer.Option(help="Fraction trained on the negative prompt, for guidance.", rich_help_panel=TRAINING),
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=TRAINING)] = 0.01,
     max_grad_norm: Annotated[
@@ -766,6 +771,7 @@ def finetune(
         warmup_steps=warmup_steps,
         batch_size=batch_size,
         micro_batch=micro_batch,
+        caption_dropout=caption_dropout,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
         optimizer=optimizer,
@@ -817,12 +823,13 @@ def finetune_data(
     """
     width, height = parse_size(size)
     config = DataConfig(path, None, held_out=held_out, width=width, height=height, num_frames=num_frames, fps=fps)
-    base = GenerateConfig("-", model=model, device=device, dtype=parse_dtype(dtype))
     from slagen import console
 
     with console.GenerateProgress() as progress:
         from slagen import dataset as task
+        from slagen.finetune import default_model
 
+        base = GenerateConfig("-", model=default_model(model, device), device=device, dtype=parse_dtype(dtype))
         data = task.prepare(config, base, Path(output).expanduser(), Path(CACHE).expanduser(), seed, progress)
     console.show_data(data, as_json)
 

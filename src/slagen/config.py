@@ -108,7 +108,10 @@ class TrainingDefaults:
             end, over which it falls to 0 again.
         batch_size: clips a step, over all processes. micro_batch: clips at a time on one of them.
         log_sigma_mean, log_sigma_std: noise levels are sigma / (1 + sigma), log sigma normal.
-    Source: TurboDiffusion's SLA training, github.com/thu-ml/TurboDiffusion.
+        caption_dropout: fraction of the clips that are trained on with the negative prompt for a caption, which is what
+            the unconditional pass of guidance sees; 0 leaves that pass untrained.
+    Source: TurboDiffusion's SLA training, github.com/thu-ml/TurboDiffusion, whose models sample without guidance and so
+    drop no caption; that part is ours.
     """
 
     steps: int = 2000
@@ -120,6 +123,7 @@ class TrainingDefaults:
     micro_batch: int = 1
     log_sigma_mean: float = 1.5
     log_sigma_std: float = 1.6
+    caption_dropout: float = 0.1
 
     @classmethod
     def from_dict(cls, fields: object) -> "TrainingDefaults":
@@ -470,7 +474,7 @@ class DataConfig:
     Args:
         path: raw or prepared data; None where the model makes its own.
         self_generate: a prompt file whose videos the dense model makes, to be distilled on.
-        clips_per_prompt: how many clips of each such prompt to train on; one more is held out.
+        clips_per_prompt: how many clips of each such prompt to train on, 4 unless given; one more is held out.
         held_out: clips of a data set that are never trained on; None is a tenth, from 1 to 16.
         width, height, num_frames, fps: the size of clips, whose area and length no clip exceeds; None is the model's.
     Raises: UsageError if a value is out of range, or no data or two kinds of it are given.
@@ -478,7 +482,7 @@ class DataConfig:
 
     path: str | None = None
     self_generate: str | None = None
-    clips_per_prompt: int = 4
+    clips_per_prompt: int | None = None
     held_out: int | None = None
     width: int | None = None
     height: int | None = None
@@ -492,6 +496,10 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+        if self.held_out is not None and self.self_generate is not None:
+            raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
+        if self.clips_per_prompt is not None and self.path is not None:
+            raise UsageError("--clips-per-prompt is for --self-generate; of videos every one is a clip. Leave it out.")
         GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, fps=self.fps)
 
 
@@ -512,7 +520,7 @@ class FinetuneConfig:
             noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
         train: "all" of the transformer, "attn": its self-attention, "proj": `proj_l` alone, or "lora": low-rank
             changes of self-attention, of rank `lora_rank`, and `proj_l`.
-        steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch: see TrainingDefaults.
+        steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch, caption_dropout: see TrainingDefaults.
         weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
         optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
         checkpointing: recompute activations in the backward pass; None does on CUDA.
@@ -550,6 +558,7 @@ class FinetuneConfig:
     warmup_steps: int | None = None
     batch_size: int | None = None
     micro_batch: int | None = None
+    caption_dropout: float | None = None
     weight_decay: float = 0.01
     max_grad_norm: float | None = None
     optimizer: Optimizer = "adamw"
@@ -583,13 +592,24 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} is {value}, but must be 0 or above.")
-        for name in ("sparsity", "negligible", "anneal_from"):
+        for name in ("sparsity", "negligible", "anneal_from", "caption_dropout"):
             if getattr(self, name) is not None:
                 _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} 0.5.")
         if self.attention == "dense" and (self.loss != "flow" or self.train not in ("all", "attn")):
             raise UsageError(
                 "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
             )
+        for name in ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n", "anneal_from"):
+            if self.attention == "dense" and getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is for SLA, but the attention is dense. Leave --{name.replace('_', '-')} out."
+                )
+        if self.attention == "sparse" and self.train == "proj":
+            raise UsageError("--train proj with --attention sparse leaves nothing to train. Try --train attn.")
+        if self.layer_loss > 0 and self.loss == "flow":
+            raise UsageError("--layer-loss compares with the dense teacher, which --loss flow has not. Leave one out.")
+        if self.dtype == "fp16":
+            raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
 

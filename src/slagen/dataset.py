@@ -7,8 +7,8 @@ all that they were made from, so that preparing again makes what is missing or c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slagen import prompts
 from slagen.config import DataConfig, GenerateConfig
-from slagen.embeddings import component_files, content_hashes, file_hashes
+from slagen.embeddings import component_files, content_hashes, file_hashes, files_in, tensor_hash
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.footage import Cut, plan_cuts, read_cut, read_footage
+from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.generate import Event, Session
 from slagen.manifest import digest
 from slagen.models import ModelSource, read_header
@@ -37,6 +38,7 @@ from slagen.wan.loading import encode_video, load_pipeline
 
 SET_FILE, INDEX_FILE = "dataset.json", "tensors.jsonl"
 VERSION = 1
+CLIPS_PER_PROMPT = 4
 SHARD_BYTES = 256 * 2**20
 SHARD_TENSORS = 16
 SHARD_S = 20.0  # of work, which a killed run loses at most
@@ -100,7 +102,7 @@ class Store:
         part = self.folder / f"{shard}.part"
         lines = []
         for name, tensor in self._waiting.items():
-            entry = {"name": name, "shard": shard, "sha256": _sha256(tensor), "shape": list(tensor.shape)}
+            entry = {"name": name, "shard": shard, "sha256": tensor_hash(tensor), "shape": list(tensor.shape)}
             lines.append(json.dumps(entry))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -111,11 +113,20 @@ class Store:
                 handle.flush()
                 os.fsync(handle.fileno())
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that is read-only by now
+                part.unlink(missing_ok=True)
             raise SlagenError(f"{self.folder} takes no more ({error}). Free some space, and start again.") from error
         for name, tensor in self._waiting.items():
-            self.places[name], self.shapes[name] = (shard, _sha256(tensor)), tuple(tensor.shape)
+            self.places[name], self.shapes[name] = (shard, tensor_hash(tensor)), tuple(tensor.shape)
         self._waiting = {}
+
+    def drop_changed(self) -> None:
+        """Forget every tensor whose bytes are not those that were written, so that it is made again."""
+        for name in list(self.places):
+            try:
+                self.load(name)
+            except WeightsError:
+                del self.places[name], self.shapes[name]
 
     def load(self, name: str) -> Tensor:
         """A tensor that was kept. Raises WeightsError if its bytes are not those that were written."""
@@ -125,7 +136,7 @@ class Store:
                 tensor = handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{self.folder / shard} is broken ({error}). Delete it, and prepare again.") from error
-        if _sha256(tensor) != sha256:
+        if tensor_hash(tensor) != sha256:
             raise WeightsError(f"{self.folder / shard} has changed since it was written. Delete it, and prepare again.")
         return tensor
 
@@ -146,6 +157,7 @@ class Dataset:
                 raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}.")
             self.identity: str = content["identity"]
             self.negative: str = content["negative"]
+            self.negative_prompt: str = content["negative_prompt"]
             self.fps: int = content["fps"]
             clips = [Clip(**{**clip, "shape": tuple(clip["shape"])}) for clip in content["clips"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -170,14 +182,20 @@ class Dataset:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a folder was written by `prepare`."""
-    return (path / SET_FILE).is_file()
+    """Whether a folder was written by `prepare`, to its end."""
+    return (path / SET_FILE).is_file() and (path / INDEX_FILE).is_file()
 
 
 def encoder_identity(source: ModelSource, cache: Path) -> str:
     """A hash of what makes latents and text: VAE, text encoder, tokenizer, length of texts."""
     files = component_files(source.folder, ("vae", "text_encoder", "tokenizer"))
     return digest([file_hashes(files, cache), source.defaults.max_sequence_length])
+
+
+def transformer_files(source: ModelSource) -> list[Path]:
+    """The files that a model's transformer is read from."""
+    folder = source.weights or source.folder
+    return files_in(folder / "transformer" if (folder / "transformer").is_dir() else folder)
 
 
 def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
@@ -187,6 +205,11 @@ def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
         raise WeightsError(
             f"{folder} was encoded with another VAE or text encoder than {source.name}'s, and would teach noise. "
             "Give that model with --model, or the raw data with --data."
+        )
+    if data.negative_prompt != source.defaults.negative_prompt:
+        raise WeightsError(
+            f"{folder} was prepared for another negative prompt than {source.name}'s. Prepare it again with --model "
+            f"{source.name}; what is encoded already is kept."
         )
     return data
 
@@ -201,20 +224,36 @@ def prepare(
         seed: which clips are held out, and with what noise own ones are made.
     Raises: UsageError with every fault of the set, WeightsError for a broken model.
     """
-    weights = find_weights(dataclasses.replace(base, attention="dense"))
+    weights = find_weights(dataclasses.replace(base, attention="dense", backend="auto"))
+    raw = None if config.path is None else Path(config.path).expanduser()
+    if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
+        raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            return _prepare(config, base, weights, folder, cache, seed, on_event)
+    except Timeout as error:
+        raise SlagenError(f"another slagen prepares {folder}. Wait for it, or give another --output.") from error
     except OSError as error:
-        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
+        raise SlagenError(f"{error.filename or folder}: {error.strerror or error}. Give another --output.") from error
+
+
+def _prepare(
+    config: DataConfig, base: GenerateConfig, weights: Weights, folder: Path, cache: Path, seed: int,
+    on_event: Callable[[Event], None],
+) -> Dataset:  # fmt: skip
+    (folder / SET_FILE).unlink(missing_ok=True)  # it says that all is well, which is to be seen
     for part in folder.glob("*.safetensors.part"):
         part.unlink(missing_ok=True)
     make = _generated if config.self_generate is not None else _encoded
     store = Store(folder)
+    store.drop_changed()
     clips, negative, fps = make(config, base, weights, store, cache, seed, on_event)
     store.flush()
     content = {
         "version": VERSION, "identity": encoder_identity(weights.source, cache), "model": weights.source.name,
-        "negative": negative, "fps": fps, "clips": [dataclasses.asdict(clip) for clip in clips],
+        "negative": negative, "negative_prompt": weights.source.defaults.negative_prompt, "fps": fps,
+        "clips": [dataclasses.asdict(clip) for clip in clips],
     }  # fmt: skip
     try:
         write_json(folder / SET_FILE, content)
@@ -233,15 +272,20 @@ def _encoded(
     """Clips of a data set of videos."""
     source = weights.source
     assert config.path is not None
-    footage = read_footage(Path(config.path).expanduser())
     full = _full_cut(config, source)
-    cuts = plan_cuts(footage, full, max(16, source.spatial_grid))
+    footage, faults = read_footage(Path(config.path).expanduser())
+    on_event(Event("note", f"looking at {len(footage)} videos"))
+    cuts = plan_cuts(footage, full, max(16, source.spatial_grid), faults)
     identity = encoder_identity(source, cache)
     contents = content_hashes([item.path for item in footage], cache)
     names = [digest([identity, content, dataclasses.astuple(cut)]) for content, cut in zip(contents, cuts, strict=True)]
-    texts = {item.caption: digest([identity, item.caption]) for item in footage}
+    held = config.held_out or min(16, max(1, len(names) // 10))
+    order = sorted(dict.fromkeys(names), key=lambda name: digest([seed, name]))
+    if held >= len(order):
+        raise UsageError(f"the data set has {len(order)} clips, of which {held} would be held out. Give more videos.")
+    kept = set(order[:held])
     negative = source.defaults.negative_prompt
-    texts[negative] = digest([identity, negative])
+    texts = {text: _text_name(identity, weights, text) for text in [*(item.caption for item in footage), negative]}
     todo = [i for i, name in enumerate(names) if name not in store]
     missing = [text for text, name in texts.items() if name not in store]
     if todo or missing:
@@ -251,7 +295,6 @@ def _encoded(
         )  # fmt: skip
         _encode_texts(pipe, missing, texts, store, source, on_event)
         pipe.text_encoder = pipe.tokenizer = None
-    faults = []
     for number, i in enumerate(todo):
         on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
         if names[i] in store:
@@ -264,18 +307,16 @@ def _encoded(
         with torch.inference_mode():
             store.add(names[i], encode_video(pipe.vae, frames))
     store.flush()
-    if faults:
-        raise UsageError(f"the data set has {len(faults)} faults:\n" + "\n".join(faults[:20]))
-    held = config.held_out or min(16, max(1, len(names) // 10))
-    order = sorted(dict.fromkeys(names), key=lambda name: digest([seed, name]))
-    if held >= len(order):
-        raise UsageError(f"the data set has {len(order)} clips, and {held} are held out. Give more, or --held-out 1.")
-    kept = set(order[:held])
+    tell(faults)
     clips = {
-        name: Clip(name, texts[item.caption], item.caption, store.shapes[name], name in kept)
+        (name, item.caption): Clip(name, texts[item.caption], item.caption, store.shapes[name], name in kept)
         for name, item in zip(names, footage, strict=True)
     }
     return list(clips.values()), texts[negative], full.fps
+
+
+def _text_name(identity: str, weights: Weights, text: str) -> str:
+    return digest([identity, str(weights.dtype), text])
 
 
 def _full_cut(config: DataConfig, source: ModelSource) -> Cut:
@@ -314,16 +355,14 @@ def _generated(
     assert config.self_generate is not None
     source = weights.source
     identity = encoder_identity(source, cache)
-    files = [source.weights] if source.weights is not None and source.weights.is_file() else []
-    files += component_files(source.weights or source.folder, ("transformer",))
-    made_by = [identity, file_hashes(files, cache)]
+    made_by = [identity, file_hashes(transformer_files(source), cache)]
     settings = dataclasses.replace(
-        base, attention="dense", width=config.width, height=config.height, num_frames=config.num_frames,
+        base, attention="dense", backend="auto", width=config.width, height=config.height, num_frames=config.num_frames,
         fps=config.fps, num_videos=1, save_latents=False, timing="off",
     )  # fmt: skip
-    jobs, faults = [], []
+    jobs, faults, count = [], [], config.clips_per_prompt or CLIPS_PER_PROMPT
     for request in prompts.read_prompts(config.self_generate):
-        for number in range(config.clips_per_prompt + 1):
+        for number in range(count + 1):
             try:
                 one = prompts.apply(settings, dataclasses.replace(request, num_videos=1))
                 drawn = int(digest([seed, request.prompt, number])[:8], 16)
@@ -334,10 +373,10 @@ def _generated(
                 break
             pixels = {k: v for k, v in plan.settings.items() if k not in ("output", "device", "model", "overwrite")}
             name = digest([made_by, pixels])
-            jobs.append((plan, name, digest([identity, request.prompt]), number == config.clips_per_prompt))
+            jobs.append((plan, name, _text_name(identity, weights, request.prompt), number == count))
     if faults:
-        raise UsageError("\n".join(faults[:10]))
-    negative = digest([identity, source.defaults.negative_prompt])
+        tell(faults)
+    negative = _text_name(identity, weights, source.defaults.negative_prompt)
     todo = list({name: plan for plan, name, _, _ in jobs if name not in store}.items())
     texts = {plan.config.prompt: text for plan, _, text, _ in jobs} | {source.defaults.negative_prompt: negative}
     missing = [text for text, name in texts.items() if name not in store]
@@ -357,8 +396,10 @@ def _generated(
         latents, _ = session.denoise(plan, embeds[key], lambda event: None)
         store.add(name, latents[0].float())
     store.flush()
+    held_out = {name for _, name, _, held in jobs if held}  # two lines with seeds of their own may make one clip
     clips = [
-        Clip(name, text, plan.config.prompt, store.shapes[name], held) for plan, name, text, held in jobs
+        Clip(name, text, plan.config.prompt, store.shapes[name], held)
+        for plan, name, text, held in jobs if held or name not in held_out
     ]  # fmt: skip
     return clips, negative, jobs[0][0].config.fps or source.defaults.fps
 
@@ -369,7 +410,3 @@ def _is_whole(path: Path) -> bool:
     except WeightsError:
         return False
     return True
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()

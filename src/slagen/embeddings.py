@@ -49,7 +49,7 @@ class Embeddings:
                 part = self.folder / f"{key}.{os.getpid()}.part"
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    save_file({"embeds": tensor}, part, metadata={"sha256": _sha256(tensor)})
+                    save_file({"embeds": tensor}, part, metadata={"sha256": tensor_hash(tensor)})
                     os.replace(part, self._path(key))
                     continue
                 except (OSError, SafetensorError):
@@ -91,10 +91,11 @@ class Embeddings:
                 tensor, metadata = handle.get_tensor("embeds"), handle.metadata() or {}
         except (OSError, SafetensorError):
             return None
-        return tensor if metadata.get("sha256") == _sha256(tensor) else None
+        return tensor if metadata.get("sha256") == tensor_hash(tensor) else None
 
 
-def _sha256(tensor: torch.Tensor) -> str:
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -105,7 +106,12 @@ def _texts(plan: Plan) -> list[str]:
 
 def component_files(folder: Path, parts: tuple[str, ...]) -> list[Path]:
     """The files of some components of a pipeline, in order."""
-    return [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
+    return [file for part in parts for file in files_in(folder / part)]
+
+
+def files_in(path: Path) -> list[Path]:
+    """A file alone, or all in a folder, in order."""
+    return [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
 
 
 def file_hashes(files: list[Path], cache: Path) -> str:

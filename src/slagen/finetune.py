@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,25 +24,28 @@ from slagen import dataset
 from slagen.attention.functional import Branches
 from slagen.config import FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.dataset import Clip, Dataset
+from slagen.embeddings import file_hashes, files_in
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generate import Event, Session
 from slagen.interrupts import stopping
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
-from slagen.pages import Pair, training_page
-from slagen.parallel import Team, join, whole
-from slagen.plot import Chart, Line, draw_chart
+from slagen.models import SLA_FILE
+from slagen.parallel import Team, join, own_part, whole
 from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
-from slagen.report import versions, write_json, write_text
-from slagen.resolve import find_weights, make_plan
-from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan
+from slagen.report import versions, write_json
+from slagen.resolve import find_weights, make_plan, pick_backend
+from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
+from slagen.training_log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
 from slagen.training_state import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
-from slagen.video import make_thumbnail, read_mp4, write_mp4
+from slagen.video import read_mp4, write_mp4
 from slagen.wan.checkpoints import (
     SLAMetadata,
     add_lora,
     apply_sla,
     install_projections,
     load_sla,
+    lora_config,
+    plain_name,
     read_metadata,
     trained_tensors,
     weights_hash,
@@ -48,9 +53,10 @@ from slagen.wan.checkpoints import (
 )
 from slagen.wan.context import split_tokens
 from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
-from slagen.wan.processor import install
+from slagen.wan.processor import install, installation
 
-LOG, PAGE, RESULT, CLIPS = "log.jsonl", "index.html", "result.json", "clips"
+RESULT, TENSORBOARD = "result.json", "tensorboard"
+TRANSFORMER_FILE = "transformer.safetensors"
 DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
 MAX_HELD_OUT = 16  # clips that an error is measured on
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
@@ -66,7 +72,8 @@ class FinetuneResult:
     """What a training came to.
 
     Args:
-        output: the folder. weights: the file that `slagen generate --weights` takes.
+        output: the folder. weights: what `slagen generate --weights` takes: the file, or the folder where the
+            transformer that was trained is no model's own and so lies beside it.
         teacher_error_before, teacher_error_after: relative L2 error of the velocity to the dense teacher's, on clips
             that were never trained on, without guidance; after: of the very weights that were written.
         steps: of the optimiser, in all. seconds: of training, in all. page: curves and clips.
@@ -113,7 +120,8 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
     """
     device = pick_device(config.device)
     folder = Path(config.output).expanduser()
-    with join(device, config.parallel, config.context_parallel) as team:
+    with join(device, config.parallel, config.context_parallel) as team, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
         tell = on_event if team.first else lambda event: None
         with _only_one(folder) if team.first else nullcontext():
             try:
@@ -125,9 +133,14 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
                 ) from error
             except OSError as error:
                 raise SlagenError(
-                    f"{folder} cannot be written ({error}). Free some space and start again: it goes on from the last "
-                    "checkpoint."
+                    f"{error.filename or folder}: {error.strerror or error}. Mend that, start again, and it goes on "
+                    "from its last checkpoint."
                 ) from error
+
+
+def default_model(name: str | None, device: str) -> str | None:
+    """The model that is trained where none is named: generate's own, but on CUDA."""
+    return name or (DEFAULT_ON_CUDA if pick_device(device).type == "cuda" else None)
 
 
 @contextmanager
@@ -140,11 +153,15 @@ def _only_one(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise SlagenError(f"another slagen finetune is at work in {folder}. Give another --output.") from error
     except OSError as error:
-        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
+        raise UsageError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
     try:
         yield
     finally:
         lock.release()
+
+
+class _Stopped(Exception):
+    """A clip was given up, for the run is to end."""
 
 
 class _Run:
@@ -153,7 +170,7 @@ class _Run:
     ) -> None:
         self.config, self.folder, self.team, self.tell = config, folder, team, tell
         base = GenerateConfig(
-            "-", model=config.model or (DEFAULT_ON_CUDA if team.device.type == "cuda" else None),
+            "-", model=default_model(config.model, str(team.device)),
             weights=config.weights, local_files_only=config.local_files_only,
             allow_untrained=True, attention="dense" if config.attention == "dense" else "sla",
             device=str(team.device), dtype=config.dtype, backend=config.backend,
@@ -172,30 +189,45 @@ class _Run:
                 "with --weights."
             )
         self.sla = config.sla(self.weights.sla)
+        if config.anneal_from is not None and config.anneal_from > self.sla.sparsity:
+            raise UsageError(
+                f"anneal_from is {config.anneal_from:g}, but sparsity rises from there to {self.sla.sparsity:g}. "
+                "Give less."
+            )
         self.schedule = _schedule(config, self.weights.source.defaults.training)
         if self.schedule.batch_size % team.data_size:
             raise UsageError(
                 f"batch_size is {self.schedule.batch_size}, but {team.data_size} processes share it. Give a multiple."
             )
-        if config.dtype == "fp16":
-            raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
         dtype = pick_dtype(config.dtype, team.device)
         dtype = torch.float32 if dtype == torch.float16 else dtype  # a card without bf16
+        heads = self.weights.source.shape.num_heads
+        if heads % config.context_parallel:
+            raise UsageError(
+                f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads."
+            )
+        if config.attention != "dense":
+            pick_backend(config.backend, self.weights.source.head_dim, team.device, dtype)
+        if config.train == "lora":
+            lora_config()
+        if config.optimizer == "adamw8bit":
+            optimizer_8bit()
+        given = config.weights and Path(config.weights).expanduser().resolve()
+        if given in (folder.resolve(), (folder / SLA_FILE).resolve(), (folder / TRANSFORMER_FILE).resolve()):
+            raise UsageError(
+                f"--weights come from {folder}, where the result would be written over them. Give another --output."
+            )
         self.recipe = Recipe(
             self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
             config.seed, dtype,
         )  # fmt: skip
+        self.cache = Path("~/.cache/slagen").expanduser()
         self.stop = threading.Event()
 
     def run(self) -> FinetuneResult:
         """Everything, from the data to the page."""
-        if self.config.restart and self.team.first:
-            for name in (FOLDER, CLIPS, LOG, RESULT, PAGE):
-                path = self.folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        self.team.wait()
         self.data = self._data()
-        found = read_latest(self.folder)
+        found = None if self.config.restart else read_latest(self.folder)
         self.settings = self._settings()
         if found is not None:
             _compare(found[1].get("settings"), self.settings, self.folder)
@@ -208,12 +240,21 @@ class _Run:
         self.tell(Event("note", plan))
         if self.team.first:
             self._check_room()
-        self.student, self.teacher = self.student.to(self.team.device), self.teacher.to(self.team.device)
+        if self.team.kind != "fsdp":
+            self.student.to(self.team.device)
+        self.teacher = self.team.share_frozen(self.teacher)
         trainer = Trainer(self.student, self.teacher, self.data, self.recipe, self.team)
         self.trainer = trainer
+        if self.config.restart:
+            if self.team.first:
+                self._clear()
+            self.team.wait()
         self.examples = [self.data.example(clip) for clip in self.data.held_out[:MAX_HELD_OUT]]
         self.levels = noise_levels(LEVELS, self.schedule.log_sigma_mean, self.schedule.log_sigma_std)
         step, spent = 0, 0.0
+        for path in checkpoints(self.folder):
+            if found is None or path > found[0]:
+                self.tell(Event("warning", f"{path} is broken, so it is passed over"))
         if found is not None:
             path, about = found
             load_state(trainer, path, about)
@@ -223,16 +264,29 @@ class _Run:
             self.tell(Event("stage", "measure"))
             self.before = {"error": self._error(), "layers": self._layers()}
         if self.team.first:
-            self._cut_log(step)
-        self._validate_if_due(step)
+            cut_log(self.folder, step)
+        if step < self.schedule.steps:
+            self._validate_if_due(step)
         spent = self._train(step, spent)
+        self.stop.clear()
         return self._finish(spent)
+
+    def _clear(self) -> None:
+        """Take away what a run before left, and nothing else."""
+        for path in [*checkpoints(self.folder), *(self.folder / FOLDER).glob("step-*.part"), self.folder / TENSORBOARD]:
+            shutil.rmtree(path, ignore_errors=True)
+        clips = [*(self.folder / CLIPS).glob("step-*.mp4"), *(self.folder / CLIPS).glob("dense-*.mp4")]
+        for path in [*clips, *(self.folder / name for name in (LOG, RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE))]:
+            path.unlink(missing_ok=True)
 
     def _data(self) -> Dataset:
         """The prepared data, prepared by the first process where it is raw."""
-        data, cache = self.config.data, Path("~/.cache/slagen").expanduser()
-        source = self.weights.source
+        data, source, cache = self.config.data, self.weights.source, self.cache
         if data.path is not None and dataset.is_prepared(Path(data.path).expanduser()):
+            for name in ("width", "num_frames", "fps", "held_out"):
+                if getattr(data, name) is not None:
+                    option = {"width": "--size"}.get(name, f"--{name.replace('_', '-')}")
+                    raise UsageError(f"{data.path} is prepared already, so {option} changes nothing. Leave it out.")
             return dataset.open_dataset(Path(data.path).expanduser(), source, cache)
         folder = self.folder / "data"
         if self.team.first:
@@ -256,9 +310,13 @@ class _Run:
         """All that changes what is learnt, to be compared when a run goes on."""
         fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in ANYTIME}
         schedule = {k: v for k, v in dataclasses.asdict(self.schedule).items() if k not in ANYTIME}
+        source = self.weights.source
+        files = dataset.transformer_files(source)
+        if self.weights.sla_path is not None and not self.config.from_dense:
+            files += files_in(self.weights.sla_path)
         return json.loads(json.dumps({
             **fields, **schedule, **self.sla.to_dict(), "dtype": str(self.recipe.dtype), "data": self.data.hash,
-            "model": self.weights.source.name,
+            "model": source.name, "weights_hash": file_hashes(files, self.cache),
         }))  # fmt: skip
 
     def _tokens(self, clip: Clip) -> int:
@@ -310,8 +368,6 @@ class _Run:
                 "all": True, "attn": ".attn1." in name, "proj": projection, "lora": projection or ".lora_" in name,
             }[config.train]  # fmt: skip
             parameter.requires_grad_(trained and not (projection and config.attention == "sparse"))
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            raise UsageError("--train proj with --attention sparse leaves nothing to train. Try --train attn.")
         if self._recomputes():
             student.enable_gradient_checkpointing()
         teacher = load_transformer(source, self.recipe.dtype)
@@ -330,9 +386,13 @@ class _Run:
         text = "a checkpoint after this step, then the end; press Ctrl-C again to stop now"
         with (
             stopping(self.stop, lambda: self.tell(Event("warning", text))),
-            _tensorboard(self.folder, self.config.tensorboard and team.first, self.tell) as board,
+            _tensorboard(self.folder, self.config.tensorboard and team.first, step, self.tell) as board,
         ):
             while step < steps:
+                if team.agree(self.stop.is_set()):  # during a validation
+                    if step > first:
+                        self._save(step, spent)
+                    raise KeyboardInterrupt
                 self._anneal(step)
                 start = time.monotonic()
                 result = trainer.step(step)
@@ -374,11 +434,7 @@ class _Run:
             step, steps, result.loss, result.error, result.grad_norm, result.lr, norms, result.num_tokens / seconds,
             peak_memory_gib(self.team.device), spent, (spent - before) / (step - first) * (steps - step),
         )  # fmt: skip
-        try:
-            with (self.folder / LOG).open("a") as handle:
-                handle.write(json.dumps({"event": "step", **vars(progress)}) + "\n")
-        except OSError as error:
-            raise SlagenError(f"{self.folder / LOG} cannot be written ({error.strerror}). Free some space.") from error
+        add_line(self.folder, "step", vars(progress))
         if board is not None:
             values = {"loss": result.loss, "error": result.error, "grad_norm": result.grad_norm, "lr": result.lr}
             for name, value in values.items():
@@ -391,14 +447,6 @@ class _Run:
     def _save(self, step: int, spent: float) -> None:
         about = {"settings": self.settings, "seconds": spent, "before": self.before, "versions": versions()}
         save_state(self.trainer, self.folder, step, about)
-
-    def _cut_log(self, step: int) -> None:
-        """Take back what the log says of steps after the checkpoint."""
-        lines = [line for line in read_log(self.folder) if line["step"] <= step]
-        try:
-            write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            raise SlagenError(f"{self.folder / LOG} cannot be written ({error.strerror}). Free some space.") from error
 
     def _error(self) -> float:
         return velocity_error(
@@ -420,33 +468,32 @@ class _Run:
             with self.trainer.averaged():
                 self._validate(step)
 
-    def _validated(self) -> set[int]:
-        return {line["step"] for line in read_log(self.folder) if line["event"] == "validation"}
-
     def _validate(self, step: int) -> None:
-        """Error to the teacher and clips of the student as it is, into the log and beside it."""
-        if self.team.agree(self.team.first and step in self._validated()):
+        """Error to the teacher and clips of the student as it is, into the log and beside it; neither where it is
+        asked to stop meanwhile."""
+        if self.team.agree(self.team.first and step in validated(self.folder)):
             return
         self.tell(Event("stage", "measure"))
-        error = self._error()
-        files = self._clips(step)
+        self._anneal(self.schedule.steps)  # at the sparsity that it will have
+        error = self._error() if step else self.before["error"]
+        try:
+            files = self._clips(step)
+        except _Stopped:
+            return
         if self.team.first:
-            with (self.folder / LOG).open("a") as handle:
-                handle.write(json.dumps({"event": "validation", "step": step, "error": error, "clips": files}) + "\n")
+            add_line(self.folder, "validation", {"step": step, "error": error, "clips": files})
             self.tell(
                 Event("note", f"step {step}: error to the teacher {error:.4f} (it was {self.before['error']:.4f})")
             )
 
     def _clips(self, step: int) -> list[str]:
         """Side-by-side videos of fixed prompts and seeds, dense and the student."""
-        captions = dict.fromkeys(clip.caption for clip in self.data.held_out)
-        chosen = [next(c for c in self.data.held_out if c.caption == text) for text in list(captions)[:SHOWN_PROMPTS]]
         files = []
         pipe = load_pipeline(
             self.weights.source, self.team.device, self.recipe.dtype, text_encoder=False, transformer=False
         )  # fmt: skip
         label = self.config.attention
-        for number, clip in enumerate(chosen):
+        for number, clip in enumerate(self._shown_clips()):
             kept = self.folder / CLIPS / f"dense-{number}.mp4"
             file = self.folder / CLIPS / f"step-{step:06d}-{number}.mp4"
             kept.parent.mkdir(exist_ok=True)
@@ -460,6 +507,13 @@ class _Run:
                 write_mp4(side_by_side(beside, ["dense", f"{label}, step {step}"]), file, self.data.fps, clip.caption)
                 files.append(file.name)
         return files
+
+    def _shown_clips(self) -> list[Clip]:
+        """The first held-out clips of different prompts."""
+        first: dict[str, Clip] = {}
+        for clip in self.data.held_out:
+            first.setdefault(clip.caption, clip)
+        return list(first.values())[:SHOWN_PROMPTS]
 
     def _sample(self, pipe: Any, transformer: Any, clip: Clip, seed: int) -> Any:
         """Frames of a clip's prompt, as the model's own sampler makes them."""
@@ -481,11 +535,15 @@ class _Run:
         transformer.eval()
         try:
             with self.trainer.autocast():
-                latents, _ = Session(plan, pipe=pipe).denoise(plan, embeds, lambda event: None)
+                latents, _ = Session(plan, pipe=pipe).denoise(plan, embeds, self._stop_here)
             with torch.no_grad():
                 return decode_latents(pipe.vae, latents).numpy()
         finally:
             transformer.train(training)
+
+    def _stop_here(self, event: Event) -> None:
+        if self.team.agree(self.stop.is_set()):
+            raise _Stopped
 
     def _finish(self, spent: float) -> FinetuneResult:
         """Round the average weights, measure those, write them, and the page."""
@@ -495,82 +553,77 @@ class _Run:
             "rcm" if self.weights.distilled else "flow",
         )  # fmt: skip
         with trainer.averaged(), torch.no_grad():
-            for name, parameter in trainer.named.items():
+            wanted = {name: p for name, p in self.student.named_parameters() if self._is_written(name)}
+            for name, parameter in wanted.items():
                 if PROJECTION not in name:
-                    parameter.copy_(parameter.half().float())  # as they are stored
+                    part = own_part(parameter)
+                    part.copy_(part.half().float())  # as they are stored
             after, layers = self._error(), self._layers()
             self._validate(steps)
-            wanted = {n: p for n, p in self.student.named_parameters() if n in trainer.named or PROJECTION in n}
-            if self.config.attention == "dense":
-                wanted = dict(self.student.named_parameters())
-            tensors = trained_tensors({name: whole(p.detach()).clone() for name, p in wanted.items()})
+            tensors = {}
+            for name, parameter in wanted.items():  # one at a time, for they may not all fit a card
+                tensor = whole(parameter)
+                if self.team.first:
+                    tensors[name] = tensor.cpu().clone()
+        dense = self.config.attention == "dense"
+        file = self.folder / (TRANSFORMER_FILE if dense else SLA_FILE)
+        given = self.config.weights and Path(self.config.weights).expanduser()
+        own_base = not dense and given == self.weights.source.weights is not None
         result = FinetuneResult(
-            self.folder, self.folder / self._file(), steps, self.before["error"], after, spent, self.folder / PAGE,
-            self.team.rank,
+            self.folder, self.folder if own_base else file, steps, self.before["error"], after, spent,
+            self.folder / PAGE, self.team.rank,
         )  # fmt: skip
         if self.team.first:
-            write_sla(tensors, result.weights, None if self.config.attention == "dense" else metadata)
+            write_sla(trained_tensors(tensors), file, None if dense else metadata)
+            if own_base:
+                self._write_base()
             content = {
                 **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
                 "layer_errors_before": self.before["layers"], "layer_errors_after": layers, "settings": self.settings,
                 "versions": versions(),
             }  # fmt: skip
             write_json(self.folder / RESULT, content)
-            write_text(result.page, self._page(content))
+            self._write_page(result, layers)
         self.team.wait()
         return result
 
-    def _file(self) -> str:
-        return "transformer.safetensors" if self.config.attention == "dense" else "sla.safetensors"
-
-    def _trained(self) -> str:
-        return self.config.train if self.config.attention == "sla" else f"{self.config.train}, {self.config.attention}"
-
-    def _page(self, content: dict[str, Any]) -> str:
-        log = read_log(self.folder)
-        steps = [line for line in log if line["event"] == "step"]
-        checks = [line for line in log if line["event"] == "validation"]
-        x = [line["step"] for line in steps]
-        errors = [(line["step"], line["error"]) for line in steps if line["error"] is not None]
-        charts = [
-            Chart("loss", "step", [Line("loss", x, [line["loss"] for line in steps])], log=True),
-            Chart("error to the dense teacher", "step", [
-                Line("of the step's clips", [step for step, _ in errors], [error for _, error in errors]),
-                Line("held out, average weights", [c["step"] for c in checks], [c["error"] for c in checks], True),
-            ], log=True),
-            Chart("gradient norm", "step", [Line("uncut", x, [line["grad_norm"] for line in steps])], log=True),
-            Chart("norm of proj_l by layer", "step", [
-                Line(f"layer {i}", x, [line["proj_norms"][i] for line in steps])
-                for i in range(len(steps[0]["proj_norms"]) if steps else 0)
-            ]),
-            Chart("error of self-attention by layer", "layer", [
-                Line(name, list(range(len(content[key]))), content[key], True)
-                for name, key in (("before", "layer_errors_before"), ("after", "layer_errors_after"))
-            ]),
-        ]  # fmt: skip
-        pairs = []
-        for check in checks:
-            for name in check["clips"]:
-                path = self.folder / CLIPS / name
-                if path.is_file():
-                    caption = list(dict.fromkeys(clip.caption for clip in self.data.held_out))[int(path.stem[-1])]
-                    pairs.append(Pair(check["step"], caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
-        before, after = content["teacher_error_before"], content["teacher_error_after"]
+    def _write_page(self, result: FinetuneResult, layers: list[float]) -> None:
+        before, after = result.teacher_error_before, result.teacher_error_after
         sparsity = "" if self.config.attention == "dense" else f", sparsity {self.sla.sparsity:g}"
         facts = {
             "model": self.weights.source.name, "attention": self.config.attention + sparsity,
             "trained": self.config.train, "loss": self.config.loss, "steps": str(self.schedule.steps),
             "error to the teacher": f"{before:.4f} before, {after:.4f} after ({1 - after / (before or 1):.0%} less)",
             "clips": f"{len(self.data.training)} to train on, {len(self.data.held_out)} held out",
-            "time": f"{content['seconds'] / 60:.1f} min",
+            "time": f"{result.seconds / 60:.1f} min",
         }  # fmt: skip
         title = f"{self.folder.resolve().name}: {self.weights.source.name} with SLA"
-        return training_page(title, facts, [draw_chart(chart) for chart in charts], pairs)
+        captions = [clip.caption for clip in self._shown_clips()]
+        write_page(self.folder, title, facts, {"before": self.before["layers"], "after": layers}, captions)
+
+    def _is_written(self, name: str) -> bool:
+        """Whether a parameter goes into the result: what was trained, now or before, and for a control all of it."""
+        record = installation(self.student)
+        before = {} if record is None else record.replaced
+        is_changed = name in self.trainer.named or PROJECTION in name or plain_name(name) in before
+        return is_changed or self.config.attention == "dense"
+
+    def _write_base(self) -> None:
+        """The transformer that SLA was trained on, beside SLA's weights, where no model's name stands for it."""
+        final = self.folder / "transformer"
+        part = final.with_name(final.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        load_transformer(self.weights.source, self.recipe.dtype).save_pretrained(part)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(part, final)
+
+    def _trained(self) -> str:
+        return self.config.train if self.config.attention == "sla" else f"{self.config.train}, {self.config.attention}"
 
 
 def _schedule(config: FinetuneConfig, defaults: TrainingDefaults) -> TrainingDefaults:
     """The model's own numbers, with what the user said in their place."""
-    names = ("steps", "lr", "proj_multiplier", "warmup_steps", "batch_size", "micro_batch")
+    names = ("steps", "lr", "proj_multiplier", "warmup_steps", "batch_size", "micro_batch", "caption_dropout")
     return dataclasses.replace(defaults, **{n: getattr(config, n) for n in names if getattr(config, n) is not None})
 
 
@@ -587,26 +640,9 @@ def _compare(before: Any, now: dict[str, Any], folder: Path) -> None:
         )
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that are whole."""
-    try:
-        text = (folder / LOG).read_text(encoding="utf-8")
-    except OSError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int) and "event" in content:
-            lines.append(content)
-    return lines
-
-
 @contextmanager
-def _tensorboard(folder: Path, wanted: bool, tell: Callable[[Event], None]) -> Iterator[Any]:
-    """A writer of event files, or None; where TensorBoard is not installed, one line says so."""
+def _tensorboard(folder: Path, wanted: bool, step: int, tell: Callable[[Event], None]) -> Iterator[Any]:
+    """A writer of event files after a step, or None; where TensorBoard is not installed, one line says so."""
     if not wanted:
         yield None
         return
@@ -616,5 +652,5 @@ def _tensorboard(folder: Path, wanted: bool, tell: Callable[[Event], None]) -> I
         tell(Event("warning", "no TensorBoard files: it is not installed (pip install 'slagen[tensorboard]')"))
         yield None
         return
-    with SummaryWriter(folder / "tensorboard") as board:
+    with SummaryWriter(folder / TENSORBOARD, purge_step=step + 1) as board:
         yield board

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
 MIN_FRAMES = 5  # unless still pictures are asked for
 MAX_CAPTION = 20_000
 SHOWN = 20  # faults in one message
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
+UNFINISHED = "tensors.jsonl"  # of a prepared set
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,23 @@ class Cut:
     fps: int
 
 
-def read_footage(path: Path) -> list[Footage]:
-    """Find the videos and captions of a data set.
+def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
+    """Find the videos and captions of a data set, and what is wrong with it.
 
     Args:
         path: a folder of videos with a .txt beside each; musubi's .jsonl (`video_path`, `caption`); FastVideo's
             videos2caption.json (`path`, `cap`); DiffSynth's metadata.csv (`video`, `prompt`); or a folder with one.
-    Raises: UsageError with every fault.
+    Returns: them and the faults, for `plan_cuts` to tell with its own.
+    Raises: UsageError where that is no data set at all.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist. Give a folder of videos with a .txt beside each.")
     file = path
     if path.is_dir():
+        if (path / UNFINISHED).is_file():
+            raise UsageError(
+                f"{path} is a data set that was not prepared to its end. Prepare it again from its videos."
+            )
         lists = [path / name for name in ("videos2caption.json", "metadata.csv")] + sorted(path.glob("*.jsonl"))
         lists = [file for file in lists if file.is_file()]
         if len(lists) > 1:
@@ -71,27 +78,30 @@ def read_footage(path: Path) -> list[Footage]:
         file = lists[0]
     faults: list[str] = []
     found: list[Footage] = []
-    for where, video, caption in _entries(file):
+    for where, video, caption in _entries(file, faults):
         if not isinstance(video, str) or not video.strip():
             faults.append(f"{where}: names no video")
             continue
         caption = _caption(caption)
         if not caption:
-            faults.append(f"{where}: has no caption")
+            faults.append(f"{where}: has no caption of 1 to {MAX_CAPTION} characters of text")
             continue
-        place = next((p for p in _places(file.parent, video) if p.is_file()), None)
+        place = next((p for p in _places(file.parent, video) if _is_file(p)), None)
         if place is None:
-            faults.append(f"{where}: {video} does not exist")
+            faults.append(f"{where}: {video:.200} does not exist")
         else:
             found.append(Footage(place, caption, where))
-    _tell(faults)
-    if not found:
+    if not found and not faults:
         raise UsageError(f"{file} names no video.")
-    return found
+    return found, faults
 
 
-def _folder(path: Path) -> list[Footage]:
-    videos = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+def _folder(path: Path) -> tuple[list[Footage], list[str]]:
+    videos = sorted(
+        file for file in path.rglob("*")
+        if file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )  # fmt: skip
     if not videos:
         raise UsageError(
             f"{path} holds no videos ({', '.join(sorted(SUFFIXES))}) and no list of them (metadata.csv, "
@@ -99,22 +109,25 @@ def _folder(path: Path) -> list[Footage]:
         )
     faults, found = [], []
     for video in videos:
-        text = video.with_suffix(".txt")
+        where = str(video.relative_to(path))
+        text = next((t for t in map(video.with_suffix, (".txt", ".TXT")) if t.is_file()), video.with_suffix(".txt"))
+        if not video.is_file():
+            faults.append(f"{where}: is a link that leads nowhere")
+            continue
         try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
+            caption = _caption(text.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError):
-            faults.append(f"{video.name}: {text.name} beside it is missing, or no UTF-8")
+            faults.append(f"{where}: {text.name} beside it is missing, or no UTF-8")
             continue
-        if not 0 < len(caption) <= MAX_CAPTION:
-            faults.append(f"{video.name}: {text.name} beside it is empty, or longer than {MAX_CAPTION} characters")
+        if not caption:
+            faults.append(f"{where}: {text.name} beside it has not 1 to {MAX_CAPTION} characters of text")
             continue
-        found.append(Footage(video, caption, video.name))
-    _tell(faults)
-    return found
+        found.append(Footage(video, caption, where))
+    return found, faults
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Any, Any]]:
-    """Where, video and caption of every entry of a list."""
+def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Where, video and caption of every entry of a list; what is none goes to the faults."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -125,13 +138,20 @@ def _entries(file: Path) -> Iterator[tuple[str, Any, Any]]:
             if rows.fieldnames is None or not {"video", "prompt"} <= set(rows.fieldnames):
                 raise UsageError(f"{file} lacks a column named video or prompt.")
             for row in rows:
-                yield f"{file.name}:{rows.line_num}", row["video"], row["prompt"]
+                if None in row:
+                    faults.append(f"{file.name}:{rows.line_num}: has too many columns; put the caption in quotes")
+                else:
+                    yield f"{file.name}:{rows.line_num}", row["video"], row["prompt"]
         except csv.Error as error:
-            raise UsageError(f"{file}: is no CSV: {error}.") from error
+            faults.append(f"{file.name}:{rows.line_num}: is no CSV: {error}")
     elif file.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                entry = _json(line, f"{file}:{number}")
+                try:
+                    entry = _json(line, f"{file.name}:{number}")
+                except UsageError as error:
+                    faults.append(str(error))
+                    continue
                 entry = entry if isinstance(entry, dict) else {}
                 yield f"{file.name}:{number}", entry.get("video_path"), entry.get("caption")
     elif file.suffix.lower() == ".json":
@@ -157,7 +177,8 @@ def _caption(value: Any) -> str:
     if isinstance(value, list):
         value = value[0] if value else ""
     caption = " ".join(value.split()) if isinstance(value, str) else ""
-    return caption if len(caption) <= MAX_CAPTION else ""
+    is_text = all(char != "\0" and not "\ud800" <= char <= "\udfff" for char in caption)
+    return caption if is_text and len(caption) <= MAX_CAPTION else ""
 
 
 def _places(folder: Path, name: str) -> list[Path]:
@@ -165,41 +186,55 @@ def _places(folder: Path, name: str) -> list[Path]:
     return [folder / name, folder / "videos" / name]
 
 
-def _tell(faults: list[str]) -> None:
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def tell(faults: list[str]) -> None:
+    """Raise UsageError with all that is wrong with a data set, if anything is."""
     if faults:
         more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise UsageError(f"the data set has {len(faults)} faults:\n" + "\n".join(faults[:SHOWN]) + more)
 
 
-def plan_cuts(footage: list[Footage], full: Cut, grid: int) -> list[Cut]:
+def plan_cuts(footage: list[Footage], full: Cut, grid: int, faults: Sequence[str] = ()) -> list[Cut]:
     """Look at every video and choose the form of its clip: the nearest of a few sizes, the longest of a few lengths.
 
     Args:
         full: the largest area and length. grid: width and height are multiples of this.
-    Raises: UsageError with every video that cannot be read, has no pictures, or is too short.
+        faults: of the set, known before.
+    Raises: UsageError with those, and every video that cannot be read, has no pictures, or is too short.
     """
     sizes = _sizes(full, grid)
     fewest = min(full.num_frames, MIN_FRAMES)
     lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
-    faults, cuts = [], []
+    found, cuts = list(faults), []
     for item in footage:
         try:
-            duration, width, height = _probe(item.path)
+            duration, unit, width, height = _probe(item.path)
         except _Unreadable as error:
-            faults.append(f"{item.where}: {item.path.name} {error}")
+            found.append(f"{item.where}: {item.path.name} {error}")
             continue
-        frames = math.floor(duration * full.fps + 1e-6) + 1
+        frames = math.floor((duration + _slack(unit, full)) * full.fps) + 1
         length = next((length for length in lengths if length <= frames), None)
         if length is None:
             least = (lengths[-1] - 1) / full.fps
-            faults.append(
+            found.append(
                 f"{item.where}: {item.path.name} is {duration:.2f} s long, but at least {least:.2f} s are needed"
             )
             continue
         best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
         cuts.append(Cut(*best, length, full.fps))
-    _tell(faults)
+    tell(found)
     return cuts
+
+
+def _slack(unit: float, cut: Cut) -> float:
+    """How far a timestamp may be off, in seconds: containers round it to units of theirs, Matroska to milliseconds."""
+    return min(unit, 0.25 / cut.fps) + 1e-6
 
 
 def _sizes(full: Cut, grid: int) -> list[tuple[int, int]]:
@@ -222,29 +257,41 @@ def _av() -> Any:
         import av
     except ImportError as error:
         raise EnvironmentProblem("reading videos needs PyAV. Install it: pip install 'slagen[finetune]'") from error
-    av.logging.set_level(av.logging.PANIC)
     return av
 
 
-def _probe(path: Path) -> tuple[float, int, int]:
-    """Seconds from the first frame to the last, width and height, by reading the packets; one frame is decoded."""
+def _open(path: Path) -> Any:
+    """A container of a kind that holds its own pictures."""
+    return _av().open(str(path.absolute()), metadata_errors="replace", options={"format_whitelist": FORMATS})
+
+
+def _shape(stream: Any, frame: Any) -> tuple[float, float, int]:
+    """Width and height as they are to be seen, in pixels, and by how many quarters of a turn to the left they are."""
+    turns = round(frame.rotation / 90) % 4
+    width, height = frame.width * float(stream.sample_aspect_ratio or 1), float(frame.height)
+    return (height, width, turns) if turns % 2 else (width, height, turns)
+
+
+def _probe(path: Path) -> tuple[float, float, float, float]:
+    """Seconds from the first frame to the last and of a unit of time, width and height; one frame is decoded."""
     av = _av()
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             if not container.streams.video:
                 raise _Unreadable("has sound but no pictures")
             stream = container.streams.video[0]
             frame = next(container.decode(stream), None)
             if frame is None:
                 raise _Unreadable("holds no frame")
-            width, height = frame.width, frame.height
-        with av.open(str(path)) as container:
+            width, height, _ = _shape(stream, frame)
+        with _open(path) as container:
             stream = container.streams.video[0]
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-            base = float(stream.time_base)
+            packets = (packet for packet in container.demux(stream) if not packet.is_discard)
+            times = [packet.pts for packet in packets if packet.pts is not None]
+            unit = float(stream.time_base)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _Unreadable(f"cannot be decoded ({error})") from error
-    return (max(times) - min(times)) * base if times else 0.0, width, height
+    return (max(times) - min(times)) * unit if times else 0.0, unit, width, height
 
 
 def read_cut(path: Path, cut: Cut) -> np.ndarray:
@@ -258,26 +305,31 @@ def read_cut(path: Path, cut: Cut) -> np.ndarray:
     shown: Any = None
     start: float = math.nan
     try:
-        with av.open(str(path)) as container:
+        with _open(path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            slack = _slack(float(stream.time_base), cut)
             for frame in container.decode(stream):
                 if frame.pts is None:
                     continue
                 time = float(frame.pts * stream.time_base)
                 start = time if shown is None else start
+                if shown is not None and frame.pts < shown.pts:
+                    raise UsageError(
+                        f"{path} has timestamps that go back. Write it anew: ffmpeg -i {path.name} new.mp4"
+                    )
                 while shown is not None and len(picked) < cut.num_frames:
-                    if len(picked) / cut.fps + start >= time - 1e-6:
+                    if len(picked) / cut.fps + start >= time - slack:
                         break
-                    picked.append(_fit(shown, cut))
+                    picked.append(_fit(shown, stream, cut))
                 shown = frame
                 if len(picked) == cut.num_frames:
                     break
             last = None if shown is None else float(shown.pts * stream.time_base)
             while last is not None and len(picked) < cut.num_frames:
-                if len(picked) / cut.fps + start > last + 1e-6:
+                if len(picked) / cut.fps + start > last + slack:
                     break
-                picked.append(_fit(shown, cut))
+                picked.append(_fit(shown, stream, cut))
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise UsageError(f"{path} cannot be decoded ({error}).") from error
     if len(picked) < cut.num_frames:
@@ -285,10 +337,12 @@ def read_cut(path: Path, cut: Cut) -> np.ndarray:
     return np.stack(picked)
 
 
-def _fit(frame: Any, cut: Cut) -> np.ndarray:
-    """A frame scaled to cover the clip's size, and cropped around its middle."""
-    factor = max(cut.width / frame.width, cut.height / frame.height)
-    width, height = max(cut.width, round(frame.width * factor)), max(cut.height, round(frame.height * factor))
-    picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
-    left, top = (width - cut.width) // 2, (height - cut.height) // 2
-    return np.ascontiguousarray(picture[top : top + cut.height, left : left + cut.width])
+def _fit(frame: Any, stream: Any, cut: Cut) -> np.ndarray:
+    """A frame as it is to be seen, scaled to cover the clip's size, and cropped around its middle."""
+    width, height, turns = _shape(stream, frame)
+    factor = max(cut.width / width, cut.height / height)
+    size = max(cut.width, round(width * factor)), max(cut.height, round(height * factor))
+    lying = size[::-1] if turns % 2 else size
+    picture = frame.to_ndarray(format="rgb24", width=lying[0], height=lying[1], interpolation="BICUBIC")
+    left, top = (size[0] - cut.width) // 2, (size[1] - cut.height) // 2
+    return np.ascontiguousarray(np.rot90(picture, turns)[top : top + cut.height, left : left + cut.width])

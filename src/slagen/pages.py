@@ -8,19 +8,22 @@ from typing import Any
 
 from jinja2 import Environment
 
-STYLE = """:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-  body { margin: 0 auto; max-width: 1200px; padding: 1.5rem; }
-  figure { margin: 0; border: 1px solid #8884; border-radius: .5rem; overflow: hidden; }
-  video { display: block; width: 100%; }
-  a { color: inherit; }"""
-
-SHEET = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-  {{ style }}
+  :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
+  body { margin: 0 auto; max-width: 1200px; padding: 1.5rem; }
+  figure { margin: 0; border: 1px solid #8884; border-radius: .5rem; overflow: hidden; }
+  video { display: block; width: 100%; }
+  a { color: inherit; }
+"""
+
+SHEET = (
+    HEAD
+    + """\
   header { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: baseline; }
   h1 { font-size: 1.2rem; margin: 0 auto 0 0; }
   button { font: inherit; padding: .2rem .7rem; border: 1px solid #8888; border-radius: 1rem; background: none;
@@ -69,6 +72,7 @@ SHEET = """<!doctype html>
 </script>
 </html>
 """
+)
 ORDERS = (("index", "order"), ("prompt", "prompt"), ("seed", "seed"), ("seconds", "time"), ("attention", "attention"))
 
 
@@ -101,13 +105,9 @@ def contact_sheet(title: str, cards: list[Card]) -> str:
     return _render(SHEET, title=title, rows=cards, orders=ORDERS)
 
 
-TRAINING = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-  {{ style }}
+TRAINING = (
+    HEAD
+    + """\
   h1 { font-size: 1.2rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
   dt { opacity: .7; } dd { margin: 0; }
@@ -130,6 +130,7 @@ TRAINING = """<!doctype html>
 </section>
 </html>
 """
+)
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def training_page(title: str, facts: dict[str, str], charts: list[str], pairs: l
 
 def _render(page: str, **content: Any) -> str:
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(page)
-    return template.render(style=STYLE, **content)
+    return template.render(**content)
 
 
 def _data_uri(video: bytes) -> str:

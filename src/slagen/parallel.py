@@ -81,20 +81,29 @@ class Team:
         """A module that all train as one: what is called in its place. With "fsdp" its parameters become parts.
 
         Args:
+            module: on its device, or for "fsdp" anywhere: a block at a time goes there.
             dtype: to compute in; gradients are summed in float32.
         """
         if self.kind == "ddp":
             ids = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
         if self.kind == "fsdp":
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+            from torch.distributed.fsdp import MixedPrecisionPolicy
 
             lower = None if dtype == torch.float32 else dtype
-            policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, output_dtype=None)
-            for block in module.blocks:  # type: ignore[union-attr]
-                fully_shard(block, mp_policy=policy)
-            fully_shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+            inside = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            _split(module, inside, MixedPrecisionPolicy(reduce_dtype=torch.float32))
         return module
+
+    def share_frozen(self, module: nn.Module) -> nn.Module:
+        """A module that none trains, on this process's device: whole, or with "fsdp" this process's part of it."""
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+            _split(module, policy, policy)
+            return module
+        return module.to(self.device)
 
     @contextmanager
     def syncing(self, shared: nn.Module, last: bool) -> Iterator[None]:
@@ -106,6 +115,15 @@ class Team:
         if self.kind == "fsdp":
             shared.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
+
+
+def _split(module: nn.Module, inside: Any, around: Any) -> None:
+    """FSDP2, block by block. Without resharding the root would compute with copies from before its values changed."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in module.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mp_policy=inside, reshard_after_forward=True)
+    fully_shard(module, mp_policy=around, reshard_after_forward=True)
 
 
 @contextmanager

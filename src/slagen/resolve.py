@@ -167,7 +167,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         counts = report.block_counts(sla, num_tokens)
         if counts["key_blocks"] < 2:
             sla = None
-            config = dataclasses.replace(config, attention="dense", sparsity=None, sla_topk=None)
+            config = dataclasses.replace(config, attention="dense", backend="auto", sparsity=None, sla_topk=None)
             warnings.append(
                 f"{num_tokens} tokens are fewer than 2 key blocks, so nothing can be left out: this clip runs dense"
             )
@@ -178,7 +178,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
             )
     backend = None
     if sla is not None:
-        backend = _pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
+        backend = pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
         notes.append(f"SLA runs on the {backend} backend")
     return Plan(config, weights, sla, num_tokens, notes, warnings, backend)
 
@@ -228,7 +228,7 @@ def _plan_sampler(
     return dataclasses.replace(config, sampler=sampler)
 
 
-def _pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+def pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that SLA will run on. Raises EnvironmentProblem where a named one can not."""
     try:
         return choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), name)

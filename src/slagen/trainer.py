@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slagen.config import Loss, Optimizer, TrainingDefaults
 from slagen.dataset import Clip, Dataset
 from slagen.errors import EnvironmentProblem, SlagenError
-from slagen.parallel import Team, own_part
+from slagen.parallel import Team, own_part, whole
 from slagen.quality import AttentionOutputs, mix, velocity
 
 PROJECTION = ".processor.proj_l."
@@ -65,8 +65,8 @@ class Trainer:
     """Trains a transformer in place.
 
     Args:
-        student: float32, with attention installed and `requires_grad` set on what trains; on its device.
-        teacher: frozen, or None where the loss needs none.
+        student: float32, with attention installed and `requires_grad` set on what trains; on its device, or for
+            FSDP anywhere. teacher: frozen and shared by the team, or None where the loss needs none.
     Raises: EnvironmentProblem where the optimiser is not installed.
     """
 
@@ -97,13 +97,7 @@ class Trainer:
             "lr": schedule.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": recipe.weight_decay
         }  # fmt: skip
         if recipe.optimizer == "adamw8bit":
-            try:
-                import bitsandbytes
-            except ImportError as error:
-                raise EnvironmentProblem(
-                    "--optimizer adamw8bit needs bitsandbytes. Install it: pip install 'slagen[adamw8bit]'"
-                ) from error
-            return bitsandbytes.optim.AdamW8bit(groups, **options)
+            return optimizer_8bit()(groups, **options)
         return torch.optim.AdamW(groups, **options, foreach=True)
 
     def learning_rate(self, step: int) -> float:
@@ -116,8 +110,8 @@ class Trainer:
         return s.lr * rate
 
     def step(self, number: int) -> StepResult:
-        """Train on the clips of step `number`, from 0. Raises SlagenError, with nothing changed, for a loss that is
-        not finite."""
+        """Train on the clips of step `number`, from 0. Raises SlagenError, with nothing changed, for a loss or a
+        gradient that is not finite."""
         recipe, team = self.recipe, self.team
         batch = recipe.schedule.batch_size
         clips = self._clips(number)
@@ -144,17 +138,18 @@ class Trainer:
             sums += counts * torch.stack([loss.detach().sum().double(), difference, scale, tokens])
         team.total(sums).div_(team.context)  # those that share a clip all have its loss
         loss_sum, difference_sum, scale_sum, latents = sums.tolist()
-        if not math.isfinite(loss_sum):
-            names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
-            raise SlagenError(
-                f"the loss of step {number + 1} is {loss_sum / batch}, on clips of {names}. Nothing of it was kept: "
-                "the last checkpoint stays. Try a lower --lr, or --max-grad-norm 1."
-            )
         parameters = list(self.named.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm_value = float(whole(norm))
+        for what, value in (("loss", loss_sum / batch), ("gradient", norm_value)):
+            if not math.isfinite(value):
+                names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
+                raise SlagenError(
+                    f"the {what} of step {number + 1} is {value}, on clips of {names}. Nothing of it was kept: "
+                    "the last checkpoint stays. Try a lower --lr, or --max-grad-norm 1."
+                )
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)
-        norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         self.optimizer.step()
         self._update_average(number)
         error = math.sqrt(difference_sum / scale_sum) if scale_sum > 0 else None
@@ -219,13 +214,19 @@ class Trainer:
         return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
 
     def _inputs(self, number: int, piece: list[tuple[int, Clip]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, noise and text of some clips, on the device."""
+        """Latents, noise and text of some clips, on the device; the text of every so many is the negative prompt."""
         examples = [self.data.example(clip) for _, clip in piece]
+        schedule = self.recipe.schedule
+        places = [number * schedule.batch_size + i for i, _ in piece]
+        texts = [
+            self.data.negative_text() if _is_dropped(place, schedule.caption_dropout) else e.text
+            for place, e in zip(places, examples, strict=True)
+        ]
         noise = [
             torch.randn(clip.shape, generator=torch.Generator().manual_seed(_mix_seed(self.recipe.seed, 3, number, i)))
             for i, clip in piece
         ]
-        stacks = ([e.latents for e in examples], noise, [e.text for e in examples])
+        stacks = ([e.latents for e in examples], noise, texts)
         x, n, text = (torch.stack(stack).to(self.team.device) for stack in stacks)
         return x, n, text
 
@@ -241,15 +242,32 @@ class Trainer:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The student has its average weights, for the length of the block."""
-        parts = {name: own_part(p.detach()) for name, p in self.named.items()}
-        kept = {name: part.clone() for name, part in parts.items()}
-        for name, part in parts.items():
-            part.copy_(self.average[name])
+        kept = {name: own_part(p.detach()).clone() for name, p in self.named.items()}
+        self._put(self.average)
         try:
             yield
         finally:
-            for name, part in parts.items():
-                part.copy_(kept[name])
+            self._put(kept)
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.named.items():
+            own_part(p.detach()).copy_(values[name])
+
+
+def optimizer_8bit() -> Any:
+    """AdamW with its state in 8 bits. Raises EnvironmentProblem where bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "--optimizer adamw8bit needs bitsandbytes. Install it: pip install 'slagen[adamw8bit]'"
+        ) from error
+    return AdamW8bit
+
+
+def _is_dropped(place: int, fraction: float) -> bool:
+    """Whether the caption of the clip at a place, from 0, in all that are trained on is left out: evenly spread."""
+    return math.floor((place + 1) * fraction) > math.floor(place * fraction)
 
 
 def _mix_seed(*parts: int) -> int:
@@ -267,7 +285,7 @@ def memory_plan(
     """How much memory each process will need, in words: an estimate from sizes, before anything is allocated.
 
     Args:
-        num_tokens: of the longest clip. parts: processes that the student is split over.
+        num_tokens: of the longest clip. parts: processes that student and teacher are split over.
         recomputes: whether activations are recomputed in the backward pass.
     """
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -279,7 +297,7 @@ def memory_plan(
     width, bytes_each = config.num_attention_heads * config.attention_head_dim, recipe.dtype.itemsize
     block = num_tokens * (14 * width + 3 * config.ffn_dim) * bytes_each  # what one block keeps for its backward pass
     kept = num_tokens * width * 4 * config.num_layers + block if recomputes else block * config.num_layers
-    gib = [size / 2**30 for size in (weights, other, kept * recipe.schedule.micro_batch)]
+    gib = [size / 2**30 for size in (weights, other / parts, kept * recipe.schedule.micro_batch)]
     student_gib, teacher_gib, activations_gib = gib
     return (
         f"{trained / 1e6:.1f} M of {(trained + frozen) / 1e6:.1f} M parameters train; memory about {sum(gib):.1f} GiB: "

@@ -1,11 +1,12 @@
 """A training's checkpoints: optimiser, weights and their average, whole or not there.
 
-Each is a folder `step-000100` with `state.safetensors` and `state.json`, written as `step-000100.part` and renamed. The
-last two are kept.
+Each is a folder `step-000100` with `state.safetensors`, `state.json` and their hashes, written as `step-000100.part`
+and renamed. The last two are kept; one whose hashes do not fit its files is passed over.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,12 +20,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from slagen.errors import SlagenError, WeightsError
-from slagen.models import read_header
 from slagen.parallel import like, own_part, whole
 from slagen.trainer import Trainer
 
 FOLDER = "checkpoints"
 KEPT = 2
+HASHES = "sha256.json"
 
 
 def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any]) -> None:
@@ -45,20 +46,24 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 plain.setdefault(name, {})[key] = value
-    for name, part in trainer.average.items():
-        tensors[f"average/{name}"] = whole(like(part, trainer.named[name].detach()))
+    for name, part in trainer.average.items():  # one at a time, for they may not all fit a card
+        average = whole(like(part, trainer.named[name].detach()))
+        if trainer.team.first:
+            tensors[f"average/{name}"] = average.cpu()
     if not trainer.team.first:
         return
     final = folder / FOLDER / f"step-{step:06d}"
     part_folder = final.with_name(final.name + ".part")
     try:
-        shutil.rmtree(part_folder, ignore_errors=True)
+        for left in final.parent.glob("step-*.part"):  # of a killed run
+            shutil.rmtree(left, ignore_errors=True)
         part_folder.mkdir(parents=True)
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part_folder / "state.safetensors"
         )
         content = {**about, "step": step, "plain": plain}
         (part_folder / "state.json").write_text(json.dumps(content, allow_nan=False))
+        (part_folder / HASHES).write_text(json.dumps(_hashes(part_folder)))
         for file in part_folder.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -70,7 +75,9 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
             f"the checkpoint of step {step} could not be written to {folder} ({error}). Free some space and start "
             "again: the run goes on from the checkpoint before."
         ) from error
-    for old in checkpoints(folder)[:-KEPT]:
+    found = checkpoints(folder)
+    last = found.index(final) + 1  # what comes after it is broken, or the run would have gone on from there
+    for old in found[: max(0, last - KEPT)] + found[last:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -78,13 +85,20 @@ def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The last whole checkpoint of a run and what was kept beside it; None where there is none."""
     for path in reversed(checkpoints(folder)):
         try:
-            about = json.loads((path / "state.json").read_text())
-            read_header(path / "state.safetensors")
-        except (OSError, ValueError, WeightsError):
+            if json.loads((path / HASHES).read_text()) == _hashes(path):
+                return path, json.loads((path / "state.json").read_text())
+        except (OSError, ValueError):  # it is not whole
             continue
-        if isinstance(about, dict) and isinstance(about.get("step"), int):
-            return path, about
     return None
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's two files."""
+    found = {}
+    for name in ("state.json", "state.safetensors"):
+        with (path / name).open("rb") as handle:
+            found[name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return found
 
 
 def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:

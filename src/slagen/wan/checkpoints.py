@@ -238,7 +238,8 @@ def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | No
     """Write an SLA file beside its name and rename it: every `proj_l`, and what else was trained, by the model's names.
 
     A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
-    B A. Without metadata it is a plain transformer file. Raises SlagenError where the disk does not take it.
+    B A, to the file's own `X.weight` where it has one. Without metadata it is a plain transformer file. Raises
+    SlagenError where the disk does not take it.
     """
     part = file.with_name(file.name + ".part")
     try:
@@ -262,22 +263,30 @@ def add_lora(transformer: WanTransformer3DModel, rank: int, seed: int) -> None:
 
     Raises: EnvironmentProblem where peft is not installed.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(lora_config(rank))
+
+
+def lora_config(rank: int = 1) -> Any:
+    """What `add_lora` tells peft. Raises EnvironmentProblem where that is not installed."""
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise EnvironmentProblem("--train lora needs peft. Install it: pip install 'slagen[finetune]'") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS))
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
 
 
 def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Trained parameters as an SLA file keeps them: `proj_l` in float32, all else in float16; peft's names plain."""
-    return {
-        name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B."): tensor.float()
-        if _is_projection(name) else tensor.half()
-        for name, tensor in named.items()
-    }  # fmt: skip
+    return {plain_name(name): x.float() if _is_projection(name) else x.half() for name, x in named.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model's files, of the one that it has beside low-rank changes."""
+    for old, new in ((".base_layer.", "."), (".lora_A.default.", ".lora_A."), (".lora_B.default.", ".lora_B.")):
+        name = name.replace(old, new)
+    return name
 
 
 def apply_sla(
@@ -312,17 +321,18 @@ def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path) ->
 
 
 def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Low-rank changes added to the weights that they change. Raises WeightsError where they do not fit."""
+    """Low-rank changes added to the weights that they change, the file's own or the model's. Raises WeightsError where
+    they do not fit."""
     changed = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
     for name, down in tensors.items():
         if ".lora_A." not in name:
             continue
         target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
-        base = state.get(target)
+        base = tensors.get(target, state.get(target))
         if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
             raise WeightsError(f"{path} does not fit: {name} has no partner or no layer of its size to change.")
         product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
-        changed[target] = base.float() + product
+        changed[target] = base.to(product.device, torch.float32) + product
     return changed
 
 

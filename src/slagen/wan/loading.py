@@ -265,7 +265,7 @@ def place(pipe: WanPipeline, device: torch.device) -> None:
     parts = [part for part in (pipe.transformer, pipe.text_encoder, pipe.vae) if part is not None]
     needed = sum(t.numel() * t.element_size() for part in parts for t in part.state_dict().values())
     free, _ = torch.cuda.mem_get_info(device)
-    if needed + ACTIVATIONS_GIB * 2**30 <= free:
+    if len(parts) == 1 or needed + ACTIVATIONS_GIB * 2**30 <= free:
         pipe.to(device)
     else:
         pipe.enable_model_cpu_offload(device=device)

@@ -1,0 +1,64 @@
+"""Stage 5: SLA for the exported model, by `slagen finetune` on drawn videos; the result is put beside it.
+
+python scripts/tiny_wan/tune.py                        from the dense model
+python scripts/tiny_wan/tune.py --on --lr 2e-4         from the SLA weights that the model has
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from scenes import FPS, caption, render, training_scenes
+
+from slagen.video import write_mp4
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_VIDEOS = 448
+
+
+def prepare_data(work: Path, model: Path) -> Path:
+    """Scenes as videos with captions, encoded by `slagen finetune data`; what is there already stays."""
+    rng = random.Random(7)
+    scenes = training_scenes()
+    rng.shuffle(scenes)
+    folder = work / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, scene in enumerate(scenes[:NUM_VIDEOS]):
+        text = caption(scene, rng)
+        path = folder / f"{i:04d}.mp4"
+        if not path.exists():
+            frames = (render([scene])[0].permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
+            write_mp4(frames, path, FPS)
+        path.with_suffix(".txt").write_text(text + "\n")
+    slagen("finetune", "data", str(folder), "--output", str(work / "data"), "--model", str(model))
+    return work / "data"
+
+
+def slagen(*arguments: str) -> str:
+    """One command of slagen's; returns what it printed on stdout."""
+    command = [sys.executable, "-m", "slagen", *arguments]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-wan")
+    parser.add_argument("--model", type=Path, default=ROOT / "weights" / "tiny-wan")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--on", action="store_true", help="go on from the SLA weights that the model has")
+    parser.add_argument("--dtype", default="bf16", help="to compute in")
+    args, more = parser.parse_known_args()
+    data, output = prepare_data(args.work, args.model), args.work / "tuned"
+    start = [] if args.on else ["--from-dense"]
+    slagen("finetune", "--model", str(args.model), "--data", str(data), "--sparsity", "0.95", "--steps",
+           str(args.steps), "--dtype", args.dtype, "--output", str(output), *start, *more)  # fmt: skip
+    shutil.copy(output / "sla.safetensors", args.model)
+
+
+if __name__ == "__main__":
+    main()
