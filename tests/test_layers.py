@@ -35,7 +35,19 @@ MAY_IMPORT = {
     "footage": {"errors"},
     "resolve": LIBRARY | LEAVES,
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
-    "finetune": {"generate", "resolve", "dataset", "parallel", "trainer", "training_state"} | LIBRARY | LEAVES,
+    "finetune": {
+        "generate",
+        "resolve",
+        "dataset",
+        "embeddings",
+        "parallel",
+        "trainer",
+        "training_state",
+        "training_log",
+    }
+    | LIBRARY
+    | LEAVES,
+    "training_log": {"pages", "plot", "report", "video", "errors"},
     "replay": {"generate"} | LIBRARY | LEAVES,
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
     "parallel": {"errors", "config"},
