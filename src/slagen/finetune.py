@@ -308,7 +308,8 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """All that changes what is learnt, to be compared when a run goes on."""
-        fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in ANYTIME}
+        without = ANYTIME if self.config.train == "lora" else ANYTIME | {"lora_rank"}
+        fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in without}
         schedule = {k: v for k, v in dataclasses.asdict(self.schedule).items() if k not in ANYTIME}
         source = self.weights.source
         files = dataset.transformer_files(source)
