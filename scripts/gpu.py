@@ -12,9 +12,11 @@ the bundled model, and of the table that compares ways to tune it, run when aske
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -183,11 +185,17 @@ def main() -> None:
         print(f"== {name}", flush=True)
         environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         command = [sys.executable, "-c", f"import gpu, pathlib; gpu.PARTS[{name!r}](pathlib.Path({str(folder)!r}))"]
+        part = subprocess.Popen(command, cwd=ROOT / "scripts", env=environment, start_new_session=True)
         try:
-            subprocess.run(command, check=True, timeout=LIMIT_S, cwd=ROOT / "scripts", env=environment)
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            code: int | str = part.wait(LIMIT_S)
+        except subprocess.TimeoutExpired:
+            code = f"none after {LIMIT_S} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(part.pid, signal.SIGKILL)  # with all that it began
+        if code != 0:
             failed.append(name)
-            print(f"{name} failed: {error}", flush=True)
+            print(f"{name} failed: exit code {code}", flush=True)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}. The others have results; make gpu tries again.")

@@ -333,9 +333,13 @@ def test_other_weights_under_the_same_name_are_refused(toy, tmp_path):
     model, data = toy
     first = finetune(settings(model, tmp_path / "first", data=data, steps=2))
     again = {"from_dense": False, "data": data, "weights": str(first.weights)}
-    with pytest.raises(UsageError, match="where the result would be written over them"):
-        finetune(settings(model, tmp_path / "first", **again, steps=3))
+    for output, fields in ((tmp_path / "first", again), (model, {"data": data})):
+        with pytest.raises(UsageError, match="where the result would be written over them"):
+            finetune(settings(model, output, **fields, steps=3))
+    again["weights"] = str(tmp_path / "first")  # the folder: only the file in it counts
     config = settings(model, tmp_path / "second", **again, steps=2)
+    finetune(config)
+    (tmp_path / "first" / "notes.txt").write_text("new")
     finetune(config)
     finetune(settings(model, tmp_path / "first", data=data, steps=4, restart=True))
     with pytest.raises(UsageError, match="weights_hash was .* Give the same ones"):
@@ -349,13 +353,19 @@ def test_restart_takes_away_its_own_and_not_before_all_is_well(toy, tmp_path):
     finetune(dataclasses.replace(config, seed=1))
     for file in foreign:
         file.write_text("mine")
-    own = (tmp_path / "out" / "checkpoints").glob("step-*")
+    left = [tmp_path / "out" / name for name in ("checkpoints/step-000077", "tensorboard", "clips/step-000009-0.mp4")]
+    for path in left:
+        path.mkdir() if path.suffix == "" else path.write_text("old")
+    kept = tmp_path / "out" / "checkpoints" / "step-000002-keep"
+    kept.mkdir()
+    own = (tmp_path / "out" / "checkpoints").glob("step-00000?")
     before = {path.name: (path / "sha256.json").read_text() for path in own}
     with pytest.raises(UsageError):
         finetune(dataclasses.replace(config, data=DataConfig(str(tmp_path / "nowhere"))))
     assert before == {name: (tmp_path / "out" / "checkpoints" / name / "sha256.json").read_text() for name in before}
     assert finetune(config).steps == 2
-    assert all(file.read_text() == "mine" for file in foreign)
+    assert all(file.read_text() == "mine" for file in foreign) and kept.is_dir()
+    assert not any(path.exists() for path in left)
 
 
 def test_clips_of_seeds_that_overlap_are_never_in_both_sets(toy, tmp_path):
@@ -622,7 +632,7 @@ def test_what_a_data_set_may_be(toy, tmp_path):
     (raw / "1.mp4").write_bytes(b"broken")
     with pytest.raises(UsageError, match="1.mp4 cannot be decoded"):
         prepare(model, raw, data)
-    with pytest.raises(UsageError, match="was not prepared to its end"):
+    with pytest.raises(UsageError, match="not prepared to its end, prepare it again"):
         finetune(settings(model, tmp_path / "out", data=data))
     assert not (tmp_path / "out" / "checkpoints").exists()
 
@@ -739,6 +749,10 @@ def test_the_command_under_torchrun(toy, tmp_path):
                "--device", "cpu", "--output", str(tmp_path / "two")]  # fmt: skip
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+    half = subprocess.run([*command, "--dtype", "bf16", "--output", str(tmp_path / "half")], env=env,
+                          capture_output=True, text=True, timeout=180)  # fmt: skip
+    assert half.returncode == 0, half.stderr
+    assert json.loads(half.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=0.05)
     assert json.loads(done.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=1e-4)
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-3) for name in one)

@@ -44,14 +44,14 @@ def ffmpeg(*arguments):
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", *map(str, arguments)], check=True)
 
 
-def write_ramp(path, frames=48, fps=16, size=(64, 48), codec="libx264", **options):
-    """Frame i is plain grey 4 i."""
+def write_ramp(path, frames=48, fps=16, size=(64, 48), step=4, **options):
+    """Frame i is plain grey, i steps bright."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = *size, "rgb8" if codec == "gif" else "yuv420p"
-        stream.options = {"crf": "1", **options} if codec == "libx264" else {}
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.options = {"crf": "1", **options}
         for i in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 4 * i, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), step * i, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -99,11 +99,12 @@ def test_sizes_and_lengths_fall_into_few_buckets(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name, fps", [("a.mkv", 16), ("a.mkv", 24), ("a.mp4", 16), ("a.mov", 24), ("a.gif", 16)])
+@pytest.mark.parametrize("name, fps", [("a.mkv", 16), ("a.mkv", 24), ("a.mp4", 16), ("a.mov", 24), ("a.gif", 10),
+                                       ("a.gif", 16)])  # fmt: skip
 def test_times_that_a_container_rounds(tmp_path, name, fps):
     """Matroska keeps milliseconds and GIF hundredths: at the video's own rate no frame is lost or shown twice."""
     if name.endswith("gif"):
-        write_ramp(tmp_path / "a.mp4", 17, fps)
+        write_ramp(tmp_path / "a.mp4", 17, fps, step=14)
         ffmpeg("-i", tmp_path / "a.mp4", tmp_path / name)
     else:
         write_ramp(tmp_path / name, 17, fps)
@@ -112,8 +113,8 @@ def test_times_that_a_container_rounds(tmp_path, name, fps):
     (cut,) = plan_cuts(footage, Cut(64, 48, 17, fps), 16)
     assert cut.num_frames == 17
     clip = read_cut(tmp_path / name, cut).mean((1, 2, 3))
-    np.testing.assert_allclose(clip, [4 * i for i in range(17)], atol=9 if name.endswith("gif") else 2)
-    assert np.all(np.diff(clip) > 0) or name.endswith("gif")
+    np.testing.assert_allclose(clip, [(14 if name.endswith("gif") else 4) * i for i in range(17)], atol=3)
+    assert np.all(np.diff(clip) > 0)
 
 
 def test_pictures_are_as_they_are_to_be_seen(tmp_path):
@@ -170,6 +171,7 @@ def test_a_damaged_video_is_refused_and_does_not_hang(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "a.mp4")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("a.mp4 ") == 5  # either it cannot be decoded, or it gives too few frames
 
 
 def test_names_and_notes_of_any_kind(tmp_path):
@@ -287,7 +289,7 @@ def test_folders_without_a_set(tmp_path):
     with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: is a link that leads nowhere"):
         look_at(tmp_path)
     (tmp_path / "tensors.jsonl").write_text("")
-    with pytest.raises(UsageError, match="was not prepared to its end"):
+    with pytest.raises(UsageError, match="not prepared to its end, prepare it again"):
         read_footage(tmp_path)
 
 

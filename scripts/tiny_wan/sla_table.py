@@ -86,6 +86,7 @@ def adherence(run: Run) -> dict:
     """How many held-out prompts a run's weights get right, with the latents' distance to the dense model's."""
     import torch
     from checker import check
+    from common import save_tensors
     from encode import held_out_scenes
     from evaluate import ATTRIBUTES, sample
     from scenes import caption
@@ -117,7 +118,7 @@ def adherence(run: Run) -> dict:
 
     kept = WORK / "table" / "dense-latents.pt"
     if not kept.exists():
-        torch.save(latents(lambda pipe: None)[0], kept)
+        save_tensors(kept, latents(lambda pipe: None)[0])
     dense = torch.load(kept, weights_only=True)
     found, pipe = latents(tuned)
     with torch.inference_mode():

@@ -1,7 +1,9 @@
 """Stage 5: SLA for the exported model, by `slagen finetune` on drawn videos; the result is put beside it.
 
-python scripts/tiny_wan/tune.py                        from the dense model
-python scripts/tiny_wan/tune.py --on --lr 2e-4         from the SLA weights that the model has
+    python scripts/tiny_wan/tune.py                                       from the dense model
+    python scripts/tiny_wan/tune.py --on before.safetensors --lr 3e-4     from SLA weights
+
+Other options are slagen finetune's. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ NUM_VIDEOS = 448
 
 
 def prepare_data(work: Path, model: Path) -> Path:
-    """Scenes as videos with captions, encoded by `slagen finetune data`; what is there already stays."""
+    """Scenes as videos with captions, encoded by `slagen finetune data`, unless that was done."""
     rng = random.Random(7)
     scenes = training_scenes()
     rng.shuffle(scenes)
@@ -35,6 +37,8 @@ def prepare_data(work: Path, model: Path) -> Path:
             frames = (render([scene])[0].permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
             write_mp4(frames, path, FPS)
         path.with_suffix(".txt").write_text(text + "\n")
+    if (work / "data" / "dataset.json").exists():
+        return work / "data"
     slagen("finetune", "data", str(folder), "--output", str(work / "data"), "--model", str(model))
     return work / "data"
 
@@ -50,11 +54,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-wan")
     parser.add_argument("--model", type=Path, default=ROOT / "weights" / "tiny-wan")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--on", action="store_true", help="go on from the SLA weights that the model has")
+    parser.add_argument("--on", type=Path, help="SLA weights to go on from: a copy, for the model's are replaced")
     parser.add_argument("--dtype", default="bf16", help="to compute in")
     args, more = parser.parse_known_args()
-    data, output = prepare_data(args.work, args.model), args.work / "tuned"
-    start = [] if args.on else ["--from-dense"]
+    data = prepare_data(args.work, args.model)
+    output = args.work / ("tuned-on" if args.on else "tuned")
+    start = ["--weights", str(args.on.resolve())] if args.on else ["--from-dense"]
     slagen("finetune", "--model", str(args.model), "--data", str(data), "--sparsity", "0.95", "--steps",
            str(args.steps), "--dtype", args.dtype, "--output", str(output), *start, *more)  # fmt: skip
     shutil.copy(output / "sla.safetensors", args.model)

@@ -137,6 +137,8 @@ class TrainingDefaults:
             whole = isinstance(field.default, int)
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < 0:
                 raise UsageError(f"training.{name} is {value!r}. Give a value like {field.default!r}.")
+        if "caption_dropout" in fields:
+            _check_fraction("training.caption_dropout", fields["caption_dropout"], "Give 0.1.")
         return cls(**fields)
 
 
@@ -512,7 +514,8 @@ class FinetuneConfig:
         model: preset, folder or hub id; None is Wan2.1 1.3B on CUDA and the bundled model elsewhere.
         weights: SLA weights to go on from, or a whole transformer; None takes the model's own.
         from_dense: begin with the model's dense weights and a fresh `proj_l`.
-        output: a folder for `sla.safetensors`, the checkpoint, the log and the page.
+        output: a folder for `sla.safetensors`, checkpoints, log, clips and page, and for the transformer where
+            `weights` is a whole one of your own.
         attention: "sla", or one of its branches alone; "dense" for a control that is tuned as long.
         sparsity, and the five after it: as in SLAConfig; None is what the weights were trained with, or SLAConfig's.
         anneal_from: sparsity to begin with; it rises to `sparsity` over the first half of the steps.

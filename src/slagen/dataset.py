@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slagen import prompts
 from slagen.config import DataConfig, GenerateConfig
-from slagen.embeddings import component_files, content_hashes, file_hashes, files_in, tensor_hash
+from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.generate import Event, Session
@@ -34,6 +34,7 @@ from slagen.models import ModelSource, read_header
 from slagen.quality import Example
 from slagen.report import write_json
 from slagen.resolve import Weights, find_weights, make_plan
+from slagen.wan import formats
 from slagen.wan.loading import encode_video, load_pipeline
 
 SET_FILE, INDEX_FILE = "dataset.json", "tensors.jsonl"
@@ -170,7 +171,7 @@ class Dataset:
         self.held_out = [clip for clip in clips if clip.held_out]
         if not self.training or not self.held_out:
             raise WeightsError(f"{folder} has {len(self.training)} clips to train on, {len(self.held_out)} held out.")
-        self.hash = digest([self.identity, [dataclasses.astuple(clip) for clip in clips]])
+        self.hash = digest([self.identity, self.negative, [dataclasses.astuple(clip) for clip in clips]])
 
     def example(self, clip: Clip) -> Example:
         """A clip's latents and text, both float32."""
@@ -194,8 +195,10 @@ def encoder_identity(source: ModelSource, cache: Path) -> str:
 
 def transformer_files(source: ModelSource) -> list[Path]:
     """The files that a model's transformer is read from."""
-    folder = source.weights or source.folder
-    return files_in(folder / "transformer" if (folder / "transformer").is_dir() else folder)
+    path = source.weights or source.folder
+    if path.is_file():
+        return [path]
+    return formats.transformer_files(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
 def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
@@ -235,7 +238,9 @@ def prepare(
     except Timeout as error:
         raise SlagenError(f"another slagen prepares {folder}. Wait for it, or give another --output.") from error
     except OSError as error:
-        raise SlagenError(f"{error.filename or folder}: {error.strerror or error}. Give another --output.") from error
+        raise SlagenError(
+            f"{error.filename or folder}: {error.strerror or error}. Mend that and start again."
+        ) from error
 
 
 def _prepare(
@@ -279,8 +284,8 @@ def _encoded(
     identity = encoder_identity(source, cache)
     contents = content_hashes([item.path for item in footage], cache)
     names = [digest([identity, content, dataclasses.astuple(cut)]) for content, cut in zip(contents, cuts, strict=True)]
-    held = config.held_out or min(16, max(1, len(names) // 10))
     order = sorted(dict.fromkeys(names), key=lambda name: digest([seed, name]))
+    held = config.held_out or min(16, max(1, len(order) // 10))
     if held >= len(order):
         raise UsageError(f"the data set has {len(order)} clips, of which {held} would be held out. Give more videos.")
     kept = set(order[:held])

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
 from slagen import dataset
@@ -42,6 +43,7 @@ from slagen.wan.checkpoints import (
     SLAMetadata,
     add_lora,
     apply_sla,
+    find_sla_file,
     install_projections,
     load_sla,
     lora_config,
@@ -212,10 +214,12 @@ class _Run:
             lora_config()
         if config.optimizer == "adamw8bit":
             optimizer_8bit()
-        given = config.weights and Path(config.weights).expanduser().resolve()
-        if given in (folder.resolve(), (folder / SLA_FILE).resolve(), (folder / TRANSFORMER_FILE).resolve()):
+        read = [self.weights.source.folder, config.weights, None if config.from_dense else self.weights.sla_path]
+        written = [folder, *(folder / name for name in (SLA_FILE, TRANSFORMER_FILE, "transformer"))]
+        if {Path(p).expanduser().resolve() for p in read if p is not None} & {path.resolve() for path in written}:
             raise UsageError(
-                f"--weights come from {folder}, where the result would be written over them. Give another --output."
+                f"model or weights come from {folder}, where the result would be written over them. Give another "
+                "--output."
             )
         self.recipe = Recipe(
             self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
@@ -273,7 +277,13 @@ class _Run:
 
     def _clear(self) -> None:
         """Take away what a run before left, and nothing else."""
-        for path in [*checkpoints(self.folder), *(self.folder / FOLDER).glob("step-*.part"), self.folder / TENSORBOARD]:
+        folders = [*checkpoints(self.folder), *(self.folder / FOLDER).glob("step-*.part"), self.folder / TENSORBOARD]
+        try:
+            if json.loads((self.folder / RESULT).read_text())["weights"] == str(self.folder):
+                folders.append(self.folder / "transformer")  # is its own too
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # it came to no result
+        for path in folders:
             shutil.rmtree(path, ignore_errors=True)
         clips = [*(self.folder / CLIPS).glob("step-*.mp4"), *(self.folder / CLIPS).glob("dense-*.mp4")]
         for path in [*clips, *(self.folder / name for name in (LOG, RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE))]:
@@ -298,8 +308,9 @@ class _Run:
         """Raise SlagenError where the disk does not hold the checkpoints, and one more while it is written."""
         trained = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         each = (8 + (2 if self.config.optimizer == "adamw8bit" else 8)) * trained  # weights, average, optimiser
-        more = KEPT + 1 - len(checkpoints(self.folder))
-        free = shutil.disk_usage(self.folder).free
+        old = [file for path in checkpoints(self.folder) for file in files_in(path)]
+        more = KEPT + 1 - (0 if self.config.restart else len(checkpoints(self.folder)))
+        free = shutil.disk_usage(self.folder).free + (sum(f.stat().st_size for f in old) if self.config.restart else 0)
         if free < more * each:
             raise SlagenError(
                 f"{self.folder} has {free / 2**30:.2g} GiB free, but {more} checkpoints of {each / 2**30:.2g} GiB each "
@@ -312,9 +323,9 @@ class _Run:
         fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in without}
         schedule = {k: v for k, v in dataclasses.asdict(self.schedule).items() if k not in ANYTIME}
         source = self.weights.source
-        files = dataset.transformer_files(source)
-        if self.weights.sla_path is not None and not self.config.from_dense:
-            files += files_in(self.weights.sla_path)
+        files, sla = dataset.transformer_files(source), self.weights.sla_path
+        if sla is not None and not self.config.from_dense and (self.weights.sla_alone or sla.is_file()):
+            files.append(find_sla_file(sla) if self.weights.sla_alone else sla)
         return json.loads(json.dumps({
             **fields, **schedule, **self.sla.to_dict(), "dtype": str(self.recipe.dtype), "data": self.data.hash,
             "model": source.name, "weights_hash": file_hashes(files, self.cache),
@@ -382,7 +393,7 @@ class _Run:
         """The steps that are left; returns the seconds of all of them."""
         steps, trainer, team = self.schedule.steps, self.trainer, self.team
         save_every = self.config.save_every or max(10, steps // 10)
-        first, before = step, spent
+        first, before, saved = step, spent, step
         began = time.monotonic()
         text = "a checkpoint after this step, then the end; press Ctrl-C again to stop now"
         with (
@@ -391,7 +402,7 @@ class _Run:
         ):
             while step < steps:
                 if team.agree(self.stop.is_set()):  # during a validation
-                    if step > first:
+                    if step > saved:
                         self._save(step, spent)
                     raise KeyboardInterrupt
                 self._anneal(step)
@@ -403,6 +414,7 @@ class _Run:
                 ending = team.agree(self.stop.is_set())
                 if ending or step % save_every == 0 or step == steps:
                     self._save(step, spent)
+                    saved = step
                 if ending and step < steps:
                     raise KeyboardInterrupt
                 if step < steps:
@@ -614,9 +626,13 @@ class _Run:
         final = self.folder / "transformer"
         part = final.with_name(final.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
-        load_transformer(self.weights.source, self.recipe.dtype).save_pretrained(part)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part, final)
+        try:
+            load_transformer(self.weights.source, self.recipe.dtype).save_pretrained(part)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(part, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise SlagenError(f"{final} could not be written ({error}). Free some space, and start again.") from error
 
     def _trained(self) -> str:
         return self.config.train if self.config.attention == "sla" else f"{self.config.train}, {self.config.attention}"

@@ -67,7 +67,8 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
     if path.is_dir():
         if (path / UNFINISHED).is_file():
             raise UsageError(
-                f"{path} is a data set that was not prepared to its end. Prepare it again from its videos."
+                f"{path} holds no videos, but a data set that slagen prepares. Where it is done it is for finetune "
+                "--data; where it was not prepared to its end, prepare it again from its videos."
             )
         lists = [path / name for name in ("videos2caption.json", "metadata.csv")] + sorted(path.glob("*.jsonl"))
         lists = [file for file in lists if file.is_file()]

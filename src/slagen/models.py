@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slagen.config import ModelDefaults, SLAConfig
+from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.report import ModelShape
 
@@ -51,7 +51,7 @@ class Preset:
 
 
 _WAN = ModelDefaults(negative_prompt=WAN_NEGATIVE_PROMPT)
-_TURBO = ModelDefaults(steps=4, guidance_scale=1.0, sampler="rcm")
+_TURBO = ModelDefaults(steps=4, guidance_scale=1.0, sampler="rcm", training=TrainingDefaults(caption_dropout=0.0))
 _WAN_720P = dataclasses.replace(_WAN, flow_shift=5.0, width=1280, height=720)
 _TURBO_720P = dataclasses.replace(_TURBO, width=1280, height=720)
 _BASE_1_3B, _BASE_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"

@@ -142,5 +142,5 @@ def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, the last one last."""
-    found = (folder / FOLDER).glob("step-*")
-    return sorted(path for path in found if path.is_dir() and not path.name.endswith(".part"))
+    found = (path for path in (folder / FOLDER).glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))
