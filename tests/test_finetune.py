@@ -336,6 +336,7 @@ def test_other_weights_under_the_same_name_are_refused(toy, tmp_path):
     for output, fields in ((tmp_path / "first", again), (model, {"data": data})):
         with pytest.raises(UsageError, match="where the result would be written over them"):
             finetune(settings(model, output, **fields, steps=3))
+    assert not (model / ".lock").exists()
     again["weights"] = str(tmp_path / "first")  # the folder: only the file in it counts
     config = settings(model, tmp_path / "second", **again, steps=2)
     finetune(config)

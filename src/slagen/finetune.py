@@ -125,9 +125,10 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
     with join(device, config.parallel, config.context_parallel) as team, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
         tell = on_event if team.first else lambda event: None
+        run = _Run(config, folder, team, tell)
         with _only_one(folder) if team.first else nullcontext():
             try:
-                return _Run(config, folder, team, tell).run()
+                return run.run()
             except torch.OutOfMemoryError as error:
                 raise SlagenError(
                     "the GPU ran out of memory. Try --micro-batch 1, --checkpointing, --optimizer adamw8bit, --train "
