@@ -56,6 +56,16 @@ def write_ramp(path, frames=48, fps=16, size=(64, 48), step=4, **options):
         container.mux(stream.encode())
 
 
+def write_still(path, picture, frames):
+    """A picture (H, W, 3) uint8, shown for so many frames at 8 a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def write_sound(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -121,12 +131,7 @@ def test_pictures_are_as_they_are_to_be_seen(tmp_path):
     """A phone's film lies on its side with a note to turn it; old ones have pixels that are not square."""
     picture = np.zeros((48, 96, 3), np.uint8)
     picture[:24, :48] = 255  # upper left
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 96, 48, "yuv420p"
-        for _ in range(17):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_still(tmp_path / "a.mp4", picture, 17)
     for angle, corner in ((0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (270, (0, 1))):
         turned = tmp_path / f"{angle}.mp4"
         ffmpeg("-display_rotation", angle, "-i", tmp_path / "a.mp4", "-c", "copy", turned)
@@ -197,12 +202,7 @@ def test_cropped_around_the_middle(tmp_path):
     """A wide picture with a white middle: what is left and right of it goes."""
     picture = np.zeros((48, 128, 3), np.uint8)
     picture[:, 40:88] = 255
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 128, 48, "yuv420p"
-        for _ in range(9):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    write_still(tmp_path / "a.mp4", picture, 9)
     clip = read_cut(tmp_path / "a.mp4", Cut(48, 48, 5, 8))
     assert clip[:, :, 4:-4].mean() > 240
 

@@ -101,10 +101,11 @@ class Store:
             return
         shard = f"{digest(sorted(self._waiting))[:16]}.safetensors"
         part = self.folder / f"{shard}.part"
-        lines = []
-        for name, tensor in self._waiting.items():
-            entry = {"name": name, "shard": shard, "sha256": tensor_hash(tensor), "shape": list(tensor.shape)}
-            lines.append(json.dumps(entry))
+        entries: list[dict[str, Any]] = [
+            {"name": name, "shard": shard, "sha256": tensor_hash(tensor), "shape": list(tensor.shape)}
+            for name, tensor in self._waiting.items()
+        ]
+        lines = map(json.dumps, entries)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(self._waiting, part)
@@ -117,8 +118,9 @@ class Store:
             with contextlib.suppress(OSError):  # a disk that is read-only by now
                 part.unlink(missing_ok=True)
             raise SlagenError(f"{self.folder} takes no more ({error}). Free some space, and start again.") from error
-        for name, tensor in self._waiting.items():
-            self.places[name], self.shapes[name] = (shard, tensor_hash(tensor)), tuple(tensor.shape)
+        for entry in entries:
+            self.places[entry["name"]] = shard, entry["sha256"]
+            self.shapes[entry["name"]] = tuple(entry["shape"])
         self._waiting = {}
 
     def drop_changed(self) -> None:
