@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from conftest import needs
+from wan_models import save_pipeline
 
 REPO, SHA = "Wan-AI/Wan2.1-small", "a" * 40
 FILES = {
@@ -111,15 +113,20 @@ def hub():
     server.shutdown()
 
 
-def fetch(url, home, *arguments, **environment):
+def surroundings(url, home, **environment):
     env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
            "PYTHONPATH": str(Path(__file__).parent.parent / "src"), **environment}  # fmt: skip
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         if name not in environment:
             env.pop(name, None)
+    return env
+
+
+def fetch(url, home, *arguments, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", FETCH, *arguments], env=env, capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", FETCH, *arguments], env=surroundings(url, home, **environment), capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout.strip()
 
@@ -143,6 +150,29 @@ def test_a_replaced_transformer_is_not_fetched(hub, tmp_path):
     folder = Path(out.splitlines()[-1])
     assert code == 0 and (folder / "transformer" / "config.json").is_file()
     assert not list((folder / "transformer").glob("*.safetensors"))
+
+
+def test_encoding_videos_fetches_no_transformer(hub, tmp_path):
+    needs("av", "slagen[finetune]")
+    from test_footage import write_video
+
+    model = save_pipeline(tmp_path / "model")
+    hub.files = {str(file.relative_to(model)): file.read_bytes() for file in model.rglob("*") if file.is_file()}
+    (raw := tmp_path / "raw").mkdir()
+    for number in range(2):
+        write_video(raw / f"{number}.mp4", [60 * number, 40], [0, 2000], (64, 64))
+        (raw / f"{number}.txt").write_text("a red circle")
+    command = ["finetune", "data", str(raw), "--output", str(tmp_path / "data"), "--model", REPO, "--size", "64x64",
+               "--num-frames", "9", "--device", "cpu", "--json"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "slagen", *command], env=surroundings(hub.url, tmp_path / "home"), capture_output=True,
+        text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "downloading" in done.stderr and json.loads(done.stdout)["training"] == 1
+    fetched = {name for name, _ in hub.served}
+    assert any(name.startswith("vae/") for name in fetched) and "transformer/config.json" in fetched
+    assert not [name for name in fetched if name.startswith("transformer/") and name.endswith(".safetensors")]
 
 
 def test_a_connection_that_breaks_once_is_taken_up_again(hub, tmp_path):

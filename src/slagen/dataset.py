@@ -229,7 +229,10 @@ def prepare(
         seed: which clips are held out, and with what noise own ones are made.
     Raises: UsageError with every fault of the set, WeightsError for a broken model.
     """
-    weights = find_weights(dataclasses.replace(base, attention="dense", backend="auto"))
+    weights = find_weights(
+        dataclasses.replace(base, attention="dense", backend="auto"),
+        lambda text: on_event(Event("note", text)), transformer=config.self_generate is not None,
+    )  # fmt: skip
     raw = None if config.path is None else Path(config.path).expanduser()
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
         raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")

@@ -98,9 +98,14 @@ class Plan:
         }
 
 
-def find_weights(config: GenerateConfig, on_note: Callable[[str], None] = lambda text: None) -> Weights:
+def find_weights(
+    config: GenerateConfig, on_note: Callable[[str], None] = lambda text: None, *, transformer: bool = True
+) -> Weights:
     """Find the model and the attention's weights that a config names, downloading what is not here.
 
+    Args:
+        on_note: told of downloads.
+        transformer: False where only the other parts will run: the transformer's weights are not downloaded.
     Raises: SlagenError of some kind where they are not there, broken, or do not suit the attention asked for.
     """
     device = machine.pick_device(config.device)
@@ -108,7 +113,7 @@ def find_weights(config: GenerateConfig, on_note: Callable[[str], None] = lambda
     notes: list[str] = []
     found = None if config.weights is None else _look_at(Path(config.weights).expanduser())
     source = resolve_model(
-        config.model, device.type, own_transformer=found is None or found.kind != "transformer",
+        config.model, device.type, own_transformer=transformer and (found is None or found.kind != "transformer"),
         local_files_only=config.local_files_only, on_note=on_note,
     )  # fmt: skip
     if config.model is None and device.type != "cuda":
