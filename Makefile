@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## set up, then make a video with the bundled model
-	$(BIN)/slagen generate "a red circle moving right"
+	$(BIN)/slagen generate "a red circle moving right" --model tiny-wan
 
 test: $(STAMP)  ## set up, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -27,6 +27,7 @@ from torch import Tensor
 from slagen import __version__
 from slagen.attention.functional import sparse_linear_attention
 from slagen.config import Backend, SLAConfig
+from slagen.machine import cpu_name
 
 NUM_HEADS, HEAD_DIM = 12, 128
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +51,7 @@ def main() -> None:
 
     check(config)
     machine = {
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -165,12 +166,6 @@ def resident_kib(field: str) -> int | None:
     status = Path("/proc/self/status")
     found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     return int(found[1]) if found else None
-
-
-def cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

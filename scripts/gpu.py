@@ -5,8 +5,8 @@
     python scripts/gpu.py --tables         the README's tables, from the results of every card
 
 Each part runs in a process of its own, ends within nine minutes, and leaves one JSON file in
-benchmarks/results/<card>/; a part whose file is there is skipped, so a run that was cut short goes on. The training of
-the bundled model, and of the table that compares ways to tune it, run when asked for (--part tiny, --part sla-table).
+benchmarks/results/<card>/; a part whose file is there is skipped, so a run that was cut short goes on. Two run only
+when asked for: --part tiny trains the bundled model anew, --part sla-table the runs of its own table that are missing.
 """
 
 from __future__ import annotations
@@ -46,10 +46,22 @@ def bench(*options: str, name: str, folder: Path) -> None:
 
 def tests(folder: Path) -> None:
     """The tests that need a GPU, bf16 among them."""
-    command = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "-k", "not costs", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_kernels.py",
+        "tests/test_attention.py",
+        "-k",
+        "not costs",
+        "-p",
+        "no:cacheprovider",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
     print(result.stdout[-3000:], flush=True)
-    save(folder / "tests.json", {"exit_code": result.returncode, "output": result.stdout.splitlines()[-40:]})
+    if result.returncode:
+        raise SystemExit(f"tests failed: exit code {result.returncode}")
+    save(folder / "tests.json", {"output": result.stdout.splitlines()[-40:]})
 
 
 def sweep(folder: Path) -> None:
@@ -109,18 +121,20 @@ def time_call(attend, drawn, config, proj, backward: bool) -> float:
 
 
 def tiny(folder: Path) -> None:
-    """Make the bundled model, each stage in the time that is left of nine minutes; run it again to go on."""
+    """Make the bundled model anew, in place of weights/tiny-wan: each stage in what is left of nine minutes; run it
+    again to go on."""
     scripts = ROOT / "scripts" / "tiny_wan"
     work = ["--work", str(ROOT / "build" / "tiny-wan")]
     stages = ["train_vae.py --minutes 2", "encode.py", "train_dit.py", "train_text.py", "export.py", "tune.py"]
     for stage in map(str.split, stages):
         subprocess.run([sys.executable, str(scripts / stage[0]), *stage[1:], *work], check=True, timeout=LIMIT_S)
     result = folder / "tiny.json"
-    subprocess.run([sys.executable, str(scripts / "evaluate.py"), "--json", str(result)], check=True, timeout=LIMIT_S)
+    subprocess.run([sys.executable, str(scripts / "evaluate.py"), "--dtype", "bf16", "--json", str(result)],
+                   check=True, timeout=LIMIT_S)  # fmt: skip
 
 
 def sla_table(folder: Path) -> None:
-    """The runs of the comparison table that fit into nine minutes; run it again to go on."""
+    """The runs of the comparison table that fit into nine minutes, into its own file; run it again to go on."""
     script = str(ROOT / "scripts" / "tiny_wan" / "sla_table.py")
     subprocess.run([sys.executable, script, "--limit", "5"], check=True, timeout=LIMIT_S)
     subprocess.run([sys.executable, script, "--table"], check=True, timeout=LIMIT_S)

@@ -43,6 +43,24 @@ def test_no_flag_is_needed(seen):
     assert seen == [GenerateConfig("a red circle")]
 
 
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generate --prompts p.txt --dry-run", "Give one prompt"),
+        ("generate --prompts p.txt --overwrite", "Leave --overwrite out"),
+        ("finetune --model tiny-wan --lr 1 data videos --output o", "--model, --lr before data has no effect"),
+        ("generate a --size 0x480", "Try --size 832x480"),
+        ("bench --device cpu --output {file}/bench", "Not a directory"),
+        ("merge {file} {file}/x.safetensors --diff-base {file} --diff-target {file}", ""),
+    ],
+)
+def test_what_would_have_no_effect_or_no_place_is_refused(tmp_path, capsys, command, message):
+    (tmp_path / "file").write_text("")
+    assert run(command.format(file=tmp_path / "file").split()) in (1, 2, 5)
+    told = " ".join(capsys.readouterr().err.split())
+    assert message in told and "a bug in slagen" not in told
+
+
 def test_every_option_reaches_the_config(seen):
     options = """--negative-prompt blur --model m --weights w --allow-untrained --attention sparse --backend torch
         --sparsity 0.9 --steps 7 --guidance-scale 2.5 --flow-shift 4 --seed 11 --num-frames 17 --size 128x64 --fps 9
@@ -195,12 +213,17 @@ def test_the_readme_names_only_commands_and_options_that_exist():
         for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S)
         for line in block.splitlines()
     ]
-    found = 0
+    found = set()
     for line in lines:
         words = shlex.split(line.removeprefix("$ "), comments=True)
-        if words[:1] != ["slagen"] or words[1].startswith("-"):
+        if "slagen" not in words[:6] or words[words.index("slagen") + 1].startswith("-"):
             continue
-        found += 1
-        options = {name for parameter in commands[words[1]].params for name in parameter.opts} | {"--help"}
-        assert {word.split("=")[0] for word in words[2:] if word.startswith("--")} <= options, line
-    assert found >= 3
+        name, *rest = words[words.index("slagen") + 1 :]
+        command = commands[name]
+        if rest and rest[0] in getattr(command, "commands", {}):
+            command = command.commands[rest.pop(0)]
+        found.add(name)
+        options = {o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        given = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+        assert given <= options, line
+    assert found == set(commands)

@@ -131,7 +131,7 @@ def test_workers_fit_the_machines(toy):
     def resources(have, workers=None, device="auto", count=100):
         config = BatchConfig("p", GenerateConfig("-", device=device), ray_address="local", ray_workers=workers)
         ray = SimpleNamespace(cluster_resources=lambda: have)
-        requests = [prompts.Request("a", {}, "", count, "")]
+        requests = [prompts.Request("a", {"num_videos": count}, "", "")]
         return cluster._Driver(ray, config, requests, None, print)._resources()
 
     two = {"CPU": 16.0, "GPU": 8.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0}

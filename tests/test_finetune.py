@@ -24,6 +24,7 @@ from slagen.dataset import Dataset
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.finetune import finetune
 from slagen.models import describe_folder
+from slagen.parallel import Team
 from slagen.quality import layer_errors, noise_levels, velocity_error
 from slagen.trainer import PROJECTION, Trainer
 from slagen.training_log import read_log
@@ -194,6 +195,66 @@ def test_other_settings_are_refused(toy, tmp_path):
     assert finetune(dataclasses.replace(config, lr=3e-3, restart=True)).steps == 2
 
 
+def test_other_data_are_refused_before_they_are_made(toy, tmp_path, monkeypatch):
+    from slagen import dataset
+
+    model, _ = toy
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    config = settings(model, tmp_path / "out", self_generate=tmp_path / "prompts.txt", steps=1)
+    finetune(config)
+    before = (tmp_path / "out" / "data" / "dataset.json").read_bytes()
+    monkeypatch.setattr(dataset, "prepare", lambda *_: pytest.fail("prepared"))
+    more = dataclasses.replace(config.data, clips_per_prompt=4)
+    for other, name in ((dataclasses.replace(config, data=more), "clips_per_prompt"),
+                        (dataclasses.replace(config, seed=5), "seed")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"{name} was .* Give the same ones"):
+            finetune(other)
+    (tmp_path / "prompts.txt").write_text(PROMPTS + "a star --steps 1\n")
+    with pytest.raises(UsageError, match="prompts was"):
+        finetune(config)
+    assert (tmp_path / "out" / "data" / "dataset.json").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint_leaves_nothing_to_the_next(toy, tmp_path, monkeypatch):
+    """What it said and showed may be of other settings, which nothing compares."""
+    model, data = toy
+    config = settings(model, tmp_path / "out", data=data, steps=2, validate_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config)
+    (first,) = read_log(tmp_path / "out")
+    finetune(dataclasses.replace(config, sparsity=0.1))
+    log = [line for line in read_log(tmp_path / "out") if line["event"] == "validation"]
+    assert [line["step"] for line in log] == [0, 1, 2] and log[0]["error"] != first["error"]
+
+
+def test_files_of_others_are_not_written_over(toy, tmp_path):
+    model, data = toy
+    for name in ("sla.safetensors", "transformer.safetensors", "transformer"):
+        folder = tmp_path / name / "out"
+        folder.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        for restart in (False, True):
+            with pytest.raises(UsageError, match="is there, and no finetune made it"):
+                finetune(settings(model, folder, data=data, steps=1, restart=restart))
+        assert (folder / name).read_text() == "mine"
+
+
+def test_what_cannot_train_is_refused(toy, tmp_path):
+    model, data = toy
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SlagenError, match=r"wan.gguf"):
+        finetune(settings(model, tmp_path / "out", data=data, weights=str(tmp_path / "wan.gguf")))
+    split = Team(0, 2, torch.device("cpu"), "fsdp")
+    with pytest.raises(UsageError, match="Leave --optimizer out"):
+        task._Run(settings(model, tmp_path / "out", data=data, optimizer="adamw8bit"), tmp_path, split, print)
+    run = task._Run(settings(model, tmp_path / "out", data=data), tmp_path, Team(0, 1, split.device, "alone"), print)
+    run.data, run.config = Dataset(data), dataclasses.replace(run.config, context_parallel=5)
+    with pytest.raises(UsageError, match="which 5 processes cannot share evenly"):
+        run._check_tokens()
+
+
 def changed(folder, model):
     """The names of what differs from the dense model, by kind."""
     base = load_transformer(describe_folder(model, "toy"), torch.float32).state_dict()
@@ -240,7 +301,7 @@ def test_lora_is_added_to_the_weights_it_changes(toy, tmp_path):
     {"attention": "sparse"}, {"attention": "linear"}, {"loss": "flow"}, {"layer_loss": 1.0}, {"anneal_from": 0.2},
     {"linear_domain": "marginal", "negligible": 0.2}, {"max_grad_norm": 0.1}, {"dtype": "bf16"},
 ], ids=str)  # fmt: skip
-def test_the_comparisons_train_too(toy, tmp_path, fields):
+def test_the_comparisons_train_too(toy, tmp_path, capsys, fields):
     model, data = toy
     result = finetune(settings(model, tmp_path / "out", data=data, steps=3, **fields))
     metadata, tensors = read_sla(result.weights)
@@ -248,11 +309,13 @@ def test_the_comparisons_train_too(toy, tmp_path, fields):
     projections = [tensor for name, tensor in tensors.items() if name.endswith("proj_l.weight")]
     if fields.get("attention") == "sparse":
         assert not any(tensor.any() for tensor in projections) and metadata.trained == "all, sparse"
-        options = ["--size", "64x64", "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
-        command = ["generate", "a", "--model", str(model), "--weights", str(result.weights), "--attention", "sparse"]
-        assert run([*command, *options]) == 0
     if fields.get("attention") == "linear":  # it began as O^l itself
         assert all((tensor - torch.eye(16)).abs().max() < 0.1 for tensor in projections)
+    if branch := fields.get("attention"):  # for which alone it is good
+        command = ["generate", "a", "--model", str(model), "--weights", str(result.weights), "--size", "64x64",
+                   "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]  # fmt: skip
+        assert run(command) == 5 and f"Take --attention {branch}" in capsys.readouterr().err
+        assert run([*command, "--attention", branch]) == 0
 
 
 def test_a_dense_control_is_a_transformer(toy, tmp_path):
@@ -378,6 +441,16 @@ def test_clips_of_seeds_that_overlap_are_never_in_both_sets(toy, tmp_path):
     assert len(made.held_out) == 3
 
 
+def test_lines_alike_make_clips_of_their_own(toy, tmp_path):
+    model, _ = toy
+    line = "a circle --steps 1 --size 64x64 --frames 5"
+    (tmp_path / "prompts.txt").write_text(f"{line}\n{line} --num-videos 2\n")
+    finetune(settings(model, tmp_path / "out", steps=1, self_generate=tmp_path / "prompts.txt"))
+    data = Dataset(tmp_path / "out" / "data")
+    assert (len(data.training), len(data.held_out)) == (3 + 2, 2)
+    assert len({clip.latents for clip in [*data.training, *data.held_out]}) == 7
+
+
 def test_a_gradient_that_is_not_finite_stops(toy, tmp_path, monkeypatch):
     """Nothing of its step is kept, so the same command goes on once the fault is gone."""
     model, data = toy
@@ -449,6 +522,7 @@ def test_settings_without_effect_are_refused():
         ({"attention": "dense", "loss": "flow", "anneal_from": 0.5}, "Leave --anneal-from out"),
         ({"attention": "sparse", "train": "proj"}, "leaves nothing to train"),
         ({"loss": "flow", "layer_loss": 1.0}, "Leave one out"),
+        ({"lora_rank": 4}, "is for --train lora"), ({"attention": "sparse", "proj_multiplier": 2.0}, "has no proj_l"),
         ({"dtype": "fp16"}, "lost in fp16"), ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):
@@ -458,10 +532,31 @@ def test_settings_without_effect_are_refused():
 def test_a_loss_that_is_not_finite_stops(toy, tmp_path):
     model, data = toy
     config = settings(model, tmp_path / "out", data=data, steps=8, lr=1e30, save_every=1)
-    with pytest.raises(SlagenError, match=r"the loss of step \d is (nan|inf), on clips of 'a.* The last|the last"):
+    with pytest.raises(SlagenError, match=r"the loss of step \d is (nan|inf), on clips of 'a.*the last checkpoint"):
         finetune(config)
     path, about = read_latest(tmp_path / "out")
     assert about["step"] >= 1 and load_file(path / "state.safetensors")
+
+
+def test_weights_that_are_not_finite_are_not_written(toy, tmp_path):
+    model, data = toy
+    with pytest.raises(SlagenError, match="the weights after step 1 give numbers that are not finite"):
+        finetune(settings(model, tmp_path / "out", data=data, steps=1, lr=1e6))
+    assert not (tmp_path / "out" / "sla.safetensors").exists()
+
+
+def test_a_clip_that_fails_at_the_end_costs_no_weights(toy, tmp_path, monkeypatch):
+    model, data = toy
+
+    def fail(*_):
+        raise SlagenError("the disk is full")
+
+    monkeypatch.setattr(task, "write_mp4", fail)
+    told = []
+    config = settings(model, tmp_path / "out", data=data, steps=1)
+    monkeypatch.setattr(task._Run, "_validate_if_due", lambda *_: None)
+    result = finetune(config, told.append)
+    assert result.weights.is_file() and any("no clips of the last step" in getattr(e, "text", "") for e in told)
 
 
 def test_a_disk_too_small_is_told_before_the_first_step(toy, tmp_path, monkeypatch):
@@ -478,8 +573,9 @@ def test_two_runs_in_one_folder(toy, tmp_path):
     with task._only_one(tmp_path / "out"), pytest.raises(SlagenError, match="is at work in"):
         finetune(settings(model, tmp_path / "out", data=data))
     (tmp_path / "file").write_text("")
-    with pytest.raises(SlagenError, match="takes no files"):
+    with pytest.raises(SlagenError, match="takes no files") as caught:
         finetune(settings(model, tmp_path / "file", data=data))
+    assert caught.value.exit_code == 1
 
 
 def test_two_broken_checkpoints_do_not_cost_the_new_ones(toy, tmp_path):
@@ -631,11 +727,61 @@ def test_what_a_data_set_may_be(toy, tmp_path):
     again, told = prepare(model, raw, data)
     assert sum(event.kind == "clip" for event in told) >= 1 and again.hash == made.hash
     (raw / "1.mp4").write_bytes(b"broken")
-    with pytest.raises(UsageError, match="1.mp4 cannot be decoded"):
-        prepare(model, raw, data)
+    for path, message in ((raw, "1.mp4 cannot be decoded"), (tmp_path / "typo", "does not exist")):
+        with pytest.raises(UsageError, match=message):
+            prepare(model, path, data)
+    assert Dataset(data).hash == made.hash  # what cannot be done changes nothing
+    with pytest.raises(UsageError, match="in fp16"):
+        prepare(model, raw, data, dtype="fp16")
+    (data / "dataset.json").unlink()
     with pytest.raises(UsageError, match="not prepared to its end, prepare it again"):
         finetune(settings(model, tmp_path / "out", data=data))
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_all_faults_come_before_the_first_clip_is_encoded(toy, tmp_path, monkeypatch):
+    """Damage that only decoding finds, too; and what is changed is no whole set until all is well."""
+    needs("av", "slagen[finetune]")
+    from test_footage import write_ramp
+
+    from slagen import dataset
+
+    model, _ = toy
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    raw.mkdir()
+    for number in range(3):
+        write_ramp(raw / f"{number}.mp4", step=number + 1, size=(64, 64), g="8")
+        (raw / f"{number}.txt").write_text("a circle")
+    with av_damaged(raw / "1.mp4"):
+        with pytest.raises(UsageError, match="the data set has one fault:\n1.mp4: "):
+            prepare(model, raw, data)
+        assert not list(data.glob("*.safetensors"))
+    odd = raw / os.fsdecode(b"caf\xe9.mp4")
+    (raw / "2.mp4").rename(odd)
+    (raw / "2.txt").rename(odd.with_suffix(".txt"))
+    made, _ = prepare(model, raw, data)
+    assert len(made.training) == 2
+    (raw / "0.txt").write_text("a star")
+    monkeypatch.setattr(dataset, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(model, raw, data)
+    assert not dataset.is_prepared(data)
+    monkeypatch.undo()
+    monkeypatch.setattr(dataset, "encode_video", lambda vae, frames: torch.full((16, 3, 8, 8), torch.nan))
+    write_ramp(raw / "1.mp4", step=4, size=(64, 64))
+    with pytest.raises(SlagenError, match="1.mp4 becomes numbers that are not finite"):
+        prepare(model, raw, data)
+
+
+@contextlib.contextmanager
+def av_damaged(path):
+    """The middle of a video's pictures is noise for a while."""
+    content = path.read_bytes()
+    start = content.index(b"mdat")
+    middle = start + (len(content) - start) // 8
+    path.write_bytes(content[:middle] + random.Random(0).randbytes(2000) + content[middle + 2000 :])
+    yield
+    path.write_bytes(content)
 
 
 def test_data_of_another_negative_prompt(toy, tmp_path):

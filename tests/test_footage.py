@@ -233,6 +233,38 @@ def test_four_kinds_of_lists_mean_the_same(tmp_path):
     assert {(item.path.name, item.caption) for item in read_footage(tmp_path / "plain")[0]} == expected
 
 
+def test_videos_are_found_wherever_they_are(tmp_path, monkeypatch):
+    """Through links, each folder once; in less usual containers; and, in a list, from the folder one is in."""
+    aside, raw = tmp_path / "aside", tmp_path / "raw"
+    for folder in (aside, raw / "deep"):
+        folder.mkdir(parents=True)
+    write_ramp(aside / "a.ts")
+    ffmpeg("-i", aside / "a.ts", aside / "b.wmv")
+    for name in "ab":
+        (aside / f"{name}.txt").write_text(name)
+    (raw / "deep" / "linked").symlink_to(aside)
+    (aside / "round").symlink_to(raw)
+    assert [(item.caption, cut.num_frames) for item, cut in zip(read_footage(raw)[0], look_at(raw), strict=True)] == [
+        ("a", 17), ("b", 17)
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (raw / "musubi.jsonl").write_text(json.dumps({"video_path": "aside/a.ts", "caption": "a"}))
+    (cut,) = look_at(raw)
+    assert cut.num_frames == 17
+
+
+def test_what_cannot_be_decoded_at_the_beginning_does_not_count(tmp_path):
+    """A recording that starts between key frames is as long as what is shown of it."""
+    write_ramp(tmp_path / "whole.ts", frames=48, g="20", keyint_min="20", sc_threshold="0", bf="0")
+    with av.open(str(tmp_path / "whole.ts")) as container:
+        stream = container.streams.video[0]
+        places = [packet.pos for packet in container.demux(stream) if packet.pts is not None]
+    data = (tmp_path / "whole.ts").read_bytes()
+    (tmp_path / "cut.ts").write_bytes(data[places[4] :])
+    (cut,) = plan_cuts([Footage(tmp_path / "cut.ts", "a", "a")], Cut(64, 48, 33, 16), 16)
+    assert cut.num_frames < 33 and read_cut(tmp_path / "cut.ts", cut).shape[0] == cut.num_frames
+
+
 def test_every_fault_is_told_at_once(tmp_path):
     write_video(tmp_path / "good.mp4", [0, 255], [0, 2000])
     write_video(tmp_path / "short.mp4", [0, 255], [0, 100])
@@ -265,7 +297,8 @@ def test_every_fault_is_told_at_once(tmp_path):
     [
         ("a.jsonl", "{", "a.jsonl:1: is no JSON"), ("a.jsonl", "", "names no video"),
         ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: has too many columns; put the caption in"),
-        ("metadata.csv", 'video,prompt\na.mp4,"a', "is no CSV"),
+        ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: is no CSV"),
+        ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: is no CSV(.|\n)*:4: c.mp4"),
         ("metadata.csv", "a,b\n1,2\n", "lacks a column"), ("videos2caption.json", "{}", "no list of videos"),
         ("a.txt", "x", "no list of videos"), ("a.csv", b"\xff\xfe", "cannot be read as UTF-8"),
     ],
@@ -287,6 +320,11 @@ def test_folders_without_a_set(tmp_path):
     (tmp_path / "._b.mp4").write_bytes(b"what a Mac puts beside a file")
     (tmp_path / "c.mp4").symlink_to(tmp_path / "gone.mp4")
     with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: is a link that leads nowhere"):
+        look_at(tmp_path)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"video_path": "pictures", "caption": "a"}))
+    (tmp_path / "._d.jsonl").write_bytes(b"what a Mac puts beside a file")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(UsageError, match="d.jsonl:1: pictures is a folder, of pictures perhaps"):
         look_at(tmp_path)
     (tmp_path / "tensors.jsonl").write_text("")
     with pytest.raises(UsageError, match="not prepared to its end, prepare it again"):

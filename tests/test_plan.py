@@ -80,11 +80,23 @@ def test_the_bundled_model_is_planned_as_it_runs():
     assert any("trained at sparsity 0.95" in text for text in plan(sparsity=0.8)["notes"])
 
 
+def test_what_is_asked_for_is_planned():
+    dense = plan(model="wan2.1-t2v-1.3b", attention="dense")
+    assert dense["settings"]["sparsity"] is None and dense["kept_fraction"] == 1.0
+    assert dense["topk_blocks"] == dense["key_blocks"] and not any("--allow" in text for text in dense["notes"])
+    (note,) = plan(model="wan2.1-t2v-1.3b")["notes"]
+    assert "wants --weights, or --allow-untrained" in note
+    (note,) = plan(model="wan2.1-t2v-1.3b", allow_untrained=True)["notes"]
+    assert "the video will be poor" in note
+
+
 def test_bad_plans():
     with pytest.raises(UsageError, match="Try --model wan2.1-t2v-14b"):
         plan(model="wan2.1-t2v-14")
     with pytest.raises(UsageError, match="Try --size 832x480"):
         plan(model="wan2.1-t2v-1.3b", width=830, height=480)
+    with pytest.raises(UsageError, match="is on the hub, and what it is cannot be planned"):
+        plan(model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
 
 def test_a_preset_is_planned_without_torch():
@@ -103,6 +115,8 @@ def test_dry_run_names_the_file(capsys, tmp_path):
     assert run(["generate", "a red circle moving right", *options]) == 0
     (name,) = json.loads(capsys.readouterr().out)["outputs"]
     assert name == str(tmp_path / "x" / "0001-a-red-circle-moving-right-s7-<hash>.mp4") and not list(tmp_path.iterdir())
+    assert run(["generate", "a red circle", "--attention", "dense", "--dry-run"]) == 0
+    assert "dense: every key block" in capsys.readouterr().out
     assert run(["plan", "--model", "turbowan2.1-t2v-14b-720p"]) == 0
     shown = capsys.readouterr().out
     assert "top-k 118 of 1182 key blocks" in shown and "TurboDiffusion/TurboWan2.1-T2V-14B-720P" in shown

@@ -23,7 +23,7 @@ def test_text(tmp_path):
         "ein Bär — im Schnee 🐻 --frame_num=5 --num-inference-steps 7 --w 64 --h 96"
     )
     first, second, third = read(tmp_path, text)
-    assert (first.prompt, first.fields, first.id, first.num_videos) == ("a red circle moving right", {}, "", 1)
+    assert (first.prompt, first.fields, first.id) == ("a red circle moving right", {}, "")
     assert second.prompt == "a blue star" and second.id == "star_1" and second.where.endswith(":4")
     assert second.fields == {"seed": 42, "width": 832, "height": 480, "num_frames": 17, "guidance_scale": 3.5,
                              "negative_prompt": "blurry, grey -- or so"}  # fmt: skip
@@ -48,6 +48,8 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
     config = apply(GenerateConfig("-", sla_topk=0.1, steps=9, fps=12), request)
     assert (config.prompt, config.sparsity, config.sla_topk, config.steps, config.fps) == ("a", 0.5, None, 2, 12)
     assert config.num_videos == 3
+    (request,) = read(tmp_path, "a --steps 2")
+    assert apply(GenerateConfig("-", num_videos=4), request).num_videos == 4
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("# only\n  # comments\n", ".txt", "holds no prompt"),
         ("a\nb --sed 4", ".txt", r"prompts.txt:2:3: --sed is unknown"),
         ("a --model x", ".txt", r":1:3: --model is the same for all prompts and belongs on the command line"),
-        ("a --seed", ".txt", r":1:3: --seed is '', but must be a number"),
+        ("a --seed", ".txt", r":1:3: --seed is '', but must be a whole number"),
         ("a --seed 1 --d 2", ".txt", r":1:12: --d|given twice"),
         ("--seed 1", ".txt", r":1:1: has no prompt"),
         ("a --num-frames 80", ".txt", "Try --num-frames 81"),
@@ -74,6 +76,13 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("[1]", ".jsonl", "must be an object"),
         ('{"prompt": "a", "seed": 1.5}', ".jsonl", "whole number"),
         ('{"prompt": "a", "seed": true}', ".jsonl", "whole number"),
+        ('{"prompt": "a", "seed": NaN}', ".jsonl", "whole number"),
+        ('{"prompt": "a", "steps": Infinity}', ".jsonl", "whole number"),
+        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", ".jsonl", ":1: is no JSON"),
+        ('{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}", ".jsonl", ":1: --guidance-scale is 777"),
+        ('{"prompt": "ok"}\n{"prompt": "a circle \\ud83d"}', ".jsonl", ":2: prompt is .* half a character"),
+        ('{"prompt": "a", "negative_prompt": "\\udc00"}', ".jsonl", "half a character"),
+        ("- {prompt: a, seed: .inf}\n", ".yaml", "whole number"),
         ("text,seed\na,1", ".csv", r":1: has no column named prompt"),
         ("prompt,seed\na", ".csv", r":2: has 1 cells"),
         ('prompt\n"a', ".csv", "no CSV"),
@@ -131,8 +140,8 @@ def test_malformed_files_are_refused_or_read(tmp_path, suffix):
                 data[place:place] = data[: rng.randrange(20)]
         try:
             for request in read(tmp_path, bytes(data), suffix):
-                assert request.prompt and json.dumps(request.fields) and request.num_videos >= 1
-                apply(GenerateConfig("-"), request)
+                assert request.prompt and json.dumps(request.fields)
+                assert apply(GenerateConfig("-"), request).num_videos >= 1
         except UsageError as error:
             refused += 1
             assert f"prompts{suffix}" in str(error)

@@ -54,7 +54,6 @@ GROWTHS = ((0.078125, 0.265625), (0.09375, 0.296875))
 
 # Extent of each shape's corners in units of the clip's radius; areas come out alike.
 SQUARE_HALF_SIDE, POINTED_RADIUS, STAR_INNER = 0.88, 1.15, 0.45
-EXTENT = {"circle": 1.0, "square": SQUARE_HALF_SIDE, "triangle": POINTED_RADIUS, "star": POINTED_RADIUS}
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,6 @@ class Scene:
     background: str
     start: tuple[float, float, float]  # x, y, radius
     end: tuple[float, float, float]
-
-    @property
-    def combination(self) -> tuple[str, str, str]:
-        return self.colour, self.shape, self.motion
 
 
 def is_held_out(colour: str, shape: str, motion: str) -> bool:
@@ -113,15 +108,15 @@ def sample_scene(
     return place(c, s, m, background or rng.choice(list(BACKGROUNDS)), rng.randrange(2))
 
 
-def caption(scene: Scene, rng: random.Random, plain: bool = False) -> str:
-    """Describe a scene; `plain` gives the canonical wording with the background named."""
+def caption(scene: Scene, rng: random.Random) -> str:
+    """Describe a scene in one of the wordings there are."""
     article = "an" if scene.colour == "orange" else "a"
-    motion = MOTIONS[scene.motion][0] if plain else rng.choice(MOTIONS[scene.motion])
+    motion = rng.choice(MOTIONS[scene.motion])
     text = f"{article} {scene.colour} {scene.shape} {motion}"
-    if scene.background == "black" and not plain and rng.random() < 0.5:
+    if scene.background == "black" and rng.random() < 0.5:
         return text
-    shade = "grey" if scene.background == "gray" and not plain and rng.random() < 0.3 else scene.background
-    over = "on" if plain or rng.random() < 0.7 else "over"
+    shade = "grey" if scene.background == "gray" and rng.random() < 0.3 else scene.background
+    over = "on" if rng.random() < 0.7 else "over"
     return f"{text} {over} a {shade} background"
 
 

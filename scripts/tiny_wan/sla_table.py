@@ -89,6 +89,7 @@ def adherence(run: Run) -> dict:
     import torch
     from checker import check
     from common import save_tensors
+    from diffusers import WanPipeline
     from encode import held_out_scenes
     from evaluate import ATTRIBUTES, sample
     from scenes import caption
@@ -105,7 +106,7 @@ def adherence(run: Run) -> dict:
     prompts = [caption(scene, rng) for scene in scenes]
     seeds = [1000 + i for i in range(NUM_CLIPS)]
 
-    def latents(prepare) -> torch.Tensor:
+    def latents(prepare) -> tuple[torch.Tensor, WanPipeline]:
         pipe = load_pipeline(source, device, torch.bfloat16)
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe)
@@ -146,10 +147,9 @@ def add_result(run: Run, result: dict) -> None:
     from slagen.report import versions, write_json
 
     with FileLock(WORK / "table" / "results.lock"):
-        results = {**read_results(), run.key: result}
-        content = {"about": __doc__.splitlines()[0], "written": datetime.now(UTC).isoformat(timespec="seconds"),
-                   "versions": versions(), "runs": results}  # fmt: skip
-        write_json(RESULTS, content)
+        now = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+        results = {**read_results(), run.key: {**result, **now}}
+        write_json(RESULTS, {"about": __doc__.splitlines()[0], "runs": results})
         write_table(results)
 
 

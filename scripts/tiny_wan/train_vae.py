@@ -76,14 +76,14 @@ class Encoded:
         return torch.stack(cuts).float().to(device), render(scenes, window=places, device=device), sound
 
 
-def build(config: dict = CONFIG) -> AutoencoderKLWan:
+def build() -> AutoencoderKLWan:
     """A fresh VAE: convolutions at 1.7 times PyTorch's gain, and a posterior too narrow to drown the start in noise."""
-    vae = AutoencoderKLWan(**config)
+    vae = AutoencoderKLWan(**CONFIG)
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
                 module.weight.mul_(1.7)
-        vae.quant_conv.bias[config["z_dim"] :] = -4.0
+        vae.quant_conv.bias[CONFIG["z_dim"] :] = -4.0
     return vae
 
 

@@ -24,7 +24,7 @@ NUM_VIDEOS = 448
 
 
 def prepare_data(work: Path, model: Path) -> Path:
-    """Scenes as videos with captions, encoded by `slagen finetune data`, unless that was done."""
+    """Scenes as videos with captions, encoded by `slagen finetune data`, which keeps what it encoded before."""
     rng = random.Random(7)
     scenes = training_scenes()
     rng.shuffle(scenes)
@@ -37,8 +37,6 @@ def prepare_data(work: Path, model: Path) -> Path:
             frames = (render([scene])[0].permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
             write_mp4(frames, path, FPS)
         path.with_suffix(".txt").write_text(text + "\n")
-    if (work / "data" / "dataset.json").exists():
-        return work / "data"
     slagen("finetune", "data", str(folder), "--output", str(work / "data"), "--model", str(model))
     return work / "data"
 

@@ -224,6 +224,9 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         "models": [],
         "break_even_tokens": {},
     }  # fmt: skip
+    folder = Path(config.output or "").expanduser()
+    if config.output is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement
     try:
         choose_backend(torch.empty(1, 1, 1, 64, dtype=dtype, device=device), config.backend)
     except ValueError as error:
@@ -236,7 +239,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
             _bench_shape(config, shape, methods, device, dtype, content, on_note)
     result = BenchResult(content)
     if config.output is not None:
-        result.files = _write(Path(config.output), content)
+        result.files = _write(folder, content)
     return result
 
 
@@ -606,7 +609,6 @@ def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: boo
 
 def _write(folder: Path, content: dict[str, Any]) -> list[Path]:
     """bench.json, bench.md, and where shapes were timed bench.png and bench.svg, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "bench.json", folder / "bench.md"]
     report.write_json(files[0], content)
     report.write_text(files[1], markdown(BenchResult(content)))

@@ -1,5 +1,6 @@
 """The `slagen` command: parse, build a config, call one function, show its result."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import typer
 
 from slagen import __version__
 from slagen.config import (
+    CACHE,
     Attention,
     Backend,
     BatchConfig,
@@ -57,7 +59,6 @@ def normalize(token: str) -> str:
 
 
 PARTLY_FAILED, INTERRUPTED = 3, 130
-CACHE = "~/.cache/slagen"
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "token_normalize_func": normalize}
 
@@ -135,7 +136,10 @@ SeedOption = Annotated[
 ]
 DtypeOption = Annotated[
     str,
-    typer.Option(help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA, fp32 on a CPU.", rich_help_panel=SAMPLING),
+    typer.Option(
+        help="auto, bf16, fp16 or fp32. auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=SAMPLING)]
 AttentionOption = Annotated[
@@ -244,6 +248,12 @@ def generate(
     """
     if prompts is not None and (words is not None or prompt is not None):
         raise UsageError("both a prompt and --prompts are given. Give one of them.")
+    if prompts is not None and dry_run:
+        raise UsageError("--dry-run plans one video, and --prompts names many. Give one prompt.")
+    if prompts is not None and overwrite:
+        raise UsageError(
+            "--prompts makes what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
+        )
     width, height = parse_size(size)
     config = GenerateConfig(
         prompt=read_prompt(words, prompt) if prompts is None else "-",
@@ -280,6 +290,12 @@ def generate(
 
     if dry_run:
         from slagen import plan as planning
+
+        if model is None:
+            from slagen.machine import pick_device
+            from slagen.models import CUDA_DEFAULT
+
+            config = dataclasses.replace(config, model=CUDA_DEFAULT if pick_device(device).type == "cuda" else None)
 
         console.show_plan(planning.plan(config), as_json)
         return
@@ -603,9 +619,16 @@ TuneModelOption = Annotated[
         help="A preset, folder or hub id. Default: wan2.1-t2v-1.3b with a CUDA device, tiny-wan (bundled) without.",
     ),
 ]
-TuneSeedOption = Annotated[int, typer.Option("--seed", help="Of noise and order.", rich_help_panel=TRAINING)]
+TuneSeedOption = Annotated[
+    int, typer.Option("--seed", help="Of noise, order, and which clips are held out.", rich_help_panel=TRAINING)
+]
 TuneDtypeOption = Annotated[
-    str, typer.Option("--dtype", help="To compute in: auto, bf16 or fp32.", rich_help_panel=MACHINE)
+    str,
+    typer.Option(
+        "--dtype",
+        help="To compute in: auto (bf16 on CUDA that has it, else fp32), bf16 or fp32.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 TuneDeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.", rich_help_panel=MACHINE)]
 
@@ -627,7 +650,10 @@ def finetune(
     ] = None,
     clips_per_prompt: Annotated[
         int | None,
-        typer.Option(help="How many clips of each; one more is held out. Default: 4.", rich_help_panel=DATA),
+        typer.Option(
+            help="How many clips of each, unless its line has --num-videos; one more is held out. Default: 4.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     held_out: HeldOutOption = None,
     size: DataSizeOption = None,
@@ -676,8 +702,11 @@ def finetune(
     train: Annotated[
         Trained, typer.Option(help="all, attn, proj or lora (and proj_l).", rich_help_panel=TRAINING)
     ] = "all",
-    lora_rank: Annotated[int, typer.Option(help="Rank of lora.", rich_help_panel=TRAINING)] = 32,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of lora. Default: 32.", rich_help_panel=TRAINING)] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimiser steps. Default, as of the six below: the model's own.", rich_help_panel=TRAINING),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", rich_help_panel=TRAINING)] = None,
     proj_multiplier: Annotated[
         float | None, typer.Option(help="Factor on it for proj_l.", rich_help_panel=TRAINING)
@@ -721,9 +750,12 @@ def finetune(
     context_parallel: Annotated[
         int, typer.Option(help="Under torchrun: processes that share a clip's tokens.", rich_help_panel=MACHINE)
     ] = 1,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.", rich_help_panel=OUTPUT)] = None,
+    save_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints. Default: a tenth, at least 10.", rich_help_panel=OUTPUT),
+    ] = None,
     validate_every: Annotated[
-        int | None, typer.Option(help="Steps between validations with clips.", rich_help_panel=OUTPUT)
+        int | None, typer.Option(help="Steps between validations with clips. Default: half.", rich_help_panel=OUTPUT)
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew in a folder with a checkpoint.", rich_help_panel=OUTPUT)
@@ -744,6 +776,14 @@ def finetune(
     Example: slagen finetune --model tiny-wan --from-dense --self-generate prompts.txt --sparsity 0.95 --steps 60
     """
     if context.invoked_subcommand is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(
+                f"{options} before {context.invoked_subcommand} has no effect there. Put what it takes behind it: "
+                f"slagen finetune {context.invoked_subcommand} --help."
+            )
         return
     width, height = parse_size(size)
     config = FinetuneConfig(
@@ -1050,6 +1090,10 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
+    except OSError as error:
+        _debug()
+        console.show_error(f"{error.filename or 'a file'}: {error.strerror or error}. Mend that, and start again.")
+        return 1
     except Exception as error:
         _debug()
         console.show_error(f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)")

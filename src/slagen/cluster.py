@@ -187,7 +187,9 @@ class _Driver:
         gpus = 0 if self.config.generate.device == "cpu" else int(have.get("GPU", 0))
         machines = sum(name.startswith("node:") and not name.startswith("node:__") for name in have)
         wanted = self.config.ray_workers or gpus or machines or 1
-        wanted = min(wanted, sum(request.num_videos for request in self.requests))
+        base = self.config.generate.num_videos
+        videos = [request.fields.get("num_videos", base) for request in self.requests]
+        wanted = min(wanted, sum(videos))
         if gpus:
             if wanted > gpus:
                 raise UsageError(f"ray_workers is {wanted}, but Ray has {gpus} GPUs. Try --ray-workers {gpus}.")

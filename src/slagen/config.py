@@ -135,7 +135,9 @@ class TrainingDefaults:
             if field is None:
                 raise UsageError(f"training.{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
             whole = isinstance(field.default, int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < 0:
+            least = {"log_sigma_mean": -math.inf, "steps": 1, "batch_size": 1, "micro_batch": 1}.get(name, 0)
+            is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < least:
                 raise UsageError(f"training.{name} is {value!r}. Give a value like {field.default!r}.")
         if "caption_dropout" in fields:
             _check_fraction("training.caption_dropout", fields["caption_dropout"], "Give 0.1.")
@@ -215,6 +217,7 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 Timing = Literal["off", "step", "layer"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
+CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
 
 
@@ -239,7 +242,7 @@ class GenerateConfig:
         local_files_only: download nothing.
         seed: from 0 to 2**63 - 1; None draws one. The i-th video of a call has seed + i.
         num_videos: how many videos to make of the prompt.
-        dtype: of transformer and text encoder; "auto" is bf16 on CUDA and fp32 elsewhere.
+        dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
         timing: "layer" times attention by layer, "step" by step only, "off" not at all.
         output: a path that ends in .mp4 is the file, anything else a folder.
@@ -302,7 +305,8 @@ class GenerateConfig:
         for name in ("width", "height", "fps", "steps", "num_videos"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+                example = "--size 832x480" if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
+                raise UsageError(f"{name} is {value}, but must be at least 1. Try {example}.")
         if self.steps is not None and self.steps > 1000:
             raise UsageError(f"steps is {self.steps}, but the sampler has 1000 time steps. Try --steps 50.")
         if self.fps is not None and self.fps > 240:
@@ -317,7 +321,7 @@ class GenerateConfig:
             raise UsageError(f"flow_shift is {self.flow_shift}, but must be above 0. Try --flow-shift 3.")
         if self.sigma_max is not None and not 0 < self.sigma_max < math.inf:
             raise UsageError(f"sigma_max is {self.sigma_max}, but must be above 0. Try --sigma-max 80.")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos:
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos + 1:
             raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
         for name, choices in (
             ("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
@@ -356,7 +360,7 @@ class BatchConfig:
     generate: GenerateConfig
     retry_failed: bool = False
     shard: tuple[int, int] | None = None
-    cache_dir: str = "~/.cache/slagen"
+    cache_dir: str = CACHE
     no_cache: bool = False
     ray_address: str | None = None
     ray_workers: int | None = None
@@ -522,7 +526,7 @@ class FinetuneConfig:
         loss: "distill" is the squared difference of the student's velocity from the frozen dense model's on the same
             noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
         train: "all" of the transformer, "attn": its self-attention, "proj": `proj_l` alone, or "lora": low-rank
-            changes of self-attention, of rank `lora_rank`, and `proj_l`.
+            changes of self-attention, of rank `lora_rank` (None is 32), and `proj_l`.
         steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch, caption_dropout: see TrainingDefaults.
         weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
         optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
@@ -554,7 +558,7 @@ class FinetuneConfig:
     loss: Loss = "distill"
     layer_loss: float = 0.0
     train: Trained = "all"
-    lora_rank: int = 32
+    lora_rank: int | None = None
     steps: int | None = None
     lr: float | None = None
     proj_multiplier: float | None = None
@@ -590,14 +594,14 @@ class FinetuneConfig:
         for name in ("lr", "proj_multiplier", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} is {value}, but must be above 0.")
+                raise UsageError(f"{name} is {value}, but must be above 0. The model's own runs when it is left out.")
         for name in ("weight_decay", "layer_loss", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}, but must be 0 or above.")
-        for name in ("sparsity", "negligible", "anneal_from", "caption_dropout"):
+                raise UsageError(f"{name} is {value}, but must be 0 or above. Leave it out for the default.")
+        for name, example in (("sparsity", 0.95), ("negligible", 0.1), ("anneal_from", 0.5), ("caption_dropout", 0.1)):
             if getattr(self, name) is not None:
-                _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} 0.5.")
+                _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} {example}.")
         if self.attention == "dense" and (self.loss != "flow" or self.train not in ("all", "attn")):
             raise UsageError(
                 "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
@@ -607,6 +611,10 @@ class FinetuneConfig:
                 raise UsageError(
                     f"{name} is for SLA, but the attention is dense. Leave --{name.replace('_', '-')} out."
                 )
+        if self.lora_rank is not None and self.train != "lora":
+            raise UsageError(f"--lora-rank is for --train lora, but this is {self.train}. Leave it out.")
+        if self.proj_multiplier is not None and self.attention in ("sparse", "dense"):
+            raise UsageError(f"{self.attention} attention has no proj_l for --proj-multiplier. Leave it out.")
         if self.attention == "sparse" and self.train == "proj":
             raise UsageError("--train proj with --attention sparse leaves nothing to train. Try --train attn.")
         if self.layer_loss > 0 and self.loss == "flow":

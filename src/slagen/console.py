@@ -274,8 +274,9 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         ("sampling", f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}: "
                      f"{content['forward_passes']} forward passes"),
         ("tokens", f"{content['tokens']}: {content['key_blocks']} key blocks of {settings['block_n']}{tail}"),
-        ("sparsity", f"{settings['sparsity']:g} -> top-k {content['topk_blocks']} of {content['key_blocks']} key "
-                     f"blocks (kept {content['kept_fraction']:.2%})"),
+        ("attention", "dense: every key block" if settings["sparsity"] is None else
+                      f"sparsity {settings['sparsity']:g} -> top-k {content['topk_blocks']} of "
+                      f"{content['key_blocks']} key blocks (kept {content['kept_fraction']:.2%})"),
         ("TFLOP a forward", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
                             f"SLA {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
         ("fewer FLOPs", f"{content['flops_speedup']:.2f}x; free attention would be {content['amdahl_ceiling']:.2f}x "

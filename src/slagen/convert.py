@@ -211,7 +211,9 @@ def merge(
     """
     target = Path(output).expanduser()
     if target.suffix != ".safetensors":
-        raise UsageError(f"the output is {target}, but must be a .safetensors file.")
+        raise UsageError(
+            f"the output is {target}, but must be a .safetensors file. Try {target.with_suffix('.safetensors')}."
+        )
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists. Choose another output, or replace it with --overwrite.")
     found = [_whole(Path(name).expanduser()) for name in (base, diff_base, diff_target)]
@@ -246,7 +248,7 @@ def _whole(path: Path) -> Checkpoint:
     """A transformer that is whole in itself: as many tensors in every layer, none of them strange."""
     checkpoint = read_checkpoint(path, torch.float32)
     if not isinstance(checkpoint, Checkpoint):
-        raise WeightsError(f"{path} holds SLA weights alone, not a transformer.")
+        raise WeightsError(f"{path} holds SLA weights alone. Give a whole transformer.")
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     roles = {re.sub(r"^blocks\.\d+\.", "", name) for name in shapes if name.startswith("blocks.")}
     for layer in range(checkpoint.num_layers):

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from slagen import prompts
 from slagen.config import DataConfig, GenerateConfig
-from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash
+from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash, texts_of
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.generate import Event, Session
@@ -42,6 +42,7 @@ VERSION = 1
 CLIPS_PER_PROMPT = 4
 SHARD_BYTES = 256 * 2**20
 SHARD_TENSORS = 16
+AGAIN = "Prepare it again, which makes what is missing: slagen finetune data, or the finetune that prepared it."
 SHARD_S = 20.0  # of work, which a killed run loses at most
 
 
@@ -86,8 +87,10 @@ class Store:
     def __contains__(self, name: str) -> bool:
         return name in self.places or name in self._waiting
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor. Raises SlagenError where the disk does not take it."""
+    def add(self, name: str, tensor: Tensor, what: str) -> None:
+        """Keep a tensor. Raises SlagenError where the disk does not take it, or `what` it is made of is not finite."""
+        if not torch.isfinite(tensor).all():
+            raise SlagenError(f"{what} becomes numbers that are not finite. Try --dtype fp32; what is done is kept.")
         self._waiting[name] = tensor.detach().cpu().contiguous()
         size = sum(t.numel() * t.element_size() for t in self._waiting.values())
         late = time.monotonic() - self._flushed > SHARD_S
@@ -95,7 +98,10 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits: a shard beside its name, renamed, and then its lines in the index."""
+        """Write what waits: a shard beside its name, renamed, and then its lines in the index.
+
+        What said that the set is whole goes first: it says so again when it is.
+        """
         self._flushed = time.monotonic()
         if not self._waiting:
             return
@@ -108,6 +114,7 @@ class Store:
         lines = map(json.dumps, entries)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / SET_FILE).unlink(missing_ok=True)
             save_file(self._waiting, part)
             os.replace(part, self.folder / shard)
             with (self.folder / INDEX_FILE).open("a+b") as handle:
@@ -138,9 +145,9 @@ class Store:
             with safe_open(self.folder / shard, framework="pt") as handle:
                 tensor = handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{self.folder / shard} is broken ({error}). Delete it, and prepare again.") from error
+            raise WeightsError(f"{self.folder / shard} is broken ({error}). {AGAIN}") from error
         if tensor_hash(tensor) != sha256:
-            raise WeightsError(f"{self.folder / shard} has changed since it was written. Delete it, and prepare again.")
+            raise WeightsError(f"{self.folder / shard} has changed since it was written. {AGAIN}")
         return tensor
 
 
@@ -157,22 +164,24 @@ class Dataset:
         try:
             content = json.loads((folder / SET_FILE).read_text(encoding="utf-8"))
             if content["version"] != VERSION:
-                raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}.")
+                raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}. {AGAIN}")
             self.identity: str = content["identity"]
             self.negative: str = content["negative"]
             self.negative_prompt: str = content["negative_prompt"]
             self.fps: int = content["fps"]
             clips = [Clip(**{**clip, "shape": tuple(clip["shape"])}) for clip in content["clips"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{folder} is no prepared data set ({error}). Prepare it again.") from error
+            raise WeightsError(f"{folder} is no prepared data set ({error}). {AGAIN}") from error
         names = {name for clip in clips for name in (clip.latents, clip.text)} | {self.negative}
         lost = sum(name not in self.store for name in names)
         if lost:
-            raise WeightsError(f"{folder} lacks {lost} of {len(names)} tensors. Prepare it again.")
+            raise WeightsError(f"{folder} lacks {lost} of {len(names)} tensors. {AGAIN}")
         self.training = [clip for clip in clips if not clip.held_out]
         self.held_out = [clip for clip in clips if clip.held_out]
         if not self.training or not self.held_out:
-            raise WeightsError(f"{folder} has {len(self.training)} clips to train on, {len(self.held_out)} held out.")
+            raise WeightsError(
+                f"{folder} has {len(self.training)} clips to train on, {len(self.held_out)} held out. {AGAIN}"
+            )
         self.hash = digest([self.identity, self.negative, [dataclasses.astuple(clip) for clip in clips]])
 
     def example(self, clip: Clip) -> Example:
@@ -229,10 +238,14 @@ def prepare(
         seed: which clips are held out, and with what noise own ones are made.
     Raises: UsageError with every fault of the set, WeightsError for a broken model.
     """
+    if base.dtype == "fp16":
+        raise UsageError("small numbers are lost in fp16. Try --dtype bf16, or fp32.")
     weights = find_weights(
         dataclasses.replace(base, attention="dense", backend="auto"),
         lambda text: on_event(Event("note", text)), transformer=config.self_generate is not None,
     )  # fmt: skip
+    if weights.dtype == torch.float16:  # picked for a card without bf16
+        weights = dataclasses.replace(weights, dtype=torch.float32)
     raw = None if config.path is None else Path(config.path).expanduser()
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
         raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")
@@ -252,7 +265,6 @@ def _prepare(
     config: DataConfig, base: GenerateConfig, weights: Weights, folder: Path, cache: Path, seed: int,
     on_event: Callable[[Event], None],
 ) -> Dataset:  # fmt: skip
-    (folder / SET_FILE).unlink(missing_ok=True)  # it says that all is well, which is to be seen
     for part in folder.glob("*.safetensors.part"):
         part.unlink(missing_ok=True)
     make = _generated if config.self_generate is not None else _encoded
@@ -284,8 +296,11 @@ def _encoded(
     assert config.path is not None
     full = _full_cut(config, source)
     footage, faults = read_footage(Path(config.path).expanduser())
-    on_event(Event("note", f"looking at {len(footage)} videos"))
-    cuts = plan_cuts(footage, full, max(16, source.spatial_grid), faults)
+
+    def look(number: int) -> None:
+        on_event(Event("clip", f"{number + 1} of {len(footage)} to look at: {footage[number].path.name}"))
+
+    cuts = plan_cuts(footage, full, max(16, source.spatial_grid), faults, look)
     identity = encoder_identity(source, cache)
     contents = content_hashes([item.path for item in footage], cache)
     names = [digest([identity, content, dataclasses.astuple(cut)]) for content, cut in zip(contents, cuts, strict=True)]
@@ -298,6 +313,13 @@ def _encoded(
     texts = {text: _text_name(identity, weights, text) for text in [*(item.caption for item in footage), negative]}
     todo = [i for i, name in enumerate(names) if name not in store]
     missing = [text for text, name in texts.items() if name not in store]
+    for number, i in enumerate(todo):  # decoding costs little beside encoding, and all its faults are told before
+        on_event(Event("clip", f"{number + 1} of {len(todo)} to decode: {footage[i].path.name}"))
+        try:
+            read_cut(footage[i].path, cuts[i])
+        except UsageError as error:
+            faults.append(f"{footage[i].where}: {error}")
+    tell(faults)
     if todo or missing:
         on_event(Event("stage", "load"))
         pipe = load_pipeline(
@@ -309,15 +331,10 @@ def _encoded(
         on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
         if names[i] in store:
             continue  # the same video twice
-        try:
-            frames = torch.from_numpy(read_cut(footage[i].path, cuts[i]))
-        except UsageError as error:
-            faults.append(f"{footage[i].where}: {error}")
-            continue
+        frames = torch.from_numpy(read_cut(footage[i].path, cuts[i]))
         with torch.inference_mode():
-            store.add(names[i], encode_video(pipe.vae, frames))
+            store.add(names[i], encode_video(pipe.vae, frames), str(footage[i].path))
     store.flush()
-    tell(faults)
     clips = {
         (name, item.caption): Clip(name, texts[item.caption], item.caption, store.shapes[name], name in kept)
         for name, item in zip(names, footage, strict=True)
@@ -353,7 +370,7 @@ def _encode_texts(
             prompt=text, do_classifier_free_guidance=False, device=pipe._execution_device,
             max_sequence_length=source.defaults.max_sequence_length,
         )  # fmt: skip
-        store.add(texts[text], embeds[0])
+        store.add(texts[text], embeds[0], f"the text {text[:60]!r}")
     store.flush()
 
 
@@ -361,21 +378,25 @@ def _generated(
     config: DataConfig, base: GenerateConfig, weights: Weights, store: Store, cache: Path, seed: int,
     on_event: Callable[[Event], None],
 ) -> Made:  # fmt: skip
-    """Clips that the dense model makes of prompts, the last of each prompt held out."""
+    """Clips that the dense model makes of prompts, the last of each line held out."""
     assert config.self_generate is not None
     source = weights.source
     identity = encoder_identity(source, cache)
     made_by = [identity, file_hashes(transformer_files(source), cache)]
     settings = dataclasses.replace(
         base, attention="dense", backend="auto", width=config.width, height=config.height, num_frames=config.num_frames,
-        fps=config.fps, num_videos=1, save_latents=False, timing="off",
+        fps=config.fps, save_latents=False, timing="off",
     )  # fmt: skip
     jobs, faults, count = [], [], config.clips_per_prompt or CLIPS_PER_PROMPT
+    asked: dict[str, int] = {}  # clips of a prompt so far: a prompt may be there twice
     for request in prompts.read_prompts(config.self_generate):
-        for number in range(count + 1):
+        clips_of = request.fields.get("num_videos", count) + 1
+        first = asked.get(request.prompt, 0)
+        asked[request.prompt] = first + clips_of
+        for number in range(clips_of):
             try:
-                one = prompts.apply(settings, dataclasses.replace(request, num_videos=1))
-                drawn = int(digest([seed, request.prompt, number])[:8], 16)
+                one = dataclasses.replace(prompts.apply(settings, request), num_videos=1)
+                drawn = int(digest([seed, request.prompt, first + number])[:8], 16)
                 chosen = drawn if one.seed is None else one.seed + number
                 plan = make_plan(dataclasses.replace(one, seed=chosen), weights)
             except SlagenError as error:
@@ -383,35 +404,31 @@ def _generated(
                 break
             pixels = {k: v for k, v in plan.settings.items() if k not in ("output", "device", "model", "overwrite")}
             name = digest([made_by, pixels])
-            jobs.append((plan, name, _text_name(identity, weights, request.prompt), number == count))
-    if faults:
-        tell(faults)
-    negative = _text_name(identity, weights, source.defaults.negative_prompt)
-    todo = list({name: plan for plan, name, _, _ in jobs if name not in store}.items())
-    texts = {plan.config.prompt: text for plan, _, text, _ in jobs} | {source.defaults.negative_prompt: negative}
+            jobs.append((plan, name, number == clips_of - 1))
+    tell(faults)
+    own_negative = source.defaults.negative_prompt
+    used = [text for plan, _, _ in jobs for text in texts_of(plan)] + [own_negative]
+    texts = {text: _text_name(identity, weights, text) for text in used}
+    todo = list({name: plan for plan, name, _ in jobs if name not in store}.items())
     missing = [text for text, name in texts.items() if name not in store]
     if todo or missing:
         on_event(Event("stage", "load"))
         session = Session(jobs[0][0])
         _encode_texts(session.pipe, missing, texts, store, source, on_event)
-        embeds = {}
-        for _, plan in todo:
-            key = (plan.config.prompt, plan.config.negative_prompt, (plan.config.guidance_scale or 0) > 1)
-            if key not in embeds:
-                embeds[key] = session.encode(plan)
         session.release_text_encoder()
     for number, (name, plan) in enumerate(todo):
         on_event(Event("clip", f"{number + 1} of {len(todo)} to make: {plan.config.prompt:.60}"))
-        key = (plan.config.prompt, plan.config.negative_prompt, (plan.config.guidance_scale or 0) > 1)
-        latents, _ = session.denoise(plan, embeds[key], lambda event: None)
-        store.add(name, latents[0].float())
+        embeds = [store.load(texts[text])[None].to(session.pipe._execution_device) for text in texts_of(plan)]
+        named = dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*embeds, None], strict=False))
+        latents, _ = session.denoise(plan, named, lambda event: None)
+        store.add(name, latents[0].float(), plan.config.prompt)
     store.flush()
-    held_out = {name for _, name, _, held in jobs if held}  # two lines with seeds of their own may make one clip
+    held_out = {name for _, name, held in jobs if held}  # two lines with seeds of their own may make one clip
     clips = [
-        Clip(name, text, plan.config.prompt, store.shapes[name], held)
-        for plan, name, text, held in jobs if held or name not in held_out
+        Clip(name, texts[plan.config.prompt], plan.config.prompt, store.shapes[name], held)
+        for plan, name, held in jobs if held or name not in held_out
     ]  # fmt: skip
-    return clips, negative, jobs[0][0].config.fps or source.defaults.fps
+    return clips, texts[own_negative], jobs[0][0].config.fps or source.defaults.fps
 
 
 def _is_whole(path: Path) -> bool:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,10 @@ def check_gpu(findings: list[Finding]) -> None:
     """Raise EnvironmentProblem unless a GPU was found."""
     missing = next((finding for finding in findings if finding.name == "gpu"), None)
     if missing is not None:
-        raise EnvironmentProblem(f"--require-gpu was given, but there is {missing.found}. {missing.fix.capitalize()}.")
+        raise EnvironmentProblem(
+            f"--require-gpu was given, but there is {missing.found}. It takes a card, its driver and a CUDA build of "
+            "PyTorch."
+        )
 
 
 TARGETS = (80, 86, 89, 90, 100, 120)
@@ -170,8 +173,3 @@ def check_kernels(content: dict[str, Any]) -> None:
             f"{len(broken)} of {len(content['kernels'])} kernels break a limit; the first is {row['kernel']} on "
             f"{row['target']}, head dimension {row['head_dim']}: {'; '.join(row['faults'])}."
         )
-
-
-def to_json(findings: list[Finding]) -> list[dict[str, str]]:
-    """The findings, ready for JSON."""
-    return [asdict(finding) for finding in findings]

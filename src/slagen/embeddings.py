@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from slagen.generate import Session
 from slagen.manifest import digest
 from slagen.report import write_json
 from slagen.resolve import Plan
+
+SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
 
 
 class Embeddings:
@@ -38,11 +42,11 @@ class Embeddings:
 
     def has(self, plan: Plan) -> bool:
         """Whether a plan's texts are all known."""
-        return all(self._known(text) for text in _texts(plan))
+        return all(self._known(text) for text in texts_of(plan))
 
     def put(self, plan: Plan, embeds: dict[str, torch.Tensor | None]) -> None:
         """Remember what `Session.encode` gave: on disk where that takes it, otherwise in memory."""
-        for text, tensor in zip(_texts(plan), embeds.values(), strict=False):
+        for text, tensor in zip(texts_of(plan), embeds.values(), strict=False):
             assert tensor is not None
             tensor, key = tensor.cpu().contiguous(), self._key(text)
             if self.folder is not None:
@@ -60,7 +64,7 @@ class Embeddings:
     def get(self, plan: Plan, session: Session) -> dict[str, torch.Tensor | None]:
         """A plan's embeddings as `Session.sample` takes them. Raises SlagenError if their file is gone or broken."""
         device = session.pipe._execution_device
-        tensors: list[torch.Tensor | None] = [self._load(text).to(device) for text in _texts(plan)]
+        tensors: list[torch.Tensor | None] = [self._load(text).to(device) for text in texts_of(plan)]
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*tensors, None], strict=False))
 
     def _key(self, text: str) -> str:
@@ -99,7 +103,8 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
-def _texts(plan: Plan) -> list[str]:
+def texts_of(plan: Plan) -> list[str]:
+    """What the text encoder reads for a plan: the prompt and, where it is guided, the negative prompt."""
     guided = (plan.config.guidance_scale or 0) > 1
     return [plan.config.prompt, plan.config.negative_prompt or ""][: 2 if guided else 1]
 
@@ -129,20 +134,20 @@ def content_hashes(files: list[Path], cache: Path) -> list[str]:
         known = None
     if not isinstance(known, dict):
         known = {}
-    found, changed = [], False
-    for file in files:
+    found, changed, saved = [], False, time.monotonic()
+    for number, file in enumerate(files):
         status = file.stat()
-        name, stamp = str(file.resolve()), [status.st_size, status.st_mtime_ns]
+        name = os.fsencode(file.resolve()).decode("latin-1")  # a file's name need not be text
+        stamp = [status.st_size, status.st_mtime_ns]
         entry = known.get(name)
         if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp and isinstance(entry[2], str)):
             with file.open("rb") as handle:
                 entry = known[name] = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
             changed = True
         found.append(entry[2])
-    if changed:
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            write_json(store, known)
-        except OSError:
-            pass  # hashed again the next time
+        if changed and (number + 1 == len(files) or time.monotonic() - saved > SAVED_EVERY_S):
+            with contextlib.suppress(OSError):  # hashed again the next time
+                cache.mkdir(parents=True, exist_ok=True)
+                write_json(store, known)
+            changed, saved = False, time.monotonic()
     return found

@@ -18,18 +18,18 @@ class UsageError(SlagenError):
 
 
 class EnvironmentProblem(SlagenError):
-    """This machine lacks a device, a package or a driver."""
+    """This machine lacks a device, a package or a driver, or does not reach the hub."""
 
     exit_code = 4
 
 
 class WeightsError(SlagenError):
-    """Weights that are broken, or do not fit the model or the settings."""
+    """Weights, data sets or videos that are broken, or do not fit the model or the settings."""
 
     exit_code = 5
 
 
 class GateError(SlagenError):
-    """The work was done, but a limit the user set, such as --max-error, was not met."""
+    """The work was done, and shows what should not be: a replay that differs, a kernel over a card's limit."""
 
     exit_code = 6

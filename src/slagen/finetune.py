@@ -22,12 +22,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from slagen import dataset
-from slagen.attention.functional import Branches
-from slagen.config import FinetuneConfig, GenerateConfig, TrainingDefaults
+from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.dataset import Clip, Dataset
-from slagen.embeddings import file_hashes, files_in
+from slagen.embeddings import content_hashes, file_hashes, files_in
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.generate import Event, Session
+from slagen.generate import BRANCHES, Event, Session
 from slagen.interrupts import stopping
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.models import SLA_FILE
@@ -60,12 +59,12 @@ from slagen.wan.processor import install, installation
 RESULT, TENSORBOARD = "result.json", "tensorboard"
 TRANSFORMER_FILE = "transformer.safetensors"
 DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
+LORA_RANK = 32
 MAX_HELD_OUT = 16  # clips that an error is measured on
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
-BRANCHES: dict[str, Branches] = {"sla": "both", "sparse": "sparse", "linear": "linear"}
 ANYTIME = {  # settings that change nothing of what is learnt
     "output", "restart", "save_every", "validate_every", "tensorboard", "device", "parallel", "context_parallel",
-    "micro_batch", "checkpointing", "local_files_only", "data",
+    "micro_batch", "checkpointing", "local_files_only", "data", "weights",  # whose hash counts, not their path
 }  # fmt: skip
 
 
@@ -117,8 +116,9 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
 
     Args:
         on_event: told of stages, clips, notes and steps, in the first process.
-    Raises: UsageError for faulty data or changed settings, WeightsError for weights that do not fit, SlagenError for a
-        loss that is not finite or a full disk; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
+    Raises: UsageError for faulty data or changed settings, WeightsError for weights that do not fit,
+        EnvironmentProblem for a package or device that is not there, SlagenError for a loss that is not finite or a
+        full disk; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
     """
     device = pick_device(config.device)
     folder = Path(config.output).expanduser()
@@ -131,8 +131,8 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
                 return run.run()
             except torch.OutOfMemoryError as error:
                 raise SlagenError(
-                    "the GPU ran out of memory. Try --micro-batch 1, --checkpointing, --optimizer adamw8bit, --train "
-                    "lora, or fewer --num-frames."
+                    "the GPU ran out of memory. Try --micro-batch 1; or begin anew, with --restart, with --optimizer "
+                    "adamw8bit, --train lora, or data of fewer frames."
                 ) from error
             except OSError as error:
                 raise SlagenError(
@@ -156,7 +156,7 @@ def _only_one(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise SlagenError(f"another slagen finetune is at work in {folder}. Give another --output.") from error
     except OSError as error:
-        raise UsageError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
+        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
     try:
         yield
     finally:
@@ -191,6 +191,10 @@ class _Run:
                 f"{self.weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some "
                 "with --weights."
             )
+        if (file := self.weights.source.weights) is not None and file.suffix == ".gguf":
+            raise UsageError(f"{file} is quantised, and trains no further. Give the model in full precision.")
+        if config.optimizer == "adamw8bit" and team.kind == "fsdp":
+            raise UsageError("adamw8bit does not know FSDP's parts. Leave --optimizer out, or take --parallel ddp.")
         self.sla = config.sla(self.weights.sla)
         if config.anneal_from is not None and config.anneal_from > self.sla.sparsity:
             raise UsageError(
@@ -226,14 +230,18 @@ class _Run:
             self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
             config.seed, dtype,
         )  # fmt: skip
-        self.cache = Path("~/.cache/slagen").expanduser()
+        self.cache = Path(CACHE).expanduser()
         self.stop = threading.Event()
 
     def run(self) -> FinetuneResult:
         """Everything, from the data to the page."""
-        self.data = self._data()
         found = None if self.config.restart else read_latest(self.folder)
+        self._check_foreign()
         self.settings = self._settings()
+        if found is not None:  # before data are made, and after
+            _compare(found[1].get("settings"), self.settings, self.folder, but="data")
+        self.data = self._data()
+        self.settings["data"] = self.data.hash
         if found is not None:
             _compare(found[1].get("settings"), self.settings, self.folder)
         self._check_tokens()
@@ -243,7 +251,7 @@ class _Run:
         parts = self.team.size if self.team.kind == "fsdp" else 1
         plan = memory_plan(self.student, self.teacher, self.recipe, tokens, parts, self._recomputes())
         self.tell(Event("note", plan))
-        if self.team.first:
+        if self.team.first and (found is None or found[1]["step"] < self.schedule.steps):
             self._check_room()
         if self.team.kind != "fsdp":
             self.student.to(self.team.device)
@@ -254,6 +262,8 @@ class _Run:
             if self.team.first:
                 self._clear()
             self.team.wait()
+        elif found is None and self.team.first:
+            self._clear_log()  # of a run that came to no checkpoint, with other settings perhaps
         self.examples = [self.data.example(clip) for clip in self.data.held_out[:MAX_HELD_OUT]]
         self.levels = noise_levels(LEVELS, self.schedule.log_sigma_mean, self.schedule.log_sigma_std)
         step, spent = 0, 0.0
@@ -268,6 +278,11 @@ class _Run:
         else:
             self.tell(Event("stage", "measure"))
             self.before = {"error": self._error(), "layers": self._layers()}
+            if not math.isfinite(self.before["error"]):
+                raise WeightsError(
+                    f"the velocity of {self.weights.source.name} with these weights is not finite before any step. "
+                    "Get them again, or try --dtype fp32."
+                )
         if self.team.first:
             cut_log(self.folder, step)
         if step < self.schedule.steps:
@@ -286,9 +301,23 @@ class _Run:
             pass  # it came to no result
         for path in folders:
             shutil.rmtree(path, ignore_errors=True)
+        self._clear_log()
+        for name in (RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _clear_log(self) -> None:
+        """Take away the log and the clips that it speaks of."""
         clips = [*(self.folder / CLIPS).glob("step-*.mp4"), *(self.folder / CLIPS).glob("dense-*.mp4")]
-        for path in [*clips, *(self.folder / name for name in (LOG, RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE))]:
+        for path in [*clips, self.folder / LOG]:
             path.unlink(missing_ok=True)
+
+    def _check_foreign(self) -> None:
+        """Raise UsageError where the result would be written over something that no run here has made."""
+        if checkpoints(self.folder) or (self.folder / RESULT).is_file():
+            return
+        for name in (SLA_FILE, TRANSFORMER_FILE, "transformer"):
+            if (self.folder / name).exists():
+                raise UsageError(f"{self.folder / name} is there, and no finetune made it. Give another --output.")
 
     def _data(self) -> Dataset:
         """The prepared data, prepared by the first process where it is raw."""
@@ -319,16 +348,19 @@ class _Run:
             )
 
     def _settings(self) -> dict[str, Any]:
-        """All that changes what is learnt, to be compared when a run goes on."""
-        without = ANYTIME if self.config.train == "lora" else ANYTIME | {"lora_rank"}
-        fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in without}
+        """All that changes what is learnt, but for the data themselves, to be compared when a run goes on."""
+        fields = {name: value for name, value in dataclasses.asdict(self.config).items() if name not in ANYTIME}
+        fields["lora_rank"] = (self.config.lora_rank or LORA_RANK) if self.config.train == "lora" else None
         schedule = {k: v for k, v in dataclasses.asdict(self.schedule).items() if k not in ANYTIME}
         source = self.weights.source
         files, sla = dataset.transformer_files(source), self.weights.sla_path
         if sla is not None and not self.config.from_dense and (self.weights.sla_alone or sla.is_file()):
             files.append(find_sla_file(sla) if self.weights.sla_alone else sla)
+        made_of = {name: value for name, value in dataclasses.asdict(self.config.data).items() if name != "path"}
+        if (file := made_of.pop("self_generate")) is not None and Path(file).is_file():
+            made_of["prompts"] = content_hashes([Path(file)], self.cache)
         return json.loads(json.dumps({
-            **fields, **schedule, **self.sla.to_dict(), "dtype": str(self.recipe.dtype), "data": self.data.hash,
+            **fields, **schedule, **self.sla.to_dict(), **made_of, "dtype": str(self.recipe.dtype),
             "model": source.name, "weights_hash": file_hashes(files, self.cache),
         }))  # fmt: skip
 
@@ -343,6 +375,13 @@ class _Run:
                 f"a clip has {least} tokens, fewer than 2 key blocks of {self.sla.block_n}, so nothing can be left "
                 "out. Give larger or longer clips, or a smaller --block-n."
             )
+        parts = self.config.context_parallel
+        for clip in [*self.data.training, *self.data.held_out]:
+            if self._tokens(clip) % parts:
+                raise UsageError(
+                    f"a clip of {clip.caption[:40]!r} has {self._tokens(clip)} tokens, which {parts} processes cannot "
+                    "share evenly. Give another --context-parallel, or data of another size."
+                )
 
     def _recomputes(self) -> bool:
         return self.team.device.type == "cuda" if self.config.checkpointing is None else self.config.checkpointing
@@ -374,7 +413,7 @@ class _Run:
                 allow_untrained=True,
             )  # fmt: skip
         if config.train == "lora":
-            add_lora(student, config.lora_rank, config.seed)
+            add_lora(student, config.lora_rank or LORA_RANK, config.seed)
         for name, parameter in student.named_parameters():
             projection = PROJECTION in name
             trained = {
@@ -398,7 +437,7 @@ class _Run:
         began = time.monotonic()
         text = "a checkpoint after this step, then the end; press Ctrl-C again to stop now"
         with (
-            stopping(self.stop, lambda: self.tell(Event("warning", text))),
+            stopping(self.stop, lambda: self.tell(Event("warning", text)), repeated_s=0 if team.size == 1 else 5),
             _tensorboard(self.folder, self.config.tensorboard and team.first, step, self.tell) as board,
         ):
             while step < steps:
@@ -562,6 +601,10 @@ class _Run:
     def _finish(self, spent: float) -> FinetuneResult:
         """Round the average weights, measure those, write them, and the page."""
         steps, trainer = self.schedule.steps, self.trainer
+        dense = self.config.attention == "dense"
+        file = self.folder / (TRANSFORMER_FILE if dense else SLA_FILE)
+        given = self.config.weights and Path(self.config.weights).expanduser()
+        own_base = not dense and given == self.weights.source.weights is not None
         metadata = SLAMetadata(
             self.sla, self.weights.source.name, self.base_hash, self._trained(), self.steps_before + steps,
             "rcm" if self.weights.distilled else "flow",
@@ -573,24 +616,31 @@ class _Run:
                     part = own_part(parameter)
                     part.copy_(part.half().float())  # as they are stored
             after, layers = self._error(), self._layers()
-            self._validate(steps)
+            if not math.isfinite(after):
+                raise SlagenError(
+                    f"the weights after step {steps} give numbers that are not finite, so none were written. Begin "
+                    "anew with a lower --lr and --restart."
+                )
             tensors = {}
             for name, parameter in wanted.items():  # one at a time, for they may not all fit a card
                 tensor = whole(parameter)
                 if self.team.first:
                     tensors[name] = tensor.cpu().clone()
-        dense = self.config.attention == "dense"
-        file = self.folder / (TRANSFORMER_FILE if dense else SLA_FILE)
-        given = self.config.weights and Path(self.config.weights).expanduser()
-        own_base = not dense and given == self.weights.source.weights is not None
+            if self.team.first:
+                write_sla(trained_tensors(tensors), file, None if dense else metadata)
+                if own_base:
+                    self._write_base()
+            try:
+                self._validate(steps)
+            except SlagenError as error:
+                if self.team.size > 1:  # the others wait for what this one would have done
+                    raise
+                self.tell(Event("warning", f"no clips of the last step: {error}"))
         result = FinetuneResult(
             self.folder, self.folder if own_base else file, steps, self.before["error"], after, spent,
             self.folder / PAGE, self.team.rank,
         )  # fmt: skip
         if self.team.first:
-            write_sla(trained_tensors(tensors), file, None if dense else metadata)
-            if own_base:
-                self._write_base()
             content = {
                 **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
                 "layer_errors_before": self.before["layers"], "layer_errors_after": layers, "settings": self.settings,
@@ -611,7 +661,8 @@ class _Run:
             "clips": f"{len(self.data.training)} to train on, {len(self.data.held_out)} held out",
             "time": f"{result.seconds / 60:.1f} min",
         }  # fmt: skip
-        title = f"{self.folder.resolve().name}: {self.weights.source.name} with SLA"
+        attention = "SLA" if self.config.attention == "sla" else f"{self.config.attention} attention"
+        title = f"{self.folder.resolve().name}: {self.weights.source.name} with {attention}"
         captions = [clip.caption for clip in self._shown_clips()]
         write_page(self.folder, title, facts, {"before": self.before["layers"], "after": layers}, captions)
 
@@ -645,11 +696,11 @@ def _schedule(config: FinetuneConfig, defaults: TrainingDefaults) -> TrainingDef
     return dataclasses.replace(defaults, **{n: getattr(config, n) for n in names if getattr(config, n) is not None})
 
 
-def _compare(before: Any, now: dict[str, Any], folder: Path) -> None:
-    """Raise UsageError where a run would go on with other settings than it began with."""
+def _compare(before: Any, now: dict[str, Any], folder: Path, but: str = "") -> None:
+    """Raise UsageError where a run would go on with other settings than it began with, one of them apart."""
     if not isinstance(before, dict):
         raise UsageError(f"{folder} holds a checkpoint without settings. Begin anew with --restart.")
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    changed = [name for name in sorted({*before, *now} - {but}) if before.get(name) != now.get(name)]
     if changed:
         told = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
         raise UsageError(

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 
 from slagen.errors import EnvironmentProblem, UsageError
 
-SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"}
+SUFFIXES = {
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".ts", ".m2ts",
+    ".mts", ".3gp", ".ogv",
+}  # fmt: skip
 RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
 MIN_FRAMES = 5  # unless still pictures are asked for
 MAX_CAPTION = 20_000
-SHOWN = 20  # faults in one message
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
 UNFINISHED = "tensors.jsonl"  # of a prepared set
 
@@ -71,7 +74,7 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
                 "--data; where it was not prepared to its end, prepare it again from its videos."
             )
         lists = [path / name for name in ("videos2caption.json", "metadata.csv")] + sorted(path.glob("*.jsonl"))
-        lists = [file for file in lists if file.is_file()]
+        lists = [file for file in lists if file.is_file() and not file.name.startswith(".")]
         if len(lists) > 1:
             raise UsageError(f"{path} holds {lists[0].name} and {lists[1].name}. Give one of them with --data.")
         if not lists:
@@ -89,20 +92,20 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
             continue
         place = next((p for p in _places(file.parent, video) if _is_file(p)), None)
         if place is None:
-            faults.append(f"{where}: {video:.200} does not exist")
+            pictures = any(_is_folder(p) for p in _places(file.parent, video))
+            what = "is a folder, of pictures perhaps, and no video" if pictures else "does not exist"
+            faults.append(f"{where}: {video:.200} {what}")
         else:
             found.append(Footage(place, caption, where))
     if not found and not faults:
-        raise UsageError(f"{file} names no video.")
+        raise UsageError(f"{file} names no video. Give a list of videos and captions, or a folder of them.")
     return found, faults
 
 
 def _folder(path: Path) -> tuple[list[Footage], list[str]]:
     videos = sorted(
-        file for file in path.rglob("*")
-        if file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )  # fmt: skip
+        file for file in _files(path) if file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
+    )
     if not videos:
         raise UsageError(
             f"{path} holds no videos ({', '.join(sorted(SUFFIXES))}) and no list of them (metadata.csv, "
@@ -127,6 +130,18 @@ def _folder(path: Path) -> tuple[list[Footage], list[str]]:
     return found, faults
 
 
+def _files(path: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, but for hidden ones; each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
 def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
     """Where, video and caption of every entry of a list; what is none goes to the faults."""
     try:
@@ -134,17 +149,27 @@ def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     if file.suffix.lower() == ".csv":
-        try:
-            rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            if rows.fieldnames is None or not {"video", "prompt"} <= set(rows.fieldnames):
-                raise UsageError(f"{file} lacks a column named video or prompt.")
-            for row in rows:
-                if None in row:
-                    faults.append(f"{file.name}:{rows.line_num}: has too many columns; put the caption in quotes")
-                else:
-                    yield f"{file.name}:{rows.line_num}", row["video"], row["prompt"]
-        except csv.Error as error:
-            faults.append(f"{file.name}:{rows.line_num}: is no CSV: {error}")
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        columns: list[str] | None = None
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                faults.append(f"{file.name}:{rows.line_num}: is no CSV: {error}")
+                continue
+            if columns is None:
+                columns = row
+                if not {"video", "prompt"} <= set(columns):
+                    break
+            elif len(row) > len(columns):
+                faults.append(f"{file.name}:{rows.line_num}: has too many columns; put the caption in quotes")
+            elif row:
+                entry = dict(zip(columns, row, strict=False))
+                yield f"{file.name}:{rows.line_num}", entry.get("video"), entry.get("prompt")
+        if columns is None or not {"video", "prompt"} <= set(columns):
+            raise UsageError(f"{file} lacks a column named video or prompt. Name the columns in its first line.")
     elif file.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -158,7 +183,7 @@ def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
     elif file.suffix.lower() == ".json":
         content = _json(text, str(file))
         if not isinstance(content, list):
-            raise UsageError(f"{file} holds no list of videos.")
+            raise UsageError(f"{file} holds no list of videos. Give one of objects with path and cap.")
         for number, entry in enumerate(content, 1):
             entry = entry if isinstance(entry, dict) else {}
             yield f"{file.name}, entry {number}", entry.get("path"), entry.get("cap")
@@ -183,8 +208,8 @@ def _caption(value: Any) -> str:
 
 
 def _places(folder: Path, name: str) -> list[Path]:
-    """Where a list may mean: beside it, or in its folder `videos`, as FastVideo has it."""
-    return [folder / name, folder / "videos" / name]
+    """Where a list may mean: beside it, in its folder `videos`, as FastVideo has it, or from here, as musubi has it."""
+    return [folder / name, folder / "videos" / name, Path(name)]
 
 
 def _is_file(path: Path) -> bool:
@@ -194,28 +219,39 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def tell(faults: list[str]) -> None:
     """Raise UsageError with all that is wrong with a data set, if anything is."""
     if faults:
-        more = f"\n... and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise UsageError(f"the data set has {len(faults)} faults:\n" + "\n".join(faults[:SHOWN]) + more)
+        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UsageError(f"the data set has {count}:\n" + "\n".join(faults))
 
 
-def plan_cuts(footage: list[Footage], full: Cut, grid: int, faults: Sequence[str] = ()) -> list[Cut]:
+def plan_cuts(
+    footage: list[Footage], full: Cut, grid: int, faults: Sequence[str] = (),
+    on_look: Callable[[int], None] = lambda number: None,
+) -> list[Cut]:  # fmt: skip
     """Look at every video and choose the form of its clip: the nearest of a few sizes, the longest of a few lengths.
 
     Args:
         full: the largest area and length. grid: width and height are multiples of this.
-        faults: of the set, known before.
+        faults: of the set, known before. on_look: told of each video's number before it is looked at.
     Raises: UsageError with those, and every video that cannot be read, has no pictures, or is too short.
     """
     sizes = _sizes(full, grid)
     fewest = min(full.num_frames, MIN_FRAMES)
     lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
     found, cuts = list(faults), []
-    for item in footage:
+    for number, item in enumerate(footage):
+        on_look(number)
         try:
-            duration, unit, width, height = _probe(item.path)
+            duration, unit, width, height = _probe(item.path, full.num_frames / full.fps + 1)
         except _Unreadable as error:
             found.append(f"{item.where}: {item.path.name} {error}")
             continue
@@ -273,8 +309,8 @@ def _shape(stream: Any, frame: Any) -> tuple[float, float, int]:
     return (height, width, turns) if turns % 2 else (width, height, turns)
 
 
-def _probe(path: Path) -> tuple[float, float, float, float]:
-    """Seconds from the first frame to the last and of a unit of time, width and height; one frame is decoded."""
+def _probe(path: Path, enough: float) -> tuple[float, float, float, float]:
+    """Seconds from the first frame to the last, or `enough`, and of a unit of time; width and height of one frame."""
     av = _av()
     try:
         with _open(path) as container:
@@ -288,11 +324,17 @@ def _probe(path: Path) -> tuple[float, float, float, float]:
         with _open(path) as container:
             stream = container.streams.video[0]
             packets = (packet for packet in container.demux(stream) if not packet.is_discard)
-            times = [packet.pts for packet in packets if packet.pts is not None]
             unit = float(stream.time_base)
+            first = last = frame.pts  # what lies before the first frame that can be decoded is never shown
+            for packet in packets:
+                if packet.pts is not None:
+                    first = packet.pts if first is None else first
+                    last = packet.pts if last is None else max(last, packet.pts)
+                    if (last - first) * unit > enough:
+                        break
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _Unreadable(f"cannot be decoded ({error})") from error
-    return (max(times) - min(times)) * unit if times else 0.0, unit, width, height
+    return (last - first) * unit if first is not None and last is not None else 0.0, unit, width, height
 
 
 def read_cut(path: Path, cut: Cut) -> np.ndarray:

@@ -25,11 +25,10 @@ from slagen import machine, report
 from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError
-from slagen.models import SLA_FILE
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import part_path, write_mp4
-from slagen.wan.checkpoints import SLAMetadata, apply_sla, install_projections, load_sla, weights_hash
+from slagen.wan.checkpoints import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
 from slagen.wan.processor import attach_recorder, install, processors
 
@@ -38,9 +37,9 @@ BRANCHES: dict[str, Branches] = {"sparse": "sparse", "linear": "linear"}  # of -
 
 @dataclass(frozen=True)
 class Event:
-    """What a run tells while it goes on: a stage begins, a step has ended, or something the user should know."""
+    """What a run tells while it goes on: a stage or a clip begins, a step has ended, or what the user should know."""
 
-    kind: str  # "stage", "step", "note" or "warning"
+    kind: str  # "stage", "step", "note" or "warning"; of many videos or clips also "plan", "job" and "clip"
     text: str = ""
     step: StepTimes | None = None
     num_steps: int = 0
@@ -266,7 +265,7 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
     metadata: SLAMetadata = load_sla(
         pipe, weights.sla_path, config=plan.sla, base_hash=found["model_hash"], **options
     )  # fmt: skip
-    file = weights.sla_path / SLA_FILE if weights.sla_path.is_dir() else weights.sla_path
+    file = find_sla_file(weights.sla_path)
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return {**found, "used": "SLA", "sla_file": str(file), "sla_hash": digest, "trained": metadata.trained,

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 @contextmanager
-def stopping(stop: threading.Event, say: Callable[[], None], at_once: tuple[int, ...] = ()) -> Iterator[None]:
+def stopping(
+    stop: threading.Event, say: Callable[[], None], at_once: tuple[int, ...] = (), repeated_s: float = 0.0
+) -> Iterator[None]:
     """Within it SIGINT or SIGTERM sets `stop`, and the second of them is a KeyboardInterrupt.
 
     Args:
         say: called when `stop` is set.
         at_once: signals whose first is a KeyboardInterrupt too.
+        repeated_s: seconds after the first in which others count as the same: torchrun passes on to its processes what
+            they were told already.
 
     In any thread but the main one nothing changes: signals go to that.
     """
 
+    first = -math.inf
+
     def interrupt(number: int, frame: Any) -> None:
+        nonlocal first
+        if time.monotonic() - first < repeated_s:
+            return
         if stop.is_set() or number in at_once:
             raise KeyboardInterrupt
+        first = time.monotonic()
         stop.set()
         say()
 

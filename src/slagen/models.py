@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,11 @@ def bundled_folder() -> Path:
         if (folder / "model_index.json").is_file():
             return folder
     raise EnvironmentProblem(f"the bundled model {BUNDLED} is missing from this installation. Install slagen again.")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
 def unknown_model(model: str) -> UsageError:

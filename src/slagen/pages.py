@@ -119,7 +119,7 @@ TRAINING = (
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 <h2>Curves</h2>
 <section>{% for chart in charts %}<div>{{ chart|safe }}</div>{% endfor %}</section>
-<h2>Dense beside SLA, the same prompts and seeds</h2>
+<h2>Dense beside what was tuned, the same prompts and seeds</h2>
 <section>
 {% for pair in pairs %}
   <figure>

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from slagen.config import Parallel
 from slagen.errors import EnvironmentProblem, UsageError
@@ -92,7 +93,7 @@ class Team:
 
             lower = None if dtype == torch.float32 else dtype
             inside = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            _split(module, inside, MixedPrecisionPolicy(reduce_dtype=torch.float32))
+            self._split(module, inside, MixedPrecisionPolicy(reduce_dtype=torch.float32))
         return module
 
     def share_frozen(self, module: nn.Module) -> nn.Module:
@@ -101,29 +102,31 @@ class Team:
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-            _split(module, policy, policy)
+            self._split(module, policy, policy)
             return module
         return module.to(self.device)
 
     @contextmanager
     def syncing(self, shared: nn.Module, last: bool) -> Iterator[None]:
-        """Around a backward pass: gradients are summed over the team in the last of a step only."""
+        """Around a backward pass: copies sum their gradients over the team in the last of a step only.
+
+        Parts do in each, for the sum over passes of gradients that are whole would not fit a card.
+        """
         if self.kind == "ddp" and not last:
             with shared.no_sync():  # type: ignore[operator]
                 yield
             return
-        if self.kind == "fsdp":
-            shared.set_requires_gradient_sync(last)  # type: ignore[operator]
         yield
 
+    def _split(self, module: nn.Module, inside: Any, around: Any) -> None:
+        """FSDP2, block by block. Without resharding the root would compute with copies from before its values
+        changed."""
+        from torch.distributed.fsdp import fully_shard
 
-def _split(module: nn.Module, inside: Any, around: Any) -> None:
-    """FSDP2, block by block. Without resharding the root would compute with copies from before its values changed."""
-    from torch.distributed.fsdp import fully_shard
-
-    for block in module.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mp_policy=inside, reshard_after_forward=True)
-    fully_shard(module, mp_policy=around, reshard_after_forward=True)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in module.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=mesh, mp_policy=inside, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=around, reshard_after_forward=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from slagen.models import (
     Preset,
     bundled_folder,
     describe_folder,
+    is_hub_id,
     num_tokens,
     read_sla_config,
     unknown_model,
@@ -34,7 +35,8 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     Args:
         config: a model that is None is the bundled one.
     Returns: a dict, ready for JSON: settings; tokens, blocks, tail; FLOPs of one transformer forward of one sample
-        without guidance, 2 for each multiply-add; memory and downloads, estimated from parameters; notes.
+        without guidance, 2 for each multiply-add, with SLA and without; memory and downloads, estimated from
+        parameters; notes. With dense attention the sparsity is None and every key block is kept.
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
     preset, defaults, shape, grid, factor, trained, folder = _model(config)
@@ -56,9 +58,16 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
     steps = config.steps or defaults.steps
     guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
     passes = steps * (2 if guidance > 1 else 1)
+    is_dense = config.attention == "dense"
+    topk = counts["key_blocks"] if is_dense else counts["critical"]
     notes = []
-    if trained is None and config.weights is None:
-        notes.append("these weights were never tuned for SLA: generate wants --weights, or --allow-untrained")
+    if is_dense:
+        notes.append("attention is dense: what SLA would take is said beside it")
+    elif trained is None and config.weights is None:
+        notes.append(
+            "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
+            "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
+        )  # fmt: skip
     elif trained is not None and not math.isclose(sla.sparsity, trained.sparsity, abs_tol=1e-9):
         notes.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {sla.sparsity:g}")
     if num_frames > 81 and preset is not None and preset.base is not None:
@@ -67,7 +76,8 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         "model": preset.name if preset is not None else str(folder),
         "settings": {
             **sizes, "fps": config.fps or defaults.fps, "steps": steps, "guidance_scale": guidance,
-            "sampler": config.sampler or defaults.sampler, "sparsity": sla.sparsity, "block_m": sla.block_m,
+            "sampler": config.sampler or defaults.sampler, "attention": config.attention,
+            "sparsity": None if is_dense else sla.sparsity, "block_m": sla.block_m,
             "block_n": sla.block_n, "linear_domain": sla.linear_domain, "feature_map": sla.feature_map,
         },
         "trained_sparsity": None if trained is None else trained.sparsity,
@@ -75,8 +85,8 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         "query_blocks": counts["query_blocks"],
         "key_blocks": counts["key_blocks"],
         "tail_tokens": tokens % sla.block_n,
-        "topk_blocks": counts["critical"],
-        "kept_fraction": counts["critical"] / counts["key_blocks"],
+        "topk_blocks": topk,
+        "kept_fraction": topk / counts["key_blocks"],
         "flops": {
             "dense_forward": dense + other, "sla_forward": attention + other, "dense_attention": dense,
             "sla_attention": attention, "other": other,
@@ -105,6 +115,11 @@ def _model(config: GenerateConfig) -> tuple:
         return preset, preset.defaults, preset.shape, 16, 4, trained or preset.sla, None
     folder = bundled_folder() if name == BUNDLED else Path(name).expanduser()
     if not folder.exists():
+        if is_hub_id(name):
+            raise UsageError(
+                f"{name} is on the hub, and what it is cannot be planned before it is here. Download it and give its "
+                f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
+            )
         raise unknown_model(name)
     source = describe_folder(folder, name)
     if trained is None and weights is None and (folder / SLA_FILE).is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -47,14 +48,12 @@ class Request:
         prompt: what the video shows.
         fields: what the line says of GenerateConfig's fields.
         id: its own name, empty unless given.
-        num_videos: how many; seeds count up.
         where: file and line, for messages.
     """
 
     prompt: str
     fields: dict[str, Any]
     id: str
-    num_videos: int
     where: str
 
 
@@ -175,15 +174,20 @@ def _convert(option: str, value: Any, column: int | None = None) -> Any:
     if kind is str:
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise _Fault(f"--{option} is {value!r}, but must be text", column)
-        return str(value)
-    if isinstance(value, str):
-        try:
-            return kind(value)
-        except ValueError:
-            raise _Fault(f"--{option} is {value!r}, but must be a number", column) from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
-        raise _Fault(f"--{option} is {value!r}, but must be a{' whole' * (kind is int)} number", column)
-    return kind(value)
+        return _readable(option, str(value))
+    if not isinstance(value, bool) and isinstance(value, str | int | float):
+        with contextlib.suppress(ValueError, OverflowError):  # no number, or one beyond all bounds
+            number = kind(value)
+            if isinstance(value, str) or number == value:
+                return number
+    raise _Fault(f"--{option} is {value!r:.60}, but must be a{' whole' * (kind is int)} number", column)
+
+
+def _readable(name: str, text: str) -> str:
+    """The text itself; half of a pair that JSON can write is no character. Raises _Fault."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise _Fault(f"{name} is {text!r:.60}, which holds half a character")
+    return text
 
 
 def _mapping(content: Any) -> Entry:
@@ -198,7 +202,7 @@ def _mapping(content: Any) -> Entry:
             if key == "prompt":
                 if not isinstance(value, str):
                     raise _Fault(f"prompt is {value!r:.40}, but must be text")
-                entry["prompt"] = value.strip()
+                entry["prompt"] = _readable(key, value.strip())
             elif value is not None:
                 option = _option(str(key))
                 if option in entry:
@@ -215,7 +219,7 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, Entry]]:
             continue
         try:
             yield number, _mapping(json.loads(line))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # the first also for numbers too long to read
             column = error.colno if isinstance(error, json.JSONDecodeError) else None
             yield number, _Fault("is no JSON object", column)
 
@@ -293,8 +297,7 @@ def _request(entry: dict[str, Any], where: str) -> Request:
     except UsageError as error:
         raise _Fault(str(error)) from None
     fields = {key: getattr(config, key) for key in fields}
-    num_videos = fields.pop("num_videos", 1)
-    return Request(prompt, fields, name, num_videos, where)
+    return Request(prompt, fields, name, where)
 
 
 def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
@@ -304,4 +307,4 @@ def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
         fields["sla_topk"] = None
     elif "sla_topk" in fields:
         fields["sparsity"] = None
-    return dataclasses.replace(base, prompt=request.prompt, num_videos=request.num_videos, **fields)
+    return dataclasses.replace(base, prompt=request.prompt, **fields)

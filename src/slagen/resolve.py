@@ -280,6 +280,12 @@ def _plan_attention(
             )
         return SLAConfig(), None, True, distilled
     if metadata is not None:
+        branch = metadata.trained.rpartition(", ")[2]
+        if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
+            raise WeightsError(
+                f"{path} was trained with the {branch} branch alone, and the other would spoil it. Take --attention "
+                f"{branch}, or go on with --allow-untrained."
+            )
         return metadata.config, path, True, distilled
     sla = inside.sla if inside is not None else found.sla if found is not None else None
     assert sla is not None

@@ -146,7 +146,7 @@ class Trainer:
                 names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
                 raise SlagenError(
                     f"the {what} of step {number + 1} is {value}, on clips of {names}. Nothing of it was kept: "
-                    "the last checkpoint stays. Try a lower --lr, or --max-grad-norm 1."
+                    "the last checkpoint stays. Begin anew with a lower --lr and --restart."
                 )
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)

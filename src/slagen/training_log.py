@@ -38,7 +38,7 @@ def add_line(folder: Path, event: str, content: dict[str, Any]) -> None:
         with (folder / LOG).open("a") as handle:
             handle.write(json.dumps({"event": event, **content}) + "\n")
     except OSError as error:
-        raise SlagenError(f"{folder / LOG} cannot be written ({error.strerror}). Free some space.") from error
+        raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Mend that, and start again.") from error
 
 
 def cut_log(folder: Path, step: int) -> None:
@@ -47,7 +47,7 @@ def cut_log(folder: Path, step: int) -> None:
     try:
         write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
-        raise SlagenError(f"{folder / LOG} cannot be written ({error.strerror}). Free some space.") from error
+        raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Mend that, and start again.") from error
 
 
 def validated(folder: Path) -> set[int]:

@@ -121,7 +121,8 @@ def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
         name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
     }
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    groups = get_state_dict(trainer.student, trainer.optimizer, options=options)[1]["param_groups"]
+    in_parts = StateDictOptions(ignore_frozen_params=True)  # nothing is put together only to read the groups
+    groups = get_state_dict(trainer.student, trainer.optimizer, options=in_parts)[1]["param_groups"]
     set_state_dict(
         trainer.student, trainer.optimizer, model_state_dict=weights,
         optim_state_dict={"state": state, "param_groups": groups}, options=options,

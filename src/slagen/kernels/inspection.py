@@ -75,10 +75,8 @@ class KernelCost:
         return {**asdict(self), "wgmma": self.wgmma}
 
 
-def kernel_costs(
-    targets: tuple[int, ...] = tuple(SHARED_LIMITS), head_dims: tuple[int, ...] = (64, 128), dtype: str = "bf16"
-) -> Iterator[KernelCost]:
-    """Compile every kernel for every target; yields as they are done.
+def kernel_costs(targets: tuple[int, ...] = tuple(SHARED_LIMITS)) -> Iterator[KernelCost]:
+    """Compile every kernel for every target, in bf16 for heads of 64 and 128; yields as they are done.
 
     Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run.
 
@@ -87,9 +85,9 @@ def kernel_costs(
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is on, so nothing compiles. Unset it.")
     for target in targets:
-        for head_dim in head_dims:
+        for head_dim in (64, 128):
             for name in VARIANTS:
-                yield kernel_cost(name, target, head_dim, dtype)
+                yield kernel_cost(name, target, head_dim)
 
 
 def kernel_cost(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> KernelCost:

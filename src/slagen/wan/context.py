@@ -16,7 +16,6 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from slagen.errors import UsageError
-from slagen.wan.processor import processors
 
 
 class _Exchange(torch.autograd.Function):
@@ -91,5 +90,5 @@ def split_tokens(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -
     transformer.rope.register_forward_hook(split_rope)
     transformer.blocks[0].register_forward_pre_hook(split_hidden)
     transformer.proj_out.register_forward_hook(gather)
-    for processor in processors(transformer):
-        processor.token_group = group
+    for block in transformer.blocks:
+        block.attn1.processor.token_group = group

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from slagen.models import (
     ModelSource,
     bundled_folder,
     describe_folder,
+    is_hub_id,
     read_json,
     unknown_model,
 )
@@ -87,7 +87,7 @@ def resolve_model(
     path = Path(model).expanduser()
     if path.exists():
         return describe_folder(path, path.resolve().name)
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model):
+    if is_hub_id(model):
         return describe_folder(fetch_pipeline(model, transformer=own_transformer, **options), model)
     raise unknown_model(model)
 

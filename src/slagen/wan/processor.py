@@ -16,6 +16,7 @@ from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
+from slagen.wan.context import to_heads, to_tokens
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -63,8 +64,6 @@ class _Processor:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.token_group is not None:
-            from slagen.wan.context import to_heads, to_tokens
-
             q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
             return to_tokens(self._timed(q, k, v), self.token_group)
         return self._timed(q, k, v)
