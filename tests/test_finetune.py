@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from wan_models import build_pipeline, save_pipeline
 
 from slagen import finetune as task
+from slagen import trainer
 from slagen.cli import run
 from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.dataset import Dataset
@@ -149,6 +151,28 @@ def test_going_on_ends_where_one_run_ends(toy, tmp_path):
     assert losses[0] == losses[1]
     again = finetune(settings(model, tmp_path / "parts", data=data, steps=8))
     assert again.teacher_error_after == whole.teacher_error_after
+
+
+def test_going_on_with_an_optimizer_of_8_bits(toy, tmp_path, monkeypatch):
+    bitsandbytes = needs("bitsandbytes", "slagen[adamw8bit]")
+    small = functools.partial(bitsandbytes.optim.AdamW8bit, min_8bit_size=1)  # it keeps small tensors in 32 bits
+    monkeypatch.setattr(trainer, "optimizer_8bit", lambda: small)
+    model, data = toy
+    config = settings(model, tmp_path / "whole", data=data, steps=4, optimizer="adamw8bit", train="attn")
+    finetune(config)
+
+    def end(event):
+        if isinstance(event, task.Progress) and event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    parts = dataclasses.replace(config, output=str(tmp_path / "parts"))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(parts, end)
+    path, _ = read_latest(tmp_path / "parts")
+    assert torch.uint8 in {tensor.dtype for tensor in load_file(path / "state.safetensors").values()}
+    finetune(parts)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_killed_at_random_moments(toy, tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
     plain: dict[str, dict[str, Any]] = {}
     for name, entries in optimizer.get("state", {}).items():
-        for key, value in entries.items():
+        for key, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
@@ -58,9 +59,7 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
         for left in final.parent.glob("step-*.part"):  # of a killed run
             shutil.rmtree(left, ignore_errors=True)
         part_folder.mkdir(parents=True)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part_folder / "state.safetensors"
-        )
+        save_file(_apart(tensors), part_folder / "state.safetensors")
         content = {**about, "step": step, "plain": plain}
         (part_folder / "state.json").write_text(json.dumps(content, allow_nan=False))
         (part_folder / HASHES).write_text(json.dumps(_hashes(part_folder)))
@@ -92,6 +91,39 @@ def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, none of which shares memory with another, as bitsandbytes' tables do."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        kept[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return kept
+
+
+def _flat(entries: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """An optimiser's state of a parameter without dicts in it, which bitsandbytes has: their keys joined by slashes."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}/")
+        else:
+            yield f"{before}{key}", value
+
+
+def _nested(entries: dict[str, Any]) -> dict[str, Any]:
+    """The same with its dicts again."""
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        *path, last = key.split("/")
+        place = found
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found
+
+
 def _hashes(path: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's two files."""
     found = {}
@@ -112,11 +144,12 @@ def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
     expected = {f"{kind}/{name}" for name in trainer.named for kind in ("weights", "average")}
     if expected != {name for name in tensors if not name.startswith("optimizer/")}:
         raise WeightsError(f"{path} is of another model, or trains another part of it. Begin anew with --restart.")
-    state: dict[str, Any] = {name: dict(entries) for name, entries in about["plain"].items()}
+    flat: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in about["plain"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
-            parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
-            state.setdefault(parameter, {})[key] = tensor
+            parameter, key = name.removeprefix("optimizer/").split("/", 1)
+            flat.setdefault(parameter, {})[key] = tensor
+    state = {name: _nested(entries) for name, entries in flat.items()}
     weights: dict[str, Any] = {
         name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
     }
