@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.dataset import Dataset
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.finetune import finetune
+from slagen.interrupts import stopping
 from slagen.models import describe_folder
 from slagen.parallel import Team
 from slagen.quality import layer_errors, noise_levels, velocity_error
@@ -537,6 +539,19 @@ def test_told_to_stop_in_a_validation(toy, tmp_path, monkeypatch):
     assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0]
     finetune(config)
     assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0, 2, 4]
+
+
+def test_a_signal_passed_on_is_no_second_one():
+    """torchrun tells its processes again what all of them were told."""
+    stop, said = threading.Event(), []
+    with stopping(stop, lambda: said.append(1), repeated_s=0.5):
+        told = signal.getsignal(signal.SIGTERM)
+        for _ in range(3):
+            told(signal.SIGTERM, None)
+        assert stop.is_set() and said == [1]
+        time.sleep(0.6)
+        with pytest.raises(KeyboardInterrupt):
+            told(signal.SIGTERM, None)
 
 
 def test_settings_without_effect_are_refused():

@@ -1,10 +1,12 @@
-"""The contact sheet in a real browser, opened from disk."""
+"""The contact sheet and the page of a training in a real browser, opened from disk."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 
+from slagen import training_log
 from slagen.pages import Card, contact_sheet
 from slagen.video import make_thumbnail, write_mp4
 
@@ -29,8 +31,23 @@ def sheet(tmp_path):
     return path
 
 
-@pytest.fixture
-def page(tmp_path):
+def training(tmp_path):
+    """The page of a run of 20 steps, validated before and after, with two prompts."""
+    add = partial(training_log.add_line, tmp_path)
+    (tmp_path / training_log.CLIPS).mkdir()
+    for step in (0, 20):
+        names = [f"step-{step:06d}-{i}.mp4" for i in range(2)]
+        for name in names:
+            write_mp4(np.full((17, 64, 128, 3), 8 * step, np.uint8), tmp_path / training_log.CLIPS / name, 16)
+        add("validation", {"step": step, "error": 0.6 - step / 50, "clips": names})
+    for step in range(1, 21):
+        add("step", {"step": step, "loss": 1 / step, "error": 0.5, "grad_norm": 1.0, "proj_norms": [step, 2 * step]})
+    layers = {"before": [0.5, 0.6], "after": [0.2, 0.3]}
+    return training_log.write_page(tmp_path, "a <run>", {"steps": "20"}, layers, PROMPTS[:2])
+
+
+@pytest.fixture(params=[sheet])
+def page(tmp_path, request):
     if CHROMIUM is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -43,16 +60,29 @@ def page(tmp_path):
         )
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("request", lambda request: faults.append(request.url) if request.url.startswith("http") else None)
-        page.goto(sheet(tmp_path).as_uri())
+        page.goto(request.param(tmp_path).as_uri())
         yield page
         browser.close()
     assert faults == []
 
 
+PLAYING = "[...document.querySelectorAll('video')].map(v => v.readyState > 1 && !v.paused && v.currentTime > 0)"
+
+
+@pytest.mark.parametrize("page", [training], indirect=True)
+def test_a_training_is_shown_with_its_curves_and_clips(page, tmp_path):
+    page.wait_for_function(f"{PLAYING}.every(Boolean)", timeout=20_000)
+    assert page.evaluate(PLAYING) == [True] * 4 and page.locator("svg").count() == 5
+    for box in page.evaluate("[...document.querySelectorAll('section svg')].map(s => s.getBoundingClientRect())"):
+        assert box["width"] > 300 and box["height"] > 100
+    assert page.get_by_role("heading", name="a <run>").is_visible() and page.locator("run").count() == 0
+    links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
+    assert len(links) == 4 and all((tmp_path / link).is_file() for link in links)
+
+
 def test_every_thumbnail_plays_and_sorting_works(page):
-    playing = "[...document.querySelectorAll('video')].map(v => v.readyState > 1 && !v.paused && v.currentTime > 0)"
-    page.wait_for_function(f"{playing}.every(Boolean)", timeout=20_000)
-    assert page.evaluate(playing) == [True] * len(PROMPTS)
+    page.wait_for_function(f"{PLAYING}.every(Boolean)", timeout=20_000)
+    assert page.evaluate(PLAYING) == [True] * len(PROMPTS)
     assert page.evaluate("[...document.querySelectorAll('video')].map(v => v.videoWidth)") == [96] * len(PROMPTS)
 
     def shown(name):
@@ -70,7 +100,7 @@ def test_every_thumbnail_plays_and_sorting_works(page):
     page.get_by_role("button", name="prompt", exact=True).click()
     latin = [prompt for prompt in shown("prompt") if prompt[0].isascii() and prompt[0].isalpha()]
     assert latin == ["apple & <b>pear</b>", "failed one", "kiwi 🥝", "mango", "zebra"]
-    page.wait_for_function(f"{playing}.every(Boolean)", timeout=20_000)  # moved elements go on
+    page.wait_for_function(f"{PLAYING}.every(Boolean)", timeout=20_000)  # moved elements go on
     assert page.locator("b").count() == 0  # a prompt is words, never markup
 
 

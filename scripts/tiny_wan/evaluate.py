@@ -38,6 +38,12 @@ def prepare(pipe, row: str, weights: Path, sparsity: float | None) -> None:
         load_sla(pipe, weights, config=config, allow_untrained=True)
 
 
+def held_out(count: int, seed: int = 1000) -> tuple[list, list[str], list[int]]:
+    """Scenes of combinations that were never trained on, their captions, and a seed for each."""
+    scenes, rng = held_out_scenes(count, 2), random.Random(5)
+    return scenes, [caption(scene, rng) for scene in scenes], [seed + i for i in range(count)]
+
+
 @torch.inference_mode()
 def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int) -> torch.Tensor:
     """Final latents (N, C, T, h, w), in batches; every clip has its own generator, as in `slagen generate`."""
@@ -70,10 +76,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model(args.model, device.type)
     steps = args.steps or source.defaults.steps
-    scenes = held_out_scenes(args.clips, 2)
-    rng = random.Random(5)
-    prompts = [caption(scene, rng) for scene in scenes]
-    seeds = [args.seed + i for i in range(args.clips)]
+    scenes, prompts, seeds = held_out(args.clips, args.seed)
     results, dense = [], None
     for row in args.rows:
         began = time.perf_counter()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -90,9 +89,7 @@ def adherence(run: Run) -> dict:
     from checker import check
     from common import save_tensors
     from diffusers import WanPipeline
-    from encode import held_out_scenes
-    from evaluate import ATTRIBUTES, sample
-    from scenes import caption
+    from evaluate import ATTRIBUTES, held_out, sample
 
     from slagen.config import SLAConfig
     from slagen.machine import describe_device
@@ -102,9 +99,7 @@ def adherence(run: Run) -> dict:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model("tiny-wan", device.type)
-    scenes, rng = held_out_scenes(NUM_CLIPS, 2), random.Random(5)
-    prompts = [caption(scene, rng) for scene in scenes]
-    seeds = [1000 + i for i in range(NUM_CLIPS)]
+    scenes, prompts, seeds = held_out(NUM_CLIPS)
 
     def latents(prepare) -> tuple[torch.Tensor, WanPipeline]:
         pipe = load_pipeline(source, device, torch.bfloat16)

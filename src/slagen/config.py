@@ -399,7 +399,7 @@ class BenchConfig:
         seconds: time for each measurement, at least three repeats.
         model: time the denoising loop of this preset, folder or hub id instead.
         random_init: the same for a randomly initialised Wan of this size.
-        size, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
+        width, height, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
         compile: run the denoising loop once more with every block of the transformer compiled.
         output: a folder for bench.json, bench.md, bench.png and bench.svg; None writes nothing.
     Raises: UsageError if a value is out of range, or the values do not go together.

@@ -149,7 +149,7 @@ def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
         if name.startswith("optimizer/"):
             parameter, key = name.removeprefix("optimizer/").split("/", 1)
             flat.setdefault(parameter, {})[key] = tensor
-    state = {name: _nested(entries) for name, entries in flat.items()}
+    state: dict[str, Any] = {name: _nested(entries) for name, entries in flat.items()}
     weights: dict[str, Any] = {
         name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
     }
