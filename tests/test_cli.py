@@ -48,7 +48,10 @@ def test_no_flag_is_needed(seen):
     [
         ("generate --prompts p.txt --dry-run", "Give one prompt"),
         ("generate --prompts p.txt --overwrite", "Leave --overwrite out"),
-        ("finetune --model tiny-wan --lr 1 data videos --output o", "--model, --lr before data has no effect"),
+        (
+            "finetune --model tiny-wan --lr 1 --json data videos --output o",
+            "--model, --lr, --json before data",
+        ),
         ("generate a --size 0x480", "Try --size 832x480"),
         ("bench --device cpu --output {file}/bench", "Not a directory"),
         ("merge {file} {file}/x.safetensors --diff-base {file} --diff-target {file}", ""),

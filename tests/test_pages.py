@@ -71,8 +71,8 @@ PLAYING = "[...document.querySelectorAll('video')].map(v => v.readyState > 1 && 
 
 @pytest.mark.parametrize("page", [training], indirect=True)
 def test_a_training_is_shown_with_its_curves_and_clips(page, tmp_path):
-    page.wait_for_function(f"{PLAYING}.every(Boolean)", timeout=20_000)
-    assert page.evaluate(PLAYING) == [True] * 4 and page.locator("svg").count() == 5
+    page.wait_for_function(f"(v => v.length === 4 && v.every(Boolean))({PLAYING})", timeout=20_000)
+    assert page.locator("svg").count() == 5
     for box in page.evaluate("[...document.querySelectorAll('section svg')].map(s => s.getBoundingClientRect())"):
         assert box["width"] > 300 and box["height"] > 100
     assert page.get_by_role("heading", name="a <run>").is_visible() and page.locator("run").count() == 0
@@ -81,8 +81,7 @@ def test_a_training_is_shown_with_its_curves_and_clips(page, tmp_path):
 
 
 def test_every_thumbnail_plays_and_sorting_works(page):
-    page.wait_for_function(f"{PLAYING}.every(Boolean)", timeout=20_000)
-    assert page.evaluate(PLAYING) == [True] * len(PROMPTS)
+    page.wait_for_function(f"(v => v.length === {len(PROMPTS)} && v.every(Boolean))({PLAYING})", timeout=20_000)
     assert page.evaluate("[...document.querySelectorAll('video')].map(v => v.videoWidth)") == [96] * len(PROMPTS)
 
     def shown(name):

@@ -215,6 +215,9 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     for name in config.methods:
         if name not in known:
             raise UsageError(f"method is {name!r}, but must be one of {', '.join(known)}.")
+    folder = Path(config.output or "").expanduser()
+    if config.output is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement
     content: dict[str, Any] = {
         "machine": {
             **machine.describe_device(device), "versions": report.versions(), **_ceilings(device, dtype),
@@ -224,9 +227,6 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         "models": [],
         "break_even_tokens": {},
     }  # fmt: skip
-    folder = Path(config.output or "").expanduser()
-    if config.output is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement
     try:
         choose_backend(torch.empty(1, 1, 1, 64, dtype=dtype, device=device), config.backend)
     except ValueError as error:

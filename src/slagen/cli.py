@@ -146,7 +146,7 @@ AttentionOption = Annotated[
     Attention,
     typer.Option(
         rich_help_panel=ATTENTION,
-        help="sla; sparse or linear: one branch of it; dense: the base model with full attention.",
+        help="sla; sparse or linear: one branch of it, if so trained; dense: the base model with full attention.",
     ),
 ]
 BackendOption = Annotated[
@@ -295,7 +295,8 @@ def generate(
             from slagen.machine import pick_device
             from slagen.models import CUDA_DEFAULT
 
-            config = dataclasses.replace(config, model=CUDA_DEFAULT if pick_device(device).type == "cuda" else None)
+            kind = pick_device(device).type if device == "auto" else device  # a plan needs no such device
+            config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
 
         console.show_plan(planning.plan(config), as_json)
         return
@@ -728,7 +729,9 @@ def finetune(
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Cut longer gradients. Default: none.", rich_help_panel=TRAINING)
     ] = None,
-    optimizer: Annotated[Optimizer, typer.Option(help="adamw or adamw8bit.", rich_help_panel=TRAINING)] = "adamw",
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="adamw or adamw8bit (not with fsdp).", rich_help_panel=TRAINING)
+    ] = "adamw",
     seed: TuneSeedOption = 0,
     checkpointing: Annotated[
         bool | None,
@@ -776,10 +779,10 @@ def finetune(
     Example: slagen finetune --model tiny-wan --from-dense --self-generate prompts.txt --sparsity 0.95 --steps 60
     """
     if context.invoked_subcommand is not None:
-        sources = {name: context.get_parameter_source(name) for name in context.params}
+        sources = {p.opts[0]: context.get_parameter_source(p.name) for p in context.command.params if p.name}
         given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
         if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            options = ", ".join(given)
             raise UsageError(
                 f"{options} before {context.invoked_subcommand} has no effect there. Put what it takes behind it: "
                 f"slagen finetune {context.invoked_subcommand} --help."
@@ -1092,7 +1095,8 @@ def run(arguments: list[str]) -> int:
         return INTERRUPTED
     except OSError as error:
         _debug()
-        console.show_error(f"{error.filename or 'a file'}: {error.strerror or error}. Mend that, and start again.")
+        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        console.show_error(f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).")
         return 1
     except Exception as error:
         _debug()

@@ -2,7 +2,8 @@
 
 A prepared folder holds shards of tensors, `tensors.jsonl`, which says where each is and what it must hash to, and
 `dataset.json`, written last, which says what the set consists of and what encoded it. Tensors are named by a hash of
-all that they were made from, so that preparing again makes what is missing or changed and nothing else.
+all that they were made from, so that preparing again makes what is missing or changed and nothing else; `decoded.txt`
+has the names of those whose videos could be decoded, before the first is encoded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from slagen.resolve import Weights, find_weights, make_plan
 from slagen.wan import formats
 from slagen.wan.loading import encode_video, load_pipeline
 
-SET_FILE, INDEX_FILE = "dataset.json", "tensors.jsonl"
+SET_FILE, INDEX_FILE, DECODED_FILE = "dataset.json", "tensors.jsonl", "decoded.txt"
 VERSION = 1
 CLIPS_PER_PROMPT = 4
 SHARD_BYTES = 256 * 2**20
@@ -88,9 +89,13 @@ class Store:
         return name in self.places or name in self._waiting
 
     def add(self, name: str, tensor: Tensor, what: str) -> None:
-        """Keep a tensor. Raises SlagenError where the disk does not take it, or `what` it is made of is not finite."""
+        """Keep a tensor. Raises SlagenError where the disk does not take it, or where, made of `what`, it is not
+        finite."""
         if not torch.isfinite(tensor).all():
-            raise SlagenError(f"{what} becomes numbers that are not finite. Try --dtype fp32; what is done is kept.")
+            self.flush()
+            raise SlagenError(
+                f"{what} becomes numbers that are not finite. Leave it out; where others do too, get the model again."
+            )
         self._waiting[name] = tensor.detach().cpu().contiguous()
         size = sum(t.numel() * t.element_size() for t in self._waiting.values())
         late = time.monotonic() - self._flushed > SHARD_S
@@ -311,14 +316,22 @@ def _encoded(
     kept = set(order[:held])
     negative = source.defaults.negative_prompt
     texts = {text: _text_name(identity, weights, text) for text in [*(item.caption for item in footage), negative]}
-    todo = [i for i, name in enumerate(names) if name not in store]
+    first = {name: i for i, name in reversed(list(enumerate(names)))}  # a video may be there twice
+    todo = sorted(i for name, i in first.items() if name not in store)
     missing = [text for text, name in texts.items() if name not in store]
+    decoded = store.folder / DECODED_FILE
+    known = set(decoded.read_text().split()) if decoded.is_file() else set()
     for number, i in enumerate(todo):  # decoding costs little beside encoding, and all its faults are told before
         on_event(Event("clip", f"{number + 1} of {len(todo)} to decode: {footage[i].path.name}"))
+        if names[i] in known:
+            continue
         try:
             read_cut(footage[i].path, cuts[i])
         except UsageError as error:
             faults.append(f"{footage[i].where}: {error}")
+            continue
+        with decoded.open("a") as handle:
+            handle.write(f"{names[i]}\n")
     tell(faults)
     if todo or missing:
         on_event(Event("stage", "load"))
@@ -327,14 +340,14 @@ def _encoded(
         )  # fmt: skip
         _encode_texts(pipe, missing, texts, store, source, on_event)
         pipe.text_encoder = pipe.tokenizer = None
-    for number, i in enumerate(todo):
-        on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
-        if names[i] in store:
-            continue  # the same video twice
-        frames = torch.from_numpy(read_cut(footage[i].path, cuts[i]))
-        with torch.inference_mode():
-            store.add(names[i], encode_video(pipe.vae, frames), str(footage[i].path))
-    store.flush()
+    try:
+        for number, i in enumerate(todo):
+            on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
+            frames = torch.from_numpy(read_cut(footage[i].path, cuts[i]))
+            with torch.inference_mode():
+                store.add(names[i], encode_video(pipe.vae, frames), str(footage[i].path))
+    finally:
+        store.flush()
     clips = {
         (name, item.caption): Clip(name, texts[item.caption], item.caption, store.shapes[name], name in kept)
         for name, item in zip(names, footage, strict=True)

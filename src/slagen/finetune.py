@@ -24,7 +24,7 @@ from torch import Tensor
 from slagen import dataset
 from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.dataset import Clip, Dataset
-from slagen.embeddings import content_hashes, file_hashes, files_in
+from slagen.embeddings import file_hashes, files_in
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generate import BRANCHES, Event, Session
 from slagen.interrupts import stopping
@@ -58,6 +58,7 @@ from slagen.wan.processor import install, installation
 
 RESULT, TENSORBOARD = "result.json", "tensorboard"
 TRANSFORMER_FILE = "transformer.safetensors"
+MARK = ".slagen-finetune"  # in a folder that a run here writes to
 DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
 LORA_RANK = 32
 MAX_HELD_OUT = 16  # clips that an error is measured on
@@ -239,11 +240,12 @@ class _Run:
         self._check_foreign()
         self.settings = self._settings()
         if found is not None:  # before data are made, and after
-            _compare(found[1].get("settings"), self.settings, self.folder, but="data")
+            _compare(found[1].get("settings"), self.settings, self.folder, but=("data", "data_options"))
+            self._compare_data_options(found[1]["settings"].get("data_options"))
         self.data = self._data()
         self.settings["data"] = self.data.hash
         if found is not None:
-            _compare(found[1].get("settings"), self.settings, self.folder)
+            _compare(found[1].get("settings"), self.settings, self.folder, but=("data_options",))
         self._check_tokens()
         self.tell(Event("stage", "load"))
         self.student, self.teacher = self._models()
@@ -262,7 +264,9 @@ class _Run:
             if self.team.first:
                 self._clear()
             self.team.wait()
-        elif found is None and self.team.first:
+        if self.team.first:
+            (self.folder / MARK).touch()
+        if found is None and self.team.first:
             self._clear_log()  # of a run that came to no checkpoint, with other settings perhaps
         self.examples = [self.data.example(clip) for clip in self.data.held_out[:MAX_HELD_OUT]]
         self.levels = noise_levels(LEVELS, self.schedule.log_sigma_mean, self.schedule.log_sigma_std)
@@ -294,11 +298,8 @@ class _Run:
     def _clear(self) -> None:
         """Take away what a run before left, and nothing else."""
         folders = [*checkpoints(self.folder), *(self.folder / FOLDER).glob("step-*.part"), self.folder / TENSORBOARD]
-        try:
-            if json.loads((self.folder / RESULT).read_text())["weights"] == str(self.folder):
-                folders.append(self.folder / "transformer")  # is its own too
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # it came to no result
+        if (self.folder / "transformer" / MARK).is_file():
+            folders.append(self.folder / "transformer")
         for path in folders:
             shutil.rmtree(path, ignore_errors=True)
         self._clear_log()
@@ -313,11 +314,18 @@ class _Run:
 
     def _check_foreign(self) -> None:
         """Raise UsageError where the result would be written over something that no run here has made."""
-        if checkpoints(self.folder) or (self.folder / RESULT).is_file():
-            return
-        for name in (SLA_FILE, TRANSFORMER_FILE, "transformer"):
-            if (self.folder / name).exists():
-                raise UsageError(f"{self.folder / name} is there, and no finetune made it. Give another --output.")
+        base = self.folder / "transformer"
+        ours = any((self.folder / name).is_file() for name in (MARK, RESULT)) or checkpoints(self.folder)
+        found = [] if ours else [self.folder / name for name in (SLA_FILE, TRANSFORMER_FILE)]
+        for path in [*found, *([] if (base / MARK).is_file() else [base])]:
+            if path.exists():
+                raise UsageError(f"{path} is there, and no finetune made it. Give another --output.")
+
+    def _compare_data_options(self, before: Any) -> None:
+        """Raise UsageError for data that are sure to be others, before they are made; their hash decides in the end."""
+        now = self.settings["data_options"]
+        both = {name for name, value in (before or {}).items() if value is not None and now.get(name) is not None}
+        _compare({name: before[name] for name in both}, {name: now[name] for name in both}, self.folder, but=())
 
     def _data(self) -> Dataset:
         """The prepared data, prepared by the first process where it is raw."""
@@ -356,11 +364,9 @@ class _Run:
         files, sla = dataset.transformer_files(source), self.weights.sla_path
         if sla is not None and not self.config.from_dense and (self.weights.sla_alone or sla.is_file()):
             files.append(find_sla_file(sla) if self.weights.sla_alone else sla)
-        made_of = {name: value for name, value in dataclasses.asdict(self.config.data).items() if name != "path"}
-        if (file := made_of.pop("self_generate")) is not None and Path(file).is_file():
-            made_of["prompts"] = content_hashes([Path(file)], self.cache)
+        options = {k: v for k, v in dataclasses.asdict(self.config.data).items() if k not in ("path", "self_generate")}
         return json.loads(json.dumps({
-            **fields, **schedule, **self.sla.to_dict(), **made_of, "dtype": str(self.recipe.dtype),
+            **fields, **schedule, **self.sla.to_dict(), "data_options": options, "dtype": str(self.recipe.dtype),
             "model": source.name, "weights_hash": file_hashes(files, self.cache),
         }))  # fmt: skip
 
@@ -680,6 +686,7 @@ class _Run:
         shutil.rmtree(part, ignore_errors=True)
         try:
             load_transformer(self.weights.source, self.recipe.dtype).save_pretrained(part)
+            (part / MARK).touch()
             shutil.rmtree(final, ignore_errors=True)
             os.replace(part, final)
         except (OSError, SafetensorError) as error:
@@ -696,11 +703,11 @@ def _schedule(config: FinetuneConfig, defaults: TrainingDefaults) -> TrainingDef
     return dataclasses.replace(defaults, **{n: getattr(config, n) for n in names if getattr(config, n) is not None})
 
 
-def _compare(before: Any, now: dict[str, Any], folder: Path, but: str = "") -> None:
-    """Raise UsageError where a run would go on with other settings than it began with, one of them apart."""
+def _compare(before: Any, now: dict[str, Any], folder: Path, but: tuple[str, ...]) -> None:
+    """Raise UsageError where a run would go on with other settings than it began with, some of them apart."""
     if not isinstance(before, dict):
         raise UsageError(f"{folder} holds a checkpoint without settings. Begin anew with --restart.")
-    changed = [name for name in sorted({*before, *now} - {but}) if before.get(name) != now.get(name)]
+    changed = [name for name in sorted({*before, *now} - {*but}) if before.get(name) != now.get(name)]
     if changed:
         told = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
         raise UsageError(

@@ -117,7 +117,7 @@ def _model(config: GenerateConfig) -> tuple:
     if not folder.exists():
         if is_hub_id(name):
             raise UsageError(
-                f"{name} is on the hub, and what it is cannot be planned before it is here. Download it and give its "
+                f"{name} is no folder here, and a model of the hub cannot be planned before it is downloaded. Give a "
                 f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
             )
         raise unknown_model(name)

@@ -248,7 +248,7 @@ def _plan_attention(
 
     Returns: the settings it was trained with (None runs dense), the file of its weights (None without any), whether
         that is a file of slagen's own, and whether the weights in all are distilled for rCM.
-    Raises: WeightsError where SLA is asked for and there are no weights for it.
+    Raises: WeightsError where SLA is asked for and there are no weights for it, or ones of one branch alone.
     """
     path, alone = None, True
     if found is not None and found.kind in ("sla", "side-file"):
