@@ -872,7 +872,8 @@ def test_command(toy, tmp_path, capsys, monkeypatch):
     assert run([*base, "--self-generate", "x.txt"]) == 2
     assert run([*base, "--parallel", "ddp", "--restart"]) == 2
     assert "torchrun" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert run([*base, *options, "--restart", "--optimizer", "adamw8bit"]) == 4
     assert "slagen[adamw8bit]" in capsys.readouterr().err
 

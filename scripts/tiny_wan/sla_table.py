@@ -200,7 +200,7 @@ def table(results: dict[str, dict]) -> str:
                 if rates:
                     ends.append(f"{steps:,}: {spread([100 * rate for rate in rates], '{:.0f}')} %")
             seeds = len({run.seed for run, _ in own})
-            name = "" if dense else f"{sparsity:.0%}"
+            name = "" if dense else f"{100 * sparsity:.0f} %"
             lines.append(f"| {row} | {name} | {' | '.join(cells)} | {', '.join(ends) or 'not run'} | {seeds or ''} |")
     return "\n".join(lines) + "\n"
 
