@@ -1,1 +1,6 @@
 """The one door to diffusers: Wan pipelines, the attention inside them, and their SLA weights."""
+
+import logging
+
+# diffusers imports bitsandbytes where that is installed, which warns of a kernel that nothing here runs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
