@@ -2,37 +2,43 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
+ALL := $(VENV)/.installed-all
 
 .PHONY: demo test check evaluate bench gpu soak clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) torch
+	$(INSTALL) --editable .
+	touch $@
+
+$(ALL): $(STAMP)  # every extra, and what tests and checks take
+	$(INSTALL) --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## set up, then make a video with the bundled model
 	$(BIN)/slagen generate "a red circle moving right" --model tiny-wan
 
-test: $(STAMP)  ## set up, then run all tests
+test: $(ALL)  ## set up, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: $(STAMP)  ## lint and type-check
+check: $(ALL)  ## lint and type-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-evaluate: $(STAMP)  ## the table of weights/README.md: 64 held-out prompts on the bundled weights
+evaluate: $(ALL)  ## the table of weights/README.md: 64 held-out prompts on the bundled weights
 	$(BIN)/python scripts/tiny_wan/evaluate.py --dtype bf16
 
 bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 	$(BIN)/python benchmarks/attention_cpu.py
 
-gpu: $(STAMP)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
+gpu: $(ALL)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
 	$(BIN)/python scripts/gpu.py
 
-soak: $(STAMP)  ## 40 prompts, killed at 25 random moments, every video once; the same on Ray; 20 kills of a finetune
+soak: $(ALL)  ## 40 prompts, killed at 25 random moments, every video once; the same on Ray; 20 kills of a finetune
 	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py tests/test_cluster.py \
 		tests/test_finetune.py -k killed
 
