@@ -148,7 +148,9 @@ def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             parameter, key = name.removeprefix("optimizer/").split("/", 1)
-            flat.setdefault(parameter, {})[key] = tensor
+            flat.setdefault(parameter, {})[key] = (
+                tensor.clone()
+            )  # else it is the file's, which keeps it from being freed
     state: dict[str, Any] = {name: _nested(entries) for name, entries in flat.items()}
     weights: dict[str, Any] = {
         name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
