@@ -814,6 +814,7 @@ def test_all_faults_come_before_the_first_clip_is_encoded(toy, tmp_path, monkeyp
         prepare(model, raw, data)
     assert not dataset.is_prepared(data)
     monkeypatch.undo()
+    (data / "decoded.txt").write_bytes(b"\xff\x00 damaged")
     monkeypatch.setattr(dataset, "encode_video", lambda vae, frames: torch.full((16, 3, 8, 8), torch.nan))
     write_ramp(raw / "1.mp4", step=4, size=(64, 64))
     with pytest.raises(SlagenError, match="1.mp4 becomes numbers that are not finite"):

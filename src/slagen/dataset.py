@@ -320,7 +320,7 @@ def _encoded(
     todo = sorted(i for name, i in first.items() if name not in store)
     missing = [text for text, name in texts.items() if name not in store]
     decoded = store.folder / DECODED_FILE
-    known = set(decoded.read_text().split()) if decoded.is_file() else set()
+    known = set(decoded.read_bytes().decode(errors="replace").split()) if decoded.is_file() else set()
     for number, i in enumerate(todo):  # decoding costs little beside encoding, and all its faults are told before
         on_event(Event("clip", f"{number + 1} of {len(todo)} to decode: {footage[i].path.name}"))
         if names[i] in known:

@@ -260,14 +260,13 @@ class _Run:
         self.teacher = self.team.share_frozen(self.teacher)
         trainer = Trainer(self.student, self.teacher, self.data, self.recipe, self.team)
         self.trainer = trainer
-        if self.config.restart:
-            if self.team.first:
-                self._clear()
-            self.team.wait()
         if self.team.first:
+            if self.config.restart:
+                self._clear()
+            elif found is None:
+                self._clear_log()  # of a run that came to no checkpoint, with other settings perhaps
             (self.folder / MARK).touch()
-        if found is None and self.team.first:
-            self._clear_log()  # of a run that came to no checkpoint, with other settings perhaps
+        self.team.wait()
         self.examples = [self.data.example(clip) for clip in self.data.held_out[:MAX_HELD_OUT]]
         self.levels = noise_levels(LEVELS, self.schedule.log_sigma_mean, self.schedule.log_sigma_std)
         step, spent = 0, 0.0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -124,7 +124,7 @@ class Team:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,))
-        for block in module.blocks:  # type: ignore[union-attr]
+        for block in cast(nn.ModuleList, module.blocks):
             fully_shard(block, mesh=mesh, mp_policy=inside, reshard_after_forward=True)
         fully_shard(module, mesh=mesh, mp_policy=around, reshard_after_forward=True)
 

@@ -148,9 +148,8 @@ def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             parameter, key = name.removeprefix("optimizer/").split("/", 1)
-            flat.setdefault(parameter, {})[key] = (
-                tensor.clone()
-            )  # else it is the file's, which keeps it from being freed
+            # a copy, for what is mapped from a file keeps its room on the disk when the file is gone
+            flat.setdefault(parameter, {})[key] = tensor.clone()
     state: dict[str, Any] = {name: _nested(entries) for name, entries in flat.items()}
     weights: dict[str, Any] = {
         name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
