@@ -1,14 +1,17 @@
 """The backward pass: dq by rows, the gradients of the states, dk and dv by columns. No atomics, so it is repeatable.
 
 With u = phi(q) z / (phi(q) . z + e) and the folded state F = (H / z) W^T, O^l W^T = u F. Every gradient of the linear
-branch follows from F, from d = rowsum(dO * O^l W^T), and from G = sum u^T dO / z:
+branch follows from F, from d = rowsum(dO * O^l W^T), and from G = sum u^T dO and g = -sum u d over the queries, where z
+is that of each query's domain:
 
-    dphi(q) = z (dO F^T - d) / (phi(q) . z + e)      dH = G W      dz = -sum u d / z      dW = sum G^T H
-    dphi(k) = v dH^T + dz                            dv = phi(k) dH
+    dphi(q) = z (dO F^T - d) / (phi(q) . z + e)       dphi(k) = (v W^T G^T + g) / z
+    dW = sum G^T H / z                                dv = phi(k) G W / z
 
 and delta, the sparse branch's rowsum(dO * O^s), is rowsum(dO * o) - d - dO . b, so O^s and O^l are not kept. What is:
 q, k, v, o, lse, the lists, and in the domain "all" one state for each head. The states of single blocks, and their sums
-over the marginal blocks of each row, are made again: at 480p they are 0.2 GB each in a layer.
+over the marginal blocks of each row, are made again: at 480p they are 0.2 GB each in a layer. Where z differs from row
+to row, in "marginal", G / z is summed over the rows of each key block and multiplied by the z of that block, so that
+what is kept is a weighted sum of dO again.
 """
 
 import torch
@@ -19,7 +22,8 @@ from torch import Tensor
 from slagen.kernels.primitives import (
     COLUMNS_AT_ONCE,
     LOG2_E,
-    feature_map_backward,
+    SMALLEST,
+    feature_gradient,
     feature_shift,
     feature_values,
     load_columns,
@@ -30,24 +34,28 @@ from slagen.kernels.primitives import (
     times_transposed,
 )
 from slagen.kernels.resources import Tiles, tiles
-from slagen.kernels.states import fold, key_states, marginal_mask, marginal_states, precision, query_states
+from slagen.kernels.states import key_states, mix, precision, query_states, state_dtype
 
 
 @triton.jit
 def _dq_tiles(
-    q, do, lse, delta, k_base, v_base, kv_ptr, begin, end, acc, k_l, k_d, v_l, v_d, length, scale_log2,
-    BLOCK_N: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, do, lse, delta, k_base, v_base, kv_ptr, num_tiles, acc, k_l, k_d, v_l, v_d, length, scale_log2,
+    BLOCK_N: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS K of tiles `begin` to `end` of the listed blocks; MASKED where one may cross the end of the sequence."""
+    """Add dS K of the tiles of the listed blocks, which are walked as in the forward pass."""
     PARTS: tl.constexpr = BLOCK_N // TILE_N
-    for t in range(begin, end):
-        start = tl.load(kv_ptr + t // PARTS).to(tl.int64) * BLOCK_N + (t % PARTS) * TILE_N
-        k = load_rows(k_base, k_l, k_d, start, length, TILE_N, HEAD_DIM, MASKED)
-        v = load_rows(v_base, v_l, v_d, start, length, TILE_N, HEAD_DIM, MASKED)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if MASKED:
-            qk = tl.where((tl.arange(0, TILE_N) < length - start)[None, :], qk, -float("inf"))
-        p = tl.math.exp2(qk - lse[:, None])
+    block = tl.load(kv_ptr)
+    for t in range(num_tiles):
+        first = block * BLOCK_N + (t % PARTS) * TILE_N
+        block = tl.load(kv_ptr + tl.minimum(t + 1, num_tiles - 1) // PARTS)
+        start = first if SHORT else tl.minimum(first, length - TILE_N)
+        k = load_rows(k_base, k_l, k_d, start.to(tl.int64), length, TILE_N, HEAD_DIM, SHORT)
+        v = load_rows(v_base, v_l, v_d, start.to(tl.int64), length, TILE_N, HEAD_DIM, SHORT)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if first + TILE_N > length:
+            columns = start + tl.arange(0, TILE_N)
+            qk = tl.where(((columns >= first) & (columns < length))[None, :], qk, -float("inf"))
+        p = tl.math.exp2(qk * scale_log2 - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -110,23 +118,24 @@ def dq_kernel(
     LINEAR: tl.constexpr,
     MARGINAL: tl.constexpr,
     BIAS: tl.constexpr,
+    SHORT: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """TILE_M rows of dq of both branches, and of delta and d, which the other kernels read."""
-    tile = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
+    tiles_m = tl.cdiv(length, TILE_M)
+    bh = (tl.program_id(0) // tiles_m).to(tl.int64)
+    start_m = (tl.program_id(0) % tiles_m).to(tl.int64) * TILE_M
     b, h = bh // num_heads, bh % num_heads
-    start_m = tile * TILE_M
     row = bh * num_rows + start_m // BLOCK_M
     offs_m = tl.arange(0, TILE_M)
     inside = offs_m < length - start_m
-    q = load_rows(q_ptr + b * q_b + h * q_h, q_l, q_d, start_m, length, TILE_M, HEAD_DIM, True)
+    q = load_columns(q_ptr + b * q_b + h * q_h, q_l, q_d, start_m, 0, length, TILE_M, HEAD_DIM)
     do_base = do_ptr + b * do_b + h * do_h
-    do = load_rows(do_base, do_l, do_d, start_m, length, TILE_M, HEAD_DIM, True)
+    do = load_columns(do_base, do_l, do_d, start_m, 0, length, TILE_M, HEAD_DIM)
     delta = tl.zeros((TILE_M,), dtype=tl.float32)
     if SPARSE:
-        o = load_rows(o_ptr + b * o_b + h * o_h, o_l, o_d, start_m, length, TILE_M, HEAD_DIM, True)
+        o = load_columns(o_ptr + b * o_b + h * o_h, o_l, o_d, start_m, 0, length, TILE_M, HEAD_DIM)
         delta += tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
         if BIAS:
             bias = tl.load(bias_ptr + tl.arange(0, HEAD_DIM)).to(tl.float32)
@@ -140,30 +149,21 @@ def dq_kernel(
             do_base, do_l, do_d, start_m, length, state_ptr + place * HEAD_DIM * HEAD_DIM,
             TILE_M, HEAD_DIM, CHUNK, PRECISION,
         )  # fmt: skip
-        if not MARGINAL:
-            do_state = do_state * z[None, :]  # now dO (H W^T)^T in both domains
         phi = feature_values(q, feature_shift(q, FEATURE_MAP), FEATURE_MAP)
         phi = phi * softmax_factor(phi, FEATURE_MAP)[:, None]
-        inverse = reciprocal(tl.sum(phi * z[None, :], 1) + eps)
-        d = tl.sum(phi * do_state, 1) * inverse  # = rowsum(dO * O^l W^T)
+        factor = z[None, :] * reciprocal(tl.sum(phi * z[None, :], 1) + eps)[:, None]
+        d = tl.sum(phi * factor * do_state, 1)  # = rowsum(dO * O^l W^T)
         tl.store(dlinear_ptr + bh * length + start_m + offs_m, d, mask=inside)
         delta -= d
-        acc = feature_map_backward((do_state - d[:, None] * z[None, :]) * inverse[:, None], phi, FEATURE_MAP)
+        acc = feature_gradient(do_state - d[:, None], factor, phi, FEATURE_MAP)
 
     if SPARSE:
         tl.store(delta_ptr + bh * length + start_m + offs_m, delta, mask=inside)
         lse = tl.load(lse_ptr + bh * length + start_m + offs_m, mask=inside, other=0.0)
         k_base, v_base = k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h
-        kv_row = kv_ptr + row * topk
-        whole, all_tiles = (topk - 1) * (BLOCK_N // TILE_N), topk * (BLOCK_N // TILE_N)
-        acc = acc / scale
         acc = _dq_tiles(
-            q, do, lse, delta, k_base, v_base, kv_row, 0, whole, acc, k_l, k_d, v_l, v_d, length, scale_log2,
-            BLOCK_N, TILE_N, HEAD_DIM, False, PRECISION,
-        )  # fmt: skip
-        acc = _dq_tiles(
-            q, do, lse, delta, k_base, v_base, kv_row, whole, all_tiles, acc, k_l, k_d, v_l, v_d, length, scale_log2,
-            BLOCK_N, TILE_N, HEAD_DIM, True, PRECISION,
+            q, do, lse, delta, k_base, v_base, kv_ptr + row * topk, topk * (BLOCK_N // TILE_N), acc / scale,
+            k_l, k_d, v_l, v_d, length, scale_log2, BLOCK_N, TILE_N, HEAD_DIM, SHORT, PRECISION,
         )  # fmt: skip
         acc = acc * scale
     store_rows(dq_ptr + b * dq_b + h * dq_h, dq_l, dq_d, start_m, length, acc, TILE_M, HEAD_DIM)
@@ -183,6 +183,7 @@ def dkv_kernel(
     offset_ptr,
     dstate_ptr,
     dz_ptr,
+    z_ptr,
     q_b,
     q_h,
     q_l,
@@ -226,14 +227,14 @@ def dkv_kernel(
     PRECISION: tl.constexpr,
 ):
     """TILE_N rows of dk and dv: walk the query blocks that hold this key block critical, add the linear branch."""
-    tile = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
+    tiles_n = tl.cdiv(length, TILE_N)
+    bh = (tl.program_id(0) // tiles_n).to(tl.int64)
+    start_n = (tl.program_id(0) % tiles_n).to(tl.int64) * TILE_N
     b, h = bh // num_heads, bh % num_heads
-    start_n = tile * TILE_N
     column = start_n // BLOCK_N
     k_base, v_base = k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h
-    k = load_rows(k_base, k_l, k_d, start_n, length, TILE_N, HEAD_DIM, True)
-    v = load_rows(v_base, v_l, v_d, start_n, length, TILE_N, HEAD_DIM, True)
+    k = load_columns(k_base, k_l, k_d, start_n, 0, length, TILE_N, HEAD_DIM)
+    v = load_columns(v_base, v_l, v_d, start_n, 0, length, TILE_N, HEAD_DIM)
     dk = tl.zeros((TILE_N, HEAD_DIM), dtype=tl.float32)
     dv = tl.zeros((TILE_N, HEAD_DIM), dtype=tl.float32)
 
@@ -244,16 +245,19 @@ def dkv_kernel(
         shift = feature_shift(k, FEATURE_MAP)
         factor = softmax_factor(feature_values(k, shift, FEATURE_MAP), FEATURE_MAP)
         for first in tl.static_range(0, HEAD_DIM, CHUNK):
+            offs_c = first + tl.arange(0, CHUNK)
             x = load_columns(k_base, k_l, k_d, start_n, first, length, TILE_N, CHUNK)
-            phi = feature_values(x, shift, FEATURE_MAP) * factor[:, None]
-            dstate = tl.load(dstate_base + (first + tl.arange(0, CHUNK))[:, None] * HEAD_DIM + offs_d[None, :])
-            dv = tl.dot(phi.to(v.dtype), dstate, dv, input_precision=PRECISION)
+            weights = feature_values(x, shift, FEATURE_MAP) * factor[:, None]
+            weights *= reciprocal(tl.load(z_ptr + place * HEAD_DIM + offs_c))[None, :]
+            dstate = tl.load(dstate_base + offs_c[:, None] * HEAD_DIM + offs_d[None, :])
+            dv = tl.dot(weights.to(dstate.dtype), dstate, dv, input_precision=PRECISION)
         dphi = times_transposed(
             v_base, v_l, v_d, start_n, length, dstate_base, TILE_N, HEAD_DIM, CHUNK, PRECISION
         )  # fmt: skip
         dphi += tl.load(dz_ptr + place * HEAD_DIM + offs_d)[None, :]
+        inverse = reciprocal(tl.load(z_ptr + place * HEAD_DIM + offs_d))
         phi = feature_values(k, shift, FEATURE_MAP) * factor[:, None]
-        dk = feature_map_backward(dphi, phi, FEATURE_MAP)
+        dk = feature_gradient(dphi, inverse[None, :], phi, FEATURE_MAP)
 
     if SPARSE:
         dk = dk / scale
@@ -262,15 +266,18 @@ def dkv_kernel(
         offsets = offset_ptr + bh * (num_columns + 1) + column
         list_row = list_ptr + bh * list_length
         offs_m = tl.arange(0, TILE_M)
-        for t in range(tl.load(offsets) * PARTS, tl.load(offsets + 1) * PARTS):
-            start_m = tl.load(list_row + t // PARTS).to(tl.int64) * BLOCK_M + (t % PARTS) * TILE_M
+        begin, end = tl.load(offsets) * PARTS, tl.load(offsets + 1) * PARTS
+        block = tl.load(list_row + begin // PARTS, mask=begin < end, other=0)
+        for t in range(begin, end):
+            start_m = block.to(tl.int64) * BLOCK_M + (t % PARTS) * TILE_M
+            block = tl.load(list_row + tl.minimum(t + 1, end - 1) // PARTS)  # a round before the loads that need it
             q = load_rows(q_base, q_l, q_d, start_m, length, TILE_M, HEAD_DIM, True)
             do = load_rows(do_base, do_l, do_d, start_m, length, TILE_M, HEAD_DIM, True)
             inside = offs_m < length - start_m
             lse = tl.load(lse_ptr + bh * length + start_m + offs_m, mask=inside, other=float("inf"))
             delta = tl.load(delta_ptr + bh * length + start_m + offs_m, mask=inside, other=0.0)
-            kq = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
-            p = tl.math.exp2(kq - lse[None, :])
+            kq = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            p = tl.math.exp2(kq * scale_log2 - lse[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             ds = p * (dp - delta[None, :])
@@ -321,47 +328,48 @@ def sla_backward(
     delta = torch.empty(heads, length, dtype=torch.float32, device=q.device) if sparse else empty
     dlinear = torch.empty(heads, length, dtype=torch.float32, device=q.device) if weight is not None else empty
 
-    folded = folded_z = dstate = dz = empty
+    folded = folded_z = key_z = dstate = dz = empty
     if weight is not None and marginal:
-        w = weight.to(q.dtype).contiguous()
         _, states, zs = key_states(k, v, block_n, feature_map, True, None, pool=False)
-        folded, folded_z = marginal_states(states @ w.mT, zs, classes, num_critical + num_negligible)
+        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
+        folded, key_z = folded @ weight.to(q.dtype).mT, zs
     elif weight is not None:
-        folded, folded_z, eps = fold(state, z, weight, q.dtype), z[:, None], eps / length
+        folded, folded_z, key_z, eps = (state @ weight.float().mT).to(q.dtype), z[:, None], z, eps / length
 
     options = dict(
         BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim, CHUNK=min(head_dim, COLUMNS_AT_ONCE), SPARSE=sparse,
         LINEAR=weight is not None, MARGINAL=marginal, FEATURE_MAP=feature_map, PRECISION=precision(q),
     )  # fmt: skip
     tile: Tiles = tiles("dq", q, block_m, block_n)
-    dq_kernel[(triton.cdiv(length, tile.m), heads)](
+    dq_kernel[(triton.cdiv(length, tile.m) * heads,)](
         q, k, v, o, do, dq, lse, delta, dlinear, kv_indices, folded, folded_z, bias,
         *q.stride(), *k.stride(), *v.stride(), *o.stride(), *do.stride(), *dq.stride(),
-        num_heads, length, num_rows, num_critical, scale, scale * LOG2_E, eps,
-        TILE_M=tile.m, TILE_N=tile.n, BIAS=bias is not None, num_warps=tile.warps, num_stages=tile.stages, **options,
+        num_heads, length, num_rows, num_critical, scale, scale * LOG2_E.value, eps,
+        TILE_M=tile.m, TILE_N=tile.n, BIAS=bias is not None, SHORT=length < tile.n,
+        num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
 
     dweight, dbias = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
     if weight is not None:
         dfolded, dz = query_states(q, do, folded_z, dlinear, block_m, feature_map, marginal, eps)
         if marginal:
-            mask = marginal_mask(classes, num_critical + num_negligible).mT
-            dfolded = torch.bmm(mask.to(q.dtype), dfolded.flatten(2)).unflatten(2, dfolded.shape[2:])
-            dz = torch.bmm(mask, dz)
-            dweight = torch.bmm(dfolded.flatten(1, 2).mT, states.flatten(1, 2)).sum(0, dtype=torch.float32)
-            dstate = dfolded @ w
+            dfolded, dz = mix(dfolded, dz, classes.mT, zs, dfolded.dtype, precision(q))
+            means = states * torch.where(zs >= SMALLEST.value, 1 / zs, 0.0)[..., None].to(states.dtype)
+            dweight = torch.bmm(dfolded.flatten(1, 2).mT, means.flatten(1, 2)).sum(0, dtype=torch.float32)
+            dstate = dfolded @ weight.to(dfolded.dtype)
         else:
-            dweight = (dfolded[:, 0].mT @ state).sum(0)
-            dstate = (dfolded @ weight.float() / length).to(q.dtype)
+            dweight = (dfolded.mT @ state).sum(0)
+            # In the domain of all tokens z is their mean, so 1 / z of a key is up to L.
+            dstate = (dfolded @ weight.float() / length).to(state_dtype(q))
             dz = dz / length
     if bias is not None:
         dbias = do.sum((0, 1, 2), dtype=torch.float32)
 
     tile = tiles("dkv", q, block_m, block_n)
-    dkv_kernel[(triton.cdiv(length, tile.n), heads)](
-        q, k, v, do, dk, dv, lse, delta, q_indices, q_offsets, dstate, dz,
+    dkv_kernel[(triton.cdiv(length, tile.n) * heads,)](
+        q, k, v, do, dk, dv, lse, delta, q_indices, q_offsets, dstate, dz, key_z,
         *q.stride(), *k.stride(), *v.stride(), *do.stride(), *dk.stride(), *dv.stride(),
-        num_heads, length, num_columns, num_rows * num_critical, scale, scale * LOG2_E,
+        num_heads, length, num_columns, num_rows * num_critical, scale, scale * LOG2_E.value,
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return dq, dk, dv, dweight, dbias

@@ -12,34 +12,53 @@ from slagen.kernels.primitives import (
     feature_values,
     load_columns,
     load_rows,
-    online_softmax,
-    reciprocal,
     store_rows,
     weight_inverse,
 )
 from slagen.kernels.resources import Tiles, tiles
 from slagen.kernels.selection import column_lists, pool, select
-from slagen.kernels.states import fold, key_states, marginal_states, precision
+from slagen.kernels.states import combine, key_states, mix, precision, state_dtype
 
+HEADROOM = tl.constexpr(4096.0)  # the most that a row's weights of one tile sum to before its maximum is moved
+LOWEST = tl.constexpr(-3e38)  # where maxima begin: finite, so that -inf of a masked score less this is no nan
 STATES_BYTES = 2**28  # of the domain "marginal": one state for each key block of the heads that are worked on at once
 
 
 @triton.jit
 def _attend_tiles(
-    q, k_base, v_base, kv_ptr, begin, end, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
-    BLOCK_N: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    q, k_base, v_base, kv_ptr, num_tiles, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
+    BLOCK_N: tl.constexpr, TILE_N: tl.constexpr, HEAD_DIM: tl.constexpr, SHORT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to tiles `begin` to `end` of the listed blocks; MASKED where one may cross the end of the sequence."""
+    """Attend to the tiles of the listed blocks.
+
+    m_i trails the running maximum: it moves only when a row's weights of a tile would sum to more than HEADROOM, which
+    float16 and the sums can hold. So nearly every round goes without rescaling what was summed before.
+    """
     PARTS: tl.constexpr = BLOCK_N // TILE_N
-    for t in range(begin, end):
-        start = tl.load(kv_ptr + t // PARTS).to(tl.int64) * BLOCK_N + (t % PARTS) * TILE_N
-        k = load_rows(k_base, k_l, k_d, start, length, TILE_N, HEAD_DIM, MASKED)
-        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if MASKED:
-            qk = tl.where((tl.arange(0, TILE_N) < length - start)[None, :], qk, -float("inf"))
-        p, m_i, l_i, alpha = online_softmax(qk, m_i, l_i)
-        v = load_rows(v_base, v_l, v_d, start, length, TILE_N, HEAD_DIM, MASKED)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    block = tl.load(kv_ptr)
+    for t in range(num_tiles):
+        first = block * BLOCK_N + (t % PARTS) * TILE_N
+        block = tl.load(kv_ptr + tl.minimum(t + 1, num_tiles - 1) // PARTS)  # a round before the loads that need it
+        # The tile that would cross the end starts earlier, so that no load has a mask; its scores have one.
+        start = first if SHORT else tl.minimum(first, length - TILE_N)
+        k = load_rows(k_base, k_l, k_d, start.to(tl.int64), length, TILE_N, HEAD_DIM, SHORT)
+        qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if first + TILE_N > length:
+            columns = start + tl.arange(0, TILE_N)
+            qk = tl.where(((columns >= first) & (columns < length))[None, :], qk, -float("inf"))
+        p = tl.math.exp2(qk * scale_log2 - m_i[:, None])
+        sums = tl.sum(p, 1)
+        if tl.max(sums, 0) > HEADROOM:
+            m_new = tl.maximum(m_i, tl.max(qk, 1) * scale_log2)
+            alpha = tl.math.exp2(m_i - m_new)
+            m_i = m_new
+            l_i *= alpha
+            acc *= alpha[:, None]
+            p = tl.math.exp2(qk * scale_log2 - m_i[:, None])
+            sums = tl.sum(p, 1)
+        l_i += sums
+        v = load_rows(v_base, v_l, v_d, start.to(tl.int64), length, TILE_N, HEAD_DIM, SHORT)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, m_i, l_i
 
 
@@ -87,36 +106,31 @@ def attend_kernel(
     MARGINAL: tl.constexpr,
     BIAS: tl.constexpr,
     SAVE_LSE: tl.constexpr,
+    SHORT: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """TILE_M rows of o: walk the critical blocks, add the linear branch and the bias, store once."""
-    tile = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
+    tiles_m = tl.cdiv(length, TILE_M)
+    bh = (tl.program_id(0) // tiles_m).to(tl.int64)
+    start_m = (tl.program_id(0) % tiles_m).to(tl.int64) * TILE_M
     b, h = bh // num_heads, bh % num_heads
-    start_m = tile * TILE_M
     row = bh * num_rows + start_m // BLOCK_M
     q_base = q_ptr + b * q_b + h * q_h
     offs_m = tl.arange(0, TILE_M)
-    q = load_rows(q_base, q_l, q_d, start_m, length, TILE_M, HEAD_DIM, True)
+    q = load_columns(q_base, q_l, q_d, start_m, 0, length, TILE_M, HEAD_DIM)
     acc = tl.zeros((TILE_M, HEAD_DIM), dtype=tl.float32)
 
     if SPARSE:
         k_base, v_base = k_ptr + b * k_b + h * k_h, v_ptr + b * v_b + h * v_h
         kv_row = kv_ptr + row * topk
-        m_i = tl.full((TILE_M,), -float("inf"), dtype=tl.float32)
+        m_i = tl.full((TILE_M,), LOWEST, dtype=tl.float32)
         l_i = tl.zeros((TILE_M,), dtype=tl.float32)
-        # The blocks ascend, so only the last of them can cross the end of the sequence.
-        whole, all_tiles = (topk - 1) * (BLOCK_N // TILE_N), topk * (BLOCK_N // TILE_N)
         acc, m_i, l_i = _attend_tiles(
-            q, k_base, v_base, kv_row, 0, whole, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
-            BLOCK_N, TILE_N, HEAD_DIM, False, PRECISION,
+            q, k_base, v_base, kv_row, topk * (BLOCK_N // TILE_N), acc, m_i, l_i, k_l, k_d, v_l, v_d, length,
+            scale_log2, BLOCK_N, TILE_N, HEAD_DIM, SHORT, PRECISION,
         )  # fmt: skip
-        acc, m_i, l_i = _attend_tiles(
-            q, k_base, v_base, kv_row, whole, all_tiles, acc, m_i, l_i, k_l, k_d, v_l, v_d, length, scale_log2,
-            BLOCK_N, TILE_N, HEAD_DIM, True, PRECISION,
-        )  # fmt: skip
-        acc = acc / l_i[:, None]
+        acc = acc * (1.0 / l_i)[:, None]
         if SAVE_LSE:
             tl.store(lse_ptr + bh * length + start_m + offs_m, m_i + tl.log2(l_i), mask=offs_m < length - start_m)
 
@@ -129,19 +143,60 @@ def attend_kernel(
             q_base, q_l, q_d, start_m, length, shift, z_base, eps, TILE_M, HEAD_DIM, CHUNK, FEATURE_MAP
         )  # fmt: skip
         # The weights phi z / (phi . z + eps) of the features lie in [0, 1] and H / z is a mean of values for each, so
-        # float16 holds both, however long the sequence is. A few features at a time, so that little is on chip at once.
+        # float16 holds both, however long the sequence is and whatever its outliers.
         for first in tl.static_range(0, HEAD_DIM, CHUNK):
             offs_c = first + tl.arange(0, CHUNK)
             z = tl.load(z_base + offs_c)
             x = load_columns(q_base, q_l, q_d, start_m, first, length, TILE_M, CHUNK)
             u = feature_values(x, shift, FEATURE_MAP) * z[None, :] * inverse[:, None]
             state = tl.load(state_base + offs_c[:, None] * HEAD_DIM + offs_d[None, :])
-            if MARGINAL:
-                state = (state.to(tl.float32) * reciprocal(z)[:, None]).to(state.dtype)
             acc = tl.dot(u.to(q.dtype), state, acc, input_precision=PRECISION)
     if BIAS:
         acc += tl.load(bias_ptr + tl.arange(0, HEAD_DIM)).to(tl.float32)[None, :]
     store_rows(o_ptr + b * o_b + h * o_h, o_l, o_d, start_m, length, acc, TILE_M, HEAD_DIM)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    kv_indices: Tensor,
+    folded: Tensor,
+    z: Tensor,
+    bias: Tensor | None,
+    *,
+    block_m: int,
+    block_n: int,
+    num_critical: int,
+    linear: bool,
+    marginal: bool,
+    feature_map: str,
+    eps: float,
+    scale: float,
+    sparse: bool,
+) -> None:
+    """Write o, and lse where it is not empty: the last of the launches of `sla_forward`, whose arguments these are.
+
+    Args:
+        kv_indices: (B * H, M, num_critical) int32, ascending in each row.
+        folded, z: the normalised and projected states and their denominators, (B * H, D, D) in q's dtype and (B * H, D)
+            float32; where marginal (B * H, M, D, D) and (B * H, M, D).
+        linear: add the linear branch.
+        eps: added to the denominator, in units of z.
+    """
+    batch, num_heads, length, head_dim = q.shape
+    tile: Tiles = tiles("attend", q, block_m, block_n)
+    whole = head_dim * q.element_size() <= 256  # the state fits on chip at once
+    attend_kernel[(triton.cdiv(length, tile.m) * batch * num_heads,)](
+        q, k, v, o, lse, kv_indices, folded, z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
+        num_heads, length, triton.cdiv(length, block_m), num_critical, scale * LOG2_E.value, eps,
+        BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim, SPARSE=sparse,
+        CHUNK=head_dim if whole else COLUMNS_AT_ONCE, LINEAR=linear, MARGINAL=marginal, BIAS=bias is not None,
+        SAVE_LSE=lse.numel() > 0, SHORT=length < tile.n, FEATURE_MAP=feature_map, PRECISION=precision(q),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def sla_forward(
@@ -181,12 +236,12 @@ def sla_forward(
         o: (B, H, L, D) in q's dtype, laid out as q is.
         lse: (B * H, L) float32, log2 of the softmax denominator (base 2, scale included).
         kv_indices, classes, q_indices, q_offsets: as `select` and `column_lists` give them.
-        state, z: of the domain of all tokens, (B * H, D, D) and (B * H, D) float32, divided by L.
+        state, z: of the domain of all tokens, H / z and z / L, (B * H, D, D) and (B * H, D) float32.
         What is not needed is empty; everything but o is where not `save`.
     Source: SLA, arXiv:2509.24006; online softmax from FlashAttention-2, arXiv:2307.08691.
     """
     batch, num_heads, length, head_dim = q.shape
-    heads, num_rows = batch * num_heads, triton.cdiv(length, block_m)
+    heads = batch * num_heads
     nothing = q.new_empty(0)
     lse, state, z = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
     kv_indices, q_indices, q_offsets = (q.new_empty(0, dtype=torch.int32) for _ in range(3))
@@ -194,7 +249,7 @@ def sla_forward(
     bounded = weight is not None and marginal
     selecting = sparse or bounded
     o = torch.empty_like(q) if out is None else out
-    group = max(1, STATES_BYTES // (triton.cdiv(length, block_n) * head_dim**2 * q.element_size()))
+    group = max(1, STATES_BYTES // (triton.cdiv(length, block_n) * head_dim**2 * state_dtype(q).itemsize))
     if bounded and not save and heads > group:
         for b in range(batch):
             for h in range(0, num_heads, group):
@@ -206,8 +261,9 @@ def sla_forward(
                 )  # fmt: skip
         return o, lse, kv_indices, classes, q_indices, q_offsets, state, z
 
+    project = bounded and head_dim <= 128 and state_dtype(q) == torch.bfloat16  # two (D, D) operands fit on chip
     if weight is not None:
-        w = weight.to(q.dtype).contiguous() if bounded else None
+        w = weight.to(torch.bfloat16).contiguous() if project else None
         means, states, zs = key_states(k, v, block_n, feature_map, marginal, w, pool=selecting)
     elif selecting:
         means = pool(k, block_n)
@@ -217,22 +273,19 @@ def sla_forward(
         if save and sparse:
             q_indices, q_offsets = column_lists(classes, num_critical)
     folded, folded_z, eps_used = nothing, nothing, eps
-    if weight is not None and marginal:
-        folded, folded_z = marginal_states(states, zs, classes, num_critical + num_negligible)
+    if bounded:
+        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
+        if not project:
+            folded = folded @ weight.to(q.dtype).mT
     elif weight is not None:
-        state, z = states.sum(1) / length, zs.sum(1) / length
-        folded, folded_z, eps_used = fold(state, z, weight, q.dtype), z, eps / length
-
+        folded, z, state = combine(states, zs, weight.contiguous(), length, q.dtype, save)
+        folded_z, eps_used = z, eps / length
     if save and sparse:
         lse = torch.empty(heads, length, dtype=torch.float32, device=q.device)
-    tile: Tiles = tiles("attend", q, block_m, block_n)
-    attend_kernel[(triton.cdiv(length, tile.m), heads)](
-        q, k, v, o, lse, kv_indices, folded, folded_z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
-        num_heads, length, num_rows, num_critical, scale * LOG2_E, eps_used,
-        BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim, SPARSE=sparse,
-        CHUNK=min(head_dim, COLUMNS_AT_ONCE), LINEAR=weight is not None, MARGINAL=marginal,
-        BIAS=bias is not None, SAVE_LSE=save and sparse,
-        FEATURE_MAP=feature_map, PRECISION=precision(q), num_warps=tile.warps, num_stages=tile.stages,
+    attend(
+        q, k, v, o, lse, kv_indices, folded, folded_z, bias, block_m=block_m, block_n=block_n,
+        num_critical=num_critical, linear=weight is not None, marginal=marginal, feature_map=feature_map,
+        eps=eps_used, scale=scale, sparse=sparse,
     )  # fmt: skip
     if not save:
         lse, kv_indices, classes, q_indices, q_offsets, state, z = (

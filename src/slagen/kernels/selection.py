@@ -1,8 +1,8 @@
 """From q and k to the lists of critical blocks, without a round trip to the host.
 
-Means of blocks in float32, their products by one batched matrix product, then the exact top-k of every row: a search
-over the bits of the score finds the last score that is kept, and of equal ones the lower index wins, as in
-`attention/block_map.py`. Column lists for the backward pass come from the same classes, once.
+Means of blocks in float32, their products by one batched matrix product, then the exact top-k of every row, which stays
+in registers: a search over the bits of the score finds the last score that is kept, and of equal ones the lower index
+wins, as in `attention/block_map.py`. Column lists for the backward pass come from the same classes, once.
 """
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slagen.kernels.primitives import load_rows
 
-COLUMNS = 1024  # scores of a row that one step of the selection holds
+COLUMNS = 512  # scores of a row that are held at least: to 32,768 tokens in blocks of 64 one kernel serves
+MAX_COLUMNS = 32768  # counts of two kinds share an integer, and 32 warps hold 1,024 each
 LIST_ROWS, LIST_COLUMNS = 64, 32  # tile of classes that becomes column lists
 
 
@@ -31,8 +32,8 @@ def pool_kernel(
     HEAD_DIM: tl.constexpr,
 ):
     """Mean of each block of rows, the last by its true count."""
-    i = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
+    i = (tl.program_id(0) % num_blocks).to(tl.int64)
+    bh = (tl.program_id(0) // num_blocks).to(tl.int64)
     base = x_ptr + (bh // num_heads) * x_b + (bh % num_heads) * x_h
     x = load_rows(base, x_l, x_d, i * BLOCK, length, BLOCK, HEAD_DIM, True).to(tl.float32)
     count = tl.minimum(length - i * BLOCK, BLOCK).to(tl.float32)
@@ -40,34 +41,26 @@ def pool_kernel(
 
 
 @triton.jit
-def _load_keys(row_ptr, start, num_columns, COLUMNS: tl.constexpr):
-    """Scores as integers of the same order; nan as infinity, -0 as 0, and what lies past the end below all."""
-    offs = start + tl.arange(0, COLUMNS)
-    score = tl.load(row_ptr + offs, mask=offs < num_columns, other=0.0) + 0.0
-    score = tl.where(score == score, score, float("inf"))
-    bits = score.to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(offs < num_columns, key, -2147483648)
+def _border(keys, wanted):
+    """The key of rank `wanted` (from 1, the highest first), bit by bit from the sign down."""
+    border = tl.where(tl.sum((keys >= 0).to(tl.int32), 0) >= wanted, 0, -2147483648)
+    for bit in tl.static_range(31):
+        candidate = border + (1 << (30 - bit))
+        border = tl.where(tl.sum((keys >= candidate).to(tl.int32), 0) >= wanted, candidate, border)
+    return border
 
 
 @triton.jit
-def _count_from(row_ptr, num_columns, key, COLUMNS: tl.constexpr):
-    """How many keys of the row are at least `key`."""
-    count = 0
-    for start in range(0, num_columns, COLUMNS):
-        count += tl.sum((_load_keys(row_ptr, start, num_columns, COLUMNS) >= key).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def _border(row_ptr, num_columns, wanted, COLUMNS: tl.constexpr):
-    """The key of rank `wanted` (from 1, the highest first), and how many keys lie above it."""
-    key = tl.where(_count_from(row_ptr, num_columns, 0, COLUMNS) >= wanted, 0, -2147483648)
-    for bit in range(31):
-        candidate = key + (1 << (30 - bit))
-        key = tl.where(_count_from(row_ptr, num_columns, candidate, COLUMNS) >= wanted, candidate, key)
-    # Scores are finite or infinite, so no key is the highest integer, and key + 1 does not wrap round.
-    return key, _count_from(row_ptr, num_columns, key + 1, COLUMNS)
+def _highest(keys, wanted):
+    """Which keys are the `wanted` highest, of equal ones those of lower column, and how many such lie before each."""
+    border = _border(keys, wanted)
+    above, equal = (keys > border).to(tl.int32), (keys == border).to(tl.int32)
+    # Both counts in one scan, 16 bits each. Keys past the end of the row are the least, and behind all others.
+    before = tl.cumsum((above << 16) + equal, 0) - (above << 16) - equal
+    above_before, equal_before = (before >> 16) & 0xFFFF, before & 0xFFFF
+    vacant = wanted - tl.sum(above, 0)
+    chosen = (above > 0) | ((equal > 0) & (equal_before < vacant))
+    return chosen, above_before + tl.minimum(equal_before, vacant)
 
 
 @triton.jit
@@ -81,32 +74,23 @@ def select_kernel(
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One row of scores: the critical columns, ascending, and where CLASSES the class of every column."""
+    """One row of scores, held in registers: the critical columns, ascending, and where CLASSES the class of each."""
     row = tl.program_id(0).to(tl.int64)
-    row_ptr = score_ptr + row * num_columns
-    top, above_top = _border(row_ptr, num_columns, num_critical, COLUMNS)
-    kept = num_columns - num_negligible
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < num_columns
+    score = tl.load(score_ptr + row * num_columns + columns, mask=inside, other=-float("inf")) + 0.0  # -0 becomes 0
+    score = tl.where(score == score, score, float("inf"))
+    # As integers of the same order. What lies past the end ranks last: as -inf, behind the row's own.
+    bits = score.to(tl.int32, bitcast=True)
+    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    critical, place = _highest(keys, num_critical)
+    tl.store(kv_ptr + row * num_critical + place, columns, mask=critical)
     if CLASSES:
-        low, above_low = _border(row_ptr, num_columns, kept, COLUMNS)
-    equal_top, equal_low, listed = 0, 0, 0
-    for start in range(0, num_columns, COLUMNS):
-        offs = start + tl.arange(0, COLUMNS)
-        inside = offs < num_columns
-        key = _load_keys(row_ptr, start, num_columns, COLUMNS)
-        equal = (inside & (key == top)).to(tl.int32)
-        rank = equal_top + tl.cumsum(equal, 0)
-        critical = inside & ((key > top) | ((equal > 0) & (rank <= num_critical - above_top)))
-        equal_top += tl.sum(equal, 0)
-        chosen = critical.to(tl.int32)
-        place = listed + tl.cumsum(chosen, 0) - chosen
-        tl.store(kv_ptr + row * num_critical + place, offs, mask=critical)
-        listed += tl.sum(chosen, 0)
-        if CLASSES:
-            equal = (inside & (key == low)).to(tl.int32)
-            rank = equal_low + tl.cumsum(equal, 0)
-            seen = (key > low) | ((equal > 0) & (rank <= kept - above_low))
-            equal_low += tl.sum(equal, 0)
-            tl.store(class_ptr + row * num_columns + offs, chosen + tl.where(seen, 0, -1), mask=inside)
+        kind = critical.to(tl.int32)
+        if num_negligible > 0:
+            seen, _ = _highest(keys, num_columns - num_negligible)
+            kind -= tl.where(seen, 0, 1)
+        tl.store(class_ptr + row * num_columns + columns, kind, mask=inside)
 
 
 @triton.jit
@@ -121,8 +105,9 @@ def column_lists_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The critical rows of each column, ascending, one column after the other."""
-    bh = tl.program_id(1).to(tl.int64)
-    offs_n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    tiles_n = tl.cdiv(num_columns, COLUMNS)
+    bh = (tl.program_id(0) // tiles_n).to(tl.int64)
+    offs_n = tl.program_id(0) % tiles_n * COLUMNS + tl.arange(0, COLUMNS)
     inside = offs_n < num_columns
     place = tl.load(offset_ptr + bh * (num_columns + 1) + offs_n, mask=inside, other=0)
     for start in range(0, num_rows, ROWS):
@@ -141,7 +126,7 @@ def pool(x: Tensor, block: int) -> Tensor:
     batch, num_heads, length, head_dim = x.shape
     num_blocks = triton.cdiv(length, block)
     means = torch.empty(batch * num_heads, num_blocks, head_dim, dtype=torch.float32, device=x.device)
-    pool_kernel[(num_blocks, batch * num_heads)](
+    pool_kernel[(num_blocks * batch * num_heads,)](
         x, means, *x.stride(), num_heads, length, num_blocks, BLOCK=block, HEAD_DIM=head_dim, num_warps=4
     )
     return means
@@ -159,12 +144,18 @@ def select(scores: Tensor, num_critical: int, num_negligible: int, classes: bool
         classes: (B * H, M, N) int8, 1 critical, 0 marginal, -1 negligible; empty where not wanted.
     """
     batch, num_rows, num_columns = scores.shape
+    if num_columns > MAX_COLUMNS:
+        raise ValueError(
+            f"a row has {num_columns:,} key blocks, and the kernels choose from {MAX_COLUMNS:,} at most. "
+            "Use larger blocks."
+        )
     kv_indices = torch.empty(batch, num_rows, num_critical, dtype=torch.int32, device=scores.device)
     shape = scores.shape if classes else (0,)
     class_map = torch.empty(shape, dtype=torch.int8, device=scores.device)
+    held = max(COLUMNS, triton.next_power_of_2(num_columns))
     select_kernel[(batch * num_rows,)](
         scores, kv_indices, class_map, num_columns, num_critical, num_negligible,
-        CLASSES=classes, COLUMNS=COLUMNS, num_warps=1,
+        CLASSES=classes, COLUMNS=held, num_warps=max(1, held // 1024),
     )  # fmt: skip
     return kv_indices, class_map
 
@@ -182,7 +173,7 @@ def column_lists(classes: Tensor, num_critical: int) -> tuple[Tensor, Tensor]:
     q_offsets = torch.zeros(batch, num_columns + 1, dtype=torch.int32, device=classes.device)
     torch.cumsum((classes == 1).sum(1, dtype=torch.int32), 1, dtype=torch.int32, out=q_offsets[:, 1:])
     q_indices = torch.empty(batch, num_rows * num_critical, dtype=torch.int32, device=classes.device)
-    column_lists_kernel[(triton.cdiv(num_columns, LIST_COLUMNS), batch)](
+    column_lists_kernel[(triton.cdiv(num_columns, LIST_COLUMNS) * batch,)](
         classes, q_offsets, q_indices, num_rows, num_columns, num_rows * num_critical,
         ROWS=LIST_ROWS, COLUMNS=LIST_COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -5,9 +5,12 @@
 
 One state for each block, or for each run of blocks where one sum over all tokens is wanted: those are then added in a
 fixed order, so the result never depends on timing.
-"""
 
-import math
+An outlier channel makes phi of all others as small as float16's least number, and 1 / z as large as its inverse. So
+sums are held in float32, or in bfloat16 for bfloat16 input, which has the same range; products with phi of float16
+input run in TF32; and what leaves for another kernel is normalised first: H / z is a mean of values, u^T do a weighted
+sum.
+"""
 
 import torch
 import triton
@@ -22,10 +25,13 @@ from slagen.kernels.primitives import (
     reciprocal,
     softmax_factor,
     store_square,
+    wide,
 )
 from slagen.kernels.resources import Tiles, tiles
 
 PROGRAMS = 512  # runs of all heads together: enough to fill a card, few enough that adding them costs little
+MIX_ROWS, MIX_BLOCKS = 64, 32  # tile of the 0/1 domain that states are multiplied with
+COMBINED = 16  # rows of a state that one program adds up
 
 
 @triton.jit
@@ -47,6 +53,7 @@ def key_states_kernel(
     num_heads,
     length,
     num_blocks,
+    runs,
     run_blocks,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
@@ -54,42 +61,52 @@ def key_states_kernel(
     FEATURE_MAP: tl.constexpr,
     POOL: tl.constexpr,
     PROJECT: tl.constexpr,
+    SHORT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One run of key blocks: pooled keys where POOL, H (times W^T where PROJECT) and z, in one pass over K and V."""
-    run = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
+    run = tl.program_id(0).to(tl.int64) % runs
+    bh = tl.program_id(0).to(tl.int64) // runs
     k_base = k_ptr + (bh // num_heads) * k_b + (bh % num_heads) * k_h
     v_base = v_ptr + (bh // num_heads) * v_b + (bh % num_heads) * v_h
     offs_d = tl.arange(0, HEAD_DIM)
+    # H^T, so that the first operand, v^T, lies in shared memory as it was loaded.
     acc = tl.zeros((HEAD_DIM, HEAD_DIM), dtype=tl.float32)
-    z = tl.zeros((HEAD_DIM,), dtype=tl.float32)
+    z = tl.zeros((16, HEAD_DIM), dtype=tl.float32)
+    total = tl.zeros((HEAD_DIM,), dtype=tl.float32)
     first = run * run_blocks
     last = tl.minimum(first + run_blocks, num_blocks)
     PARTS: tl.constexpr = BLOCK // TILE
-    total = tl.zeros((HEAD_DIM,), dtype=tl.float32)
     for t in range(first * PARTS, last * PARTS):
-        start = t * TILE
-        k = load_rows(k_base, k_l, k_d, start, length, TILE, HEAD_DIM, True)
-        v = load_rows(v_base, v_l, v_d, start, length, TILE, HEAD_DIM, True)
-        phi = feature_values(k, feature_shift(k, FEATURE_MAP), FEATURE_MAP)
+        begin = t * TILE
+        # The tile that would cross the end starts earlier, so that no load has a mask; what it repeats is set to 0.
+        start = begin if SHORT else tl.minimum(begin, length - TILE)
+        k = load_rows(k_base, k_l, k_d, start, length, TILE, HEAD_DIM, SHORT)
+        v = load_rows(v_base, v_l, v_d, start, length, TILE, HEAD_DIM, SHORT)
+        x = k.to(tl.float32)
+        phi = feature_values(x, feature_shift(x, FEATURE_MAP), FEATURE_MAP)
         phi = phi * softmax_factor(phi, FEATURE_MAP)[:, None]
-        phi = tl.where((tl.arange(0, TILE) < length - start)[:, None], phi, 0.0)
-        z += tl.sum(phi, 0)
-        acc = tl.dot(tl.trans(phi.to(v.dtype)), v, acc, input_precision=PRECISION)
+        if begin + TILE > length:
+            rows = start + tl.arange(0, TILE)
+            inside = ((rows >= begin) & (rows < length))[:, None]
+            phi = tl.where(inside, phi, 0.0)
+            x = tl.where(inside, x, 0.0)
+        z += tl.sum(tl.reshape(phi, (TILE // 16, 16, HEAD_DIM)), 0)  # within a thread; across them once, at the end
+        acc = tl.dot(tl.trans(wide(v)), phi.to(wide(v).dtype), acc, input_precision=PRECISION)
         if POOL:
-            total += tl.sum(k.to(tl.float32), 0)
+            total += tl.sum(x, 0)
             block = t // PARTS
             complete = t % PARTS == PARTS - 1
-            count = tl.minimum(length - block * BLOCK, BLOCK).to(tl.float32)
-            tl.store(mean_ptr + (bh * num_blocks + block) * HEAD_DIM + offs_d, total / count, mask=complete)
+            share = 1.0 / tl.minimum(length - block * BLOCK, BLOCK).to(tl.float32)
+            tl.store(mean_ptr + (bh * num_blocks + block) * HEAD_DIM + offs_d, total * share, mask=complete)
             total = tl.where(complete, 0.0, total)
+    acc = tl.trans(acc)
     if PROJECT:
         weight = load_square(weight_ptr, HEAD_DIM)
         acc = tl.dot(acc.to(weight.dtype), tl.trans(weight), input_precision=PRECISION)
-    place = bh * tl.num_programs(0) + run
+    place = bh * runs + run
     store_square(state_ptr + place * HEAD_DIM * HEAD_DIM, acc, HEAD_DIM)
-    tl.store(z_ptr + place * HEAD_DIM + offs_d, z)
+    tl.store(z_ptr + place * HEAD_DIM + offs_d, tl.sum(z, 0))
 
 
 @triton.jit
@@ -111,6 +128,7 @@ def query_states_kernel(
     num_heads,
     length,
     num_blocks,
+    runs,
     run_blocks,
     eps,
     MARGINAL: tl.constexpr,
@@ -120,16 +138,16 @@ def query_states_kernel(
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One run of query blocks: u^T dO and -u^T d, both divided by z: the gradients of the state H W^T and of z."""
-    run = tl.program_id(0).to(tl.int64)
-    bh = tl.program_id(1).to(tl.int64)
+    """One run of query blocks: u^T dO and -u^T d; where MARGINAL divided by z, the gradients of H W^T and of z."""
+    run = tl.program_id(0).to(tl.int64) % runs
+    bh = tl.program_id(0).to(tl.int64) // runs
     q_base = q_ptr + (bh // num_heads) * q_b + (bh % num_heads) * q_h
     do_base = do_ptr + (bh // num_heads) * do_b + (bh % num_heads) * do_h
     offs_d = tl.arange(0, HEAD_DIM)
-    place = bh * tl.num_programs(0) + run
+    place = bh * runs + run
     z = tl.load(z_ptr + (place if MARGINAL else bh) * HEAD_DIM + offs_d)
-    acc = tl.zeros((HEAD_DIM, HEAD_DIM), dtype=tl.float32)
-    g = tl.zeros((HEAD_DIM,), dtype=tl.float32)
+    acc = tl.zeros((HEAD_DIM, HEAD_DIM), dtype=tl.float32)  # transposed, as in `key_states_kernel`
+    g = tl.zeros((16, HEAD_DIM), dtype=tl.float32)
     first = run * run_blocks
     last = tl.minimum(first + run_blocks, num_blocks)
     PARTS: tl.constexpr = BLOCK // TILE
@@ -143,11 +161,107 @@ def query_states_kernel(
         values = values * softmax_factor(values, FEATURE_MAP)[:, None]
         u = values * z[None, :]
         u = u * reciprocal(tl.sum(u, 1) + eps)[:, None]
-        g -= tl.sum(u * dlinear[:, None], 0)
-        acc = tl.dot(tl.trans(u.to(do.dtype)), do, acc, input_precision=PRECISION)
-    inverse = reciprocal(z)
-    store_square(state_ptr + place * HEAD_DIM * HEAD_DIM, acc * inverse[:, None], HEAD_DIM)
-    tl.store(g_ptr + place * HEAD_DIM + offs_d, g * inverse)
+        g -= tl.sum(tl.reshape(u * dlinear[:, None], (TILE // 16, 16, HEAD_DIM)), 0)
+        acc = tl.dot(tl.trans(wide(do)), u.to(wide(do).dtype), acc, input_precision=PRECISION)
+    acc = tl.trans(acc)
+    total = tl.sum(g, 0)
+    if MARGINAL:
+        inverse = reciprocal(z)
+        acc = acc * inverse[:, None]
+        total = total * inverse
+    store_square(state_ptr + place * HEAD_DIM * HEAD_DIM, acc, HEAD_DIM)
+    tl.store(g_ptr + place * HEAD_DIM + offs_d, total)
+
+
+@triton.jit
+def combine_kernel(
+    state_ptr,
+    z_ptr,
+    weight_ptr,
+    mean_ptr,
+    total_ptr,
+    folded_ptr,
+    runs,
+    length,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """ROWS rows of one head's state: the sum over its runs divided by z, and the product of that with W^T."""
+    rows = tl.program_id(0) % (HEAD_DIM // ROWS) * ROWS + tl.arange(0, ROWS)
+    bh = (tl.program_id(0) // (HEAD_DIM // ROWS)).to(tl.int64)
+    offs_d = tl.arange(0, HEAD_DIM)
+    acc = tl.zeros((ROWS, HEAD_DIM), dtype=tl.float32)
+    z = tl.zeros((ROWS,), dtype=tl.float32)
+    for run in range(runs):
+        place = bh * runs + run
+        acc += tl.load(state_ptr + (place * HEAD_DIM + rows[:, None]) * HEAD_DIM + offs_d[None, :])
+        z += tl.load(z_ptr + place * HEAD_DIM + rows)
+    mean = acc * reciprocal(z)[:, None]
+    tl.store(total_ptr + bh * HEAD_DIM + rows, z / length)
+    if SAVE:
+        tl.store(mean_ptr + (bh * HEAD_DIM + rows[:, None]) * HEAD_DIM + offs_d[None, :], mean)
+    for first in range(0, HEAD_DIM, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        weight = tl.load(weight_ptr + columns[:, None] * HEAD_DIM + offs_d[None, :]).to(tl.float32)
+        folded = tl.dot(mean, tl.trans(weight), input_precision="ieee")
+        ptrs = folded_ptr + (bh * HEAD_DIM + rows[:, None]) * HEAD_DIM + columns[None, :]
+        tl.store(ptrs, folded.to(folded_ptr.dtype.element_ty))
+
+
+@triton.jit
+def mix_kernel(
+    class_ptr,
+    state_ptr,
+    z_ptr,
+    scale_ptr,
+    mixed_ptr,
+    total_ptr,
+    num_rows,
+    num_blocks,
+    row_stride,
+    block_stride,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One channel of the states of ROWS rows: the sum of the states of each row's marginal blocks, as one product.
+
+    NORMALISE divides the sum by that of z; otherwise both are multiplied by the row's `scale`.
+    """
+    tiles_m = tl.cdiv(num_rows, ROWS)
+    pid = tl.program_id(0)
+    channel = pid // tiles_m % HEAD_DIM
+    bh = (pid // tiles_m // HEAD_DIM).to(tl.int64)
+    offs_m = pid % tiles_m * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, HEAD_DIM)
+    base = bh * num_rows * num_blocks
+    acc = tl.zeros((HEAD_DIM, ROWS), dtype=tl.float32)  # transposed, as in `key_states_kernel`
+    total = tl.zeros((ROWS,), dtype=tl.float32)
+    for start in range(0, num_blocks, BLOCKS):
+        offs_n = start + tl.arange(0, BLOCKS)
+        inside = offs_n < num_blocks
+        ptrs = class_ptr + base + offs_m[:, None] * row_stride + offs_n[None, :] * block_stride
+        marginal = tl.load(ptrs, mask=(offs_m < num_rows)[:, None] & inside[None, :], other=1) == 0
+        place = bh * num_blocks + offs_n
+        ptrs = state_ptr + (place[:, None] * HEAD_DIM + channel) * HEAD_DIM + offs_d[None, :]
+        state = tl.load(ptrs, mask=inside[:, None], other=0.0)
+        acc = tl.dot(tl.trans(state), tl.trans(marginal.to(state.dtype)), acc, input_precision=PRECISION)
+        z = tl.load(z_ptr + place * HEAD_DIM + channel, mask=inside, other=0.0)
+        total += tl.sum(tl.where(marginal, z[None, :], 0.0), 1)
+    place = (bh * num_rows + offs_m) * HEAD_DIM + channel
+    inside = offs_m < num_rows
+    if NORMALISE:
+        factor = reciprocal(total)
+    else:
+        factor = tl.load(scale_ptr + place, mask=inside, other=0.0)
+        total = total * factor
+    ptrs = mixed_ptr + place[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(ptrs, (tl.trans(acc) * factor[:, None]).to(mixed_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(total_ptr + place, total, mask=inside)
 
 
 def _runs(num_blocks: int, num_heads: int, marginal: bool) -> tuple[int, int]:
@@ -164,29 +278,26 @@ def key_states(
     Args:
         k, v: (B, H, L, D), any strides.
         marginal: a state for each block; otherwise for each run of blocks, to be added up.
-        weight: (D, D) in k's dtype: multiply the states by its transpose; None does not.
+        weight: (D, D), contiguous, in `state_dtype(k)`: multiply the states by its transpose; None does not.
         pool: also take the mean of each block of keys.
     Returns:
         means: (B * H, N, D) float32; empty where not wanted.
-        states: (B * H, N, D, D) in k's dtype where marginal, otherwise (B * H, runs, D, D) float32.
+        states: (B * H, N, D, D) in `state_dtype(k)` where marginal, otherwise (B * H, runs, D, D) float32.
         z: (B * H, N or runs, D) float32.
     """
     batch, num_heads, length, head_dim = k.shape
     heads, num_blocks = batch * num_heads, triton.cdiv(length, block)
     runs, run_blocks = _runs(num_blocks, heads, marginal)
     means = torch.empty((heads, num_blocks, head_dim) if pool else 0, dtype=torch.float32, device=k.device)
-    dtype = k.dtype if marginal else torch.float32
+    dtype = state_dtype(k) if marginal else torch.float32
     states = torch.empty(heads, runs, head_dim, head_dim, dtype=dtype, device=k.device)
     z = torch.empty(heads, runs, head_dim, dtype=torch.float32, device=k.device)
     tile: Tiles = tiles("states", k, block, block)
-    project = weight is not None and head_dim <= 128  # two (D, D) operands must fit on chip
-    key_states_kernel[(runs, heads)](
-        k, v, means, states, z, weight, *k.stride(), *v.stride(), num_heads, length, num_blocks, run_blocks,
-        BLOCK=block, TILE=tile.n, HEAD_DIM=head_dim, FEATURE_MAP=feature_map, POOL=pool, PROJECT=project,
-        PRECISION=precision(k), num_warps=tile.warps, num_stages=tile.stages,
+    key_states_kernel[(runs * heads,)](
+        k, v, means, states, z, weight, *k.stride(), *v.stride(), num_heads, length, num_blocks, runs, run_blocks,
+        BLOCK=block, TILE=tile.n, HEAD_DIM=head_dim, FEATURE_MAP=feature_map, POOL=pool, PROJECT=weight is not None,
+        SHORT=length < tile.n, PRECISION=precision(k), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if weight is not None and not project:
-        states = states @ weight.mT
     return means, states, z
 
 
@@ -200,54 +311,75 @@ def query_states(
         z: (B * H, M, D) float32 where marginal, otherwise (B * H, 1, D).
         dlinear: (B * H, L) float32, rowsum(dO * O^l W^T).
     Returns:
-        dstates: (B * H, M, D, D) in q's dtype where marginal, otherwise (B * H, 1, D, D) float32.
-        dz: (B * H, M or 1, D) float32.
+        dstates: where marginal u^T dO / z, (B * H, M, D, D) in `state_dtype(q)`; otherwise u^T dO, (B * H, D, D) in
+            float32.
+        dz: -u^T d, likewise, (B * H, M, D) or (B * H, D) float32.
     """
     batch, num_heads, length, head_dim = q.shape
     heads, num_blocks = batch * num_heads, triton.cdiv(length, block)
     runs, run_blocks = _runs(num_blocks, heads, marginal)
-    dtype = q.dtype if marginal else torch.float32
+    dtype = state_dtype(q) if marginal else torch.float32
     dstates = torch.empty(heads, runs, head_dim, head_dim, dtype=dtype, device=q.device)
     dz = torch.empty(heads, runs, head_dim, dtype=torch.float32, device=q.device)
     tile: Tiles = tiles("states", q, block, block)
-    query_states_kernel[(runs, heads)](
-        q, do, z, dlinear, dstates, dz, *q.stride(), *do.stride(), num_heads, length, num_blocks, run_blocks, eps,
+    query_states_kernel[(runs * heads,)](
+        q, do, z, dlinear, dstates, dz, *q.stride(), *do.stride(), num_heads, length, num_blocks, runs, run_blocks, eps,
         MARGINAL=marginal, BLOCK=block, TILE=tile.m, HEAD_DIM=head_dim, FEATURE_MAP=feature_map,
         PRECISION=precision(q), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if marginal:
-        return dstates, dz
-    return dstates.sum(1, keepdim=True), dz.sum(1, keepdim=True)
+    return (dstates, dz) if marginal else (dstates.sum(1), dz.sum(1))
 
 
-def fold(state: Tensor, z: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalise the one state of every head and project it: (H / z) W^T, (B * H, D, D) in `dtype`."""
-    normal = torch.where(z[..., None] > 0, state / z[..., None], 0.0)
-    return (normal @ weight.float().mT).to(dtype)
-
-
-def marginal_states(states: Tensor, zs: Tensor, classes: Tensor, others: int) -> tuple[Tensor, Tensor]:
-    """Sum the states of each row's marginal blocks, as one matrix product, divided by a power of two near their number.
-
-    The division keeps float16 in range and changes no digit; it cancels between H and z.
+def combine(
+    states: Tensor, zs: Tensor, weight: Tensor, length: int, dtype: torch.dtype, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add up the runs of every head, normalise the sum and project it, in one launch.
 
     Args:
-        states, zs: (B * H, N, D, D) and (B * H, N, D).
-        classes: (B * H, M, N) int8.
-        others: how many blocks of a row are not marginal.
-    Returns: (B * H, M, D, D) in states' dtype, and (B * H, M, D) float32.
+        states, zs: (B * H, runs, D, D) and (B * H, runs, D) float32, as `key_states` returns them.
+        weight: (D, D), contiguous: W. length: L. save: also return the state before the projection.
+    Returns: (H / z) W^T, (B * H, D, D) in `dtype`; z / L, (B * H, D) float32; H / z, (B * H, D, D) float32, or empty.
     """
-    mask = marginal_mask(classes, others)
-    mixed = torch.bmm(mask.to(states.dtype), states.flatten(2)).unflatten(2, states.shape[2:])
-    return mixed, torch.bmm(mask, zs)
+    heads, runs, head_dim, _ = states.shape
+    folded = torch.empty(heads, head_dim, head_dim, dtype=dtype, device=states.device)
+    z = torch.empty(heads, head_dim, dtype=torch.float32, device=states.device)
+    mean = torch.empty((heads, head_dim, head_dim) if save else 0, dtype=torch.float32, device=states.device)
+    combine_kernel[(heads * (head_dim // COMBINED),)](
+        states, zs, weight, mean, z, folded, runs, length,
+        HEAD_DIM=head_dim, ROWS=COMBINED, COLUMNS=min(head_dim, 32), SAVE=save, num_warps=4,
+    )  # fmt: skip
+    return folded, z, mean
 
 
-def marginal_mask(classes: Tensor, others: int) -> Tensor:
-    """2^-n where a block is marginal, 0 elsewhere, (B * H, M, N) float32; 2^n is at least their number in a row."""
-    number = max(1, classes.shape[2] - others)
-    return (classes == 0).float() * 2.0 ** -math.ceil(math.log2(number))
+def mix(
+    states: Tensor, zs: Tensor, classes: Tensor, scale: Tensor | None, dtype: torch.dtype, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Sum the states of each row's marginal blocks.
+
+    Args:
+        states, zs: (B * H, N, D, D) and (B * H, N, D) float32.
+        classes: (B * H, M, N) int8, any strides: the backward pass gives the transpose.
+        scale: (B * H, M, D) float32, what the sums are multiplied by; None divides them by that of zs.
+        precision: as `precision` gives it.
+    Returns: (B * H, M, D, D) in `dtype`; the sums of zs, times `scale` if given, (B * H, M, D) float32.
+    """
+    heads, num_rows, num_blocks = classes.shape
+    head_dim = states.shape[-1]
+    mixed = torch.empty(heads, num_rows, head_dim, head_dim, dtype=dtype, device=states.device)
+    total = torch.empty(heads, num_rows, head_dim, dtype=torch.float32, device=states.device)
+    mix_kernel[(triton.cdiv(num_rows, MIX_ROWS) * head_dim * heads,)](
+        classes, states, zs, scale, mixed, total, num_rows, num_blocks, classes.stride(1), classes.stride(2),
+        HEAD_DIM=head_dim, ROWS=MIX_ROWS, BLOCKS=MIX_BLOCKS, NORMALISE=scale is None,
+        PRECISION=precision, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return mixed, total
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """In what the states of single blocks are kept: what has float32's range."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
 def precision(x: Tensor) -> str:
-    """How tl.dot multiplies float32: exactly. Half precision has one way only."""
+    """How tl.dot multiplies float32: exactly for float32 input; half precision's own sums are in TF32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
