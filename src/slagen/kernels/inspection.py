@@ -1,15 +1,15 @@
 """What every kernel costs on every card, found out by compiling it: no GPU is needed.
 
-Each kernel is compiled for a target with the tiles that the table chooses there, and Triton's own ptxas reads out
-registers and spills from the PTX. Run it in a process without TRITON_INTERPRET: the interpreter compiles nothing.
+Each kernel is compiled for a target with the tiles that the table chooses there. Registers, spills and warnings are
+what ptxas says as Triton runs it; instructions are counted in what nvdisasm shows of the cubin. Run it in a process
+without TRITON_INTERPRET: the interpreter compiles nothing.
 """
 
+import contextlib
+import io
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import triton
@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from slagen.kernels import backward, forward, selection, states
+from slagen.kernels.occupancy import MULTIPROCESSORS, programs_per_sm
 from slagen.kernels.primitives import COLUMNS_AT_ONCE
-from slagen.kernels.resources import KIB, Tiles, choose, entries
+from slagen.kernels.resources import Tiles, choose, entries
+from slagen.kernels.sass import Code, disassemble
 
-# Compute capability -> bytes of shared memory that one program may use (CUDA programming guide, capabilities).
-SHARED_LIMITS = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 TENSOR_CORES = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
 BLOCK = 64
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -38,7 +38,17 @@ FLOATS = ("scale", "scale_log2", "eps")
 
 @dataclass(frozen=True)
 class KernelCost:
-    """One kernel on one target. `uses_dot`: it multiplies half-precision tiles of 64 rows or more with tl.dot."""
+    """One kernel on one target.
+
+    uses_dot: it multiplies half-precision tiles of 64 rows or more with tl.dot.
+    instructions: SASS instructions in all.
+    round_instructions: those that a warp runs in a round of the main loop, by the shortest way that does all products;
+        0 without a loop.
+    row_instructions: those that a warp runs at most for a row of SELECTED_COLUMNS scores; None but for the selection.
+    copies_in_flight: groups of copies that are still on their way after every wait of the main loop.
+    programs_per_sm: programs that a multiprocessor holds at a time.
+    warnings: what ptxas says that costs time (C75xx).
+    """
 
     kernel: str
     target: str
@@ -51,6 +61,12 @@ class KernelCost:
     spill_bytes: int
     mma: str | None
     uses_dot: bool
+    instructions: int
+    round_instructions: int
+    row_instructions: int | None
+    copies_in_flight: int
+    programs_per_sm: int
+    warnings: list[str]
 
     @property
     def wgmma(self) -> bool:
@@ -75,101 +91,210 @@ class KernelCost:
         return {**asdict(self), "wgmma": self.wgmma}
 
 
-def kernel_costs(targets: tuple[int, ...] = tuple(SHARED_LIMITS)) -> Iterator[KernelCost]:
-    """Compile every kernel for every target, in bf16 for heads of 64 and 128; yields as they are done.
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as Triton compiled it, and what ptxas said of it."""
+
+    name: str
+    target: int
+    head_dim: int
+    dtype: str
+    tile: Tiles | None
+    warps: int
+    stages: int
+    shared_bytes: int
+    ptx: str
+    cubin: bytes
+    said: str
+
+
+def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS)) -> Iterator[KernelCost]:
+    """Compile every kernel for every target, in bf16, for heads of 128 and on some targets of 64 too.
 
     Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run.
 
-    Raises: RuntimeError under TRITON_INTERPRET, or when ptxas says nothing that can be read.
+    Raises: RuntimeError under TRITON_INTERPRET, or when ptxas or nvdisasm say nothing that can be read.
     """
-    if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is on, so nothing compiles. Unset it.")
     for target in targets:
-        for head_dim in (64, 128):
-            for name in VARIANTS:
-                yield kernel_cost(name, target, head_dim)
+        chosen = [
+            compile_kernel(name, target, head_dim)
+            for head_dim in (64, 128)
+            if head_dim == 128 or target in TARGETS_OF_64
+            for name in VARIANTS
+            if head_dim == 128 or VARIANTS[name].heads
+        ]
+        codes = disassemble([compiled.cubin for compiled in chosen], target)
+        yield from (_cost(compiled, code) for compiled, code in zip(chosen, codes, strict=True))
 
 
 def kernel_cost(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> KernelCost:
     """Compile one kernel for one target, with the table's tiles or with others that are to be tried."""
-    kernel, row, options, kinds = VARIANTS[name]
+    compiled = compile_kernel(name, target, head_dim, dtype, tile)
+    return _cost(compiled, disassemble([compiled.cubin], target)[0])
+
+
+def compile_kernel(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> Compiled:
+    """As `kernel_cost`, but not yet disassembled. Raises RuntimeError under TRITON_INTERPRET."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is on, so nothing compiles. Unset it.")
+    variant = VARIANTS[name]
     block_m = 128 if name.endswith("-128") else BLOCK
-    shared_limit = SHARED_LIMITS[target]
     chosen = tile
-    if row is not None and tile is None:
-        chosen = choose(entries(row, head_dim * DTYPES[dtype], shared_limit), block_m, BLOCK)
+    if variant.row is not None and tile is None:
+        fitting = entries(variant.row, head_dim * DTYPES[dtype], MULTIPROCESSORS[target].shared_limit)
+        chosen = choose(fitting, block_m, BLOCK)
     constants = dict(
-        options, HEAD_DIM=head_dim, CHUNK=min(head_dim, COLUMNS_AT_ONCE), BLOCK_M=BLOCK, BLOCK_N=BLOCK, BLOCK=BLOCK
+        variant.options,
+        HEAD_DIM=head_dim,
+        CHUNK=min(head_dim, COLUMNS_AT_ONCE),
+        BLOCK_M=BLOCK,
+        BLOCK_N=BLOCK,
+        BLOCK=BLOCK,
     )
     constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
-    warps, stages = 4, 2
+    warps, stages = variant.warps, 2
     if chosen is not None:
         constants.update(TILE_M=chosen.m, TILE_N=chosen.n, TILE=chosen.n)
         warps, stages = chosen.warps, chosen.stages
-    if name == "select":
-        warps = 1
-    source = _source(kernel, constants, {"*": dtype, **POINTERS, **kinds})
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages}
-    )
-    ptx = compiled.asm["ptx"]
-    registers, spills = _assemble(ptx, target)
-    mma = next((found for found, pattern in TENSOR_CORES.items() if re.search(pattern, ptx)), None)
-    dot = chosen is not None and dtype != "fp32" and min(chosen.m, chosen.n) >= 64
-    config = {"tile_m": chosen.m, "tile_n": chosen.n} if chosen else {}
-    config |= {"num_warps": warps, "num_stages": stages}
+    source = _source(variant.kernel, constants, {"*": dtype, **POINTERS, **variant.pointers})
+    said = io.StringIO()  # Triton prints what ptxas says; from its cache it would come without
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages}
+        )
+    return Compiled(
+        name, target, head_dim, dtype, chosen, warps, stages, compiled.metadata.shared, compiled.asm["ptx"],
+        compiled.asm["cubin"], said.getvalue(),
+    )  # fmt: skip
+
+
+def _cost(compiled: Compiled, code: Code) -> KernelCost:
+    """What ptxas said and what the code shows."""
+    tile, said = compiled.tile, compiled.said
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    if registers is None or spills is None:
+        raise RuntimeError(f"ptxas for sm_{compiled.target} says nothing that can be read: {said.strip()[:400]}")
+    copies = code.copies_in_flight() or 0
+    if "cp.async.bulk" in compiled.ptx:
+        copies = compiled.stages - 1
+    config = {"tile_m": tile.m, "tile_n": tile.n} if tile else {}
+    rounds = VARIANTS[compiled.name].rounds
     return KernelCost(
-        name,
-        f"sm_{target}",
-        head_dim,
-        dtype,
-        config,
-        compiled.metadata.shared,
-        shared_limit,
-        registers,
-        spills,
-        mma,
-        dot,
+        kernel=compiled.name,
+        target=f"sm_{compiled.target}",
+        head_dim=compiled.head_dim,
+        dtype=compiled.dtype,
+        config=config | {"num_warps": compiled.warps, "num_stages": compiled.stages},
+        shared_bytes=compiled.shared_bytes,
+        shared_limit=MULTIPROCESSORS[compiled.target].shared_limit,
+        registers=int(registers[1]),
+        spill_bytes=int(spills[1]) + int(spills[2]),
+        mma=next((found for found, pattern in TENSOR_CORES.items() if re.search(pattern, compiled.ptx)), None),
+        uses_dot=tile is not None and compiled.dtype != "fp32" and min(tile.m, tile.n) >= 64,
+        instructions=len(code.instructions),
+        round_instructions=_round_instructions(compiled, code),
+        row_instructions=None if rounds is None else code.most_instructions(rounds),
+        copies_in_flight=copies,
+        programs_per_sm=programs_per_sm(compiled.target, int(registers[1]), compiled.warps, compiled.shared_bytes),
+        warnings=re.findall(r"\(C75\d\d\).*", said),
     )
+
+
+def _round_instructions(compiled: Compiled, code: Code) -> int:
+    """Of a warp in one round; where ptxas put several rounds into a turn of its loop, their mean.
+
+    How many is told by the tensor-core instructions of the same loop in the PTX, which has one round in a turn.
+    """
+    turn = code.round()
+    if "tcgen05.mma" in compiled.ptx:  # PTX and code order their loops differently there; no unrolling was seen
+        return len(turn)
+    rounds = round(sum(i.tensor_core for i in turn) / max(1, _products(compiled.ptx)))
+    return round(len(turn) / max(1, rounds))
+
+
+def _products(ptx: str) -> int:
+    """Tensor-core instructions of the first loop in a PTX text that has any."""
+    product = re.compile("|".join(TENSOR_CORES.values()))
+    begun: dict[str, int] = {}
+    lines = ptx.splitlines()
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$L\w+):", line):
+            begun[label[1]] = number
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        first = begun.get(branch[1], number) if branch else number
+        if found := sum(product.search(inside) is not None for inside in lines[first:number]):
+            return found
+    return 0
+
+
+SELECTED_COLUMNS = 512  # blocks of a row whose selection is counted: Wan 2.1 at 480p
+TARGETS_OF_64 = (80, 90, 120)  # heads of 64 too: one target of each kind of tensor core and of shared memory
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to call a kernel.
+
+    row: of the table of tiles; None where it has no tiles.
+    options: its constants, without tiles, blocks and head dimension.
+    pointers: dtypes that differ from POINTERS.
+    warps: of a kernel without tiles.
+    rounds: of a selection, how often its loops go round for a row of SELECTED_COLUMNS: loops without loops inside,
+        those around them, and so on.
+    heads: False where the head dimension changes nothing.
+    """
+
+    kernel: Any
+    row: str | None
+    options: dict[str, Any]
+    pointers: dict[str, str] = field(default_factory=dict)
+    warps: int = 4
+    rounds: tuple[int, ...] | None = None
+    heads: bool = True
 
 
 _BOTH = {"SPARSE": True, "LINEAR": True, "BIAS": True, "FEATURE_MAP": "softmax"}
+_ATTEND = {**_BOTH, "MARGINAL": False, "SAVE_LSE": True}
+_POOLED = {"FEATURE_MAP": "softmax", "POOL": True}
+_SUMS = {"state_ptr": "fp32"}
+# For a row of SELECTED_COLUMNS: its scores once, and a bit of the score at a time.
+_SELECT_ROUNDS = (triton.cdiv(SELECTED_COLUMNS, selection.COLUMNS), 31)
 
-# name -> kernel, row of the table, constants, dtypes of its pointers
-VARIANTS: dict[str, tuple[Any, str | None, dict[str, Any], dict[str, str]]] = {
-    "attend": (forward.attend_kernel, "attend", {**_BOTH, "MARGINAL": False, "SAVE_LSE": True}, {}),
-    "attend-marginal": (forward.attend_kernel, "attend", {**_BOTH, "MARGINAL": True, "SAVE_LSE": True}, {}),
-    "attend-128": (forward.attend_kernel, "attend", {**_BOTH, "MARGINAL": False, "SAVE_LSE": True}, {}),
-    "key-states": (
-        states.key_states_kernel,
-        "states",
-        {"FEATURE_MAP": "softmax", "POOL": True, "PROJECT": False},
-        {"state_ptr": "fp32"},
+VARIANTS = {
+    "attend": Variant(forward.attend_kernel, "attend", _ATTEND),
+    "attend-inference": Variant(
+        forward.attend_kernel, "attend", {**_ATTEND, "SAVE_LSE": False}
     ),
-    "key-states-marginal": (
-        states.key_states_kernel,
-        "states",
-        {"FEATURE_MAP": "softmax", "POOL": True, "PROJECT": True},
-        {},
+    "attend-marginal": Variant(forward.attend_kernel, "attend", {**_ATTEND, "MARGINAL": True}),
+    "attend-128": Variant(forward.attend_kernel, "attend", _ATTEND),
+    "key-states": Variant(
+        states.key_states_kernel, "states", {**_POOLED, "PROJECT": False}, _SUMS
     ),
-    "query-states": (
-        states.query_states_kernel,
-        "states",
-        {"FEATURE_MAP": "softmax", "MARGINAL": False},
-        {"state_ptr": "fp32"},
+    "key-states-marginal": Variant(
+        states.key_states_kernel, "states", {**_POOLED, "PROJECT": True}
     ),
-    "dq": (backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": False}, {}),
-    "dq-marginal": (backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": True}, {}),
-    "dkv": (backward.dkv_kernel, "dkv", {**_BOTH, "MARGINAL": False}, {}),
-    "pool": (selection.pool_kernel, None, {}, {}),
-    "select": (selection.select_kernel, None, {"CLASSES": True, "COLUMNS": selection.COLUMNS}, {}),
-    "column-lists": (
-        selection.column_lists_kernel,
-        None,
-        {"ROWS": selection.LIST_ROWS, "COLUMNS": selection.LIST_COLUMNS},
-        {},
+    "query-states": Variant(
+        states.query_states_kernel, "states", {"FEATURE_MAP": "softmax", "MARGINAL": False}, _SUMS
     ),
-}
+    "dq": Variant(backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": False}),
+    "dq-marginal": Variant(backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": True}),
+    "dkv": Variant(backward.dkv_kernel, "dkv", {**_BOTH, "MARGINAL": False}),
+    "pool": Variant(selection.pool_kernel, None, {}),
+    "select": Variant(
+        selection.select_kernel, None, {"CLASSES": True, "COLUMNS": selection.COLUMNS}, warps=1,
+        rounds=_SELECT_ROUNDS, heads=False,
+    ),
+    "select-inference": Variant(
+        selection.select_kernel, None, {"CLASSES": False, "COLUMNS": selection.COLUMNS}, warps=1,
+        rounds=_SELECT_ROUNDS, heads=False,
+    ),
+    "column-lists": Variant(
+        selection.column_lists_kernel, None, {"ROWS": selection.LIST_ROWS, "COLUMNS": selection.LIST_COLUMNS},
+        heads=False,
+    ),
+}  # fmt: skip
 
 
 def _source(kernel: Any, constants: dict[str, Any], dtypes: dict[str, str]) -> ASTSource:
@@ -190,20 +315,3 @@ def _source(kernel: Any, constants: dict[str, Any], dtypes: dict[str, str]) -> A
             if re.fullmatch(r"[a-z]+_[bhl]", name):
                 aligned[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, fixed, aligned)
-
-
-def _assemble(ptx: str, target: int) -> tuple[int, int]:
-    """Registers of a thread, and bytes spilled (stores and loads), as ptxas reports them."""
-    tool = knobs.nvidia.ptxas_blackwell if target >= 100 else knobs.nvidia.ptxas
-    suffix = "a" if target >= 90 else ""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name=sm_{target}{suffix}", str(source), "-o", str(source.with_suffix(".o"))]
-        result = subprocess.run(command, capture_output=True, text=True)
-    said = result.stdout + result.stderr
-    registers = re.search(r"Used (\d+) registers", said)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    if result.returncode or registers is None or spills is None:
-        raise RuntimeError(f"ptxas for sm_{target} says nothing that can be read: {said.strip()[:400]}")
-    return int(registers[1]), int(spills[1]) + int(spills[2])
