@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -238,13 +239,33 @@ def show_findings(findings: list[Any], as_json: bool) -> None:
     _stdout().print(table)
 
 
-def show_kernels(content: dict[str, Any], as_json: bool) -> None:
-    """Print what the kernels cost on each card: a table on stdout, or JSON alone."""
+def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
+    """Print what `doctor --selftest` tried: a table and the file on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps(content, indent=2))
+        write(json.dumps(content, indent=2, ensure_ascii=False))
+        note(f"also in {path}")
+        return
+    colours = {"ok": "green", "missing": "yellow", "failed": "bold red"}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in content["checks"]:
+        status = f"[{colours[row['status']]}]{row['status']}[/]"
+        table.add_row(status, row["name"], f"{row['seconds']:.1f} s", escape(row["detail"]))
+    _stdout().print(table)
+    write(str(path))
+
+
+def show_kernels(content: dict[str, Any], as_json: bool) -> None:
+    """Print what the kernels cost on each card: tables on stdout, or JSON alone, a kernel a line."""
+    if as_json:
+        about = {name: value for name, value in content.items() if name != "kernels"}
+        rows = ",\n".join(json.dumps(row) for row in content["kernels"])
+        write(f'{json.dumps(about)[:-1]}, "kernels": [\n{rows}\n]}}')
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spill bytes", "mma", ""):
+    for name in (
+        "kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spill bytes", "mma",
+        "a multiprocessor", "instructions", "a round", "copies in flight", "",
+    ):  # fmt: skip
         table.add_column(name)
     for row in content["kernels"]:
         config = row["config"]
@@ -252,9 +273,31 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
         table.add_row(
             row["kernel"], row["target"], str(row["head_dim"]), f"{tile}{config['num_warps']}, {config['num_stages']}",
             f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit'] // 1024}", str(row["registers"]),
-            str(row["spill_bytes"]), row["mma"] or "", "; ".join(row["faults"]),
+            str(row["spill_bytes"]), row["mma"] or "", str(row["programs_per_sm"]), str(row["instructions"]),
+            f"{row['row_instructions']} a row" if row["row_instructions"] else str(row["round_instructions"]),
+            str(row["copies_in_flight"]), "; ".join([*row["faults"], *(text[1:6] for text in row["warnings"])]),
         )  # fmt: skip
     _stdout().print(table)
+    _show_operator(content["operator"])
+
+
+def _show_operator(operator: dict[str, Any]) -> None:
+    """One call of the operator: its launches, and the bounds of each kernel."""
+    out = _stdout()
+    out.print(
+        f"\none call at {operator['shape']}, {operator['dtype']}, sparsity {operator['sparsity']:g}, domain "
+        f"{operator['linear_domain']}: {operator['launches']} launches, {operator['estimate_ms']['total']:.2f} ms "
+        f"on one {operator['card']} (estimated, not measured)",
+        soft_wrap=True,
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("kernel")
+    for name in ("launches", "tensor ms", "issue ms", "L2 ms", "DRAM ms", "estimate ms"):
+        table.add_column(name, justify="right")
+    for name, row in operator["bounds_ms"].items():
+        times = (row[bound] for bound in ("tensor", "issue", "l2", "dram", "estimate"))
+        table.add_row(name, str(row["launches"]), *(f"{time:.3f}" for time in times))
+    out.print(table)
 
 
 def show_plan(content: dict[str, Any], as_json: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from slagen.attention import sparse_linear_attention
 from slagen.attention.fused import trial, unsupported
 from slagen.config import SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError
@@ -138,12 +139,17 @@ COMPILE = (
     "import json, sys; from slagen.kernels.inspection import kernel_costs\n"
     "print(json.dumps([{**c.to_dict(), 'faults': c.faults()} for c in kernel_costs((int(sys.argv[1]),))]))"
 )
+OPERATOR = (
+    "import json, sys; from slagen.doctor import operator_call; print(json.dumps(operator_call(json.load(sys.stdin))))"
+)
+WAN_480P = (1, 12, 32760, 128)  # B, H, L, D of Wan2.1-1.3B, 832x480, 81 frames
 
 
 def kernel_costs(on_note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Compile every kernel for every card, each card in a process of its own where Triton's interpreter is off.
 
-    Returns: {"triton": version, "kernels": [row, ...]}; a row's `faults` say which limits it breaks.
+    Returns: {"triton": version, "kernels": [row, ...], "operator": as `operator_call`}; a row's `faults` say which
+        limits it breaks.
     Raises: EnvironmentProblem without Triton, SlagenError when a kernel does not compile.
     """
     if importlib.util.find_spec("triton") is None:
@@ -153,15 +159,60 @@ def kernel_costs(on_note: Callable[[str], None] = lambda text: None) -> dict[str
     def compile_for(target: int) -> list[dict[str, Any]]:
         on_note(f"compiling for sm_{target}")
         command = [sys.executable, "-c", COMPILE, str(target)]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if result.returncode:
-            last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
-            raise SlagenError(f"the kernels do not compile for sm_{target}: {last}")
-        return json.loads(result.stdout)
+        return _said(command, environment, f"the kernels do not compile for sm_{target}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [row for rows in pool.map(compile_for, TARGETS) for row in rows]
-    return {"triton": version("triton"), "kernels": rows}
+    operator = _said(
+        [sys.executable, "-c", OPERATOR], {**environment, "TRITON_INTERPRET": "1"},
+        "the operator's launches can not be counted", json.dumps(rows),
+    )  # fmt: skip
+    return {"triton": version("triton"), "operator": operator, "kernels": rows}
+
+
+def _said(command: list[str], environment: dict[str, str], failure: str, given: str | None = None) -> Any:
+    """What another process prints, as JSON. Raises SlagenError with the last line of its errors."""
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, input=given)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise SlagenError(f"{failure}: {last}")
+    return json.loads(result.stdout)
+
+
+def operator_call(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one call of the operator launches, counted by making it, and how long that should take on one card.
+
+    The call is that of Wan2.1-1.3B at 480p: bf16, sparsity 0.95, domain "all", inference. No kernel of Triton runs.
+
+    Args:
+        rows: of `kernel_costs`.
+    Returns: {"launches": number, "estimate_ms": {kernel: ms, ..., "total": ms}, "bounds_ms": {kernel: {...}}, ...}.
+    """
+    from slagen.kernels.inspection import variant_of
+    from slagen.kernels.launches import launches
+    from slagen.kernels.roofline import CARD, TARGET, Call, estimate
+
+    batch, heads, length, head_dim = WAN_480P
+    config = SLAConfig()
+    # (B, L, H, D) memory, as Wan hands it over.
+    q, k, v = (torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    weight, bias = torch.empty(head_dim, head_dim), torch.empty(head_dim)
+    with torch.inference_mode():
+        found = launches(lambda: sparse_linear_attention(q, k, v, config, weight, bias, backend="triton"))
+    costs = {row["kernel"]: row for row in rows if row["target"] == TARGET and row["head_dim"] == head_dim}
+    blocks = config.num_blocks(length)[1]
+    call = Call(batch * heads, length, head_dim, blocks, config.num_critical(blocks), q.element_size())
+    described = [(launch, costs.get(variant_of(launch) or "")) for launch in found]
+    bounds = {
+        kernel: {name: round(value, 4) for name, value in row.items()}
+        for kernel, row in estimate(call, described).items()
+    }
+    times = {name: row["estimate"] for name, row in bounds.items()}
+    return {
+        "shape": "x".join(map(str, WAN_480P)), "dtype": "bf16", "sparsity": config.sparsity,
+        "linear_domain": config.linear_domain, "card": CARD, "measured": False, "launches": len(found),
+        "estimate_ms": {**times, "total": round(sum(times.values()), 4)}, "bounds_ms": bounds,
+    }  # fmt: skip
 
 
 def check_kernels(content: dict[str, Any]) -> None:

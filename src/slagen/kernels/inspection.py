@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from slagen.kernels import backward, forward, selection, states
+from slagen.kernels.launches import Launch
 from slagen.kernels.occupancy import MULTIPROCESSORS, programs_per_sm
 from slagen.kernels.primitives import COLUMNS_AT_ONCE
 from slagen.kernels.resources import Tiles, choose, entries
@@ -111,7 +112,8 @@ class Compiled:
 def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS)) -> Iterator[KernelCost]:
     """Compile every kernel for every target, in bf16, for heads of 128 and on some targets of 64 too.
 
-    Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run.
+    Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run;
+    "attend-inference" and "select-inference" are those of a call without gradients, on sm_90, for its estimate.
 
     Raises: RuntimeError under TRITON_INTERPRET, or when ptxas or nvdisasm say nothing that can be read.
     """
@@ -120,8 +122,8 @@ def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS)) -> Iterator[
             compile_kernel(name, target, head_dim)
             for head_dim in (64, 128)
             if head_dim == 128 or target in TARGETS_OF_64
-            for name in VARIANTS
-            if head_dim == 128 or VARIANTS[name].heads
+            for name, variant in VARIANTS.items()
+            if (head_dim == 128 or variant.heads) and target in (variant.targets or targets)
         ]
         codes = disassemble([compiled.cubin for compiled in chosen], target)
         yield from (_cost(compiled, code) for compiled, code in zip(chosen, codes, strict=True))
@@ -230,6 +232,7 @@ def _products(ptx: str) -> int:
 
 
 SELECTED_COLUMNS = 512  # blocks of a row whose selection is counted: Wan 2.1 at 480p
+# What is compiled where is chosen so that all of it takes two minutes on two cores.
 TARGETS_OF_64 = (80, 90, 120)  # heads of 64 too: one target of each kind of tensor core and of shared memory
 
 
@@ -244,6 +247,7 @@ class Variant:
     rounds: of a selection, how often its loops go round for a row of SELECTED_COLUMNS: loops without loops inside,
         those around them, and so on.
     heads: False where the head dimension changes nothing.
+    targets: where it is compiled; None is everywhere.
     """
 
     kernel: Any
@@ -253,6 +257,7 @@ class Variant:
     warps: int = 4
     rounds: tuple[int, ...] | None = None
     heads: bool = True
+    targets: tuple[int, ...] | None = None
 
 
 _BOTH = {"SPARSE": True, "LINEAR": True, "BIAS": True, "FEATURE_MAP": "softmax"}
@@ -288,13 +293,21 @@ VARIANTS = {
     ),
     "select-inference": Variant(
         selection.select_kernel, None, {"CLASSES": False, "COLUMNS": selection.COLUMNS}, warps=1,
-        rounds=_SELECT_ROUNDS, heads=False,
+        rounds=_SELECT_ROUNDS, heads=False, targets=(90,),
     ),
     "column-lists": Variant(
         selection.column_lists_kernel, None, {"ROWS": selection.LIST_ROWS, "COLUMNS": selection.LIST_COLUMNS},
         heads=False,
     ),
 }  # fmt: skip
+
+
+def variant_of(launch: Launch) -> str | None:
+    """The variant that a launch of Triton is; None for an operator of PyTorch, and for one that is not listed."""
+    for name, variant in VARIANTS.items():
+        if variant.kernel.fn.__name__ == launch.kernel and variant.options.items() <= launch.constants.items():
+            return name
+    return None
 
 
 def _source(kernel: Any, constants: dict[str, Any], dtypes: dict[str, str]) -> ASTSource:
