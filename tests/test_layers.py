@@ -48,6 +48,7 @@ MAY_IMPORT = {
     | LIBRARY
     | LEAVES,
     "training_log": {"pages", "plot", "report", "video", "errors"},
+    "selftest": {"doctor", "generate", "bench"} | LIBRARY | LEAVES,
     "replay": {"generate"} | LIBRARY | LEAVES,
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
     "parallel": {"errors", "config"},
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     "batch": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
     "cluster": {"generate", "batch"} | LEAVES,
     "console": LEAVES,
-    "cli": {"console", "batch", "cluster", "replay", "dataset"} | TASKS | LIBRARY | LEAVES,
+    "cli": {"console", "batch", "cluster", "replay", "dataset", "selftest"} | TASKS | LIBRARY | LEAVES,
     "__main__": {"cli"},
     "__init__": TASKS | LIBRARY | LEAVES,
 }
