@@ -17,26 +17,20 @@ from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
 from slagen.wan.context import to_heads, to_tokens
-
-Rotary = tuple[Tensor, Tensor]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (B, L, H, D), pairs interleaved, computed in the tables' float32."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+from slagen.wan.rotary import Rotary, norm_and_rotate
 
 
 def _self_attention(
-    attn: WanAttention, hidden_states: Tensor, rotary_emb: Rotary | None, attend: Callable[..., Tensor]
+    attn: WanAttention,
+    hidden_states: Tensor,
+    rotary_emb: Rotary | None,
+    attend: Callable[..., Tensor],
+    backend: Backend,
 ) -> Tensor:
     """Everything around the attention itself, as WanAttnProcessor does it; `attend` sees (B, H, L, D) views."""
     query, key, value = _get_qkv_projections(attn, hidden_states, None)  # type: ignore[arg-type]
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # (B, L, H, D)
-    if rotary_emb is not None:
-        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+    query, key = norm_and_rotate(attn, query, key, rotary_emb, backend)
+    value = value.unflatten(2, (attn.heads, -1))  # (B, L, H, D)
     out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     out = out.transpose(1, 2).flatten(2, 3).type_as(query)
     return attn.to_out[1](attn.to_out[0](out))
@@ -48,6 +42,7 @@ class _Processor:
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
     layer: int  # index of the block, for the recorder
+    backend: Backend
     recorder: StepRecorder | None = None  # `attach_recorder` gives one
     token_group: Any = None  # the processes that share a clip's tokens, see context.py
 
@@ -60,7 +55,7 @@ class _Processor:
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
         _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
-        return _self_attention(attn, hidden_states, rotary_emb, self._attend)
+        return _self_attention(attn, hidden_states, rotary_emb, self._attend, self.backend)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.token_group is not None:
@@ -112,10 +107,10 @@ class SLAProcessor(_Processor, SparseLinearAttention):
 
 
 class DenseProcessor(_Processor):
-    """Full attention with the same spans around it: what SLA is compared with."""
+    """Full attention with the same spans around it, and the same norm and rotation: what SLA is compared with."""
 
-    def __init__(self, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, layer: int, backend: Backend = "auto") -> None:
+        self.layer, self.backend = layer, backend
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -156,6 +151,8 @@ def install(
     Args:
         transformer: a Wan transformer without SLA in it.
         config: for SLA with a fresh (zero) `proj_l` in each layer; None for timed full attention.
+        backend: of SLA, and of the norm and rotation around either attention.
+        branches: as in `sparse_linear_attention`.
     Raises: UsageError if SLA is installed already, or the model has no such layers.
     """
     if installation(transformer) is not None:
@@ -164,7 +161,7 @@ def install(
     transformer._slagen_installation = Installation([attn.processor for attn in layers])  # type: ignore[assignment]
     for index, attn in enumerate(layers):
         if config is None:
-            attn.set_processor(DenseProcessor(index))
+            attn.set_processor(DenseProcessor(index, backend))
             continue
         head_dim = attn.inner_dim // attn.heads
         device = next(attn.parameters()).device
