@@ -34,7 +34,9 @@ MAY_IMPORT = {
     "interrupts": set(),
     "footage": {"errors"},
     "resolve": LIBRARY | LEAVES,
+    "methods": LIBRARY | LEAVES,
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
+    "bench": {"methods", "resolve"} | LIBRARY | LEAVES,
     "finetune": {
         "generate",
         "resolve",
