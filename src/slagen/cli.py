@@ -904,8 +904,8 @@ def bench(
         typer.Option(
             rich_help_panel=WHAT,
             show_default=False,
-            help="sla, sparse, sdpa, sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math, flash-attn, sage, flex or "
-            "sla-public. May be repeated. Default: all.",
+            help="sla, sparse, sdpa, sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math, flash-attn, sage, flashinfer, "
+            "flex, cudnn-blocks, flashinfer-blocks or sla-public. May be repeated. Default: all.",
         ),
     ] = None,
     length: Annotated[
