@@ -1,22 +1,27 @@
 """slagen bench: what it measures, what it refuses, and what it writes."""
 
+import itertools
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from slagen import bench as task
-from slagen.bench import Method, bench
+from slagen.attention import sparse_linear_attention
+from slagen.bench import bench
 from slagen.cli import run
-from slagen.config import BenchConfig, parse_shape
+from slagen.config import BenchConfig, SLAConfig, parse_shape
 from slagen.errors import EnvironmentProblem, UsageError
+from slagen.methods import Method, Setting
 
 QUICK = {"shapes": ("1x2x256x32",), "sparsities": (0.5,), "lengths": (), "seconds": 0.01, "device": "cpu"}
 FIELDS = {
     "method", "kind", "backend", "shape", "dtype", "sparsity", "correct", "error", "forward_ms", "backward_ms",
-    "parts_ms", "tflops_dense_equivalent", "speedup",
+    "training_forward_ms", "parts_ms", "tflops_dense_equivalent", "speedup",
 }  # fmt: skip
 
 
@@ -44,7 +49,7 @@ def test_rows_and_files(tmp_path):
     assert rows["sla"]["speedup"] == pytest.approx(ratio) and rows["sdpa"]["speedup"] == 1
     parts = rows["sla"]["parts_ms"]
     assert list(parts) == ["block_map", "state", "projection", "fused"]
-    assert sum(parts.values()) == pytest.approx(rows["sla"]["forward_ms"]["median"])
+    assert all(duration > 0 for duration in parts.values())
     assert {path.name for path in result.files} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
     assert json.loads((tmp_path / "results" / "bench.json").read_text()) == result.content
     table = (tmp_path / "results" / "bench.md").read_text()
@@ -75,6 +80,91 @@ def test_what_other_libraries_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(task, "METHODS", (Method("other", "dense", fail),))
     row = bench(BenchConfig(**QUICK)).content["rows"][0]
     assert row["reason"] == "not supported here (RuntimeError: no kernel image)" and row["forward_ms"] is None
+
+
+def test_methods_take_turns(monkeypatch):
+    """Ratios are of one state of the machine: no method is timed to its end before another begins."""
+    order = []
+
+    def recorded(name):
+        def attend(q, k, v):
+            order.append(name)
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return Method(name, "dense", lambda setting: attend)
+
+    monkeypatch.setattr(task, "METHODS", (recorded("one"), recorded("two")))
+    rows = bench(BenchConfig(**QUICK)).content["rows"]
+    turns = [len(row["forward_ms"]["turn_medians"]) for row in rows]
+    assert min(turns) >= 3 and len([1 for a, b in itertools.pairwise(order) if a != b]) >= 2 * min(turns) - 1
+
+
+def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
+    def make(setting):
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v).detach()
+
+    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", make),))
+    result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
+    row = result.content["rows"][0]
+    assert row["forward_ms"] and row["backward_ms"] is None and row["speedup"] == 1
+    assert row["reason"].startswith("its backward pass: not supported here (RuntimeError: element 0 of tensors")
+    assert f"other: {row['reason']}" in result.verdicts
+
+
+def test_what_fails_at_the_full_length_is_said(monkeypatch):
+    def make(setting):
+        def attend(q, k, v):
+            if q.shape[2] == 256:
+                raise torch.OutOfMemoryError
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return attend
+
+    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", make),))
+    result = bench(BenchConfig(**QUICK))
+    assert result.verdicts[0] == "other: does not fit into this device's memory"
+
+
+def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
+    nothing = Method("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
+    monkeypatch.setattr(task, "METHODS", (nothing,))
+    row = bench(BenchConfig(**QUICK, output=str(tmp_path))).content["rows"][0]
+    assert row["correct"] is False and row["reason"] == "wrong: it gives values that are not finite"
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["error"] is None
+
+
+@pytest.mark.parametrize("domain", ["all", "marginal"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_fused_part_attends(backend, domain):
+    """What is timed as `fused` gives the operator's own output, from what the other parts make."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = SLAConfig(0.5, linear_domain=domain, block_m=16, block_n=16)
+    weight, bias = torch.eye(16, device=device), torch.randn(16, device=device)
+    setting = Setting(config, weight, bias, backend, device, torch.float32)
+    inputs = task._draw(1, (1, 1, 50, 16), device, torch.float32)[0]
+    stages = task._triton_stages if backend == "triton" else task._torch_stages
+    q, k, v, _ = inputs
+    with torch.inference_mode():
+        parts = stages(setting, inputs)
+        whole = sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
+        for part in parts.values():
+            part(q, k, v)
+        assert torch.equal(parts["fused"](q, k, v), whole)
+
+
+def test_inputs_exceed_twice_the_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50_000_000))
+    monkeypatch.setattr(task, "_draw", lambda count, sizes, device, dtype: count)
+    for sizes, count in {(1, 12, 32760, 128): 1, (1, 12, 1024, 128): 11, (1, 1, 1024, 64): 255}.items():
+        assert task._inputs(sizes, torch.device("cuda"), torch.bfloat16) == count
+        assert count * 3 * math.prod(sizes) * 2 >= 100_000_000
+
+
+def test_a_backend_that_can_not_take_the_shape_is_said():
+    with pytest.raises(EnvironmentProblem, match="head dimension of 16, 32, 64, 128, 256, not 96"):
+        bench(BenchConfig(**{**QUICK, "shapes": ("1x1x128x96",)}, backend="triton"))
 
 
 def test_break_even_is_where_slower_ends():

@@ -2,15 +2,15 @@
 
 Every method is first held against the float64 reference on a short sequence; what is wrong there is not timed. Times
 are medians over repeats on rotating inputs that together exceed the second-level cache, after an exact-shape warm-up
-that holds the compilation. SLA's time counts everything: block map, state, both branches, projection.
+that holds the compilation. All methods of one length take turns, so that their ratios come from one state of the
+machine. The forward pass is timed as inference runs it; a backward pass has a forward pass of its own, which saves what
+it needs. SLA's time counts everything: block map, state, both branches, projection.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,16 +23,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine, report
-from slagen.attention.block_map import block_scores, critical_indices
 from slagen.attention.functional import choose_backend, sparse_linear_attention
 from slagen.config import BenchConfig, ModelDefaults, parse_shape
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
-from slagen.timing import SpanClock, StepRecorder
+from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
-MIN_REPEATS, MAX_REPEATS = 3, 100
 
 
 @dataclass
@@ -52,12 +50,16 @@ class BenchResult:
 
     @property
     def verdicts(self) -> list[str]:
-        """One line for each method that did not run, and for each shape: from what length on SLA pays."""
-        missing = {row["method"]: row["reason"] for row in self.content["rows"] if row["correct"] is None}
-        return [f"{method}: {reason}" for method, reason in missing.items()] + [
-            f"{shape}: " + (f"SLA is not slower than dense attention from {tokens:,} tokens on" if tokens else NEVER)
-            for shape, tokens in self.content["break_even_tokens"].items()
-        ]
+        """Lines on what did not run and why, how steady the times are, and from what length on SLA pays."""
+        rows = self.content["rows"]
+        lines = [f"{row['method']}: {row['reason']}" for row in rows if row["reason"] and row["correct"] is not False]
+        drifts = [_drift(row["forward_ms"]) for row in rows if row["forward_ms"]]
+        if drifts:
+            lines.append(f"medians of the same call moved by up to {max(drifts):.0%} between turns: less is noise")
+        for shape, tokens in self.content["break_even_tokens"].items():
+            pays = f"SLA is not slower than dense attention from {tokens:,} tokens on" if tokens else NEVER
+            lines.append(f"{shape}: {pays}")
+        return list(dict.fromkeys(lines))
 
 
 # Kernel level
@@ -91,7 +93,8 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         "break_even_tokens": {},
     }  # fmt: skip
     try:
-        choose_backend(torch.empty(1, 1, 1, 64, dtype=dtype, device=device), config.backend)
+        for head_dim in {parse_shape(shape)[3] for shape in config.shapes}:
+            choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), config.backend)
     except ValueError as error:
         raise EnvironmentProblem(str(error)) from error
     if config.model or config.random_init:
@@ -106,6 +109,17 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     return result
 
 
+@dataclass
+class Entry:
+    """A row on its way: the method it is about, and the timers of its passes once they are warm."""
+
+    row: dict[str, Any]
+    method: Method
+    setting: Setting
+    sizes: tuple[int, int, int, int]
+    timers: dict[str, Timer] = field(default_factory=dict)
+
+
 def _bench_shape(
     config: BenchConfig, shape: str, methods: list[Method], device: torch.device, dtype: torch.dtype,
     content: dict[str, Any], on_note: Callable[[str], None],
@@ -118,72 +132,128 @@ def _bench_shape(
         lengths = tuple(2**n for n in range(10, 20) if 2**n < length)
     swept = 0.95 if 0.95 in sparsities else sparsities[0]
     plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
-    done: dict[tuple[str, int], dict[str, Any]] = {}  # dense rows do not depend on the sparsity
+    entries: dict[tuple[Any, ...], Entry] = {}
+    compared = []
     for tokens, sparsity in plans:
-        rows = []
-        for method in methods:
-            row = done.get((method.name, tokens)) if method.kind == "dense" else None
-            if row is None:
-                on_note(f"{method.name}, {tokens} tokens" + (f", sparsity {sparsity:g}" * (method.kind != "dense")))
+        keys = [(method.name, tokens, None if method.kind == "dense" else sparsity) for method in methods]
+        for key, method in zip(keys, methods, strict=True):
+            if key not in entries:  # dense rows do not depend on the sparsity
                 sizes = (batch, num_heads, tokens, head_dim)
-                row = _row(config, method, sizes, sparsity, device, dtype)
-                if method.kind == "dense":
-                    done[method.name, tokens] = row
-                content["rows"].append(row)
-            rows.append(row)
-            if row["reason"] and method.name in config.methods:
-                raise EnvironmentProblem(f"{method.name} does not run here: {row['reason']}. Leave it out of --method.")
+                entries[key] = _entry(config, method, sizes, sparsity, device, dtype)
+        compared.append([entries[key].row for key in keys])
+    content["rows"] += [entry.row for entry in entries.values()]
+    for tokens in dict.fromkeys(tokens for tokens, _ in plans):
+        _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
+    for rows in compared:
         _compare(rows)
     content["break_even_tokens"][shape] = _break_even(content["rows"], swept)
 
 
-def _row(
+def _entry(
     config: BenchConfig, method: Method, sizes: tuple[int, int, int, int], sparsity: float, device: torch.device,
     dtype: torch.dtype,
-) -> dict[str, Any]:  # fmt: skip
-    """Check a method, then time it. A method that can not run here has a reason, and no times."""
-    batch, num_heads, length, head_dim = sizes
-    sla = config.sla(sparsity)
+) -> Entry:  # fmt: skip
+    """A row without results, and the setting it will be measured in."""
+    head_dim = sizes[3]
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(head_dim, head_dim, generator=generator).mul_(head_dim**-0.5).to(device)
     bias = torch.randn(head_dim, generator=generator).to(device)
-    setting = Setting(sla, weight, bias, config.backend, device, dtype)
-    backward = config.backward if config.backward is not None else device.type == "cuda"
+    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype)
     row: dict[str, Any] = {
         "method": method.name, "kind": method.kind, "backend": _backend_name(method, setting, head_dim),
         "shape": "x".join(map(str, sizes)), "dtype": str(dtype).removeprefix("torch."),
         "sparsity": None if method.kind == "dense" else sparsity, "correct": None, "error": None, "reason": None,
-        "compile_s": None, "forward_ms": None, "backward_ms": None, "parts_ms": None, "tflops_dense_equivalent": None,
-        "share_of_matmul_ceiling": None, "speedup": None, "speedup_forward_backward": None,
+        "compile_s": None, "forward_ms": None, "training_forward_ms": None, "backward_ms": None, "parts_ms": None,
+        "tflops_dense_equivalent": None, "speedup": None, "speedup_forward_backward": None,
     }  # fmt: skip
+    return Entry(row, method, setting, sizes)
+
+
+def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str], None]) -> None:
+    """Check every method at one length and warm it up, then let all of them take turns, and fill in their rows."""
+    setting = entries[0].setting
+    backward = config.backward if config.backward is not None else setting.device.type == "cuda"
+    if any(entry.method.name == "flex" for entry in entries):
+        torch.compiler.reset()  # lengths must not add up to the limit of recompilations
+    inputs = _inputs(entries[0].sizes, setting.device, setting.dtype)
+    for entry in entries:
+        sparsity = entry.row["sparsity"]
+        label = "" if sparsity is None else f", sparsity {sparsity:g}"
+        on_note(f"{entry.method.name}, {entry.sizes[2]} tokens{label}")
+        with _reasons(entry):
+            _prepare(entry, inputs, config.seconds, backward)
+        if entry.row["reason"] and not entry.timers and entry.method.name in config.methods:
+            reason = f"{entry.method.name} does not run here: {entry.row['reason']}"
+            raise EnvironmentProblem(f"{reason.removesuffix('.')}. Leave it out of --method.")
+    for _ in range(TURNS):
+        for entry in entries:
+            for name in list(entry.timers):
+                with _reasons(entry, name):
+                    entry.timers[name].turn()
+    for entry in entries:
+        _fill_in(entry)
+        if entry.method.name == "sla" and entry.row["forward_ms"]:
+            entry.row["parts_ms"] = _parts(entry.setting, inputs, config.seconds)
+
+
+def _prepare(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool) -> None:
+    """Make a method, check it, and warm up its passes."""
+    row, setting = entry.row, entry.setting
+    attend = entry.method.make(setting)
+    error = _error(entry.method, setting, attend, entry.sizes[3])
+    limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
+    row["correct"] = error <= limit
+    if not math.isfinite(error):
+        row["reason"] = "wrong: it gives values that are not finite"
+        return
+    row["error"] = error
+    if not row["correct"]:
+        row["reason"] = f"wrong: its error to the reference is {error:.2g}, the limit {limit:.2g}"
+        return
+    timer = _forward_timer(attend, inputs, setting.device, seconds)
+    row["compile_s"] = timer.warm_up()
+    entry.timers["forward"] = timer
+    if backward and entry.method.backward:
+        with _reasons(entry, "backward"):
+            entry.timers["backward"] = Timer(_both_passes(attend), inputs, setting.device.type, seconds)
+            entry.timers["backward"].warm_up()
+
+
+@contextlib.contextmanager
+def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
+    """What keeps a method, or one of its passes, from running becomes its row's reason, and its timer goes."""
     try:
-        attend = method.make(setting)
-        row["error"] = _error(method, setting, attend, head_dim)
-        limit = method.error_limit or 32 * torch.finfo(dtype).eps
-        row["correct"] = row["error"] <= limit
-        if not row["correct"]:
-            row["reason"] = f"wrong: its error to the reference is {row['error']:.2g}, the limit {limit:.2g}"
-            return row
-        inputs = _inputs(sizes, device, dtype)
-        row["compile_s"], row["forward_ms"], row["backward_ms"] = _time(
-            attend, inputs, device, config.seconds, backward and method.backward
-        )
-        if method.name == "sla":
-            row["parts_ms"] = _parts(setting, inputs[0], row["forward_ms"]["median"], config.seconds)
-    except NotHere as reason:
-        row["reason"] = str(reason)
+        yield
+        return
+    except NotHere as error:
+        reason = str(error)
     except torch.OutOfMemoryError:
-        row["reason"] = "does not fit into this device's memory"
+        reason = "does not fit into this device's memory"
     except SlagenError:
         raise
     except Exception as error:  # another library's failure is a result here, and is shown
-        if method.name in ("sla", "sparse"):
+        if entry.method.name in ("sla", "sparse"):
             raise
-        row["reason"] = f"not supported here ({type(error).__name__}: {str(error).strip().splitlines()[0][:120]})"
-    if row["forward_ms"]:
-        flops = 4 * batch * num_heads * length**2 * head_dim
-        row["tflops_dense_equivalent"] = flops / row["forward_ms"]["median"] / 1e9
-    return row
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
+    if timer is not None:
+        entry.timers.pop(timer, None)
+    entry.row["reason"] = f"its backward pass: {reason}" if timer == "backward" else reason
+
+
+def _fill_in(entry: Entry) -> None:
+    """Move the times of a method that has run into its row."""
+    row = entry.row
+    if "forward" in entry.timers:
+        batch, num_heads, length, head_dim = entry.sizes
+        row["forward_ms"] = entry.timers["forward"].times("forward")
+        row["tflops_dense_equivalent"] = (
+            4 * batch * num_heads * length**2 * head_dim / row["forward_ms"]["median"] / 1e9
+        )
+    if "backward" in entry.timers:
+        row["training_forward_ms"] = entry.timers["backward"].times("forward")
+        row["backward_ms"] = entry.timers["backward"].times("backward")
+    entry.timers.clear()
 
 
 def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
@@ -194,20 +264,21 @@ def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
 
 
 def _inputs(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    """q, k, v and do, as many sets as it takes to exceed twice the second-level cache, at most 8."""
+    """Sets of q, k, v and do: as many as it takes for their q, k and v to exceed twice the second-level cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    size = 3 * math.prod(sizes) * torch.finfo(dtype).bits // 8
+    return _draw(max(1, math.ceil(2 * cache / (3 * math.prod(sizes) * dtype.itemsize))), sizes, device, dtype)
+
+
+def _draw(count: int, sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
     generator = torch.Generator(device).manual_seed(0)
-    return [
-        tuple(torch.randn(sizes, generator=generator, device=device, dtype=dtype) for _ in range(4))
-        for _ in range(min(8, max(1, math.ceil(2 * cache / size))))
-    ]
+    drawn = torch.randn(count, 4, *sizes, generator=generator, device=device, dtype=dtype)
+    return [one.unbind() for one in drawn.unbind()]
 
 
 def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> float:
     """The largest error to the float64 reference on a short sequence, in units of the largest output."""
     sizes = (1, SHORT_HEADS, SHORT_LENGTH, head_dim)
-    q, k, v, _ = _inputs(sizes, setting.device, setting.dtype)[0]
+    q, k, v, _ = _draw(1, sizes, setting.device, setting.dtype)[0]
     with torch.inference_mode():
         actual = attend(q, k, v).double()
         wide = q.double(), k.double(), v.double()
@@ -221,64 +292,61 @@ def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> f
         return ((actual - exact).abs().max() / exact.abs().max()).item()
 
 
-def _time(
-    attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.device, seconds: float, backward: bool
-) -> tuple[float, dict[str, Any], dict[str, Any] | None]:
-    """First call in seconds, then forward and backward as medians with quartiles, in milliseconds."""
-    clock = SpanClock(device.type)
+def _forward_timer(attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.device, seconds: float) -> Timer:
+    """Times the forward pass under the key "forward", as inference runs it."""
 
-    def once(i: int) -> None:
-        q, k, v, do = inputs[i % len(inputs)]
-        if not backward:
-            with torch.inference_mode(), clock.span("forward"):
-                attend(q, k, v)
-            return
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    def call(clock: SpanClock, tensors: tuple[Tensor, ...]) -> None:
+        with torch.inference_mode(), clock.span("forward"):
+            attend(*tensors[:3])
+
+    return Timer(call, inputs, device.type, seconds)
+
+
+def _both_passes(attend: Attend) -> Callable[[SpanClock, Any], None]:
+    """Times a forward pass that saves what the backward pass needs, and that: "forward" and "backward"."""
+
+    def call(clock: SpanClock, tensors: tuple[Tensor, ...]) -> None:
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
         with clock.span("forward"):
             o = attend(*leaves)
         with clock.span("backward"):
-            torch.autograd.grad(o, leaves, do)
+            torch.autograd.grad(o, leaves, tensors[3])
 
-    began = time.perf_counter()
-    once(0)
-    clock.read()  # waits for the device
-    compile_s = time.perf_counter() - began
-    began = time.perf_counter()
-    once(1)
-    clock.read()
-    took = time.perf_counter() - began
-    repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(seconds / max(took, 1e-6))))
-    for i in range(repeats):
-        once(i)
-    spans: dict[Any, list[float]] = {}
-    for key, span in clock.read():
-        spans.setdefault(key, []).append(span)
-    return compile_s, _quartiles(spans["forward"]), _quartiles(spans["backward"]) if backward else None
+    return call
 
 
-def _quartiles(times: list[float]) -> dict[str, Any]:
-    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return {"median": median, "q1": q1, "q3": q3, "repeats": len(times)}
+def _alone(attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.device, seconds: float) -> float:
+    """The median of a forward pass that is compared with nothing, in milliseconds."""
+    timer = _forward_timer(attend, inputs, device, seconds)
+    timer.warm_up()
+    for _ in range(TURNS):
+        timer.turn()
+    return timer.times("forward")["median"]
 
 
-def _parts(setting: Setting, inputs: tuple[Tensor, ...], total: float, seconds: float) -> dict[str, float]:
-    """Where SLA's forward time goes: block map, state, projection, each timed alone, and the fused rest."""
-    stages = _triton_stages if choose_backend(inputs[0], setting.backend) == "triton" else _torch_stages
-    parts = {
-        name: _time(stage, [inputs], setting.device, seconds / 4, backward=False)[1]["median"]
-        for name, stage in stages(setting, inputs).items()
-    }
-    return {**parts, "fused": total - sum(parts.values())}
+def _parts(setting: Setting, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
+    """Where SLA's forward time goes, each part timed alone: block map, state, projection, and what attends.
+
+    They need not add up to the whole: alone, a part finds its inputs where the part before it left them long ago.
+    """
+    stages = _triton_stages if choose_backend(inputs[0][0], setting.backend) == "triton" else _torch_stages
+    with torch.inference_mode():
+        made = stages(setting, inputs[0])
+    return {name: _alone(stage, inputs, setting.device, seconds / 4) for name, stage in made.items()}
 
 
 def _triton_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
-    """What precedes the kernel that attends. `state` holds the pooling of the keys, which shares its pass over them."""
+    """The stages of `sla_forward`, each on what the stages before it make of the first inputs.
+
+    `state` holds the pooling of the keys, which shares its pass over them. In the domain "marginal" the weight is
+    multiplied into the blocks' states where they are made, so there is no projection.
+    """
     from slagen.kernels.selection import pool, select
     from slagen.kernels.states import fold, key_states, marginal_states
 
     config, (q, k, v, _) = setting.config, inputs
-    marginal = config.linear_domain == "marginal"
-    num_columns = config.num_blocks(q.shape[2])[1]
+    marginal, length = config.linear_domain == "marginal", q.shape[2]
+    num_columns = config.num_blocks(length)[1]
     topk, num_negligible = config.num_critical(num_columns), config.num_negligible(num_columns)
     weight = setting.weight.to(q.dtype)
 
@@ -290,32 +358,92 @@ def _triton_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, At
 
     def state(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         _, states, zs = sums(k, v)
-        return marginal_states(states, zs, classes, topk + num_negligible) if marginal else (states.sum(1), zs.sum(1))
+        if marginal:
+            return marginal_states(states, zs, classes, topk + num_negligible)
+        return states.sum(1) / length, zs.sum(1) / length
 
-    means, states, zs = sums(k, v)
-    classes = block_map(q, k, v)[1]
-    if marginal:  # multiplied into the states of the blocks, where they are made
-        return {"block_map": block_map, "state": state}
-    total, z = states.sum(1), zs.sum(1)
-    return {"block_map": block_map, "state": state, "projection": lambda q, k, v: fold(total, z, weight, q.dtype)}
+    def project(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fold(total, z, weight, q.dtype)
+
+    means = sums(k, v)[0]
+    kv_indices, classes = block_map(q, k, v)
+    total, z = state(q, k, v)
+    ready = total if marginal else project(q, k, v)
+    stages: dict[str, Attend] = {"block_map": block_map, "state": state}
+    if not marginal:
+        stages["projection"] = project
+    return {**stages, "fused": _triton_attend(setting, kv_indices, ready, z)}
+
+
+def _triton_attend(setting: Setting, kv_indices: Tensor, state: Tensor, z: Tensor) -> Attend:
+    """The kernel that attends, as `sla_forward` launches it."""
+    from slagen.attention.reference import EPSILON
+    from slagen.kernels.forward import attend_kernel
+    from slagen.kernels.primitives import COLUMNS_AT_ONCE, LOG2_E
+    from slagen.kernels.resources import tiles
+    from slagen.kernels.states import precision
+
+    config = setting.config
+    marginal = config.linear_domain == "marginal"
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, num_heads, length, head_dim = q.shape
+        tile, o, lse = tiles("attend", q, config.block_m, config.block_n), torch.empty_like(q), z.new_empty(0)
+        eps = EPSILON[config.linear_domain] / (1 if marginal else length)
+        attend_kernel[(math.ceil(length / tile.m), batch * num_heads)](
+            q, k, v, o, lse, kv_indices, state, z, setting.bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
+            num_heads, length, config.num_blocks(length)[0], kv_indices.shape[2], head_dim**-0.5 * LOG2_E, eps,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim,
+            CHUNK=min(head_dim, COLUMNS_AT_ONCE), SPARSE=True, LINEAR=True, MARGINAL=marginal, BIAS=True,
+            SAVE_LSE=False, FEATURE_MAP=config.feature_map, PRECISION=precision(q), num_warps=tile.warps,
+            num_stages=tile.stages,
+        )  # fmt: skip
+        return o
+
+    return attend
 
 
 def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
     """As `_triton_stages`; in the domain "marginal" every row is projected, after it has attended."""
-    from slagen.attention.blockwise import head_groups, key_states, to_blocks
+    from slagen.attention import blockwise
 
-    config, q = setting.config, inputs[0]
+    config, (q, k, v, _) = setting.config, inputs
+    length, head_dim = q.shape[2:]
 
-    def block_map(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return critical_indices(block_scores(q, k, config), config)
+    def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor | None]:
+        return blockwise._select(q, k, config, sparse=True, linear=True)
+
+    def states(k: Tensor, v: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+        for heads in blockwise.head_groups(q):
+            k_j, v_j = (blockwise.to_blocks(x[heads], config.block_n) for x in (k, v))
+            yield heads, k_j, v_j, blockwise.key_states(k_j, v_j, config, length)
 
     def state(q: Tensor, k: Tensor, v: Tensor) -> None:
-        for heads in head_groups(q):
-            key_states(to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n), config, q.shape[2])
+        for _ in states(k, v):
+            pass
 
-    rows = q.shape[2] if config.linear_domain == "marginal" else q.shape[3]
-    projected = torch.randn(*q.shape[:2], rows, q.shape[3], device=q.device)
-    return {"block_map": block_map, "state": state, "projection": lambda q, k, v: projected @ setting.weight.mT}
+    def project(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return projected @ setting.weight.mT
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o = torch.empty_like(q)
+        for heads, k_j, v_j, sums in prepared:
+            for run, tokens in blockwise._query_runs(q, config):
+                q_i = blockwise.to_blocks(q[heads][:, :, tokens], config.block_m)
+                o_i = torch.empty_like(q_i)
+                indices = blockwise._rows(kv_indices, heads, run)
+                blockwise._sparse_forward(q_i * head_dim**-0.5, k_j, v_j, indices, length, o_i)
+                domain_i = None if domain is None else blockwise._rows(domain, heads, run)
+                o_i += blockwise._linear_rows(q_i, sums, domain_i, config)[2].view(o_i.shape)
+                o_i += setting.bias
+                blockwise._from_blocks(o_i, o[heads][:, :, tokens])
+        return o
+
+    prepared = list(states(k, v))
+    kv_indices, domain = block_map(q, k, v)
+    rows = length if config.linear_domain == "marginal" else head_dim
+    projected = torch.randn(*q.shape[:2], rows, head_dim, device=q.device)
+    return {"block_map": block_map, "state": state, "projection": project, "fused": attend}
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
@@ -332,8 +460,14 @@ def _compare(rows: list[dict[str, Any]]) -> None:
                 row["speedup_forward_backward"] = both / _both(row)
 
 
+def _drift(times: dict[str, Any]) -> float:
+    """How far the medians of the turns lie apart, as a share of the median of all."""
+    medians = times["turn_medians"]
+    return (max(medians) - min(medians)) / times["median"]
+
+
 def _both(row: dict[str, Any]) -> float:
-    return row["forward_ms"]["median"] + row["backward_ms"]["median"]
+    return row["training_forward_ms"]["median"] + row["backward_ms"]["median"]
 
 
 def _break_even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
@@ -355,11 +489,11 @@ def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What this machine reaches at best: a matrix product in TFLOP/s, a copy in GB/s (read and written)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.float32, device=device).zero_()
+    product = _alone(lambda q, k, v: q @ k, [(a, b, a)], device, 1.0)
+    source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    product = _time(lambda q, k, v: q @ k, [(a, b, a, a)], device, 1.0, backward=False)[1]["median"]
-    copy = _time(lambda q, k, v: q.copy_(k), [(target, source, source, source)], device, 1.0, backward=False)[1]
-    return {"matmul_tflops": 2 * n**3 / product / 1e9, "copy_gb_s": 2 * source.nbytes / copy["median"] / 1e6}
+    copy = _alone(lambda q, k, v: q.copy_(k), [(target, source, source)], device, 1.0)
+    return {"matmul_tflops": 2 * n**3 / product / 1e9, "copy_gb_s": 2 * source.nbytes / copy / 1e6}
 
 
 # Model level
@@ -461,10 +595,15 @@ def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: boo
     attention = [sum(step.attention_ms) for step in recorder.steps]
     return {
         "size": f"{width}x{height}", "num_frames": num_frames, "steps": config.steps, "compiled": compiled,
-        "step_ms": _quartiles(latency), "attention_ms": None if compiled else _quartiles(attention),
+        "step_ms": _spread(latency), "attention_ms": None if compiled else _spread(attention),
         "attention_share": None if compiled else sum(attention) / sum(latency),
         "peak_memory_gib": machine.peak_memory_gib(device),
     }  # fmt: skip
+
+
+def _spread(times: list[float]) -> dict[str, Any]:
+    q1, median, q3 = quartiles(times)
+    return {"median": median, "q1": q1, "q3": q3, "repeats": len(times)}
 
 
 # Files

@@ -101,7 +101,7 @@ def _flex(setting: Setting) -> Attend:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False, options={"max_autotune": True})
-    tiles = _flex_tiles(setting)
+    tiles: Any = _flex_tiles(setting)  # PyTorch's type for them lacks the prefixes that its text documents
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         config, length = setting.config, q.shape[2]

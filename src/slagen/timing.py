@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from slagen.config import Timing
+
+MIN_REPEATS, MAX_REPEATS, TURNS = 3, 100, 5  # of one measurement
 
 
 class SpanClock:
@@ -67,6 +71,77 @@ class SpanClock:
                 pass
         probe.read()
         return (time.perf_counter() - began) * 1e3 / repeats
+
+
+class Timer:
+    """Times one call, in turns between which other calls can have theirs.
+
+    Clocks and temperature drift, so calls that are compared take turns: each then meets every state of the machine.
+    The first call of a turn of several is not counted, since what ran before it left the device idle, or busy.
+
+    Args:
+        call: takes a clock and one of the inputs, does its work once and marks its spans on the clock.
+        inputs: given one after the other. Together they should exceed the device's second-level cache.
+        device_type: as SpanClock takes it.
+        seconds: for all turns together, with at least MIN_REPEATS and at most MAX_REPEATS calls.
+    """
+
+    def __init__(
+        self, call: Callable[[SpanClock, Any], None], inputs: Sequence[Any], device_type: str, seconds: float
+    ) -> None:
+        self._call, self._inputs, self._seconds = call, inputs, seconds
+        self._clock = SpanClock(device_type)
+        self._calls = 0
+        self._repeats = self._per_turn = 0
+        self._turns: dict[Any, list[list[float]]] = {}
+
+    def _run(self, calls: int) -> list[tuple[Any, float]]:
+        for _ in range(calls):
+            self._call(self._clock, self._inputs[self._calls % len(self._inputs)])
+            self._calls += 1
+        return self._clock.read()
+
+    def warm_up(self) -> float:
+        """Call once, then for a tenth of the time, so that clocks are up: the seconds of the first, which compiles."""
+        began = time.perf_counter()
+        self._run(1)
+        first_s = time.perf_counter() - began
+        began, spent, calls = time.perf_counter(), 0.0, 0
+        while calls == 0 or (spent < self._seconds / 10 and calls < MAX_REPEATS):
+            more = max(1, calls)
+            self._run(more)
+            spent, calls = time.perf_counter() - began, calls + more
+        self._repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(self._seconds * calls / max(spent, 1e-9))))
+        self._per_turn = math.ceil(self._repeats / TURNS)
+        return first_s
+
+    def turn(self) -> None:
+        """Take one of TURNS turns; nothing once there are enough calls."""
+        if self._repeats <= 0:
+            return
+        self._repeats -= self._per_turn
+        uncounted = int(self._per_turn > 1)
+        spans: dict[Any, list[float]] = {}
+        for key, duration in self._run(uncounted + self._per_turn):
+            spans.setdefault(key, []).append(duration)
+        for key, durations in spans.items():
+            self._turns.setdefault(key, []).append(durations[uncounted:])
+
+    def times(self, key: Hashable) -> dict[str, Any]:
+        """The key's spans in milliseconds: median, quartiles, how many, and the median of each turn."""
+        turns = self._turns[key]
+        times = [duration for turn in turns for duration in turn]
+        q1, median, q3 = quartiles(times)
+        turn_medians = [statistics.median(turn) for turn in turns]
+        return {"median": median, "q1": q1, "q3": q3, "repeats": len(times), "turn_medians": turn_medians}
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of one value or more."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
+    return q1, median, q3
 
 
 @dataclass
