@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
-LEAVES |= {"quality", "footage", "interrupts"}
+LEAVES |= {"quality", "footage", "interrupts", "packages", "plain"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "prompts": {"errors", "config"},
     "manifest": {"errors"},
     "pages": set(),
+    "packages": set(),
+    "plain": set(),
     "quality": {"errors"},
     "interrupts": set(),
     "footage": {"errors"},
@@ -61,7 +63,7 @@ MAY_IMPORT = {
     "cluster": {"generate", "batch"} | LEAVES,
     "console": LEAVES,
     "cli": {"console", "batch", "cluster", "replay", "dataset", "selftest"} | TASKS | LIBRARY | LEAVES,
-    "__main__": {"cli"},
+    "__main__": {"cli", "packages", "errors"},
     "__init__": TASKS | LIBRARY | LEAVES,
 }
 DOORS = {

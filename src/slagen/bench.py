@@ -10,6 +10,7 @@ it needs. SLA's time counts everything: block map, state, both branches, project
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from slagen import machine, report
+from slagen import machine, packages, report
 from slagen.attention.functional import choose_backend, sparse_linear_attention
 from slagen.config import BenchConfig, ModelDefaults, parse_shape
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
@@ -72,7 +73,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         on_note: called with one line for each thing that begins or is left out.
     Returns: the rows, and the files written.
     Raises: UsageError for an unknown method, EnvironmentProblem for a device that is not there or a named method that
-        does not run here.
+        does not run here, ImportError where a model is asked for and a package it takes is not here.
     """
     device = machine.pick_device(config.device)
     dtype = machine.pick_dtype(config.dtype, device)
@@ -83,6 +84,8 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     folder = Path(config.output or "").expanduser()
     if config.output is not None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement
+    if config.model or config.random_init:
+        importlib.import_module("slagen.wan.loading")  # and what is not installed
     content: dict[str, Any] = {
         "machine": {
             **machine.describe_device(device), "versions": report.versions(), **_ceilings(device, dtype),
@@ -105,7 +108,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
             _bench_shape(config, shape, methods, device, dtype, content, on_note)
     result = BenchResult(content)
     if config.output is not None:
-        result.files = _write(folder, content)
+        result.files = _write(folder, content, on_note)
     return result
 
 
@@ -609,7 +612,7 @@ def _spread(times: list[float]) -> dict[str, Any]:
 # Files
 
 
-def _write(folder: Path, content: dict[str, Any]) -> list[Path]:
+def _write(folder: Path, content: dict[str, Any], on_note: Callable[[str], None]) -> list[Path]:
     """bench.json, bench.md, and where shapes were timed bench.png and bench.svg, each whole or not at all."""
     files = [folder / "bench.json", folder / "bench.md"]
     report.write_json(files[0], content)
@@ -617,7 +620,12 @@ def _write(folder: Path, content: dict[str, Any]) -> list[Path]:
     if any(row["forward_ms"] for row in content["rows"]):
         from slagen.plot import draw_bench
 
-        files += draw_bench(content, folder)
+        try:
+            files += draw_bench(content, folder)
+        except ImportError as error:
+            if (lack := packages.explain(error)) is None:
+                raise
+            on_note(f"there is no plot: {lack}")
     return files
 
 

@@ -33,7 +33,7 @@ from slagen.config import (
     Trained,
     TunedAttention,
 )
-from slagen.errors import GateError, SlagenError, UsageError
+from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
 ALIASES = {
@@ -1108,7 +1108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code. Typer shows wrong usage itself."""
-    from slagen import console
+    from slagen import console, packages
 
     try:
         app(arguments, prog_name="slagen")
@@ -1130,6 +1130,9 @@ def run(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         _debug()
+        if isinstance(error, ImportError) and (lack := packages.explain(error)):
+            console.show_error(lack)
+            return EnvironmentProblem.exit_code
         console.show_error(f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)")
         return 1
     return 0

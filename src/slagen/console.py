@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+if TYPE_CHECKING or find_spec("rich") is not None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+else:
+    from slagen.plain import (
+        BarColumn,
+        Console,
+        MofNCompleteColumn,
+        Progress,
+        Table,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        escape,
+    )
 
 STAGES = {
     "hash": "reading the weights' hashes",
@@ -221,7 +235,7 @@ def show_bench(result: Any, as_json: bool) -> None:
                 table.add_row(*map(escape, row))
             out.print(table)
     for verdict in result.verdicts:
-        out.print(verdict, soft_wrap=True)
+        out.print(escape(verdict), soft_wrap=True)
     for path in result.files:
         write(str(path))
 

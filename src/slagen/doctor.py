@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slagen import packages
 from slagen.attention import sparse_linear_attention
 from slagen.attention.fused import trial, unsupported
 from slagen.config import SLAConfig
@@ -33,15 +34,22 @@ class Finding:
     fix: str = ""
 
 
+SHOWN = ("torch", "triton", "diffusers", "transformers", "ftfy")  # the others are only if they are missing or too old
+WITHOUT = {
+    "triton": "Linux only; it comes with torch's CUDA builds",
+    "ftfy": "without it prompts are cleaned wrongly",
+    "matplotlib": "without it `bench` draws no plot",
+    "rich": "without it tables are plain text",
+}
+NOT_NEEDED = ("triton", "matplotlib", "rich")
+
+
 def examine() -> list[Finding]:
     """Look at packages, device, kernels, bundled model, hub cache and disk. Downloads nothing."""
+    others = [name for name in packages.requirements() if name not in SHOWN and not packages.state(name)[1]]
     return [
         Finding("python", "ok", sys.version.split()[0]),
-        _package("torch", "pip install torch"),
-        _package("triton", "pip install triton (Linux only; it comes with torch's CUDA builds)", needed=False),
-        _package("diffusers", "pip install diffusers"),
-        _package("transformers", "pip install transformers"),
-        _package("ftfy", "pip install ftfy: without it prompts are cleaned wrongly"),
+        *map(_package, (*SHOWN, *others)),
         *_gpu(),
         _kernels(),
         _bundled_model(),
@@ -49,11 +57,21 @@ def examine() -> list[Finding]:
     ]
 
 
-def _package(name: str, fix: str, needed: bool = True) -> Finding:
-    try:
-        return Finding(name, "ok", version(name))
-    except PackageNotFoundError:
-        return Finding(name, "problem" if needed else "note", "not installed", fix)
+def _package(name: str) -> Finding:
+    found, fits = packages.state(name)
+    if fits:
+        return Finding(name, "ok", found)
+    fix = ": ".join([packages.install(name), *([WITHOUT[name]] if name in WITHOUT else [])])
+    return Finding(name, "note" if name in NOT_NEEDED else "problem", found, fix)
+
+
+def _not_looked_at(name: str, error: ImportError) -> Finding:
+    """For what takes a package that is not here, or is too old."""
+    lack = packages.explain(error)
+    if lack is None:
+        raise error
+    reason, _, fix = lack.partition(" Try ")
+    return Finding(name, "problem", f"not looked at: {reason}", fix.removesuffix("."))
 
 
 def _gpu() -> list[Finding]:
@@ -101,11 +119,13 @@ def _kernels() -> Finding:
 
 def _bundled_model() -> Finding:
     """Load the bundled model, which also checks that its UMT5 embedding is tied."""
-    from slagen.wan.loading import load_pipeline, resolve_model
-
     try:
+        from slagen.wan.loading import load_pipeline, resolve_model
+
         source = resolve_model("tiny-wan", "cpu")
         pipe = load_pipeline(source, torch.device("cpu"), torch.float32)
+    except ImportError as error:
+        return _not_looked_at("bundled model", error)
     except SlagenError as error:
         return Finding("bundled model", "problem", str(error), "install slagen again")
     encoder = pipe.text_encoder
@@ -116,8 +136,10 @@ def _bundled_model() -> Finding:
 
 
 def _disk() -> list[Finding]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError as error:
+        return [_not_looked_at("hub cache", error)]
     cache = Path(HF_HUB_CACHE)
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free / 2**30

@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from slagen.errors import EnvironmentProblem, UsageError
@@ -34,13 +33,14 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far, in GiB: of the card on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    info = psutil.Process().memory_info()
-    peak = getattr(info, "peak_wset", None)  # Windows
-    if peak is None:
-        import resource
+    if platform.system() == "Windows":
+        import psutil
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
-    return peak / 2**30
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def cpu_name() -> str:

@@ -1,0 +1,84 @@
+"""What console.py takes of rich, as plain text: for machines without rich. There are no live lines and no colours."""
+
+from __future__ import annotations
+
+import re
+import sys
+from itertools import zip_longest
+from typing import Any
+
+TaskID = int
+
+
+def escape(text: str) -> str:
+    """Text whose brackets are no markup."""
+    return text.replace("[", "\\[")
+
+
+def _text(markup: str) -> str:
+    return re.sub(r"(?<!\\)\[/?[a-z ]*\]", "", markup).replace("\\[", "[")
+
+
+class Table:
+    """Columns as wide as their longest cell; a cell may have several lines."""
+
+    def __init__(self, show_header: bool = True, **style: Any) -> None:
+        self._show_header = show_header
+        self._header: list[str] = []
+        self._rows: list[list[str]] = []
+
+    def add_column(self, name: str, **style: Any) -> None:
+        self._header.append(name)
+
+    def add_row(self, *cells: str) -> None:
+        self._rows.append([_text(cell) for cell in cells])
+
+    def __str__(self) -> str:
+        rows = [self._header, *self._rows] if self._show_header else self._rows
+        lines = [line for row in rows for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
+        widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+class Console:
+    """Prints to stdout or stderr, one line or table at a time."""
+
+    is_terminal = False
+
+    def __init__(self, stderr: bool = False, **style: Any) -> None:
+        self._stderr = stderr
+
+    def print(self, what: str | Table = "", **style: Any) -> None:
+        text = str(what) if isinstance(what, Table) else _text(what)
+        (sys.stderr if self._stderr else sys.stdout).write(text + "\n")
+
+
+class Progress:
+    """Shows nothing but what its console prints."""
+
+    def __init__(self, *columns: Any, console: Console, **style: Any) -> None:
+        self.console = console
+
+    def start(self) -> None:
+        """Nothing is live."""
+
+    stop = start
+
+    def add_task(self, text: str, **fields: Any) -> TaskID:
+        """One name for all: nothing is told apart."""
+        return 0
+
+    def update(self, task: TaskID, **fields: Any) -> None:
+        """Nothing is live."""
+
+    remove_task = update
+
+
+class Column:
+    """A part of the live line that is not shown."""
+
+    def __init__(self, *text: str, **style: Any) -> None:
+        pass
+
+
+BarColumn = MofNCompleteColumn = TextColumn = TimeElapsedColumn = Column
