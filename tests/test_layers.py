@@ -37,8 +37,9 @@ MAY_IMPORT = {
     "footage": {"errors"},
     "resolve": LIBRARY | LEAVES,
     "methods": LIBRARY | LEAVES,
+    "tables": set(),
     **{task: {"resolve"} | LIBRARY | LEAVES for task in TASKS},
-    "bench": {"methods", "resolve"} | LIBRARY | LEAVES,
+    "bench": {"methods", "tables", "resolve"} | LIBRARY | LEAVES,
     "finetune": {
         "generate",
         "resolve",

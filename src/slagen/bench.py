@@ -28,39 +28,11 @@ from slagen.attention.functional import choose_backend, sparse_linear_attention
 from slagen.config import BenchConfig, ModelDefaults, parse_shape
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
+from slagen.tables import BenchResult, markdown
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
-
-
-@dataclass
-class BenchResult:
-    """What was measured. `content` is what --json prints; `files` were written."""
-
-    content: dict[str, Any]
-    files: list[Path] = field(default_factory=list)
-
-    @property
-    def tables(self) -> list[tuple[tuple[str, ...], list[list[str]]]]:
-        """Column names and rows, as text: of attention calls, and of models."""
-        return [
-            (COLUMNS, [cells(row) for row in self.content["rows"] if row["forward_ms"] or row["correct"] is False]),
-            (MODEL_COLUMNS, [model_cells(row) for row in self.content["models"]]),
-        ]
-
-    @property
-    def verdicts(self) -> list[str]:
-        """Lines on what did not run and why, how steady the times are, and from what length on SLA pays."""
-        rows = self.content["rows"]
-        lines = [f"{row['method']}: {row['reason']}" for row in rows if row["reason"] and row["correct"] is not False]
-        drifts = [_drift(row["forward_ms"]) for row in rows if row["forward_ms"]]
-        if drifts:
-            lines.append(f"medians of the same call moved by up to {max(drifts):.0%} between turns: less is noise")
-        for shape, tokens in self.content["break_even_tokens"].items():
-            pays = f"SLA is not slower than dense attention from {tokens:,} tokens on" if tokens else NEVER
-            lines.append(f"{shape}: {pays}")
-        return list(dict.fromkeys(lines))
 
 
 # Kernel level
@@ -463,12 +435,6 @@ def _compare(rows: list[dict[str, Any]]) -> None:
                 row["speedup_forward_backward"] = both / _both(row)
 
 
-def _drift(times: dict[str, Any]) -> float:
-    """How far the medians of the turns lie apart, as a share of the median of all."""
-    medians = times["turn_medians"]
-    return (max(medians) - min(medians)) / times["median"]
-
-
 def _both(row: dict[str, Any]) -> float:
     return row["training_forward_ms"]["median"] + row["backward_ms"]["median"]
 
@@ -627,63 +593,3 @@ def _write(folder: Path, content: dict[str, Any], on_note: Callable[[str], None]
                 raise
             on_note(f"there is no plot: {lack}")
     return files
-
-
-def markdown(result: BenchResult) -> str:
-    """The rows as tables, under the machine they were measured on."""
-    about = result.content["machine"]
-    lines = [f"# slagen bench: {about['name']}", "", f"{about['date']}; " + ", ".join(
-        f"{package} {number}" for package, number in about["versions"].items()
-    ) + f"; matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s.", ""]  # fmt: skip
-    for columns, rows in result.tables:
-        if rows:
-            lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
-    lines += [f"- {verdict}" for verdict in result.verdicts]
-    return "\n".join(lines) + "\n"
-
-
-COLUMNS = (
-    "shape", "method", "backend", "sparsity", "forward ms (quartiles, repeats)", "backward ms", "dense TFLOP/s",
-    "speed-up",
-)  # fmt: skip
-MODEL_COLUMNS = ("model", "attention", "backend", "sparsity", "step ms (quartiles)", "attention share", "speed-up")
-NEVER = "SLA is slower than dense attention at the longest sequence measured"
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table, as text; a method that was not timed says why."""
-    shown = [row["shape"], row["method"], row["backend"], _number(row["sparsity"])]
-    if not row["forward_ms"]:
-        return [*shown, row["reason"] or "", "", "", ""]
-    forward, backward = row["forward_ms"], row["backward_ms"]
-    timed = f"{forward['median']:.4g} ({forward['q1']:.4g}-{forward['q3']:.4g}, {forward['repeats']})"
-    speedup = row["speedup"]
-    said = (
-        "" if speedup is None else f"{speedup:.2f}x" + (" (slower)" if speedup < 1 and row["kind"] != "dense" else "")
-    )
-    return [
-        *shown,
-        timed,
-        f"{backward['median']:.4g}" if backward else "",
-        f"{row['tflops_dense_equivalent']:.4g}",
-        said,
-    ]
-
-
-def model_cells(row: dict[str, Any]) -> list[str]:
-    """One row of the table of models, as text."""
-    step = row["step_ms"]
-    return [
-        f"{row['model']} {row['size']}, {row['num_frames']} frames",
-        row["attention"],
-        row["backend"] + ", compiled" * row["compiled"],
-        _number(row["sparsity"]),
-        f"{step['median']:.4g} ({step['q1']:.4g}-{step['q3']:.4g})",
-        "" if row["compiled"] else f"{row['attention_share']:.0%}",
-        f"{row['speedup']:.2f}x" + (" (slower)" if row["speedup"] < 1 and row["attention"] == "sla" else ""),
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
