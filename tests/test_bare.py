@@ -134,6 +134,13 @@ def test_without_typer_there_is_one_line(bare):
     assert done.stderr.startswith("error: typer is not installed") and done.stderr.count("\n") == 1
 
 
+def test_help_without_rich(bare):
+    done = bare("bench", "--help", missing=("rich",))
+    assert done.returncode == 0 and "--no-length-sweep" in done.stdout and done.stderr == ""
+    done = bare("bench", "--sparsity", "much", missing=("rich",))
+    assert done.returncode == 2 and "Invalid value for '--sparsity'" in done.stderr
+
+
 def test_every_requirement_fits_here():
     """The tests run where all is installed, so nothing may be called missing."""
     names = set(packages.requirements())

@@ -36,7 +36,8 @@ class BenchResult:
         lines = [f"{row['method']}: {row['reason']}" for row in rows if row["reason"] and row["correct"] is not False]
         drifts = [_drift(row["forward_ms"]) for row in rows if row["forward_ms"]]
         if drifts:
-            lines.append(f"medians of the same call moved by up to {max(drifts):.0%} between turns: less is noise")
+            drift = f"{max(drifts):.0%}"
+            lines.append(f"the median of one call moved by up to {drift} between turns: smaller differences are noise")
         for shape, tokens in self.content["break_even_tokens"].items():
             pays = f"SLA is not slower than dense attention from {tokens:,} tokens on" if tokens else NEVER
             lines.append(f"{shape}: {pays}")
