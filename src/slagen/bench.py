@@ -313,69 +313,54 @@ def _parts(setting: Setting, inputs: list[tuple[Tensor, ...]], seconds: float) -
 def _triton_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
     """The stages of `sla_forward`, each on what the stages before it make of the first inputs.
 
-    `state` holds the pooling of the keys, which shares its pass over them. In the domain "marginal" the weight is
-    multiplied into the blocks' states where they are made, so there is no projection.
+    `state` holds the pooling of the keys, which shares its pass over them. In the domain "marginal" `state` sums the
+    states of each row's blocks too, and the weight is multiplied into them there, so there is no projection.
     """
+    from slagen.attention.reference import EPSILON
+    from slagen.kernels.forward import attend
     from slagen.kernels.selection import pool, select
-    from slagen.kernels.states import fold, key_states, marginal_states
+    from slagen.kernels.states import combine, key_states, mix, precision, projects, state_dtype
 
     config, (q, k, v, _) = setting.config, inputs
-    marginal, length = config.linear_domain == "marginal", q.shape[2]
+    marginal, (length, head_dim) = config.linear_domain == "marginal", q.shape[2:]
     num_columns = config.num_blocks(length)[1]
     topk, num_negligible = config.num_critical(num_columns), config.num_negligible(num_columns)
-    weight = setting.weight.to(q.dtype)
+    weight = setting.weight.to(state_dtype(q)) if marginal and projects(q) else None
 
     def sums(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return key_states(k, v, config.block_n, config.feature_map, marginal, weight if marginal else None, pool=True)
+        return key_states(k, v, config.block_n, config.feature_map, marginal, weight, pool=True)
 
     def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return select(torch.bmm(pool(q, config.block_m), means.mT), topk, num_negligible, classes=marginal)
 
     def state(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         _, states, zs = sums(k, v)
-        if marginal:
-            return marginal_states(states, zs, classes, topk + num_negligible)
-        return states.sum(1) / length, zs.sum(1) / length
+        if not marginal:
+            return states, zs
+        mixed, z = mix(states, zs, classes, None, q.dtype, precision(q))
+        return mixed if projects(q) else mixed @ setting.weight.to(q.dtype).mT, z
 
-    def project(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return fold(total, z, weight, q.dtype)
+    def project(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return combine(states, zs, setting.weight, length, q.dtype, False)[:2]
 
-    means = sums(k, v)[0]
-    kv_indices, classes = block_map(q, k, v)
-    total, z = state(q, k, v)
-    ready = total if marginal else project(q, k, v)
-    stages: dict[str, Attend] = {"block_map": block_map, "state": state}
-    if not marginal:
-        stages["projection"] = project
-    return {**stages, "fused": _triton_attend(setting, kv_indices, ready, z)}
-
-
-def _triton_attend(setting: Setting, kv_indices: Tensor, state: Tensor, z: Tensor) -> Attend:
-    """The kernel that attends, as `sla_forward` launches it."""
-    from slagen.attention.reference import EPSILON
-    from slagen.kernels.forward import attend_kernel
-    from slagen.kernels.primitives import COLUMNS_AT_ONCE, LOG2_E
-    from slagen.kernels.resources import tiles
-    from slagen.kernels.states import precision
-
-    config = setting.config
-    marginal = config.linear_domain == "marginal"
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, num_heads, length, head_dim = q.shape
-        tile, o, lse = tiles("attend", q, config.block_m, config.block_n), torch.empty_like(q), z.new_empty(0)
-        eps = EPSILON[config.linear_domain] / (1 if marginal else length)
-        attend_kernel[(math.ceil(length / tile.m), batch * num_heads)](
-            q, k, v, o, lse, kv_indices, state, z, setting.bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
-            num_heads, length, config.num_blocks(length)[0], kv_indices.shape[2], head_dim**-0.5 * LOG2_E, eps,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim,
-            CHUNK=min(head_dim, COLUMNS_AT_ONCE), SPARSE=True, LINEAR=True, MARGINAL=marginal, BIAS=True,
-            SAVE_LSE=False, FEATURE_MAP=config.feature_map, PRECISION=precision(q), num_warps=tile.warps,
-            num_stages=tile.stages,
+    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o = torch.empty_like(q)
+        attend(
+            q, k, v, o, z.new_empty(0), kv_indices, folded, z, setting.bias, block_m=config.block_m,
+            block_n=config.block_n, num_critical=topk, linear=True, marginal=marginal,
+            feature_map=config.feature_map, eps=EPSILON[config.linear_domain] / (1 if marginal else length),
+            scale=head_dim**-0.5, sparse=True,
         )  # fmt: skip
         return o
 
-    return attend
+    means = sums(k, v)[0]
+    kv_indices, classes = block_map(q, k, v)
+    states, zs = state(q, k, v)
+    stages: dict[str, Attend] = {"block_map": block_map, "state": state}
+    if not marginal:
+        stages["projection"] = project
+    folded, z = (states, zs) if marginal else project(q, k, v)
+    return {**stages, "fused": fused}
 
 
 def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:

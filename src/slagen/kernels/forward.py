@@ -17,7 +17,7 @@ from slagen.kernels.primitives import (
 )
 from slagen.kernels.resources import Tiles, tiles
 from slagen.kernels.selection import column_lists, pool, select
-from slagen.kernels.states import combine, key_states, mix, precision, state_dtype
+from slagen.kernels.states import combine, key_states, mix, precision, projects, state_dtype
 
 HEADROOM = tl.constexpr(4096.0)  # the most that a row's weights of one tile sum to before its maximum is moved
 LOWEST = tl.constexpr(-3e38)  # where maxima begin: finite, so that -inf of a masked score less this is no nan
@@ -261,9 +261,8 @@ def sla_forward(
                 )  # fmt: skip
         return o, lse, kv_indices, classes, q_indices, q_offsets, state, z
 
-    project = bounded and head_dim <= 128 and state_dtype(q) == torch.bfloat16  # two (D, D) operands fit on chip
     if weight is not None:
-        w = weight.to(torch.bfloat16).contiguous() if project else None
+        w = weight.to(state_dtype(q)).contiguous() if bounded and projects(q) else None
         means, states, zs = key_states(k, v, block_n, feature_map, marginal, w, pool=selecting)
     elif selecting:
         means = pool(k, block_n)
@@ -275,7 +274,7 @@ def sla_forward(
     folded, folded_z, eps_used = nothing, nothing, eps
     if bounded:
         folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
-        if not project:
+        if not projects(q):
             folded = folded @ weight.to(q.dtype).mT
     elif weight is not None:
         folded, z, state = combine(states, zs, weight.contiguous(), length, q.dtype, save)

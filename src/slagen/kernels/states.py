@@ -375,6 +375,11 @@ def mix(
     return mixed, total
 
 
+def projects(x: Tensor) -> bool:
+    """Whether `key_states` can multiply the states of single blocks by W^T: two (D, D) operands must fit on chip."""
+    return state_dtype(x) == torch.bfloat16 and x.shape[-1] <= 128
+
+
 def state_dtype(x: Tensor) -> torch.dtype:
     """In what the states of single blocks are kept: what has float32's range."""
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
