@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell: `make gpu` on a bare machine with one CUDA card.
 
     python scripts/gpu.py                  all parts that have no result yet, in order
-    python scripts/gpu.py --part sweep     one part, again
+    python scripts/gpu.py --part smoke     one part, again
     python scripts/gpu.py --tables         the README's tables, from the results of every card
 
 Each part runs in a process of its own, ends within nine minutes, and leaves one JSON file in
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT_S = 9 * 60
 ON_REQUEST = ("tiny", "sla-table")
+SHAPE = (1, 12, 32760)  # of the sweep: batch, heads, tokens of Wan2.1 1.3B at 480p
 SLAGEN = [sys.executable, "-m", "slagen"]
 SWEEP = {  # kernel -> tiles to try: query rows, key columns, warps, stages
     "attend": [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2),
@@ -44,61 +47,95 @@ def bench(*options: str, name: str, folder: Path) -> None:
     (folder / f"{name}.json").write_text((folder / name / "bench.json").read_text())
 
 
+def smoke(folder: Path) -> None:
+    """A video of the bundled model with the Triton kernels: what every user does first."""
+    video = ROOT / "build" / "smoke.mp4"
+    command = [*SLAGEN, "generate", "a red circle moving right", "--model", "tiny-wan", "--backend", "triton",
+               "--output", str(video), "--overwrite"]  # fmt: skip
+    subprocess.run(command, check=True, timeout=LIMIT_S)
+    report = json.loads(video.with_suffix(".json").read_text())
+    save(folder / "smoke.json", {name: report[name] for name in ("attention", "stages_s", "steps", "latents_hash")})
+
+
 def tests(folder: Path) -> None:
-    """The tests that need a GPU, bf16 among them."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/test_kernels.py",
-        "tests/test_attention.py",
-        "-k",
-        "not costs",
-        "-p",
-        "no:cacheprovider",
-    ]
+    """The tests that need a GPU, bf16 among them; several at a time, for most of their time goes into compiling."""
+    command = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "tests/test_attention.py", "-k", "not costs",
+               "-p", "no:cacheprovider"]  # fmt: skip
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)
-    print(result.stdout[-3000:], flush=True)
+    print(result.stdout[-3000:], result.stderr[-3000:], flush=True)
     if result.returncode:
         raise SystemExit(f"tests failed: exit code {result.returncode}")
     save(folder / "tests.json", {"output": result.stdout.splitlines()[-40:]})
 
 
-def sweep(folder: Path) -> None:
-    """Time every candidate tile of every kernel, forward or backward as a whole, and name the fastest."""
+def sweep(path: Path, head_dim: int, block_m: int, candidates: dict[str, list[tuple[int, int, int, int]]]) -> None:
+    """Time every candidate tile of every kernel at one head dimension and block size, and name the fastest of each.
+
+    A tile is first held against the reference, forward and backward; a wrong one is recorded and not timed. The rows
+    lie in a file beside `path` until all are there, so a sweep that was cut short, or whose tile brought the device
+    down, goes on after that tile.
+
+    Args:
+        path: of the result. candidates: kernel -> tiles, as SWEEP.
+    """
     import torch
 
-    from slagen.attention import sparse_linear_attention
+    from slagen.attention.fused import verify
     from slagen.config import SLAConfig
     from slagen.kernels import resources
 
-    rows, began = [], time.monotonic()
-    table = {kernel: list(entries) for kernel, entries in resources.TABLE.items()}
-    for head_dim, block_m in ((128, 64), (128, 128), (64, 64)):
-        config = SLAConfig(0.95, block_m=block_m, block_n=64)
-        drawn = [torch.randn(1, 12, 32760, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
-        proj = torch.randn(head_dim, head_dim, device="cuda") * head_dim**-0.5, torch.randn(head_dim, device="cuda")
-        for kernel, candidates in SWEEP.items():
-            for tile in candidates:
-                if time.monotonic() - began > LIMIT_S - 60:
-                    print("out of time: the rest is left out", flush=True)
-                    break
-                resources.TABLE = {**table, kernel: [(1 << 30, 0, resources.Tiles(*tile))]}
-                backward = kernel in ("dq", "dkv")
-                try:
-                    value = time_call(sparse_linear_attention, drawn, config, proj, backward)
-                except Exception as error:  # a tile that a card can not run is a result of the sweep
-                    rows.append({"kernel": kernel, "head_dim": head_dim, "block_m": block_m, "tile": tile,
-                                 "ms": None, "reason": f"{type(error).__name__}: {error}"[:200]})  # fmt: skip
-                    continue
-                rows.append({"kernel": kernel, "head_dim": head_dim, "block_m": block_m, "tile": tile, "ms": value})
-                print(rows[-1], flush=True)
-    resources.TABLE = table
-    save(folder / "sweep.json", {"rows": rows})
+    began, partial = time.monotonic(), path.with_suffix(".partial")
+    rows = json.loads(partial.read_text()) if partial.exists() else []
+    config = SLAConfig(0.95, block_m=block_m, block_n=64)
+    drawn = [torch.randn(*SHAPE, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    proj = torch.randn(head_dim, head_dim, device="cuda") * head_dim**-0.5, torch.randn(head_dim, device="cuda")
+    verify(drawn[0], config)  # what the other kernels run with
+    for kernel, tiles in candidates.items():
+        blocks = (64, 64) if kernel in resources.SQUARE else (block_m, 64)
+        for tile in dict.fromkeys(resources.Tiles(*tile).within(*blocks) for tile in tiles):
+            ran = list(dataclasses.astuple(tile))
+            if any(row["kernel"] == kernel and row["tile"] == ran for row in rows):
+                continue
+            if time.monotonic() - began > LIMIT_S - 60:
+                raise SystemExit(f"out of time after {len(rows)} tiles; run it again to go on")
+            row = {"kernel": kernel, "head_dim": head_dim, "block_m": block_m, "tile": ran, "ms": None, "reason": None}
+            rows.append(row)
+            partial.write_text(json.dumps([*rows[:-1], {**row, "reason": "brought the process down"}]))
+            row["ms"], row["reason"] = measure(kernel, tile, drawn, config, proj)
+            partial.write_text(json.dumps(rows))
+            print(row, flush=True)
+            torch.cuda.synchronize()  # raises where the device is lost: what came after would fail for that alone
+    fastest = {
+        kernel: min((row for row in rows if row["kernel"] == kernel and row["ms"]), key=lambda r: r["ms"], default=None)
+        for kernel in candidates
+    }
+    save(path, {"fastest": fastest, "rows": rows})
+    partial.unlink()
+
+
+def measure(kernel: str, tile, drawn, config, proj) -> tuple[float | None, str | None]:
+    """Milliseconds of a tile that is right, or what is wrong with it."""
+    import torch
+
+    from slagen.attention import sparse_linear_attention
+    from slagen.attention.fused import trial
+    from slagen.kernels import resources
+
+    with resources.using(resources.current().with_tile(kernel, tile)):
+        try:
+            if (fault := trial(drawn[0], config)) is not None:
+                return None, fault
+            value = time_call(sparse_linear_attention, drawn, config, proj, backward=kernel in ("dq", "dkv"))
+            torch.cuda.synchronize()
+        except Exception as error:  # a tile that a card can not run is a result of the sweep
+            return None, f"{type(error).__name__}: {error}"[:200]
+    return value, None
 
 
 def time_call(attend, drawn, config, proj, backward: bool) -> float:
-    """Median milliseconds of 15 calls, forward or forward and backward."""
+    """Median milliseconds of 15 calls, forward under inference mode, or forward and backward."""
     import statistics
 
     import torch
@@ -110,7 +147,8 @@ def time_call(attend, drawn, config, proj, backward: bool) -> float:
     for i in range(18):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        o = attend(q, k, v, config, *proj, backend="triton")
+        with torch.inference_mode(not backward):
+            o = attend(q, k, v, config, *proj, backend="triton")
         if backward:
             torch.autograd.grad(o, (q, k, v), do)
         end.record()
@@ -159,8 +197,13 @@ def loop(name: str, folder: Path, *options: str) -> None:
 
 
 PARTS = {
+    "smoke": smoke,
     "tests": tests,
-    "sweep": sweep,
+    "selftest": lambda folder: subprocess.run([*SLAGEN, "doctor", "--selftest", "--output",
+                                               str(folder / "selftest.json")], check=True, timeout=LIMIT_S),
+    "sweep-d128-m64": lambda folder: sweep(folder / "sweep-d128-m64.json", 128, 64, SWEEP),
+    "sweep-d128-m128": lambda folder: sweep(folder / "sweep-d128-m128.json", 128, 128, SWEEP),
+    "sweep-d64-m64": lambda folder: sweep(folder / "sweep-d64-m64.json", 64, 64, SWEEP),
     "bench-1.3b-480p": lambda folder: bench("--shape", "wan-1.3b-480p", "--sparsity", "0.9", "--sparsity", "0.95",
                                             "--sparsity", "0.97", "--seconds", "1",
                                             name="bench-1.3b-480p", folder=folder),

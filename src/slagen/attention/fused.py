@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from slagen.config import SLAConfig
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
-
-_verified: set[tuple[Any, ...]] = set()
 
 
 def fused_attention(
@@ -61,32 +60,40 @@ def _why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def verify(q: Tensor, config: SLAConfig) -> None:
-    """Try the kernels' configuration on a tiny input, once for each device, dtype, head dimension and kind of block.
+    """Try the kernels on a tiny input, once for each device, dtype, head dimension, kind of block and set of tiles.
 
-    A configuration that a card can not run, or that computes something else there, gives way to the next smaller one.
-    During capture or compilation nothing is tried: the remembered choice stands.
-    Raises: RuntimeError when no configuration is right.
+    A tile that a card can not run, or that computes something else there, gives way to the next smaller one. During
+    capture or compilation nothing is tried: the remembered choice stands.
+    Raises: RuntimeError when no tile is right.
     """
     if torch.compiler.is_compiling() or not q.is_cuda or torch.cuda.is_current_stream_capturing():
         return
-    key = (q.device, q.dtype, q.shape[-1], config.block_m, config.block_n, config.linear_domain, config.feature_map)
-    if key in _verified:
-        return
     from slagen.kernels import resources
 
-    while (fault := trial(q, config)) is not None:
-        if not resources.demote(q):
+    choices, blocks = resources.current(), (config.block_m, config.block_n)
+    kind = q.device, q.dtype, q.shape[-1], *blocks, config.linear_domain, config.feature_map
+    while choices.verified.get(kind) != (tiles := choices.running(q, *blocks)):
+        fault, kernel = _attempt(q, config)
+        if fault is None:
+            choices.verified[kind] = tiles
+        elif not choices.demote(q, *blocks, kernel):
             raise RuntimeError(f"the Triton kernels fail on {q.device}: {fault}. Try --backend torch.")
-        warnings.warn(
-            f"the Triton kernels fail on {q.device} ({fault}); their next smaller tiles are used.", stacklevel=2
-        )
-    _verified.add(key)
+        else:
+            name = kernel or "the Triton kernels"
+            warnings.warn(f"{name} on {q.device}: {fault}; the next smaller tiles are used.", stacklevel=2)
 
 
 def trial(q: Tensor, config: SLAConfig) -> str | None:
-    """Run forward and backward on two heads of a few blocks: what is wrong, or None."""
-    from slagen.kernels.resources import OutOfResources
+    """Run forward and backward on two heads of a few blocks, with the tiles in use: what is wrong, or None."""
+    return _attempt(q, config)[0]
 
+
+def _attempt(q: Tensor, config: SLAConfig) -> tuple[str | None, str | None]:
+    """What is wrong, and in which kernel where that is known."""
+    from slagen.kernels import resources
+
+    choices = resources.current()
+    choices.latest = None
     length, head_dim = 3 * max(config.block_m, config.block_n) + 5, q.shape[-1]
     small = dataclasses.replace(config, sparsity=0.5, negligible=0.0)
     make: dict[str, Any] = {
@@ -94,25 +101,34 @@ def trial(q: Tensor, config: SLAConfig) -> str | None:
         "device": q.device,
         "dtype": torch.float32,
     }
-    with torch.enable_grad():
+    with _autograd_of_its_own():
         drawn = [torch.randn(1, 2, length, head_dim, **make).to(q.dtype) for _ in range(3)]
         drawn += [torch.randn(head_dim, head_dim, **make) * head_dim**-0.5, torch.randn(head_dim, **make)]
         inputs = [x.requires_grad_() for x in drawn]
         do = torch.randn(drawn[0].shape, **make)
         wide = [x.detach().double().requires_grad_() for x in inputs]
         exact = reference_attention(wide[0], wide[1], wide[2], small, wide[3], wide[4], head_dim**-0.5, True)
-        truth = [exact, *torch.autograd.grad(exact, wide, do.double())]
+        truth = [exact.detach(), *torch.autograd.grad(exact, wide, do.double())]
         try:
             o = _call(inputs[0], inputs[1], inputs[2], small, inputs[3], inputs[4], head_dim**-0.5, True, True)
-            found = [o, *torch.autograd.grad(o, inputs, do.to(q.dtype))]
-        except OutOfResources as error:
-            return str(error)
+            found = [o.detach(), *torch.autograd.grad(o, inputs, do.to(q.dtype))]
+        except resources.TritonError as error:
+            return str(error), choices.latest
     eps = torch.finfo(q.dtype).eps
     for name, actual, expected in zip(("o", "dq", "dk", "dv", "dweight", "dbias"), found, truth, strict=True):
         # What rounding can cause, with room to spare: a wrong tile is wrong by far more.
         if not (actual.double() - expected).abs().max() <= 32 * eps * expected.abs().max():
-            return f"{name} is wrong"
-    return None
+            return f"{name} is wrong", None
+    return None, None
+
+
+@contextlib.contextmanager
+def _autograd_of_its_own() -> Iterator[None]:
+    """Record gradients whatever the caller does: under inference mode or no_grad, or inside a checkpointed block, whose
+    hooks would take what is saved here for its own."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
+        yield
 
 
 def _call(

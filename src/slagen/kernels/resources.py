@@ -2,15 +2,19 @@
 
 The table is read by the shared memory that one program may use (and so by compute capability: 99 KiB on sm_86, sm_89
 and sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100) and by the bytes of a row, D times the size of an element.
-Entries of a kernel go from the fastest to the smallest; a card that can not run one takes the next.
+Entries of a kernel go from the fastest to the smallest; a card that can not run one takes the next. What was found out
+about them lies in one `Choices`, which `using` replaces for a while.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources as OutOfResources  # what a launch raises where a tile does not fit
+from triton.errors import TritonError as TritonError  # what a launch raises where a tile does not fit or compile
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ HOPPER = 200 * KIB  # shared memory that tells sm_90 and sm_100 from the others
 # For each kernel: bytes of a row at most, shared memory at least, tiles. Chosen by what ptxas reports, which
 # `slagen doctor --kernels` shows: nothing spills, two programs on a multiprocessor of sm_90, eight warps where mma.sync
 # needs the registers. Not yet timed on a card; scripts/gpu.py sweeps them.
-TABLE: dict[str, list[tuple[int, int, Tiles]]] = {
+Table = dict[str, list[tuple[int, int, Tiles]]]
+TABLE: Table = {
     "attend": [
         (128, 0, Tiles(128, 64, 8, 3)),
         (128, HOPPER, Tiles(64, 64, 4, 3)),
@@ -74,7 +79,79 @@ TABLE: dict[str, list[tuple[int, int, Tiles]]] = {
         (1024, 0, Tiles(16, 16, 4, 1)),
     ],
 }
-_demoted: dict[tuple[torch.device, int], int] = {}  # how far down the table a card was seen to need to go
+SQUARE = ("states",)  # kernels that run once over blocks of keys and once over blocks of queries
+
+
+class Choices:
+    """Which tiles of a table run for each kind of tensor, which of them were verified, and which gave way.
+
+    Args:
+        table: for each kernel, entries as in TABLE.
+    """
+
+    def __init__(self, table: Table = TABLE) -> None:
+        self.table = table
+        self.verified: dict[Any, tuple[Tiles, ...]] = {}  # kind of call -> tiles that attention/fused.py found right
+        self.latest: str | None = None  # the kernel that asked last: its launch is what fails next
+        self._steps: dict[tuple[str, torch.device, int], int] = {}  # how far down its entries a kernel had to go
+        self._tiles: dict[Any, Tiles] = {}
+        self._running: dict[Any, tuple[Tiles, ...]] = {}
+
+    def tiles(self, kernel: str, x: Tensor, block_m: int, block_n: int) -> Tiles:
+        """The tiles of a kernel for (B, H, L, D) tensors like x, no larger than a block. Call it before the launch."""
+        self.latest = kernel
+        key = kernel, x.device, _row_bytes(x), block_m, block_n
+        if key not in self._tiles:
+            found = entries(kernel, key[2], shared_memory(x.device), self.table)
+            self._tiles[key] = choose(found, block_m, block_n, self._steps.get(key[:3], 0))
+        return self._tiles[key]
+
+    def running(self, x: Tensor, block_m: int, block_n: int) -> tuple[Tiles, ...]:
+        """The tiles of every kernel for tensors like x, in the table's order."""
+        key = x.device, _row_bytes(x), block_m, block_n
+        if key not in self._running:
+            self._running[key] = tuple(
+                self.tiles(kernel, x, *blocks) for kernel in self.table for blocks in _blocks(kernel, block_m, block_n)
+            )
+        return self._running[key]
+
+    def demote(self, x: Tensor, block_m: int, block_n: int, kernel: str | None = None) -> bool:
+        """Go down to the next smaller tiles for tensors like x, of one kernel or of all; False where there are none."""
+        kernels = list(self.table) if kernel is None else [kernel]
+        before = self.running(x, block_m, block_n)
+        for name in kernels:
+            place = name, x.device, _row_bytes(x)
+            self._steps[place] = self._steps.get(place, 0) + 1
+        self._tiles.clear()
+        self._running.clear()
+        return self.running(x, block_m, block_n) != before
+
+    def with_tile(self, kernel: str, tile: Tiles) -> "Choices":
+        """The same but for one kernel, which has this one tile; nothing of it is verified."""
+        other = Choices({**self.table, kernel: [(1 << 30, 0, tile)]})
+        other._steps = {place: steps for place, steps in self._steps.items() if place[0] != kernel}
+        return other
+
+
+_in_use = [Choices()]
+
+
+def current() -> Choices:
+    """The choices in use."""
+    return _in_use[-1]
+
+
+@contextmanager
+def using(choices: Choices) -> Iterator[Choices]:
+    """Run with other choices for the length of the block, in every thread.
+
+    Autograd runs a backward on CUDA in threads of its own, which would not see a ContextVar of their caller.
+    """
+    _in_use.append(choices)
+    try:
+        yield choices
+    finally:
+        _in_use.pop()
 
 
 def interpreting() -> bool:
@@ -82,19 +159,17 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def entries(kernel: str, row_bytes: int, shared_bytes: int) -> list[Tiles]:
+def entries(kernel: str, row_bytes: int, shared_bytes: int, table: Table = TABLE) -> list[Tiles]:
     """The configurations of a kernel that should fit, the fastest first."""
-    found = [tile for most, needed, tile in TABLE[kernel] if row_bytes <= most and shared_bytes >= needed]
+    found = [tile for most, needed, tile in table[kernel] if row_bytes <= most and shared_bytes >= needed]
     if not found:
         raise ValueError(f"{kernel}: no configuration for rows of {row_bytes} bytes")
     return found
 
 
 def tiles(kernel: str, x: Tensor, block_m: int, block_n: int) -> Tiles:
-    """The configuration for (B, H, L, D) tensors like x, no larger than a block."""
-    row_bytes = x.shape[3] * x.element_size()
-    steps_down = _demoted.get((x.device, row_bytes), 0)
-    return choose(entries(kernel, row_bytes, shared_memory(x.device)), block_m, block_n, steps_down)
+    """The configuration in use for (B, H, L, D) tensors like x, no larger than a block."""
+    return current().tiles(kernel, x, block_m, block_n)
 
 
 def choose(found: list[Tiles], block_m: int, block_n: int, steps_down: int = 0) -> Tiles:
@@ -110,11 +185,10 @@ def shared_memory(device: torch.device) -> int:
     return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
-def demote(x: Tensor) -> bool:
-    """Go down to the next smaller configurations for tensors like x; False where there are none."""
-    row_bytes = x.shape[3] * x.element_size()
-    step = _demoted.get((x.device, row_bytes), 0) + 1
-    if all(step >= len(entries(kernel, row_bytes, shared_memory(x.device))) for kernel in TABLE):
-        return False
-    _demoted[x.device, row_bytes] = step
-    return True
+def _row_bytes(x: Tensor) -> int:
+    return x.shape[3] * x.element_size()
+
+
+def _blocks(kernel: str, block_m: int, block_n: int) -> list[tuple[int, int]]:
+    """The sizes of blocks that a kernel runs over."""
+    return [(block_n, block_n), (block_m, block_m)] if kernel in SQUARE else [(block_m, block_n)]

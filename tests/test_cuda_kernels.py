@@ -1,0 +1,201 @@
+"""The kernels' first call on a card, faked: what is tried, what gives way, and which tiles run then."""
+
+import threading
+import warnings
+
+import pytest
+import torch
+from fake_cuda import CARD, fake_card, on_card
+from numerics import make_proj, make_qkv
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from slagen.attention import fused, sparse_linear_attention  # noqa: E402
+from slagen.attention.functional import choose_backend  # noqa: E402
+from slagen.config import SLAConfig  # noqa: E402
+from slagen.kernels import forward, resources  # noqa: E402
+from slagen.kernels.resources import Choices, Tiles  # noqa: E402
+
+if torch.cuda.is_available():
+    pytest.skip("needs a machine without CUDA, where a fake takes its place", allow_module_level=True)
+
+SMALL = SLAConfig(0.5, block_m=16, block_n=16)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card, and choices of tiles that know nothing yet."""
+    with resources.using(Choices()):
+        yield fake_card(monkeypatch)
+
+
+def test_trial_inside_inference_mode():
+    """`generate` and `bench` call there, where autograd records nothing until one leaves it."""
+    with torch.inference_mode():
+        assert fused.trial(torch.zeros(1, 1, 1, 16), SMALL) is None
+
+
+def test_trial_saves_nothing_for_a_checkpointed_block():
+    """finetune recomputes blocks on a card; the first run of one must save what the second does."""
+    x = torch.randn(3, requires_grad=True)
+    tried = []
+
+    def block(x):
+        if not tried:
+            tried.append(fused.trial(torch.zeros(1, 1, 1, 16), SMALL))
+        return (2 * x).sin()
+
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert tried == [None]
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).cos())
+
+
+def test_the_first_call_tries_the_kernels(card):
+    """Once for its kind, inside inference mode too; every launch is on the tensors' own device."""
+    q, k, v = (on_card(x) for x in make_qkv((1, 1, 40, 16), torch.float32))
+    weight, bias = (on_card(x) for x in make_proj(16, torch.float32))
+    with torch.inference_mode():
+        o = sparse_linear_attention(q, k, v, SMALL, weight, bias)
+        launches = len(card.calls)
+        sparse_linear_attention(q, k, v, SMALL, weight, bias)
+    assert choose_backend(q) == "triton" and o.is_cuda
+    expected = sparse_linear_attention(q.cpu(), k.cpu(), v.cpu(), SMALL, weight.cpu(), bias.cpu(), backend="torch")
+    torch.testing.assert_close(o.cpu(), expected)
+    assert len(resources.current().verified) == 1
+    assert launches >= 2 and len(card.calls) == launches + 1 and set(card.calls) == {("device", CARD)}
+
+
+def test_launches_are_on_the_tensors_device(card):
+    with fused._on_device(torch.zeros(1)):
+        assert card.calls == []
+    with fused._on_device(on_card(torch.zeros(1))):
+        assert card.calls == [("device", CARD)]
+
+
+def test_a_launch_that_fails_names_its_kernel(monkeypatch):
+    """It is the one whose tile was asked for last."""
+
+    def call(q, k, v, *rest):
+        resources.tiles("dq", q, 16, 16)
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(fused, "_call", call)
+    q = torch.zeros(1, 1, 1, 16)
+    fault, kernel = fused._attempt(q, SMALL)
+    assert fault.startswith("out of resource: shared memory") and kernel == "dq"
+    assert fused.trial(q, SMALL) == fault
+
+
+def test_auto_is_triton_on_a_card(card):
+    assert choose_backend(on_card(torch.zeros(1, 1, 16, 16))) == "triton"
+    assert choose_backend(on_card(torch.zeros(1, 1, 16, 16, dtype=torch.float64))) == "torch"
+    assert choose_backend(on_card(torch.zeros(1, 1, 16, 48))) == "torch"
+    assert choose_backend(torch.zeros(1, 1, 16, 16), "triton") == "triton"  # in the interpreter
+    assert choose_backend(torch.zeros(1, 1, 16, 16)) == "torch"
+
+
+def test_nothing_is_tried_during_capture(card, monkeypatch):
+    tried = []
+    monkeypatch.setattr(fused, "_attempt", lambda q, config: tried.append(q) or (None, None))
+    q = on_card(torch.zeros(1, 1, 16, 16))
+    card.capturing = True
+    fused.verify(q, SMALL)
+    assert not tried and not resources.current().verified
+    card.capturing = False
+    fused.verify(q, SMALL)
+    assert len(tried) == 1
+
+
+STAGES = [(1 << 30, 0, Tiles(16, 16, 4, stages)) for stages in (3, 2, 1)]
+
+
+class Tight:
+    """A kernel on a card where fewer stages fit than the first tile has."""
+
+    def __init__(self, kernel, stages):
+        self.kernel, self.stages, self.ran = kernel, stages, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.ran.append(options["num_stages"])
+            if options["num_stages"] > self.stages:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+            self.kernel[grid](*args, **options)
+
+        return launch
+
+
+def test_a_tile_that_does_not_fit_gives_way(card, monkeypatch):
+    """The kernel that failed goes down until its tile fits, the others stay; what fits is tried before it is used."""
+    attend = Tight(forward.attend_kernel, stages=2)
+    monkeypatch.setattr(forward, "attend_kernel", attend)
+    q = on_card(make_qkv((1, 1, 40, 16), torch.float32)[0])
+    with resources.using(Choices(dict.fromkeys(resources.TABLE, STAGES))) as choices:
+        with pytest.warns(UserWarning, match="attend on cuda:0: out of resource: shared memory"):
+            o = sparse_linear_attention(q, q, q, SMALL)
+        assert attend.ran == [3, 2, 2]
+        assert choices.tiles("attend", q, 16, 16) == STAGES[1][2]
+        assert choices.tiles("dkv", q, 16, 16) == choices.tiles("states", q, 16, 16) == STAGES[0][2]
+    torch.testing.assert_close(o.cpu(), sparse_linear_attention(q.cpu(), q.cpu(), q.cpu(), SMALL, backend="torch"))
+
+
+def test_no_tile_is_right(card, monkeypatch):
+    monkeypatch.setattr(fused, "_attempt", lambda q, config: ("dq is wrong", None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(RuntimeError, match=r"fail on cuda:0: dq is wrong. Try --backend torch"):
+            fused.verify(on_card(torch.zeros(1, 1, 16, 16)), SMALL)
+    assert not resources.current().verified
+
+
+def test_other_tiles_are_tried_anew(card, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        fused, "_attempt", lambda q, config: tried.append(resources.tiles("dq", q, 64, 64)) or (None, None)
+    )
+    q, config = on_card(torch.zeros(1, 1, 16, 64, dtype=torch.float16)), SLAConfig(block_m=64, block_n=64)
+    fused.verify(q, config)
+    fused.verify(q, config)
+    assert len(tried) == 1
+    assert resources.current().demote(q, 64, 64, "dq")
+    fused.verify(q, config)
+    fused.verify(q, config)
+    assert len(tried) == 2 and tried[0] != tried[1]
+
+
+def test_demotion_is_of_one_kernel_and_one_size_of_row():
+    choices = Choices(dict.fromkeys(resources.TABLE, STAGES))
+    x, wide = torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 32)
+    first, second, third = (tile for _, _, tile in STAGES)
+    assert choices.demote(x, 32, 32, "dq")
+    assert choices.running(x, 16, 16) == (first, first, first, second, first)
+    assert choices.demote(x, 16, 16)
+    assert choices.running(x, 16, 16) == (second, second, second, third, second)
+    assert set(choices.running(wide, 16, 16)) == {first}
+    assert choices.demote(x, 16, 16) and not choices.demote(x, 16, 16) and not choices.demote(x, 32, 32, "dq")
+    assert set(choices.running(x, 16, 16)) == {third}
+
+
+def test_choices_hold_in_every_thread():
+    """Autograd runs a backward on a card in threads of its own."""
+    seen = []
+    with resources.using(Choices().with_tile("dq", Tiles(16, 16, 1, 7))):
+        thread = threading.Thread(target=lambda: seen.append(resources.tiles("dq", torch.zeros(1, 1, 1, 16), 64, 64)))
+        thread.start()
+        thread.join()
+    assert seen == [Tiles(16, 16, 1, 7)]
+    assert resources.tiles("dq", torch.zeros(1, 1, 1, 16), 64, 64) != seen[0]
+
+
+def test_tiles_follow_the_cards_shared_memory(card):
+    x = on_card(torch.zeros(1, 1, 16, 128, dtype=torch.float16))
+    assert resources.shared_memory(torch.device("cpu")) == 227 * resources.KIB
+    large = Choices().tiles("attend", x, 128, 64)
+    card.shared_bytes = 99 * resources.KIB
+    small = Choices().tiles("attend", x, 128, 64)
+    assert large == resources.choose(resources.entries("attend", 256, 227 * resources.KIB), 128, 64)
+    assert small == resources.choose(resources.entries("attend", 256, 99 * resources.KIB), 128, 64)
+    assert large != small
