@@ -4,10 +4,12 @@ Without a GPU, Triton's kernels run in its interpreter, which is chosen when Tri
 """
 
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
+from cuda_branches import reached
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -22,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and a CUDA build of torch"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    with reached(f"{pyfuncitem.path.name}::{pyfuncitem.originalname}"):
+        return (yield)
 
 
 def needs(package: str, extra: str) -> ModuleType:

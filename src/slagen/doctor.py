@@ -22,6 +22,7 @@ from slagen.attention import sparse_linear_attention
 from slagen.attention.fused import trial, unsupported
 from slagen.config import SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError
+from slagen.machine import pick_dtype
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,13 @@ def _driver() -> str:
     if tool is None:
         return "unknown (no nvidia-smi)"
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()[0]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    return said[0] if said else "unknown (nvidia-smi says nothing)"
 
 
 def _kernels() -> Finding:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+    probe = torch.zeros(1, 1, 1, 128, dtype=pick_dtype("auto", torch.device(device)), device=device)
     reason = unsupported(probe)
     if reason is not None:
         return Finding("kernels", "note", f"the torch backend is used: {reason}")
