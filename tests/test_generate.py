@@ -1,6 +1,7 @@
 """generate() on a random pipeline, and the bundled model as a user starts it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -174,10 +175,11 @@ def test_settings_that_cannot_work(changes, words):
         GenerateConfig(**{"prompt": "x", **changes})
 
 
-def slagen(*arguments, cwd):
+def slagen(*arguments, cwd, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "slagen", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300
-    )
+        [sys.executable, "-m", "slagen", *arguments], capture_output=True, text=True, cwd=cwd, timeout=300,
+        env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 def test_the_bundled_model_shows_what_the_prompt_says(tmp_path):
@@ -202,12 +204,12 @@ def test_the_bundled_model_shows_what_the_prompt_says(tmp_path):
 def test_the_triton_backend_makes_the_same_step(tmp_path):
     """One step in Triton's interpreter: the latents are the torch backend's to rounding, and the report names each."""
     pytest.importorskip("triton", reason="needs Triton, which is for Linux")
-    latents = {}
+    latents, prompt = {}, "a red circle moving right"
     for backend in ("torch", "triton"):
         options = ["--seed", "0", "--steps", "1", "--guidance-scale", "1", "--dtype", "float32", "--device", "cpu"]
         options += ["--model", "tiny-wan", "--num-frames", "5", "--output", f"{backend}.mp4"]
         options += ["--save-latents", "--json"]
-        done = slagen("generate", "a red circle moving right", "--backend", backend, *options, cwd=tmp_path)
+        done = slagen("generate", prompt, "--backend", backend, *options, cwd=tmp_path, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["attention"]["backend"] == backend
         (latents[backend],) = load_file(next(tmp_path.glob(f"{backend}*.safetensors"))).values()

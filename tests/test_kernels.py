@@ -222,8 +222,8 @@ def test_refuses_what_it_cannot_compute(q, complaint):
 
 def test_operator_is_well_registered():
     """Fake shapes and autograd hold, so that torch.compile and CUDA graphs can take the operator as it is."""
-    q, k, v = make_qkv((1, 2, 40, 16), torch.float32, requires_grad=True)
-    weight, bias = make_proj(16, torch.float32, requires_grad=True)
+    drawn = (*make_qkv((1, 2, 40, 16), torch.float32), *make_proj(16, torch.float32))
+    q, k, v, weight, bias = (x.to(DEVICE).requires_grad_() for x in drawn)
     for domain, sparse in (("all", True), ("marginal", True), ("marginal", False)):
         arguments = (q, k, v, weight, bias, 0.6, 0.0, domain, "softmax", 16, 16, 0.25, sparse, True)
         torch.library.opcheck(
