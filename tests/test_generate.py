@@ -18,7 +18,16 @@ from slagen.machine import pick_device
 from slagen.resolve import make_plan
 from slagen.video import read_mp4
 
-BASE = dict(prompt="a red circle", width=64, height=64, num_frames=9, steps=2, seed=3, allow_untrained=True)
+BASE = {
+    "prompt": "a red circle",
+    "width": 64,
+    "height": 64,
+    "num_frames": 9,
+    "steps": 2,
+    "seed": 3,
+    "allow_untrained": True,
+    "device": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +226,11 @@ def test_the_triton_backend_makes_the_same_step(tmp_path):
 
 
 def test_words_the_bundled_model_does_not_know_are_named(tmp_path):
-    plan = make_plan(GenerateConfig("a furry red dog moving right", model="tiny-wan", output=str(tmp_path)))
+    plan = make_plan(
+        GenerateConfig("a furry red dog moving right", model="tiny-wan", device="cpu", output=str(tmp_path))
+    )
     assert "'furry', 'dog'" in plan.warnings[0] and "a red circle" in plan.warnings[0]
-    assert make_plan(GenerateConfig("A Red circle, moving right.", model="tiny-wan")).warnings == []
+    assert make_plan(GenerateConfig("A Red circle, moving right.", model="tiny-wan", device="cpu")).warnings == []
 
 
 def test_the_bundled_model_is_small_and_whole():
