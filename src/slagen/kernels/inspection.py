@@ -17,7 +17,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slagen.kernels import backward, forward, selection, states
+from slagen.kernels import backward, forward, rotary, selection, states
 from slagen.kernels.launches import Launch
 from slagen.kernels.occupancy import MULTIPROCESSORS, programs_per_sm
 from slagen.kernels.primitives import COLUMNS_AT_ONCE
@@ -86,6 +86,11 @@ class KernelCost:
             found.append("no wgmma")
         if self.uses_dot and self.target == "sm_100" and self.mma != "tcgen05":
             found.append("no tcgen05")
+        found += self.warnings
+        if self.kernel.startswith("attend") and self.copies_in_flight < 1:
+            found.append("no copy is in flight during the maths")
+        if self.kernel.startswith("attend") and self.target == "sm_90" and self.config["tile_m"] == 64:
+            found += ["one program on a multiprocessor"] * (self.programs_per_sm < 2)
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS)) -> Iterator[
     """Compile every kernel for every target, in bf16, for heads of 128 and on some targets of 64 too.
 
     Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run;
-    "attend-inference" and "select-inference" are those of a call without gradients, on sm_90, for its estimate.
+    "attend-inference" is that of a call without gradients, on sm_90, for its estimate.
 
     Raises: RuntimeError under TRITON_INTERPRET, or when ptxas or nvdisasm say nothing that can be read.
     """
@@ -149,12 +154,15 @@ def compile_kernel(name: str, target: int, head_dim: int, dtype: str = "bf16", t
         variant.options,
         HEAD_DIM=head_dim,
         CHUNK=min(head_dim, COLUMNS_AT_ONCE),
+        SHORT=False,
         BLOCK_M=BLOCK,
         BLOCK_N=BLOCK,
         BLOCK=BLOCK,
     )
+    if variant.kernel is forward.attend_kernel:
+        constants["CHUNK"] = forward.chunk(head_dim, DTYPES[dtype])
     constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
-    warps, stages = variant.warps, 2
+    warps, stages = variant.warps, variant.stages
     if chosen is not None:
         constants.update(TILE_M=chosen.m, TILE_N=chosen.n, TILE=chosen.n)
         warps, stages = chosen.warps, chosen.stages
@@ -243,7 +251,7 @@ class Variant:
     row: of the table of tiles; None where it has no tiles.
     options: its constants, without tiles, blocks and head dimension.
     pointers: dtypes that differ from POINTERS.
-    warps: of a kernel without tiles.
+    warps, stages: of a kernel without tiles.
     rounds: of a selection, how often its loops go round for a row of SELECTED_COLUMNS: loops without loops inside,
         those around them, and so on.
     heads: False where the head dimension changes nothing.
@@ -255,6 +263,7 @@ class Variant:
     options: dict[str, Any]
     pointers: dict[str, str] = field(default_factory=dict)
     warps: int = 4
+    stages: int = 2
     rounds: tuple[int, ...] | None = None
     heads: bool = True
     targets: tuple[int, ...] | None = None
@@ -264,8 +273,7 @@ _BOTH = {"SPARSE": True, "LINEAR": True, "BIAS": True, "FEATURE_MAP": "softmax"}
 _ATTEND = {**_BOTH, "MARGINAL": False, "SAVE_LSE": True}
 _POOLED = {"FEATURE_MAP": "softmax", "POOL": True}
 _SUMS = {"state_ptr": "fp32"}
-# For a row of SELECTED_COLUMNS: its scores once, and a bit of the score at a time.
-_SELECT_ROUNDS = (triton.cdiv(SELECTED_COLUMNS, selection.COLUMNS), 31)
+_TABLES = {"cos_ptr": "fp32", "sin_ptr": "fp32", "q_mean_ptr": "fp32", "k_mean_ptr": "fp32"}
 
 VARIANTS = {
     "attend": Variant(forward.attend_kernel, "attend", _ATTEND),
@@ -288,12 +296,26 @@ VARIANTS = {
     "dkv": Variant(backward.dkv_kernel, "dkv", {**_BOTH, "MARGINAL": False}),
     "pool": Variant(selection.pool_kernel, None, {}),
     "select": Variant(
-        selection.select_kernel, None, {"CLASSES": True, "COLUMNS": selection.COLUMNS}, warps=1,
-        rounds=_SELECT_ROUNDS, heads=False,
+        selection.select_kernel, None, {"CLASSES": False, "COLUMNS": SELECTED_COLUMNS}, warps=1, rounds=(1,),
+        heads=False,
     ),
-    "select-inference": Variant(
-        selection.select_kernel, None, {"CLASSES": False, "COLUMNS": selection.COLUMNS}, warps=1,
-        rounds=_SELECT_ROUNDS, heads=False, targets=(90,),
+    "select-classes": Variant(
+        selection.select_kernel, None, {"CLASSES": True, "COLUMNS": SELECTED_COLUMNS}, warps=1, rounds=(1,),
+        heads=False,
+    ),
+    "combine": Variant(
+        states.combine_kernel, None, {"ROWS": states.COMBINED, "COLUMNS": 32, "SAVE": False},
+        {"state_ptr": "fp32", "weight_ptr": "fp32", "total_ptr": "fp32"},
+    ),
+    "mix": Variant(
+        states.mix_kernel, None, {"ROWS": states.MIX_TILE[0], "BLOCKS": states.MIX_TILE[1], "NORMALISE": True},
+        {"scale_ptr": "fp32", "total_ptr": "fp32"}, stages=3,
+    ),
+    "norm-rotate": Variant(
+        rotary.norm_rotate_kernel, None, {"MEANS": False, "ROWS": 1, "HEADS": 16}, _TABLES, heads=False
+    ),
+    "norm-rotate-means": Variant(
+        rotary.norm_rotate_kernel, None, {"MEANS": True, "ROWS": 1, "HEADS": 16}, _TABLES, heads=False
     ),
     "column-lists": Variant(
         selection.column_lists_kernel, None, {"ROWS": selection.LIST_ROWS, "COLUMNS": selection.LIST_COLUMNS},
@@ -325,6 +347,6 @@ def _source(kernel: Any, constants: dict[str, Any], dtypes: dict[str, str]) -> A
             signature[name], fixed[name] = "constexpr", 1
         else:
             signature[name] = "i32"
-            if re.fullmatch(r"[a-z]+_[bhl]", name):
+            if re.fullmatch(r"[a-z]+_[bhl]|num_columns", name):  # SELECTED_COLUMNS is divisible by 16 too
                 aligned[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, fixed, aligned)

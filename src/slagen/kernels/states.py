@@ -30,7 +30,9 @@ from slagen.kernels.primitives import (
 from slagen.kernels.resources import Tiles, tiles
 
 PROGRAMS = 512  # runs of all heads together: enough to fill a card, few enough that adding them costs little
-MIX_ROWS, MIX_BLOCKS = 64, 32  # tile of the 0/1 domain that states are multiplied with
+# Rows and blocks of the 0/1 domain that states are multiplied with at a time, and warps.
+MIX_TILE = (64, 32, 4)
+MIX_TILE_SMALL = (16, 16, 8)  # for float32, which tensor cores do not multiply, and for heads of 256
 COMBINED = 16  # rows of a state that one program adds up
 
 
@@ -367,10 +369,11 @@ def mix(
     head_dim = states.shape[-1]
     mixed = torch.empty(heads, num_rows, head_dim, head_dim, dtype=dtype, device=states.device)
     total = torch.empty(heads, num_rows, head_dim, dtype=torch.float32, device=states.device)
-    mix_kernel[(triton.cdiv(num_rows, MIX_ROWS) * head_dim * heads,)](
+    rows, blocks, warps = MIX_TILE if precision == "tf32" and head_dim <= 128 else MIX_TILE_SMALL
+    mix_kernel[(triton.cdiv(num_rows, rows) * head_dim * heads,)](
         classes, states, zs, scale, mixed, total, num_rows, num_blocks, classes.stride(1), classes.stride(2),
-        HEAD_DIM=head_dim, ROWS=MIX_ROWS, BLOCKS=MIX_BLOCKS, NORMALISE=scale is None,
-        PRECISION=precision, num_warps=4, num_stages=3,
+        HEAD_DIM=head_dim, ROWS=rows, BLOCKS=blocks, NORMALISE=scale is None,
+        PRECISION=precision, num_warps=warps, num_stages=3,
     )  # fmt: skip
     return mixed, total
 
