@@ -86,7 +86,7 @@ def sweep(path: Path, head_dim: int, block_m: int, candidates: dict[str, list[tu
     from slagen.config import SLAConfig
     from slagen.kernels import resources
 
-    began, partial = time.monotonic(), path.with_suffix(".partial")
+    began, partial = time.monotonic(), path.with_suffix(".part")
     rows = json.loads(partial.read_text()) if partial.exists() else []
     config = SLAConfig(0.95, block_m=block_m, block_n=64)
     drawn = [torch.randn(*SHAPE, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(4)]

@@ -179,6 +179,16 @@ def test_demotion_is_of_one_kernel_and_one_size_of_row():
     assert set(choices.running(x, 16, 16)) == {third}
 
 
+def test_demotion_skips_no_tile_of_other_blocks():
+    """At blocks of 64 the second is all there is; one failure there must not cost blocks of 128 their first."""
+    entries = [(1 << 30, 0, Tiles(128, 64, 8, 2)), (1 << 30, 0, Tiles(64, 64, 4, 2))]
+    choices = Choices({"attend": entries, "dq": STAGES})
+    x = torch.zeros(1, 1, 1, 16)
+    assert choices.demote(x, 64, 64) and choices.demote(x, 64, 64)
+    assert choices.tiles("dq", x, 64, 64) == STAGES[2][2]
+    assert choices.tiles("attend", x, 128, 64) == entries[0][2]
+
+
 def test_choices_hold_in_every_thread():
     """Autograd runs a backward on a card in threads of its own."""
     seen = []

@@ -110,21 +110,26 @@ class Choices:
         """The tiles of every kernel for tensors like x, in the table's order."""
         key = x.device, _row_bytes(x), block_m, block_n
         if key not in self._running:
-            self._running[key] = tuple(
-                self.tiles(kernel, x, *blocks) for kernel in self.table for blocks in _blocks(kernel, block_m, block_n)
-            )
+            self._running[key] = tuple(tile for kernel in self.table for tile in self._of(kernel, x, block_m, block_n))
         return self._running[key]
 
     def demote(self, x: Tensor, block_m: int, block_n: int, kernel: str | None = None) -> bool:
         """Go down to the next smaller tiles for tensors like x, of one kernel or of all; False where there are none."""
-        kernels = list(self.table) if kernel is None else [kernel]
         before = self.running(x, block_m, block_n)
-        for name in kernels:
-            place = name, x.device, _row_bytes(x)
-            self._steps[place] = self._steps.get(place, 0) + 1
+        for name in self.table if kernel is None else [kernel]:
+            place, tiles = (name, x.device, _row_bytes(x)), self._of(name, x, block_m, block_n)
+            steps = self._steps.get(place, 0)
+            self._steps[place] = steps + 1
+            self._tiles.clear()
+            if self._of(name, x, block_m, block_n) == tiles:  # no smaller one, but blocks of another size may have
+                self._steps[place] = steps
         self._tiles.clear()
         self._running.clear()
         return self.running(x, block_m, block_n) != before
+
+    def _of(self, kernel: str, x: Tensor, block_m: int, block_n: int) -> tuple[Tiles, ...]:
+        blocks = [(block_n, block_n), (block_m, block_m)] if kernel in SQUARE else [(block_m, block_n)]
+        return tuple(self.tiles(kernel, x, *sizes) for sizes in blocks)
 
     def with_tile(self, kernel: str, tile: Tiles) -> "Choices":
         """The same but for one kernel, which has this one tile; nothing of it is verified."""
@@ -187,8 +192,3 @@ def shared_memory(device: torch.device) -> int:
 
 def _row_bytes(x: Tensor) -> int:
     return x.shape[3] * x.element_size()
-
-
-def _blocks(kernel: str, block_m: int, block_n: int) -> list[tuple[int, int]]:
-    """The sizes of blocks that a kernel runs over."""
-    return [(block_n, block_n), (block_m, block_m)] if kernel in SQUARE else [(block_m, block_n)]
