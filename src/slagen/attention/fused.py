@@ -42,7 +42,6 @@ def unsupported(q: Tensor) -> str | None:
     return _why_not(q.device.type, q.dtype, q.shape[-1])
 
 
-@torch.compiler.assume_constant_result
 def _why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (it comes with torch's CUDA builds on Linux)"
@@ -57,6 +56,10 @@ def _why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if device_type == "cpu" and interpreting():
         return None
     return f"the tensors are on {device_type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1, which is slow)"
+
+
+# What torch.compiler.assume_constant_result does, but that imports the compiler, which takes seconds.
+_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def verify(q: Tensor, config: SLAConfig) -> None:

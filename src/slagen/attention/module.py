@@ -7,6 +7,14 @@ from slagen.attention.functional import Branches, sparse_linear_attention
 from slagen.config import Backend, SLAConfig
 
 
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero. (`nn.utils.skip_init` goes by the meta device, and so imports sympy.)"""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class SparseLinearAttention(nn.Module):
     """Sparse-linear attention with its learned projection of the linear branch.
 
@@ -33,10 +41,7 @@ class SparseLinearAttention(nn.Module):
         self.config = config or SLAConfig()
         self.backend = backend
         self.branches = branches
-        device = torch.get_default_device() if device is None else device
-        self.proj_l = nn.utils.skip_init(nn.Linear, head_dim, head_dim, dtype=torch.float32, device=device)
-        nn.init.zeros_(self.proj_l.weight)
-        nn.init.zeros_(self.proj_l.bias)
+        self.proj_l = _ZeroLinear(head_dim, head_dim, dtype=torch.float32, device=device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype."""
