@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from slagen import __version__
 from slagen.config import (
@@ -60,13 +61,44 @@ def normalize(token: str) -> str:
 
 PARTLY_FAILED, INTERRUPTED = 3, 130
 
-CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "token_normalize_func": normalize}
+CONTEXT: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"], "token_normalize_func": normalize, "max_content_width": 100,
+}  # fmt: skip
+
+
+class _Help:
+    """Help in plain text, with the options by panel: rich takes longer to import than all the rest of it."""
+
+    def format_options(self, context: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(context):  # type: ignore[attr-defined]
+            record = parameter.get_help_record(context)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        if isinstance(self, TyperGroup):
+            commands = [self.commands[name] for name in self.list_commands(context)]
+            panels["Commands"] = [(c.name or "", (c.help or "").split("\n\n")[0].replace("\n", " ")) for c in commands]
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+class _Command(_Help, TyperCommand):
+    pass
+
+
+class _Group(_Help, TyperGroup):
+    pass
+
 
 app = typer.Typer(
     name="slagen",
+    cls=_Group,
     no_args_is_help=True,
     context_settings=CONTEXT,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -195,7 +227,7 @@ TimingOption = Annotated[
 ]
 
 
-@app.command(no_args_is_help=True, context_settings=CONTEXT)
+@app.command(cls=_Command, no_args_is_help=True, context_settings=CONTEXT)
 def generate(
     words: Annotated[
         str | None,
@@ -310,7 +342,7 @@ def generate(
     console.show_videos(result, as_json)
 
 
-@app.command(no_args_is_help=True, context_settings=CONTEXT)
+@app.command(cls=_Command, no_args_is_help=True, context_settings=CONTEXT)
 def batch(
     prompts: Annotated[
         str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv or .yaml; - reads text from stdin.")
@@ -418,7 +450,7 @@ def _run_batch(config: BatchConfig, as_json: bool) -> None:
         raise typer.Exit(PARTLY_FAILED)
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def plan(
     words: Annotated[
         str, typer.Argument(metavar="PROMPT", help="What the video shows, for its name.", show_default=False)
@@ -482,7 +514,7 @@ def plan(
     console.show_plan(planning.plan(config), as_json)
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
 ) -> None:
@@ -496,7 +528,7 @@ def models(
     console.show_models(planning.models(), as_json)
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def info(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A weight file or folder, a video, or its .json.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
@@ -512,7 +544,7 @@ def info(
     console.show_info(past.describe(Path(path).expanduser()) or task.info(path), as_json)
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def replay(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen made, or its .json.")],
     output: Annotated[
@@ -537,7 +569,7 @@ def replay(
         raise GateError("the video is not the same. What differs is above.")
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="A transformer in any public form, or the original VAE.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],
@@ -568,7 +600,7 @@ def convert(
     console.write(str(made))
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The transformer that gets the change.")],
     output: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to make.")],
@@ -598,7 +630,7 @@ def merge(
 
 DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Machine"
 
-tuning = typer.Typer(name="finetune", no_args_is_help=True, context_settings=CONTEXT, rich_markup_mode="rich")
+tuning = typer.Typer(name="finetune", cls=_Group, no_args_is_help=True, context_settings=CONTEXT, rich_markup_mode=None)
 app.add_typer(tuning)
 
 DataSizeOption = Annotated[
@@ -840,7 +872,7 @@ def finetune(
         console.show_finetune(result, as_json)
 
 
-@tuning.command("data", context_settings=CONTEXT)
+@tuning.command("data", cls=_Command, context_settings=CONTEXT)
 def finetune_data(
     path: Annotated[
         str,
@@ -880,7 +912,7 @@ def finetune_data(
 WHAT, HOW = "What to measure", "How to measure"
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def bench(
     shape: Annotated[
         list[str] | None,
@@ -1000,7 +1032,7 @@ def bench(
     console.show_bench(result, as_json)
 
 
-@app.command(context_settings=CONTEXT)
+@app.command(cls=_Command, context_settings=CONTEXT)
 def doctor(
     kernels: Annotated[
         bool,
@@ -1108,34 +1140,40 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command and return its exit code. Typer shows wrong usage itself."""
-    from slagen import console, packages
-
     try:
         app(arguments, prog_name="slagen")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
         if code == INTERRUPTED:
-            console.show_error("interrupted; finished files stay, and no half file has a final name.")
+            _show_error("interrupted; finished files stay, and no half file has a final name.")
         return code
     except SlagenError as error:
         _debug()
-        console.show_error(str(error))
+        _show_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
         _debug()
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-        console.show_error(f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).")
+        _show_error(f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).")
         return 1
     except Exception as error:
         _debug()
+        from slagen import packages
+
         if isinstance(error, ImportError) and (lack := packages.explain(error)):
-            console.show_error(lack)
+            _show_error(lack)
             return EnvironmentProblem.exit_code
-        console.show_error(f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)")
+        _show_error(f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)")
         return 1
     return 0
+
+
+def _show_error(text: str) -> None:
+    from slagen import console
+
+    console.show_error(text)
 
 
 def _debug() -> None:
