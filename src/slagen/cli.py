@@ -229,6 +229,7 @@ TimingOption = Annotated[
 
 @app.command(cls=_Command, no_args_is_help=True, context_settings=CONTEXT)
 def generate(
+    context: typer.Context,
     words: Annotated[
         str | None,
         typer.Argument(metavar="PROMPT", help="What the video shows; - reads it from stdin.", show_default=False),
@@ -333,9 +334,10 @@ def generate(
         console.show_plan(planning.plan(config), as_json)
         return
     if prompts is not None:
-        _run_batch(BatchConfig(prompts, config), as_json)
+        _run_batch(context, BatchConfig(prompts, config), as_json)
         return
     with console.GenerateProgress() as progress:
+        _start_quickly(context, weights)
         from slagen import generate as task
 
         result = task.generate(config, progress)
@@ -344,6 +346,7 @@ def generate(
 
 @app.command(cls=_Command, no_args_is_help=True, context_settings=CONTEXT)
 def batch(
+    context: typer.Context,
     prompts: Annotated[
         str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv or .yaml; - reads text from stdin.")
     ],
@@ -430,14 +433,15 @@ def batch(
     config = BatchConfig(
         prompts, settings, retry_failed, parse_shard(shard), cache_dir, no_cache, ray_address, ray_workers
     )  # fmt: skip
-    _run_batch(config, as_json)
+    _run_batch(context, config, as_json)
 
 
-def _run_batch(config: BatchConfig, as_json: bool) -> None:
+def _run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> None:
     from slagen import console
 
     with console.GenerateProgress() as progress:
         if config.ray_address is None:
+            _start_quickly(context, config.generate.weights)
             from slagen.batch import batch as task
         else:
             from slagen.cluster import batch_on_ray as task
@@ -546,6 +550,7 @@ def info(
 
 @app.command(cls=_Command, context_settings=CONTEXT)
 def replay(
+    context: typer.Context,
     path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen made, or its .json.")],
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Keep the new video here.", metavar="FILE")
@@ -561,6 +566,7 @@ def replay(
     from slagen import console
 
     with console.GenerateProgress() as progress:
+        _start_quickly(context, "*.gguf")  # it may be
         from slagen import replay as task
 
         result = task.replay(path, output, progress)
@@ -1091,6 +1097,14 @@ def doctor(
         task.check_gpu(findings)
 
 
+def _start_quickly(context: typer.Context, weights: str | None) -> None:
+    """Where the process ends with this command, import no package that it does not use."""
+    if context.obj["own_process"]:
+        from slagen.wan.startup import leave_out
+
+        leave_out(keep=("gguf",) if weights is not None and weights.endswith(".gguf") else ())
+
+
 def read_prompt(words: str | None, option: str | None) -> str:
     """The prompt from the argument, the option or stdin. Raises UsageError if two or none are given."""
     if words is not None and option is not None:
@@ -1135,13 +1149,19 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its code; every expected failure is one message."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: part files go, the code is 130
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    if arguments is None:
+        sys.exit(run(sys.argv[1:], own_process=True))
+    sys.exit(run(arguments))
 
 
-def run(arguments: list[str]) -> int:
-    """Run the command and return its exit code. Typer shows wrong usage itself."""
+def run(arguments: list[str], *, own_process: bool = False) -> int:
+    """Run the command and return its exit code. Typer shows wrong usage itself.
+
+    Args:
+        own_process: the process ends with the command, so that nothing need be imported that it does not use.
+    """
     try:
-        app(arguments, prog_name="slagen")
+        app(arguments, prog_name="slagen", obj={"own_process": own_process})
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
         if code == INTERRUPTED:

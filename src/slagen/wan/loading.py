@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from slagen.config import Sampler
@@ -121,9 +124,10 @@ def load_pipeline(
         parts |= {"text_encoder": None, "tokenizer": None}
     tensors = {part: _tensor_names(source.folder / part) for part in ("vae", "text_encoder") if part not in parts}
     try:
-        pipe = WanPipeline.from_pretrained(
-            source.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **parts
-        )
+        with _no_drawing():
+            pipe = WanPipeline.from_pretrained(
+                source.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **parts
+            )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise WeightsError(f"{source.folder} cannot be loaded: {_first_line(error)}. Get the model again.") from error
     if vae is None:
@@ -140,6 +144,20 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)
     return pipe
+
+
+@contextmanager
+def _no_drawing() -> Iterator[None]:
+    """Embeddings made in here draw no random weights.
+
+    The text encoder's are on the meta device, where drawing does nothing but import sympy and torch's compiler.
+    """
+    draw = nn.Embedding.reset_parameters
+    nn.Embedding.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Embedding.reset_parameters = draw  # type: ignore[method-assign]
 
 
 def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3DModel:
