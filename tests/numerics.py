@@ -90,7 +90,9 @@ def assert_within_budget(
     for name, a, d, e in zip(NAMES[: len(exact)], actual, drawn, exact, strict=True):
         assert a.shape == e.shape, f"{name}: {tuple(a.shape)}, not {tuple(e.shape)}"
         assert a.isfinite().all(), f"{name} is not finite"
-        budget = 2 * (d - e).abs().max() + torch.finfo(a.dtype).eps * e.abs().max()
+        info = torch.finfo(a.dtype)
+        rounding = info.eps * e.abs().max().clamp(min=info.smallest_normal)
+        budget = 2 * (d - e).abs().max() + rounding
         error = (a.double().cpu() - e).abs().max()
         assert error <= budget, f"{name}: error {error:.3g} is above its budget {budget:.3g}"
 

@@ -1,16 +1,20 @@
 """Sparse-linear attention block by block: what `reference.py` defines, in memory that grows with L, not L^2.
 
 The sparse branch copies the critical key blocks of a few query blocks side by side, and attends to them with dense
-matrix products that stay in the cache. The linear branch reads one state per key block, the keys' part of its sums
-with the denominators as a last column, and sums the states over the domain of each query block:
+matrix products that stay in the cache. The linear branch reads one state per block of keys: for each feature d the mean
+of the values with weights phi(k_j)_d, and the log of the sum of those weights. Means are mixed over the domain of each
+query block, and over the features:
 
-    [H_j, z_j] = phi(K_j)^T [V_j, 1]                        (D, D + 1)
-    O^l_i = phi(Q_i) H / (phi(Q_i) z + e)                   [H, z] = sum of [H_j, z_j] over the domain of i
+    z_nd = sum_j phi(k_j)_d        H_nd = sum_j phi(k_j)_d v_j / z_nd        over the keys j of block n
+    z_d  = sum_n z_nd              H_d  = sum_n (z_nd / z_d) H_nd            over the blocks n of the domain
+    u_id = phi(q_i)_d z_d / (phi(q_i) . z + e)        O^l_i = sum_d u_id H_d
 
-In the domain "all" one state serves every query, so W is multiplied into it once. In "marginal" the sums are one
-matrix product, of the 0/1 domain (M, N) with the states (N, D * (D + 1)): D N / (2 block_m block_n topk) of the sparse
-branch's operations, a third for D = 128, blocks of 64 and one block in 20, whatever L is. Nothing is subtracted from
-a total, so no digits cancel where few blocks are marginal, and no rule chooses between two ways.
+Every quotient lies in [0, 1] and is the exponential of a difference of logs, so features far apart neither overflow
+nor vanish from both sides of a fraction. The gradients are products of the same quotients.
+
+In the domain "all" one state serves every query, so W is multiplied into it once. In "marginal" mixing is a matrix
+product for each feature, of the quotients (M, N) with the means (N, D): D N / (2 block_m block_n topk) of the sparse
+branch's operations, a third for D = 128, blocks of 64 and one block in 20, whatever L is.
 
 The backward pass computes the scores of each chunk again, so only the inputs and the selection are kept for it.
 Beside those and the outputs, memory holds the keys, values and states of a group of short heads or of one long head,
@@ -26,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slagen.attention.block_map import MARGINAL, block_map, block_scores, critical_indices
-from slagen.attention.reference import EPSILON, feature_map
+from slagen.attention.reference import EPSILON
 from slagen.config import FeatureMap, SLAConfig
 
 # The fastest powers of two on a Xeon with 2 MiB of second-level cache per core, for D = 128 and blocks of 64, and for
@@ -73,9 +77,9 @@ class _Blockwise(torch.autograd.Function):
         for heads in head_groups(q):
             k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
             if weight is not None:
-                states = key_states(k_j, v_j, config, length)
+                z, means = key_states(k_j, v_j, config, length)
                 if domain is None:  # project the one state, not every row
-                    states[..., :-1] = states[..., :-1] @ weight.mT
+                    means = means @ weight.mT
             for run, tokens in _query_runs(q, config):
                 q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
                 o_i = torch.empty_like(q_i)
@@ -85,7 +89,7 @@ class _Blockwise(torch.autograd.Function):
                     _sparse_forward(q_i * scale, k_j, v_j, _rows(kv_indices, heads, run), length, o_i)
                 if weight is not None:
                     domain_i = None if domain is None else _rows(domain, heads, run)
-                    _, _, o_linear, _ = _linear_rows(q_i, states, domain_i, config)
+                    *_, o_linear = _linear_rows(q_i, z, means, domain_i, config)
                     o_i += o_linear.view(o_i.shape) if domain is None else o_linear @ weight.mT
                 if bias is not None:
                     o_i += bias
@@ -105,8 +109,8 @@ class _Blockwise(torch.autograd.Function):
                 k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
                 dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
                 if dweight is not None:
-                    states = key_states(k_j, v_j, config, length)
-                    dstates = torch.zeros_like(states)
+                    z, means = key_states(k_j, v_j, config, length)
+                    dmeans, dz = torch.zeros_like(means), torch.zeros_like(z)
                 for run, tokens in _query_runs(q, config):
                     q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
                     do_i = to_blocks(do[heads][:, :, tokens], config.block_m)
@@ -117,12 +121,12 @@ class _Blockwise(torch.autograd.Function):
                         dq_i = _sparse_backward(q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j).mul_(scale)
                     if dweight is not None:
                         domain_i = None if domain is None else _rows(domain, heads, run)
-                        dq_i += _linear_backward(q_i, states, domain_i, weight, config, do_i, dstates, dweight)
+                        dq_i += _linear_backward(q_i, z, means, domain_i, weight, config, do_i, dz, dmeans, dweight)
                     if dbias is not None:
                         dbias += do_i.sum((0, 1, 2))
                     _from_blocks(dq_i, dq[heads][:, :, tokens])
                 if dweight is not None:
-                    _states_backward(k_j, v_j, config, length, dstates, dk_j, dv_j)
+                    _states_backward(k_j, v_j, config, length, z, dz, dmeans, dk_j, dv_j)
                 _from_blocks(dk_j, dk[heads])
                 _from_blocks(dv_j, dv[heads])
         return dq, dk, dv, dweight, dbias, None, None, None
@@ -239,7 +243,8 @@ def _sparse_backward(
     return dq
 
 
-# The states [H, z] are (G, N, D, D + 1), one for each key block, or (G, 1, D, D + 1) for the domain "all".
+# The states are the logs of z (G, N, D) and the means H (G, N, D, D), one for each key block, or with N = 1 for the
+# domain "all". The log of 0 is -inf.
 
 
 def _join(x: Tensor, config: SLAConfig) -> Tensor:
@@ -247,74 +252,115 @@ def _join(x: Tensor, config: SLAConfig) -> Tensor:
     return x.flatten(1, 2).unsqueeze(1) if config.linear_domain == "all" else x
 
 
-def _key_runs(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Split the key blocks into runs of about RUN_BYTES: slices of blocks and of states, and phi(K)."""
+def _key_runs(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice, Tensor]]:
+    """Split the key blocks into runs of about RUN_BYTES: slices of blocks, and log phi(K), -inf after the end."""
     step = max(1, RUN_BYTES // (4 * k[:, 0].numel()))
     for j in range(0, k.shape[1], step):
-        run = slice(j, j + step)
-        phi_k = feature_map(k[:, run], config.feature_map)
-        phi_k.flatten(1, 2)[:, max(0, length - j * k.shape[2]) :] = 0  # phi(0) may be more
-        yield run, slice(None) if config.linear_domain == "all" else run, _join(phi_k, config)
+        logs = _feature_logs(k[:, j : j + step], config.feature_map)
+        logs.flatten(1, 2)[:, max(0, length - j * k.shape[2]) :] = -torch.inf
+        yield slice(j, j + step), _join(logs, config)
 
 
-def key_states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> Tensor:
-    """Sum phi(K)^T [V, 1] over the tokens of each key block, or over all."""
-    head_dim = k.shape[3]
-    states = k.new_zeros(k.shape[0], 1 if config.linear_domain == "all" else k.shape[1], head_dim, head_dim + 1)
-    for run, where, phi_k in _key_runs(k, config, length):
-        states[:, where, :, :-1] += phi_k.mT @ _join(v[:, run], config)
-        states[:, where, :, -1] += phi_k.sum(2)
-    return states
+def key_states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> tuple[Tensor, Tensor]:
+    """Log z and H of each key block, or of all."""
+    parts = []
+    for run, logs in _key_runs(k, config, length):
+        weights, z = _normalise(logs, 2)
+        parts.append((z, weights.mT @ _join(v[:, run], config)))
+    z, means = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    if config.linear_domain == "all":
+        _, z, means = _mix(z, means, z.new_ones(z.shape[0], 1, z.shape[1], dtype=torch.bool))
+    return z, means
+
+
+def _normalise(logs: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Exponentials divided by eps and their sum over a dimension, 0 where that is 0; and the log of their sum."""
+    shift = logs.amax(dim, keepdim=True)
+    shift = shift.masked_fill(shift == -torch.inf, 0)
+    weights = (logs - shift).exp_()
+    total = weights.sum(dim, keepdim=True)
+    divisor = total + eps * torch.exp(-shift) if eps else total
+    return weights.div_(divisor.masked_fill(divisor == 0, 1)), (shift + total.log()).squeeze(dim)
+
+
+def _mix(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The shares z_nd / z_d, as (G, D, R, N), and log z and H of the domain (G, R, N) of each query block."""
+    shares, z = _normalise(z[:, None].masked_fill(~domain[..., None], -torch.inf), 2)
+    shares = shares.permute(0, 3, 1, 2).contiguous()
+    return shares, z, (shares @ means.transpose(1, 2)).transpose(1, 2)
 
 
 def _states_backward(
-    k: Tensor, v: Tensor, config: SLAConfig, length: int, dstates: Tensor, dk: Tensor, dv: Tensor
+    k: Tensor,
+    v: Tensor,
+    config: SLAConfig,
+    length: int,
+    z: Tensor,
+    dz: Tensor,
+    dmeans: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    """Add to dk and dv."""
-    for run, where, phi_k in _key_runs(k, config, length):
-        dh, dz = dstates[:, where, :, :-1], dstates[:, where, :, -1:]
-        dphi_k = _join(v[:, run], config) @ dh.mT + dz.mT
-        dk[:, run] += _feature_map_backward(dphi_k, phi_k, config.feature_map).view(dk[:, run].shape)
-        dv[:, run] += (phi_k @ dh).view(dv[:, run].shape)
+    """Add to dk and dv; the gradients of the states are those of sums, not of means: they come mixed."""
+    z = z.masked_fill(z == -torch.inf, 0)
+    for run, logs in _key_runs(k, config, length):
+        where = slice(None) if config.linear_domain == "all" else run
+        weights = (logs - z[:, where, None]).exp_()
+        dlogs = (_join(v[:, run], config) @ dmeans[:, where].mT + dz[:, where, None]).mul_(weights)
+        dk[:, run] += _feature_logs_backward(dlogs.view(dk[:, run].shape), k[:, run], config.feature_map)
+        dv[:, run] += (weights @ dmeans[:, where]).view(dv[:, run].shape)
 
 
-def _linear_rows(q: Tensor, states: Tensor, domain: Tensor | None, config: SLAConfig) -> tuple[Tensor, ...]:
-    """phi(Q), the state of each query block, O^l and 1 / denominator, both 0 where the denominator is 0."""
-    phi_q = _join(feature_map(q, config.feature_map), config)
+def _linear_rows(
+    q: Tensor, z: Tensor, means: Tensor, domain: Tensor | None, config: SLAConfig
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """The shares and H of each query block's domain, u and O^l."""
+    shares = None
     if domain is not None:
-        states = (domain.to(states.dtype) @ states.flatten(2)).unflatten(2, states.shape[2:])
-    mixed = phi_q @ states
-    denominator = mixed[..., -1:] + EPSILON[config.linear_domain]
-    inverse = denominator.reciprocal().masked_fill_(denominator == 0, 0)
-    return phi_q, states, mixed[..., :-1] * inverse, inverse
+        shares, z, means = _mix(z, means, domain)
+    logs = _join(_feature_logs(q, config.feature_map), config)
+    weights, _ = _normalise(logs + z[:, :, None], 3, EPSILON[config.linear_domain])
+    return shares, means, weights, weights @ means
 
 
 def _linear_backward(
     q: Tensor,
-    states: Tensor,
+    z: Tensor,
+    means: Tensor,
     domain: Tensor | None,
     weight: Tensor,
     config: SLAConfig,
     do: Tensor,
-    dstates: Tensor,
+    dz: Tensor,
+    dmeans: Tensor,
     dweight: Tensor,
 ) -> Tensor:
-    """Add to dstates and dweight, and return dq."""
-    phi_q, state, o_linear, inverse = _linear_rows(q, states, domain, config)
+    """Add to dz, dmeans and dweight, and return dq."""
+    shares, means, weights, o_linear = _linear_rows(q, z, means, domain, config)
     do = _join(do, config)
     dweight += do.flatten(0, 2).mT @ o_linear.flatten(0, 2)
-    dnum = (do @ weight) * inverse
-    dmixed = torch.cat([dnum, -(dnum * o_linear).sum(-1, keepdim=True)], dim=-1)
-    dstate = phi_q.mT @ dmixed
-    if domain is None:
-        dstates += dstate
-    else:
-        dstates.flatten(2).baddbmm_(domain.to(dstates.dtype).mT, dstate.flatten(2))
-    return _feature_map_backward(dmixed @ state.mT, phi_q, config.feature_map).view(q.shape)
+    do = do @ weight
+    delta = (do * o_linear).sum(-1, keepdim=True)
+    dstate = weights.mT @ torch.cat([do, -delta], -1)
+    if shares is not None:
+        dstate = (shares.mT @ dstate.transpose(1, 2)).transpose(1, 2)
+    dmeans += dstate[..., :-1]
+    dz += dstate[..., -1]
+    dlogs = (do @ means.mT).sub_(delta).mul_(weights)
+    return _feature_logs_backward(dlogs.view(q.shape), q, config.feature_map)
 
 
-def _feature_map_backward(dphi: Tensor, phi: Tensor, name: FeatureMap) -> Tensor:
-    """Gradient of x, given that of phi(x) and phi(x) itself."""
+def _feature_logs(x: Tensor, name: FeatureMap) -> Tensor:
+    """Log phi(x)."""
     if name == "softmax":
-        return phi * (dphi - (dphi * phi).sum(-1, keepdim=True))
-    return dphi * (phi.clamp(max=1) if name == "elu" else phi > 0)
+        return x.log_softmax(-1)
+    return torch.where(x < 0, x, x.clamp(min=0).log1p()) if name == "elu" else x.relu().log()
+
+
+def _feature_logs_backward(dlogs: Tensor, x: Tensor, name: FeatureMap) -> Tensor:
+    """Gradient of x, given that of log phi(x)."""
+    if name == "softmax":
+        return dlogs - x.softmax(-1) * dlogs.sum(-1, keepdim=True)
+    if name == "elu":
+        return dlogs / (x.clamp(min=0) + 1)
+    return dlogs / x.masked_fill(x <= 0, 1)  # where x <= 0, dlogs is 0

@@ -70,7 +70,9 @@ def feature_map(x: Tensor, name: FeatureMap) -> Tensor:
     """phi, which makes every row non-negative."""
     if name == "softmax":
         return x.softmax(-1)
-    return F.elu(x) + 1 if name == "elu" else x.relu()
+    if name == "elu":  # elu + 1, without the digits that adding 1 to nearly -1 would lose
+        return torch.where(x < 0, x.clamp(max=0).exp(), x + 1)
+    return x.relu()
 
 
 def _per_token(classes: Tensor, config: SLAConfig, length: int) -> Tensor:
