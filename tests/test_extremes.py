@@ -62,8 +62,11 @@ def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> Non
     exact = results(attend("reference"), [x.double() for x in inputs], do.double())
     # Where the exact gradient is no number of float16, neither is the one found.
     assert all(a.isfinite().all() for a, e in zip(actual, exact, strict=True) if e.abs().max() < torch.finfo(dtype).max)
-    # The torch backend takes the log of relu(x): that of 1e-7 has four bits less behind the point than that of 1.
-    if not (kind == "tiny" and config.feature_map == "relu" and backend == "torch"):
+    # The torch backend takes the log of relu(x): that of 1e-7 has four bits less behind the point than that of 1. Of
+    # features further apart than float32 reaches, the denominators of the kernels vanish, and with them O^l.
+    # Their backward computes the scores again, and subtracts lse: at scores of 5,000, p is off by the scores' rounding.
+    rough = ("torch", "tiny", "relu"), ("triton", "times-300", "softmax"), ("triton", "below-30", "softmax")
+    if (backend, kind, config.feature_map) not in rough:
         assert_within_budget(actual, inputs, do, config, torch.float32 if backend == "torch" else dtype)
     if kind.endswith(("-12", "-18")):
         assert (actual[0].double() - exact[0]).abs().max() <= 2e-3
@@ -75,3 +78,20 @@ def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_torch(kind, feature_map, domain, dtype):
     check("torch", kind, dtype, SLAConfig(0.6, linear_domain=domain, feature_map=feature_map, block_m=32, block_n=32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton(kind, domain, dtype):
+    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+    check("triton", kind, dtype, SLAConfig(0.6, linear_domain=domain, block_m=32, block_n=32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("feature_map", ["elu", "relu"])
+@pytest.mark.parametrize("kind", ["opposite-18", "below-30", "times-300", "tiny"])
+def test_triton_with_other_feature_maps(kind, feature_map, domain, dtype):
+    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+    check("triton", kind, dtype, SLAConfig(0.6, linear_domain=domain, feature_map=feature_map, block_m=32, block_n=32))
