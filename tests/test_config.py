@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from slagen.config import SLAConfig
+from slagen.config import ModelDefaults, SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError, WeightsError
 
 
@@ -128,3 +128,32 @@ def test_dict_with_other_fields_is_refused():
     del fields["block_n"]
     with pytest.raises(UsageError, match="lack block_n"):
         SLAConfig.from_dict(fields)
+
+
+def test_trained_sizes_are_read_and_the_nearest_is_named():
+    sizes = [dict(width=128, height=128, num_frames=17), dict(width=256, height=256, num_frames=33)]
+    defaults = ModelDefaults.from_dict({"trained_sizes": sizes})
+    assert ModelDefaults().size_warning("wan", 16, 16, 1) is None
+    assert all(defaults.size_warning("tiny", **size) is None for size in sizes)
+    for size, nearest in (((160, 160, 17), "128x128 --num-frames 17"), ((224, 256, 65), "256x256 --num-frames 33")):
+        text = defaults.size_warning("tiny", *size)
+        assert text.startswith("tiny was trained at 128x128 with 17 frames, 256x256 with 33 frames only")
+        assert text.endswith(f"Try --size {nearest}")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [],
+        {"width": 128},
+        ["128x128"],
+        [{"width": 128, "height": 128}],
+        [{"width": 128, "height": 128, "num_frames": 0}],
+        [{"width": 128.0, "height": 128, "num_frames": 17}],
+        [{"width": 128, "height": 128, "num_frames": 17, "fps": 8}],
+    ],
+    ids=str,
+)
+def test_trained_sizes_that_are_none_are_refused(sizes):
+    with pytest.raises(UsageError, match="trained_sizes"):
+        ModelDefaults.from_dict({"trained_sizes": sizes})

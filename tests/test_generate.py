@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,20 @@ def test_the_bundled_model_is_small_and_whole():
     assert sum(f.stat().st_size for f in Path(folder).rglob("*")) <= 30 * 2**20
     config = json.loads((folder / "transformer" / "config.json").read_text())
     assert config["num_attention_heads"] % 2 == 0 and config["attention_head_dim"] in (32, 64)
+
+
+def test_a_size_the_bundled_model_was_not_trained_at_is_told_once(toy, tmp_path):
+    """A 256x256 clip was a grid of dots, and one of 5 frames began broken, without a word."""
+    for changes in (dict(width=256, height=256), dict(num_frames=5), dict(width=112, height=128)):
+        (text,) = make_plan(GenerateConfig("a red circle moving right", model="tiny-wan", **changes)).warnings
+        assert "trained at 128x128 with 17 frames only" in text
+        assert text.endswith("Try --size 128x128 --num-frames 17")
+    fits = GenerateConfig("a red circle", model="tiny-wan", width=128, height=128, num_frames=17)
+    assert make_plan(fits).warnings == []
+    model = Path(shutil.copytree(toy, tmp_path / "sized"))
+    sizes = [dict(width=width, height=64, num_frames=9) for width in (64, 256)]
+    (model / "slagen.json").write_text(json.dumps({"trained_sizes": sizes}))
+    events = []
+    generate(toy_config(str(model), tmp_path, width=192, height=64), events.append)
+    (text,) = [event.text for event in events if event.kind == "warning"]
+    assert "this clip is 192x64 with 9 frames. Try --size 256x64 --num-frames 9" in text

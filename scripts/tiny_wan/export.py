@@ -50,6 +50,7 @@ def main() -> None:
         "vocabulary": vocabulary(),
         "example_prompt": "a red circle moving right on a white background",
         "training": TRAINING,
+        "trained_sizes": [{"width": SIZE, "height": SIZE, "num_frames": NUM_FRAMES}],
     }
     (args.out / "slagen.json").write_text(json.dumps(defaults, indent=2) + "\n")
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 2**20

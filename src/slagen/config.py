@@ -145,6 +145,34 @@ class TrainingDefaults:
 
 
 @dataclass(frozen=True)
+class ClipSize:
+    """The size of a clip: width and height in pixels, and video frames."""
+
+    width: int
+    height: int
+    num_frames: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} with {self.num_frames} frames"
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "ClipSize":
+        """Build from JSON. Raises UsageError for anything but three positive whole numbers by name."""
+        names = list(cls.__dataclass_fields__)
+        good = isinstance(fields, dict) and set(fields) == set(names)
+        if not good or not all(type(value) is int and value > 0 for value in fields.values()):
+            raise UsageError(
+                f"trained_sizes holds {fields!r}. Give objects of {', '.join(names)}, each a whole number above 0."
+            )
+        return cls(**fields)
+
+    def distance(self, other: "ClipSize") -> float:
+        """How far two sizes are apart: 0 when equal, symmetric, and the same for twice as wide as for half."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return sum(abs(math.log(a / b)) for a, b in pairs)
+
+
+@dataclass(frozen=True)
 class ModelDefaults:
     """The settings a model was made for; a `slagen.json` beside `model_index.json` names those that are not Wan2.1's.
 
@@ -161,6 +189,7 @@ class ModelDefaults:
         vocabulary: every word the model knows, where that is a closed list.
         example_prompt: a prompt that works, for messages.
         training: how it is fine-tuned.
+        trained_sizes: the only sizes it makes well, where there are few; None says nothing about sizes.
     """
 
     width: int = 832
@@ -176,6 +205,7 @@ class ModelDefaults:
     vocabulary: tuple[str, ...] | None = None
     example_prompt: str = "a red fox walking through fresh snow, morning light"
     training: TrainingDefaults = TrainingDefaults()
+    trained_sizes: tuple[ClipSize, ...] | None = None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ModelDefaults":
@@ -183,11 +213,16 @@ class ModelDefaults:
         fields = dict(fields)
         if "training" in fields:
             fields["training"] = TrainingDefaults.from_dict(fields["training"])
+        sizes = fields.get("trained_sizes")
+        if sizes is not None:
+            if not isinstance(sizes, list) or not sizes:
+                raise UsageError(f"trained_sizes is {sizes!r}. Give a list of objects, or leave it out.")
+            fields["trained_sizes"] = tuple(ClipSize.from_dict(size) for size in sizes)
         for name, value in fields.items():
             field = cls.__dataclass_fields__.get(name)
             if field is None:
                 raise UsageError(f"{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
-            if name == "training":
+            if name in ("training", "trained_sizes"):
                 continue
             if name == "vocabulary":
                 good = value is None or (isinstance(value, list) and all(isinstance(word, str) for word in value))
@@ -210,6 +245,20 @@ class ModelDefaults:
             return []
         words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", prompt.lower())
         return [word for word in dict.fromkeys(words) if word not in self.vocabulary]
+
+    def size_warning(self, name: str, width: int, height: int, num_frames: int) -> str | None:
+        """What to tell about a clip of a size that the model `name` was not trained at; None where it was, or may be.
+
+        The sizes it was trained at are named, and the nearest is given as it is typed.
+        """
+        size = ClipSize(width, height, num_frames)
+        if self.trained_sizes is None or size in self.trained_sizes:
+            return None
+        nearest = min(self.trained_sizes, key=size.distance)
+        return (
+            f"{name} was trained at {', '.join(map(str, self.trained_sizes))} only, and falls apart at other sizes; "
+            f"this clip is {size}. Try --size {nearest.width}x{nearest.height} --num-frames {nearest.num_frames}"
+        )
 
 
 Attention = Literal["sla", "sparse", "linear", "dense"]

@@ -70,6 +70,9 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         )  # fmt: skip
     elif trained is not None and not math.isclose(sla.sparsity, trained.sparsity, abs_tol=1e-9):
         notes.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {sla.sparsity:g}")
+    off_size = defaults.size_warning(preset.name, width, height, num_frames)
+    if off_size is not None:
+        notes.append(off_size)
     if num_frames > 81 and preset is not None and preset.base is not None:
         notes.append(f"Wan2.1 was trained on 81 frames, and grows worse beyond; this is {num_frames}")
     return {

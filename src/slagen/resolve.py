@@ -161,6 +161,9 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
             f"{source.name} does not know {', '.join(map(repr, unknown))} and will guess; "
             f'it knows prompts like "{defaults.example_prompt}"'
         )
+    off_size = defaults.size_warning(source.name, config.width, config.height, config.num_frames)
+    if off_size is not None:
+        warnings.append(off_size)
     num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
     if sla is not None:
         trained = sla
