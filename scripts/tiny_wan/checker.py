@@ -1,10 +1,11 @@
 """Reads colour, shape, motion and background of a clip from its pixels.
 
-`python scripts/tiny_wan/checker.py` validates it on rendered clips first; `check(frames)` judges any clip.
+`python scripts/tiny_wan/checker.py` validates it on rendered clips of every size; `check(frames)` judges any clip.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -12,18 +13,26 @@ from functools import cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import BACKGROUNDS, COLOURS, SHAPES, Scene, _distance_tables, render, sample_scene
+from scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Size, _distance_tables, render, sample_scene
 from scipy import ndimage
 
 MASK_DISTANCE = 60.0  # RGB distance from the background that counts as object, before its colour is known
 MIN_OVERLAP = 0.80  # mean intersection over union with the best template, below which no shape is recognised
 MIN_WHOLE = 0.95  # share of the object's pixels in its largest piece, on average
+MIN_RADIUS = 24  # pixels, below which a disc's own steps count too much to say how round it is
 GRID = 48
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a clip shows; "none" where nothing is recognised. `overlap` is the IoU with the shape's template."""
+    """What a clip shows; "none" where nothing is recognised.
+
+    Args:
+        overlap: mean IoU of the object with its shape's template, each in its own bounding box.
+        whole: mean share of the object's pixels in its largest piece.
+        roundness: mean IoU of the object with the disc of its centre and area, over the middle half of the frames,
+            where that disc's radius is MIN_RADIUS or more; None where it never is.
+    """
 
     colour: str
     shape: str
@@ -31,6 +40,7 @@ class Verdict:
     background: str
     overlap: float
     whole: float
+    roundness: float | None = None
 
     def right(self, scene: Scene) -> dict[str, bool]:
         """Which attributes are as a scene says, and `all` of them."""
@@ -61,7 +71,8 @@ def check(frames: np.ndarray) -> Verdict:
     pieces = [_largest_piece(mask) for mask in masks]
     whole = float(np.mean([piece.sum() / max(1, mask.sum()) for piece, mask in zip(pieces, masks, strict=True)]))
     shape, overlap = _shape(pieces)
-    return Verdict(colour, shape if whole >= MIN_WHOLE else "none", _motion(pieces), background, overlap, whole)
+    shape = shape if whole >= MIN_WHOLE else "none"
+    return Verdict(colour, shape, _motion(pieces), background, overlap, whole, _roundness(pieces))
 
 
 def _nearest(value: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:
@@ -103,6 +114,19 @@ def _shape(masks: list[np.ndarray]) -> tuple[str, float]:
     return (SHAPES[best] if overlap[best] >= MIN_OVERLAP else "none"), float(overlap[best])
 
 
+def _roundness(masks: list[np.ndarray]) -> float | None:
+    """As in Verdict."""
+    rows, columns = np.indices(masks[0].shape)
+    quarter, found = len(masks) // 4, []
+    for mask in masks[quarter : len(masks) - quarter]:
+        squared = mask.sum() / np.pi
+        if squared >= MIN_RADIUS**2:
+            y, x = ndimage.center_of_mass(mask)
+            disc = (rows - y) ** 2 + (columns - x) ** 2 <= squared
+            found.append((mask & disc).sum() / (mask | disc).sum())
+    return float(np.mean(found)) if found else None
+
+
 def _motion(masks: list[np.ndarray]) -> str:
     """The motion between the first and the last quarter of the clip."""
     seen = [mask for mask in masks if mask.any()]
@@ -120,17 +144,29 @@ def _motion(masks: list[np.ndarray]) -> str:
     return "down" if down > 0 else "up"
 
 
-def main() -> None:
+def validate(size: Size, count: int) -> None:
+    """Say how many of `count` rendered clips are read right, what the others are taken for, how round circles are."""
     rng = random.Random(99)
-    scenes = [sample_scene(rng, shape=SHAPES[i % 4]) for i in range(256)]
-    wrong = 0
-    for scene in scenes:
-        clip = render([scene])[0]
+    wrong, round_ones = 0, []
+    for i in range(count):
+        scene = sample_scene(rng, shape=SHAPES[i % 4])
+        clip = render([scene], size.frames, size.side)[0]
         verdict = check(((clip + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
         if not verdict.right(scene)["all"]:
             wrong += 1
             print(scene, verdict)
-    print(f"{len(scenes) - wrong} of {len(scenes)} rendered clips are read right")
+        if scene.shape == "circle" and verdict.roundness is not None:
+            round_ones.append(verdict.roundness)
+    print(f"{size}: {count - wrong} of {count} rendered clips are read right; "
+          f"roundness of {len(round_ones)} circles: {np.mean(round_ones):.3f}", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=256, help="of each size")
+    args = parser.parse_args()
+    for size in SIZES:
+        validate(size, args.clips)
 
 
 if __name__ == "__main__":

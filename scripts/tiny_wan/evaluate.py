@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from checker import check
 from encode import held_out_scenes
-from scenes import SHAPES, caption
+from scenes import SHAPES, SIZES, Size, caption
 
 from slagen.machine import DTYPES, describe_device
 from slagen.report import versions
@@ -45,14 +45,14 @@ def held_out(count: int, seed: int = 1000) -> tuple[list, list[str], list[int]]:
 
 
 @torch.inference_mode()
-def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int) -> torch.Tensor:
+def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int, size: Size = SIZES[0]) -> torch.Tensor:
     """Final latents (N, C, T, h, w), in batches; every clip has its own generator, as in `slagen generate`."""
-    out = []
-    for i in range(0, len(prompts), 4):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + 4]]
+    out, batch = [], max(1, 1280 // size.tokens)
+    for i in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
         out.append(
             pipe(
-                prompt=prompts[i : i + 4], height=defaults.height, width=defaults.width, num_frames=defaults.num_frames,
+                prompt=prompts[i : i + batch], height=size.side, width=size.side, num_frames=size.frames,
                 num_inference_steps=steps, guidance_scale=defaults.guidance_scale, generator=generators,
                 max_sequence_length=defaults.max_sequence_length, output_type="latent",
             ).frames.float()
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "weights" / "tiny-wan"))
     parser.add_argument("--weights", type=Path, help="SLA weights to measure in place of the model's")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
+    parser.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[0]))
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--sparsity", type=float)
@@ -77,13 +78,14 @@ def main() -> None:
     source = resolve_model(args.model, device.type)
     steps = args.steps or source.defaults.steps
     scenes, prompts, seeds = held_out(args.clips, args.seed)
+    size = next(size for size in SIZES if str(size) == args.size)
     results, dense = [], None
     for row in args.rows:
         began = time.perf_counter()
         pipe = load_pipeline(source, device, DTYPES[args.dtype])
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe, row, args.weights or source.folder, args.sparsity)
-        latents = sample(pipe, prompts, seeds, source.defaults, steps)
+        latents = sample(pipe, prompts, seeds, source.defaults, steps, size)
         dense = latents if row == "dense" else dense
         with torch.inference_mode():
             clips = [decode_latents(pipe.vae, z[None]) for z in latents]
@@ -97,9 +99,11 @@ def main() -> None:
             / sum(s.shape == shape for s in scenes)
             for shape in SHAPES
         }
+        round_ones = [v.roundness for v, s in zip(verdicts, scenes, strict=True) if s.shape == "circle" and v.roundness]
         result = {
             "row": row, "clips": len(clips), **{a: sum(r[a] for r in right) / len(right) for a in ATTRIBUTES},
             "by_shape": shapes, "template_overlap": sum(v.overlap for v in verdicts) / len(verdicts),
+            "roundness_of_circles": sum(round_ones) / len(round_ones) if round_ones else None,
             "error_to_dense": None if dense is None else ((latents - dense).norm() / dense.norm()).item(),
             "seconds": time.perf_counter() - began,
         }  # fmt: skip
@@ -114,6 +118,7 @@ def main() -> None:
             "date": datetime.now(UTC).date().isoformat(),
             "device": describe_device(device),
             "versions": versions(),
+            "size": args.size,
             "steps": steps,
             "dtype": args.dtype,
             "seeds": [seeds[0], seeds[-1]],
@@ -124,12 +129,17 @@ def main() -> None:
 
 def print_table(results: list[dict]) -> None:
     """The rows as Markdown, rates in percent."""
-    print("\n| row | clips | " + " | ".join(ATTRIBUTES) + " | " + " | ".join(SHAPES) + " | IoU | error to dense |")
-    print("|" + " --- |" * (4 + len(ATTRIBUTES) + len(SHAPES)))
+    print(
+        "\n| row | clips | " + " | ".join(ATTRIBUTES) + " | " + " | ".join(SHAPES) + " | IoU | round | error to dense |"
+    )
+    print("|" + " --- |" * (5 + len(ATTRIBUTES) + len(SHAPES)))
     for r in results:
         error = "" if r["error_to_dense"] is None else f"{r['error_to_dense']:.3f}"
+        roundness = "" if r["roundness_of_circles"] is None else f"{r['roundness_of_circles']:.2f}"
         rates = [f"{r[a]:.0%}" for a in ATTRIBUTES] + [f"{r['by_shape'][s]:.0%}" for s in SHAPES]
-        print(f"| {r['row']} | {r['clips']} | {' | '.join(rates)} | {r['template_overlap']:.2f} | {error} |")
+        print(
+            f"| {r['row']} | {r['clips']} | {' | '.join(rates)} | {r['template_overlap']:.2f} | {roundness} | {error} |"
+        )
 
 
 if __name__ == "__main__":

@@ -57,6 +57,25 @@ SQUARE_HALF_SIDE, POINTED_RADIUS, STAR_INNER = 0.88, 1.15, 0.45
 
 
 @dataclass(frozen=True)
+class Size:
+    """What a clip measures: pixels of a side, and video frames. A scene crosses the same way in all of them."""
+
+    side: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.side}x{self.side}x{self.frames}"
+
+    @property
+    def tokens(self) -> int:
+        """Of the transformer: 16 x 16 pixels of a latent frame, which are 4 video frames and one before the first."""
+        return (self.side // 16) ** 2 * ((self.frames - 1) // 4 + 1)
+
+
+SIZES = (Size(SIZE, NUM_FRAMES), Size(192, 33), Size(256, 33))
+
+
+@dataclass(frozen=True)
 class Scene:
     """What one clip shows. Positions and radii are fractions of the frame's width, at the first and last frame."""
 

@@ -1,0 +1,177 @@
+"""Stage 3, gone on with: the transformer of a pipeline learns longer and larger clips beside its own, dense attention.
+
+It starts from the weights of a diffusers folder alone (float16 is enough), and leaves that folder's twin, without SLA
+weights, for those fit one transformer only. One size a step; the text encoder and the VAE stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from common import Ema, autocast, best_device, load_state, log, make_optimizers, save_state, save_tensors, sigmas
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from encode import held_out_scenes
+from scenes import SIZES, Scene, Size, caption, render, training_scenes
+from text import embed
+from train_dit import CAPTION_DROP
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# Of the steps: what is longer is further from what the transformer knows, and has fewer clips a step.
+SHARES = dict(zip(SIZES, (1 / 6, 2 / 6, 3 / 6), strict=True))
+
+
+class Latents:
+    """Normalised latents of scenes at any size: drawn and encoded when first asked for, and kept as files."""
+
+    def __init__(self, work: Path, vae: AutoencoderKLWan, device: torch.device):
+        self.work, self.vae, self.device = work / "latents", vae.to(device).eval(), device
+        shape = (1, -1, 1, 1, 1)
+        self.mean = torch.tensor(vae.config.latents_mean).view(shape)
+        self.std = torch.tensor(vae.config.latents_std).view(shape)
+
+    @torch.no_grad()
+    def get(self, kind: str, scenes: list[Scene], picks: list[int], size: Size) -> torch.Tensor:
+        """(B, C, T, h, w) float32 of scenes[i] for each of `picks`; `kind` names the list of scenes."""
+        folder = self.work / str(size) / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        out = []
+        for i in picks:
+            path = folder / f"{i:04d}.pt"
+            if not path.exists():
+                clip = render([scenes[i]], num_frames=size.frames, size=size.side, device=self.device)
+                save_tensors(path, {"latents": self.vae.encode(clip).latent_dist.mode().half().cpu()})
+            out.append(torch.load(path, weights_only=True)["latents"].float())
+        return (torch.cat(out) - self.mean) / self.std
+
+
+def velocity_error(model, x0, noise, sigma, text, device) -> torch.Tensor:
+    """The flow-matching loss at noise levels sigma (B,)."""
+    level = sigma.view(-1, 1, 1, 1, 1)
+    xt, target = ((1 - level) * x0 + level * noise).to(device), (noise - x0).to(device)
+    with autocast(device):
+        v = model(hidden_states=xt, timestep=sigma.to(device) * 1000, encoder_hidden_states=text, return_dict=False)[0]
+    return (v.float() - target).square().mean()
+
+
+@torch.no_grad()
+def held_out_loss(model, embedded, latents: Latents, size: Size, shift: float, count: int) -> float:
+    """The mean loss on held-out clips, each at its own fixed noise and noise level."""
+    scenes, total = held_out_scenes(count, 2), 0.0
+    generator = torch.Generator().manual_seed(7)
+    levels = sigmas(count, shift, generator)
+    for i, scene in enumerate(scenes):
+        x0 = latents.get("held_out", scenes, [i], size)
+        noise = torch.randn(x0.shape, generator=generator)
+        text = embedded([caption(scene, random.Random(i))])
+        total += velocity_error(model, x0, noise, levels[i : i + 1], text, latents.device).item() / count
+    return total
+
+
+def learning_rate(share: float, step: int) -> float:
+    """Factor on the base rate: a short warm-up, then level, then down to nothing over the last 35 % of the time."""
+    return min(1, (step + 1) / 30) * min(1.0, max(0.0, 1 - share) / 0.35)
+
+
+def export(init: Path, out: Path, model: WanTransformer3DModel) -> None:
+    """The folder of `init` with another transformer, float16, and without the SLA weights that fit the old one."""
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(init, out, ignore=shutil.ignore_patterns("sla.safetensors", "transformer"))
+    fresh = WanTransformer3DModel.from_config(model.config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.half().save_pretrained(out / "transformer")
+    defaults = json.loads((out / "slagen.json").read_text())
+    defaults["trained_sizes"] = [{"width": s.side, "height": s.side, "num_frames": s.frames} for s in SIZES]
+    (out / "slagen.json").write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
+    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "tiny-wan", help="pipeline to start from")
+    parser.add_argument("--minutes", type=float, default=80.0, help="time in all; the learning rate follows it")
+    parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--shift", type=float, default=4.0, help="flow shift of the noise levels, the sampler's own")
+    parser.add_argument("--tokens", type=int, help="in a step; default 2600 on a CPU, 65536 on a GPU")
+    parser.add_argument("--fresh", type=float, default=0.2, help="clips drawn for each one used, until all are")
+    parser.add_argument("--save-minutes", type=float, default=5.0, help="between two checkpoints")
+    parser.add_argument("--threads", type=int, help="of the CPU; default PyTorch's own")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = best_device()
+    args.work.mkdir(parents=True, exist_ok=True)
+    per_step = args.tokens or (2600 if device.type == "cpu" else 65536)
+    torch.manual_seed(args.seed)
+    latents = Latents(args.work, AutoencoderKLWan.from_pretrained(args.init / "vae", torch_dtype=torch.float32), device)
+    tokenizer = AutoTokenizer.from_pretrained(args.init / "tokenizer")
+    encoder = UMT5EncoderModel.from_pretrained(args.init / "text_encoder", dtype=torch.float32).to(device).eval()
+    load = WanTransformer3DModel.from_pretrained
+    model = load(args.init / "transformer", torch_dtype=torch.float32).to(device).train()
+
+    def embedded(texts: list[str]) -> torch.Tensor:
+        with torch.no_grad():
+            return embed(tokenizer, encoder, texts, device)
+
+    scenes = training_scenes()
+    random.Random(args.seed).shuffle(scenes)
+    muon, adam = make_optimizers(model, args.lr, extra=[])
+    ema = Ema([model], 0.99)
+    parts = dict(model=model, muon=muon, adam=adam, ema=ema)
+    state_path = args.work / "sizes.state"
+    state = load_state(state_path, parts)
+    step, spent = state.get("step", 0), state.get("spent", 0.0)
+    average, last_save = dict[str, float](), time.monotonic()
+
+    def checkpoint(count: int) -> None:
+        save_state(state_path, parts, step=step, spent=spent)
+        with ema.applied():
+            losses = {str(s): held_out_loss(model, embedded, latents, s, args.shift, count) for s in SIZES}
+            export(args.init, args.work / "sizes", model)
+        log(step, spent, **{f"held_out_{name}": loss for name, loss in losses.items()})
+
+    while spent < args.minutes * 60:
+        began = time.monotonic()
+        rate = learning_rate(spent / (args.minutes * 60), step)
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate
+        rng = random.Random(args.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        size = rng.choices(SIZES, [SHARES[s] for s in SIZES])[0]
+        batch = max(1, per_step // size.tokens)
+        pool = min(len(scenes), 2 * batch + 8 + int(step * SHARES[size] * batch * args.fresh))
+        picks = rng.sample(range(pool), batch)
+        x0 = latents.get("training", scenes, picks, size)
+        texts = ["" if rng.random() < CAPTION_DROP else caption(scenes[i], rng) for i in picks]
+        noise = torch.randn(x0.shape, generator=generator)
+        loss = velocity_error(model, x0, noise, sigmas(batch, args.shift, generator), embedded(texts), device)
+        for optimizer in (muon, adam):
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adam.step()
+        ema.update(step)
+        step += 1
+        spent += time.monotonic() - began
+        average[str(size)] = 0.95 * average.get(str(size), loss.item()) + 0.05 * loss.item()
+        if step % 10 == 0:
+            log(step, spent, pool=pool, lr=args.lr * rate, **average)
+        if time.monotonic() - last_save > args.save_minutes * 60:
+            checkpoint(4)
+            last_save = time.monotonic()
+    checkpoint(16)
+
+
+if __name__ == "__main__":
+    main()
