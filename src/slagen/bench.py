@@ -373,7 +373,7 @@ def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Att
     def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor | None]:
         return blockwise._select(q, k, config, sparse=True, linear=True)
 
-    def states(k: Tensor, v: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+    def states(k: Tensor, v: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, tuple[Tensor, Tensor]]]:
         for heads in blockwise.head_groups(q):
             k_j, v_j = (blockwise.to_blocks(x[heads], config.block_n) for x in (k, v))
             yield heads, k_j, v_j, blockwise.key_states(k_j, v_j, config, length)
@@ -394,7 +394,7 @@ def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Att
                 indices = blockwise._rows(kv_indices, heads, run)
                 blockwise._sparse_forward(q_i * head_dim**-0.5, k_j, v_j, indices, length, o_i)
                 domain_i = None if domain is None else blockwise._rows(domain, heads, run)
-                o_i += blockwise._linear_rows(q_i, sums, domain_i, config)[2].view(o_i.shape)
+                o_i += blockwise._linear_rows(q_i, *sums, domain_i, config)[3].view(o_i.shape)
                 o_i += setting.bias
                 blockwise._from_blocks(o_i, o[heads][:, :, tokens])
         return o

@@ -276,7 +276,7 @@ def sla_forward(
         if save and sparse:
             q_indices, q_offsets = column_lists(classes, num_critical)
     folded, folded_z, eps_used = nothing, nothing, eps
-    if bounded:
+    if weight is not None and marginal:
         folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
         if not projects(q):
             folded = folded @ weight.to(q.dtype).mT

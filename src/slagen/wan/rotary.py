@@ -92,7 +92,7 @@ def _is_proven(x: Tensor) -> bool:
 
 def trial(x: Tensor) -> str | None:
     """Run the kernel on three random tokens of heads like x (B, L, H, D): what is wrong, or None."""
-    from slagen.kernels.resources import OutOfResources
+    from slagen.kernels.resources import TritonError
 
     num_heads, head_dim = x.shape[2:]
     make: dict[str, Any] = {"generator": torch.Generator(x.device).manual_seed(0), "device": x.device}
@@ -102,7 +102,7 @@ def trial(x: Tensor) -> str | None:
     tables = angles.cos(), angles.sin()
     try:
         found = norm_rotate(q, k, weight, weight, *tables, num_heads, 1e-6)[:2]
-    except OutOfResources as error:
+    except TritonError as error:
         return str(error)
     for actual, given in zip(found, (q, k), strict=True):
         normed = F.rms_norm(given.double(), weight.shape, weight.double(), 1e-6).unflatten(2, (num_heads, head_dim))
