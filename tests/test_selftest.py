@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from slagen import selftest
 from slagen.cli import run
@@ -88,9 +89,28 @@ def test_refuses_before_the_work(arguments, complaint, capsys, tmp_path, monkeyp
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("chosen", "dtype", "interpreter", "expected"),
+    [
+        pytest.param("triton", "bfloat16", True, "triton fp16, triton bf16, triton fp32", id="card"),
+        pytest.param("triton", "float16", True, "triton fp16, triton fp32", id="card-without-bf16"),
+        pytest.param("torch", "float32", False, "torch fp16, torch bf16, torch fp32", id="cpu"),
+        pytest.param(
+            "torch", "float32", True, "torch fp16, torch bf16, torch fp32, triton fp16, triton fp32", id="interpreter"
+        ),
+    ],
+)
+def test_kernels_that_run_here(chosen, dtype, interpreter, expected, monkeypatch):
+    monkeypatch.setattr(selftest, "choose_backend", lambda q: chosen)
+    monkeypatch.setattr(selftest.machine, "pick_dtype", lambda name, device: getattr(torch, dtype))
+    monkeypatch.setattr(selftest.fused, "unsupported", lambda q: None if interpreter else "no interpreter")
+    found = selftest.kernels_here(torch.device("cpu"))
+    assert ", ".join(f"{backend} {dtype}" for backend, dtype in found) == expected
+
+
 def test_wrong_gradients_are_seen(monkeypatch):
     """The torch backend's check compares with the reference itself: a backend that is off by a thousandth fails."""
-    q = selftest.torch.empty(1, 1, 1, 16)
+    q = torch.empty(1, 1, 1, 16)
     config = selftest.SLAConfig(block_m=16, block_n=16)
     assert selftest._torch_trial(q, config) is None
     attend = selftest.sparse_linear_attention

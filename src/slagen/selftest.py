@@ -22,6 +22,7 @@ import torch
 
 from slagen import doctor, machine, report
 from slagen.attention import fused, sparse_linear_attention
+from slagen.attention.functional import choose_backend
 from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 
@@ -82,13 +83,17 @@ def selftest(on_note: Callable[[str], None] = lambda text: None) -> dict[str, An
 
 
 def kernels_here(device: torch.device) -> list[tuple[Backend, str]]:
-    """Backends and dtypes that run here: Triton on CUDA and in its interpreter, which has no bf16; else PyTorch's."""
-    if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return [("triton", dtype) for dtype in ("fp16", "bf16", "fp32") if dtype != "bf16" or bf16]
-    probe = torch.empty(1, 1, 1, 64)
-    found: list[tuple[Backend, str]] = [("torch", dtype) for dtype in ("fp16", "bf16", "fp32")]
-    if fused.unsupported(probe) is None:
+    """Backends and dtypes that run here: Triton's where it is chosen of itself, otherwise PyTorch's.
+
+    In Triton's interpreter, where that is on, Triton's too, but for bf16, which it computes wrongly.
+    """
+    dtypes = ["fp16", "bf16", "fp32"]
+    if machine.pick_dtype("auto", device) is torch.float16:  # a card that lacks bf16
+        dtypes.remove("bf16")
+    probe = torch.empty(1, 1, 1, 64, device=device)
+    chosen = choose_backend(probe)
+    found: list[tuple[Backend, str]] = [(chosen, dtype) for dtype in dtypes]
+    if chosen == "torch" and fused.unsupported(probe) is None:
         found += [("triton", "fp16"), ("triton", "fp32")]
     return found
 
@@ -153,7 +158,7 @@ def _generate(device: torch.device) -> str:
     """A video of the bundled model, through Triton on a card."""
     from slagen.generate import generate
 
-    backend: Backend = "triton" if device.type == "cuda" else "torch"
+    backend = choose_backend(torch.empty(1, 1, 1, 64, device=device))
     with tempfile.TemporaryDirectory() as folder:
         config = GenerateConfig(
             PROMPT, model="tiny-wan", backend=backend, steps=4, seed=0, output=str(Path(folder) / "video.mp4")
