@@ -269,7 +269,10 @@ def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
 
 
 def show_kernels(content: dict[str, Any], as_json: bool) -> None:
-    """Print what the kernels cost on each card: tables on stdout, or JSON alone, a kernel a line."""
+    """Print what the kernels cost on each card: tables on stdout, or JSON alone, a kernel a line.
+
+    "programs" are those that a multiprocessor holds at a time, "in flight" the groups of copies during the products.
+    """
     if as_json:
         about = {name: value for name, value in content.items() if name != "kernels"}
         rows = ",\n".join(json.dumps(row) for row in content["kernels"])
@@ -277,10 +280,11 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in (
-        "kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spill bytes", "mma",
-        "a multiprocessor", "instructions", "a round", "copies in flight", "",
+        "kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spilled", "mma", "programs",
+        "instructions", "a round", "in flight",
     ):  # fmt: skip
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
+    table.add_column("")
     for row in content["kernels"]:
         config = row["config"]
         tile = f"{config['tile_m']}x{config['tile_n']}, " if "tile_m" in config else ""
