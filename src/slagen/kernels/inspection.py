@@ -278,7 +278,7 @@ _TABLES = {"cos_ptr": "fp32", "sin_ptr": "fp32", "q_mean_ptr": "fp32", "k_mean_p
 VARIANTS = {
     "attend": Variant(forward.attend_kernel, "attend", _ATTEND),
     "attend-inference": Variant(
-        forward.attend_kernel, "attend", {**_ATTEND, "SAVE_LSE": False}
+        forward.attend_kernel, "attend", {**_ATTEND, "SAVE_LSE": False}, targets=(90,)
     ),
     "attend-marginal": Variant(forward.attend_kernel, "attend", {**_ATTEND, "MARGINAL": True}),
     "attend-128": Variant(forward.attend_kernel, "attend", _ATTEND),
