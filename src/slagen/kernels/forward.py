@@ -192,15 +192,10 @@ def attend(
         q, k, v, o, lse, kv_indices, folded, z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
         num_heads, length, triton.cdiv(length, block_m), num_critical, scale * LOG2_E.value, eps,
         BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim, SPARSE=sparse,
-        CHUNK=chunk(head_dim, q.element_size()), LINEAR=linear, MARGINAL=marginal, BIAS=bias is not None,
+        CHUNK=min(head_dim, COLUMNS_AT_ONCE), LINEAR=linear, MARGINAL=marginal, BIAS=bias is not None,
         SAVE_LSE=lse.numel() > 0, SHORT=length < tile.n, FEATURE_MAP=feature_map, PRECISION=precision(q),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def chunk(head_dim: int, element_bytes: int) -> int:
-    """Columns of the state that the attending kernel multiplies with at a time: all where they fit on chip."""
-    return head_dim if head_dim * element_bytes <= 256 else COLUMNS_AT_ONCE
 
 
 def sla_forward(

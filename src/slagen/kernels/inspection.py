@@ -148,7 +148,8 @@ def compile_kernel(name: str, target: int, head_dim: int, dtype: str = "bf16", t
     block_m = 128 if name.endswith("-128") else BLOCK
     chosen = tile
     if variant.row is not None and tile is None:
-        fitting = entries(variant.row, head_dim * DTYPES[dtype], MULTIPROCESSORS[target].shared_limit)
+        limit = MULTIPROCESSORS[target].shared_limit
+        fitting = entries(variant.row, head_dim * DTYPES[dtype], limit, target // 10 == 10)
         chosen = choose(fitting, block_m, BLOCK)
     constants = dict(
         variant.options,
@@ -159,8 +160,6 @@ def compile_kernel(name: str, target: int, head_dim: int, dtype: str = "bf16", t
         BLOCK_N=BLOCK,
         BLOCK=BLOCK,
     )
-    if variant.kernel is forward.attend_kernel:
-        constants["CHUNK"] = forward.chunk(head_dim, DTYPES[dtype])
     constants["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
     warps, stages = variant.warps, variant.stages
     if chosen is not None:

@@ -1,7 +1,8 @@
 """Which tile, warps and stages each kernel runs with, by what a card has, not by its name.
 
 The table is read by the shared memory that one program may use (and so by compute capability: 99 KiB on sm_86, sm_89
-and sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100) and by the bytes of a row, D times the size of an element.
+and sm_120, 163 KiB on sm_80, 227 KiB on sm_90 and sm_100), by the bytes of a row, D times the size of an element, and
+by whether products are summed in tensor memory, which only sm_100 has.
 Entries of a kernel go from the fastest to the smallest; a card that can not run one takes the next. What was found out
 about them lies in one `Choices`, which `using` replaces for a while.
 """
@@ -34,15 +35,19 @@ class Tiles:
 KIB = 1024
 HOPPER = 200 * KIB  # shared memory that tells sm_90 and sm_100 from the others
 
-# For each kernel: bytes of a row at most, shared memory at least, tiles. Chosen by what ptxas reports, which
+# For each kernel: bytes of a row at most, shared memory at least, tiles, and TENSOR_MEMORY where only with it. Chosen by what ptxas reports, which
 # `slagen doctor --kernels` shows: nothing spills, two programs on a multiprocessor of sm_90, eight warps where mma.sync
 # needs the registers. Not yet timed on a card; scripts/gpu.py sweeps them.
-Table = dict[str, list[tuple[int, int, Tiles]]]
+TENSOR_MEMORY = "tensor memory"
+Entry = tuple[int, int, Tiles] | tuple[int, int, Tiles, str]
+Table = dict[str, list[Entry]]
 TABLE: Table = {
     "attend": [
         (128, 0, Tiles(128, 64, 8, 3)),
         (128, HOPPER, Tiles(64, 64, 4, 3)),
         (128, 0, Tiles(64, 64, 8, 3)),
+        (256, HOPPER, Tiles(128, 32, 8, 4), TENSOR_MEMORY),
+        (256, HOPPER, Tiles(64, 32, 4, 4), TENSOR_MEMORY),
         (256, 160 * KIB, Tiles(128, 64, 8, 3)),
         (256, HOPPER, Tiles(64, 64, 4, 3)),
         (256, 0, Tiles(64, 64, 8, 3)),
@@ -60,8 +65,8 @@ TABLE: Table = {
     ],
     "dq": [
         (128, HOPPER, Tiles(64, 64, 4, 3)),
-        (128, 0, Tiles(64, 64, 8, 3)),
-        (128, 0, Tiles(64, 64, 8, 2)),
+        (128, 0, Tiles(64, 32, 8, 3)),
+        (128, 0, Tiles(64, 32, 8, 2)),
         (256, HOPPER, Tiles(64, 64, 4, 2)),
         (256, 160 * KIB, Tiles(64, 64, 8, 2)),
         (256, 0, Tiles(64, 32, 8, 2)),
@@ -73,8 +78,8 @@ TABLE: Table = {
         (128, 0, Tiles(64, 32, 8, 3)),
         (128, 0, Tiles(64, 32, 8, 2)),
         (256, HOPPER, Tiles(64, 64, 8, 3)),
-        (256, 0, Tiles(64, 64, 8, 2)),
-        (256, 0, Tiles(32, 64, 8, 2)),
+        (256, 0, Tiles(64, 32, 8, 3)),
+        (256, 0, Tiles(64, 32, 8, 2)),
         (512, 0, Tiles(32, 32, 8, 1)),
         (1024, 0, Tiles(16, 16, 4, 1)),
     ],
@@ -102,7 +107,7 @@ class Choices:
         self.latest = kernel
         key = kernel, x.device, _row_bytes(x), block_m, block_n
         if key not in self._tiles:
-            found = entries(kernel, key[2], shared_memory(x.device), self.table)
+            found = entries(kernel, key[2], shared_memory(x.device), tensor_memory(x.device), self.table)
             self._tiles[key] = choose(found, block_m, block_n, self._steps.get(key[:3], 0))
         return self._tiles[key]
 
@@ -164,9 +169,15 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def entries(kernel: str, row_bytes: int, shared_bytes: int, table: Table = TABLE) -> list[Tiles]:
+def entries(
+    kernel: str, row_bytes: int, shared_bytes: int, tensor_memory: bool = False, table: Table = TABLE
+) -> list[Tiles]:
     """The configurations of a kernel that should fit, the fastest first."""
-    found = [tile for most, needed, tile in table[kernel] if row_bytes <= most and shared_bytes >= needed]
+    found = [
+        tile
+        for most, needed, tile, *only in table[kernel]
+        if row_bytes <= most and shared_bytes >= needed and (tensor_memory or not only)
+    ]
     if not found:
         raise ValueError(f"{kernel}: no configuration for rows of {row_bytes} bytes")
     return found
@@ -188,6 +199,11 @@ def shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 227 * KIB
     return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def tensor_memory(device: torch.device) -> bool:
+    """Whether a card sums its products in tensor memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 def _row_bytes(x: Tensor) -> int:
