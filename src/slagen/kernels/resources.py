@@ -39,9 +39,9 @@ TENSOR_MEMORY = "tensor memory"
 Entry = tuple[int, int, Tiles] | tuple[int, int, Tiles, str]
 Table = dict[str, list[Entry]]
 
-# For each kernel: bytes of a row at most, shared memory at least, tiles, and TENSOR_MEMORY where only with it. Chosen by
-# what ptxas reports, which `slagen doctor --kernels` shows: nothing spills, loads are in flight during the maths, two
-# programs on a multiprocessor of sm_90, eight warps where mma.sync needs the registers. Not yet timed on a card;
+# For each kernel: bytes of a row at most, shared memory at least, tiles, and TENSOR_MEMORY where only with it. Chosen
+# by what ptxas reports, which `slagen doctor --kernels` shows: nothing spills, loads are in flight during the maths,
+# two programs on a multiprocessor of sm_90, eight warps where mma.sync needs the registers. Not yet timed on a card;
 # scripts/gpu.py sweeps them.
 TABLE: Table = {
     "attend": [
