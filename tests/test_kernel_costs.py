@@ -1,5 +1,6 @@
 """What the kernels cost on cards that are not here, how that is read out of their code, and what a call launches."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 from slagen import doctor  # noqa: E402
 from slagen.attention import sparse_linear_attention  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
+from slagen.errors import GateError  # noqa: E402
 from slagen.kernels import roofline, sass  # noqa: E402
+from slagen.kernels.inspection import KernelCost  # noqa: E402
 from slagen.kernels.launches import Launch, launches  # noqa: E402
 from slagen.kernels.occupancy import programs_per_sm  # noqa: E402
 
@@ -26,12 +29,21 @@ def costs() -> dict[str, Any]:
 
 
 def test_costs_on_every_card(costs):
-    """Every card, heads of 64 and 128, and a main loop wherever tensor cores are in use."""
+    """No spill, shared memory within the card's, tensor cores in use, no faults of another kind; few launches."""
     rows = costs["kernels"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert {row["head_dim"] for row in rows} == {64, 128}
+    doctor.check_kernels(costs)
     assert all(row["registers"] > 0 and row["instructions"] > row["round_instructions"] for row in rows)
     assert all(row["round_instructions"] > 0 for row in rows if row["mma"])
+
+
+def test_pace_on_hopper(costs):
+    """At Wan's heads: 330 instructions a round of 64 rows, 3,500 for a row's selection among 512 blocks."""
+    rows = {row["kernel"]: row for row in costs["kernels"] if (row["target"], row["head_dim"]) == ("sm_90", 128)}
+    assert rows["attend"]["round_instructions"] <= 330
+    assert rows["attend-inference"]["round_instructions"] <= 330
+    assert rows["select-inference"]["row_instructions"] <= 3500
 
 
 def test_costs_are_no_worse_than_the_baseline(costs):
@@ -81,6 +93,42 @@ def test_a_kernel_that_grew_is_named():
              "warnings": ["(C7515) serialized"]}  # fmt: skip
     for key, value in worse.items():
         assert len(grown({**row, key: value}, row)) == 1, key
+
+
+ATTEND = KernelCost(
+    kernel="attend", target="sm_90", head_dim=128, dtype="bf16", config={"tile_m": 64, "tile_n": 64}, shared_bytes=1000,
+    shared_limit=2000, registers=250, spill_bytes=0, mma="wgmma", uses_dot=True, instructions=2000,
+    round_instructions=300, row_instructions=None, copies_in_flight=1, programs_per_sm=2, warnings=[],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"copies_in_flight": 0}, "no copies in flight"),
+        ({"programs_per_sm": 1}, "one program"),
+        ({"warnings": ["(C7515) serialized"]}, "C7515"),
+        ({"spill_bytes": 8}, "8 bytes spilled"),
+        ({"mma": "mma.sync"}, "no wgmma"),
+        ({"shared_bytes": 3000}, "3000 bytes of shared memory"),
+    ],
+    ids=["copies", "programs", "warning", "spill", "wgmma", "shared"],
+)
+def test_faults(change, fault):
+    assert ATTEND.faults() == []
+    assert len(dataclasses.replace(ATTEND, **change).faults()) == 1
+    assert fault in dataclasses.replace(ATTEND, **change).faults()[0]
+
+
+def test_one_program_of_128_rows_is_no_fault():
+    assert dataclasses.replace(ATTEND, config={"tile_m": 128}, programs_per_sm=1).faults() == []
+
+
+def test_too_many_launches_are_a_gate():
+    row = {"kernel": "attend", "target": "sm_90", "head_dim": 128, "faults": []}
+    doctor.check_kernels({"kernels": [row], "operator": {"launches": 8}})
+    with pytest.raises(GateError, match="launches 9 kernels, but 8"):
+        doctor.check_kernels({"kernels": [row], "operator": {"launches": 9}})
 
 
 # How the code is read

@@ -293,7 +293,7 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
             f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit'] // 1024}", str(row["registers"]),
             str(row["spill_bytes"]), row["mma"] or "", str(row["programs_per_sm"]), str(row["instructions"]),
             f"{row['row_instructions']} a row" if row["row_instructions"] else str(row["round_instructions"]),
-            str(row["copies_in_flight"]), "; ".join([*row["faults"], *(text[1:6] for text in row["warnings"])]),
+            str(row["copies_in_flight"]), escape("; ".join(row["faults"])),
         )  # fmt: skip
     _stdout().print(table)
     _show_operator(content["operator"])

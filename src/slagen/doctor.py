@@ -166,6 +166,7 @@ COMPILE = (
 OPERATOR = (
     "import json, sys; from slagen.doctor import operator_call; print(json.dumps(operator_call(json.load(sys.stdin))))"
 )
+MOST_LAUNCHES = 8  # of a call without gradients, domain "all": at 4,096 tokens the host is the limit
 WAN_480P = (1, 12, 32760, 128)  # B, H, L, D of Wan2.1-1.3B, 832x480, 81 frames
 
 
@@ -240,11 +241,16 @@ def operator_call(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_kernels(content: dict[str, Any]) -> None:
-    """Raise GateError if a row breaks a limit of its card."""
+    """Raise GateError if a row breaks a limit of its card, or the operator launches too often."""
     broken = [row for row in content["kernels"] if row["faults"]]
     if broken:
         row = broken[0]
         raise GateError(
             f"{len(broken)} of {len(content['kernels'])} kernels break a limit; the first is {row['kernel']} on "
             f"{row['target']}, head dimension {row['head_dim']}: {'; '.join(row['faults'])}."
+        )
+    launches = content["operator"]["launches"]
+    if launches > MOST_LAUNCHES:
+        raise GateError(
+            f"a call of the operator launches {launches} kernels, but {MOST_LAUNCHES} are the most allowed."
         )

@@ -86,12 +86,12 @@ class KernelCost:
             found.append("no wgmma")
         if self.uses_dot and self.target == "sm_100" and self.mma != "tcgen05":
             found.append("no tcgen05")
-        found += self.warnings
-        if self.kernel.startswith("attend") and self.copies_in_flight < 1:
-            found.append("no copy is in flight during the maths")
-        if self.kernel.startswith("attend") and self.target == "sm_90" and self.config["tile_m"] == 64:
-            found += ["one program on a multiprocessor"] * (self.programs_per_sm < 2)
-        return found
+        if self.uses_dot and self.kernel.startswith("attend"):
+            if self.copies_in_flight < 1:
+                found.append("no copies in flight during the products")
+            if self.target == "sm_90" and self.config["tile_m"] <= 64 and self.programs_per_sm < 2:
+                found.append("one program on a multiprocessor")
+        return [*found, *self.warnings]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "wgmma": self.wgmma}
