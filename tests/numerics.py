@@ -88,13 +88,18 @@ def assert_within_budget(
     drawn = results(plain, [x.expand(DRAWS, *x.shape) for x in wide], wide_do.expand(DRAWS, *do.shape))
     assert actual[0].dtype == inputs[0].dtype, f"o: {actual[0].dtype}, not {inputs[0].dtype}"
     for name, a, d, e in zip(NAMES[: len(exact)], actual, drawn, exact, strict=True):
-        assert a.shape == e.shape, f"{name}: {tuple(a.shape)}, not {tuple(e.shape)}"
-        assert a.isfinite().all(), f"{name} is not finite"
-        info = torch.finfo(a.dtype)
-        rounding = info.eps * e.abs().max().clamp(min=info.smallest_normal)
-        budget = 2 * (d - e).abs().max() + rounding
-        error = (a.double().cpu() - e).abs().max()
-        assert error <= budget, f"{name}: error {error:.3g} is above its budget {budget:.3g}"
+        assert_as_near(name, a, d, e)
+
+
+def assert_as_near(name: str, actual: Tensor, drawn: Tensor, exact: Tensor) -> None:
+    """Fail unless `actual` is finite and at most twice as far from `exact` as the drawn runs, plus one rounding step."""
+    assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert actual.isfinite().all(), f"{name} is not finite"
+    info = torch.finfo(actual.dtype)
+    rounding = info.eps * exact.abs().max().clamp(min=info.smallest_normal)
+    budget = 2 * (drawn - exact).abs().max() + rounding
+    error = (actual.double().cpu() - exact).abs().max()
+    assert error <= budget, f"{name}: error {error:.3g} is above its budget {budget:.3g}"
 
 
 class Rounding:
