@@ -92,7 +92,7 @@ def assert_within_budget(
 
 
 def assert_as_near(name: str, actual: Tensor, drawn: Tensor, exact: Tensor) -> None:
-    """Fail unless `actual` is finite and at most twice as far from `exact` as the drawn runs, plus one rounding step."""
+    """Fail unless `actual` is finite and at most twice as far from `exact` as the runs drawn, plus a rounding step."""
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, not {tuple(exact.shape)}"
     assert actual.isfinite().all(), f"{name} is not finite"
     info = torch.finfo(actual.dtype)
