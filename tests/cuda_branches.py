@@ -174,9 +174,9 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "bench.py::_ceilings": {"test_ceilings_of_a_card": ("device.type == 'cuda'",)},
     "bench.py::_inputs": {"test_a_row_on_a_card": ("device.type == 'cuda'", "torch.cuda.get_device_properties")},
+    "bench.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
     "bench.py::_models": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
-    "bench.py::_row": {"test_a_row_on_a_card": ("device.type == 'cuda'", "torch.OutOfMemoryError")},
-    "bench.py::_sdpa.make": {"test_dense_backends_need_a_card": ("setting.device.type != 'cuda'",)},
+    "bench.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
     "cli.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
     "cluster.py::_Driver._resources": {"test_cluster.py::test_workers_fit_the_machines": ("'GPU'", "'num_gpus'")},
     "doctor.py::_driver": {"test_driver": ("'nvidia-smi'",)},
@@ -205,6 +205,12 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
             "triton.runtime.driver.active.utils.get_device_properties",
         )
     },
+    "kernels/resources.py::tensor_memory": {
+        "test_cuda_kernels.py::test_tiles_follow_the_cards_tensor_memory": (
+            "device.type == 'cuda'",
+            "torch.cuda.get_device_capability",
+        )
+    },
     "machine.py::describe_device": {
         "test_reports_name_the_card": (
             "device.type != 'cuda'",
@@ -226,6 +232,8 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
     "machine.py::pick_dtype": {"test_device_and_dtype": ("device.type != 'cuda'", "torch.cuda.is_bf16_supported")},
+    "methods.py::_flex_tiles": {"test_flex_gets_tiles_on_a_card": ("setting.device.type != 'cuda'",)},
+    "methods.py::_sdpa.make": {"test_dense_backends_need_a_card": ("setting.device.type != 'cuda'",)},
     "parallel.py::Team.share": {"test_each_process_takes_its_card": ("self.device.type == 'cuda'",)},
     "parallel.py::join": {
         "test_each_process_takes_its_card": ("device.type == 'cuda'", "'nccl'", "'cuda'", "torch.cuda.set_device")
@@ -245,6 +253,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_gpu_script.py::test_sweep_records_the_tile_that_ran": ("'cuda'", "torch.cuda.synchronize")
     },
     "scripts/gpu.py::time_call": {"test_gpu_script.py::test_time_of_a_call": ("torch.cuda.Event",)},
+    "selftest.py::_bench": {"test_selftest_benches_wan_on_a_card": ("device.type == 'cpu'",)},
     "timing.py::SpanClock.__init__": {"test_spans_on_a_card": ("device_type == 'cuda'",)},
     "timing.py::SpanClock.cost_ms": {"test_spans_on_a_card": ("self.on_cuda", "'cuda'")},
     "timing.py::SpanClock.mark": {"test_spans_on_a_card": ("self.on_cuda", "torch.cuda.Event")},
@@ -253,4 +262,15 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_parts_move_one_at_a_time_to_a_small_card": ("device.type != 'cuda'", "torch.cuda.mem_get_info")
     },
     "wan/loading.py::resolve_model": {"test_the_model_of_a_card": ("device_type == 'cuda'", "CUDA_DEFAULT")},
+    "wan/rotary.py::_is_proven": {
+        "test_rotary.py::test_nothing_is_tried_while_a_graph_is_captured": (
+            "x.is_cuda",
+            "torch.cuda.is_current_stream_capturing",
+        )
+    },
+    "wan/rotary.py::fits": {"test_rotary.py::test_backends_that_take_the_kernel": ("query.is_cuda",)},
+    "wan/rotary.py::norm_rotate": {
+        "test_rotary.py::test_launches_are_on_the_tensors_device": ("torch.cuda.device_of",)
+    },
+    "wan/rotary.py::trial": {"test_rotary.py::test_a_kernel_that_does_not_fit_the_card_is_not_used": ("TritonError",)},
 }

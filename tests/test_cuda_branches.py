@@ -4,7 +4,9 @@
 test_cuda_kernels.py, those of scripts/gpu.py in test_gpu_script.py.
 """
 
+import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
 import cuda_branches
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from fake_cuda import CARD, FakeCard, fake_card
 from torch.nn.attention import SDPBackend
 
-from slagen import bench, doctor, finetune, generate, machine, parallel, resolve, timing
+from slagen import bench, doctor, finetune, generate, machine, methods, parallel, resolve, selftest, timing
 from slagen.cli import run
 from slagen.config import BenchConfig, FinetuneConfig, GenerateConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
@@ -266,28 +268,52 @@ def test_doctor_tries_the_kernels_in_the_cards_dtype(card, monkeypatch):
 # bench
 
 
+def row_of(method, shape):
+    """The row of one method on the card."""
+    config = BenchConfig(shapes=(shape,), sparsities=(0.5,), lengths=(), seconds=0.001, device="cuda")
+    content = {"rows": [], "break_even_tokens": {}}
+    bench._bench_shape(config, shape, [method], CARD, torch.float32, content, print)
+    return content["rows"][0]
+
+
 def test_a_row_on_a_card(card, monkeypatch):
     """The backward is timed there; inputs are enough to leave the second-level cache."""
-    config = BenchConfig(shapes=("1x1x64x16",), seconds=0.001, device="cuda")
     sdpa = next(method for method in bench.METHODS if method.name == "sdpa")
-    row = bench._row(config, sdpa, (1, 1, 64, 16), 0.5, CARD, torch.float32)
+    row = row_of(sdpa, "1x1x64x16")
     assert row["reason"] is None and row["forward_ms"]["median"] == row["backward_ms"]["median"] == card.step_ms
-    assert len(bench._inputs((1, 1, 64, 16), CARD, torch.float32)) == 8
+    assert row["training_forward_ms"]["median"] == card.step_ms
+    assert len(bench._inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
     assert len(bench._inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
     assert len(bench._inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
-    fails = bench.Method("other", "dense", out_of_memory)
-    row = bench._row(config, fails, (1, 1, 64, 16), 0.5, CARD, torch.float32)
+    row = row_of(bench.Method("other", "dense", out_of_memory), "1x1x64x16")
     assert row["reason"] == "does not fit into this device's memory" and row["forward_ms"] is None
+
+
+def test_flex_gets_tiles_on_a_card():
+    setting = bench.Setting(BenchConfig().sla(0.5), torch.eye(128), torch.zeros(128), "auto", GPU, torch.bfloat16)
+    tiles = methods._flex_tiles(setting)
+    assert (tiles["fwd_BLOCK_M"], tiles["fwd_BLOCK_N"]) == (64, 64)
+    assert methods._flex_tiles(dataclasses.replace(setting, device=CPU)) is None
 
 
 def test_dense_backends_need_a_card(card):
     q = torch.randn(1, 1, 8, 16, device="cuda")
     setting = bench.Setting(BenchConfig().sla(0.5), q, q, "auto", CARD, torch.float32)
-    attend = bench._sdpa(SDPBackend.MATH)(setting)
+    attend = methods._sdpa(SDPBackend.MATH)(setting)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     torch.testing.assert_close(attend(q, q, q).cpu(), expected.cpu())
     with pytest.raises(bench.NotHere, match="needs a CUDA device"):
-        bench._sdpa(SDPBackend.MATH)(bench.Setting(BenchConfig().sla(0.5), q, q, "auto", CPU, torch.float32))
+        methods._sdpa(SDPBackend.MATH)(bench.Setting(BenchConfig().sla(0.5), q, q, "auto", CPU, torch.float32))
+
+
+def test_selftest_benches_wan_on_a_card(monkeypatch):
+    asked = []
+    row = {"method": "sla", "correct": True, "speedup": 2.0, "shape": "1x12x4096x128"}
+    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or bench.BenchResult({"rows": [row]}))
+    for device in (GPU, CPU):
+        assert selftest._bench(device, {}) == "SLA against dense attention: 2.00x at 1x12x4096x128"
+    assert asked[0].shapes == ("wan-1.3b-480p",) and asked[0].device == "auto"
+    assert asked[1].shapes == ("1x2x4096x64",) and asked[1].device == "cpu"
 
 
 def test_ceilings_of_a_card(monkeypatch):
@@ -298,11 +324,7 @@ def test_ceilings_of_a_card(monkeypatch):
         monkeypatch.setattr(
             torch, name, lambda *size, make=make, **options: make(*size, **{**options, "device": "meta"})
         )
-    monkeypatch.setattr(
-        bench,
-        "_time",
-        lambda attend, inputs, *rest, **options: sizes.append(inputs[0][0].shape) or (0, {"median": 2.0}),
-    )
+    monkeypatch.setattr(bench, "_alone", lambda attend, inputs, *rest: sizes.append(inputs[0][0].shape) or 2.0)
     found = bench._ceilings(GPU, torch.bfloat16)
     assert sizes == [(8192, 8192), (2**28,)]
     assert found == {"matmul_tflops": 2 * 8192**3 / 2e9, "copy_gb_s": 2 * 2**30 / 2e6}

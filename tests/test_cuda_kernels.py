@@ -209,3 +209,14 @@ def test_tiles_follow_the_cards_shared_memory(card):
     assert large == resources.choose(resources.entries("attend", 256, 227 * resources.KIB), 128, 64)
     assert small == resources.choose(resources.entries("attend", 256, 99 * resources.KIB), 128, 64)
     assert large != small
+
+
+def test_tiles_follow_the_cards_tensor_memory(card):
+    """Only sm_100 sums products there: sm_90, with as much shared memory, and sm_120, the newer one, do not."""
+    x = on_card(torch.zeros(1, 1, 16, 128, dtype=torch.float16))
+    tiles = {}
+    for card.capability in ((9, 0), (10, 0), (12, 0)):
+        tiles[card.capability[0]] = Choices().tiles("attend", x, 128, 64)
+    assert tiles[10] == resources.choose(resources.entries("attend", 256, 227 * resources.KIB, True), 128, 64)
+    assert tiles[9] == tiles[12] == resources.choose(resources.entries("attend", 256, 227 * resources.KIB), 128, 64)
+    assert tiles[10] != tiles[9] and not resources.tensor_memory(torch.device("cpu"))

@@ -20,7 +20,8 @@ def small(monkeypatch):
     bench = BenchConfig(
         shapes=("1x1x256x16",), lengths=(), seconds=0.01, sparsities=(0.5,), methods=("sla", "sdpa"), device="cpu"
     )
-    monkeypatch.setattr(selftest, "BENCH", {"cpu": bench, "cuda": bench})
+    monkeypatch.setattr(selftest, "BENCH", bench)
+    monkeypatch.setattr(selftest, "BENCH_ON_CPU", bench)
     monkeypatch.setattr(selftest, "kernels_here", lambda device: [("torch", "fp32")])
     monkeypatch.setattr(selftest.doctor, "examine", lambda: [Finding("python", "ok", f"in {Path.home()}/python")])
 
