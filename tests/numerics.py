@@ -88,11 +88,11 @@ def assert_within_budget(
     drawn = results(plain, [x.expand(DRAWS, *x.shape) for x in wide], wide_do.expand(DRAWS, *do.shape))
     assert actual[0].dtype == inputs[0].dtype, f"o: {actual[0].dtype}, not {inputs[0].dtype}"
     for name, a, d, e in zip(NAMES[: len(exact)], actual, drawn, exact, strict=True):
-        assert_as_near(name, a, d, e)
+        assert_no_worse(name, a, d, e)
 
 
-def assert_as_near(name: str, actual: Tensor, drawn: Tensor, exact: Tensor) -> None:
-    """Fail unless `actual` is finite and at most twice as far from `exact` as the runs drawn, plus a rounding step."""
+def assert_no_worse(name: str, actual: Tensor, drawn: Tensor, exact: Tensor) -> None:
+    """Fail unless one result is finite and within the budget that its drawn runs, (DRAWS, ...) float64, leave it."""
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, not {tuple(exact.shape)}"
     assert actual.isfinite().all(), f"{name} is not finite"
     info = torch.finfo(actual.dtype)

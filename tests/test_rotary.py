@@ -1,18 +1,22 @@
-"""Norm, rotation and block means in one kernel, against diffusers' own lines and the truth in float64."""
+"""Norm, rotation and block means in one kernel, against diffusers' own lines in float64."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanRotaryPosEmbed
-from numerics import DRAWS, Rounding, assert_as_near
+from numerics import DRAWS, Rounding, assert_no_worse
 from wan_models import build_transformer
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 from slagen.attention import functional  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
+from slagen.kernels import rotary as rotary_kernel  # noqa: E402
 from slagen.kernels import selection  # noqa: E402
 from slagen.wan import rotary  # noqa: E402
 from slagen.wan.processor import install  # noqa: E402
@@ -66,30 +70,35 @@ def run_kernel(attn, q, k, tables, blocks=None):
     return rotary.norm_rotate(q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, eps, blocks)
 
 
-def drawn_lines(norm, x, tables, num_heads) -> torch.Tensor:
-    """What diffusers computes, in DRAWS runs: float32 whose every result is rounded, and x's dtype after each step."""
-    single, final = Rounding(torch.float32), Rounding(x.dtype)
-    x, weight = x.double().cpu().expand(DRAWS, *x.shape), norm.weight.double().cpu()
+def drawn_lines(norm, x, tables, dtype) -> torch.Tensor:
+    """Runs of diffusers' lines at a dtype, as numerics.py draws them: (DRAWS, B, L, H, D) float64.
+
+    The norm is one operation and the rotation another; each works in float32, and its result is of the dtype.
+    """
+    wide, step = Rounding(torch.float32), Rounding(dtype)
+    x = x.double().cpu().expand(DRAWS, *x.shape)
+    squares = wide.sum(x[..., None, :], x[..., :, None])[..., 0]
+    scale = wide.result((squares / x.shape[-1] + norm.eps).rsqrt())
+    x = step.result(wide.result(x * scale) * norm.weight.double().cpu())
     cos, sin = (table.double().cpu() for table in tables)
-    squares = single.result(x * x)
-    mean = single.result(single.sum(squares, torch.ones_like(squares[..., :1, :].mT)) / x.shape[-1])
-    x = single.result(x * single.result((mean + norm.eps).rsqrt()))
-    x = final.result(single.result(x * weight)).unflatten(-1, (num_heads, -1))
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    turned = (single.result(single.result(even * a) + single.result(odd * b)) for a, b in ((cos, -sin), (sin, cos)))
-    return final.result(torch.stack(tuple(turned), -1).flatten(-2))
+    even, odd = x.unflatten(-1, (-1, cos.shape[-1] // 2, 2)).unbind(-1)
+    cos, sin = cos[..., ::2], sin[..., 1::2]
+    pairs = [
+        wide.result(even * cos) - wide.result(odd * sin),
+        wide.result(even * sin) + wide.result(odd * cos),
+    ]
+    return step.result(torch.stack(pairs, -1).flatten(-2))
 
 
 def check(attn, q, k, tables, monkeypatch) -> None:
     """q, k and the means of blocks of 64 and 16."""
-    wide = copy.deepcopy(attn).double().cpu()
-    exact = diffusers_lines(wide, q.double().cpu(), k.double().cpu(), [x.double().cpu() for x in tables], monkeypatch)
+    wide = copy.deepcopy(attn).double()
+    exact = diffusers_lines(wide, q.double(), k.double(), [x.double() for x in tables], monkeypatch)
     *found, q_means, k_means = run_kernel(attn, q, k, tables, (64, 16))
-    for name, actual, x, e in zip("qk", found, (q, k), exact, strict=True):
-        assert actual.is_contiguous()
-        norm = attn.norm_q if name == "q" else attn.norm_k
-        assert_as_near(name, actual, drawn_lines(norm, x, tables, attn.heads), e)
+    norms = (attn.norm_q, attn.norm_k)
+    for name, actual, e, norm, x in zip("qk", found, exact, norms, (q, k), strict=True):
+        assert actual.is_contiguous() and actual.dtype == x.dtype, name
+        assert_no_worse(name, actual, drawn_lines(norm, x, tables, x.dtype), e.cpu())
     for x, means, block in zip(found, (q_means, k_means), (64, 16), strict=True):
         torch.testing.assert_close(means, selection.pool(x.transpose(1, 2), block), rtol=2e-6, atol=2e-6)
 
@@ -174,6 +183,28 @@ def test_traces_into_one_graph():
 
 
 # Where it runs
+
+
+def test_launches_are_on_the_tensors_device(monkeypatch):
+    """Triton launches on the current device, which need not be that of q."""
+    attn, tables = make_attention(2, 16, torch.float32), make_tables(9, 16)
+    q, k = make_inputs(1, 9, 32, torch.float32)
+    events = []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        events.append(x.data_ptr())
+        yield
+        events.append("left")
+
+    def launch(q, *_):
+        events.append("launched")
+        return torch.empty(0), torch.empty(1), torch.empty(2), torch.empty(3)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(rotary_kernel, "norm_rotate", launch)
+    run_kernel(attn, q, k, tables)
+    assert events == [q.data_ptr(), "launched", "left"]
 
 
 @pytest.fixture
@@ -261,8 +292,6 @@ def test_a_kernel_that_is_wrong_is_not_used(calls, monkeypatch):
 
 
 def test_a_kernel_that_does_not_fit_the_card_is_not_used(calls, monkeypatch):
-    from triton.runtime.errors import OutOfResources
-
     def fail(*_):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
