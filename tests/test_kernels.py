@@ -6,7 +6,7 @@ from numerics import assert_within_budget, make_proj, make_qkv, results, strided
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
-from slagen.attention import sparse_linear_attention  # noqa: E402
+from slagen.attention import fused, sparse_linear_attention  # noqa: E402
 from slagen.attention.block_map import block_map, block_scores, critical_indices  # noqa: E402
 from slagen.attention.functional import choose_backend  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
@@ -97,6 +97,48 @@ def test_strided_views():
     config = SLAConfig(0.6, block_m=16, block_n=16)
     check((2, 2, 40, 16), torch.float32, config, view=strided)
     check((1, 2, 40, 16), torch.float32, config, view=lambda x: x.mT.contiguous().mT)
+
+
+@pytest.mark.parametrize("domain", DOMAINS[:2])
+def test_weights_of_any_strides(domain):
+    """A transposed weight, and a bias that is every other number, or one number for all."""
+    config = SLAConfig(0.6, block_m=16, block_n=16, **domain)
+    q, k, v = (x.to(DEVICE) for x in make_qkv((1, 1, 40, 16), torch.float32))
+    weight, bias = (x.to(DEVICE) for x in make_proj(16, torch.float32))
+    for given in (bias.repeat_interleave(2)[::2], bias[:1].expand(16)):
+        expected = sparse_linear_attention(q, k, v, config, weight, given.contiguous(), backend="triton")
+        found = sparse_linear_attention(q, k, v, config, weight.mT.contiguous().mT, given, backend="triton")
+        assert torch.equal(found, expected)
+
+
+def test_products_are_exact_where_the_caller_allows_tf32():
+    """PyTorch's products inside the operator choose the blocks; the caller's settings are as before afterwards."""
+    matmul = torch.backends.cuda.matmul
+    seen = []
+
+    def note():
+        with fused._exact_products():
+            seen.append((matmul.fp32_precision, torch.get_float32_matmul_precision()))
+
+    try:
+        note()
+        torch.set_float32_matmul_precision("high")
+        note()
+        assert torch.get_float32_matmul_precision() == "high"
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"  # the new setting alone
+        note()
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen[0][0] in ("none", "ieee") and seen[0][1] == "highest"
+    assert seen[1:] == [("ieee", "highest")] * 2
+
+
+def test_refuses_rows_of_too_many_blocks():
+    """The scan of a row must fit the shared memory of the smallest card."""
+    with pytest.raises(ValueError, match="8,193 key blocks.*8,192 at most. Use larger blocks"):
+        selection.select(torch.empty(1, 1, 8193), 1, 0, classes=False)
 
 
 def test_without_projection():

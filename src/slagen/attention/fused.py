@@ -183,6 +183,31 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """PyTorch's own products of float32 in float32, also where the caller allows TF32, which would choose other blocks.
+
+    PyTorch keeps that setting twice, and refuses to multiply where the two differ; a caller may have set one of them.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the new one was set
+        legacy = None
+    torch.set_float32_matmul_precision("highest")  # sets both
+    try:
+        yield
+    finally:
+        if legacy is None:
+            matmul.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision(legacy)
+
+
 @torch.library.custom_op("slagen::sla_forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -203,7 +228,7 @@ def _forward(
     from slagen.kernels import sla_forward
 
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
-    with _on_device(q):
+    with _on_device(q), _exact_products():
         return sla_forward(q, k, v, weight, bias, save=save, **options)
 
 
@@ -253,7 +278,7 @@ def _backward(
     from slagen.kernels import sla_backward
 
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
-    with _on_device(q):
+    with _on_device(q), _exact_products():
         return sla_backward(do, q, k, v, weight, bias, *saved, **options)
 
 

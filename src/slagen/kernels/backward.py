@@ -62,7 +62,7 @@ def _dq_tiles(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_rows", "topk"])
 def dq_kernel(
     q_ptr,
     k_ptr,
@@ -169,7 +169,7 @@ def dq_kernel(
     store_rows(dq_ptr + b * dq_b + h * dq_h, dq_l, dq_d, start_m, length, acc, TILE_M, HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_columns", "list_length"])
 def dkv_kernel(
     q_ptr,
     k_ptr,
@@ -266,7 +266,7 @@ def dkv_kernel(
         offsets = offset_ptr + bh * (num_columns + 1) + column
         list_row = list_ptr + bh * list_length
         offs_m = tl.arange(0, TILE_M)
-        begin, end = tl.load(offsets) * PARTS, tl.load(offsets + 1) * PARTS
+        begin, end = tl.load(offsets).to(tl.int64) * PARTS, tl.load(offsets + 1).to(tl.int64) * PARTS
         block = tl.load(list_row + begin // PARTS, mask=begin < end, other=0)
         for t in range(begin, end):
             start_m = block.to(tl.int64) * BLOCK_M + (t % PARTS) * TILE_M
@@ -321,6 +321,7 @@ def sla_backward(
     Returns: dq, dk, dv (B, H, L, D) in q's dtype, dweight (D, D) and dbias (D,) float32, empty where there is none.
     Source: SLA, arXiv:2509.24006, with its two misprints mended; the form above is this file's own.
     """
+    bias = None if bias is None else bias.contiguous()
     batch, num_heads, length, head_dim = q.shape
     heads, num_rows, num_columns = batch * num_heads, triton.cdiv(length, block_m), triton.cdiv(length, block_n)
     empty = q.new_empty(0)

@@ -62,7 +62,7 @@ def _attend_tiles(
     return acc, m_i, l_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_rows", "topk"])
 def attend_kernel(
     q_ptr,
     k_ptr,
@@ -188,6 +188,7 @@ def attend(
     """
     batch, num_heads, length, head_dim = q.shape
     tile: Tiles = tiles("attend", q, block_m, block_n)
+    bias = None if bias is None else bias.contiguous()
     attend_kernel[(triton.cdiv(length, tile.m) * batch * num_heads,)](
         q, k, v, o, lse, kv_indices, folded, z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
         num_heads, length, triton.cdiv(length, block_m), num_critical, scale * LOG2_E.value, eps,

@@ -13,7 +13,7 @@ from torch import Tensor
 from slagen.kernels.primitives import load_rows
 
 COLUMNS = 512  # scores of a row that are held at least: to 32,768 tokens in blocks of 64 one kernel serves
-MAX_COLUMNS = 32768  # counts of two kinds share an integer, and 32 warps hold 1,024 each
+MAX_COLUMNS = 8192  # what the scan of a row needs of shared memory fits on every card up to here
 LIST_ROWS, LIST_COLUMNS = 64, 32  # tile of classes that becomes column lists
 
 

@@ -36,7 +36,7 @@ MIX_TILE_SMALL = (16, 16, 8)  # for float32, which tensor cores do not multiply,
 COMBINED = 16  # rows of a state that one program adds up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_blocks", "runs", "run_blocks"])
 def key_states_kernel(
     k_ptr,
     v_ptr,
@@ -111,7 +111,7 @@ def key_states_kernel(
     tl.store(z_ptr + place * HEAD_DIM + offs_d, tl.sum(z, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "num_blocks", "runs", "run_blocks"])
 def query_states_kernel(
     q_ptr,
     do_ptr,
@@ -175,7 +175,7 @@ def query_states_kernel(
     tl.store(g_ptr + place * HEAD_DIM + offs_d, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs", "length"])
 def combine_kernel(
     state_ptr,
     z_ptr,
@@ -212,7 +212,7 @@ def combine_kernel(
         tl.store(ptrs, folded.to(folded_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def mix_kernel(
     class_ptr,
     state_ptr,
@@ -238,13 +238,13 @@ def mix_kernel(
     pid = tl.program_id(0)
     channel = pid // tiles_m % HEAD_DIM
     bh = (pid // tiles_m // HEAD_DIM).to(tl.int64)
-    offs_m = pid % tiles_m * ROWS + tl.arange(0, ROWS)
+    offs_m = (pid % tiles_m * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     offs_d = tl.arange(0, HEAD_DIM)
     base = bh * num_rows * num_blocks
     acc = tl.zeros((HEAD_DIM, ROWS), dtype=tl.float32)  # transposed, as in `key_states_kernel`
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for start in range(0, num_blocks, BLOCKS):
-        offs_n = start + tl.arange(0, BLOCKS)
+        offs_n = (start + tl.arange(0, BLOCKS)).to(tl.int64)
         inside = offs_n < num_blocks
         ptrs = class_ptr + base + offs_m[:, None] * row_stride + offs_n[None, :] * block_stride
         marginal = tl.load(ptrs, mask=(offs_m < num_rows)[:, None] & inside[None, :], other=1) == 0
