@@ -1,5 +1,7 @@
 """Finite in, finite out: outlier channels, huge and tiny numbers, in every backend, dtype, domain and feature map."""
 
+import math
+
 import pytest
 import torch
 from numerics import assert_within_budget, make_proj, make_qkv, results
@@ -51,6 +53,21 @@ def case(kind: str, dtype: torch.dtype):
     return [x.to(dtype) for x in inputs], do.to(dtype)
 
 
+def without_rounding_of_lse(actual, exact, inputs, do, config):
+    """`actual`, with the exact dv where only p's own error tells them apart.
+
+    As in FlashAttention-2, the kernels' backward takes p = exp2(s - lse) from scores computed again and one float32
+    number a row. At scores of 5e3 to 4e5 both are rounded by thousandths, and p by as much: eps log2(e) max |s|. Plain
+    PyTorch divides by the sum of the weights at hand, so that this cancels, in dv altogether.
+    """
+    q, k, v = (x.double() for x in inputs[:3])
+    relative = torch.finfo(torch.float32).eps * math.log2(math.e) * (q @ k.mT * SHAPE[3] ** -0.5).abs().max()
+    sparse = results(lambda *x: sparse_linear_attention(*x, config, backend="reference"), (q, k, v), do.double().abs())
+    dv = actual[3].double()
+    near = (dv - exact[3]).abs() <= relative * sparse[3]  # which is P^T |do|
+    return *actual[:3], torch.where(near, exact[3], dv).to(actual[3].dtype), *actual[4:]
+
+
 def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> None:
     """All is finite; within the budget; and where only a channel or two stand out, o is within 2e-3."""
     inputs, do = case(kind, dtype)
@@ -64,9 +81,9 @@ def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> Non
     assert all(a.isfinite().all() for a, e in zip(actual, exact, strict=True) if e.abs().max() < torch.finfo(dtype).max)
     # The torch backend takes the log of relu(x): that of 1e-7 has four bits less behind the point than that of 1. Of
     # features further apart than float32 reaches, the denominators of the kernels vanish, and with them O^l.
-    # Their backward computes the scores again, and subtracts lse: at scores of 5,000, p is off by the scores' rounding.
-    rough = ("torch", "tiny", "relu"), ("triton", "times-300", "softmax"), ("triton", "below-30", "softmax")
-    if (backend, kind, config.feature_map) not in rough:
+    if (backend, kind, config.feature_map) not in (("torch", "tiny", "relu"), ("triton", "times-300", "softmax")):
+        if backend == "triton" and kind in ("times-300", "below-30"):
+            actual = without_rounding_of_lse(actual, exact, inputs, do, config)
         assert_within_budget(actual, inputs, do, config, torch.float32 if backend == "torch" else dtype)
     if kind.endswith(("-12", "-18")):
         assert (actual[0].double() - exact[0]).abs().max() <= 2e-3

@@ -394,7 +394,7 @@ def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Att
                 indices = blockwise._rows(kv_indices, heads, run)
                 blockwise._sparse_forward(q_i * head_dim**-0.5, k_j, v_j, indices, length, o_i)
                 domain_i = None if domain is None else blockwise._rows(domain, heads, run)
-                o_i += blockwise._linear_rows(q_i, *sums, domain_i, config)[3].view(o_i.shape)
+                o_i += blockwise._linear_rows(q_i, *sums, domain_i, config)[-1].view(o_i.shape)
                 o_i += setting.bias
                 blockwise._from_blocks(o_i, o[heads][:, :, tokens])
         return o

@@ -12,9 +12,11 @@ query block, and over the features:
 Every quotient lies in [0, 1] and is the exponential of a difference of logs, so features far apart neither overflow
 nor vanish from both sides of a fraction. The gradients are products of the same quotients.
 
-In the domain "all" one state serves every query, so W is multiplied into it once. In "marginal" mixing is a matrix
-product for each feature, of the quotients (M, N) with the means (N, D): D N / (2 block_m block_n topk) of the sparse
-branch's operations, a third for D = 128, blocks of 64 and one block in 20, whatever L is.
+In the domain "all" one state serves every query, so W is multiplied into it once. In "marginal" mixing is one matrix
+product, of the 0/1 domain (M, N) with the means (N, D * D) times z_nd / Z_d, where Z_d sums over all blocks, and
+z_d / Z_d is divided out again: D N / (2 block_m block_n topk) of the sparse branch's operations, a third for D = 128,
+blocks of 64 and one block in 20, whatever L is. Where z_d / Z_d is hardly a number of the dtype for some query block
+and feature, the run of that block takes every z_nd / z_d by itself, and one matrix product for each feature.
 
 The backward pass computes the scores of each chunk again, so only the inputs and the selection are kept for it.
 Beside those and the outputs, memory holds the keys, values and states of a group of short heads or of one long head,
@@ -22,7 +24,7 @@ and one run or chunk of its queries, at a time.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +56,9 @@ def blockwise_attention(
     weight = None if proj_weight is None else proj_weight.to(dtype)
     bias = None if proj_bias is None else proj_bias.to(dtype)
     return _Blockwise.apply(q, k, v, weight, bias, config, scale, sparse)
+
+
+Unmix = Callable[[Tensor, Tensor], None]  # see `_mix`
 
 
 class _Blockwise(torch.autograd.Function):
@@ -110,7 +115,7 @@ class _Blockwise(torch.autograd.Function):
                 dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
                 if dweight is not None:
                     z, means = key_states(k_j, v_j, config, length)
-                    dmeans, dz = torch.zeros_like(means), torch.zeros_like(z)
+                    dstates = means.new_zeros(*means.shape[:3], means.shape[3] + 1)
                 for run, tokens in _query_runs(q, config):
                     q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
                     do_i = to_blocks(do[heads][:, :, tokens], config.block_m)
@@ -121,12 +126,12 @@ class _Blockwise(torch.autograd.Function):
                         dq_i = _sparse_backward(q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j).mul_(scale)
                     if dweight is not None:
                         domain_i = None if domain is None else _rows(domain, heads, run)
-                        dq_i += _linear_backward(q_i, z, means, domain_i, weight, config, do_i, dz, dmeans, dweight)
+                        dq_i += _linear_backward(q_i, z, means, domain_i, weight, config, do_i, dstates, dweight)
                     if dbias is not None:
                         dbias += do_i.sum((0, 1, 2))
                     _from_blocks(dq_i, dq[heads][:, :, tokens])
                 if dweight is not None:
-                    _states_backward(k_j, v_j, config, length, z, dz, dmeans, dk_j, dv_j)
+                    _states_backward(k_j, v_j, config, length, z, dstates, dk_j, dv_j)
                 _from_blocks(dk_j, dk[heads])
                 _from_blocks(dv_j, dv[heads])
         return dq, dk, dv, dweight, dbias, None, None, None
@@ -267,60 +272,87 @@ def key_states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> tuple[Te
     for run, logs in _key_runs(k, config, length):
         weights, z = _normalise(logs, 2)
         parts.append((z, weights.mT @ _join(v[:, run], config)))
+    if len(parts) == 1:
+        return parts[0]
     z, means = (torch.cat(x, 1) for x in zip(*parts, strict=True))
     if config.linear_domain == "all":
-        _, z, means = _mix(z, means, z.new_ones(z.shape[0], 1, z.shape[1], dtype=torch.bool))
+        shares, z = _normalise(z, 1, keepdim=True)
+        means = (shares[..., None] * means).sum(1, keepdim=True)
     return z, means
 
 
-def _normalise(logs: Tensor, dim: int, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+def _normalise(logs: Tensor, dim: int, eps: float = 0.0, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """Exponentials divided by eps and their sum over a dimension, 0 where that is 0; and the log of their sum."""
     shift = logs.amax(dim, keepdim=True)
     shift = shift.masked_fill(shift == -torch.inf, 0)
     weights = (logs - shift).exp_()
     total = weights.sum(dim, keepdim=True)
     divisor = total + eps * torch.exp(-shift) if eps else total
-    return weights.div_(divisor.masked_fill(divisor == 0, 1)), (shift + total.log()).squeeze(dim)
+    z = shift + total.log()
+    return weights.div_(divisor.masked_fill(divisor == 0, 1)), z if keepdim else z.squeeze(dim)
 
 
-def _mix(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The shares z_nd / z_d, as (G, D, R, N), and log z and H of the domain (G, R, N) of each query block."""
+def _mix(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor, Unmix]:
+    """Mix the states over the domain (G, R, N) of each query block; see the head of this file.
+
+    Returns: log z_d, (G, R, D); H_d times a total, (G, R, D, D); the total, (G, R, D): z_d / Z_d, or 1 where that is 0
+    and from `_mix_each`; and a function that adds the gradients of the query blocks' states, divided by the total, to
+    those of the key blocks' states, both as `_states_backward` takes them.
+    """
+    shares, log_sum = _normalise(z, 1, keepdim=True)
+    mask = domain.to(z.dtype)
+    total = mask @ shares
+    if ((total < torch.finfo(z.dtype).tiny ** 0.5) & (mask @ (z > -torch.inf).to(z.dtype) > 0)).any():
+        return _mix_each(z, means, domain)
+    shares = shares[..., None]
+    sums = (mask @ (shares * means).flatten(2)).unflatten(2, means.shape[2:])
+
+    def unmix(dsums: Tensor, dstates: Tensor) -> None:
+        dstates.addcmul_((mask.mT @ dsums.flatten(2)).unflatten(2, dsums.shape[2:]), shares)
+
+    return log_sum + total.log(), sums, total.masked_fill(total == 0, 1), unmix
+
+
+def _mix_each(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor, Unmix]:
+    """As `_mix`, by z_nd / z_d of each query block, key block and feature: slower by that many exponentials."""
     shares, z = _normalise(z[:, None].masked_fill(~domain[..., None], -torch.inf), 2)
-    shares = shares.permute(0, 3, 1, 2).contiguous()
-    return shares, z, (shares @ means.transpose(1, 2)).transpose(1, 2)
+    shares = shares.permute(0, 3, 1, 2).contiguous()  # (G, D, R, N)
+
+    def unmix(dsums: Tensor, dstates: Tensor) -> None:
+        dstates.add_((shares.mT @ dsums.transpose(1, 2)).transpose(1, 2))
+
+    return z, (shares @ means.transpose(1, 2)).transpose(1, 2), torch.ones_like(z), unmix
 
 
 def _states_backward(
-    k: Tensor,
-    v: Tensor,
-    config: SLAConfig,
-    length: int,
-    z: Tensor,
-    dz: Tensor,
-    dmeans: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    k: Tensor, v: Tensor, config: SLAConfig, length: int, z: Tensor, dstates: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
     """Add to dk and dv; the gradients of the states are those of sums, not of means: they come mixed."""
     z = z.masked_fill(z == -torch.inf, 0)
     for run, logs in _key_runs(k, config, length):
         where = slice(None) if config.linear_domain == "all" else run
+        dsums, dtotal = dstates[:, where, :, :-1], dstates[:, where, None, :, -1]
         weights = (logs - z[:, where, None]).exp_()
-        dlogs = (_join(v[:, run], config) @ dmeans[:, where].mT + dz[:, where, None]).mul_(weights)
+        dlogs = (_join(v[:, run], config) @ dsums.mT).add_(dtotal).mul_(weights)
         dk[:, run] += _feature_logs_backward(dlogs.view(dk[:, run].shape), k[:, run], config.feature_map)
-        dv[:, run] += (weights @ dmeans[:, where]).view(dv[:, run].shape)
+        dv[:, run] += (weights @ dsums).view(dv[:, run].shape)
 
 
 def _linear_rows(
     q: Tensor, z: Tensor, means: Tensor, domain: Tensor | None, config: SLAConfig
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """The shares and H of each query block's domain, u and O^l."""
-    shares = None
+) -> tuple[Tensor, Tensor, Tensor | None, Unmix | None, Tensor]:
+    """u over the total, then H times the total, the total and the function of `_mix`, or H, None and None; and O^l."""
+    total = unmix = None
     if domain is not None:
-        shares, z, means = _mix(z, means, domain)
-    logs = _join(_feature_logs(q, config.feature_map), config)
-    weights, _ = _normalise(logs + z[:, :, None], 3, EPSILON[config.linear_domain])
-    return shares, means, weights, weights @ means
+        z, means, total, unmix = _mix(z, means, domain)
+    if config.feature_map == "softmax" and EPSILON[config.linear_domain] == 0:
+        logs = q - q.amax(-1, keepdim=True)  # the denominator of phi cancels
+    else:
+        logs = _feature_logs(q, config.feature_map)
+    weights, _ = _normalise(_join(logs, config) + z[:, :, None], 3, EPSILON[config.linear_domain])
+    if total is not None:
+        weights.div_(total[:, :, None])
+    return weights, means, total, unmix, weights @ means
 
 
 def _linear_backward(
@@ -331,23 +363,23 @@ def _linear_backward(
     weight: Tensor,
     config: SLAConfig,
     do: Tensor,
-    dz: Tensor,
-    dmeans: Tensor,
+    dstates: Tensor,
     dweight: Tensor,
 ) -> Tensor:
-    """Add to dz, dmeans and dweight, and return dq."""
-    shares, means, weights, o_linear = _linear_rows(q, z, means, domain, config)
+    """Add to dstates and dweight, and return dq."""
+    weights, sums, total, unmix, o_linear = _linear_rows(q, z, means, domain, config)
     do = _join(do, config)
     dweight += do.flatten(0, 2).mT @ o_linear.flatten(0, 2)
     do = do @ weight
     delta = (do * o_linear).sum(-1, keepdim=True)
     dstate = weights.mT @ torch.cat([do, -delta], -1)
-    if shares is not None:
-        dstate = (shares.mT @ dstate.transpose(1, 2)).transpose(1, 2)
-    dmeans += dstate[..., :-1]
-    dz += dstate[..., -1]
-    dlogs = (do @ means.mT).sub_(delta).mul_(weights)
-    return _feature_logs_backward(dlogs.view(q.shape), q, config.feature_map)
+    if unmix is None:
+        dstates += dstate
+    else:
+        unmix(dstate, dstates)
+    dlogs = do @ sums.mT
+    dlogs = dlogs.sub_(delta) if total is None else dlogs.addcmul_(delta, total[:, :, None], value=-1)
+    return _feature_logs_backward(dlogs.mul_(weights).view(q.shape), q, config.feature_map)
 
 
 def _feature_logs(x: Tensor, name: FeatureMap) -> Tensor:
