@@ -57,7 +57,7 @@ def without_rounding_of_lse(actual, exact, inputs, do, config):
     """`actual`, with the exact dv where only p's own error tells them apart.
 
     As in FlashAttention-2, the kernels' backward takes p = exp2(s - lse) from scores computed again and one float32
-    number a row. At scores of 5e3 to 4e5 both are rounded by thousandths, and p by as much: eps log2(e) max |s|. Plain
+    number a row. Scores of thousands are rounded by thousandths, and p is off by as much: eps log2(e) max |s|. Plain
     PyTorch divides by the sum of the weights at hand, so that this cancels, in dv altogether.
     """
     q, k, v = (x.double() for x in inputs[:3])
@@ -82,7 +82,7 @@ def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> Non
     # The torch backend takes the log of relu(x): that of 1e-7 has four bits less behind the point than that of 1. Of
     # features further apart than float32 reaches, the denominators of the kernels vanish, and with them O^l.
     if (backend, kind, config.feature_map) not in (("torch", "tiny", "relu"), ("triton", "times-300", "softmax")):
-        if backend == "triton" and kind in ("times-300", "below-30"):
+        if backend == "triton" and kind in ("times-300", "below-30", "huge-token"):
             actual = without_rounding_of_lse(actual, exact, inputs, do, config)
         assert_within_budget(actual, inputs, do, config, torch.float32 if backend == "torch" else dtype)
     if kind.endswith(("-12", "-18")):
