@@ -112,6 +112,10 @@ class Rounding:
     def result(self, x: Tensor) -> Tensor:
         return x + self.unit * x * self._uniform(x)
 
+    def single(self, x: Tensor) -> Tensor:
+        """x, rounded to float32 inside an operation: an exponent of 100 moves its result a hundred times as much."""
+        return x * (1 + self.sum_unit * self._uniform(x))
+
     def sum(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, not yet rounded to the dtype."""
         x = a @ b
@@ -132,7 +136,7 @@ def plain_attention(inputs: Sequence[Tensor], config: SLAConfig, rounding: Round
         return Product.apply(a, b, rounding, True)
 
     def exponentials(x: Tensor) -> Tensor:
-        return (x - x.detach().amax(-1, keepdim=True)).exp()
+        return rounding.single(x - x.detach().amax(-1, keepdim=True)).exp()
 
     def phi(x: Tensor) -> Tensor:
         if config.feature_map != "softmax":
