@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,6 +48,17 @@ def made(folder):
 def events_of(config, **options):
     seen = []
     return batch(config, seen.append, **options), seen
+
+
+def test_what_generate_warns_of_is_told_once_with_how_many_videos_it_is_about(toy, tmp_path):
+    """A batch at a size the model was not trained at, or of words it does not know, said nothing."""
+    model = Path(shutil.copytree(toy, tmp_path / "sized"))
+    sizes = [dict(width=64, height=64, num_frames=9)]
+    (model / "slagen.json").write_text(json.dumps({"trained_sizes": sizes, "vocabulary": ["a", "circle"]}))
+    _, seen = events_of(settings(model, tmp_path, ["a circle", "a circle", "a fox --num-frames 9"]))
+    size, word = (event.text for event in seen if event.kind == "warning")
+    assert "was trained at 64x64 with 9 frames only" in size and size.endswith("(2 videos)")
+    assert "does not know 'fox'" in word
 
 
 def test_a_second_run_makes_nothing_and_exits_0(toy, tmp_path):

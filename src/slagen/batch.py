@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -104,6 +105,7 @@ def share(
         raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = _plans(config.generate, requests, weights)
+    _warn(plans, on_event)
     on_event(Event("stage", "hash"))
     cache = Path(config.cache_dir).expanduser()
     identity = _identity(weights, config.generate.vae, cache)
@@ -177,6 +179,15 @@ def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weigh
         more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UsageError("\n".join(faults[:10]) + more)
     return found
+
+
+def _warn(plans: list[tuple[Plan, str]], on_event: Callable[[Event], None]) -> None:
+    """What `generate` would warn of for each video alone: the commonest ten, each once."""
+    counts = Counter(text for plan, _ in plans for text in plan.warnings)
+    for text, count in counts.most_common(10):
+        on_event(Event("warning", text if count == 1 else f"{text} ({count} videos)"))
+    if len(counts) > 10:
+        on_event(Event("warning", f"and {len(counts) - 10} other warnings"))
 
 
 def _queue(
