@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# Of the steps: what is longer is further from what the transformer knows, and has fewer clips a step.
-SHARES = dict(zip(SIZES, (1 / 6, 2 / 6, 3 / 6), strict=True))
+# Of the steps: what is longer has fewer clips a step, and what is known already must not be forgotten.
+SHARES = dict(zip(SIZES, (1 / 4, 1 / 4, 1 / 2), strict=True))
 
 
 class Latents:
@@ -135,8 +135,8 @@ def main() -> None:
     def checkpoint(count: int) -> None:
         save_state(state_path, parts, step=step, spent=spent)
         with ema.applied():
-            losses = {str(s): held_out_loss(model, embedded, latents, s, args.shift, count) for s in SIZES}
             export(args.init, args.work / "sizes", model)
+            losses = {str(s): held_out_loss(model, embedded, latents, s, args.shift, count) for s in SIZES}
         log(step, spent, **{f"held_out_{name}": loss for name, loss in losses.items()})
 
     while spent < args.minutes * 60:

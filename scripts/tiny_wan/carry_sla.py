@@ -1,0 +1,38 @@
+"""Carry SLA weights over to a transformer that went on training: a start for tune.py --on that is near its end.
+
+    python scripts/tiny_wan/carry_sla.py weights/tiny-wan build/tiny-wan/sizes
+
+What tuning added to the old transformer is added to the new one; proj_l stays. The file goes beside the new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+
+from slagen.models import SLA_FILE
+from slagen.wan.checkpoints import read_sla, weights_hash
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path, help="pipeline with SLA weights")
+    parser.add_argument("new", type=Path, help="pipeline whose transformer was trained on from the old one's")
+    args = parser.parse_args()
+    old, new = (WanTransformer3DModel.from_pretrained(folder / "transformer") for folder in (args.old, args.new))
+    before, after = ({k: x.float() for k, x in model.state_dict().items()} for model in (old, new))
+    metadata, tensors = read_sla(args.old)
+    if metadata.base_hash != weights_hash(old):
+        raise SystemExit(f"{args.old / SLA_FILE} was not made for the transformer beside it.")
+    carried = {k: (x + after[k] - before[k] if k in after else x).half() for k, x in tensors.items()}
+    metadata = dataclasses.replace(metadata, base_hash=weights_hash(new))
+    save_file(carried, args.new / SLA_FILE, metadata=metadata.to_strings())
+    print(args.new / SLA_FILE)
+
+
+if __name__ == "__main__":
+    main()
