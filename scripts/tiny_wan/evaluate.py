@@ -74,6 +74,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--frames", type=Path, help="save each row's clips as a .pt file in this folder")
     args = parser.parse_args()
+    if args.clips < len(SHAPES):
+        parser.error(f"--clips is {args.clips}, but each of the {len(SHAPES)} shapes needs one. Try --clips 4.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model(args.model, device.type)
     steps = args.steps or source.defaults.steps
