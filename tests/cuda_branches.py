@@ -160,6 +160,9 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "attention/fused.py::_attempt": {
         "test_cuda_kernels.py::test_a_launch_that_fails_names_its_kernel": ("resources.TritonError",)
     },
+    "attention/fused.py::_exact_products": {
+        "test_kernels.py::test_products_are_exact_where_the_caller_allows_tf32": ("torch.backends.cuda.matmul",)
+    },
     "attention/fused.py::_on_device": {
         "test_cuda_kernels.py::test_launches_are_on_the_tensors_device": ("x.is_cuda", "torch.cuda.device")
     },

@@ -40,7 +40,7 @@ def workers_at_work(folder):
     return {int(str(job.result.get("worker")).split(":")[-1]) for job in jobs if job.state == "running"}
 
 
-def kill_worker(folder, process, timeout=90):
+def kill_worker(folder, process, timeout=300):
     """SIGKILL one that is at work; False if the driver ends before."""
     end = time.monotonic() + timeout
     while time.monotonic() < end and process.poll() is None:

@@ -272,6 +272,8 @@ _BOTH = {"SPARSE": True, "LINEAR": True, "BIAS": True, "FEATURE_MAP": "softmax"}
 _ATTEND = {**_BOTH, "MARGINAL": False, "SAVE_LSE": True}
 _POOLED = {"FEATURE_MAP": "softmax", "POOL": True}
 _SUMS = {"state_ptr": "fp32"}
+# One target of each kind of tensor core and of shared memory, for kernels that differ little from another's.
+_SOME = (80, 90, 120)
 _TABLES = {"cos_ptr": "fp32", "sin_ptr": "fp32", "q_mean_ptr": "fp32", "k_mean_ptr": "fp32"}
 
 VARIANTS = {
@@ -279,19 +281,19 @@ VARIANTS = {
     "attend-inference": Variant(
         forward.attend_kernel, "attend", {**_ATTEND, "SAVE_LSE": False}, targets=(90,)
     ),
-    "attend-marginal": Variant(forward.attend_kernel, "attend", {**_ATTEND, "MARGINAL": True}),
+    "attend-marginal": Variant(forward.attend_kernel, "attend", {**_ATTEND, "MARGINAL": True}, targets=_SOME),
     "attend-128": Variant(forward.attend_kernel, "attend", _ATTEND),
     "key-states": Variant(
         states.key_states_kernel, "states", {**_POOLED, "PROJECT": False}, _SUMS
     ),
     "key-states-marginal": Variant(
-        states.key_states_kernel, "states", {**_POOLED, "PROJECT": True}
+        states.key_states_kernel, "states", {**_POOLED, "PROJECT": True}, targets=_SOME
     ),
     "query-states": Variant(
         states.query_states_kernel, "states", {"FEATURE_MAP": "softmax", "MARGINAL": False}, _SUMS
     ),
     "dq": Variant(backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": False}),
-    "dq-marginal": Variant(backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": True}),
+    "dq-marginal": Variant(backward.dq_kernel, "dq", {**_BOTH, "MARGINAL": True}, targets=_SOME),
     "dkv": Variant(backward.dkv_kernel, "dkv", {**_BOTH, "MARGINAL": False}),
     "pool": Variant(selection.pool_kernel, None, {}),
     "select": Variant(
@@ -300,25 +302,25 @@ VARIANTS = {
     ),
     "select-classes": Variant(
         selection.select_kernel, None, {"CLASSES": True, "COLUMNS": SELECTED_COLUMNS}, warps=1, rounds=(1,),
-        heads=False,
+        heads=False, targets=_SOME,
     ),
     "combine": Variant(
         states.combine_kernel, None, {"ROWS": states.COMBINED, "COLUMNS": 32, "SAVE": False},
-        {"state_ptr": "fp32", "weight_ptr": "fp32", "total_ptr": "fp32"},
+        {"state_ptr": "fp32", "weight_ptr": "fp32", "total_ptr": "fp32"}, heads=False, targets=_SOME,
     ),
     "mix": Variant(
         states.mix_kernel, None, {"ROWS": states.MIX_TILE[0], "BLOCKS": states.MIX_TILE[1], "NORMALISE": True},
-        {"scale_ptr": "fp32", "total_ptr": "fp32"}, stages=3,
+        {"scale_ptr": "fp32", "total_ptr": "fp32"}, stages=3, heads=False, targets=_SOME,
     ),
     "norm-rotate": Variant(
         rotary.norm_rotate_kernel, None, {"MEANS": False, "ROWS": 1, "HEADS": 16}, _TABLES, heads=False
     ),
     "norm-rotate-means": Variant(
-        rotary.norm_rotate_kernel, None, {"MEANS": True, "ROWS": 1, "HEADS": 16}, _TABLES, heads=False
+        rotary.norm_rotate_kernel, None, {"MEANS": True, "ROWS": 1, "HEADS": 16}, _TABLES, heads=False, targets=_SOME
     ),
     "column-lists": Variant(
         selection.column_lists_kernel, None, {"ROWS": selection.LIST_ROWS, "COLUMNS": selection.LIST_COLUMNS},
-        heads=False,
+        heads=False, targets=_SOME,
     ),
 }  # fmt: skip
 
