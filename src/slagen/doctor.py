@@ -161,7 +161,7 @@ def check_gpu(findings: list[Finding]) -> None:
 TARGETS = (80, 86, 89, 90, 100, 120)
 COMPILE = (
     "import json, sys; from slagen.kernels.inspection import kernel_costs\n"
-    "print(json.dumps([{**c.to_dict(), 'faults': c.faults()} for c in kernel_costs((int(sys.argv[1]),))]))"
+    "print(json.dumps(kernel_costs(tuple(map(int, sys.argv[1:])), json.load(sys.stdin))))"
 )
 OPERATOR = (
     "import json, sys; from slagen.doctor import operator_call; print(json.dumps(operator_call(json.load(sys.stdin))))"
@@ -170,9 +170,14 @@ MOST_LAUNCHES = 8  # of a call without gradients, domain "all": at 4,096 tokens 
 WAN_480P = (1, 12, 32760, 128)  # B, H, L, D of Wan2.1-1.3B, 832x480, 81 frames
 
 
-def kernel_costs(on_note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def kernel_costs(
+    on_note: Callable[[str], None] = lambda text: None, known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """Compile every kernel for every card, each card in a process of its own where Triton's interpreter is off.
 
+    Args:
+        known: rows of an earlier run under the same Triton, by fingerprint, that need not be compiled again; what is
+            left is compiled in one process.
     Returns: {"triton": version, "kernels": [row, ...], "operator": as `operator_call`}; a row's `faults` say which
         limits it breaks.
     Raises: EnvironmentProblem without Triton, SlagenError when a kernel does not compile.
@@ -181,13 +186,15 @@ def kernel_costs(on_note: Callable[[str], None] = lambda text: None) -> dict[str
         raise EnvironmentProblem("Triton is not installed, so no kernel compiles. Try pip install triton (Linux only).")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
-    def compile_for(target: int) -> list[dict[str, Any]]:
-        on_note(f"compiling for sm_{target}")
-        command = [sys.executable, "-c", COMPILE, str(target)]
-        return _said(command, environment, f"the kernels do not compile for sm_{target}")
+    def compile_for(targets: tuple[int, ...]) -> list[dict[str, Any]]:
+        names = ", ".join(f"sm_{target}" for target in targets)
+        on_note(f"compiling for {names}")
+        command = [sys.executable, "-c", COMPILE, *map(str, targets)]
+        return _said(command, environment, f"the kernels do not compile for {names}", json.dumps(known or {}))
 
+    groups = [TARGETS] if known else [(target,) for target in TARGETS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = [row for rows in pool.map(compile_for, TARGETS) for row in rows]
+        rows = [row for rows in pool.map(compile_for, groups) for row in rows]
     operator = _said(
         [sys.executable, "-c", OPERATOR], {**environment, "TRITON_INTERPRET": "1"},
         "the operator's launches can not be counted", json.dumps(rows),
@@ -195,7 +202,7 @@ def kernel_costs(on_note: Callable[[str], None] = lambda text: None) -> dict[str
     return {"triton": version("triton"), "operator": operator, "kernels": rows}
 
 
-def _said(command: list[str], environment: dict[str, str], failure: str, given: str | None = None) -> Any:
+def _said(command: list[str], environment: dict[str, str], failure: str, given: str) -> Any:
     """What another process prints, as JSON. Raises SlagenError with the last line of its errors."""
     result = subprocess.run(command, capture_output=True, text=True, env=environment, input=given)
     if result.returncode:

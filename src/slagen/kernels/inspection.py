@@ -6,9 +6,9 @@ without TRITON_INTERPRET: the interpreter compiles nothing.
 """
 
 import contextlib
+import hashlib
 import io
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from slagen.kernels.primitives import COLUMNS_AT_ONCE
 from slagen.kernels.resources import Tiles, choose, entries
 from slagen.kernels.sass import Code, disassemble
 
+Row = dict[str, Any]
 TENSOR_CORES = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
 BLOCK = 64
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -49,12 +50,14 @@ class KernelCost:
     copies_in_flight: groups of copies that are still on their way after every wait of the main loop.
     programs_per_sm: programs that a multiprocessor holds at a time.
     warnings: what ptxas says that costs time (C75xx).
+    fingerprint: of all that the compiler is given: equal ones compile to equal code under one version of Triton.
     """
 
     kernel: str
     target: str
     head_dim: int
     dtype: str
+    fingerprint: str
     config: dict[str, int]
     shared_bytes: int
     shared_limit: int
@@ -93,13 +96,13 @@ class KernelCost:
                 found.append("one program on a multiprocessor")
         return [*found, *self.warnings]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "wgmma": self.wgmma}
+    def to_dict(self) -> Row:
+        return {**asdict(self), "wgmma": self.wgmma, "faults": self.faults()}
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """One kernel as Triton compiled it, and what ptxas said of it."""
+class Job:
+    """One kernel to be compiled: for which target, and with which tiles."""
 
     name: str
     target: int
@@ -108,42 +111,67 @@ class Compiled:
     tile: Tiles | None
     warps: int
     stages: int
+    source: ASTSource
+
+    @property
+    def fingerprint(self) -> str:
+        """Triton's own hash of the source, with the functions it calls, types and constants; and target and options."""
+        text = f"{self.name} {self.source.hash()} sm_{self.target} {self.warps} {self.stages}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as Triton compiled it, and what ptxas said of it."""
+
+    job: Job
     shared_bytes: int
     ptx: str
     cubin: bytes
     said: str
 
 
-def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS)) -> Iterator[KernelCost]:
+def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS), known: dict[str, Row] | None = None) -> list[Row]:
     """Compile every kernel for every target, in bf16, for heads of 128 and on some targets of 64 too.
 
     Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run;
     "attend-inference" is that of a call without gradients, on sm_90, for its estimate.
 
+    Args:
+        known: rows of an earlier run under the same Triton, by fingerprint: these are not compiled again.
+    Returns: per kernel the fields of `KernelCost`, `wgmma` and `faults`.
     Raises: RuntimeError under TRITON_INTERPRET, or when ptxas or nvdisasm say nothing that can be read.
     """
+    known = known or {}
+    rows: list[Row] = []
     for target in targets:
-        chosen = [
-            compile_kernel(name, target, head_dim)
+        jobs = [
+            job_of(name, target, head_dim)
             for head_dim in (64, 128)
             if head_dim == 128 or target in TARGETS_OF_64
             for name, variant in VARIANTS.items()
-            if (head_dim == 128 or variant.heads) and target in (variant.targets or targets)
+            if (head_dim == 128 or variant.heads) and target in (variant.targets or tuple(MULTIPROCESSORS))
         ]
-        codes = disassemble([compiled.cubin for compiled in chosen], target)
-        yield from (_cost(compiled, code) for compiled, code in zip(chosen, codes, strict=True))
+        made = _costs([job for job in jobs if job.fingerprint not in known], target)
+        rows += [known.get(job.fingerprint) or made[job.fingerprint].to_dict() for job in jobs]
+    return rows
 
 
 def kernel_cost(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> KernelCost:
     """Compile one kernel for one target, with the table's tiles or with others that are to be tried."""
-    compiled = compile_kernel(name, target, head_dim, dtype, tile)
-    return _cost(compiled, disassemble([compiled.cubin], target)[0])
+    job = job_of(name, target, head_dim, dtype, tile)
+    return _costs([job], target)[job.fingerprint]
 
 
-def compile_kernel(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> Compiled:
-    """As `kernel_cost`, but not yet disassembled. Raises RuntimeError under TRITON_INTERPRET."""
-    if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is on, so nothing compiles. Unset it.")
+def _costs(jobs: list[Job], target: int) -> dict[str, KernelCost]:
+    """What each kernel costs, by fingerprint; all of them are disassembled at once."""
+    compiled = [_compile(job) for job in jobs]
+    codes = disassemble([one.cubin for one in compiled], target) if compiled else []
+    return {one.job.fingerprint: _cost(one, code) for one, code in zip(compiled, codes, strict=True)}
+
+
+def job_of(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> Job:
+    """A kernel with the table's tiles for a target, or with others that are to be tried."""
     variant = VARIANTS[name]
     block_m = 128 if name.endswith("-128") else BLOCK
     chosen = tile
@@ -166,47 +194,55 @@ def compile_kernel(name: str, target: int, head_dim: int, dtype: str = "bf16", t
         constants.update(TILE_M=chosen.m, TILE_N=chosen.n, TILE=chosen.n)
         warps, stages = chosen.warps, chosen.stages
     source = _source(variant.kernel, constants, {"*": dtype, **POINTERS, **variant.pointers})
+    return Job(name, target, head_dim, dtype, chosen, warps, stages, source)
+
+
+def _compile(job: Job) -> Compiled:
+    """Raises RuntimeError under TRITON_INTERPRET."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is on, so nothing compiles. Unset it.")
     said = io.StringIO()  # Triton prints what ptxas says; from its cache it would come without
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
         compiled = triton.compile(
-            source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps, "num_stages": stages}
+            job.source,
+            target=GPUTarget("cuda", job.target, 32),
+            options={"num_warps": job.warps, "num_stages": job.stages},
         )
-    return Compiled(
-        name, target, head_dim, dtype, chosen, warps, stages, compiled.metadata.shared, compiled.asm["ptx"],
-        compiled.asm["cubin"], said.getvalue(),
-    )  # fmt: skip
+    return Compiled(job, compiled.metadata.shared, compiled.asm["ptx"], compiled.asm["cubin"], said.getvalue())
 
 
 def _cost(compiled: Compiled, code: Code) -> KernelCost:
     """What ptxas said and what the code shows."""
-    tile, said = compiled.tile, compiled.said
+    job, said = compiled.job, compiled.said
+    tile = job.tile
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     if registers is None or spills is None:
-        raise RuntimeError(f"ptxas for sm_{compiled.target} says nothing that can be read: {said.strip()[:400]}")
+        raise RuntimeError(f"ptxas for sm_{job.target} says nothing that can be read: {said.strip()[:400]}")
     copies = code.copies_in_flight() or 0
     if "cp.async.bulk" in compiled.ptx:
-        copies = compiled.stages - 1
+        copies = job.stages - 1
     config = {"tile_m": tile.m, "tile_n": tile.n} if tile else {}
-    rounds = VARIANTS[compiled.name].rounds
+    rounds = VARIANTS[job.name].rounds
     return KernelCost(
-        kernel=compiled.name,
-        target=f"sm_{compiled.target}",
-        head_dim=compiled.head_dim,
-        dtype=compiled.dtype,
-        config=config | {"num_warps": compiled.warps, "num_stages": compiled.stages},
+        kernel=job.name,
+        target=f"sm_{job.target}",
+        head_dim=job.head_dim,
+        dtype=job.dtype,
+        fingerprint=job.fingerprint,
+        config=config | {"num_warps": job.warps, "num_stages": job.stages},
         shared_bytes=compiled.shared_bytes,
-        shared_limit=MULTIPROCESSORS[compiled.target].shared_limit,
+        shared_limit=MULTIPROCESSORS[job.target].shared_limit,
         registers=int(registers[1]),
         spill_bytes=int(spills[1]) + int(spills[2]),
         mma=next((found for found, pattern in TENSOR_CORES.items() if re.search(pattern, compiled.ptx)), None),
-        uses_dot=tile is not None and compiled.dtype != "fp32" and min(tile.m, tile.n) >= 64,
+        uses_dot=tile is not None and job.dtype != "fp32" and min(tile.m, tile.n) >= 64,
         instructions=len(code.instructions),
         round_instructions=_round_instructions(compiled, code),
         row_instructions=None if rounds is None else code.most_instructions(rounds),
         copies_in_flight=copies,
-        programs_per_sm=programs_per_sm(compiled.target, int(registers[1]), compiled.warps, compiled.shared_bytes),
+        programs_per_sm=programs_per_sm(job.target, int(registers[1]), job.warps, compiled.shared_bytes),
         warnings=re.findall(r"\(C75\d\d\).*", said),
     )
 
