@@ -20,7 +20,8 @@ from slagen.generate import generate
 from slagen.models import TURBO_SLA, describe_folder
 from slagen.resolve import make_plan
 from slagen.wan.checkpoints import install_projections, read_metadata
-from slagen.wan.formats import identify, peek, read_checkpoint
+from slagen.wan.formats import peek, read_checkpoint
+from slagen.wan.kinds import identify
 from slagen.wan.loading import build_transformer as load
 from slagen.wan.loading import load_transformer, load_vae
 

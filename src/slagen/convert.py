@@ -33,9 +33,11 @@ from slagen.models import (
 )
 from slagen.report import ModelShape
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
-from slagen.wan.formats import Checkpoint, SideFile, check_fit, identify, peek, read_checkpoint, read_tensors
+from slagen.wan.formats import Checkpoint, SideFile, check_fit, peek, read_checkpoint
+from slagen.wan.kinds import identify
 from slagen.wan.loading import build_transformer, load_vae, wan_config
 from slagen.wan.processor import install
+from slagen.wan.reading import read_tensors
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 MAX_SHARD = "5GB"

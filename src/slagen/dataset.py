@@ -35,7 +35,7 @@ from slagen.models import ModelSource, read_header
 from slagen.quality import Example
 from slagen.report import write_json
 from slagen.resolve import Weights, find_weights, make_plan
-from slagen.wan import formats
+from slagen.wan import reading
 from slagen.wan.loading import encode_video, load_pipeline
 
 SET_FILE, INDEX_FILE, DECODED_FILE = "dataset.json", "tensors.jsonl", "decoded.txt"
@@ -214,7 +214,7 @@ def transformer_files(source: ModelSource) -> list[Path]:
     path = source.weights or source.folder
     if path.is_file():
         return [path]
-    return formats.transformer_files(path / "transformer" if (path / "transformer").is_dir() else path)
+    return reading.transformer_files(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
 def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:

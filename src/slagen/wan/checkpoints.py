@@ -19,8 +19,9 @@ from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.models import SLA_FILE
-from slagen.wan.formats import PICKLE_SUFFIXES, Checkpoint, SideFile, read_checkpoint
+from slagen.wan.formats import Checkpoint, SideFile, read_checkpoint
 from slagen.wan.processor import install, installation, remove
+from slagen.wan.reading import PICKLE_SUFFIXES
 
 FORMAT_VERSION = 1
 

@@ -41,17 +41,12 @@ from slagen.models import (
     unknown_model,
 )
 from slagen.report import ModelShape
-from slagen.wan.formats import (
-    Checkpoint,
-    check_fit,
-    identify,
-    read_checkpoint,
-    read_tensors,
-    rename_vae,
-    transformer_files,
-)
+from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
 from slagen.wan.hub import OnNote, fetch_pipeline, fetch_weights
+from slagen.wan.kinds import identify
+from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
+from slagen.wan.reading import read_tensors, transformer_files
 
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 

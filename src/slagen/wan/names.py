@@ -1,0 +1,140 @@
+"""The names of a Wan2.1 transformer's and VAE's tensors in every public form, and what they are in diffusers.
+
+    diffusers   blocks.0.attn1.to_q         save_pretrained, single or sharded
+    wan         blocks.0.self_attn.q        the original repository, Comfy's repacks, TurboDiffusion
+    fastvideo   blocks.0.to_q               FastVideo's own names in a diffusers folder
+
+Source: github.com/Wan-Video/Wan2.1, github.com/thu-ml/TurboDiffusion, github.com/hao-ai-lab/FastVideo.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+PREFIXES = ("model.diffusion_model.", "net_ema.", "net.", "module.", "_orig_mod.")  # stripped if every key has them
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # stripped inside names if every block has them
+
+_END = r"\.(weight|bias)"
+_WAN = [
+    (rf"patch_embedding{_END}", r"patch_embedding.\1"),
+    (rf"time_embedding\.0{_END}", r"condition_embedder.time_embedder.linear_1.\1"),
+    (rf"time_embedding\.2{_END}", r"condition_embedder.time_embedder.linear_2.\1"),
+    (rf"text_embedding\.0{_END}", r"condition_embedder.text_embedder.linear_1.\1"),
+    (rf"text_embedding\.2{_END}", r"condition_embedder.text_embedder.linear_2.\1"),
+    (rf"time_projection\.1{_END}", r"condition_embedder.time_proj.\1"),
+    (rf"head\.head{_END}", r"proj_out.\1"),
+    (r"head\.modulation", r"scale_shift_table"),
+    (r"blocks\.(\d+)\.modulation", r"blocks.\1.scale_shift_table"),
+    (rf"blocks\.(\d+)\.self_attn\.([qkv]){_END}", r"blocks.\1.attn1.to_\2.\3"),
+    (rf"blocks\.(\d+)\.self_attn\.o{_END}", r"blocks.\1.attn1.to_out.0.\2"),
+    (r"blocks\.(\d+)\.self_attn\.norm_([qk])\.weight", r"blocks.\1.attn1.norm_\2.weight"),
+    (rf"blocks\.(\d+)\.cross_attn\.([qkv]){_END}", r"blocks.\1.attn2.to_\2.\3"),
+    (rf"blocks\.(\d+)\.cross_attn\.o{_END}", r"blocks.\1.attn2.to_out.0.\2"),
+    (r"blocks\.(\d+)\.cross_attn\.norm_([qk])\.weight", r"blocks.\1.attn2.norm_\2.weight"),
+    (rf"blocks\.(\d+)\.norm3{_END}", r"blocks.\1.norm2.\2"),
+    (rf"blocks\.(\d+)\.ffn\.0{_END}", r"blocks.\1.ffn.net.0.proj.\2"),
+    (rf"blocks\.(\d+)\.ffn\.2{_END}", r"blocks.\1.ffn.net.2.\2"),
+]
+_FASTVIDEO = [
+    (rf"patch_embedding\.proj{_END}", r"patch_embedding.\1"),
+    (rf"condition_embedder\.text_embedder\.fc_in{_END}", r"condition_embedder.text_embedder.linear_1.\1"),
+    (rf"condition_embedder\.text_embedder\.fc_out{_END}", r"condition_embedder.text_embedder.linear_2.\1"),
+    (rf"condition_embedder\.time_embedder\.mlp\.fc_in{_END}", r"condition_embedder.time_embedder.linear_1.\1"),
+    (rf"condition_embedder\.time_embedder\.mlp\.fc_out{_END}", r"condition_embedder.time_embedder.linear_2.\1"),
+    (rf"condition_embedder\.time_modulation\.linear{_END}", r"condition_embedder.time_proj.\1"),
+    (rf"proj_out{_END}", r"proj_out.\1"),
+    (r"(blocks\.\d+\.)?scale_shift_table", r"\1scale_shift_table"),
+    (rf"blocks\.(\d+)\.to_([qkv]){_END}", r"blocks.\1.attn1.to_\2.\3"),
+    (rf"blocks\.(\d+)\.to_out{_END}", r"blocks.\1.attn1.to_out.0.\2"),
+    (r"blocks\.(\d+)\.norm_([qk])\.weight", r"blocks.\1.attn1.norm_\2.weight"),
+    (rf"blocks\.(\d+)\.attn2\.to_([qkv]){_END}", r"blocks.\1.attn2.to_\2.\3"),
+    (rf"blocks\.(\d+)\.attn2\.to_out{_END}", r"blocks.\1.attn2.to_out.0.\2"),
+    (r"blocks\.(\d+)\.attn2\.norm_([qk])\.weight", r"blocks.\1.attn2.norm_\2.weight"),
+    (rf"blocks\.(\d+)\.self_attn_residual_norm\.norm{_END}", r"blocks.\1.norm2.\2"),
+    (rf"blocks\.(\d+)\.ffn\.fc_in{_END}", r"blocks.\1.ffn.net.0.proj.\2"),
+    (rf"blocks\.(\d+)\.ffn\.fc_out{_END}", r"blocks.\1.ffn.net.2.\2"),
+]
+_DIFFUSERS = [
+    (rf"(patch_embedding|proj_out|condition_embedder\.time_proj){_END}", r"\1.\2"),
+    (rf"(condition_embedder\.(?:time|text)_embedder\.linear_[12]){_END}", r"\1.\2"),
+    (r"((?:blocks\.\d+\.)?scale_shift_table)", r"\1"),
+    (rf"(blocks\.\d+\.attn[12]\.(?:to_[qkv]|to_out\.0)){_END}", r"\1.\2"),
+    (r"(blocks\.\d+\.attn[12]\.norm_[qk]\.weight)", r"\1"),
+    (rf"(blocks\.\d+\.(?:norm2|ffn\.net\.0\.proj|ffn\.net\.2)){_END}", r"\1.\2"),
+]
+PROJECTION = re.compile(
+    r"blocks\.(\d+)\.(self_attn\.attn_op\.local_attn|attn1\.attn_op\.local_attn|attn1\.attn_impl|attn1\.processor)"
+    rf"\.proj_l{_END}"
+)
+
+
+def _renamer(table: list[tuple[str, str]]) -> Callable[[str], str | None]:
+    rules = [(re.compile(pattern), target) for pattern, target in table]
+
+    def rename(name: str) -> str | None:
+        for pattern, target in rules:
+            match = pattern.fullmatch(name)
+            if match:
+                return match.expand(target)
+        return None
+
+    return rename
+
+
+LAYOUTS = {"diffusers": _renamer(_DIFFUSERS), "wan": _renamer(_WAN), "fastvideo": _renamer(_FASTVIDEO)}
+LINEARS_OF_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ffn\.net\.(0\.proj|2))\.weight")
+
+
+def plain(names: Iterable[str]) -> list[str]:
+    """Names of floating-point weights, so that an int8 file is told by the same table."""
+    return [name.replace(".int8_weight", ".weight") for name in names]
+
+
+def without_prefixes(names: list[str]) -> list[str]:
+    """Names without what training code and repackers put around them, where all names have it alike."""
+    stripped = True
+    while stripped and names:
+        stripped = False
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) for name in names):
+                names, stripped = [name.removeprefix(prefix) for name in names], True
+    for wrapper in WRAPPERS:
+        pattern = re.compile(rf"(blocks\.\d+\.){re.escape(wrapper)}")
+        inner = [name for name in names if name.startswith("blocks.")]
+        if inner and all(pattern.match(name) for name in inner):
+            names = [pattern.sub(r"\1", name) for name in names]
+    return names
+
+
+_VAE_PARTS = {
+    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+    "shortcut": "conv_shortcut", "conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out",
+    "middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0", "middle.2": "mid_block.resnets.1",
+}  # fmt: skip
+
+
+def rename_vae(tensors: dict[str, Tensor], num_res_blocks: int) -> dict[str, Tensor]:
+    """The original Wan2.1 VAE under diffusers' names: its decoder is one list of blocks there, cut by levels here."""
+    return {_vae_name(name, num_res_blocks): tensor for name, tensor in tensors.items()}
+
+
+def _vae_name(name: str, num_res_blocks: int) -> str:
+    if name.startswith(("conv1.", "conv2.")):
+        return name.replace("conv1.", "quant_conv.").replace("conv2.", "post_quant_conv.")
+    side, _, rest = name.partition(".")
+    block = re.match(r"(down|up)samples\.(\d+)\.(.*)", rest)
+    prefix = side
+    if block and block[1] == "down":
+        prefix, rest = f"{side}.down_blocks.{block[2]}", block[3]
+    elif block:
+        level, place = divmod(int(block[2]), num_res_blocks + 2)  # its residual blocks, one more, and an upsampler
+        part = "upsamplers.0" if place == num_res_blocks + 1 else f"resnets.{place}"
+        prefix, rest = f"{side}.up_blocks.{level}.{part}", block[3]
+    elif rest.startswith("middle."):
+        middle, rest = ".".join(rest.split(".")[:2]), ".".join(rest.split(".")[2:])
+        prefix = f"{side}.{_VAE_PARTS.get(middle, middle)}"
+    stem, _, kind = rest.rpartition(".")
+    return f"{prefix}.{_VAE_PARTS.get(stem, stem)}.{kind}"

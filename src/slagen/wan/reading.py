@@ -1,0 +1,118 @@
+"""Weight files of every format as they are: named tensors out of safetensors, pickles, GGUF and folders."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slagen.errors import EnvironmentProblem, WeightsError
+from slagen.models import SLA_FILE
+
+PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
+CONTAINERS = ("state_dict", "model", "ema", "model_state_dict", "module")  # a dict in the file that holds the tensors
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """All that a weight file holds, by its own names; tensors are mapped from disk where the format allows it.
+
+    Args:
+        path: .safetensors, a pickle (.pth, .pt, .bin, .ckpt; tensors and plain containers only), or a folder with one
+            transformer in safetensors, sharded or not.
+    Raises: WeightsError if it is missing, broken, or a pickle that holds anything but tensors.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist. Give a weight file or folder.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix == ".gguf":
+        return _read_gguf(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        return _read_pickle(path)
+    raise WeightsError(
+        f"{path} is no weight file that slagen reads. Give a .safetensors, .pth or .gguf file, or a diffusers folder."
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    inner = folder / "transformer"
+    folder = inner if inner.is_dir() else folder
+    tensors: dict[str, Any] = {}
+    for file in transformer_files(folder):
+        for name, tensor in _read_safetensors(file).items():
+            if name in tensors:
+                raise WeightsError(f"{folder} holds {name} in two of its shards. Get the model again.")
+            tensors[name] = tensor
+    return tensors
+
+
+def transformer_files(folder: Path) -> list[Path]:
+    """The safetensors of one component, from its index where there is one. Raises WeightsError."""
+    import json
+
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if not indices:
+        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SLA_FILE]
+        if len(files) != 1:
+            what = "no safetensors" if not files else f"{len(files)} safetensors and no index"
+            raise WeightsError(f"{folder} holds {what}. Give the folder or file of one transformer.")
+        return files
+    try:
+        shards = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{indices[0]} cannot be read ({error}). Get the model again.") from error
+    if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        raise WeightsError(f"{indices[0]} names no shards, or shards outside its folder. Get the model again.")
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise WeightsError(f"{folder} lacks the shard {missing[0]}. Get the model again.")
+    return [folder / shard for shard in sorted(shards)]
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    """Tensors only: PyTorch's restricted unpickler refuses whatever could run code, and nothing else is tried."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path} is a pickle that holds more than tensors, which could run code when loaded. slagen does not load "
+            "it: get the file from its authors as safetensors."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise WeightsError(f"{path} is broken or truncated. Copy or download it again.") from error
+    while isinstance(content, dict):
+        inner = [content[name] for name in CONTAINERS if isinstance(content.get(name), dict)]
+        if len(inner) != 1 or any(isinstance(value, Tensor) for value in content.values()):
+            break
+        content = inner[0]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise WeightsError(f"{path} holds no named tensors. Give a file of model weights.")
+    return content
+
+
+def _read_gguf(path: Path) -> dict[str, Any]:
+    """Names and shapes alone, on the meta device: diffusers loads the values, and keeps them quantised."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
+    try:
+        entries = GGUFReader(path).tensors
+        return {e.name: torch.empty([int(size) for size in reversed(e.shape)], device="meta") for e in entries}
+    except (ValueError, OSError, IndexError, KeyError, NotImplementedError) as error:
+        raise WeightsError(f"{path} is broken, truncated, or of a kind that is not read ({error}).") from error
