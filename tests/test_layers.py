@@ -12,11 +12,12 @@ SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
-LEAVES |= {"quality", "footage", "interrupts", "packages", "plain"}
+LEAVES |= {"quality", "footage", "interrupts", "packages", "plain", "files"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "config": {"errors"},
     "timing": {"errors", "config"},
     "video": {"errors", "config"},
