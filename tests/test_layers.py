@@ -13,6 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
 LEAVES |= {"quality", "footage", "interrupts", "packages", "plain", "files"}
+LEAVES |= {"deinterlace", "text"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -35,7 +36,8 @@ MAY_IMPORT = {
     "plain": set(),
     "quality": {"errors"},
     "interrupts": set(),
-    "footage": {"errors"},
+    "footage": {"errors", "deinterlace"},
+    "deinterlace": set(),
     "resolve": LIBRARY | LEAVES,
     "methods": LIBRARY | LEAVES,
     "tables": set(),
@@ -75,7 +77,7 @@ DOORS = {
     "imageio_ffmpeg": {"video"},
     "matplotlib": {"plot"},
     "ray": {"cluster"},
-    "av": {"footage"},
+    "av": {"footage", "deinterlace"},
     "peft": {"wan"},
     "PIL": {"quality"},
     "bitsandbytes": {"trainer"},

@@ -1,11 +1,14 @@
 """MP4 files: written whole and readable, or not at all."""
 
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
-from imageio_ffmpeg import get_ffmpeg_version, read_frames
+from imageio_ffmpeg import get_ffmpeg_exe, get_ffmpeg_version, read_frames
 
 from slagen.errors import SlagenError
-from slagen.video import read_mp4, write_mp4
+from slagen.video import make_thumbnail, read_comment, read_mp4, write_mp4
 
 COLOURS = np.array(
     [(225, 30, 35), (30, 170, 60), (35, 85, 230), (250, 220, 40), (12, 12, 14), (245, 245, 245)], np.uint8
@@ -30,8 +33,34 @@ def test_colours_and_frames_survive(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_every_colour_tag_is_bt709_and_true(tmp_path):
+    """ffmpeg shows the three tags as one where they agree; primaries and transfer were once unknown."""
+    pure = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)], np.uint8)
+    frames = np.broadcast_to(pure.repeat(16, axis=0), (3, 48, 64, 3))
+    write_mp4(frames, tmp_path / "a.mp4", fps=8)
+    told = subprocess.run([get_ffmpeg_exe(), "-i", tmp_path / "a.mp4"], capture_output=True, text=True).stderr
+    assert "yuv420p(tv, bt709, progressive)" in told
+    assert np.abs(read_mp4(tmp_path / "a.mp4")[:, 24, 8::16].astype(int) - pure).max() <= 3
+    assert b"colrnclx\0\1\0\1\0\1" in (tmp_path / "a.mp4").read_bytes()
+
+
+NAMES = ("take:1.mp4", "-x.mp4", "http://x%03d.mp4", "[red] 'caf\udce9'\n\x1b[31m 狐.MP4")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_names_that_ffmpeg_would_read_as_something_else(tmp_path, monkeypatch, name):
+    """Relative, so that nothing in front of them protects them."""
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(clip(3), path, fps=8, comment="é [x]")
+    assert read_mp4(path).shape == read_mp4(str(path)).shape == (3, 48, 64, 3)
+    assert read_comment(path) == "é [x]" and make_thumbnail(path)[4:8] == b"ftyp"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_a_folder_that_is_gone_leaves_nothing(tmp_path):
-    with pytest.raises(SlagenError, match="could not be written"):
+    with pytest.raises(SlagenError, match="could not be written.*No such file"):
         write_mp4(clip(), tmp_path / "none" / "a.mp4", fps=8)
     assert not list(tmp_path.iterdir())
 

@@ -306,6 +306,10 @@ def _encoded(
         on_event(Event("clip", f"{number + 1} of {len(footage)} to look at: {footage[number].path.name}"))
 
     cuts = plan_cuts(footage, full, max(16, source.spatial_grid), faults, look)
+    combed = [item.path.name for item, cut in zip(footage, cuts, strict=True) if cut.interlaced]
+    if combed:
+        text = f"{len(combed)} of {len(footage)} videos are interlaced, and are deinterlaced (bwdif): {combed[0]}"
+        on_event(Event("note", text + (f" and {len(combed) - 1} more" if combed[1:] else "")))
     identity = encoder_identity(source, cache)
     contents = content_hashes([item.path for item in footage], cache)
     names = [digest([identity, content, dataclasses.astuple(cut)]) for content, cut in zip(contents, cuts, strict=True)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from slagen.deinterlace import is_interlaced, whole_frames
 from slagen.errors import EnvironmentProblem, UsageError
 
 SUFFIXES = {
@@ -47,12 +48,14 @@ class Cut:
 
     Args:
         width, height: in pixels. num_frames: 4k + 1. fps: of the clip.
+        interlaced: the video's frames are two fields of different moments, of which whole frames are made.
     """
 
     width: int
     height: int
     num_frames: int
     fps: int
+    interlaced: bool = False
 
 
 def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
@@ -251,7 +254,7 @@ def plan_cuts(
     for number, item in enumerate(footage):
         on_look(number)
         try:
-            duration, unit, width, height = _probe(item.path, full.num_frames / full.fps + 1)
+            duration, unit, width, height, interlaced = _probe(item.path, full.num_frames / full.fps + 1)
         except _Unreadable as error:
             found.append(f"{item.where}: {item.path.name} {error}")
             continue
@@ -264,7 +267,7 @@ def plan_cuts(
             )
             continue
         best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
-        cuts.append(Cut(*best, length, full.fps))
+        cuts.append(Cut(*best, length, full.fps, interlaced))
     tell(found)
     return cuts
 
@@ -309,18 +312,21 @@ def _shape(stream: Any, frame: Any) -> tuple[float, float, int]:
     return (height, width, turns) if turns % 2 else (width, height, turns)
 
 
-def _probe(path: Path, enough: float) -> tuple[float, float, float, float]:
-    """Seconds from the first frame to the last, or `enough`, and of a unit of time; width and height of one frame."""
+def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]:
+    """Seconds from the first frame to the last, or `enough`, and of a unit of time; width and height of one frame, and
+    whether the first few are interlaced."""
     av = _av()
     try:
         with _open(path) as container:
             if not container.streams.video:
                 raise _Unreadable("has sound but no pictures")
             stream = container.streams.video[0]
-            frame = next(container.decode(stream), None)
+            frames = container.decode(stream)
+            frame = next(frames, None)
             if frame is None:
                 raise _Unreadable("holds no frame")
             width, height, _ = _shape(stream, frame)
+            interlaced = frame.interlaced_frame or is_interlaced(frames)
         with _open(path) as container:
             stream = container.streams.video[0]
             packets = (packet for packet in container.demux(stream) if not packet.is_discard)
@@ -334,7 +340,8 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float]:
                         break
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _Unreadable(f"cannot be decoded ({error})") from error
-    return (last - first) * unit if first is not None and last is not None else 0.0, unit, width, height
+    duration = (last - first) * unit if first is not None and last is not None else 0.0
+    return duration, unit, width, height, interlaced
 
 
 def read_cut(path: Path, cut: Cut) -> np.ndarray:
@@ -346,18 +353,15 @@ def read_cut(path: Path, cut: Cut) -> np.ndarray:
     av = _av()
     picked: list[np.ndarray] = []
     shown: Any = None
-    start: float = math.nan
+    start = last = math.nan
     try:
         with _open(path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             slack = _slack(float(stream.time_base), cut)
-            for frame in container.decode(stream):
-                if frame.pts is None:
-                    continue
-                time = float(frame.pts * stream.time_base)
+            for frame, time in whole_frames(container, stream):
                 start = time if shown is None else start
-                if shown is not None and frame.pts < shown.pts:
+                if shown is not None and time < last:
                     raise UsageError(
                         f"{path} has timestamps that go back. Write it anew: ffmpeg -i {path.name} new.mp4"
                     )
@@ -365,11 +369,10 @@ def read_cut(path: Path, cut: Cut) -> np.ndarray:
                     if len(picked) / cut.fps + start >= time - slack:
                         break
                     picked.append(_fit(shown, stream, cut))
-                shown = frame
+                shown, last = frame, time
                 if len(picked) == cut.num_frames:
                     break
-            last = None if shown is None else float(shown.pts * stream.time_base)
-            while last is not None and len(picked) < cut.num_frames:
+            while shown is not None and len(picked) < cut.num_frames:
                 if len(picked) / cut.fps + start > last + slack:
                     break
                 picked.append(_fit(shown, stream, cut))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -14,8 +15,12 @@ import numpy as np
 from slagen.errors import SlagenError
 
 CRF = 16  # x264 constant rate factor: visually lossless
-# Tagged BT.709 at limited range, so that every player shows the same colours.
-COLOUR = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+# Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the
+# frames: the encoder's options alone leave primaries and transfer unknown.
+COLOUR = (
+    "scale=out_color_matrix=bt709:out_range=tv,"
+    "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+)
 
 
 def part_path(path: Path) -> Path:
@@ -35,20 +40,15 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> No
     """
     num_frames, height, width, _ = frames.shape
     part = part_path(path)
-    options = ["-f", "mp4", "-crf", str(CRF), "-preset", "medium", "-movflags", "+faststart", *COLOUR]
-    options += ["-metadata", f"comment={comment}"] if comment else []
+    command = [
+        "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
+        "-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "medium",
+        *(["-metadata", f"comment={comment}"] if comment else []),
+        "-movflags", "+faststart", "-f", "mp4", _name(part),
+    ]  # fmt: skip
     try:
         part.unlink(missing_ok=True)
-        writer = imageio_ffmpeg.write_frames(
-            part, (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", quality=None, macro_block_size=2,
-            output_params=["-vf", "scale=out_color_matrix=bt709:out_range=tv", *options], ffmpeg_log_level="error",
-        )  # fmt: skip
-        try:
-            writer.send(None)
-            for frame in frames:
-                writer.send(np.ascontiguousarray(frame))
-        finally:
-            writer.close()
+        _encode(command, frames)
         read = _first_frame(part)
         if read.shape != frames.shape[1:]:
             raise OSError(f"it reads back as {read.shape[1]}x{read.shape[0]} pixels")
@@ -56,7 +56,8 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> No
             os.fsync(handle.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError, StopIteration) as error:
-        reason = (str(error).strip().splitlines() or ["ffmpeg stopped"])[-1]
+        lines = [line for line in str(error).splitlines() if line.strip() and line != "Conversion failed!"]
+        reason = (lines or ["ffmpeg stopped"])[-1]
         raise SlagenError(
             f"{path} could not be written ({reason}). Check the free space of {path.parent}, or give another --output."
         ) from error
@@ -64,10 +65,37 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> No
         part.unlink(missing_ok=True)
 
 
+def _name(path: str | Path) -> str:
+    """A path as ffmpeg takes it: absolute, for `take:1.mp4` would be a protocol and `-x.mp4` an option."""
+    return os.path.abspath(path)
+
+
+def _encode(command: list[str], frames: np.ndarray) -> None:
+    """Run ffmpeg on raw frames, out of reach of Ctrl-C. Raises OSError with its own last words if it fails."""
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *command],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=told, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
+                for frame in frames:
+                    process.stdin.write(np.ascontiguousarray(frame).data)
+                process.stdin.close()
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if status:
+            told.seek(0)
+            raise OSError(told.read().decode("utf-8", "replace").strip() or f"ffmpeg ended with {status}")
+
+
 def read_mp4(path: str | Path) -> np.ndarray:
     """All frames of a video, (F, H, W, 3) uint8 RGB. Raises SlagenError if it cannot be decoded."""
     try:
-        reader = imageio_ffmpeg.read_frames(str(path))
+        reader = imageio_ffmpeg.read_frames(_name(path))
         width, height = next(reader)["size"]
         frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
     except (OSError, RuntimeError, StopIteration) as error:
@@ -80,8 +108,8 @@ def make_thumbnail(path: Path, width: int = 240) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.mp4"
         scale = f"scale='min({width},iw)':-2"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-vf", scale, "-an", "-crf", "28"]
-        command += ["-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags", "+faststart", str(small)]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-vf", scale, "-an", "-crf", "28"]
+        command += ["-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags", "+faststart", _name(small)]
         done = subprocess.run(command, capture_output=True, timeout=300, check=False)
         if done.returncode != 0:
             raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
@@ -99,7 +127,7 @@ def is_mp4(path: Path) -> bool:
 
 def read_comment(path: Path) -> str:
     """The comment in a video's metadata, empty without one. Raises SlagenError if ffmpeg cannot read the file."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-f", "ffmetadata", "-"]
     done = subprocess.run(command, capture_output=True, timeout=60, check=False)
     if done.returncode != 0:
         raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
@@ -109,7 +137,7 @@ def read_comment(path: Path) -> str:
 
 
 def _first_frame(path: Path) -> np.ndarray:
-    reader = imageio_ffmpeg.read_frames(str(path))
+    reader = imageio_ffmpeg.read_frames(_name(path))
     try:
         width, height = next(reader)["size"]
         return np.frombuffer(next(reader), np.uint8).reshape(height, width, 3)
