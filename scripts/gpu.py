@@ -59,8 +59,8 @@ def smoke(folder: Path) -> None:
 
 def tests(folder: Path) -> None:
     """The tests that need a GPU, bf16 among them; several at a time, for most of their time goes into compiling."""
-    command = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "tests/test_attention.py", "-k", "not costs",
-               "-p", "no:cacheprovider"]  # fmt: skip
+    files = ["tests/test_kernels.py", "tests/test_attention.py", "tests/test_rotary.py"]
+    command = [sys.executable, "-m", "pytest", *files, "-k", "not costs", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S)

@@ -10,7 +10,7 @@ from slagen.attention import fused, sparse_linear_attention  # noqa: E402
 from slagen.attention.block_map import block_map, block_scores, critical_indices  # noqa: E402
 from slagen.attention.functional import choose_backend  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
-from slagen.kernels import resources, selection  # noqa: E402
+from slagen.kernels import resources, selection, states  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [
@@ -82,6 +82,31 @@ def test_heads_in_groups_change_nothing(monkeypatch):
     monkeypatch.setattr("slagen.kernels.forward.STATES_BYTES", 2 * 5 * 16 * 16 * 4)  # two heads at a time
     grouped = sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
     assert torch.equal(whole, grouped)
+
+
+@pytest.mark.parametrize("domain", DOMAINS[:2])
+def test_known_means_change_nothing(domain, monkeypatch):
+    """To the bit where they are the operator's own, for heads in groups too; other means choose other blocks."""
+    q, k, v = (strided(x.to(DEVICE)) for x in make_qkv((1, 2, 40, 16), torch.float32))
+    weight, bias = (x.to(DEVICE) for x in make_proj(16, torch.float32))
+    config = SLAConfig(0.6, block_m=16, block_n=16, **domain)
+    means = selection.pool(q, 16), states.key_states(k, v, 16, "softmax", False, None, pool=True)[0]
+    monkeypatch.setattr("slagen.kernels.forward.STATES_BYTES", 1)  # one head at a time
+
+    def attend(block_means):
+        return sparse_linear_attention(q, k, v, config, weight, bias, backend="triton", block_means=block_means)
+
+    own = attend(None)
+    assert torch.equal(attend(means), own)
+    assert not torch.equal(attend((-means[0], means[1])), own)
+
+
+def test_refuses_means_of_another_size():
+    q = torch.zeros(1, 2, 40, 16)
+    config, means = SLAConfig(0.6, block_m=16, block_n=16), torch.zeros(2, 3, 16)
+    for given, complaint in (((means, means[:, :2]), "of k is"), ((means.half(), means), "of q is")):
+        with pytest.raises(ValueError, match=f"block_means {complaint} .*must be .2, 3, 16. of torch.float32 on cpu"):
+            sparse_linear_attention(q, q, q, config, backend="torch", block_means=given)
 
 
 def test_marginal_at_head_dimension_256():
@@ -239,6 +264,8 @@ def test_operator_is_well_registered():
     q, k, v, weight, bias = (x.to(DEVICE).requires_grad_() for x in drawn)
     for domain, sparse in (("all", True), ("marginal", True), ("marginal", False)):
         arguments = (q, k, v, weight, bias, 0.6, 0.0, domain, "softmax", 16, 16, 0.25, sparse, True)
+        if domain == "all":
+            arguments += (selection.pool(q, 16), selection.pool(k, 16))
         torch.library.opcheck(
             torch.ops.slagen.sla_forward.default, arguments, test_utils=("test_schema", "test_faketensor")
         )

@@ -15,11 +15,14 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from slagen.attention import functional  # noqa: E402
+from slagen.attention.block_map import block_map  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
 from slagen.kernels import rotary as rotary_kernel  # noqa: E402
 from slagen.kernels import selection  # noqa: E402
+from slagen.kernels.launches import launches  # noqa: E402
+from slagen.wan import processor as processor_module  # noqa: E402
 from slagen.wan import rotary  # noqa: E402
-from slagen.wan.processor import install  # noqa: E402
+from slagen.wan.processor import SLAProcessor, install  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [
@@ -177,7 +180,7 @@ def test_traces_into_one_graph():
     def call(q, k, cos, sin):
         return rotary.norm_and_rotate(attn, q, k, (cos, sin), "triton")
 
-    traced = torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, *tables)
+    traced = torch.compile(call, backend="aot_eager", fullgraph=True)(q, k, *tables)[:2]
     kernel = run_kernel(attn, q, k, tables)
     assert all(torch.equal(a, e) for a, e in zip(traced, kernel, strict=False))
 
@@ -309,7 +312,13 @@ def test_nothing_is_tried_while_a_graph_is_captured(calls, monkeypatch):
 @pytest.mark.parametrize("config", [None, SLAConfig(sparsity=0.6, block_m=16, block_n=16)], ids=["dense", "sla"])
 def test_a_model_makes_the_same(config, calls, monkeypatch):
     """Two layers of Wan with the kernel and with PyTorch's lines, the attention alike."""
-    monkeypatch.setitem(functional.BACKENDS, "triton", functional.BACKENDS["torch"])  # in the interpreter far faster
+    given = []
+
+    def attend(*args, block_means=None):
+        given.append(block_means)
+        return functional.BACKENDS["torch"](*args)
+
+    monkeypatch.setitem(functional.BACKENDS, "triton", attend)  # in the interpreter far faster
     model = build_transformer(num_heads=3).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     inputs = {
@@ -326,9 +335,65 @@ def test_a_model_makes_the_same(config, calls, monkeypatch):
 
     actual = run()
     assert calls == [(1, 3, 48)] + [(1, 75, 48)] * 2  # the trial, then both layers
+    assert len(given) == (0 if config is None else 2) and None not in given
     monkeypatch.setattr(rotary, "fits", lambda *_: False)
     torch.testing.assert_close(actual, run(), rtol=1e-5, atol=1e-5)
     assert len(calls) == 3
+
+
+# The means of blocks, for the operator
+
+
+def test_means_choose_the_same_blocks():
+    """As the operator's own do. They are sums of the same numbers in another order, so a block may be another where its
+    score is another's but for the rounding of float32, and nowhere else."""
+    attn, tables = make_attention(2, 32, torch.float16), make_tables(100, 32)
+    q, k, *means = run_kernel(attn, *make_inputs(1, 100, 64, torch.float16), tables, (32, 16))
+    own = [selection.pool(x.transpose(1, 2), block) for x, block in ((q, 32), (k, 16))]
+    scores, own_scores = (m[0].double() @ m[1].double().mT for m in (means, own))
+    config = SLAConfig(0.6, block_m=32, block_n=16)
+    found, expected = (block_map(x[None], config)[0] for x in (scores, own_scores))
+    border = own_scores.topk(config.num_critical(7)).values[..., -1:]
+    assert ((found == expected) | ((own_scores - border).abs() <= 1e-5 * own_scores.abs().amax(-1, keepdim=True))).all()
+    assert (found == expected).all(-1).sum() >= 7  # of 8 rows
+
+
+def layer_launches(config, monkeypatch, change=lambda processor: None, length=150) -> list[str]:
+    """The kernels of one self-attention layer of fp16, without gradients, but for its projections."""
+    monkeypatch.setattr(rotary, "_is_proven", lambda x: True)
+    attn, tables = make_attention(2, 32, torch.float16), make_tables(length, 32)
+    attn.to_out[1] = torch.nn.Identity()  # in place of the dropout, which is none
+    processor = SLAProcessor(32, config, 0, backend="triton").requires_grad_(False)
+    change(processor)
+    with torch.inference_mode():
+        found = launches(lambda: processor(attn, torch.empty(1, length, 32, dtype=torch.float16), rotary_emb=tables))
+    return [launch.kernel for launch in found if launch.kernel != "aten.addmm"]
+
+
+KERNELS = ["norm_rotate_kernel", "key_states_kernel", "aten.bmm", "select_kernel", "combine_kernel", "attend_kernel"]
+
+
+def test_a_layer_takes_every_mean_once(monkeypatch):
+    """Six launches: no kernel pools what the norm and rotation has in hand. Alone the operator launches six itself."""
+    assert layer_launches(SLAConfig(0.6, block_m=32, block_n=16), monkeypatch) == KERNELS
+
+
+def test_a_layer_that_chooses_no_blocks_wants_no_means(monkeypatch):
+    config = SLAConfig(0.6, block_m=32, block_n=16)
+    seen = []
+    given = rotary.norm_rotate
+    monkeypatch.setattr(rotary, "norm_rotate", lambda *args: [seen.append(args[-1]), given(*args)][1])
+    layer_launches(config, monkeypatch, lambda processor: setattr(processor, "branches", "linear"))
+    layer_launches(SLAConfig(0.6, block_m=64, block_n=128), monkeypatch, length=100)  # one key block
+    assert seen == [None, None]
+
+
+def test_a_share_of_the_tokens_has_no_blocks(monkeypatch):
+    """Blocks are those of the whole clip, so the operator takes its means after the exchange."""
+    monkeypatch.setattr(processor_module, "to_heads", lambda x, group: x)
+    monkeypatch.setattr(processor_module, "to_tokens", lambda x, group: x)
+    found = layer_launches(SLAConfig(0.6, block_m=32, block_n=16), monkeypatch, lambda p: setattr(p, "token_group", 1))
+    assert "pool_kernel" in found
 
 
 @pytest.mark.gpu
@@ -340,4 +405,4 @@ def test_is_captured_in_a_cuda_graph():
     with torch.cuda.graph(graph):
         captured = rotary.norm_and_rotate(attn, q, k, tables, "auto")
     graph.replay()
-    assert all(torch.equal(a, e) for a, e in zip(captured, eager, strict=True))
+    assert all(torch.equal(a, e) for a, e in zip(captured[:2], eager[:2], strict=True))

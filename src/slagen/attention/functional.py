@@ -1,6 +1,7 @@
 """`sparse_linear_attention`: checks what it is given, and hands it to a backend."""
 
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,7 @@ def sparse_linear_attention(
     scale: float | None = None,
     backend: Backend = "auto",
     branches: Branches = "both",
+    block_means: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend exactly to the critical key blocks and linearly to the others: o = O^s + O^l W^T + b.
 
@@ -46,12 +48,15 @@ def sparse_linear_attention(
             16 to 256 that are powers of two. "auto" is "triton" where that is possible, otherwise "torch".
         branches: "both"; "sparse" for o = O^s, as without a weight; "linear" for o = O^l W^T + b, where the blocks
             chosen still bound the domain "marginal".
+        block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are
+            known already; "triton" then takes none itself, other backends do all the same.
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or options do not fit.
     """
     _check_tensors(q, k, v, proj_weight, proj_bias)
     if not isinstance(config, SLAConfig):
         raise ValueError(f"config is {config!r}; it must be an SLAConfig. Try SLAConfig().")
+    _check_means(q, config, block_means)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not 0 < scale < math.inf:
@@ -64,12 +69,17 @@ def sparse_linear_attention(
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
     if branches == "sparse":
         proj_weight = proj_bias = None
-    attend = BACKENDS[choose_backend(q, backend)]
+    chosen = choose_backend(q, backend)
+    known = {"block_means": block_means} if chosen == "triton" and block_means is not None else {}
     with torch.autocast(q.device.type, enabled=False):
-        return attend(q, k, v, config, proj_weight, proj_bias, float(scale), branches != "linear")
+        return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, float(scale), branches != "linear", **known)
 
 
-BACKENDS = {"reference": reference_attention, "torch": blockwise_attention, "triton": fused_attention}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference_attention,
+    "torch": blockwise_attention,
+    "triton": fused_attention,
+}
 
 
 def choose_backend(q: Tensor, backend: Backend = "auto") -> Literal["reference", "torch", "triton"]:
@@ -111,3 +121,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, 
     for name, tensor in given.items():
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}, but q is on {q.device}. Move it with .to(q.device).")
+
+
+def _check_means(q: Tensor, config: SLAConfig, block_means: tuple[Tensor, Tensor] | None) -> None:
+    batch, num_heads, length, head_dim = q.shape
+    for name, means, count in zip("qk", block_means or (), config.num_blocks(length), strict=False):
+        shape = (batch * num_heads, count, head_dim)
+        if means.shape != shape or means.dtype != torch.float32 or means.device != q.device:
+            raise ValueError(
+                f"block_means of {name} is {tuple(means.shape)} of {means.dtype} on {means.device}; "
+                f"it must be {shape} of torch.float32 on {q.device}."
+            )

@@ -43,8 +43,11 @@ class SparseLinearAttention(nn.Module):
         self.branches = branches
         self.proj_l = _ZeroLinear(head_dim, head_dim, dtype=torch.float32, device=device)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block_means: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.
+
+        block_means: as in `sparse_linear_attention`.
+        """
         return sparse_linear_attention(
             q,
             k,
@@ -54,6 +57,7 @@ class SparseLinearAttention(nn.Module):
             self.proj_l.bias,
             backend=self.backend,
             branches=self.branches,
+            block_means=block_means,
         )
 
     def extra_repr(self) -> str:

@@ -217,6 +217,7 @@ def sla_forward(
     sparse: bool,
     save: bool,
     out: Tensor | None = None,
+    block_means: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sparse-linear attention, as `attention/reference.py` defines it.
 
@@ -232,6 +233,8 @@ def sla_forward(
         save: also return what `sla_backward` needs.
         out: where o is written; None makes it. Where marginal and not `save`, heads are taken in groups whose states
             fit in STATES_BYTES.
+        block_means: of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are known;
+            None takes them here.
     Returns:
         o: (B, H, L, D) in q's dtype, laid out as q is.
         lse: (B * H, L) float32, log2 of the softmax denominator (base 2, scale included).
@@ -254,20 +257,24 @@ def sla_forward(
         for b in range(batch):
             for h in range(0, num_heads, group):
                 part = slice(b, b + 1), slice(h, h + group)
+                own = slice(b * num_heads + h, b * num_heads + min(h + group, num_heads))
                 sla_forward(
                     q[part], k[part], v[part], weight, bias, block_m=block_m, block_n=block_n,
                     num_critical=num_critical, num_negligible=num_negligible, marginal=marginal,
                     feature_map=feature_map, eps=eps, scale=scale, sparse=sparse, save=save, out=o[part],
+                    block_means=None if block_means is None else (block_means[0][own], block_means[1][own]),
                 )  # fmt: skip
         return o, lse, kv_indices, classes, q_indices, q_offsets, state, z
 
     if weight is not None:
         w = weight.to(state_dtype(q)).contiguous() if bounded and projects(q) else None
-        means, states, zs = key_states(k, v, block_n, feature_map, marginal, w, pool=selecting)
-    elif selecting:
-        means = pool(k, block_n)
+        pooling = selecting and block_means is None
+        k_means, states, zs = key_states(k, v, block_n, feature_map, marginal, w, pool=pooling)
+    elif selecting and block_means is None:
+        k_means = pool(k, block_n)
     if selecting:
-        scores = torch.bmm(pool(q, block_m), means.mT)
+        q_means, k_means = (pool(q, block_m), k_means) if block_means is None else block_means
+        scores = torch.bmm(q_means, k_means.mT)
         kv_indices, classes = select(scores, num_critical, num_negligible, classes=bounded or (save and sparse))
         if save and sparse:
             q_indices, q_offsets = column_lists(classes, num_critical)

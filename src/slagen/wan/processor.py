@@ -17,7 +17,7 @@ from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
 from slagen.wan.context import to_heads, to_tokens
-from slagen.wan.rotary import Rotary, norm_and_rotate
+from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
 
 
 def _self_attention(
@@ -26,12 +26,14 @@ def _self_attention(
     rotary_emb: Rotary | None,
     attend: Callable[..., Tensor],
     backend: Backend,
+    blocks: tuple[int, int] | None,
 ) -> Tensor:
-    """Everything around the attention itself, as WanAttnProcessor does it; `attend` sees (B, H, L, D) views."""
+    """Everything around the attention itself, as WanAttnProcessor does it; `attend` sees (B, H, L, D) views, and the
+    means of their `blocks` where those cost nothing."""
     query, key, value = _get_qkv_projections(attn, hidden_states, None)  # type: ignore[arg-type]
-    query, key = norm_and_rotate(attn, query, key, rotary_emb, backend)
+    query, key, means = norm_and_rotate(attn, query, key, rotary_emb, backend, blocks)
     value = value.unflatten(2, (attn.heads, -1))  # (B, L, H, D)
-    out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), means)
     out = out.transpose(1, 2).flatten(2, 3).type_as(query)
     return attn.to_out[1](attn.to_out[0](out))
 
@@ -55,22 +57,28 @@ class _Processor:
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
         _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
-        return _self_attention(attn, hidden_states, rotary_emb, self._attend, self.backend)
+        # Of a process's own tokens no blocks can be formed: they are those of the whole clip.
+        blocks = None if self.token_group is not None else self._blocks(hidden_states.shape[1])
+        return _self_attention(attn, hidden_states, rotary_emb, self._attend, self.backend, blocks)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
         if self.token_group is not None:
             q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
-            return to_tokens(self._timed(q, k, v), self.token_group)
-        return self._timed(q, k, v)
+            return to_tokens(self._timed(q, k, v, None), self.token_group)
+        return self._timed(q, k, v, means)
 
-    def _timed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _timed(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
         if self.recorder is None:
-            return self._operator(q, k, v)
+            return self._operator(q, k, v, means)
         with self.recorder.attention(self.layer):
-            return self._operator(q, k, v)
+            return self._operator(q, k, v, means)
 
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q, k, v, each (B, H, L, D)."""
+    def _blocks(self, length: int) -> tuple[int, int] | None:
+        """The sizes of blocks whose means `_operator` can use."""
+        return None
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
+        """Attention of q, k, v, each (B, H, L, D), with the means of their blocks where they are known."""
         raise NotImplementedError
 
 
@@ -100,10 +108,16 @@ class SLAProcessor(_Processor, SparseLinearAttention):
         SparseLinearAttention.__init__(self, head_dim, config, backend=backend, branches=branches, device=device)
         self.layer = layer
 
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _blocks(self, length: int) -> tuple[int, int] | None:
+        chooses = self.branches != "linear" or self.config.linear_domain == "marginal"
+        if not chooses or self.config.num_blocks(length)[1] < 2:
+            return None
+        return self.config.block_m, self.config.block_n
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
         if self.config.num_blocks(q.shape[2])[1] < 2:
             return F.scaled_dot_product_attention(q, k, v)
-        return self.forward(q, k, v)
+        return self.forward(q, k, v, means)
 
 
 class DenseProcessor(_Processor):
@@ -112,7 +126,7 @@ class DenseProcessor(_Processor):
     def __init__(self, layer: int, backend: Backend = "auto") -> None:
         self.layer, self.backend = layer, backend
 
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -18,6 +18,7 @@ from slagen.attention.fused import unsupported
 from slagen.config import Backend
 
 Rotary = tuple[Tensor, Tensor]
+BlockMeans = tuple[Tensor, Tensor]
 
 _works: dict[tuple[Any, ...], bool] = {}  # device, dtype, heads and their dimension -> what `trial` found
 
@@ -30,24 +31,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm_and_rotate(
-    attn: WanAttention, query: Tensor, key: Tensor, rotary_emb: Rotary | None, backend: Backend
-) -> tuple[Tensor, Tensor]:
+    attn: WanAttention,
+    query: Tensor,
+    key: Tensor,
+    rotary_emb: Rotary | None,
+    backend: Backend,
+    blocks: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor, BlockMeans | None]:
     """RMSNorm over all heads, then the rotary embedding.
 
     Args:
         query, key: (B, L, H * D), as the projections give them.
         rotary_emb: cos and sin, (1, L, 1, D) float32, every angle twice; None turns nothing.
         backend: of the attention; "torch" and "reference" keep to PyTorch's lines, "auto" does so off CUDA.
-    Returns: q and k, (B, L, H, D) in their dtype. The kernel rounds once, the lines after each of their two steps.
+        blocks: tokens in a block of q and of k whose means are wanted.
+    Returns:
+        q, k: (B, L, H, D) in their dtype. The kernel rounds once, the lines after each of their two steps.
+        means: where the kernel ran and `blocks` is given, those of the blocks of q and k as returned, (B * H, M, D) and
+            (B * H, N, D) float32; otherwise None.
     """
     if rotary_emb is not None and fits(attn, query, key, rotary_emb, backend):
         cos, sin = (table[0, :, 0] for table in rotary_emb)
-        eps = attn.norm_q.eps
-        return norm_rotate(query, key, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, eps)[:2]
+        weights, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps
+        query, key, *means = norm_rotate(query, key, *weights, cos, sin, attn.heads, eps, blocks)
+        return query, key, None if blocks is None else (means[0], means[1])
     query, key = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key)))
     if rotary_emb is not None:
         query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-    return query, key
+    return query, key, None
 
 
 def fits(attn: WanAttention, query: Tensor, key: Tensor, rotary_emb: Rotary, backend: Backend) -> bool:
