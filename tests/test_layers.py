@@ -13,30 +13,33 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
 LEAVES |= {"quality", "footage", "interrupts", "packages", "plain", "files"}
-LEAVES |= {"deinterlace", "text"}
+LEAVES |= {"deinterlace", "text", "documents", "forms", "model_files"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
-    "config": {"errors"},
+    "forms": set(),
+    "documents": {"errors", "forms"},
+    "model_files": {"errors", "documents", "forms"},
+    "config": {"errors", "forms"},
     "timing": {"errors", "config"},
     "video": {"errors", "config"},
     "report": {"errors", "config", "timing"},
-    "models": {"errors", "config", "report"},
+    "models": {"errors", "config", "report", "model_files"},
     "plot": set(),
     "machine": {"errors"},
     "kernels": set(),
     "attention": {"kernels", "errors", "config", "timing"},
     "wan": {"kernels", "attention"} | LEAVES,
-    "prompts": {"errors", "config"},
-    "manifest": {"errors"},
+    "prompts": {"errors", "config", "documents", "forms"},
+    "manifest": {"errors", "documents", "forms"},
     "pages": set(),
     "packages": set(),
     "plain": set(),
     "quality": {"errors"},
     "interrupts": set(),
-    "footage": {"errors", "deinterlace"},
+    "footage": {"errors", "deinterlace", "documents", "forms"},
     "deinterlace": set(),
     "resolve": LIBRARY | LEAVES,
     "methods": LIBRARY | LEAVES,
@@ -55,7 +58,7 @@ MAY_IMPORT = {
     }
     | LIBRARY
     | LEAVES,
-    "training_log": {"pages", "plot", "report", "video", "errors"},
+    "training_log": {"pages", "plot", "report", "video", "errors", "documents", "forms"},
     "selftest": {"doctor", "generate", "bench"} | LIBRARY | LEAVES,
     "replay": {"generate"} | LIBRARY | LEAVES,
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,

@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock
 
 from slagen import prompts
-from slagen.config import BatchConfig, GenerateConfig
+from slagen.config import BatchConfig, GenerateConfig, user_path
 from slagen.embeddings import Embeddings, component_files, file_hashes
 from slagen.errors import SlagenError, UsageError
 from slagen.generate import Event, Sample, Session, Video, free_memory, save
@@ -100,14 +100,14 @@ def share(
         worker: a name for this process, which the manifest keeps: an id of the run, host and process behind colons.
     Raises: as `batch`.
     """
-    folder = Path(config.generate.output).expanduser()
+    folder = user_path(config.generate.output)
     if folder.suffix.lower() == ".mp4":
         raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = _plans(config.generate, requests, weights)
     _warn(plans, on_event)
     on_event(Event("stage", "hash"))
-    cache = Path(config.cache_dir).expanduser()
+    cache = user_path(config.cache_dir)
     identity = _identity(weights, config.generate.vae, cache)
     manifest = Manifest(folder)
     tasks = _queue(manifest, plans, identity, on_event)
@@ -456,7 +456,7 @@ def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
     source = weights.source
     parts = ("text_encoder", "tokenizer", "scheduler") + (() if vae else ("vae",))
     files = component_files(source.folder, parts if source.weights else (*parts, "transformer"))
-    for path in (source.weights, weights.sla_path, Path(vae).expanduser() if vae else None):
+    for path in (source.weights, weights.sla_path, user_path(vae) if vae else None):
         if path is not None:
             files += [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
     return file_hashes(list(dict.fromkeys(files)), cache)

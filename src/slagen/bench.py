@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine, packages, report
 from slagen.attention.functional import choose_backend, sparse_linear_attention
-from slagen.config import BenchConfig, ModelDefaults, parse_shape
+from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
 from slagen.tables import BenchResult, markdown
@@ -53,7 +53,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     for name in config.methods:
         if name not in known:
             raise UsageError(f"method is {name!r}, but must be one of {', '.join(known)}.")
-    folder = Path(config.output or "").expanduser()
+    folder = user_path(config.output or "")
     if config.output is not None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement
     if config.model or config.random_init:

@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
 import typer
@@ -33,6 +32,7 @@ from slagen.config import (
     Timing,
     Trained,
     TunedAttention,
+    user_path,
 )
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 
@@ -545,7 +545,7 @@ def info(
     from slagen import convert as task
     from slagen import replay as past
 
-    console.show_info(past.describe(Path(path).expanduser()) or task.info(path), as_json)
+    console.show_info(past.describe(user_path(path)) or task.info(path), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -911,7 +911,7 @@ def finetune_data(
         from slagen.finetune import default_model
 
         base = GenerateConfig("-", model=default_model(model, device), device=device, dtype=parse_dtype(dtype))
-        data = task.prepare(config, base, Path(output).expanduser(), Path(CACHE).expanduser(), seed, progress)
+        data = task.prepare(config, base, user_path(output), user_path(CACHE), seed, progress)
     console.show_data(data, as_json)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from slagen import __version__, prompts
 from slagen.batch import BatchResult, share, signals, write_page
-from slagen.config import BatchConfig
+from slagen.config import BatchConfig, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generate import Event
 from slagen.manifest import Manifest
@@ -56,12 +56,12 @@ def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda
 def _absolute(config: BatchConfig) -> BatchConfig:
     """The same config for processes with another working directory."""
     base = config.generate
-    paths: dict[str, Any] = {"output": str(Path(base.output).expanduser().absolute())}
+    paths: dict[str, Any] = {"output": str(user_path(base.output).absolute())}
     for name in ("model", "weights", "vae"):
         value = getattr(base, name)
-        if value is not None and value not in PRESETS and Path(value).expanduser().exists():
-            paths[name] = str(Path(value).expanduser().absolute())
-    cache = str(Path(config.cache_dir).expanduser().absolute())
+        if value is not None and value not in PRESETS and user_path(value).exists():
+            paths[name] = str(user_path(value).absolute())
+    cache = str(user_path(config.cache_dir).absolute())
     return dataclasses.replace(config, generate=dataclasses.replace(base, **paths), cache_dir=cache)
 
 

@@ -5,15 +5,46 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slagen.errors import UsageError
+from slagen.forms import shown
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 LinearDomain = Literal["all", "marginal"]
 FeatureMap = Literal["softmax", "elu", "relu"]
 
 BLOCK_SIZES = (16, 32, 64, 128)
+
+# What is beyond these is a slip of the pen, and would keep a machine busy before anybody noticed.
+MAX_VIDEOS = 10_000  # of one prompt
+MAX_OF_A_CLIP = {"width": 16_384, "height": 16_384, "num_frames": 10_001, "fps": 240, "num_videos": MAX_VIDEOS}
+MAX_STRENGTH = 10_000.0  # of guidance, flow shift and the like
+MAX_TRAINING = {
+    "steps": 10_000_000, "warmup_steps": 10_000_000, "batch_size": 65_536, "micro_batch": 65_536, "lora_rank": 4096,
+    "context_parallel": 4096, "save_every": 10**9, "validate_every": 10**9, "clips_per_prompt": MAX_VIDEOS,
+    "held_out": 1_000_000,
+}  # fmt: skip
+MAX_ELEMENTS = 2**34  # of q, k and v in a bench
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person writes it, `~` being their home. Raises UsageError for what no path can be."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError:
+        name = str(text).split("/")[0]
+        raise UsageError(
+            f"{shown(str(text))} begins with {shown(name)}, but this machine has no such user. Write the path out; a "
+            f"file of that name is ./{name}."
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{shown(str(text))} is no path that can be looked at ({error.strerror}).") from None
+    if "\0" in str(text):
+        raise UsageError(f"{shown(str(text))} holds a NUL byte, which no path can. Leave it out.")
+    return path
 
 
 @dataclass(frozen=True)
@@ -77,6 +108,8 @@ class SLAConfig:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "SLAConfig":
         """Rebuild what `to_dict` gave. Raises UsageError unless every field is there, and no other."""
+        if not isinstance(fields, dict):
+            raise UsageError(f"SLA settings are {shown(fields)}. Give an object.")
         expected = {field.name for field in dataclasses.fields(cls)}
         faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
         faults += [f"have the unknown {name}" for name in sorted(fields.keys() - expected)]
@@ -87,14 +120,23 @@ class SLAConfig:
 
 def _check_fraction(name: str, value: object, advice: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:  # nan fails here too
-        raise UsageError(f"{name} is {value!r}, but must be a number of at least 0 and below 1. {advice}")
+        raise UsageError(f"{name} is {shown(value)}, but must be a number of at least 0 and below 1. {advice}")
+
+
+def _check_count(name: str, value: object) -> None:
+    most = MAX_TRAINING[name]
+    if value is not None and (type(value) is not int or not 1 <= value <= most):
+        raise UsageError(
+            f"{name} is {shown(value)}, but must be at least 1, and at most {most:,}. Try --{name.replace('_', '-')} 1."
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     # True == 1 and 64.0 == 64, so the type is compared too
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         default = SLAConfig.__dataclass_fields__[name].default
-        raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}. Try {default!r}.")
+        choice = ", ".join(map(repr, choices))
+        raise UsageError(f"{name} is {shown(value)}, but must be one of {choice}. Try {default!r}.")
 
 
 @dataclass(frozen=True)
@@ -129,16 +171,16 @@ class TrainingDefaults:
     def from_dict(cls, fields: object) -> "TrainingDefaults":
         """Build from JSON. Raises UsageError for an unknown name or a value that is no number of its type."""
         if not isinstance(fields, dict):
-            raise UsageError(f"training is {fields!r}. Give an object.")
+            raise UsageError(f"training is {shown(fields)}. Give an object.")
         for name, value in fields.items():
             field = cls.__dataclass_fields__.get(name)
             if field is None:
-                raise UsageError(f"training.{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+                raise UsageError(f"training.{shown(name)[1:-1]} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
             whole = isinstance(field.default, int)
-            least = {"log_sigma_mean": -math.inf, "steps": 1, "batch_size": 1, "micro_batch": 1}.get(name, 0)
+            least = {"log_sigma_mean": -MAX_STRENGTH, "steps": 1, "batch_size": 1, "micro_batch": 1}.get(name, 0)
             is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value < least:
-                raise UsageError(f"training.{name} is {value!r}. Give a value like {field.default!r}.")
+            if not is_number or not least <= value <= MAX_TRAINING.get(name, MAX_STRENGTH):
+                raise UsageError(f"training.{name} is {shown(value)}. Give a value like {field.default!r}.")
         if "caption_dropout" in fields:
             _check_fraction("training.caption_dropout", fields["caption_dropout"], "Give 0.1.")
         return cls(**fields)
@@ -160,9 +202,10 @@ class ClipSize:
         """Build from JSON. Raises UsageError for anything but three positive whole numbers by name."""
         names = list(cls.__dataclass_fields__)
         good = isinstance(fields, dict) and set(fields) == set(names)
-        if not good or not all(type(value) is int and value > 0 for value in fields.values()):
+        if not good or not all(type(x) is int and 0 < x <= MAX_OF_A_CLIP[name] for name, x in fields.items()):
             raise UsageError(
-                f"trained_sizes holds {fields!r}. Give objects of {', '.join(names)}, each a whole number above 0."
+                f"trained_sizes holds {str(fields):.200}. Give objects of {', '.join(names)}, each a whole number "
+                "above 0."
             )
         return cls(**fields)
 
@@ -216,12 +259,12 @@ class ModelDefaults:
         sizes = fields.get("trained_sizes")
         if sizes is not None:
             if not isinstance(sizes, list) or not sizes:
-                raise UsageError(f"trained_sizes is {sizes!r}. Give a list of objects, or leave it out.")
+                raise UsageError(f"trained_sizes is {shown(sizes)}. Give a list of objects, or leave it out.")
             fields["trained_sizes"] = tuple(ClipSize.from_dict(size) for size in sizes)
         for name, value in fields.items():
             field = cls.__dataclass_fields__.get(name)
             if field is None:
-                raise UsageError(f"{name} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+                raise UsageError(f"{shown(name)[1:-1]} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
             if name in ("training", "trained_sizes"):
                 continue
             if name == "vocabulary":
@@ -229,13 +272,14 @@ class ModelDefaults:
             elif name == "sampler":
                 good = value in get_args(Sampler)
             elif isinstance(field.default, float):
-                good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+                good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_STRENGTH
             elif isinstance(field.default, int):
-                good = type(value) is int and value > 0
+                most = {**MAX_OF_A_CLIP, "steps": 1000, "max_sequence_length": 8192}[name]
+                good = type(value) is int and 0 < value <= most
             else:
                 good = isinstance(value, str)
             if not good:
-                raise UsageError(f"{name} is {value!r}. Give a value like {field.default!r}.")
+                raise UsageError(f"{name} is {shown(value)}. Give a value like {field.default!r}.")
         vocabulary = fields.get("vocabulary")
         return cls(**dict(fields, vocabulary=None if vocabulary is None else tuple(vocabulary)))
 
@@ -345,33 +389,36 @@ class GenerateConfig:
         for name in ("width", "height", "num_frames", "fps", "steps", "num_videos", "seed"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
-                raise UsageError(f"{name} is {value!r}, but must be a whole number.")
+                raise UsageError(f"{name} is {shown(value)}, but must be a whole number.")
+        for name, most in MAX_OF_A_CLIP.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                example = "--size 832x480" if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
+                raise UsageError(f"{name} is {shown(value)}, but must be at most {most}. Try {example}.")
         if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise UsageError(
-                f"num_frames is {self.num_frames}, but Wan decodes 4k + 1 frames. Try --num-frames {nearest}."
+                f"num_frames is {shown(self.num_frames)}, but Wan decodes 4k + 1 frames. Try --num-frames {nearest}."
             )
         for name in ("width", "height", "fps", "steps", "num_videos"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 example = "--size 832x480" if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
-                raise UsageError(f"{name} is {value}, but must be at least 1. Try {example}.")
+                raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
         if self.steps is not None and self.steps > 1000:
             raise UsageError(f"steps is {self.steps}, but the sampler has 1000 time steps. Try --steps 50.")
-        if self.fps is not None and self.fps > 240:
-            raise UsageError(f"fps is {self.fps}, but must be at most 240. Try --fps 16.")
         if (self.width is None) != (self.height is None):
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale < math.inf:
-            raise UsageError(
-                f"guidance_scale is {self.guidance_scale}, but must be 0 or above. Try --guidance-scale 5."
-            )
-        if self.flow_shift is not None and not 0 < self.flow_shift < math.inf:
-            raise UsageError(f"flow_shift is {self.flow_shift}, but must be above 0. Try --flow-shift 3.")
-        if self.sigma_max is not None and not 0 < self.sigma_max < math.inf:
-            raise UsageError(f"sigma_max is {self.sigma_max}, but must be above 0. Try --sigma-max 80.")
+        for name, example in (("guidance_scale", "5"), ("flow_shift", "3"), ("sigma_max", "80")):
+            value = getattr(self, name)
+            least = "0 or above" if name == "guidance_scale" else "above 0"
+            if value is not None and not (0 < value <= MAX_STRENGTH or (value == 0 and least == "0 or above")):
+                raise UsageError(
+                    f"{name} is {shown(value)}, but must be {least}, and at most {MAX_STRENGTH:g}. "
+                    f"Try --{name.replace('_', '-')} {example}."
+                )
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos + 1:
-            raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+            raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
         for name, choices in (
             ("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
         ):  # fmt: skip
@@ -480,15 +527,22 @@ class BenchConfig:
         if self.model is not None and self.random_init is not None:
             raise UsageError("--model and --random-init both say which model to time. Give one of them.")
         for shape in self.shapes:
-            parse_shape(shape)
+            self._check_room(shape)
         for sparsity in self.sparsities or (0.95,):
             self.sla(sparsity)  # checks the fraction and the blocks
-        if any(length < 1 for length in self.lengths or ()):
-            raise UsageError(f"lengths are {self.lengths}, but a sequence has at least 1 token. Try --lengths 4096.")
-        if not 0 < self.seconds < math.inf:
-            raise UsageError(f"seconds is {self.seconds}, but must be above 0. Try --seconds 2.")
-        if self.steps < 1:
-            raise UsageError(f"steps is {self.steps}, but must be at least 1. Try --steps 4.")
+        if not 0 < self.seconds <= 3600:
+            raise UsageError(f"seconds is {self.seconds}, but must be above 0, and at most 3600. Try --seconds 2.")
+        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
+
+    def _check_room(self, shape: str) -> None:
+        """Raise UsageError for lengths that no machine holds."""
+        batch, num_heads, length, head_dim = parse_shape(shape)
+        for tokens in (length, *(self.lengths or ())):
+            if not 1 <= tokens <= MAX_ELEMENTS // (batch * num_heads * head_dim):
+                raise UsageError(
+                    f"{batch} x {num_heads} x {shown(tokens)} x {head_dim} is more than {MAX_ELEMENTS:,} numbers, or "
+                    "none: a sequence has at least 1 token. Try --length 4096."
+                )
 
     def sla(self, sparsity: float) -> SLAConfig:
         """The attention that is measured at one sparsity."""
@@ -548,9 +602,7 @@ class DataConfig:
         if (self.path is None) == (self.self_generate is None):
             raise UsageError("give either --data FOLDER with videos, or --self-generate FILE with prompts.")
         for name in ("clips_per_prompt", "held_out"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+            _check_count(name, getattr(self, name))
         if self.held_out is not None and self.self_generate is not None:
             raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
         if self.clips_per_prompt is not None and self.path is not None:
@@ -637,17 +689,18 @@ class FinetuneConfig:
                 raise UsageError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(kinds))}.")
         for name in ("steps", "batch_size", "micro_batch", "lora_rank", "context_parallel", "save_every",
                      "validate_every"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UsageError(f"{name} is {value!r}, but must be at least 1. Try --{name.replace('_', '-')} 1.")
+            _check_count(name, getattr(self, name))
         for name in ("lr", "proj_multiplier", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{name} is {value}, but must be above 0. The model's own runs when it is left out.")
         for name in ("weight_decay", "layer_loss", "warmup_steps"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}, but must be 0 or above. Leave it out for the default.")
+            if value is not None and not 0 <= value <= MAX_TRAINING.get(name, MAX_STRENGTH):
+                raise UsageError(
+                    f"{name} is {shown(value)}, but must be 0 or above, and no more than a training can have. Leave it "
+                    "out for the default."
+                )
         for name, example in (("sparsity", 0.95), ("negligible", 0.1), ("anneal_from", 0.5), ("caption_dropout", 0.1)):
             if getattr(self, name) is not None:
                 _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} {example}.")
@@ -671,7 +724,7 @@ class FinetuneConfig:
         if self.dtype == "fp16":
             raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
         if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"seed is {self.seed}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+            raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
 
     def sla(self, trained: SLAConfig | None) -> SLAConfig:
         """The attention that is trained: what is asked for, in place of what the weights were made with."""

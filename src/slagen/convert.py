@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slagen import report
-from slagen.config import ModelDefaults
+from slagen.config import ModelDefaults, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.models import (
     BUNDLED,
@@ -57,7 +57,7 @@ def convert(
         dtype: of the transformer's weights, but for what diffusers keeps in float32.
     Raises: WeightsError if anything in the file is left over, missing or misshapen; UsageError if `output` exists.
     """
-    path, target = Path(source).expanduser(), Path(output).expanduser()
+    path, target = user_path(source), user_path(output)
     folder = None if base is None else describe_base(base)
     _check_free(target, overwrite)
     part = target.with_name(target.name + ".part")
@@ -81,7 +81,7 @@ def describe_base(base: str) -> ModelSource:
     """A pipeline's folder to take parts from: a folder, or the bundled model."""
     if base == BUNDLED:
         return describe_folder(bundled_folder(), BUNDLED)
-    path = Path(base).expanduser()
+    path = user_path(base)
     if not path.exists():
         raise UsageError(f"--model is {base!r}, but convert needs a folder on this machine. Give one, or leave it out.")
     return describe_folder(path, path.resolve().name)
@@ -211,14 +211,14 @@ def merge(
     Raises: WeightsError if a file is no transformer; UsageError for an output that exists.
     Source: TurboDiffusion's merge script, github.com/thu-ml/TurboDiffusion.
     """
-    target = Path(output).expanduser()
+    target = user_path(output)
     if target.suffix != ".safetensors":
         raise UsageError(
             f"the output is {target}, but must be a .safetensors file. Try {target.with_suffix('.safetensors')}."
         )
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists. Choose another output, or replace it with --overwrite.")
-    found = [_whole(Path(name).expanduser()) for name in (base, diff_base, diff_target)]
+    found = [_whole(user_path(name)) for name in (base, diff_base, diff_target)]
     start, before, after = ({**c.tensors, **c.projections} for c in found)
     merged: dict[str, Tensor] = {}
     kept = []
@@ -266,7 +266,7 @@ def info(path_text: str) -> dict[str, Any]:
 
     Raises: WeightsError if it is broken, or nothing that slagen knows.
     """
-    path = Path(path_text).expanduser()
+    path = user_path(path_text)
     if path.is_dir() and (path / "model_index.json").is_file():
         return _describe_pipeline(path)
     if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slagen import prompts
-from slagen.config import DataConfig, GenerateConfig
+from slagen.config import DataConfig, GenerateConfig, user_path
 from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash, texts_of
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
@@ -251,7 +251,7 @@ def prepare(
     )  # fmt: skip
     if weights.dtype == torch.float16:  # picked for a card without bf16
         weights = dataclasses.replace(weights, dtype=torch.float32)
-    raw = None if config.path is None else Path(config.path).expanduser()
+    raw = None if config.path is None else user_path(config.path)
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
         raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")
     try:
@@ -300,7 +300,7 @@ def _encoded(
     source = weights.source
     assert config.path is not None
     full = _full_cut(config, source)
-    footage, faults = read_footage(Path(config.path).expanduser())
+    footage, faults = read_footage(user_path(config.path))
 
     def look(number: int) -> None:
         on_event(Event("clip", f"{number + 1} of {len(footage)} to look at: {footage[number].path.name}"))

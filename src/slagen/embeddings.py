@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slagen.config import BatchConfig
+from slagen.config import BatchConfig, user_path
 from slagen.errors import SlagenError
 from slagen.generate import Session
 from slagen.manifest import digest
@@ -31,7 +31,7 @@ class Embeddings:
 
     def __init__(self, config: BatchConfig, plan: Plan) -> None:
         weights = plan.weights
-        self.cache = Path(config.cache_dir).expanduser()
+        self.cache = user_path(config.cache_dir)
         self.folder = None if config.no_cache else self.cache / "embeddings"
         files = component_files(weights.source.folder, ("text_encoder", "tokenizer"))
         self.about = [

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from slagen import dataset
-from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
+from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults, user_path
 from slagen.dataset import Clip, Dataset
 from slagen.embeddings import file_hashes, files_in
 from slagen.errors import SlagenError, UsageError, WeightsError
@@ -122,7 +122,7 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
         full disk; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
     """
     device = pick_device(config.device)
-    folder = Path(config.output).expanduser()
+    folder = user_path(config.output)
     with join(device, config.parallel, config.context_parallel) as team, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
         tell = on_event if team.first else lambda event: None
@@ -222,7 +222,7 @@ class _Run:
             optimizer_8bit()
         read = [self.weights.source.folder, config.weights, None if config.from_dense else self.weights.sla_path]
         written = [folder, *(folder / name for name in (SLA_FILE, TRANSFORMER_FILE, "transformer"))]
-        if {Path(p).expanduser().resolve() for p in read if p is not None} & {path.resolve() for path in written}:
+        if {user_path(p).resolve() for p in read if p is not None} & {path.resolve() for path in written}:
             raise UsageError(
                 f"model or weights come from {folder}, where the result would be written over them. Give another "
                 "--output."
@@ -231,7 +231,7 @@ class _Run:
             self.schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
             config.seed, dtype,
         )  # fmt: skip
-        self.cache = Path(CACHE).expanduser()
+        self.cache = user_path(CACHE)
         self.stop = threading.Event()
 
     def run(self) -> FinetuneResult:
@@ -329,12 +329,12 @@ class _Run:
     def _data(self) -> Dataset:
         """The prepared data, prepared by the first process where it is raw."""
         data, source, cache = self.config.data, self.weights.source, self.cache
-        if data.path is not None and dataset.is_prepared(Path(data.path).expanduser()):
+        if data.path is not None and dataset.is_prepared(user_path(data.path)):
             for name in ("width", "num_frames", "fps", "held_out"):
                 if getattr(data, name) is not None:
                     option = {"width": "--size"}.get(name, f"--{name.replace('_', '-')}")
                     raise UsageError(f"{data.path} is prepared already, so {option} changes nothing. Leave it out.")
-            return dataset.open_dataset(Path(data.path).expanduser(), source, cache)
+            return dataset.open_dataset(user_path(data.path), source, cache)
         folder = self.folder / "data"
         if self.team.first:
             dataset.prepare(data, self.base, folder, cache, self.config.seed, self.tell)
@@ -608,7 +608,7 @@ class _Run:
         steps, trainer = self.schedule.steps, self.trainer
         dense = self.config.attention == "dense"
         file = self.folder / (TRANSFORMER_FILE if dense else SLA_FILE)
-        given = self.config.weights and Path(self.config.weights).expanduser()
+        given = self.config.weights and user_path(self.config.weights)
         own_base = not dense and given == self.weights.source.weights is not None
         metadata = SLAMetadata(
             self.sla, self.weights.source.name, self.base_hash, self._trained(), self.steps_before + steps,

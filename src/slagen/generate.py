@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from slagen import machine, report
 from slagen.attention.functional import Branches
-from slagen.config import GenerateConfig
+from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.timing import StepRecorder, StepTimes
@@ -148,7 +148,7 @@ class Session:
             return
         weights, vae = plan.weights, plan.config.vae
         self.pipe = load_pipeline(
-            weights.source, weights.device, weights.dtype, None if vae is None else Path(vae).expanduser(),
+            weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder,
         )  # fmt: skip
         self.about = _install_attention(self.pipe, plan)
@@ -350,7 +350,7 @@ def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> 
 def _claim_paths(plan: Plan) -> list[Path]:
     """The final paths of all videos. Raises SlagenError if one exists, or the folder takes no files."""
     config = plan.config
-    output = Path(config.output).expanduser()
+    output = user_path(config.output)
     if output.suffix.lower() == ".mp4":
         if config.num_videos > 1:
             raise UsageError(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.model_files import check_parts, read_header, read_json, read_strings
 from slagen.report import ModelShape
 
 BUNDLED = "tiny-wan"
@@ -147,13 +145,14 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
             f"--model wan2.1-t2v-1.3b (or -14b), and the transformer in this folder with --weights."
         )
     index = read_json(folder / "model_index.json", folder)
-    kind = index.get("_class_name")
+    kind = index["_class_name"]
     if kind != "WanPipeline":
         raise WeightsError(f"{folder} holds a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder.")
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
         raise WeightsError(f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video.")
     transformer = read_json(folder / "transformer" / "config.json", folder)
     vae = read_json(folder / "vae" / "config.json", folder)
+    check_parts(folder, ("text_encoder", "scheduler"))
     if transformer.get("image_dim") is not None or transformer.get("in_channels") != transformer.get("out_channels"):
         raise WeightsError(f"{folder} is an image-to-video model. slagen runs Wan2.1 text-to-video.")
     defaults = ModelDefaults()
@@ -176,47 +175,10 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
     )  # fmt: skip
 
 
-def read_json(path: Path, folder: Path) -> dict[str, Any]:
-    """A JSON object in a model's folder. Raises WeightsError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{folder} has no {path.relative_to(folder)}, so it is no diffusers pipeline. Give a folder as "
-            "WanPipeline.save_pretrained writes it."
-        ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise WeightsError(f"{path} cannot be read: {first}. Get the model again.") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} holds no JSON object. Get the model again.")
-    return content
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: dtype, shape and place of each tensor by name, and `__metadata__`.
-
-    Raises: WeightsError if the file is broken or truncated.
-    """
-    try:
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > 100 * 2**20:
-                raise ValueError("its header is too long")
-            header = json.loads(handle.read(length))
-            size = (
-                8 + length + max((entry["data_offsets"][1] for k, entry in header.items() if k[:2] != "__"), default=0)
-            )
-        if path.stat().st_size != size:
-            raise ValueError(f"it has {path.stat().st_size} bytes, but its header tells of {size}")
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
-    return header
-
-
 def read_sla_config(path: Path) -> SLAConfig | None:
     """What an SLA file was trained with, from its metadata; None where it does not say it."""
     try:
-        return SLAConfig.from_dict(json.loads(read_header(path)["__metadata__"]["slagen"])["config"])
-    except (KeyError, TypeError, ValueError, UsageError):
+        text = read_header(path)["__metadata__"]["slagen"]
+        return SLAConfig.from_dict(read_strings(path, text, {"config": dict})["config"])
+    except (KeyError, UsageError):
         return None

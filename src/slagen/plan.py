@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slagen import report
-from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
+from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import UsageError
 from slagen.models import (
     BUNDLED,
@@ -109,14 +109,14 @@ def _model(config: GenerateConfig) -> tuple:
     """Preset, defaults, shape, spatial grid, temporal factor, what SLA was trained with, folder."""
     name = config.model or BUNDLED
     preset = PRESETS.get(name)
-    weights = None if config.weights is None else Path(config.weights).expanduser()
+    weights = None if config.weights is None else user_path(config.weights)
     trained = None
     if weights is not None:
         file = weights / SLA_FILE if weights.is_dir() else weights
         trained = read_sla_config(file) if file.suffix == ".safetensors" and file.is_file() else None
     if preset is not None:
         return preset, preset.defaults, preset.shape, 16, 4, trained or preset.sla, None
-    folder = bundled_folder() if name == BUNDLED else Path(name).expanduser()
+    folder = bundled_folder() if name == BUNDLED else user_path(name)
     if not folder.exists():
         if is_hub_id(name):
             raise UsageError(

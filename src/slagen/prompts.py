@@ -11,10 +11,9 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from slagen.config import GenerateConfig
+from slagen.config import GenerateConfig, user_path
 from slagen.errors import UsageError
 
 MAX_PROMPT = 20_000  # characters; Wan reads 512 tokens of them
@@ -103,7 +102,7 @@ def read_prompts(source: str) -> list[Request]:
 def _load(source: str) -> tuple[str, str, bytes]:
     if source == "-":
         return "stdin", ".txt", sys.stdin.buffer.read()
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         return str(path), path.suffix.lower(), path.read_bytes()
     except OSError as error:

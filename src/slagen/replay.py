@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slagen import report
-from slagen.config import GenerateConfig
+from slagen.config import GenerateConfig, user_path
 from slagen.errors import UsageError, WeightsError
 from slagen.generate import Event, generate
 from slagen.video import is_mp4, read_comment
@@ -54,7 +54,7 @@ def replay(
         differ.
     Raises: UsageError for a file that is neither, or settings that slagen does not take; as `generate` besides.
     """
-    path = Path(path_text).expanduser()
+    path = user_path(path_text)
     told = describe(path)
     if told is None:
         raise UsageError(f"{path} is neither a video that slagen made nor its report. Give an .mp4 or its .json.")

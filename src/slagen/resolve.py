@@ -17,7 +17,7 @@ import torch
 
 from slagen import machine, report
 from slagen.attention.functional import choose_backend
-from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig
+from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import EnvironmentProblem, UsageError, WeightsError
 from slagen.models import SLA_FILE, ModelSource
 from slagen.wan.checkpoints import read_metadata
@@ -111,7 +111,7 @@ def find_weights(
     device = machine.pick_device(config.device)
     dtype = machine.pick_dtype(config.dtype, device)
     notes: list[str] = []
-    found = None if config.weights is None else _look_at(Path(config.weights).expanduser())
+    found = None if config.weights is None else _look_at(user_path(config.weights))
     source = resolve_model(
         config.model, device.type, own_transformer=transformer and (found is None or found.kind != "transformer"),
         local_files_only=config.local_files_only, on_note=on_note,
@@ -119,7 +119,7 @@ def find_weights(
     if config.model is None and device.type != "cuda":
         notes.append(f"no CUDA device, so the bundled model {source.name} runs; choose another with --model")
     if found is not None and found.kind == "transformer":
-        source = dataclasses.replace(source, weights=Path(config.weights or "").expanduser())
+        source = dataclasses.replace(source, weights=user_path(config.weights or ""))
     sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
     if config.attention == "dense" and source.weights is not None:
         notes.append(
@@ -257,7 +257,7 @@ def _plan_attention(
     if found is not None and found.kind in ("sla", "side-file"):
         if config.attention == "dense":
             raise UsageError("dense attention takes no SLA weights. Leave --weights out.")
-        path, alone = Path(config.weights or "").expanduser(), found.kind == "sla"
+        path, alone = user_path(config.weights or ""), found.kind == "sla"
     elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
         path = source.folder / SLA_FILE
     elif source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():

@@ -23,7 +23,7 @@ import torch
 from slagen import doctor, machine, report
 from slagen.attention import fused, sparse_linear_attention
 from slagen.attention.functional import choose_backend
-from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig
+from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig, user_path
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 
 SCHEMA_VERSION = 1
@@ -198,7 +198,7 @@ def shortened(value: Any) -> Any:
 
 def claim(output: str | None) -> Path:
     """Where the result goes. Raises UsageError before the work where it can not be written."""
-    path = Path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json").expanduser()
+    path = user_path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"output is {str(path)!r}, but must be a file in a folder that is there and can be written.")
     return path

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from slagen.config import Sampler
+from slagen.config import Sampler, user_path
 from slagen.errors import WeightsError
 from slagen.models import (
     BUNDLED,
@@ -82,7 +82,7 @@ def resolve_model(
         folder = fetch_pipeline(preset.base, transformer=own_transformer and weights is None, **options)
         source = describe_folder(folder, preset.name)
         return dataclasses.replace(source, defaults=preset.defaults, weights=weights)
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.exists():
         return describe_folder(path, path.resolve().name)
     if is_hub_id(model):

@@ -1,0 +1,233 @@
+"""The one reader of JSON and YAML: what it refuses, in which words and where, and that it does so at once."""
+
+import json
+import os
+import struct
+from itertools import pairwise
+
+import pytest
+
+from slagen.cli import run
+from slagen.config import BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
+from slagen.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json
+from slagen.errors import UsageError, WeightsError
+from slagen.forms import Fault, check, one_of, sha256, shown, whole
+from slagen.models import bundled_folder, describe_folder, read_header
+
+
+def aliases(inner: str, levels: int = 9) -> str:
+    """Nine lines, each of which has the one before nine times: 9^9 values."""
+    lines = ["a: &a " + inner.format("x, x, x, x, x, x, x, x, x")]
+    lines += [f"{new}: &{new} " + inner.format(", ".join([f"*{old}"] * 9)) for old, new in pairwise("abcdefghi")]
+    return "\n".join(lines[:levels])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 100_000, "nested more than 64 deep"),
+        ('{"a": ' * 65 + "1" + "}" * 65, "nested more than 64 deep"),
+        ("7" * 5000, "a number has 5,000 digits"),
+        ('{"a": 1, "a": 2}', "has 'a' twice"),
+        ("[],", "is no JSON: extra data"),
+        ("[" + "[]," * 4_000_001 + "[]]", "more than 4,000,000 values"),
+        ('{"a": "\\ud83d"}', "half a character"),
+        (b"\xff\xfe[]", "byte 0xff is not UTF-8"),
+        (b'{"a": "\0"}', "NUL byte"),
+        ("", "is no JSON: expecting value"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_json_out_of_bounds_is_refused(text, words):
+    with pytest.raises(Fault, match=words):
+        parse_json(text, object)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (aliases("[{}]"), f"more than {MAX_YAML_VALUES:,} values"),
+        (aliases("{{k: [{}]}}"), f"more than {MAX_YAML_VALUES:,} values"),
+        (aliases("{{<<: [{}]}}").replace("[x, x, x, x, x, x, x, x, x]", "{k: 1}"), f"more than {MAX_YAML_VALUES:,}"),
+        ("a: &a [*a]", "alias \\*a stands for nothing"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        ("- " * 100_000, "nested more than 64 deep"),
+        ("!!int ''", "'' is tagged int"),
+        ("!!float x", "'x' is tagged float"),
+        ("!!python/object/apply:os.system [ls]", "the tag tag:yaml.org,2002:python/object/apply:os.system is not read"),
+        ("!!binary aGk=", "is not read"),
+        ("a: 1\na: 2", "the key 'a' twice"),
+        ("? [a]\n: b", "a key is a list"),
+        ("<<: 3", "<< takes an object"),
+        ("a\n---\nb", "second document"),
+        ("x" * (2**21 + 1), "longer than 2 MiB"),
+        ("9" * 5000, "a number has 5,000 digits"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_yaml_out_of_bounds_is_refused_at_once(text, words):
+    """333 bytes took 40 s and a GiB."""
+    with pytest.raises(Fault, match=words):
+        parse_yaml(text)
+
+
+def test_yaml_that_people_write_is_read():
+    text = "base: &b {steps: 4, seed: 1}\nlist:\n- <<: *b\n  seed: 2\n- *b\n- ~\n- 'no'\n- no\n- [1, -2.5, 0x1f, 1e3]\n"
+    content = parse_yaml(text)
+    assert content["list"][:5] == [{"seed": 2, "steps": 4}, {"steps": 4, "seed": 1}, None, "no", "no"]
+    assert content["list"][5] == [1, -2.5, 31, 1000.0] and content["list"].lines == [3, 5, 6, 7, 8, 9]
+    assert parse_yaml("!!str 3") == "3" and parse_yaml("!!float 3") == 3 and parse_yaml("") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "words"),
+    [
+        ({"vae": 3}, {"vae": (str, str)}, '"vae" is a number, but a list of two texts is wanted'),
+        ({"a": {"b": [1, "x"]}}, {"a": {"b": [int]}}, '"a.b[1]" is text, but a whole number is wanted'),
+        ({"n": 10**400}, {"n": float}, '"n" is a number, but a number is wanted'),
+        ({"n": float("nan")}, {"n": float}, '"n" is nan, but a number is wanted'),
+        ({"n": True}, {"n": int}, '"n" is true, but a whole number is wanted'),
+        ({"n": 9}, {"n": whole(1, 8)}, '"n" is 9, but a whole number from 1 to 8 is wanted'),
+        ({"n": "c"}, {"n": one_of("a", "b")}, "\"n\" is 'c', but one of a, b is wanted"),
+        ({"n": None}, {"n": int | str}, '"n" is null, but a whole number or text is wanted'),
+        ({"n": "A" * 64}, {"n": sha256()}, "64 digits"),
+        ([], dict, "is a list, but an object is wanted"),
+        ({}, {"n": int}, 'lacks "n"'),
+        ({"x": {}}, {str: {"n": int}}, '"x" lacks "n"'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_of_another_form_is_told_by_its_path(value, form, words):
+    with pytest.raises(Fault) as caught:
+        check(value, form)
+    assert words in str(caught.value)
+
+
+def test_a_file_is_told_by_name_and_place(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{\n  "a": }')
+    with pytest.raises(WeightsError, match=r"x\.json:2:8: is no JSON: expecting value\. Get the file again\."):
+        read_json(path)
+    path.write_bytes(b"{}" + b" " * 100)
+    with pytest.raises(WeightsError, match="longer than"):
+        read_json(path, most=50)
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    with pytest.raises(WeightsError, match="no regular file"):
+        read_json(pipe)
+    with pytest.raises(WeightsError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_a_message_holds_no_more_than_a_line():
+    assert shown("x\n" * 1000) == repr("x\n" * 28 + "x...") and shown([[1] * 10**6]) == "a list"
+    assert shown(10**4000) == "a number of more than 30 digits"
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "a\0b", "x" * 5000])
+def test_a_path_that_none_can_be_is_wrong_usage(path, tmp_path, capsys):
+    with pytest.raises(UsageError):
+        user_path(path)
+    commands = (["generate", "a", "--output", path], ["generate", "a", "--model", path], ["replay", path],
+                ["generate", "a", "--weights", path], ["batch", path], ["info", path],
+                ["convert", path, str(tmp_path / "x")], ["plan", "--model", path])  # fmt: skip
+    for command in commands:
+        assert run(command) == 2, command
+        assert "a bug in slagen" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(num_videos=10**9), dict(width=10**9, height=16), dict(width=16, height=10**9), dict(steps=10**9),
+        dict(num_frames=4 * 10**9 + 1), dict(fps=10**9), dict(guidance_scale=1e300), dict(flow_shift=1e300),
+        dict(seed=10**4000), dict(width=10**4000, height=1),
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_what_is_beyond_all_use_is_refused_before_any_work(options):
+    """`--num-videos 1000000000` made a list of a billion names."""
+    with pytest.raises(UsageError) as caught:
+        GenerateConfig("a", **options)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BenchConfig(shapes=("1x12x9999999x9999",)),
+        lambda: BenchConfig(lengths=(10**12,)),
+        lambda: BenchConfig(steps=10**9),
+        lambda: BenchConfig(seconds=1e300),
+        lambda: DataConfig(self_generate="x", clips_per_prompt=10**9),
+        lambda: DataConfig(path="x", num_frames=4 * 10**9 + 1),
+        lambda: FinetuneConfig(DataConfig(path="x"), steps=10**12),
+        lambda: FinetuneConfig(DataConfig(path="x"), batch_size=10**12),
+        lambda: FinetuneConfig(DataConfig(path="x"), train="lora", lora_rank=10**9),
+        lambda: ModelDefaults.from_dict({"steps": 10**9}),
+        lambda: ModelDefaults.from_dict({"guidance_scale": 10**4000}),
+        lambda: ModelDefaults.from_dict({"max_sequence_length": 10**9}),
+        lambda: ModelDefaults.from_dict({"training": {"batch_size": 10**12}}),
+        lambda: ModelDefaults.from_dict({"trained_sizes": [{"width": 10**12, "height": 1, "num_frames": 1}]}),
+    ],
+)
+def test_so_is_it_elsewhere(make):
+    with pytest.raises(UsageError):
+        make()
+
+
+def test_the_bundled_model_is_of_the_forms():
+    assert describe_folder(bundled_folder(), "x").shape.num_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model_index.json", {"transformer_2": 3}, '"transformer_2" is a number'),
+        ("model_index.json", {"scheduler": ["os", "system"]}, '"scheduler" is a list, but a list of a library'),
+        ("transformer/config.json", {"num_layers": 10**9}, '"num_layers" is 1000000000, but a whole number from 1'),
+        ("transformer/config.json", {"patch_size": 2}, '"patch_size" is a number, but a list of three'),
+        ("vae/config.json", {"latents_std": [0.0] * 16}, '"latents_std" is a list, but'),
+        ("vae/config.json", {"latents_mean": [0.0]}, '"latents_mean" has not 16 numbers'),
+        ("text_encoder/config.json", {"vocab_size": "x"}, '"vocab_size" is text'),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, '"num_train_timesteps" is 1000000000'),
+        ("slagen.json", {"steps": [1]}, "steps is a list"),
+        *((name, None, "is text, but an object is wanted") for name in (
+            "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
+            "scheduler/scheduler_config.json", "slagen.json")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_types_in_a_models_folder_are_told_with_the_file(tmp_path, capsys, name, change, words):
+    for part in bundled_folder().rglob("*.json"):
+        copy = tmp_path / "model" / part.relative_to(bundled_folder())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(part.read_bytes())
+    path = tmp_path / "model" / name
+    path.write_text(json.dumps("x" if change is None else {**json.loads(path.read_text()), **change}))
+    with pytest.raises(WeightsError) as caught:
+        describe_folder(tmp_path / "model", "x")
+    assert words in str(caught.value) and name in str(caught.value)
+    assert run(["plan", "--model", str(tmp_path / "model")]) == 5
+    assert words.split(",")[0] in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, "4"]}},
+        {"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [10**4000], "data_offsets": [0, 4]}},
+        {"a": 3}, [], {"__metadata__": {"slagen": 3}}, {"__metadata__": []},
+    ],
+    ids=lambda header: str(header)[:60],
+)  # fmt: skip
+def test_a_header_of_another_form_is_a_broken_file(tmp_path, header, capsys):
+    data = json.dumps(header).encode()[:4000]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(data)) + data + b"\0" * 4)
+    with pytest.raises(WeightsError, match="broken or truncated"):
+        read_header(path)
+    assert run(["info", str(path)]) == 5
+    assert run(["plan", "--weights", str(path)]) == 5
