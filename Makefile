@@ -24,10 +24,11 @@ demo: $(STAMP)  ## set up, then make a video with the bundled model
 test: $(ALL)  ## set up, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-check: $(ALL)  ## lint and type-check
+check: $(ALL)  ## lint, type-check, and look up vulnerabilities where pip-audit gets data
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/audit.py
 
 evaluate: $(ALL)  ## the table of weights/README.md: 64 held-out prompts on the bundled weights
 	$(BIN)/python scripts/tiny_wan/evaluate.py --dtype bf16
