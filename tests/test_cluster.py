@@ -4,12 +4,14 @@ import dataclasses
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from test_batch import check_consistent, command, environment, made, settings
 from wan_models import save_pipeline
@@ -60,13 +62,48 @@ def finish(process, timeout=300):
     return out, errors
 
 
+def until(said, timeout=300):
+    end = time.monotonic() + timeout
+    while not said() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def check_that_nobody_else_gets_in(process):
+    """Every socket of Ray is on the loopback interface or in a folder of our own, and a call needs the token.
+
+    Ray listened on all interfaces, and a second process ran a function in it. Returns the folder.
+    """
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    listening = [c.laddr for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert listening and {address.ip.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
+    server = next(p for p in processes if "gcs_server" in p.name())
+    token = server.environ()["RAY_AUTH_TOKEN"]
+    assert len(token) == 64 and not any(token in part for p in processes for part in p.cmdline())
+    port = next(c.laddr.port for c in server.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+    grpc = pytest.importorskip("grpc", reason="needs grpcio, which comes with slagen[tensorboard]")
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        for given in (None, "f" * 64):
+            metadata = given and [("authorization", f"Bearer {given}")]
+            with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+                ask(b"", metadata=metadata, timeout=60)
+        assert ask(b"", metadata=[("authorization", f"Bearer {token}")], timeout=60)
+    session = next(part.partition("=")[2] for part in server.cmdline() if part.startswith("--session-dir="))
+    folder = Path(session).parents[1]
+    assert folder.name.startswith("slagen-ray-") and folder.stat().st_mode & 0o777 == 0o700
+    return folder
+
+
 def test_a_killed_worker_is_replaced(toy, tmp_path):
     """The rest is made all the same, every video once."""
     count = 6
     (tmp_path / "prompts.txt").write_text("\n".join(f"a circle --seed {seed}" for seed in range(count)))
     process = start(toy, tmp_path)
+    until(lambda: workers_at_work(tmp_path / "out") or process.poll() is not None)
+    folder = check_that_nobody_else_gets_in(process)
     assert kill_worker(tmp_path / "out", process)
     out, errors = finish(process)
+    assert not folder.exists()
     assert "was lost, and another takes its place" in errors and "Ray" in errors
     assert sorted(map(os.path.basename, out.split())) == made(tmp_path / "out")
     check_consistent(tmp_path / "out", count)
@@ -121,8 +158,34 @@ def test_what_cannot_start(toy, tmp_path, monkeypatch, capsys):
         assert run(["batch", str(tmp_path / "prompts.txt"), *options]) == code
         assert address in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"):
-        cluster._start("local")
+    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"), cluster._started("local"):
+        pass
+
+
+@pytest.mark.parametrize("error", ["AuthenticationError", "ConnectionError"])
+def test_a_token_that_is_missing_or_wrong(monkeypatch, error):
+    """Ray's own words for it are many lines, and for a wrong one they are others than of tokens."""
+    lacking = type("AuthenticationError", (Exception,), {})
+    kinds = {"AuthenticationError": lacking, "ConnectionError": ConnectionError}
+
+    def refuse(address, **options):
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        raise kinds[error]("Failed to connect to Ray cluster\nmore")
+
+    ray = SimpleNamespace(init=refuse, exceptions=SimpleNamespace(AuthenticationError=lacking))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    for name in ("RAY_AUTH_MODE", "RAY_BACKEND_LOG_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(EnvironmentProblem, match="the token is missing or wrong") as told,
+            cluster._started(address),
+        ):
+            pass
+    assert address in str(told.value) and "RAY_AUTH_TOKEN_PATH" in str(told.value)
 
 
 def test_workers_fit_the_machines(toy):

@@ -357,10 +357,19 @@ def batch(
     cache_dir: Annotated[str, typer.Option(help="Where prompt embeddings and hashes are kept.")] = CACHE,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Share the work on Ray: at RAY_ADDRESS, or started on this machine.")
+        bool,
+        typer.Option(
+            "--ray",
+            help="Share the work on Ray: at RAY_ADDRESS, or started on this machine, where nobody else reaches it.",
+        ),
     ] = False,
     ray_address: Annotated[
-        str | None, typer.Option(help="The same on the Ray cluster there.", metavar="HOST:PORT")
+        str | None,
+        typer.Option(
+            help="The same on the Ray cluster there; if it wants a token, give that in RAY_AUTH_TOKEN, or its file in "
+            "RAY_AUTH_TOKEN_PATH.",
+            metavar="HOST:PORT",
+        ),
     ] = None,
     ray_workers: Annotated[
         int | None, typer.Option(help="Models in memory at once. Default: one a GPU, or one a machine without.")
