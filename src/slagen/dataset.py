@@ -214,7 +214,7 @@ def transformer_files(source: ModelSource) -> list[Path]:
     path = source.weights or source.folder
     if path.is_file():
         return [path]
-    return reading.transformer_files(path / "transformer" if (path / "transformer").is_dir() else path)
+    return reading.component_files(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
 def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:

@@ -21,7 +21,7 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsEr
 from slagen.models import SLA_FILE
 from slagen.wan.formats import Checkpoint, SideFile, read_checkpoint
 from slagen.wan.processor import install, installation, remove
-from slagen.wan.reading import PICKLE_SUFFIXES
+from slagen.wan.reading import PICKLE_SUFFIXES, is_finite
 
 FORMAT_VERSION = 1
 
@@ -349,7 +349,7 @@ def _fill(
             faults.append(f"{name} is not in the model")
         elif tensor.shape != state[name].shape:
             faults.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(state[name].shape)}")
-        elif not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        elif not tensor.is_floating_point() or not is_finite(tensor):
             faults.append(f"{name} has values that are not finite numbers")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""

@@ -21,7 +21,7 @@ from slagen.models import TURBO_SLA, read_header
 from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.names import LAYOUTS, LINEARS_OF_A_BLOCK, PROJECTION, plain, without_prefixes
 from slagen.wan.quantised import dequantise
-from slagen.wan.reading import read_tensors
+from slagen.wan.reading import is_finite, read_tensors
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -228,9 +228,9 @@ def _number_faults(tensors: dict[str, Tensor]) -> list[str]:
         if tensor.dtype not in FLOATS:
             faults.append(f"{name} is {tensor.dtype}, but must be bfloat16, float16 or float32")
             continue
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
+        if not tensor.is_meta and not is_finite(tensor):
             faults.append(f"{name} has values that are not finite numbers")
-        role = re.sub(r"^blocks\.\d+\.", "blocks.*.", name)
+        role = re.sub(r"\.\d+(?=\.)", ".*", name)
         kinds.setdefault(role, {}).setdefault(tensor.dtype, []).append(name)
     for found in kinds.values():
         rarest = min(found, key=lambda dtype: len(found[dtype]))

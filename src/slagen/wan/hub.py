@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,20 @@ TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
 FAILURES = (HTTPError, OSError, RuntimeError)  # the hub's own errors are HTTPErrors too
 
 OnNote = Callable[[str], None]
+
+
+@contextmanager
+def closed_hub() -> Iterator[None]:
+    """In here the hub is not asked for anything, as with HF_HUB_OFFLINE: for files that lie on this machine.
+
+    A damaged file can make a library take some of its text for a hub id.
+    """
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def fetch_pipeline(repo_id: str, *, transformer: bool, local_files_only: bool, on_note: OnNote) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from slagen.config import Sampler, user_path
@@ -42,11 +43,11 @@ from slagen.models import (
 )
 from slagen.report import ModelShape
 from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
-from slagen.wan.hub import OnNote, fetch_pipeline, fetch_weights
+from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights
 from slagen.wan.kinds import identify
 from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
-from slagen.wan.reading import read_tensors, transformer_files
+from slagen.wan.reading import component_files, read_component, read_tensors
 
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 
@@ -106,36 +107,37 @@ def load_pipeline(
     Args:
         vae: a file or folder of another VAE, in the original or in diffusers' names.
         text_encoder: False leaves text encoder and tokenizer out. transformer: False leaves it out.
-    Raises: WeightsError if a file is broken, or a weight is missing.
+    Raises: WeightsError if a file is broken, or a component's tensors are not its model's: one is missing or one too
+        many, or has another shape, another kind of number, or values that are not finite.
     """
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    parts: dict[str, Any] = {"transformer": load_transformer(source, dtype) if transformer else None}
-    if vae is not None:
-        parts["vae"] = load_vae(vae, source.folder / "vae")
+    read_json(source.folder / "scheduler" / "scheduler_config.json", source.folder)
+    if text_encoder and (source.folder / "tokenizer" / "tokenizer_config.json").exists():
+        read_json(source.folder / "tokenizer" / "tokenizer_config.json", source.folder)
+    parts: dict[str, Any] = {
+        "transformer": load_transformer(source, dtype) if transformer else None,
+        "vae": load_vae(vae or source.folder / "vae", source.folder / "vae"),
+        "text_encoder": load_text_encoder(source.folder / "text_encoder", dtype) if text_encoder else None,
+    }
     if not text_encoder:
-        parts |= {"text_encoder": None, "tokenizer": None}
-    tensors = {part: _tensor_names(source.folder / part) for part in ("vae", "text_encoder") if part not in parts}
+        parts["tokenizer"] = None
     try:
-        with _no_drawing():
-            pipe = WanPipeline.from_pretrained(
-                source.folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True, **parts
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        raise WeightsError(f"{source.folder} cannot be loaded: {_first_line(error)}. Get the model again.") from error
-    if vae is None:
-        expected = set(pipe.vae.state_dict())
-        missing, extra = sorted(expected - tensors["vae"]), sorted(tensors["vae"] - expected)
-        if missing or extra:
-            what = f"lacks {missing[0]}" if missing else f"has the unknown {extra[0]}"
-            raise WeightsError(
-                f"{source.folder / 'vae'} {what} ({len(missing)} missing, {len(extra)} unknown tensors), and would "
-                "make noise. Get the model again."
-            )
+        with closed_hub():
+            pipe = WanPipeline.from_pretrained(source.folder, local_files_only=True, **parts)
+    except ImportError:
+        raise  # of a package that the tokenizer takes
+    except Exception as error:  # of whatever kind two libraries raise over a damaged tokenizer or scheduler
+        raise WeightsError(
+            f"the tokenizer or scheduler of {source.folder} is broken: {_first_line(error)}. Get the model again."
+        ) from error
     if text_encoder:
-        tie_embeddings(pipe.text_encoder, tensors["text_encoder"])
+        known, words = pipe.text_encoder.config.vocab_size, len(pipe.tokenizer)
+        if words > known or pipe.tokenizer.pad_token is None:
+            what = f"knows {words} words, but the text encoder {known}" if words > known else "has no padding token"
+            raise WeightsError(f"{source.folder / 'tokenizer'} {what}. Get the model again.")
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)
     return pipe
@@ -145,7 +147,7 @@ def load_pipeline(
 def _no_drawing() -> Iterator[None]:
     """Embeddings made in here draw no random weights.
 
-    The text encoder's are on the meta device, where drawing does nothing but import sympy and torch's compiler.
+    On the meta device that does nothing but import sympy and torch's compiler.
     """
     draw = nn.Embedding.reset_parameters
     nn.Embedding.reset_parameters = lambda self: None  # type: ignore[method-assign]
@@ -162,7 +164,7 @@ def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3
     """
     config = source.folder / "transformer"
     if source.weights is None:
-        transformer_files(config)
+        component_files(config)
     checkpoint = read_checkpoint(source.weights or config, dtype)
     if not isinstance(checkpoint, Checkpoint):
         raise WeightsError(f"{source.weights} holds SLA weights alone, not a transformer. Give it with --weights.")
@@ -184,7 +186,7 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
         checkpoint, {name: tensor.shape for name, tensor in state.items()}, heads.num_layers, heads.attention_head_dim
     )
     if checkpoint.path.suffix == ".gguf":  # stays quantised, multiplied out by diffusers as it is used
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, closed_hub():
             model.save_config(folder)
             return WanTransformer3DModel.from_single_file(
                 str(checkpoint.path), config=folder, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype)
@@ -199,14 +201,13 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
 
 
 def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
-    """A VAE from a file in the original or in diffusers' names, float32.
+    """A VAE from a file or folder in the original or in diffusers' names, float32.
 
     Args:
         config: the folder of a VAE whose config.json says its sizes and the statistics of its latents; None: Wan2.1's.
     Raises: WeightsError unless it is one, whole, and of that size.
     """
-    file = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
-    tensors = read_tensors(file)
+    tensors = read_component(path) if path.is_dir() else read_tensors(path)
     if identify(tensors) != "vae":
         raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
     with init_empty_weights():
@@ -214,8 +215,53 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     if "conv1.weight" in tensors:
         tensors = rename_vae(tensors, vae.config.num_res_blocks)
     check_fit(Checkpoint(path, "vae", tensors, {}), {name: x.shape for name, x in vae.state_dict().items()}, 0, 0)
+    _check_statistics(vae, path if config is None else config)
     vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     return vae.eval()
+
+
+def _check_statistics(vae: AutoencoderKLWan, folder: Path) -> None:
+    """Raises WeightsError unless a VAE's config tells the mean and the standard deviation of every latent channel."""
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(vae.config, name)
+        good = isinstance(values, list | tuple) and len(values) == vae.config.z_dim
+        if not good or not all(
+            isinstance(x, int | float) and math.isfinite(x) and (x > 0 or name[-1] == "n") for x in values
+        ):
+            raise WeightsError(
+                f"{folder / 'config.json'} has no {name} of {vae.config.z_dim} numbers. Get the VAE again."
+            )
+
+
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor of the text encoder, by either name or both
+UNUSED = ("decoder.", "lm_head.")  # of the whole UMT5, whose encoder alone runs
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    """The text encoder of a pipeline, from its folder, on the CPU and in eval mode.
+
+    Raises: WeightsError unless it is a UMT5 encoder, whole, and of its config's size.
+    """
+    fields = read_json(folder / "config.json", folder)
+    if fields.get("model_type") != "umt5":
+        raise WeightsError(f"{folder} holds a {fields.get('model_type')}, but Wan2.1's text encoder is a umt5.")
+    tensors = {name: x for name, x in read_component(folder).items() if not name.startswith(UNUSED)}
+    try:
+        with torch.device("meta"), _no_drawing():
+            model = UMT5EncoderModel(UMT5Config.from_dict(fields))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise WeightsError(f"{folder / 'config.json'} makes no model: {_first_line(error)}.") from error
+    found = [tensors[name] for name in EMBEDDINGS if name in tensors]
+    if len(found) == 2 and (found[0].shape != found[1].shape or not torch.equal(*found)):
+        raise WeightsError(f"{folder} has one token embedding by two names that differ. Get the model again.")
+    tensors |= {name: found[0] for name in EMBEDDINGS if found}
+    check_fit(Checkpoint(folder, "umt5", tensors, {}), {name: x.shape for name, x in model.state_dict().items()}, 0, 0)
+    kept = set(model._keep_in_fp32_modules) if dtype == torch.float16 else set()  # they overflow in float16
+    cast = {name: x.to(torch.float32 if kept & set(name.split(".")) else dtype) for name, x in tensors.items()}
+    model.load_state_dict(cast, strict=True, assign=True)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    model.config.dtype = dtype
+    return model.eval()
 
 
 RANDOM_INIT = {"wan-1.3b": WAN_1_3B, "wan-14b": WAN_14B}
@@ -246,28 +292,6 @@ def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> WanP
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer.eval(), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def tie_embeddings(text_encoder: Any, names: set[str]) -> None:
-    """Make UMT5's `encoder.embed_tokens` the tensor that was loaded as `shared`, or the other way round.
-
-    Some transformers 5 releases load only one of the two and leave the other random, which turns every prompt to noise.
-
-    Args:
-        names: the tensor names in the encoder's files.
-    Raises: WeightsError if the files hold neither.
-    """
-    inner = text_encoder.encoder
-    if inner.embed_tokens.weight.data_ptr() == text_encoder.shared.weight.data_ptr():
-        if not names & {"shared.weight", "encoder.embed_tokens.weight"}:
-            raise WeightsError("the text encoder's files hold no token embedding (shared.weight). Get the model again.")
-        return
-    if "shared.weight" in names:
-        inner.embed_tokens.weight = text_encoder.shared.weight
-    elif "encoder.embed_tokens.weight" in names:
-        text_encoder.shared.weight = inner.embed_tokens.weight
-    else:
-        raise WeightsError("the text encoder's files hold no token embedding (shared.weight). Get the model again.")
 
 
 def place(pipe: WanPipeline, device: torch.device) -> None:
@@ -327,32 +351,6 @@ def _statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of a VAE's latents, each (1, C, 1, 1, 1) float32."""
     mean, std = (torch.tensor(x, dtype=torch.float32) for x in (vae.config.latents_mean, vae.config.latents_std))
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
-
-
-def _tensor_names(folder: Path) -> set[str]:
-    """Names of all tensors in a component's safetensors files; every header is checked against its file's length."""
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    if index is not None:
-        shards = sorted(set(read_json(index, folder).get("weight_map", {}).values()))
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise WeightsError(f"{index} names no shards, or shards outside its folder. Get the model again.")
-        files = [folder / shard for shard in shards]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for p in folder.glob("*.bin")] if folder.is_dir() else []
-        why = f" ({pickles[0]} is a pickle, which can run code)" if pickles else ""
-        raise WeightsError(f"{folder} holds no safetensors{why}. Get the model's safetensors.")
-    names: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                names.update(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(
-                f"{file} is missing, broken or truncated ({error}). Copy or download it again."
-            ) from error
-    return names
 
 
 def _first_line(error: BaseException) -> str:

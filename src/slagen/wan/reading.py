@@ -15,6 +15,7 @@ from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.models import SLA_FILE
 
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
+USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 CONTAINERS = ("state_dict", "model", "ema", "model_state_dict", "module")  # a dict in the file that holds the tensors
 
 
@@ -51,9 +52,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_folder(folder: Path) -> dict[str, Any]:
     inner = folder / "transformer"
-    folder = inner if inner.is_dir() else folder
+    return read_component(inner if inner.is_dir() else folder)
+
+
+def read_component(folder: Path) -> dict[str, Any]:
+    """All tensors of one component of a pipeline, from all of its shards. Raises WeightsError."""
     tensors: dict[str, Any] = {}
-    for file in transformer_files(folder):
+    for file in component_files(folder):
         for name, tensor in _read_safetensors(file).items():
             if name in tensors:
                 raise WeightsError(f"{folder} holds {name} in two of its shards. Get the model again.")
@@ -61,17 +66,20 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return tensors
 
 
-def transformer_files(folder: Path) -> list[Path]:
+def component_files(folder: Path) -> list[Path]:
     """The safetensors of one component, from its index where there is one. Raises WeightsError."""
     import json
 
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if not indices:
         files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SLA_FILE]
-        if len(files) != 1:
-            what = "no safetensors" if not files else f"{len(files)} safetensors and no index"
-            raise WeightsError(f"{folder} holds {what}. Give the folder or file of one transformer.")
-        return files
+        usual = [file for file in files if file.name in USUAL_NAMES]
+        if len(usual or files) == 1:  # beside the usual name may lie the same weights in another precision
+            return usual or files
+        what = "no safetensors" if not files else f"{len(files)} safetensors and no index"
+        pickles = sorted(folder.glob("*.bin")) if not files else []
+        why = f" ({pickles[0].name} is a pickle, which can run code)" if pickles else ""
+        raise WeightsError(f"{folder} holds {what}{why}. Get the model's safetensors: one file, or all of its shards.")
     try:
         shards = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -116,3 +124,8 @@ def _read_gguf(path: Path) -> dict[str, Any]:
         return {e.name: torch.empty([int(size) for size in reversed(e.shape)], device="meta") for e in entries}
     except (ValueError, OSError, IndexError, KeyError, NotImplementedError) as error:
         raise WeightsError(f"{path} is broken, truncated, or of a kind that is not read ({error}).") from error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds no NaN and no infinity: one pass, and no copy of it."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
