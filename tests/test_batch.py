@@ -1,6 +1,7 @@
 """Batches: every video once, whatever happens in between."""
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,8 @@ from slagen.cli import run
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.manifest import Manifest, Wanted
-from slagen.video import read_mp4
+from slagen.replay import replay
+from slagen.video import read_mp4, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,41 @@ def test_what_is_gone_or_changed_is_made_again_under_its_name(toy, tmp_path):
     files[1].write_bytes(b"not what it was")
     assert sorted(batch(settings(toy, tmp_path, lines)).made) == sorted(first.made)
     assert hashes == [json.loads(file.with_suffix(".json").read_text())["latents_hash"] for file in files]
+
+
+def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_path):
+    """Without the times, and without rendering anything: the video's own metadata hold the rest."""
+    lines = ["a red circle --seed 1", "a circle --seed 2"]
+    first = batch(settings(toy, tmp_path, lines))
+    report, other = [(tmp_path / "out" / name).with_suffix(".json") for name in first.made]
+    before, video = json.loads(report.read_text()), report.with_suffix(".mp4").read_bytes()
+    report.unlink()
+    other.write_text("[]")  # this one is not gone: it is left alone, and disturbs nobody
+    second, seen = events_of(settings(toy, tmp_path, lines))
+    assert second.kept == first.made and not second.made and report.with_suffix(".mp4").read_bytes() == video
+    (told,) = (event.text for event in seen if event.kind == "note" and report.name in event.text)
+    assert "made again of what the video says" in told and other.read_text() == "[]"
+    after = json.loads(report.read_text())
+    assert after["video"] == before["video"] and after["latents_hash"] == before["latents_hash"]
+    assert after["settings"].items() <= before["settings"].items() and "restored" in after and "steps" not in after
+    assert replay(str(report))["same"]
+    second, seen = events_of(settings(toy, tmp_path, lines))
+    assert not any(report.name in event.text for event in seen)
+
+
+def test_a_report_that_cannot_be_made_again_is_told(toy, tmp_path):
+    """Here the video is one without a word of itself, as another tool may have copied it."""
+    config = settings(toy, tmp_path, ["a red circle --seed 1"])
+    (name,) = batch(config).made
+    path = tmp_path / "out" / name
+    write_mp4(read_mp4(path), path, 8)
+    manifest = Manifest(tmp_path / "out")
+    (job,) = manifest.read().values()
+    manifest.append({**job.result, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    path.with_suffix(".json").unlink()
+    result, seen = events_of(config)
+    (told,) = (event.text for event in seen if event.kind == "warning")
+    assert result.kept == [name] and "delete" in told and "not one that slagen made" in told
 
 
 def test_one_failure_does_not_stop_the_rest(toy, tmp_path, monkeypatch):

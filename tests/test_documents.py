@@ -2,17 +2,22 @@
 
 import json
 import os
+import re
 import struct
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
+from slagen.batch import write_page
 from slagen.cli import run
 from slagen.config import BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
 from slagen.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json
 from slagen.errors import UsageError, WeightsError
 from slagen.forms import Fault, check, one_of, sha256, shown, whole
+from slagen.manifest import Manifest, Wanted
 from slagen.models import bundled_folder, describe_folder, read_header
+from slagen.video import write_mp4
 
 
 def aliases(inner: str, levels: int = 9) -> str:
@@ -231,3 +236,85 @@ def test_a_header_of_another_form_is_a_broken_file(tmp_path, header, capsys):
         read_header(path)
     assert run(["info", str(path)]) == 5
     assert run(["plan", "--weights", str(path)]) == 5
+
+
+# The manifest of a batch, which may come with a folder from anywhere
+
+
+def queued(**change) -> bytes:
+    event = {"v": 1, "event": "queued", "key": "a" * 64, "index": 1, "name": "0001-x-s1-aaaaaaaa.mp4",
+             "settings": {"prompt": "p"}, "seed": 1, "lookup": "", "time": 1.0, **change}  # fmt: skip
+    return json.dumps(event).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"key": key} for key in ("../../../x", "k", "A" * 64, "a" * 63, "a" * 64 + "\n", 3, None, [], {})),
+        *({"name": name} for name in (
+            "javascript:alert(1)//.mp4", "../x.mp4", "/x.mp4", "a/b.mp4", "a\\b.mp4", "manifest.jsonl", "index.html",
+            ".mp4", ".hidden.mp4", "-x.mp4", "a\n.mp4", "a.mp4\n", "a\x1b[2J.mp4", "http://x/a.mp4", "%2e.mp4",
+            "data:video/mp4;base64,.mp4", "a?b.mp4", "a#b.mp4", "a b.mp4", "a" * 300 + ".mp4", "\ud83d.mp4", 3, None,
+            ["a.mp4"])),
+        *({"index": index} for index in ("1", 0, -1, 1.5, True, 10**400)),
+        *({"seed": seed} for seed in ("1", -1, 2**63, None)),
+        *({"settings": settings} for settings in ([], {}, {"prompt": 3}, "x", {"prompt": "\udc00"})),
+        *({"lookup": lookup} for lookup in (3, "../x", "a" * 64)),
+    ],
+    ids=lambda change: ascii(change)[:40],
+)  # fmt: skip
+def test_a_line_of_the_manifest_that_slagen_would_not_write_is_no_job(tmp_path, change):
+    """A key `../../../x` wrote outside the folder, a name `javascript:...` became a live link."""
+    manifest = Manifest(tmp_path)
+    manifest.path.write_bytes(queued(**change) + queued(key="b" * 64, name="0002-y-s1-bbbbbbbb.mp4"))
+    assert list(manifest.read()) == ["b" * 64]
+
+
+def test_a_name_is_one_jobs_alone(tmp_path):
+    manifest = Manifest(tmp_path)
+    (wanted,) = Manifest(tmp_path / "other").queue([Wanted({"prompt": "p"}, 1, "p")])
+    taken = queued(index=10**12, name=wanted.name)
+    manifest.path.write_bytes(taken + queued(key="b" * 64, name=wanted.name.upper().replace("MP4", "mp4")))
+    assert list(manifest.read()) == ["a" * 64]
+    (job,) = manifest.queue([Wanted({"prompt": "p"}, 1, "p")])
+    assert job.key == wanted.key and job.name != wanted.name and job.index < 10**9
+    assert Manifest(tmp_path).read()[job.key].name == job.name
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "done"}, {"event": "done", "sha256": 3}, {"event": "done", "sha256": "x", "seconds": "1"},
+        {"event": "done", "sha256": "x", "seconds": float("nan")}, {"event": "failed", "reason": []},
+        {"event": "running", "worker": 3}, {"event": "gone"}, {"event": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_end_that_slagen_would_not_write_is_none(tmp_path, event):
+    manifest = Manifest(tmp_path)
+    manifest.path.write_bytes(queued() + json.dumps({"v": 1, "key": "a" * 64, **event}).encode() + b"\n")
+    assert manifest.read()["a" * 64].state == "queued"
+
+
+def test_a_manifest_of_one_endless_line_is_passed_over(tmp_path):
+    manifest = Manifest(tmp_path)
+    manifest.path.write_bytes(b"[" * 3_000_000 + b"\n" + queued())
+    assert list(manifest.read()) == ["a" * 64]
+
+
+def test_the_page_of_a_tampered_folder_links_to_its_videos_alone(tmp_path):
+    manifest = Manifest(tmp_path / "out")
+    (tmp_path / "secret.mp4").write_bytes(b"secret")
+    names = ["0001-x-s1-aaaaaaaa.mp4", "../secret.mp4", "javascript:alert(1)//.mp4", "https://x/y.mp4"]
+    for number, name in enumerate(names):
+        key = f"{number:064x}"
+        done = {"v": 1, "event": "done", "key": key, "sha256": "../../../../x"}
+        with manifest.path.open("ab") as handle:
+            handle.write(queued(key=key, name=name) + json.dumps(done).encode() + b"\n")
+    write_mp4(np.zeros((5, 16, 16, 3), np.uint8), manifest.folder / names[0], 8)
+    for report in ("[]", "{", '{"cost": 3}', '{"cost": {"measured_attention_share": "x"}}', "\udcff"):
+        (manifest.folder / names[0]).with_suffix(".json").write_bytes(report.encode(errors="surrogateescape"))
+        page = write_page(manifest).read_text()
+    assert re.findall(r'href="([^"]*)"', page) == [f"./{names[0]}"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "secret.mp4"]
+    assert len(list((manifest.folder / ".slagen" / "thumbnails").iterdir())) == 1

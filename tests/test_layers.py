@@ -13,7 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
 LEAVES |= {"quality", "footage", "interrupts", "packages", "plain", "files"}
-LEAVES |= {"deinterlace", "text", "documents", "forms", "model_files"}
+LEAVES |= {"deinterlace", "text", "documents", "forms", "model_files", "told"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "timing": {"errors", "config"},
     "video": {"errors", "config"},
     "report": {"errors", "config", "timing"},
+    "told": {"errors", "documents", "forms", "report", "video"},
     "models": {"errors", "config", "report", "model_files"},
     "plot": set(),
     "machine": {"errors"},

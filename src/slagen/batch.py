@@ -8,7 +8,6 @@ the work: who cannot have a lock goes on to the next job and comes back.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -28,8 +27,9 @@ from filelock import BaseFileLock, FileLock
 
 from slagen import prompts
 from slagen.config import BatchConfig, GenerateConfig, user_path
+from slagen.documents import read_json
 from slagen.embeddings import Embeddings, component_files, file_hashes
-from slagen.errors import SlagenError, UsageError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generate import Event, Sample, Session, Video, free_memory, save
 from slagen.interrupts import stopping
 from slagen.machine import describe_device
@@ -37,6 +37,7 @@ from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
 from slagen.report import dense_attention_flops, other_flops, sla_attention_flops, write_bytes, write_json, write_text
 from slagen.resolve import Plan, Weights, find_weights, make_plan
+from slagen.told import restored_report
 from slagen.video import make_thumbnail
 
 NOT_PIXELS = {  # settings that change no pixel, the seed, which is kept apart, and paths, whose contents are hashed
@@ -141,19 +142,28 @@ def _write_page(manifest: Manifest) -> Path:
         path, attention, video = manifest.folder / job.name, None, None
         state = job.state if job.state != "failed" else f"failed: {job.result.get('reason')}"
         if job.state == "done" and path.is_file():
-            small = thumbnails / f"{job.key[:32]}-{str(job.result.get('sha256'))[:16]}.mp4"
+            small = thumbnails / f"{job.key[:32]}-{digest(job.result['sha256'])[:16]}.mp4"
             try:
                 if not small.is_file():
                     write_bytes(small, make_thumbnail(path))
                 video = small.read_bytes()
-                attention = json.loads(path.with_suffix(".json").read_text())["cost"]["measured_attention_share"]
-            except (SlagenError, OSError, ValueError, KeyError) as error:
+                attention = _attention_share(path.with_suffix(".json"))
+            except (SlagenError, OSError) as error:
                 state = f"done, but unreadable: {error}"
         seconds = job.result.get("seconds")
         cards.append(Card(job.index, job.name, job.settings["prompt"], job.seed, state, video, seconds, attention))
     page = manifest.folder / PAGE
     write_text(page, contact_sheet(f"{manifest.folder.resolve().name}: {len(cards)} videos", cards))
     return page
+
+
+def _attention_share(report: Path) -> float | None:
+    """The share that a report measured; None where it was not, or the report is none."""
+    try:
+        content = read_json(report, {"cost": {"measured_attention_share": float | None}})
+    except WeightsError:
+        return None
+    return content["cost"]["measured_attention_share"]
 
 
 def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:
@@ -226,6 +236,7 @@ def _sweep(
         job = jobs[task.job.key]
         if job.state == "done" and manifest.is_whole(job):
             result.kept.append(job.name)
+            _restore(manifest, job, on_event)
         elif job.state == "failed" and str(job.result.get("worker")).split(":")[0] == worker.split(":")[0]:
             result.failed.append((job.name, str(job.result.get("reason"))))  # by another worker of this very run
         elif job.state == "failed" and not retry_failed:
@@ -235,6 +246,22 @@ def _sweep(
                 on_event(Event("warning", f"{job.name} is gone or changed, and is made again"))
             todo.append(task)
     return todo
+
+
+def _restore(manifest: Manifest, job: Job, on_event: Callable[[Event], None]) -> None:
+    """Make the report of a video again where it is gone, from what the video says of itself."""
+    path = manifest.folder / job.name
+    lost = path.with_suffix(".json")
+    lock = None if os.path.lexists(lost) else manifest.claim(job)
+    if lock is None:
+        return
+    try:
+        write_json(lost, restored_report(path, job.settings, job.result))
+        on_event(Event("note", f"{lost.name} was gone, and is made again of what the video says: its times are lost"))
+    except (SlagenError, OSError) as error:
+        on_event(Event("warning", f"{lost.name} is gone; delete {path.name} to have both made again ({error})"))
+    finally:
+        lock.release()
 
 
 def _check_room(folder: Path, todo: list[Task]) -> None:
@@ -289,15 +316,10 @@ class Speed:
 
     def _rates(self) -> dict[str, list[float]]:
         try:
-            content = json.loads(self.store.read_text())
-        except (OSError, ValueError):
+            content = read_json(self.store, {str: [float]})
+        except WeightsError:
             return {}
-        if not isinstance(content, dict):
-            return {}
-        return {
-            key: rates for key, rates in content.items()
-            if isinstance(rates, list) and all(isinstance(rate, float) and rate > 0 for rate in rates)
-        }  # fmt: skip
+        return {key: rates for key, rates in content.items() if all(rate > 0 for rate in rates)}
 
 
 def clock(seconds: float) -> str:

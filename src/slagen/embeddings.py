@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slagen.config import BatchConfig, user_path
-from slagen.errors import SlagenError
+from slagen.documents import read_json
+from slagen.errors import SlagenError, WeightsError
 from slagen.generate import Session
 from slagen.manifest import digest
 from slagen.report import write_json
@@ -129,18 +129,16 @@ def content_hashes(files: list[Path], cache: Path) -> list[str]:
     """SHA-256 of each file. They are kept in `cache` by path, size and time, so that a file is read once."""
     store = cache / "hashes.json"
     try:
-        known = json.loads(store.read_text())
-    except (OSError, ValueError):
-        known = None
-    if not isinstance(known, dict):
-        known = {}
+        known = {name: e for name, e in read_json(store, {str: list}).items() if [*map(type, e)] == [int, int, str]}
+    except WeightsError:
+        known = {}  # it only saves time
     found, changed, saved = [], False, time.monotonic()
     for number, file in enumerate(files):
         status = file.stat()
         name = os.fsencode(file.resolve()).decode("latin-1")  # a file's name need not be text
         stamp = [status.st_size, status.st_mtime_ns]
         entry = known.get(name)
-        if not (isinstance(entry, list) and len(entry) == 3 and entry[:2] == stamp and isinstance(entry[2], str)):
+        if entry is None or entry[:2] != stamp:
             with file.open("rb") as handle:
                 entry = known[name] = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
             changed = True

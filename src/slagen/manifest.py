@@ -1,8 +1,10 @@
 """The append-only record of a batch: which jobs were queued, which are running, done or failed, whoever ran them.
 
-`manifest.jsonl` holds one event a line. Lines are appended whole and synced, never changed; a line that a crash tore is
-ignored, and the next append starts a new one. Who works on a job holds an OS lock on its lock file, which is free again
-when the process dies, so a job that is "running" without a holder was interrupted.
+`manifest.jsonl` holds one event a line. Lines are appended whole and synced, never changed; a line that a crash tore or
+that is of another form, is ignored, and the next append starts a new one. A folder may come from anywhere, so a job's
+key and name must be such as this file makes: a hash, and a plain `.mp4` name that no other job has. Who works on a job
+holds an OS lock on its lock file, which is free again when the process dies, so
+a job that is "running" without a holder was interrupted.
 """
 
 from __future__ import annotations
@@ -19,11 +21,27 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from slagen.documents import parse_json
 from slagen.errors import SlagenError
+from slagen.forms import Fault, check, matching, one_of, sha256, whole
 
 FILE_NAME = "manifest.jsonl"
 LOCKS = ".slagen"
 VERSION = 1
+MAX_LINE = 2**20
+NAME = r"\w[\w.-]{0,249}\.mp4"  # no path, no address, nothing that hides
+
+_WORKER = {"key": sha256(), "attempt?": str, "worker?": str}
+FORMS = {
+    "queued": {
+        "key": sha256(), "index": whole(1, 10**15), "name": matching(NAME, "a plain file name that ends in .mp4"),
+        "settings": {"prompt": str}, "seed": whole(0, 2**63 - 1),
+        "lookup": matching(r"([0-9a-f]{64}:\d{1,9})?", "a hash and a count"),
+    },
+    "running": _WORKER,
+    "done": {**_WORKER, "sha256": str, "latents_hash?": str, "seconds?": float},
+    "failed": {**_WORKER, "reason?": str},
+}  # fmt: skip
 
 
 @dataclass
@@ -67,6 +85,16 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def _event(line: bytes) -> dict[str, Any] | None:
+    """An event of the form that we write; None for any other line."""
+    try:
+        event = parse_json(line, {"v": whole(VERSION, VERSION), "event": one_of(*FORMS)})
+        check(event, FORMS[event["event"]])
+    except Fault:
+        return None
+    return event
+
+
 class Manifest:
     """One output folder's record. Any number of processes may hold one on the same folder.
 
@@ -85,6 +113,7 @@ class Manifest:
                 f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
             ) from error
         self._jobs: dict[str, Job] = {}
+        self._names: set[str] = set()
         self._offset = 0
         self._write_lock = FileLock(folder / LOCKS / "manifest.lock")
 
@@ -95,16 +124,13 @@ class Manifest:
         return dict(self._jobs)
 
     def _apply(self, event: dict[str, Any]) -> None:
-        key, kind = event.get("key"), event.get("event")
-        if kind == "queued" and isinstance(key, str) and key not in self._jobs:
-            index, name, settings = event.get("index"), event.get("name"), event.get("settings")
-            seed, lookup = event.get("seed"), event.get("lookup")
-            if (
-                isinstance(index, int) and isinstance(name, str) and isinstance(settings, dict)
-                and isinstance(seed, int) and isinstance(lookup, str) and Path(name).name == name
-            ):  # fmt: skip
-                self._jobs[key] = Job(key, index, name, settings, seed, lookup)
-        elif kind in ("running", "done", "failed") and key in self._jobs:
+        key, kind = event["key"], event["event"]
+        if kind == "queued":
+            job = Job(key, event["index"], event["name"], event["settings"], event["seed"], event["lookup"])
+            if key not in self._jobs and job.name.casefold() not in self._names:
+                self._jobs[key] = job
+                self._names.add(job.name.casefold())
+        elif key in self._jobs:
             job = self._jobs[key]
             if kind == "running":
                 job.attempt = str(event.get("attempt"))
@@ -117,22 +143,19 @@ class Manifest:
         try:
             with self.path.open("rb") as handle:
                 handle.seek(self._offset)
-                data = handle.read()
+                while line := handle.readline(MAX_LINE):
+                    if len(line) < MAX_LINE and not line.endswith(b"\n"):
+                        return
+                    self._offset += len(line)
+                    event = _event(line)
+                    if event is not None:
+                        yield event
         except FileNotFoundError:
             return
         except OSError as error:
             raise SlagenError(
                 f"{self.path} cannot be read ({error.strerror or error}). Give another --output."
             ) from error
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.split(b"\n"):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and event.get("v") == VERSION:
-                yield event
 
     def append(self, *events: dict[str, Any]) -> None:
         """Add events in one write, synced to the disk. Raises SlagenError if the disk takes them not."""
@@ -174,7 +197,7 @@ class Manifest:
         with self._write_lock:
             jobs = self.read()
             drawn = {job.lookup: job for job in jobs.values() if job.lookup}
-            following = 1 + max((job.index for job in jobs.values()), default=0)
+            following = 1 + max((job.index for job in jobs.values() if job.index < 10**9), default=0)
             counts: dict[str, int] = {}
             found, events = [], []
             for want in wanted:
@@ -190,6 +213,8 @@ class Manifest:
                     seed = secrets.randbelow(2**31) if want.seed is None else want.seed
                     key = digest({**want.settings, "seed": seed})
                     name = f"{want.id or f'{following:04d}-{want.slug}'}-s{seed}-{key[:8]}.mp4"
+                    if name.casefold() in self._names:  # which only a line that is not ours can have taken
+                        name = f"{key[:32]}-{secrets.token_hex(8)}.mp4"
                     job = jobs[key] = Job(key, following, name, want.settings, seed, lookup)
                     following += 1
                     events.append({"event": "queued", "key": key, "index": job.index, "name": name,

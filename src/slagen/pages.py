@@ -52,7 +52,7 @@ SHEET = (
       <div class="prompt" title="{{ row.prompt }}">{{ row.prompt }}</div>
       <div class="facts">seed {{ row.seed }}{% if row.seconds %}, {{ "%.1f"|format(row.seconds) }} s{% endif %}
         {%- if row.attention_share %}, attention {{ "%.0f"|format(100 * row.attention_share) }} %{% endif %}
-        {%- if row.thumbnail %}<br><a href="{{ row.file }}">{{ row.file }}</a>{% endif %}</div>
+        {%- if row.thumbnail %}<br><a href="./{{ row.file }}">{{ row.file }}</a>{% endif %}</div>
     </figcaption>
   </figure>
 {% endfor %}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,36 +9,14 @@ from typing import Any
 
 from slagen import report
 from slagen.config import GenerateConfig, user_path
-from slagen.errors import UsageError, WeightsError
+from slagen.errors import UsageError
 from slagen.generate import Event, generate
-from slagen.video import is_mp4, read_comment
+from slagen.told import describe
 
 AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same name
     "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "num_frames",
     "fps", "steps", "guidance_scale", "sampler", "flow_shift", "sigma_max", "seed", "dtype", "device",
 )  # fmt: skip
-
-
-def describe(path: Path) -> dict[str, Any] | None:
-    """What a video or its report says of how it was made; None for a file that is neither.
-
-    Raises: WeightsError for a video without slagen's words in it.
-    """
-    if is_mp4(path):
-        try:
-            content = json.loads(read_comment(path))
-        except ValueError:
-            content = None
-        if not isinstance(content, dict) or "settings" not in content:
-            raise WeightsError(f"{path} is a video, but not one that slagen made, or its metadata is lost.")
-        return {"path": str(path), "kind": "video", **content}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < 2**24 else None
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict) or "settings" not in content or "latents_hash" not in content:
-        return None
-    return {"path": str(path), "kind": "report", **content}
 
 
 def replay(

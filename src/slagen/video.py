@@ -12,7 +12,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from slagen.errors import SlagenError
+from slagen.errors import SlagenError, WeightsError
 
 CRF = 16  # x264 constant rate factor: visually lossless
 # Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the
@@ -110,7 +110,10 @@ def make_thumbnail(path: Path, width: int = 240) -> bytes:
         scale = f"scale='min({width},iw)':-2"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-vf", scale, "-an", "-crf", "28"]
         command += ["-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags", "+faststart", _name(small)]
-        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            raise SlagenError(f"{path} kept ffmpeg busy for five minutes. Check the file.") from None
         if done.returncode != 0:
             raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
         return small.read_bytes()
@@ -126,11 +129,14 @@ def is_mp4(path: Path) -> bool:
 
 
 def read_comment(path: Path) -> str:
-    """The comment in a video's metadata, empty without one. Raises SlagenError if ffmpeg cannot read the file."""
+    """The comment in a video's metadata, empty without one. Raises WeightsError if ffmpeg cannot read the file."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-f", "ffmetadata", "-"]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        raise WeightsError(f"{path} kept ffmpeg busy for a minute. Check the file.") from None
     if done.returncode != 0:
-        raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
+        raise WeightsError(f"{path} is no video that ffmpeg can read. Check the file.")
     text = done.stdout.decode("utf-8", "replace")
     match = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL)
     return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL) if match else ""
