@@ -1,8 +1,8 @@
 """Triton's interpreter, without looking through all of triton.language for every function that a kernel calls.
 
 It replaces the built-in functions of triton.language by its own, anew for every call of a function, and finds them with
-inspect.getmembers: a third of the time of the kernel tests. Which names they have does not change, so they are looked for
-once. To be imported after TRITON_INTERPRET is set.
+inspect.getmembers: a third of the time of the kernel tests. Which names they have does not change, so they are looked
+for once. To be imported after TRITON_INTERPRET is set.
 """
 
 import functools
