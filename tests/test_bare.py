@@ -179,12 +179,12 @@ def test_plain_tables(capsys):
     table = plain.Table(box=None)
     table.add_column("name", no_wrap=True)
     table.add_column("found")
-    table.add_row("[bold red]problem[/]", plain.escape("no [dim]\npip install 'x[y]'"))
+    table.add_row(plain.Text("problem", "bold red"), "no [dim]\npip install 'x[y]'\x1b")
     table.add_row("…")
     plain.Console(highlight=False).print(table)
     assert capsys.readouterr().out.splitlines() == [
         "name     found",
         "problem  no [dim]",
-        "         pip install 'x[y]'",
+        "         pip install 'x[y]'\\x1b",
         "…",
     ]

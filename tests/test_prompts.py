@@ -79,7 +79,11 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ('{"prompt": "a", "seed": NaN}', ".jsonl", "whole number"),
         ('{"prompt": "a", "steps": Infinity}', ".jsonl", "whole number"),
         ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", ".jsonl", ":1: is no JSON"),
-        ('{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}", ".jsonl", ":1: --guidance-scale is 777"),
+        (
+            '{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}",
+            ".jsonl",
+            ":1: --guidance-scale is a number of more than 30 digits",
+        ),
         ('{"prompt": "ok"}\n{"prompt": "a circle \\ud83d"}', ".jsonl", ":2: prompt is .* half a character"),
         ('{"prompt": "a", "negative_prompt": "\\udc00"}', ".jsonl", "half a character"),
         ("- {prompt: a, seed: .inf}\n", ".yaml", "whole number"),

@@ -29,6 +29,7 @@ from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
 from slagen.tables import BenchResult, markdown
+from slagen.text import quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
@@ -52,7 +53,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     known = {method.name: method for method in METHODS}
     for name in config.methods:
         if name not in known:
-            raise UsageError(f"method is {name!r}, but must be one of {', '.join(known)}.")
+            raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
     folder = user_path(config.output or "")
     if config.output is not None:
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement

@@ -34,7 +34,10 @@ from slagen.config import (
     TunedAttention,
     user_path,
 )
-from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
+from slagen.documents import decode
+from slagen.errors import GateError, UsageError
+from slagen.forms import Fault
+from slagen.text import MAX_PROMPT, escaped, quote
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
 ALIASES = {
@@ -571,7 +574,7 @@ def replay(
     Example: slagen replay outputs/0001-a-red-circle-moving-right-s7-12345678.json
     """
     if output is not None and not output.lower().endswith(".mp4"):
-        raise UsageError(f"output is {output!r}, but must be a file that ends in .mp4.")
+        raise UsageError(f"output is {quote(output)}, but must be a file that ends in .mp4.")
     from slagen import console
 
     with console.GenerateProgress() as progress:
@@ -1122,8 +1125,19 @@ def read_prompt(words: str | None, option: str | None) -> str:
     if text is None:
         raise UsageError('no prompt is given. Try slagen generate "a red circle moving right".')
     if text == "-":
-        text = sys.stdin.read()
+        try:
+            text = decode(read_stdin(8 * MAX_PROMPT))  # more is too long in any script
+        except Fault as fault:
+            raise UsageError(f"stdin{fault.place}: {fault}. Give the prompt as plain UTF-8 text.") from None
     return text.strip()
+
+
+def read_stdin(most: int) -> bytes:
+    """At most so many bytes of stdin. Raises UsageError where it is closed."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed. Give the prompt as an argument.")
+    stream = getattr(sys.stdin, "buffer", None)
+    return stream.read(most) if stream is not None else sys.stdin.read(most).encode("utf-8", "surrogatepass")
 
 
 def parse_dtype(text: str) -> Dtype:
@@ -1131,7 +1145,7 @@ def parse_dtype(text: str) -> Dtype:
     full = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
     name = full.get(text.lower(), text.lower())
     if name not in get_args(Dtype):
-        raise UsageError(f"dtype is {text!r}, but must be one of {', '.join(get_args(Dtype))}. Try --dtype auto.")
+        raise UsageError(f"dtype is {quote(text)}, but must be one of {', '.join(get_args(Dtype))}. Try --dtype auto.")
     return cast(Dtype, name)
 
 
@@ -1141,7 +1155,7 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
     if match is None:
-        raise UsageError(f"shard is {text!r}, but must be i/n, such as 1/4 on the first of four machines.")
+        raise UsageError(f"shard is {quote(text)}, but must be i/n, such as 1/4 on the first of four machines.")
     return int(match[1]), int(match[2])
 
 
@@ -1151,7 +1165,7 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
         return None, None
     match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", text)
     if match is None:
-        raise UsageError(f"size is {text!r}, but must be width x height in pixels. Try --size 832x480.")
+        raise UsageError(f"size is {quote(text)}, but must be width x height in pixels. Try --size 832x480.")
     return int(match[1]), int(match[2])
 
 
@@ -1164,39 +1178,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str], *, own_process: bool = False) -> int:
-    """Run the command and return its exit code. Typer shows wrong usage itself.
+    """Run the command and return its exit code; what is wrong is said in one message.
 
     Args:
         own_process: the process ends with the command, so that nothing need be imported that it does not use.
     """
     try:
-        app(arguments, prog_name="slagen", obj={"own_process": own_process})
+        code = app(arguments, prog_name="slagen", obj={"own_process": own_process}, standalone_mode=False)
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
-        if code == INTERRUPTED:
-            _show_error("interrupted; finished files stay, and no half file has a final name.")
-        return code
-    except SlagenError as error:
-        _debug()
-        _show_error(str(error))
-        return error.exit_code
+        code = stop.code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OSError as error:
-        _debug()
-        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
-        _show_error(f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).")
-        return 1
     except Exception as error:
-        _debug()
-        from slagen import packages
+        from slagen import usage
 
-        if isinstance(error, ImportError) and (lack := packages.explain(error)):
-            _show_error(lack)
-            return EnvironmentProblem.exit_code
-        _show_error(f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)")
-        return 1
-    return 0
+        _debug()
+        text, code = usage.explain(error, arguments)
+        if text.startswith("Usage: "):
+            typer.echo(text, err=True)
+        else:
+            _show_error(text)
+    if code == INTERRUPTED:
+        _show_error("interrupted; finished files stay, and no half file has a final name.")
+    return code if isinstance(code, int) else 0
 
 
 def _show_error(text: str) -> None:
@@ -1207,4 +1211,4 @@ def _show_error(text: str) -> None:
 
 def _debug() -> None:
     if os.environ.get("SLAGEN_DEBUG") == "1":
-        traceback.print_exc()
+        sys.stderr.write(escaped(traceback.format_exc()))

@@ -29,6 +29,7 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generate import Event
 from slagen.manifest import Manifest
 from slagen.models import PRESETS
+from slagen.text import quote
 
 POLL_S = 0.5
 MAX_LOSSES = 3  # workers that a job, or that starting, may cost before it is given up
@@ -78,7 +79,7 @@ def _started(address: str) -> Iterator[Any]:
     """
     match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
     if match is None and address not in (LOCAL, "auto"):
-        raise UsageError(f"the Ray address is {address!r}, but must be HOST:PORT. Leave it out to start Ray here.")
+        raise UsageError(f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to start Ray here.")
     folder = _own_folder() if address == LOCAL else None
     try:
         _set_environment(local=folder is not None)
@@ -141,8 +142,8 @@ def _connect(address: str, match: re.Match[str] | None, folder: Path | None) -> 
 
 def _refused(address: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"Ray at {address!r} answers, but takes no commands from here: the token is missing or wrong, or that is no "
-        "Ray of this version. Give the token that it was started with in RAY_AUTH_TOKEN, or its file in "
+        f"Ray at {quote(address)} answers, but takes no commands from here: the token is missing or wrong, or that is "
+        "no Ray of this version. Give the token that it was started with in RAY_AUTH_TOKEN, or its file in "
         "RAY_AUTH_TOKEN_PATH."
     )
 
@@ -150,7 +151,7 @@ def _refused(address: str) -> EnvironmentProblem:
 def _unreached(address: str, error: Exception) -> EnvironmentProblem:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return EnvironmentProblem(
-        f"Ray at {address!r} is not reached ({reason}). Start it with ray start --head, or leave the address out."
+        f"Ray at {quote(address)} is not reached ({reason}). Start it with ray start --head, or leave the address out."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from slagen.errors import UsageError
 from slagen.forms import shown
+from slagen.text import check_prompt
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 LinearDomain = Literal["all", "marginal"]
@@ -378,6 +379,8 @@ class GenerateConfig:
             raise UsageError(
                 'the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".'
             )
+        check_prompt("prompt", self.prompt)
+        check_prompt("negative prompt", self.negative_prompt or "")
         if self.sparsity is not None and self.sla_topk is not None:
             raise UsageError(
                 f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} say the same thing twice. Give one of them."
@@ -424,7 +427,7 @@ class GenerateConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in get_args(choices) and (name, value) != ("sampler", None):
-                raise UsageError(f"{name} is {value!r}, but must be one of {', '.join(get_args(choices))}.")
+                raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
         if self.attention == "dense" and (self.sparsity is not None or self.sla_topk is not None):
             raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
         if self.attention == "dense" and self.backend != "auto":
@@ -563,8 +566,8 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     sizes = tuple(int(number) for number in match.groups()) if match else ()
     if len(sizes) != 4 or 0 in sizes:
         raise UsageError(
-            f"shape is {text!r}, but must be one of {', '.join(SHAPES)}, or batch x heads x tokens x head dimension. "
-            "Try --shape 1x12x8192x128."
+            f"shape is {shown(text)}, but must be one of {', '.join(SHAPES)}, or batch x heads x tokens x head "
+            "dimension. Try --shape 1x12x8192x128."
         )
     return sizes  # type: ignore[return-value]
 
@@ -686,7 +689,9 @@ class FinetuneConfig:
         for name, kinds in (("attention", TunedAttention), ("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
                             ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
-                raise UsageError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(get_args(kinds))}.")
+                raise UsageError(
+                    f"{name} is {shown(getattr(self, name))}, but must be one of {', '.join(get_args(kinds))}."
+                )
         for name in ("steps", "batch_size", "micro_batch", "lora_rank", "context_parallel", "save_every",
                      "validate_every"):  # fmt: skip
             _check_count(name, getattr(self, name))

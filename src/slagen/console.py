@@ -10,11 +10,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from slagen.text import encodable, escaped, line, message, to_json
+
 if TYPE_CHECKING or find_spec("rich") is not None:
-    from rich.console import Console
-    from rich.markup import escape
+    from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
+
+    class Console(RichConsole):
+        """Shows every string as it is: nothing in it is markup, nothing of it is obeyed by the terminal."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(markup=False, highlight=False, emoji=False, **options)
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(encodable(escaped(text), self.encoding), **options)
+
 else:
     from slagen.plain import (
         BarColumn,
@@ -23,9 +35,9 @@ else:
         Progress,
         Table,
         TaskID,
+        Text,
         TextColumn,
         TimeElapsedColumn,
-        escape,
     )
 
 STAGES = {
@@ -40,7 +52,7 @@ STAGES = {
 
 LINE_S = 15.0  # between lines on what goes on, where there is no terminal
 
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True)
 
 
 class GenerateProgress:
@@ -48,11 +60,11 @@ class GenerateProgress:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=stderr,
             transient=True,
             disable=not stderr.is_terminal,
@@ -75,20 +87,19 @@ class GenerateProgress:
         if not hasattr(event, "kind"):
             self._show_step(event)
         elif event.kind in ("note", "warning"):
-            style = "yellow" if event.kind == "warning" else "dim"
-            self._progress.console.print(f"[{style}]{event.kind}:[/] {escape(event.text)}", soft_wrap=True)
+            _say(event.kind, "yellow" if event.kind == "warning" else "dim", event.text)
         elif event.kind == "plan":
-            self._progress.console.print(escape(event.text), soft_wrap=True)
+            _tell(event.text)
         elif event.kind == "clip":
-            self._show_stage(0, escape(event.text), None)
+            self._show_stage(0, event.text, None)
             if not stderr.is_terminal and time.monotonic() - self._last_line > LINE_S:
                 self._last_line = time.monotonic()
-                self._progress.console.print(escape(event.text), soft_wrap=True)
+                _tell(event.text)
         elif event.kind == "job":
             who = f"worker {event.worker}: " if event.worker else ""
-            self._jobs[event.worker] = who + escape(event.text)
+            self._jobs[event.worker] = who + event.text
             if not stderr.is_terminal:
-                self._progress.console.print(self._jobs[event.worker], soft_wrap=True)
+                _tell(self._jobs[event.worker])
         elif event.kind == "stage":
             text = f"{self._jobs.get(event.worker, '')} {STAGES[event.text]}".strip()
             self._show_stage(event.worker, text, event.num_steps or None)
@@ -102,7 +113,7 @@ class GenerateProgress:
     def _show_stage(self, worker: int, text: str, total: int | None) -> None:
         if worker in self._tasks:
             self._progress.remove_task(self._tasks[worker])
-        self._tasks[worker] = self._progress.add_task(text, total=total, detail="")
+        self._tasks[worker] = self._progress.add_task(line(text), total=total, detail="")
 
     def _show_step(self, step: Any) -> None:
         """A training's step: live on a terminal, one line in twenty elsewhere."""
@@ -117,7 +128,7 @@ class GenerateProgress:
             self._show_stage(-1, "training", step.steps)
         self._progress.update(self._tasks[-1], completed=step.step, detail=detail)
         if not stderr.is_terminal and (step.step % 20 == 0 or step.step in (1, step.steps)):
-            self._progress.console.print(f"step {step.step} of {step.steps}: {detail}", soft_wrap=True)
+            _tell(f"step {step.step} of {step.steps}: {detail}")
 
 
 def show_finetune(result: Any, as_json: bool) -> None:
@@ -126,13 +137,11 @@ def show_finetune(result: Any, as_json: bool) -> None:
         content = {
             name: value if isinstance(value, int | float) else str(value) for name, value in vars(result).items()
         }
-        write(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
         return
     before, after = result.teacher_error_before, result.teacher_error_after
-    stderr.print(
-        f"error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after", soft_wrap=True
-    )
-    stderr.print(f"curves and clips: {result.page}", soft_wrap=True)
+    _tell(f"error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after")
+    _tell(f"curves and clips: {result.page}")
     write(str(result.weights))
 
 
@@ -140,7 +149,7 @@ def show_data(data: Any, as_json: bool) -> None:
     """Print what a prepared set holds: its folder on stdout and counts on stderr, or JSON alone."""
     counts = {"training": len(data.training), "held_out": len(data.held_out)}
     if as_json:
-        write(json.dumps({"folder": str(data.folder), "hash": data.hash, **counts}, indent=2))
+        write_json({"folder": str(data.folder), "hash": data.hash, **counts})
         return
     stderr.print(f"{counts['training']} clips to train on, {counts['held_out']} held out")
     write(str(data.folder))
@@ -150,7 +159,7 @@ def show_videos(result: Any, as_json: bool) -> None:
     """Print what `generate` made: tables on stderr and one path a line on stdout, or JSON alone on stdout."""
     if as_json:
         rows = [{"video": str(v.path), "report": str(v.report_path), **v.report} for v in result.videos]
-        write(json.dumps(rows if len(rows) > 1 else rows[0], indent=2, ensure_ascii=False))
+        write_json(rows if len(rows) > 1 else rows[0])
         return
     for video in result.videos:
         show_report(video.report)
@@ -162,19 +171,16 @@ def show_batch(result: Any, as_json: bool) -> None:
     if as_json:
         content = {**vars(result), "folder": str(result.folder), "page": result.page and str(result.page)}
         content["failed"] = [{"video": name, "reason": reason} for name, reason in result.failed]
-        write(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
         return
     for name in result.made:
         write(str(result.folder / name))
     for name, reason in result.failed:
-        stderr.print(f"[bold red]failed:[/] {escape(name)}: {escape(reason)}", soft_wrap=True)
+        _say("failed", "bold red", f"{line(name)}: {reason}")
     if result.page is not None:
-        stderr.print(f"all of them: {result.page}", soft_wrap=True)
+        _tell(f"all of them: {result.page}")
     elsewhere = f", {len(result.elsewhere)} by another process" if result.elsewhere else ""
-    stderr.print(
-        f"{len(result.made)} made{elsewhere}, {len(result.kept)} were there, {len(result.failed)} failed",
-        soft_wrap=True,
-    )
+    _tell(f"{len(result.made)} made{elsewhere}, {len(result.kept)} were there, {len(result.failed)} failed")
 
 
 def show_report(content: dict[str, Any]) -> None:
@@ -190,40 +196,38 @@ def show_report(content: dict[str, Any]) -> None:
             f"({fractions['critical']:.1%}), {attention['marginal']} marginal, {attention['negligible']} negligible; "
             f"{attention['backend']} backend"
         )
-    stderr.print(what, soft_wrap=True)
-    stderr.print(f"weights: {content['weights']['used']}, model {content['weights']['model']}", soft_wrap=True)
-    stderr.print(
+    _tell(what)
+    _tell(f"weights: {content['weights']['used']}, model {content['weights']['model']}")
+    _tell(
         f"attention FLOPs: {cost['attention_tflop']:.3g} T instead of {cost['dense_attention_tflop']:.3g} T dense; "
         f"forward {cost['flops_speedup']:.2f}x fewer, {cost['achieved_share_of_ceiling']:.0%} of the "
-        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl)",
-        soft_wrap=True,
+        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl)"
     )
     if cost["measured_attention_share"] is not None:
-        stderr.print(
+        _tell(
             f"attention time: {cost['measured_attention_share']:.1%} of the steps; timing itself cost "
-            f"{content['timing']['overhead_share']:.2%}",
-            soft_wrap=True,
+            f"{content['timing']['overhead_share']:.2%}"
         )
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
-    stderr.print(f"seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB", soft_wrap=True)
-    stderr.print(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}", soft_wrap=True)
+    _tell(f"seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB")
+    _tell(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}")
 
 
 def note(text: str) -> None:
     """A line about what is going on, on stderr."""
-    stderr.print(f"[dim]note:[/] {escape(text)}", soft_wrap=True)
+    _say("note", "dim", text)
 
 
 def show_bench(result: Any, as_json: bool) -> None:
     """Print what `bench` measured: a table on stdout, or JSON alone."""
     content = result.content
     if as_json:
-        write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        write_json(content, allow_nan=False)
         return
     about = content["machine"]
     out = _stdout()
     out.print(
-        f"{escape(about['name'])}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s",
+        line(f"{about['name']}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s"),
         soft_wrap=True,
     )
     for columns, rows in result.tables:
@@ -232,10 +236,10 @@ def show_bench(result: Any, as_json: bool) -> None:
             for column in columns:
                 table.add_column(column, no_wrap=True)
             for row in rows:
-                table.add_row(*map(escape, row))
+                table.add_row(*map(line, row))
             out.print(table)
     for verdict in result.verdicts:
-        out.print(escape(verdict), soft_wrap=True)
+        out.print(line(verdict), soft_wrap=True)
     for path in result.files:
         write(str(path))
 
@@ -243,27 +247,27 @@ def show_bench(result: Any, as_json: bool) -> None:
 def show_findings(findings: list[Any], as_json: bool) -> None:
     """Print what `doctor` found: a table on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps({"findings": [vars(finding) for finding in findings]}, indent=2, ensure_ascii=False))
+        write_json({"findings": [vars(finding) for finding in findings]})
         return
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        status = f"[{colours[finding.status]}]{finding.status}[/]"
-        table.add_row(status, finding.name, escape(finding.found + (f"\n{finding.fix}" if finding.fix else "")))
+        status = Text(finding.status, colours[finding.status])
+        table.add_row(status, finding.name, "\n".join(line(text) for text in (finding.found, finding.fix) if text))
     _stdout().print(table)
 
 
 def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
     """Print what `doctor --selftest` tried: a table and the file on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
         note(f"also in {path}")
         return
     colours = {"ok": "green", "missing": "yellow", "failed": "bold red"}
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in content["checks"]:
-        status = f"[{colours[row['status']]}]{row['status']}[/]"
-        table.add_row(status, row["name"], f"{row['seconds']:.1f} s", escape(row["detail"]))
+        status = Text(row["status"], colours[row["status"]])
+        table.add_row(status, row["name"], f"{row['seconds']:.1f} s", line(row["detail"]))
     _stdout().print(table)
     write(str(path))
 
@@ -275,8 +279,8 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
     """
     if as_json:
         about = {name: value for name, value in content.items() if name != "kernels"}
-        rows = ",\n".join(json.dumps(row) for row in content["kernels"])
-        write(f'{json.dumps(about)[:-1]}, "kernels": [\n{rows}\n]}}')
+        rows = ",\n".join(map(to_json, content["kernels"]))
+        _put(f'{to_json(about)[:-1]}, "kernels": [\n{rows}\n]}}')
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in (
@@ -293,7 +297,7 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
             f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit'] // 1024}", str(row["registers"]),
             str(row["spill_bytes"]), row["mma"] or "", str(row["programs_per_sm"]), str(row["instructions"]),
             f"{row['row_instructions']} a row" if row["row_instructions"] else str(row["round_instructions"]),
-            str(row["copies_in_flight"]), escape("; ".join(row["faults"])),
+            str(row["copies_in_flight"]), "; ".join(row["faults"]),
         )  # fmt: skip
     _stdout().print(table)
     _show_operator(content["operator"])
@@ -321,7 +325,7 @@ def _show_operator(operator: dict[str, Any]) -> None:
 def show_plan(content: dict[str, Any], as_json: bool) -> None:
     """Print what a run will be: a table on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
         return
     settings, memory = content["settings"], content["memory_gib"]
     tera = {name: flops / 1e12 for name, flops in content["flops"].items()}
@@ -350,7 +354,7 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
     ]  # fmt: skip
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, text in rows:
-        table.add_row(f"[dim]{name}[/]", escape(text))
+        table.add_row(Text(name, "dim"), line(text))
     _stdout().print(table)
     for text in content["notes"]:
         note(text)
@@ -359,7 +363,7 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
 def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Print the presets: a table on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps(rows, indent=2, ensure_ascii=False))
+        write_json(rows)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("preset", "size", "frames", "sampler", "guidance", "SLA trained at", "from"):
@@ -379,7 +383,7 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
 def show_info(content: dict[str, Any], as_json: bool) -> None:
     """Print what a weight file is: a table on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     _add_rows(table, content, "")
@@ -389,15 +393,20 @@ def show_info(content: dict[str, Any], as_json: bool) -> None:
 def show_replay(content: dict[str, Any], as_json: bool) -> None:
     """Print whether a video came out the same: a table on stdout, or JSON alone."""
     if as_json:
-        write(json.dumps(content, indent=2, ensure_ascii=False))
+        write_json(content)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("", "before", "now", ""):
         table.add_column(name)
     for name, row in content["hashes"].items():
-        table.add_row(name, row["before"][:16], row["now"][:16], "same" if row["same"] else "[bold red]different[/]")
+        table.add_row(
+            name,
+            str(row["before"])[:16],
+            str(row["now"])[:16],
+            "same" if row["same"] else Text("different", "bold red"),
+        )
     for name, (before, now) in content["versions_changed"].items():
-        table.add_row(name, str(before), str(now), "changed")
+        table.add_row(line(name), line(str(before)), line(str(now)), "changed")
     _stdout().print(table)
 
 
@@ -406,30 +415,54 @@ def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
         if isinstance(value, dict):
             _add_rows(table, value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            table.add_row(f"[dim]{prefix}{name}[/]", f"{len(value)} entries (--json shows them)")
+            table.add_row(_key(prefix + name), f"{len(value)} entries (--json shows them)")
         elif name == "proj_l_norms":
-            shown = ", ".join(f"{norm:.3g}" for norm in value) or "none"
-            table.add_row(f"[dim]{prefix}proj_l norms by layer[/]", shown)
+            norms = ", ".join(f"{norm:.3g}" for norm in value) or "none"
+            table.add_row(_key(f"{prefix}proj_l norms by layer"), norms)
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-            table.add_row(f"[dim]{prefix}{name}[/]", escape(text))
+            table.add_row(_key(prefix + name), line(text))
 
 
-def show_error(message: str) -> None:
+def show_error(text: str) -> None:
     """One message on stderr, prefixed so that it is found in a log."""
-    stderr.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    _say("error", "bold red", text)
+
+
+def _say(kind: str, style: str, text: str) -> None:
+    """A message of one kind on stderr, which may have several lines."""
+    stderr.print(Text(f"{kind}:", style), message(text), soft_wrap=True)
+
+
+def _tell(text: str) -> None:
+    """One line on stderr."""
+    stderr.print(line(text), soft_wrap=True)
 
 
 def write(text: str) -> None:
-    """A line of result on stdout."""
-    sys.stdout.write(text + "\n")
+    """One line of result on stdout."""
+    _put(line(text))
+
+
+def write_json(content: Any, **options: Any) -> None:
+    """JSON on stdout, exactly the content when it is read; in ASCII where stdout does not take the rest."""
+    text = to_json(content, indent=2, **options)
+    _put(text if encodable(text, sys.stdout.encoding) == text else json.dumps(content, indent=2, **options))
+
+
+def _put(text: str) -> None:
+    sys.stdout.write(encodable(text, sys.stdout.encoding) + "\n")
     sys.stdout.flush()
+
+
+def _key(text: str) -> Text:
+    return Text(encodable(line(text), sys.stdout.encoding), "dim")
 
 
 def _stdout() -> Console:
     """Stdout as a terminal is wide, or wide enough for every table where it is none."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=160)
+    out = Console()
+    return out if out.is_terminal else Console(width=160)
 
 
 def _step_table(steps: list[dict[str, Any]]) -> Table:
@@ -439,7 +472,7 @@ def _step_table(steps: list[dict[str, Any]]) -> Table:
     shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]
     for step in shown:
         if len(steps) > 12 and step is steps[-5]:
-            table.add_row("…")
+            table.add_row("...")
         table.add_row(
             str(step["step"] + 1), f"{step['timestep']:g}", _ms(step["latency_ms"]), _ms(step["attention_ms"]),
             _ms(step["attention_conditional_ms"]), _ms(step["attention_unconditional_ms"]),

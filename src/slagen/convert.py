@@ -32,6 +32,7 @@ from slagen.models import (
     read_json,
 )
 from slagen.report import ModelShape
+from slagen.text import quote
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
 from slagen.wan.formats import Checkpoint, SideFile, check_fit, peek, read_checkpoint
 from slagen.wan.kinds import identify
@@ -83,7 +84,9 @@ def describe_base(base: str) -> ModelSource:
         return describe_folder(bundled_folder(), BUNDLED)
     path = user_path(base)
     if not path.exists():
-        raise UsageError(f"--model is {base!r}, but convert needs a folder on this machine. Give one, or leave it out.")
+        raise UsageError(
+            f"--model is {quote(base)}, but convert needs a folder on this machine. Give one, or leave it out."
+        )
     return describe_folder(path, path.resolve().name)
 
 

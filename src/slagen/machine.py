@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from slagen.errors import EnvironmentProblem, UsageError
+from slagen.text import quote
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,12 +59,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N. Try --device auto.") from error
+        raise UsageError(
+            f"device is {quote(name)}, but must be auto, cpu, cuda or cuda:N. Try --device auto."
+        ) from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {name!r}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
+        raise UsageError(f"device is {quote(name)}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise EnvironmentProblem(
-            f"device is {name!r}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+            f"device is {quote(name)}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
             "Try --device cpu, or install a CUDA build of PyTorch."
         )
     return device

@@ -24,6 +24,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from slagen.documents import parse_json
 from slagen.errors import SlagenError
 from slagen.forms import Fault, check, matching, one_of, sha256, whole
+from slagen.text import to_json
 
 FILE_NAME = "manifest.jsonl"
 LOCKS = ".slagen"
@@ -82,7 +83,8 @@ class Wanted:
 
 def digest(content: Any) -> str:
     """SHA-256 of JSON content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # a path need not be text
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
@@ -172,7 +174,7 @@ class Manifest:
 
     def _append(self, events: tuple[dict[str, Any], ...]) -> None:
         stamp = time.time()
-        lines = [json.dumps({"v": VERSION, **event, "time": stamp}, ensure_ascii=False) for event in events]
+        lines = [to_json({"v": VERSION, **event, "time": stamp}) for event in events]
         data = ("\n".join(lines) + "\n").encode()
         try:
             with self.path.open("a+b") as handle:

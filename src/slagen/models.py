@@ -12,6 +12,7 @@ from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.model_files import check_parts, read_header, read_json, read_strings
 from slagen.report import ModelShape
+from slagen.text import quote
 
 BUNDLED = "tiny-wan"
 SLA_FILE = "sla.safetensors"
@@ -127,7 +128,7 @@ def unknown_model(model: str) -> UsageError:
     known = [BUNDLED, *PRESETS]
     close = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.4)
     return UsageError(
-        f"model {model!r} is no preset, folder or hub id. Presets: {', '.join(known)}. "
+        f"model {quote(model)} is no preset, folder or hub id. Presets: {', '.join(known)}. "
         f"Try --model {(close or known)[0]}."
     )
 

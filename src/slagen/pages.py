@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from slagen.text import escaped
+
 HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -52,7 +54,7 @@ SHEET = (
       <div class="prompt" title="{{ row.prompt }}">{{ row.prompt }}</div>
       <div class="facts">seed {{ row.seed }}{% if row.seconds %}, {{ "%.1f"|format(row.seconds) }} s{% endif %}
         {%- if row.attention_share %}, attention {{ "%.0f"|format(100 * row.attention_share) }} %{% endif %}
-        {%- if row.thumbnail %}<br><a href="./{{ row.file }}">{{ row.file }}</a>{% endif %}</div>
+        {%- if row.thumbnail %}<br><a href="./{{ row.file|urlencode }}">{{ row.file }}</a>{% endif %}</div>
     </figcaption>
   </figure>
 {% endfor %}
@@ -124,7 +126,7 @@ TRAINING = (
 {% for pair in pairs %}
   <figure>
     <video src="{{ pair.source }}" autoplay loop muted playsinline></video>
-    <figcaption>step {{ pair.step }}: {{ pair.caption }} (<a href="{{ pair.file }}">file</a>)</figcaption>
+    <figcaption>step {{ pair.step }}: {{ pair.caption }} (<a href="./{{ pair.file|urlencode }}">file</a>)</figcaption>
   </figure>
 {% endfor %}
 </section>
@@ -154,8 +156,12 @@ def training_page(title: str, facts: dict[str, str], charts: list[str], pairs: l
 
 
 def _render(page: str, **content: Any) -> str:
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(page)
-    return template.render(**content)
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "finalize": _harmless}
+    return Environment(**options).from_string(page).render(**content)
+
+
+def _harmless(value: Any) -> Any:
+    return escaped(value) if type(value) is str else value
 
 
 def _data_uri(video: bytes) -> str:

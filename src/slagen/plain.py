@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from itertools import zip_longest
 from typing import Any
 
+from slagen.text import encodable, escaped
+
 TaskID = int
 
 
-def escape(text: str) -> str:
-    """Text whose brackets are no markup."""
-    return text.replace("[", "\\[")
+class Text(str):
+    """A string whose style is not shown."""
 
-
-def _text(markup: str) -> str:
-    return re.sub(r"(?<!\\)\[/?[a-z ]*\]", "", markup).replace("\\[", "[")
+    def __new__(cls, text: str, style: str = "") -> Text:
+        return super().__new__(cls, text)
 
 
 class Table:
@@ -31,7 +30,7 @@ class Table:
         self._header.append(name)
 
     def add_row(self, *cells: str) -> None:
-        self._rows.append([_text(cell) for cell in cells])
+        self._rows.append([escaped(cell) for cell in cells])
 
     def __str__(self) -> str:
         rows = [self._header, *self._rows] if self._show_header else self._rows
@@ -48,9 +47,10 @@ class Console:
     def __init__(self, stderr: bool = False, **style: Any) -> None:
         self._stderr = stderr
 
-    def print(self, what: str | Table = "", **style: Any) -> None:
-        text = str(what) if isinstance(what, Table) else _text(what)
-        (sys.stderr if self._stderr else sys.stdout).write(text + "\n")
+    def print(self, *what: str | Table, **style: Any) -> None:
+        text = " ".join(str(part) if isinstance(part, Table) else escaped(part) for part in what)
+        stream = sys.stderr if self._stderr else sys.stdout
+        stream.write(encodable(text, stream.encoding) + "\n")
 
 
 class Progress:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from slagen.config import GenerateConfig, user_path
+from slagen.documents import decode
 from slagen.errors import UsageError
+from slagen.forms import Fault, shown
 
-MAX_PROMPT = 20_000  # characters; Wan reads 512 tokens of them
 FIELDS = {  # what may differ within one loaded model: option -> field of GenerateConfig and its type
     "seed": ("seed", int), "size": ("size", str), "width": ("width", int), "height": ("height", int),
     "num-frames": ("num_frames", int), "steps": ("steps", int), "guidance-scale": ("guidance_scale", float),
@@ -84,7 +85,7 @@ def read_prompts(source: str) -> list[Request]:
                 raise entry
             request = _request(entry, where)
             if request.id in ids:
-                raise _Fault(f"id {request.id!r} is that of {ids[request.id]} too")
+                raise _Fault(f"id {shown(request.id)} is that of {ids[request.id]} too")
             if request.id:
                 ids[request.id] = where
             requests.append(request)
@@ -113,17 +114,9 @@ def _load(source: str) -> tuple[str, str, bytes]:
 
 def _decode(name: str, data: bytes) -> str:
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise UsageError(
-            f"{name}:{line}:{column}: byte {data[error.start]:#04x} is not UTF-8. Save it as UTF-8."
-        ) from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UsageError(f"{name}:{line}: holds a NUL byte. Save it as plain UTF-8 text.")
-    return text
+        return decode(data)
+    except Fault as fault:
+        raise UsageError(f"{name}{fault.place}: {fault}. Save it as plain UTF-8 text.") from None
 
 
 Entry = dict[str, Any] | _Fault
@@ -172,20 +165,20 @@ def _convert(option: str, value: Any, column: int | None = None) -> Any:
     kind = FIELDS[option][1]
     if kind is str:
         if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise _Fault(f"--{option} is {value!r}, but must be text", column)
+            raise _Fault(f"--{option} is {shown(value)}, but must be text", column)
         return _readable(option, str(value))
     if not isinstance(value, bool) and isinstance(value, str | int | float):
         with contextlib.suppress(ValueError, OverflowError):  # no number, or one beyond all bounds
             number = kind(value)
             if isinstance(value, str) or number == value:
                 return number
-    raise _Fault(f"--{option} is {value!r:.60}, but must be a{' whole' * (kind is int)} number", column)
+    raise _Fault(f"--{option} is {shown(value)}, but must be a{' whole' * (kind is int)} number", column)
 
 
 def _readable(name: str, text: str) -> str:
     """The text itself; half of a pair that JSON can write is no character. Raises _Fault."""
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise _Fault(f"{name} is {text!r:.60}, which holds half a character")
+        raise _Fault(f"{name} is {shown(text)}, which holds half a character")
     return text
 
 
@@ -194,13 +187,13 @@ def _mapping(content: Any) -> Entry:
     if isinstance(content, str):
         content = {"prompt": content}
     if not isinstance(content, dict):
-        return _Fault(f"is {content!r:.40}, but must be an object with a prompt")
+        return _Fault(f"is {shown(content)}, but must be an object with a prompt")
     entry: dict[str, Any] = {}
     try:
         for key, value in content.items():
             if key == "prompt":
                 if not isinstance(value, str):
-                    raise _Fault(f"prompt is {value!r:.40}, but must be text")
+                    raise _Fault(f"prompt is {shown(value)}, but must be text")
                 entry["prompt"] = _readable(key, value.strip())
             elif value is not None:
                 option = _option(str(key))
@@ -277,17 +270,17 @@ def _request(entry: dict[str, Any], where: str) -> Request:
     prompt = entry.pop("prompt", "")
     if not prompt:
         raise _Fault("has no prompt", 1)
-    if len(prompt) > MAX_PROMPT:
-        raise _Fault(f"has a prompt of {len(prompt):,} characters, but at most {MAX_PROMPT:,} are taken")
     name = entry.pop("id", "")
     if name and not re.fullmatch(r"[\w][\w.-]{0,79}", name):
-        raise _Fault(f"id is {name!r:.60}, but must be letters, digits, dots, dashes and underscores, at most 80")
+        raise _Fault(f"id is {shown(name)}, but must be letters, digits, dots, dashes and underscores, at most 80")
     fields = {FIELDS[option][0]: value for option, value in entry.items()}
     size = fields.pop("size", None)
     if size is not None:
         match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", size)
         if match is None or "width" in fields or "height" in fields:
-            raise _Fault(f"--size is {size!r}, but must be width x height in pixels, and said once. Try --size 832x480")
+            raise _Fault(
+                f"--size is {shown(size)}, but must be width x height in pixels, and said once. Try --size 832x480"
+            )
         fields["width"], fields["height"] = int(match[1]), int(match[2])
     if fields.get("seed") == -1:
         del fields["seed"]

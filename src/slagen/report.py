@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slagen.config import SLAConfig
+from slagen.text import to_json
 from slagen.timing import StepTimes
 
 SCHEMA_VERSION = 1
@@ -163,17 +163,17 @@ def comment(settings: dict[str, Any], latents_hash: str, frames_hash: str) -> st
         "schema_version": SCHEMA_VERSION, "settings": kept, "versions": versions(),
         "latents_hash": latents_hash, "video": {"frames_hash": frames_hash},
     }  # fmt: skip
-    text = json.dumps(content, ensure_ascii=False)
+    text = to_json(content)
     for name in ("prompt", "negative_prompt"):
         if len(text.encode()) > COMMENT_BYTES:
             kept[f"{name}_sha256"] = hashlib.sha256(kept.pop(name).encode()).hexdigest()
-            text = json.dumps(content, ensure_ascii=False)
+            text = to_json(content)
     return text
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file beside its final name and rename it."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(content, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

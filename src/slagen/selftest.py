@@ -25,6 +25,7 @@ from slagen.attention import fused, sparse_linear_attention
 from slagen.attention.functional import choose_backend
 from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig, user_path
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
+from slagen.text import quote
 
 SCHEMA_VERSION = 1
 PROMPT = "a red circle moving right"
@@ -200,7 +201,9 @@ def claim(output: str | None) -> Path:
     """Where the result goes. Raises UsageError before the work where it can not be written."""
     path = user_path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output is {str(path)!r}, but must be a file in a folder that is there and can be written.")
+        raise UsageError(
+            f"output is {quote(str(path))}, but must be a file in a folder that is there and can be written."
+        )
     return path
 
 

@@ -25,6 +25,7 @@ from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.models import BUNDLED
+from slagen.text import quote
 
 PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
@@ -82,10 +83,12 @@ def _fetch(repo_id: str, wanted: list[str], ignored: list[str], local_files_only
         _check_room(repo_id, info, wanted, ignored, on_note)
         return Path(snapshot_download(repo_id, **options))
     except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no hub id. Give owner/name, a folder, or a preset with --model.") from error
+        raise UsageError(
+            f"{quote(repo_id)} is no hub id. Give owner/name, a folder, or a preset with --model."
+        ) from error
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise EnvironmentProblem(
-            f"the hub has no model {repo_id!r} for you: check the name; a gated or private model wants a token of "
+            f"the hub has no model {quote(repo_id)} for you: check the name; a gated or private model wants a token of "
             "yours (hf auth login, or HF_TOKEN), and a wrong token hides it."
         ) from error
     except LocalEntryNotFoundError as error:

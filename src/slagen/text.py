@@ -1,0 +1,81 @@
+"""Text of users and of foreign files: read as UTF-8 or refused, cut to a line in messages, shown without harm."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from slagen.errors import UsageError
+
+MAX_PROMPT = 20_000  # characters of a prompt, a negative prompt or a caption; Wan reads 512 tokens of them
+MAX_LINE = 600  # characters of a line in a message
+MAX_QUOTE = 60
+
+# What a terminal obeys, or what changes how the rest reads: C0 but for the line feed, DEL and C1; marks, overrides and
+# isolates of direction; line and paragraph separators; byte order marks; and halves of pairs, which stand for bytes
+# that are no UTF-8.
+UNSHOWN = re.compile(
+    r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff"
+    r"\ud800-\udfff]"
+)
+LONG_DASH = "[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]"  # what word processors make of two hyphens
+
+
+def escaped(text: str) -> str:
+    """Text as it may reach a terminal or a page: what is in UNSHOWN is escaped, an undecodable byte as \\xff."""
+    return UNSHOWN.sub(_escape, text)
+
+
+def line(text: str) -> str:
+    """The same on one line: line feeds are escaped too."""
+    return escaped(text).replace("\n", "\\n")
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte of an argument or a path that is no UTF-8
+        code -= 0xDC00
+    return {9: "\\t", 13: "\\r"}.get(code, f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+
+
+def message(text: str) -> str:
+    """A message as it may be shown; of a line that is too long the middle is left out, for its end says what to do."""
+    lines = escaped(text).split("\n")
+    return "\n".join(row if len(row) <= MAX_LINE else f"{row[: MAX_LINE - 250]} [...] {row[-243:]}" for row in lines)
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    """Text that a stream of this encoding takes: what it lacks is escaped."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def cut(text: str, most: int = MAX_QUOTE) -> str:
+    """Text of at most so many characters: the middle of a longer one is left out."""
+    return text if len(text) <= most else f"{text[: most - most // 3]}...{text[3 - most // 3 :]}"
+
+
+def quote(text: str) -> str:
+    """Text of the user's for a message: at most a line of it, in quotes."""
+    return f"'{line(cut(text))}'"
+
+
+def to_json(content: Any, **options: Any) -> str:
+    """JSON that is readable, and holds no character that a terminal obeys: exactly the content when it is read."""
+    text = json.dumps(content, ensure_ascii=False, **options)
+    return UNSHOWN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def check_prompt(name: str, text: str) -> None:
+    """Raise UsageError unless a prompt is text of a bearable length, in whole characters.
+
+    Args:
+        name: what it is, for the message.
+    """
+    if re.search(r"[\x00\ud800-\udfff]", text):
+        raise UsageError(
+            f"the {name} {quote(text)} is not UTF-8 text. Give it as UTF-8, in a UTF-8 locale (LC_ALL=C.UTF-8)."
+        )
+    if len(text) > MAX_PROMPT:
+        raise UsageError(f"the {name} has {len(text):,} characters, but at most {MAX_PROMPT:,} are taken.")

@@ -1,0 +1,60 @@
+"""An error of any kind -> what to say of it, and the exit code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from slagen import packages
+from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.text import LONG_DASH, UNSHOWN, cut, line, quote
+
+OF_A_PROMPT = ("slagen generate", "slagen plan")
+MAX_ARGUMENT = 200  # characters of one argument in a message
+
+
+def explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    """One message, with at most a line of any argument, and the exit code."""
+    text, code = _explain(error, arguments)
+    for argument in arguments:
+        if len(argument) > MAX_ARGUMENT or "\n" in argument:
+            for part in (argument, argument.partition("=")[2]):
+                text = text.replace(part, line(cut(part, MAX_ARGUMENT))) if part.strip() else text
+    return text, code
+
+
+def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    if isinstance(error, SlagenError):
+        return str(error), error.exit_code
+    if hasattr(error, "format_message"):
+        return _wrong_usage(error, arguments), 2
+    if isinstance(error, UnicodeEncodeError) and UNSHOWN.search(error.object):
+        return f"{quote(error.object)} is not UTF-8 text, which a library that reads it needs. Rename it.", 2
+    if isinstance(error, OSError):
+        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        return f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).", 1
+    if isinstance(error, ImportError) and (lack := packages.explain(error)):
+        return lack, EnvironmentProblem.exit_code
+    return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)", 1
+
+
+def _wrong_usage(error: Any, arguments: list[str]) -> str:
+    """What Typer says of arguments that it cannot take, and what to type."""
+    command = getattr(error.ctx, "command_path", "slagen")
+    for argument in arguments:
+        if match := re.match(rf"{LONG_DASH}+([A-Za-z]\S*)", argument):
+            return f"{quote(argument)} begins with a long dash. An option begins with two hyphens: --{cut(match[1])}."
+    text = error.format_message().rstrip(".")
+    if text.startswith("Usage: "):  # no arguments are given at all
+        return text
+    option = getattr(error, "option_name", None)
+    for argument in arguments:
+        if option and command in OF_A_PROMPT and argument.startswith(option) and re.search(r"\s", argument):
+            return (
+                f"{quote(argument)} is no option. A prompt that begins with a dash goes behind --: "
+                f"{command} -- {shlex.quote(line(cut(argument)))}"
+            )
+    if "extra argument" in text and command in OF_A_PROMPT:
+        return f"{text}. Put a prompt of several words in quotes."
+    return f"{text}. See {command} --help."
