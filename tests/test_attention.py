@@ -364,7 +364,7 @@ def test_second_derivatives_are_refused():
     q, k, v = make_qkv((1, 1, 20, 4), requires_grad=True)
     loss = sparse_linear_attention(q, k, v, small()).square().sum()
     (dq,) = torch.autograd.grad(loss, q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="blockwise_backward.* no autograd formula"):
         dq.sum().backward()
 
 

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from slagen.attention.block_map import MARGINAL, block_map, block_scores, critical_indices
 from slagen.attention.reference import EPSILON
@@ -55,86 +54,149 @@ def blockwise_attention(
     dtype = torch.promote_types(q.dtype, torch.float32)
     weight = None if proj_weight is None else proj_weight.to(dtype)
     bias = None if proj_bias is None else proj_bias.to(dtype)
-    return _Blockwise.apply(q, k, v, weight, bias, config, scale, sparse)
+    options = (
+        config.sparsity,
+        config.negligible,
+        config.linear_domain,
+        config.feature_map,
+        config.block_m,
+        config.block_n,
+    )
+    return _forward(q, k, v, weight, bias, *options, scale, sparse)[0]
 
 
 Unmix = Callable[[Tensor, Tensor], None]  # see `_mix`
 
 
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        config: SLAConfig,
-        scale: float,
-        sparse: bool,
-    ) -> Tensor:
-        kv_indices, domain = _select(q, k, config, sparse, linear=weight is not None)
-        ctx.save_for_backward(q, k, v, weight, bias, kv_indices, domain)
-        ctx.config, ctx.scale = config, scale
+@torch.library.custom_op("slagen::blockwise_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sparsity: float,
+    negligible: float,
+    linear_domain: str,
+    feature_map: str,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, and for the backward pass what `_select` gives, empty for None."""
+    config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)  # type: ignore[arg-type]
+    kv_indices, domain = _select(q, k, config, sparse, linear=weight is not None)
+    o, length = torch.empty_like(q), q.shape[2]
+    for heads in head_groups(q):
+        k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
+        if weight is not None:
+            z, means = key_states(k_j, v_j, config, length)
+            if domain is None:  # project the one state, not every row
+                means = means @ weight.mT
+        for run, tokens in _query_runs(q, config):
+            q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
+            o_i = torch.empty_like(q_i)
+            if kv_indices is None:
+                o_i.zero_()
+            else:
+                _sparse_forward(q_i * scale, k_j, v_j, _rows(kv_indices, heads, run), length, o_i)
+            if weight is not None:
+                domain_i = None if domain is None else _rows(domain, heads, run)
+                *_, o_linear = _linear_rows(q_i, z, means, domain_i, config)
+                o_i += o_linear.view(o_i.shape) if domain is None else o_linear @ weight.mT
+            if bias is not None:
+                o_i += bias
+            _from_blocks(o_i, o[heads][:, :, tokens])
+    nothing = torch.empty(0, device=q.device)
+    return o, nothing.long() if kv_indices is None else kv_indices, nothing.bool() if domain is None else domain
 
-        o, length = torch.empty_like(q), q.shape[2]
+
+@_forward.register_fake
+def _(q, k, v, weight, bias, sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse):
+    config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)
+    num_rows, num_columns = config.num_blocks(q.shape[2])
+    lists, bounded = (*q.shape[:2], num_rows, config.num_critical(num_columns)), (*q.shape[:2], num_rows, num_columns)
+    return (
+        torch.empty_like(q),
+        q.new_empty(lists if sparse else 0, dtype=torch.int64),
+        q.new_empty(bounded if weight is not None and linear_domain == "marginal" else 0, dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op("slagen::blockwise_backward", mutates_args=())
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kv_indices: Tensor,
+    domain: Tensor,
+    sparsity: float,
+    negligible: float,
+    linear_domain: str,
+    feature_map: str,
+    block_m: int,
+    block_n: int,
+    scale: float,
+    sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, dweight and dbias, the last two empty where there is none."""
+    config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)  # type: ignore[arg-type]
+    bounded, length = weight is not None and linear_domain == "marginal", q.shape[2]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dweight, dbias = (q.new_empty(0) if x is None else torch.zeros_like(x) for x in (weight, bias))
+    with torch.autocast(q.device.type, enabled=False):
         for heads in head_groups(q):
             k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
+            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
             if weight is not None:
                 z, means = key_states(k_j, v_j, config, length)
-                if domain is None:  # project the one state, not every row
-                    means = means @ weight.mT
+                dstates = means.new_zeros(*means.shape[:3], means.shape[3] + 1)
             for run, tokens in _query_runs(q, config):
                 q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
-                o_i = torch.empty_like(q_i)
-                if kv_indices is None:
-                    o_i.zero_()
+                do_i = to_blocks(do[heads][:, :, tokens], config.block_m)
+                if sparse:
+                    indices = _rows(kv_indices, heads, run)
+                    dq_i = _sparse_backward(q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j).mul_(scale)
                 else:
-                    _sparse_forward(q_i * scale, k_j, v_j, _rows(kv_indices, heads, run), length, o_i)
+                    dq_i = torch.zeros_like(q_i)
                 if weight is not None:
-                    domain_i = None if domain is None else _rows(domain, heads, run)
-                    *_, o_linear = _linear_rows(q_i, z, means, domain_i, config)
-                    o_i += o_linear.view(o_i.shape) if domain is None else o_linear @ weight.mT
+                    domain_i = _rows(domain, heads, run) if bounded else None
+                    dq_i += _linear_backward(q_i, z, means, domain_i, weight, config, do_i, dstates, dweight)
                 if bias is not None:
-                    o_i += bias
-                _from_blocks(o_i, o[heads][:, :, tokens])
-        return o
+                    dbias += do_i.sum((0, 1, 2))
+                _from_blocks(dq_i, dq[heads][:, :, tokens])
+            if weight is not None:
+                _states_backward(k_j, v_j, config, length, z, dstates, dk_j, dv_j)
+            _from_blocks(dk_j, dk[heads])
+            _from_blocks(dv_j, dv[heads])
+    return dq, dk, dv, dweight, dbias
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weight, bias, kv_indices, domain = ctx.saved_tensors
-        config, scale, length = ctx.config, ctx.scale, q.shape[2]
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dweight = None if weight is None else torch.zeros_like(weight)
-        dbias = None if bias is None else torch.zeros_like(bias)
-        with torch.autocast(q.device.type, enabled=False):
-            for heads in head_groups(q):
-                k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
-                dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
-                if dweight is not None:
-                    z, means = key_states(k_j, v_j, config, length)
-                    dstates = means.new_zeros(*means.shape[:3], means.shape[3] + 1)
-                for run, tokens in _query_runs(q, config):
-                    q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
-                    do_i = to_blocks(do[heads][:, :, tokens], config.block_m)
-                    if kv_indices is None:
-                        dq_i = torch.zeros_like(q_i)
-                    else:
-                        indices = _rows(kv_indices, heads, run)
-                        dq_i = _sparse_backward(q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j).mul_(scale)
-                    if dweight is not None:
-                        domain_i = None if domain is None else _rows(domain, heads, run)
-                        dq_i += _linear_backward(q_i, z, means, domain_i, weight, config, do_i, dstates, dweight)
-                    if dbias is not None:
-                        dbias += do_i.sum((0, 1, 2))
-                    _from_blocks(dq_i, dq[heads][:, :, tokens])
-                if dweight is not None:
-                    _states_backward(k_j, v_j, config, length, z, dstates, dk_j, dv_j)
-                _from_blocks(dk_j, dk[heads])
-                _from_blocks(dv_j, dv[heads])
-        return dq, dk, dv, dweight, dbias, None, None, None
+
+@_backward.register_fake
+def _(do, q, k, v, weight, bias, *_):
+    return (
+        *(torch.empty_like(x) for x in (q, k, v)),
+        *(q.new_empty(0) if x is None else torch.empty_like(x) for x in (weight, bias)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _autograd(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *_, weight, bias, _, _ = saved = ctx.saved_tensors
+    *grads, dweight, dbias = _backward(do, *saved, *ctx.options)
+    return *grads, None if weight is None else dweight, None if bias is None else dbias, *(None,) * 8
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _select(q: Tensor, k: Tensor, config: SLAConfig, sparse: bool, linear: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -20,6 +20,7 @@ from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.models import SLA_FILE
 from slagen.wan.formats import Checkpoint, SideFile, read_checkpoint
+from slagen.wan.guards import refuse_adapters, refuse_offloaded
 from slagen.wan.processor import install, installation, remove
 from slagen.wan.reading import PICKLE_SUFFIXES, is_finite
 
@@ -145,18 +146,22 @@ def load_sla(
         base_hash: `weights_hash` of the transformer, where the caller has it already.
     Returns: what the file says of itself.
     Raises: WeightsError, before anything is changed, if the file is broken, made for another base, lacks a `proj_l`,
-        or holds a tensor that the model has not, or in another shape, or with values that are not finite.
+        or holds a tensor that the model has not, or in another shape, or with values that are not finite; UsageError if
+        a LoRA is loaded or fused, or hooks offload the transformer's layers.
     """
     transformer = getattr(pipe, "transformer", pipe)
     metadata, tensors = read_sla(path)
     config = config or metadata.config
     _check_same_form(config, metadata.config, path)
+    refuse_adapters(pipe, "loaded")
+    refuse_offloaded(transformer, "loaded")
     remove(transformer)
     found = base_hash or weights_hash(transformer)
     if found != metadata.base_hash:
         raise WeightsError(
             f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
-            f"weights {found[:12]}. Give that model with --model, or weights made for this one with --weights."
+            f"weights {found[:12]}, as another model has, or the same with a LoRA fused into it. "
+            "Give that model with --model, or weights made for this one with --weights."
         )
     install(transformer, config, backend=backend, branches=branches)
     try:
@@ -209,9 +214,12 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         base: the base's transformer tensors by name; None means that only `proj_l` and what `load_sla` put aside
             can differ from it, which is checked.
     Returns: the file's path. It is written beside and renamed.
-    Raises: UsageError if no SLA is installed, or the base is not the one that the metadata names.
+    Raises: UsageError if no SLA is installed, the base is not the one that the metadata names, a LoRA is loaded or
+        fused, or hooks offload the transformer's layers.
     """
     transformer = getattr(pipe, "transformer", pipe)
+    refuse_adapters(pipe, "saved")
+    refuse_offloaded(transformer, "saved")
     record = installation(transformer)
     state = transformer.state_dict()
     if record is None or not any(_is_projection(name) for name in state):
@@ -298,7 +306,7 @@ def apply_sla(
     Args:
         pipe: a WanPipeline, or its transformer, without SLA in it.
         config: how to divide the work; None is `SLAConfig()`.
-    Raises: UsageError if SLA is installed already or the model is no Wan.
+    Raises: UsageError if SLA is installed already, the model is no Wan, or hooks offload its layers.
     """
     install(getattr(pipe, "transformer", pipe), config or SLAConfig(), backend=backend, branches=branches)
 

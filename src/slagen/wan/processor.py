@@ -17,6 +17,7 @@ from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
 from slagen.wan.context import to_heads, to_tokens
+from slagen.wan.guards import refuse_fused, refuse_offloaded
 from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
 
 
@@ -117,7 +118,8 @@ class SLAProcessor(_Processor, SparseLinearAttention):
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
         if self.config.num_blocks(q.shape[2])[1] < 2:
             return F.scaled_dot_product_attention(q, k, v)
-        return self.forward(q, k, v, means)
+        # Called as a module, so that hooks on it run; `__call__` itself is what diffusers calls a processor by.
+        return nn.Module.__call__(self, q, k, v, **({} if means is None else {"block_means": means}))  # type: ignore[no-any-return]
 
 
 class DenseProcessor(_Processor):
@@ -167,11 +169,12 @@ def install(
         config: for SLA with a fresh (zero) `proj_l` in each layer; None for timed full attention.
         backend: of SLA, and of the norm and rotation around either attention.
         branches: as in `sparse_linear_attention`.
-    Raises: UsageError if SLA is installed already, or the model has no such layers.
+    Raises: UsageError if SLA is installed already, the model has no such layers, or hooks offload them.
     """
     if installation(transformer) is not None:
         raise UsageError("this transformer has slagen's attention installed already. Call remove_sla(pipe) first.")
     layers = self_attention_layers(transformer)
+    refuse_offloaded(transformer, "put in")
     transformer._slagen_installation = Installation([attn.processor for attn in layers])  # type: ignore[assignment]
     for index, attn in enumerate(layers):
         if config is None:
@@ -184,14 +187,20 @@ def install(
 
 
 def remove(transformer: WanTransformer3DModel) -> None:
-    """Put the former processors and every overwritten base tensor back. Without an installation, do nothing."""
+    """Put the former processors and every overwritten base tensor back. Without an installation, do nothing.
+
+    Raises: UsageError, before anything is changed, where such tensors are offloaded or a LoRA is fused into them.
+    """
     record = installation(transformer)
     if record is None:
         return
+    if record.replaced:
+        refuse_offloaded(transformer, "taken out")
+        refuse_fused(transformer, "taken out")
     for attn, processor in zip(self_attention_layers(transformer), record.processors, strict=True):
         attn.set_processor(processor)
     with torch.no_grad():
-        state = transformer.state_dict()
+        state = {name.replace(".base_layer.", "."): x for name, x in transformer.state_dict().items()}  # beside a LoRA
         for name, tensor in record.replaced.items():
             state[name].copy_(tensor)
     del transformer._slagen_installation
