@@ -56,9 +56,13 @@ def test_what_generate_warns_of_is_told_once_with_how_many_videos_it_is_about(to
     """A batch at a size the model was not trained at, or of words it does not know, said nothing."""
     model = Path(shutil.copytree(toy, tmp_path / "sized"))
     sizes = [dict(width=64, height=64, num_frames=9)]
-    (model / "slagen.json").write_text(json.dumps({"trained_sizes": sizes, "vocabulary": ["a", "circle"]}))
-    _, seen = events_of(settings(model, tmp_path, ["a circle", "a circle", "a fox --num-frames 9"]))
-    size, word = (event.text for event in seen if event.kind == "warning")
+    (model / "slagen.json").write_text(json.dumps({"trained_sizes": sizes, "vocabulary": ["a", "circle"],
+                                                    "max_sequence_length": 8}))  # fmt: skip
+    lines = ["a circle", "a circle", "a fox a a a a a a a circle --num-frames 9"]
+    for again in (False, True):  # the second time its texts are known, and no text encoder is loaded
+        _, seen = events_of(settings(model, tmp_path, lines, output=f"out{again}"))
+        size, word, cut = (event.text for event in seen if event.kind == "warning")
+        assert "has 11 tokens, of which the model reads the first 8" in cut and "nothing from 'a a circle'" in cut
     assert "was trained at 64x64 with 9 frames only" in size and size.endswith("(2 videos)")
     assert "does not know 'fox'" in word
 

@@ -170,13 +170,15 @@ def test_version(capsys):
 
 def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
     folder = save_pipeline(tmp_path / "pipe")
-    flags = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--allow-untrained", "--seed", "3"]
+    flags = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--allow-untrained", "--seed", "3",
+             "-n", "a " * 600]  # fmt: skip
     arguments = ["generate", "a red [circle]", "--model", str(folder), *flags, "-o", str(tmp_path / "o")]
     assert run(arguments) == 0
     out, err = capsys.readouterr()
     path = Path(out.strip())
     assert re.fullmatch(r"0001-a-red-circle-s3-[0-9a-f]{8}\.mp4", path.name) and path.is_file()
     assert "runs dense" in err and "peak memory" in err
+    assert "the negative prompt 'a a" in err and "has 601 tokens, of which the model reads the first 512" in err
     assert run(arguments) == 2  # the same name again
     assert run([*arguments, "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["prompt"] == "a red [circle]"

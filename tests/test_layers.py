@@ -14,17 +14,20 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
 LEAVES |= {"quality", "footage", "interrupts", "packages", "plain", "files"}
 LEAVES |= {"deinterlace", "text", "documents", "forms", "model_files", "told"}
+LEAVES |= {"paths", "spreadsheet"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "text": {"errors"},
+    "paths": {"errors", "text"},
+    "spreadsheet": set(),
     "usage": {"errors", "text", "packages"},
     "forms": set(),
     "documents": {"errors", "forms"},
     "model_files": {"errors", "documents", "forms"},
-    "config": {"errors", "forms", "text"},
+    "config": {"errors", "forms", "text", "paths"},
     "timing": {"errors", "config"},
     "video": {"errors", "config"},
     "report": {"errors", "config", "timing", "text"},
@@ -35,14 +38,14 @@ MAY_IMPORT = {
     "kernels": set(),
     "attention": {"kernels", "errors", "config", "timing"},
     "wan": {"kernels", "attention"} | LEAVES,
-    "prompts": {"errors", "config", "documents", "forms", "text"},
+    "prompts": {"errors", "config", "documents", "forms", "text", "spreadsheet"},
     "manifest": {"errors", "documents", "forms", "text"},
     "pages": {"text"},
     "packages": set(),
     "plain": {"text"},
     "quality": {"errors"},
     "interrupts": set(),
-    "footage": {"errors", "deinterlace", "documents", "forms", "text"},
+    "footage": {"errors", "deinterlace", "documents", "forms", "text", "spreadsheet"},
     "deinterlace": set(),
     "resolve": LIBRARY | LEAVES,
     "methods": LIBRARY | LEAVES,

@@ -150,3 +150,65 @@ def test_malformed_files_are_refused_or_read(tmp_path, suffix):
             refused += 1
             assert f"prompts{suffix}" in str(error)
     assert refused > 20
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "option"),
+    [
+        ("a cat —seed 7", 7, "--seed"),
+        ("a cat –steps 8", 7, "--steps"),
+        ("a cat ——num_frames=17", 7, "--num_frames"),
+        ("a cat --n blurry ―size 832x480", 18, "--size"),
+        ("a cat −s 8", 7, "--s"),
+        ("a cat -guidance-scale 5", 7, "--guidance-scale"),
+        ("a cat ﹣-Seed 7", 7, "--Seed"),
+        ("—model x", 1, "--model"),
+    ],
+)
+def test_a_dash_that_a_word_processor_made_is_told(tmp_path, line, column, option):
+    with pytest.raises(UsageError, match=f":2:{column}: .*Write {option};"):
+        read(tmp_path, f"a dog\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a — seed of doubt", "well-known steps", "rock —n roll", "a man —walking fast", "5 -3 = 2", "-- a", "a—seed 7"],
+)
+def test_dashes_of_prose_stay(tmp_path, line):
+    (request,) = read(tmp_path, line)
+    assert request.prompt == line and not request.fields
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Prompt;Seed;Num Frames;ID\r\n\"a; b\";3;9;x\r\nc, d;;;\r\n",
+        "\ufeffsep=;\r\nPROMPT;seed;num_frames;id\r\n\"a; b\";3;9;x\r\nc, d;;;\r\n",
+        "prompt\tseed\tnum-frames\tId\na; b\t3\t9\tx\nc, d\t\t\t\n",
+        'sep=\t\n"Prompt"\tSeed\tFrames\tid\na; b\t3\t9\tx\nc, d\t\t\t\n',
+        "seed,num frames,Prompt ,id,,\n3,9,a; b,x,,\n,,\"c, d\",,,\n",
+        '"sep=|"\nseed|num frames|Prompt|id\n3|9|a; b|x\n||c, d|\n',
+    ],
+    ids=["semicolon", "sep and BOM", "tab", "sep tab", "empty columns", "bar"],
+)  # fmt: skip
+def test_csv_as_spreadsheets_write_it(tmp_path, text):
+    first, second = read(tmp_path, text, ".csv")
+    assert (first.prompt, first.fields, first.id) == ("a; b", {"seed": 3, "num_frames": 9}, "x")
+    assert (second.prompt, second.fields) == ("c, d", {})
+    with pytest.raises(UsageError, match=rf"prompts.tsv:{4 if 'sep' in text else 3}: .*whole number"):
+        read(tmp_path, text.replace("c, d", "c").replace(";;;", ";no;;").replace("\t\t\t", "\tno\t\t")
+             .replace(',,"c",', 'no,,"c",').replace("||c|", "no||c|"), ".tsv")  # fmt: skip
+
+
+def test_one_rule_for_long_prompts(tmp_path):
+    read(tmp_path, "é" * 20_000)
+    GenerateConfig("é" * 20_000, negative_prompt="é" * 20_000)
+    long = "x" * 20_001
+    for make in (
+        lambda: read(tmp_path, long), lambda: read(tmp_path, json.dumps({"prompt": long}), ".jsonl"),
+        lambda: read(tmp_path, f"a --n {long}"), lambda: GenerateConfig(long),
+        lambda: GenerateConfig("x", negative_prompt=long),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="20,001 characters, but at most 20,000") as caught:
+            make()
+        assert len(str(caught.value)) < 250

@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,6 +35,7 @@ from slagen.interrupts import stopping
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
+from slagen.paths import is_video
 from slagen.report import dense_attention_flops, other_flops, sla_attention_flops, write_bytes, write_json, write_text
 from slagen.resolve import Plan, Weights, find_weights, make_plan
 from slagen.told import restored_report
@@ -102,7 +103,7 @@ def share(
     Raises: as `batch`.
     """
     folder = user_path(config.generate.output)
-    if folder.suffix.lower() == ".mp4":
+    if is_video(config.generate.output):
         raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = _plans(config.generate, requests, weights)
@@ -193,7 +194,12 @@ def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weigh
 
 def _warn(plans: list[tuple[Plan, str]], on_event: Callable[[Event], None]) -> None:
     """What `generate` would warn of for each video alone: the commonest ten, each once."""
-    counts = Counter(text for plan, _ in plans for text in plan.warnings)
+    _tell_often((text for plan, _ in plans for text in plan.warnings), on_event)
+
+
+def _tell_often(texts: Iterable[str], on_event: Callable[[Event], None]) -> None:
+    """Warn of what holds for many videos: the commonest ten, each once."""
+    counts = Counter(texts)
     for text, count in counts.most_common(10):
         on_event(Event("warning", text if count == 1 else f"{text} ({count} videos)"))
     if len(counts) > 10:
@@ -365,6 +371,7 @@ class _Run:
             for task in missing:
                 embeddings.put(task.plan, session.encode(task.plan))
             session.release_text_encoder()
+        _tell_often((text for task in self.todo for text in session.cuts(task.plan)), self.on_event)
         waiting = list(self.todo)
         self.began = time.monotonic()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:

@@ -37,7 +37,8 @@ from slagen.config import (
 from slagen.documents import decode
 from slagen.errors import GateError, UsageError
 from slagen.forms import Fault
-from slagen.text import MAX_PROMPT, escaped, quote
+from slagen.paths import check_folder, is_video
+from slagen.text import LONG_DASH, MAX_PROMPT, escaped, quote
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
 ALIASES = {
@@ -351,7 +352,7 @@ def generate(
 def batch(
     context: typer.Context,
     prompts: Annotated[
-        str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv or .yaml; - reads text from stdin.")
+        str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv, .tsv or .yaml; - reads text from stdin.")
     ],
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed before.")] = False,
     shard: Annotated[
@@ -573,7 +574,7 @@ def replay(
 
     Example: slagen replay outputs/0001-a-red-circle-moving-right-s7-12345678.json
     """
-    if output is not None and not output.lower().endswith(".mp4"):
+    if output is not None and not is_video(output):
         raise UsageError(f"output is {quote(output)}, but must be a file that ends in .mp4.")
     from slagen import console
 
@@ -914,6 +915,7 @@ def finetune_data(
 
     Example: slagen finetune data videos --output prepared --model wan2.1-t2v-1.3b
     """
+    check_folder("output", output)
     width, height = parse_size(size)
     config = DataConfig(path, None, held_out=held_out, width=width, height=height, num_frames=num_frames, fps=fps)
     from slagen import console
@@ -1129,6 +1131,10 @@ def read_prompt(words: str | None, option: str | None) -> str:
             text = decode(read_stdin(8 * MAX_PROMPT))  # more is too long in any script
         except Fault as fault:
             raise UsageError(f"stdin{fault.place}: {fault}. Give the prompt as plain UTF-8 text.") from None
+    elif re.match(LONG_DASH, text):
+        from slagen.prompts import check_dashes
+
+        check_dashes(text[:80])
     return text.strip()
 
 

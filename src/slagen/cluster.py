@@ -60,7 +60,7 @@ def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda
 def _absolute(config: BatchConfig) -> BatchConfig:
     """The same config for processes with another working directory."""
     base = config.generate
-    paths: dict[str, Any] = {"output": str(user_path(base.output).absolute())}
+    paths: dict[str, Any] = {"output": f"{user_path(base.output).absolute()}/"}
     for name in ("model", "weights", "vae"):
         value = getattr(base, name)
         if value is not None and value not in PRESETS and user_path(value).exists():

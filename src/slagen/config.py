@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from slagen.errors import UsageError
 from slagen.forms import shown
+from slagen.paths import check_folder, check_output
 from slagen.text import check_prompt
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
@@ -339,7 +340,7 @@ class GenerateConfig:
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
         timing: "layer" times attention by layer, "step" by step only, "off" not at all.
-        output: a path that ends in .mp4 is the file, anything else a folder.
+        output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
         save_latents: also write the final latents, as safetensors. overwrite: replace files that are there.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
@@ -381,6 +382,7 @@ class GenerateConfig:
             )
         check_prompt("prompt", self.prompt)
         check_prompt("negative prompt", self.negative_prompt or "")
+        check_output(self.output)
         if self.sparsity is not None and self.sla_topk is not None:
             raise UsageError(
                 f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} say the same thing twice. Give one of them."
@@ -527,6 +529,7 @@ class BenchConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        check_folder("output", self.output or "")
         if self.model is not None and self.random_init is not None:
             raise UsageError("--model and --random-init both say which model to time. Give one of them.")
         for shape in self.shapes:
@@ -686,6 +689,7 @@ class FinetuneConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        check_folder("output", self.output)
         for name, kinds in (("attention", TunedAttention), ("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
                             ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):

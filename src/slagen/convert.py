@@ -31,6 +31,7 @@ from slagen.models import (
     describe_folder,
     read_json,
 )
+from slagen.paths import check_folder
 from slagen.report import ModelShape
 from slagen.text import quote
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
@@ -58,6 +59,7 @@ def convert(
         dtype: of the transformer's weights, but for what diffusers keeps in float32.
     Raises: WeightsError if anything in the file is left over, missing or misshapen; UsageError if `output` exists.
     """
+    check_folder("output", output)
     path, target = user_path(source), user_path(output)
     folder = None if base is None else describe_base(base)
     _check_free(target, overwrite)

@@ -26,17 +26,19 @@ from torch import Tensor
 
 from slagen import prompts
 from slagen.config import DataConfig, GenerateConfig, user_path
-from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash, texts_of
+from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
-from slagen.generate import Event, Session
+from slagen.generate import Event, Session, texts_of
 from slagen.manifest import digest
 from slagen.models import ModelSource, read_header
 from slagen.quality import Example
 from slagen.report import write_json
 from slagen.resolve import Weights, find_weights, make_plan
+from slagen.text import quote
 from slagen.wan import reading
 from slagen.wan.loading import encode_video, load_pipeline
+from slagen.wan.texts import tell_cut
 
 SET_FILE, INDEX_FILE, DECODED_FILE = "dataset.json", "tensors.jsonl", "decoded.txt"
 VERSION = 1
@@ -44,6 +46,7 @@ CLIPS_PER_PROMPT = 4
 SHARD_BYTES = 256 * 2**20
 SHARD_TENSORS = 16
 AGAIN = "Prepare it again, which makes what is missing: slagen finetune data, or the finetune that prepared it."
+MAX_TOLD = 10  # texts that are cut
 SHARD_S = 20.0  # of work, which a killed run loses at most
 
 
@@ -382,10 +385,15 @@ def _encode_texts(
 ) -> None:  # fmt: skip
     if missing:
         on_event(Event("stage", "text"))
+    limit = source.defaults.max_sequence_length
+    cuts = [f"the text {quote(text)} {cut}" for text in missing if (cut := tell_cut(pipe.tokenizer, text, limit))]
+    for number, told in enumerate(cuts[:MAX_TOLD]):
+        more = f" ({len(cuts)} texts are cut)" if number + 1 == MAX_TOLD < len(cuts) else ""
+        on_event(Event("warning", told + more))
     for text in missing:
         embeds, _ = pipe.encode_prompt(
             prompt=text, do_classifier_free_guidance=False, device=pipe._execution_device,
-            max_sequence_length=source.defaults.max_sequence_length,
+            max_sequence_length=limit,
         )  # fmt: skip
         store.add(texts[text], embeds[0], f"the text {text[:60]!r}")
     store.flush()

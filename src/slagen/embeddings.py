@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from slagen.config import BatchConfig, user_path
 from slagen.documents import read_json
 from slagen.errors import SlagenError, WeightsError
-from slagen.generate import Session
+from slagen.generate import Session, texts_of
 from slagen.manifest import digest
 from slagen.report import write_json
 from slagen.resolve import Plan
@@ -101,12 +101,6 @@ class Embeddings:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
-
-
-def texts_of(plan: Plan) -> list[str]:
-    """What the text encoder reads for a plan: the prompt and, where it is guided, the negative prompt."""
-    guided = (plan.config.guidance_scale or 0) > 1
-    return [plan.config.prompt, plan.config.negative_prompt or ""][: 2 if guided else 1]
 
 
 def component_files(folder: Path, parts: tuple[str, ...]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -16,6 +15,8 @@ import numpy as np
 
 from slagen.deinterlace import is_interlaced, whole_frames
 from slagen.errors import EnvironmentProblem, UsageError
+from slagen.spreadsheet import open_csv, plain_name, without_empty_end
+from slagen.text import MAX_PROMPT
 
 SUFFIXES = {
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".ts", ".m2ts",
@@ -24,7 +25,7 @@ SUFFIXES = {
 RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
 MIN_FRAMES = 5  # unless still pictures are asked for
-MAX_CAPTION = 20_000
+MAX_CAPTION = MAX_PROMPT
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
 UNFINISHED = "tensors.jsonl"  # of a prepared set
 
@@ -151,8 +152,8 @@ def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} cannot be read as UTF-8 text: {error}.") from error
-    if file.suffix.lower() == ".csv":
-        rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    if file.suffix.lower() in (".csv", ".tsv"):
+        rows = open_csv(text, "video")
         columns: list[str] | None = None
         while True:
             try:
@@ -163,10 +164,12 @@ def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
                 faults.append(f"{file.name}:{rows.line_num}: is no CSV: {error}")
                 continue
             if columns is None:
-                columns = row
+                if not row:
+                    continue
+                columns = [plain_name(cell) for cell in without_empty_end(row)]
                 if not {"video", "prompt"} <= set(columns):
                     break
-            elif len(row) > len(columns):
+            elif len(without_empty_end(row, len(columns))) > len(columns):
                 faults.append(f"{file.name}:{rows.line_num}: has too many columns; put the caption in quotes")
             elif row:
                 entry = dict(zip(columns, row, strict=False))

@@ -25,12 +25,15 @@ from slagen import machine, report
 from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
+from slagen.paths import is_video
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
+from slagen.text import quote
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import part_path, write_mp4
 from slagen.wan.checkpoints import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
 from slagen.wan.processor import attach_recorder, install, processors
+from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
 
 BRANCHES: dict[str, Branches] = {"sparse": "sparse", "linear": "linear"}  # of --attention; all else runs both
 
@@ -100,6 +103,8 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
     on_event(Event("stage", "text"))
     began = time.perf_counter()
     embeds = session.encode(plan)
+    for text in session.cuts(plan):
+        on_event(Event("warning", text))
     stages["text"] = time.perf_counter() - began
 
     videos = []
@@ -143,6 +148,7 @@ class Session:
     """
 
     def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
+        self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
             self.pipe, self.about = pipe, {"model": plan.weights.source.name}
             return
@@ -151,6 +157,7 @@ class Session:
             weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder,
         )  # fmt: skip
+        self.tokenizer = self.pipe.tokenizer
         self.about = _install_attention(self.pipe, plan)
 
     @torch.inference_mode()
@@ -162,6 +169,15 @@ class Session:
             max_sequence_length=plan.weights.source.defaults.max_sequence_length, device=self.pipe._execution_device,
         )  # fmt: skip
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+
+    def cuts(self, plan: Plan) -> list[str]:
+        """What to tell of a plan's prompt and negative prompt where the text encoder does not read them to the end."""
+        limit = plan.weights.source.defaults.max_sequence_length
+        texts = dict(zip(("prompt", "negative prompt"), texts_of(plan), strict=False))
+        if self.tokenizer is None and any(may_be_cut(text, limit) for text in texts.values()):
+            self.tokenizer = load_tokenizer(plan.weights.source.folder)
+        told = {name: tell_cut(self.tokenizer, text, limit) for name, text in texts.items()}
+        return [f"the {name} {quote(texts[name])} {cut}" for name, cut in told.items() if cut]
 
     def release_text_encoder(self) -> None:
         """Give its memory back: every prompt is encoded."""
@@ -206,6 +222,12 @@ class Session:
         frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
         return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about)
+
+
+def texts_of(plan: Plan) -> list[str]:
+    """What the text encoder reads for a plan: the prompt and, where it is guided, the negative prompt."""
+    guided = (plan.config.guidance_scale or 0) > 1
+    return [plan.config.prompt, plan.config.negative_prompt or ""][: 2 if guided else 1]
 
 
 def free_memory() -> None:
@@ -351,7 +373,7 @@ def _claim_paths(plan: Plan) -> list[Path]:
     """The final paths of all videos. Raises SlagenError if one exists, or the folder takes no files."""
     config = plan.config
     output = user_path(config.output)
-    if output.suffix.lower() == ".mp4":
+    if is_video(config.output):
         if config.num_videos > 1:
             raise UsageError(
                 f"{output} is one file, but --num-videos is {config.num_videos}. Give a folder with --output."

@@ -22,6 +22,7 @@ from slagen.models import (
     read_sla_config,
     unknown_model,
 )
+from slagen.paths import is_video
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
 TEXT_ENCODER_PARAMETERS = 5_680_000_000
@@ -184,7 +185,7 @@ def _downloads(preset: Preset | None, shape: report.ModelShape) -> list[dict[str
 def _outputs(config: GenerateConfig) -> list[str]:
     """File names; <hash> stands for eight digits that depend on the machine's device and dtype too."""
     output = Path(config.output)
-    if output.suffix.lower() == ".mp4":
+    if is_video(config.output):
         return [str(output)]
     seeds = ["<seed>"] * config.num_videos
     if config.seed is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import io
 import json
 import re
 import sys
@@ -17,6 +16,8 @@ from slagen.config import GenerateConfig, user_path
 from slagen.documents import decode
 from slagen.errors import UsageError
 from slagen.forms import Fault, shown
+from slagen.spreadsheet import open_csv, plain_name, without_empty_end
+from slagen.text import LONG_DASH, cut
 
 FIELDS = {  # what may differ within one loaded model: option -> field of GenerateConfig and its type
     "seed": ("seed", int), "size": ("size", str), "width": ("width", int), "height": ("height", int),
@@ -57,7 +58,7 @@ class Request:
     where: str
 
 
-class _Fault(Exception):
+class _Fault(UsageError):
     """What is wrong with a line, and at which column, 1 being the first."""
 
     def __init__(self, text: str, column: int | None = None) -> None:
@@ -69,12 +70,14 @@ def read_prompts(source: str) -> list[Request]:
     """Read and check a whole prompt file.
 
     Args:
-        source: a .txt, .jsonl, .csv or .yaml file, or "-" for text on stdin.
+        source: a .txt, .jsonl, .csv, .tsv or .yaml file, or "-" for text on stdin.
     Raises: UsageError with every fault, up to ten, each with file, line and column.
     """
     name, suffix, data = _load(source)
     text = _decode(name, data)
-    parse = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".yaml": _yaml, ".yml": _yaml}.get(suffix, _text)
+    parse = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}.get(
+        suffix, _text
+    )
     requests: list[Request] = []
     faults: list[str] = []
     ids: dict[str, str] = {}
@@ -134,7 +137,26 @@ def _text(name: str, text: str) -> Iterator[tuple[int, Entry]]:
             yield number, fault
 
 
+def check_dashes(line: str) -> None:
+    """Raise UsageError where an option begins with what word processors make of two hyphens, or with one of them.
+
+    It would be a part of the prompt, unseen.
+    """
+    for match in re.finditer(rf"(?:^|(?<=\s))((?:{LONG_DASH}|-)+)([A-Za-z][\w-]*)(?=\s|[=:]|$)", line):
+        dash, name = match.groups()
+        plain = _plain(name)
+        known = plain in FIELDS or plain in ELSEWHERE
+        if dash == "--" or not known or (len(name) == 1 and not re.match(r"\s*[=:]?\s*\d", line[match.end() :])):
+            continue
+        raise _Fault(
+            f"{dash}{name} does not begin with two hyphens. Write --{name}; where it is text, put a space behind the "
+            "dash",
+            match.start() + 1,
+        )
+
+
 def _text_line(line: str) -> dict[str, Any]:
+    check_dashes(line)
     pieces = re.split(r"(?:^|(?<=\s))--(?=\S)", line)
     entry: dict[str, Any] = {"prompt": pieces[0].strip()}
     column = len(pieces[0]) + 1
@@ -143,7 +165,7 @@ def _text_line(line: str) -> dict[str, Any]:
         name, value = match.groups() if match else (piece, "")
         option = _option(name, column)
         if option in entry:
-            raise _Fault(f"--{name} is given twice", column)
+            raise _Fault(f"--{cut(name)} is given twice", column)
         entry[option] = _convert(option, value.strip(), column)
         column += len(piece) + 2
     return entry
@@ -151,13 +173,17 @@ def _text_line(line: str) -> dict[str, Any]:
 
 def _option(name: str, column: int | None = None) -> str:
     """An option's name as we spell it."""
-    plain = name.strip().replace("_", "-").lower()
-    plain = SHORT.get(plain, plain)
+    plain = _plain(name)
     if plain in FIELDS:
         return plain
     if plain in ELSEWHERE:
-        raise _Fault(f"--{name} is the same for all prompts and belongs on the command line", column)
-    raise _Fault(f"--{name} is unknown; a line takes {', '.join('--' + option for option in FIELDS)}", column)
+        raise _Fault(f"--{cut(name)} is the same for all prompts and belongs on the command line", column)
+    raise _Fault(f"--{cut(name)} is unknown; a line takes {', '.join('--' + option for option in FIELDS)}", column)
+
+
+def _plain(name: str) -> str:
+    name = plain_name(name)
+    return SHORT.get(name, name)
 
 
 def _convert(option: str, value: Any, column: int | None = None) -> Any:
@@ -191,14 +217,16 @@ def _mapping(content: Any) -> Entry:
     entry: dict[str, Any] = {}
     try:
         for key, value in content.items():
-            if key == "prompt":
+            if plain_name(str(key)) == "prompt":
+                if "prompt" in entry:
+                    raise _Fault("prompt is given twice")
                 if not isinstance(value, str):
                     raise _Fault(f"prompt is {shown(value)}, but must be text")
-                entry["prompt"] = _readable(key, value.strip())
+                entry["prompt"] = _readable("prompt", value.strip())
             elif value is not None:
                 option = _option(str(key))
                 if option in entry:
-                    raise _Fault(f"{key} is given twice")
+                    raise _Fault(f"{cut(str(key))} is given twice")
                 entry[option] = _convert(option, value)
     except _Fault as fault:
         return fault
@@ -217,14 +245,14 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[int, Entry]]:
 
 
 def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = open_csv(text, "prompt")
     header: list[str] | None = None
     try:
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             if header is None:
-                header = [cell.strip() for cell in row]
+                header = [plain_name(cell) for cell in without_empty_end(row)]
                 if "prompt" not in header:
                     yield rows.line_num, _Fault("has no column named prompt")
                     return
@@ -232,6 +260,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
                     yield rows.line_num, _Fault("names a column twice")
                     return
                 continue
+            row = without_empty_end(row, len(header))
             if len(row) != len(header):
                 yield rows.line_num, _Fault(f"has {len(row)} cells, but the first line names {len(header)}")
                 continue
@@ -263,6 +292,9 @@ def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
         return
     for part, value in zip(node.value, content, strict=True):
         yield part.start_mark.line + 1, _mapping(value)
+
+
+PARSERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}
 
 
 def _request(entry: dict[str, Any], where: str) -> Request:

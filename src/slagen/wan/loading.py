@@ -127,8 +127,8 @@ def load_pipeline(
     try:
         with closed_hub():
             pipe = WanPipeline.from_pretrained(source.folder, local_files_only=True, **parts)
-    except ImportError:
-        raise  # of a package that the tokenizer takes
+    except (ImportError, UnicodeEncodeError):
+        raise  # of a package that the tokenizer takes, or of a path that it cannot take
     except Exception as error:  # of whatever kind two libraries raise over a damaged tokenizer or scheduler
         raise WeightsError(
             f"the tokenizer or scheduler of {source.folder} is broken: {_first_line(error)}. Get the model again."
