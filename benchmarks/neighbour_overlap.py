@@ -18,8 +18,8 @@ from torch import Tensor
 
 from slagen.attention.block_map import block_scores, critical_indices
 from slagen.config import SLAConfig
+from slagen.files import write_json
 from slagen.machine import cpu_name
-from slagen.report import write_json
 from slagen.wan.loading import load_pipeline, resolve_model
 from slagen.wan.processor import install, processors
 

@@ -182,14 +182,14 @@ def save(path: Path, content: dict) -> None:
     """Write a result with card, date and versions, whole or not at all."""
     import torch
 
-    from slagen import report
+    from slagen import files, report
     from slagen.machine import describe_device
 
     about = {
         "machine": {**describe_device(torch.device("cuda")), "versions": report.versions()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    report.write_json(path, {**about, **content})
+    files.write_json(path, {**about, **content})
 
 
 def loop(name: str, folder: Path, *options: str) -> None:

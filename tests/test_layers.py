@@ -19,7 +19,7 @@ LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
+    "files": {"errors", "text"},
     "text": {"errors"},
     "paths": {"errors", "text"},
     "spreadsheet": set(),
@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "model_files": {"errors", "documents", "forms"},
     "config": {"errors", "forms", "text", "paths"},
     "timing": {"errors", "config"},
-    "video": {"errors", "config"},
+    "video": {"errors", "config", "files"},
     "report": {"errors", "config", "timing", "text"},
     "told": {"errors", "documents", "forms", "report", "video"},
     "models": {"errors", "config", "report", "model_files", "text"},
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "attention": {"kernels", "errors", "config", "timing"},
     "wan": {"kernels", "attention"} | LEAVES,
     "prompts": {"errors", "config", "documents", "forms", "text", "spreadsheet"},
-    "manifest": {"errors", "documents", "forms", "text"},
+    "manifest": {"errors", "files", "documents", "forms", "text"},
     "pages": {"text"},
     "packages": set(),
     "plain": {"text"},
@@ -64,7 +64,7 @@ MAY_IMPORT = {
     }
     | LIBRARY
     | LEAVES,
-    "training_log": {"pages", "plot", "report", "video", "errors", "documents", "forms"},
+    "training_log": {"pages", "plot", "files", "video", "errors", "documents", "forms"},
     "selftest": {"doctor", "generate", "bench"} | LIBRARY | LEAVES,
     "replay": {"generate"} | LIBRARY | LEAVES,
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,

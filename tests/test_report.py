@@ -6,6 +6,7 @@ import time
 import pytest
 
 from slagen.config import SLAConfig
+from slagen.files import write_json
 from slagen.report import (
     ModelShape,
     block_counts,
@@ -16,7 +17,6 @@ from slagen.report import (
     sla_attention_flops,
     step_section,
     timing_section,
-    write_json,
 )
 from slagen.timing import SpanClock, StepRecorder, StepTimes
 

@@ -30,13 +30,14 @@ from slagen.config import BatchConfig, GenerateConfig, user_path
 from slagen.documents import read_json
 from slagen.embeddings import Embeddings, component_files, file_hashes
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.files import sweep, write_bytes, write_json, write_text
 from slagen.generate import Event, Sample, Session, Video, free_memory, save
 from slagen.interrupts import stopping
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
 from slagen.paths import is_video
-from slagen.report import dense_attention_flops, other_flops, sla_attention_flops, write_bytes, write_json, write_text
+from slagen.report import dense_attention_flops, other_flops, sla_attention_flops
 from slagen.resolve import Plan, Weights, find_weights, make_plan
 from slagen.told import restored_report
 from slagen.video import make_thumbnail
@@ -138,6 +139,7 @@ def write_page(manifest: Manifest) -> Path:
 def _write_page(manifest: Manifest) -> Path:
     thumbnails = manifest.folder / LOCKS / "thumbnails"
     thumbnails.mkdir(exist_ok=True)
+    sweep(thumbnails)
     cards = []
     for job in manifest.read().values():
         path, attention, video = manifest.folder / job.name, None, None
@@ -231,8 +233,9 @@ def _sweep(
     on_event: Callable[[Event], None],
 ) -> list[Task]:  # fmt: skip
     """Take away what killed runs left, and sort out what is done or failed; the rest is to do."""
+    sweep(manifest.folder)
     by_stem = {Path(job.name).stem: job for job in jobs.values()}
-    for part in manifest.folder.glob("*.part"):
+    for part in manifest.folder.glob("*.part"):  # as versions before left them
         stem = re.sub(r"(\.mp4|\.json|\.latents\.safetensors)\.part$", "", part.name)
         if stem in by_stem and (lock := manifest.claim(by_stem[stem])) is not None:
             part.unlink(missing_ok=True)

@@ -27,12 +27,14 @@ from slagen import machine, packages, report
 from slagen.attention.functional import choose_backend, sparse_linear_attention
 from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
+from slagen.files import check_writable, reserved, staging, write_json, write_text
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
 from slagen.tables import BenchResult, markdown
 from slagen.text import quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
+JSON_FILE = "bench.json"
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 
 
@@ -55,10 +57,21 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         if name not in known:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
     folder = user_path(config.output or "")
-    if config.output is not None:
-        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is told before the measurement
+    if config.output is None:
+        return _rows(config, device, dtype, known, on_note)
+    with reserved(folder / JSON_FILE):
+        check_writable(folder)  # before the measurement
+        result = _rows(config, device, dtype, known, on_note)
+        result.files = _write(folder, result.content, on_note)
+    return result
+
+
+def _rows(
+    config: BenchConfig, device: torch.device, dtype: torch.dtype, known: dict[str, Method],
+    on_note: Callable[[str], None],
+) -> BenchResult:  # fmt: skip
     if config.model or config.random_init:
-        importlib.import_module("slagen.wan.loading")  # and what is not installed
+        importlib.import_module("slagen.wan.loading")  # what is not installed is told before the measurement
     content: dict[str, Any] = {
         "machine": {
             **machine.describe_device(device), "versions": report.versions(), **_ceilings(device, dtype),
@@ -79,10 +92,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         methods = [known[name] for name in config.methods] or list(METHODS)
         for shape in config.shapes:
             _bench_shape(config, shape, methods, device, dtype, content, on_note)
-    result = BenchResult(content)
-    if config.output is not None:
-        result.files = _write(folder, content, on_note)
-    return result
+    return BenchResult(content)
 
 
 @dataclass
@@ -565,17 +575,19 @@ def _spread(times: list[float]) -> dict[str, Any]:
 
 
 def _write(folder: Path, content: dict[str, Any], on_note: Callable[[str], None]) -> list[Path]:
-    """bench.json, bench.md, and where shapes were timed bench.png and bench.svg, each whole or not at all."""
-    files = [folder / "bench.json", folder / "bench.md"]
-    report.write_json(files[0], content)
-    report.write_text(files[1], markdown(BenchResult(content)))
-    if any(row["forward_ms"] for row in content["rows"]):
-        from slagen.plot import draw_bench
+    """bench.json, bench.md, and where shapes were timed bench.png and bench.svg: all of them, or none."""
+    with staging(folder) as stage:
+        files = [stage.folder / JSON_FILE, stage.folder / "bench.md"]
+        write_json(files[0], content)
+        write_text(files[1], markdown(BenchResult(content)))
+        if any(row["forward_ms"] for row in content["rows"]):
+            from slagen.plot import draw_bench
 
-        try:
-            files += draw_bench(content, folder)
-        except ImportError as error:
-            if (lack := packages.explain(error)) is None:
-                raise
-            on_note(f"there is no plot: {lack}")
-    return files
+            try:
+                files += draw_bench(content, stage.folder)
+            except ImportError as error:
+                if (lack := packages.explain(error)) is None:
+                    raise
+                on_note(f"there is no plot: {lack}")
+        stage.publish()
+    return [folder / file.name for file in files]

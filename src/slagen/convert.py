@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slagen import report
 from slagen.config import ModelDefaults, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.files import reserved, write_json, writing
 from slagen.models import (
     BUNDLED,
     PRESETS,
@@ -43,6 +43,7 @@ from slagen.wan.reading import read_tensors
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 MAX_SHARD = "5GB"
+MODEL_FILES = {"model_index.json", "config.json", "transformer"}  # one of them is in every folder that convert makes
 
 
 def convert(
@@ -62,21 +63,18 @@ def convert(
     check_folder("output", output)
     path, target = user_path(source), user_path(output)
     folder = None if base is None else describe_base(base)
-    _check_free(target, overwrite)
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        if not path.is_dir() and identify(read_tensors(path)) == "vae":
-            _convert_vae(path, part, folder)
-        else:
-            _convert_transformer(path, part, folder, dtype, on_note)
-        if overwrite and target.exists():
-            shutil.rmtree(target)
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
-        raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    _check_free(target, overwrite, [path] if folder is None else [path, folder.folder])
+    with reserved(target):
+        _check_free(target, overwrite, [])  # it may have been made since
+        is_vae = not path.is_dir() and identify(read_tensors(path)) == "vae"
+        try:
+            with writing(target, replace=overwrite) as part:
+                if is_vae:
+                    _convert_vae(path, part, folder)
+                else:
+                    _convert_transformer(path, part, folder, dtype, on_note)
+        except (OSError, SafetensorError) as error:
+            raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
     return target
 
 
@@ -92,10 +90,16 @@ def describe_base(base: str) -> ModelSource:
     return describe_folder(path, path.resolve().name)
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
-    if target.is_file() or (target.exists() and not overwrite and any(target.iterdir())):
+def _check_free(target: Path, overwrite: bool, read: list[Path]) -> None:
+    """Raise UsageError where a folder may not be written: what is replaced is a model, and nothing that is read."""
+    content = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if (content and not overwrite) or (os.path.lexists(target) and not target.is_dir()):
         raise UsageError(f"{target} exists. Choose another output, or replace a folder with --overwrite.")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if content and not content & MODEL_FILES:
+        raise UsageError(f"{target} is no model's folder, so nothing in it is replaced. Choose another output.")
+    for path in read:
+        if path.resolve().is_relative_to(target.resolve()):
+            raise UsageError(f"{path} is read, but lies in {target}, which would be replaced. Choose another output.")
 
 
 def _convert_vae(path: Path, part: Path, folder: ModelSource | None) -> None:
@@ -140,7 +144,7 @@ def _convert_transformer(
         for component in PARTS:
             if (folder.folder / component).is_dir():
                 shutil.copytree(folder.folder / component, part / component, copy_function=_link_or_copy)
-        report.write_json(part / "slagen.json", _defaults(folder.defaults, distilled))
+        write_json(part / "slagen.json", _defaults(folder.defaults, distilled))
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -221,8 +225,21 @@ def merge(
         raise UsageError(
             f"the output is {target}, but must be a .safetensors file. Try {target.with_suffix('.safetensors')}."
         )
-    if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists. Choose another output, or replace it with --overwrite.")
+    with reserved(target):
+        if target.is_dir() or (os.path.lexists(target) and not overwrite):
+            raise UsageError(f"{target} exists. Choose another output, or replace a file with --overwrite.")
+        tensors = _merged(base, diff_base, diff_target, weight, on_note)
+        try:
+            with writing(target, replace=overwrite) as part:
+                save_file(tensors, part)
+        except (OSError, SafetensorError) as error:
+            raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
+    return target
+
+
+def _merged(
+    base: str, diff_base: str, diff_target: str, weight: float, on_note: Callable[[str], None]
+) -> dict[str, Tensor]:
     found = [_whole(user_path(name)) for name in (base, diff_base, diff_target)]
     start, before, after = ({**c.tensors, **c.projections} for c in found)
     merged: dict[str, Tensor] = {}
@@ -239,16 +256,7 @@ def merge(
     on_note(
         f"{len(start) - len(kept)} tensors changed, {len(kept)} kept as in the base, {len(copied)} only the target's"
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in merged.items()}, part)
-        os.replace(part, target)
-    except (OSError, SafetensorError) as error:
-        raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return target
+    return {name: tensor.contiguous() for name, tensor in merged.items()}
 
 
 def _whole(path: Path) -> Checkpoint:

@@ -8,10 +8,9 @@ has the names of those whose videos could be decoded, before the first is encode
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from slagen import prompts
 from slagen.config import DataConfig, GenerateConfig, user_path
 from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.files import append, sweep, write_json, writing
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.generate import Event, Session, texts_of
 from slagen.manifest import digest
 from slagen.models import ModelSource, read_header
 from slagen.quality import Example
-from slagen.report import write_json
 from slagen.resolve import Weights, find_weights, make_plan
 from slagen.text import quote
 from slagen.wan import reading
@@ -70,7 +69,7 @@ class Store:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._waiting: dict[str, Tensor] = {}
         self._flushed = time.monotonic()
-        whole: dict[str, bool] = {}
+        self.named = whole = dict[str, bool]()  # shards that the index speaks of
         try:
             lines = (folder / INDEX_FILE).read_bytes().split(b"\n")
         except OSError:
@@ -106,7 +105,7 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits: a shard beside its name, renamed, and then its lines in the index.
+        """Write what waits: a shard, and then its lines in the index.
 
         What said that the set is whole goes first: it says so again when it is.
         """
@@ -114,7 +113,6 @@ class Store:
         if not self._waiting:
             return
         shard = f"{digest(sorted(self._waiting))[:16]}.safetensors"
-        part = self.folder / f"{shard}.part"
         entries: list[dict[str, Any]] = [
             {"name": name, "shard": shard, "sha256": tensor_hash(tensor), "shape": list(tensor.shape)}
             for name, tensor in self._waiting.items()
@@ -123,20 +121,28 @@ class Store:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / SET_FILE).unlink(missing_ok=True)
-            save_file(self._waiting, part)
-            os.replace(part, self.folder / shard)
-            with (self.folder / INDEX_FILE).open("a+b") as handle:
-                handle.write(("\n" + "\n".join(lines) + "\n").encode())  # the first closes a line that a kill tore
-                handle.flush()
-                os.fsync(handle.fileno())
+            with writing(self.folder / shard) as part:
+                save_file(self._waiting, part)
+            append(self.folder / INDEX_FILE, ("\n".join(lines) + "\n").encode())
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):  # a disk that is read-only by now
-                part.unlink(missing_ok=True)
             raise SlagenError(f"{self.folder} takes no more ({error}). Free some space, and start again.") from error
         for entry in entries:
             self.places[entry["name"]] = shard, entry["sha256"]
             self.shapes[entry["name"]] = tuple(entry["shape"])
         self._waiting = {}
+
+    def sweep(self) -> None:
+        """Delete what killed runs left: their temporary files, and shards that they wrote no whole line about.
+
+        The caller holds the folder's lock, so that nobody is writing them.
+        """
+        sweep(self.folder)
+        for path in self.folder.glob("*.safetensors"):
+            if self.named and re.fullmatch(r"[0-9a-f]{16}", path.stem) and path.name not in self.named:
+                path.unlink()
+        for path in [*self.folder.glob("*.safetensors.part"), *self.folder.glob(".tmp*")]:  # as versions before did
+            if path.suffix == ".part" or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
+                path.unlink()
 
     def drop_changed(self) -> None:
         """Forget every tensor whose bytes are not those that were written, so that it is made again."""
@@ -273,10 +279,9 @@ def _prepare(
     config: DataConfig, base: GenerateConfig, weights: Weights, folder: Path, cache: Path, seed: int,
     on_event: Callable[[Event], None],
 ) -> Dataset:  # fmt: skip
-    for part in folder.glob("*.safetensors.part"):
-        part.unlink(missing_ok=True)
     make = _generated if config.self_generate is not None else _encoded
     store = Store(folder)
+    store.sweep()
     store.drop_changed()
     clips, negative, fps = make(config, base, weights, store, cache, seed, on_event)
     store.flush()
@@ -337,8 +342,7 @@ def _encoded(
         except UsageError as error:
             faults.append(f"{footage[i].where}: {error}")
             continue
-        with decoded.open("a") as handle:
-            handle.write(f"{names[i]}\n")
+        append(decoded, f"{names[i]}\n".encode())
     tell(faults)
     if todo or missing:
         on_event(Event("stage", "load"))

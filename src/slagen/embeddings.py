@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from slagen.config import BatchConfig, user_path
 from slagen.documents import read_json
 from slagen.errors import SlagenError, WeightsError
+from slagen.files import sweep, write_json, writing
 from slagen.generate import Session, texts_of
 from slagen.manifest import digest
-from slagen.report import write_json
 from slagen.resolve import Plan
 
 SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
@@ -33,6 +33,8 @@ class Embeddings:
         weights = plan.weights
         self.cache = user_path(config.cache_dir)
         self.folder = None if config.no_cache else self.cache / "embeddings"
+        if self.folder is not None:
+            sweep(self.folder)
         files = component_files(weights.source.folder, ("text_encoder", "tokenizer"))
         self.about = [
             file_hashes(files, self.cache), weights.source.defaults.max_sequence_length, str(weights.dtype)
@@ -50,14 +52,12 @@ class Embeddings:
             assert tensor is not None
             tensor, key = tensor.cpu().contiguous(), self._key(text)
             if self.folder is not None:
-                part = self.folder / f"{key}.{os.getpid()}.part"
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    save_file({"embeds": tensor}, part, metadata={"sha256": tensor_hash(tensor)})
-                    os.replace(part, self._path(key))
+                    with writing(self._path(key)) as part:
+                        save_file({"embeds": tensor}, part, metadata={"sha256": tensor_hash(tensor)})
                     continue
                 except (OSError, SafetensorError):
-                    part.unlink(missing_ok=True)
                     self.folder = None
             self.memory[key] = tensor
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -30,6 +29,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from slagen.errors import SlagenError
+from slagen.text import to_json
 
 NEW, READY, OLD, LOCK = "new", "ready", "old", "lock"
 STAGES, RESERVATIONS = ".slagen-*.tmp", ".*.slagen-lock"
@@ -105,12 +105,11 @@ def writing(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Where to write a file or folder, which gets its final name when the block has ended well.
 
     Args:
-        path: its final place; the folder above is made.
+        path: its final place, in a folder that is there.
         replace: what lies there is replaced; otherwise it stays, and FileExistsError is raised.
     Raises: OSError, with `path` as it was before.
     """
     path = Path(os.path.abspath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with staging(path.parent) as stage:
         yield stage.folder / path.name
         stage.publish(replace=replace)
@@ -129,8 +128,7 @@ def write_text(path: Path, text: str, *, replace: bool = True) -> None:
 
 def write_json(path: Path, content: dict[str, Any], *, replace: bool = True) -> None:
     """Write a JSON file, whole or not at all. Raises as `writing`."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text, replace=replace)
+    write_text(path, to_json(content, indent=2, allow_nan=False) + "\n", replace=replace)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -156,7 +154,7 @@ def check_writable(folder: Path) -> None:
     """Make a folder and see that it takes files. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     with staging(folder) as stage:
-        _put(stage.folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_EXCL, b"\0" * 4096)
+        (stage.folder / "probe").write_bytes(b"\0" * 4096)
 
 
 @contextmanager

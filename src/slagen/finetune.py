@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import threading
 import time
@@ -26,13 +25,14 @@ from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefault
 from slagen.dataset import Clip, Dataset
 from slagen.embeddings import file_hashes, files_in
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.files import append, delete, sweep, write_json, writing
 from slagen.generate import BRANCHES, Event, Session
 from slagen.interrupts import stopping
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.models import SLA_FILE
 from slagen.parallel import Team, join, own_part, whole
 from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
-from slagen.report import versions, write_json
+from slagen.report import versions
 from slagen.resolve import find_weights, make_plan, pick_backend
 from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
 from slagen.training_log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
@@ -236,6 +236,9 @@ class _Run:
 
     def run(self) -> FinetuneResult:
         """Everything, from the data to the page."""
+        if self.team.first:
+            self._sweep()
+        self.team.wait()
         found = None if self.config.restart else read_latest(self.folder)
         self._check_foreign()
         self.settings = self._settings()
@@ -265,7 +268,7 @@ class _Run:
                 self._clear()
             elif found is None:
                 self._clear_log()  # of a run that came to no checkpoint, with other settings perhaps
-            (self.folder / MARK).touch()
+            append(self.folder / MARK, b"")
         self.team.wait()
         self.examples = [self.data.example(clip) for clip in self.data.held_out[:MAX_HELD_OUT]]
         self.levels = noise_levels(LEVELS, self.schedule.log_sigma_mean, self.schedule.log_sigma_std)
@@ -296,20 +299,25 @@ class _Run:
 
     def _clear(self) -> None:
         """Take away what a run before left, and nothing else."""
-        folders = [*checkpoints(self.folder), *(self.folder / FOLDER).glob("step-*.part"), self.folder / TENSORBOARD]
+        paths = [*checkpoints(self.folder), self.folder / TENSORBOARD]
         if (self.folder / "transformer" / MARK).is_file():
-            folders.append(self.folder / "transformer")
-        for path in folders:
-            shutil.rmtree(path, ignore_errors=True)
+            paths.append(self.folder / "transformer")
+        for path in [*paths, *(self.folder / name for name in (RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE))]:
+            delete(path)
         self._clear_log()
-        for name in (RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE):
-            (self.folder / name).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Clear away what killed runs left, of which this one, which has the folder, is the only one alive."""
+        for folder in (self.folder, self.folder / FOLDER, self.folder / CLIPS):
+            sweep(folder)
+        for left in (self.folder / FOLDER).glob("step-*.part"):  # as versions before left them
+            delete(left)
 
     def _clear_log(self) -> None:
         """Take away the log and the clips that it speaks of."""
         clips = [*(self.folder / CLIPS).glob("step-*.mp4"), *(self.folder / CLIPS).glob("dense-*.mp4")]
         for path in [*clips, self.folder / LOG]:
-            path.unlink(missing_ok=True)
+            delete(path)
 
     def _check_foreign(self) -> None:
         """Raise UsageError where the result would be written over something that no run here has made."""
@@ -681,15 +689,11 @@ class _Run:
     def _write_base(self) -> None:
         """The transformer that SLA was trained on, beside SLA's weights, where no model's name stands for it."""
         final = self.folder / "transformer"
-        part = final.with_name(final.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
         try:
-            load_transformer(self.weights.source, self.recipe.dtype).save_pretrained(part)
-            (part / MARK).touch()
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(part, final)
+            with writing(final) as part:
+                load_transformer(self.weights.source, self.recipe.dtype).save_pretrained(part)
+                (part / MARK).touch()
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(part, ignore_errors=True)
             raise SlagenError(f"{final} could not be written ({error}). Free some space, and start again.") from error
 
     def _trained(self) -> str:

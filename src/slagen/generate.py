@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +26,12 @@ from slagen import machine, report
 from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
+from slagen.files import check_writable, reserved, staging, write_json
 from slagen.paths import is_video
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.text import quote
 from slagen.timing import StepRecorder, StepTimes
-from slagen.video import part_path, write_mp4
+from slagen.video import encode_mp4, not_written
 from slagen.wan.checkpoints import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
 from slagen.wan.processor import attach_recorder, install, processors
@@ -92,7 +94,11 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
         on_event(Event("note", text))
     for text in plan.warnings:
         on_event(Event("warning", text))
-    paths = _claim_paths(plan)
+    with _claimed_paths(plan) as paths:
+        return GenerateResult(_make(plan, paths, on_event))
+
+
+def _make(plan: Plan, paths: list[Path], on_event: Callable[[Event], None]) -> list[Video]:
     stages = {"start": time.time() - psutil.Process().create_time()}
 
     on_event(Event("stage", "load"))
@@ -111,9 +117,10 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
     for index, path in enumerate(paths):
         config = dataclasses.replace(plan.config, seed=(plan.config.seed or 0) + index)
         one = dataclasses.replace(plan, config=config)
-        videos.append(save(session.sample(one, embeds, dict(stages), on_event), path, on_event))
+        sample = session.sample(one, embeds, dict(stages), on_event)
+        videos.append(save(sample, path, on_event, replace=config.overwrite))
         stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared: counted once, with the first video
-    return GenerateResult(videos)
+    return videos
 
 
 @dataclass
@@ -237,8 +244,16 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def save(sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda event: None) -> Video:
-    """Write a sampled video, its report, and its latents where they are kept. Raises SlagenError."""
+def save(
+    sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda event: None, *, replace: bool = True
+) -> Video:
+    """Write a sampled video, its report, and its latents where they are kept: all of them, so that none describes
+    another, but where what is beside the video cannot be written, the video alone.
+
+    Args:
+        replace: files of these names; otherwise they stay, and it is an error.
+    Raises: SlagenError.
+    """
     config = sample.plan.config
     assert config.fps
     on_event(Event("stage", "write"))
@@ -247,21 +262,29 @@ def save(sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda 
         "latents_hash": hashlib.sha256(sample.latents.numpy().tobytes()).hexdigest(),
         "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
     }
-    write_mp4(sample.frames, path, config.fps, report.comment(sample.plan.settings, **hashes))
-    latents_path = None
+    report_path, latents_path = path.with_suffix(".json"), path.with_suffix(".latents.safetensors")
+    lost = None
     try:
-        if config.save_latents:
-            latents_path = path.with_suffix(".latents.safetensors")
-            save_file({"latents": sample.latents}, part_path(latents_path))
-            os.replace(part_path(latents_path), latents_path)
-        sample.stages["write"] = time.perf_counter() - began
-        content = _report(sample, path, **hashes)
-        report.write_json(path.with_suffix(".json"), content)
-    except (OSError, SafetensorError) as error:
+        with staging(path.parent) as stage:
+            video, latents = stage.folder / path.name, stage.folder / latents_path.name
+            encode_mp4(sample.frames, video, config.fps, report.comment(sample.plan.settings, **hashes))
+            try:
+                if config.save_latents:
+                    save_file({"latents": sample.latents}, latents)
+                sample.stages["write"] = time.perf_counter() - began
+                content = _report(sample, video, **hashes)
+                write_json(stage.folder / report_path.name, content)
+            except (OSError, SafetensorError) as error:
+                lost = error
+                latents.unlink(missing_ok=True)
+            stage.publish(replace=replace)
+    except OSError as error:
+        raise not_written(path, error) from error
+    if lost is not None:
         raise SlagenError(
-            f"{path} is written, but a file beside it could not be ({error}). Check the free space there."
-        ) from error
-    return Video(path, path.with_suffix(".json"), content, latents_path)
+            f"{path} is written, but a file beside it could not be ({lost}). Check the free space there."
+        ) from lost
+    return Video(path, report_path, content, latents_path if config.save_latents else None)
 
 
 def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
@@ -369,8 +392,12 @@ def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> 
     }  # fmt: skip
 
 
-def _claim_paths(plan: Plan) -> list[Path]:
-    """The final paths of all videos. Raises SlagenError if one exists, or the folder takes no files."""
+@contextmanager
+def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
+    """The final paths of all videos, which no other run writes meanwhile.
+
+    Raises: UsageError if one exists, SlagenError if another run has it or the folder takes no files.
+    """
     config = plan.config
     output = user_path(config.output)
     if is_video(config.output):
@@ -383,12 +410,7 @@ def _claim_paths(plan: Plan) -> list[Path]:
         paths = [output / f"{_file_stem(plan, i)}.mp4" for i in range(config.num_videos)]
     folder = paths[0].parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".slagen-{os.getpid()}.part"
-        try:
-            probe.write_bytes(b"\0" * 4096)
-        finally:
-            probe.unlink(missing_ok=True)
+        check_writable(folder)
     except OSError as error:
         raise SlagenError(
             f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
@@ -400,14 +422,18 @@ def _claim_paths(plan: Plan) -> list[Path]:
             f"{folder} has {free / 2**20:.1f} MiB free, but the videos may need {needed / 2**20:.1f} MiB. "
             "Free some space, or give another folder with --output."
         )
-    for path in paths:
-        companions = [path, path.with_suffix(".json")]
-        if config.save_latents:
-            companions.append(path.with_suffix(".latents.safetensors"))
-        for file in companions:
-            if file.is_dir() or (file.exists() and not config.overwrite):
-                raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
-    return paths
+    # runs whose names are the same have the same first one; a report is one's own too: of v.mp4 and v.MP4 it is v.json
+    with reserved(paths[0], paths[0].with_suffix(".json")):
+        for path in paths:
+            companions = [path, path.with_suffix(".json")]
+            if config.save_latents:
+                companions.append(path.with_suffix(".latents.safetensors"))
+            for file in companions:
+                if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
+                    raise UsageError(
+                        f"{file} exists. Choose another --output or --seed, or replace it with --overwrite."
+                    )
+        yield paths
 
 
 def _file_stem(plan: Plan, index: int) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from slagen.documents import parse_json
 from slagen.errors import SlagenError
+from slagen.files import append
 from slagen.forms import Fault, check, matching, one_of, sha256, whole
 from slagen.text import to_json
 
@@ -175,18 +175,12 @@ class Manifest:
     def _append(self, events: tuple[dict[str, Any], ...]) -> None:
         stamp = time.time()
         lines = [to_json({"v": VERSION, **event, "time": stamp}) for event in events]
-        data = ("\n".join(lines) + "\n").encode()
         try:
-            with self.path.open("a+b") as handle:
-                if handle.tell() > 0:
-                    handle.seek(-1, os.SEEK_END)
-                    if handle.read(1) != b"\n":  # the line before was torn
-                        data = b"\n" + data
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
+            append(self.path, ("\n".join(lines) + "\n").encode())
         except OSError as error:
-            raise SlagenError(f"{self.path} cannot be written ({error.strerror or error}). Free some space.") from error
+            raise SlagenError(
+                f"{self.path} cannot be written ({error.strerror or error}). Mend that, or give another --output."
+            ) from error
 
     def queue(self, wanted: list[Wanted]) -> list[Job]:
         """Find each wanted job, or queue it: all new ones in one append.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ def draw_bench(content: dict[str, Any], folder: Path) -> list[Path]:
 
     Args:
         content: what `slagen.bench.bench` measured.
-    Returns: the files, each written beside its name and renamed.
+    Returns: the files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,9 +49,7 @@ def draw_bench(content: dict[str, Any], folder: Path) -> list[Path]:
     files = []
     for kind in ("png", "svg"):
         path = folder / f"bench.{kind}"
-        part = path.with_name(path.name + ".part")
-        figure.savefig(part, format=kind, dpi=150)
-        os.replace(part, path)
+        figure.savefig(path, format=kind, dpi=150)
         files.append(path)
     return files
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from slagen import report
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import UsageError
+from slagen.files import scratch
 from slagen.generate import Event, generate
 from slagen.told import describe
 
@@ -41,10 +40,10 @@ def replay(
         width, height = (int(size) for size in settings["size"].split("x"))
         if settings["attention"] in ("sla", "sparse", "linear"):
             fields["sparsity"] = settings["sparsity"]
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch() as folder:
             config = GenerateConfig(
                 **fields, width=width, height=height, ode=bool(settings.get("ode")),
-                output=output or str(Path(folder) / "replay.mp4"),
+                output=output or str(folder / "replay.mp4"),
             )  # fmt: skip
             made = generate(config, on_event).videos[0].report
     except (KeyError, TypeError, ValueError) as error:

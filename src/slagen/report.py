@@ -1,13 +1,11 @@
-"""What a run measured -> the JSON beside its video."""
+"""What a run measured, as the JSON beside its video says it."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from slagen.config import SLAConfig
@@ -169,26 +167,3 @@ def comment(settings: dict[str, Any], latents_hash: str, frames_hash: str) -> st
             kept[f"{name}_sha256"] = hashlib.sha256(kept.pop(name).encode()).hexdigest()
             text = to_json(content)
     return text
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file beside its final name and rename it."""
-    write_text(path, to_json(content, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its final name and rename it."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside its final name and rename it."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

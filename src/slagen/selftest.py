@@ -7,7 +7,6 @@ A check that fails stops no other.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 import time
@@ -25,6 +24,7 @@ from slagen.attention import fused, sparse_linear_attention
 from slagen.attention.functional import choose_backend
 from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig, user_path
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
+from slagen.files import scratch, write_json
 from slagen.text import quote
 
 SCHEMA_VERSION = 1
@@ -158,9 +158,9 @@ def _generate(device: torch.device) -> str:
     from slagen.generate import generate
 
     backend = choose_backend(torch.empty(1, 1, 1, 64, device=device))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         config = GenerateConfig(
-            PROMPT, model="tiny-wan", backend=backend, steps=4, seed=0, output=str(Path(folder) / "video.mp4")
+            PROMPT, model="tiny-wan", backend=backend, steps=4, seed=0, output=str(folder / "video.mp4")
         )
         video = generate(config).videos[0]
         size = video.path.stat().st_size
@@ -208,7 +208,7 @@ def claim(output: str | None) -> Path:
 
 
 def write(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def check(content: dict[str, Any]) -> None:

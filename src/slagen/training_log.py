@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import SlagenError
+from slagen.files import append, write_text
 from slagen.pages import Pair, training_page
 from slagen.plot import Chart, Line, draw_chart
-from slagen.report import write_text
 from slagen.video import make_thumbnail
 
 LOG, PAGE, CLIPS = "log.jsonl", "index.html", "clips"
@@ -35,8 +35,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 def add_line(folder: Path, event: str, content: dict[str, Any]) -> None:
     """Write one line. Raises SlagenError where the disk does not take it."""
     try:
-        with (folder / LOG).open("a") as handle:
-            handle.write(json.dumps({"event": event, **content}) + "\n")
+        append(folder / LOG, (json.dumps({"event": event, **content}) + "\n").encode())
     except OSError as error:
         raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Mend that, and start again.") from error
 

@@ -1,16 +1,15 @@
 """A training's checkpoints: optimiser, weights and their average, whole or not there.
 
-Each is a folder `step-000100` with `state.safetensors`, `state.json` and their hashes, written as `step-000100.part`
-and renamed. The last two are kept; one whose hashes do not fit its files is passed over.
+Each is a folder `step-000100` with `state.safetensors`, `state.json` and their hashes. The last two are kept; one whose
+hashes do not fit its files is passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from slagen.errors import SlagenError, WeightsError
+from slagen.files import delete, writing
 from slagen.parallel import like, own_part, whole
 from slagen.trainer import Trainer
 
@@ -47,29 +47,22 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 plain.setdefault(name, {})[key] = value
-    for name, part in trainer.average.items():  # one at a time, for they may not all fit a card
-        average = whole(like(part, trainer.named[name].detach()))
+    for name, kept in trainer.average.items():  # one at a time, for they may not all fit a card
+        average = whole(like(kept, trainer.named[name].detach()))
         if trainer.team.first:
             tensors[f"average/{name}"] = average.cpu()
     if not trainer.team.first:
         return
     final = folder / FOLDER / f"step-{step:06d}"
-    part_folder = final.with_name(final.name + ".part")
     try:
-        for left in final.parent.glob("step-*.part"):  # of a killed run
-            shutil.rmtree(left, ignore_errors=True)
-        part_folder.mkdir(parents=True)
-        save_file(_apart(tensors), part_folder / "state.safetensors")
-        content = {**about, "step": step, "plain": plain}
-        (part_folder / "state.json").write_text(json.dumps(content, allow_nan=False))
-        (part_folder / HASHES).write_text(json.dumps(_hashes(part_folder)))
-        for file in part_folder.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(part_folder, final)
+        final.parent.mkdir(exist_ok=True)
+        with writing(final) as part:
+            part.mkdir()
+            save_file(_apart(tensors), part / "state.safetensors")
+            content = {**about, "step": step, "plain": plain}
+            (part / "state.json").write_text(json.dumps(content, allow_nan=False))
+            (part / HASHES).write_text(json.dumps(_hashes(part)))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part_folder, ignore_errors=True)
         raise SlagenError(
             f"the checkpoint of step {step} could not be written to {folder} ({error}). Free some space and start "
             "again: the run goes on from the checkpoint before."
@@ -77,7 +70,8 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
     found = checkpoints(folder)
     last = found.index(final) + 1  # what comes after it is broken, or the run would have gone on from there
     for old in found[: max(0, last - KEPT)] + found[last:]:
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # it is looked for again after the next one
+            delete(old)
 
 
 def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -13,6 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from slagen.errors import SlagenError, WeightsError
+from slagen.files import scratch, writing
 
 CRF = 16  # x264 constant rate factor: visually lossless
 # Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the
@@ -23,46 +24,48 @@ COLOUR = (
 )
 
 
-def part_path(path: Path) -> Path:
-    """The name a file has until it is whole."""
-    return path.with_name(path.name + ".part")
-
-
 def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
-    """Write an H.264 MP4 (yuv420p, plays everywhere): under `<name>.part`, decoded as a check, then renamed.
+    """Write a video as `encode_mp4` does, whole or not at all; a file there is replaced. Raises SlagenError."""
+    try:
+        with writing(path) as part:
+            encode_mp4(frames, part, fps, comment)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: BaseException) -> SlagenError:
+    """What is said where a video could not be written."""
+    lines = [line for line in str(error).splitlines() if line.strip() and line != "Conversion failed!"]
+    reason = (lines or ["ffmpeg stopped"])[-1]
+    return SlagenError(
+        f"{path} could not be written ({reason}). Check the free space of {path.parent}, or give another --output."
+    )
+
+
+def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
+    """Make an H.264 MP4 (yuv420p, plays everywhere), and decode it as a check.
 
     Args:
         frames: (F, H, W, 3) uint8 RGB, H and W even.
-        path: the final name; a file there is replaced.
+        path: a file that is not there yet.
         fps: frames a second.
         comment: kept in the file's metadata.
-    Raises: SlagenError if the file cannot be written or does not read back; nothing is left behind.
+    Raises: OSError if the file cannot be written or does not read back.
     """
     num_frames, height, width, _ = frames.shape
-    part = part_path(path)
     command = [
         "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
         "-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "medium",
         *(["-metadata", f"comment={comment}"] if comment else []),
-        "-movflags", "+faststart", "-f", "mp4", _name(part),
+        "-movflags", "+faststart", "-f", "mp4", _name(path),
     ]  # fmt: skip
+    _encode(command, frames)
     try:
-        part.unlink(missing_ok=True)
-        _encode(command, frames)
-        read = _first_frame(part)
-        if read.shape != frames.shape[1:]:
-            raise OSError(f"it reads back as {read.shape[1]}x{read.shape[0]} pixels")
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError, StopIteration) as error:
-        lines = [line for line in str(error).splitlines() if line.strip() and line != "Conversion failed!"]
-        reason = (lines or ["ffmpeg stopped"])[-1]
-        raise SlagenError(
-            f"{path} could not be written ({reason}). Check the free space of {path.parent}, or give another --output."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+        read = _first_frame(path)
+    except (RuntimeError, StopIteration) as error:
+        raise OSError(str(error).strip() or "it does not read back") from error
+    if read.shape != frames.shape[1:]:
+        raise OSError(f"it reads back as {read.shape[1]}x{read.shape[0]} pixels")
 
 
 def _name(path: str | Path) -> str:
@@ -105,8 +108,8 @@ def read_mp4(path: str | Path) -> np.ndarray:
 
 def make_thumbnail(path: Path, width: int = 240) -> bytes:
     """A small MP4 of a video, no wider than `width` pixels. Raises SlagenError if ffmpeg cannot make it."""
-    with tempfile.TemporaryDirectory() as folder:
-        small = Path(folder) / "small.mp4"
+    with scratch() as folder:
+        small = folder / "small.mp4"
         scale = f"scale='min({width},iw)':-2"
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-vf", scale, "-an", "-crf", "28"]
         command += ["-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags", "+faststart", _name(small)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.files import writing
 from slagen.models import SLA_FILE
 from slagen.wan.formats import Checkpoint, SideFile, read_checkpoint
 from slagen.wan.guards import refuse_adapters, refuse_offloaded
@@ -213,7 +213,7 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         metadata: what the file will say of itself.
         base: the base's transformer tensors by name; None means that only `proj_l` and what `load_sla` put aside
             can differ from it, which is checked.
-    Returns: the file's path. It is written beside and renamed.
+    Returns: the file's path.
     Raises: UsageError if no SLA is installed, the base is not the one that the metadata names, a LoRA is loaded or
         fused, or hooks offload the transformer's layers.
     """
@@ -244,23 +244,18 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
 
 
 def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | None) -> None:
-    """Write an SLA file beside its name and rename it: every `proj_l`, and what else was trained, by the model's names.
+    """Write an SLA file, whole or not at all: every `proj_l`, and what else was trained, by the model's names.
 
     A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
     B A, to the file's own `X.weight` where it has one. Without metadata it is a plain transformer file. Raises
     SlagenError where the disk does not take it.
     """
-    part = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, part, metadata=None if metadata is None else metadata.to_strings())
-        part.chmod(0o644)  # safetensors makes it readable by its owner only
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(part, file)
+        with writing(file) as part:
+            save_file(kept, part, metadata=None if metadata is None else metadata.to_strings())
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
 
 

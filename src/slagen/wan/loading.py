@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from slagen.config import Sampler, user_path
 from slagen.errors import WeightsError
+from slagen.files import scratch
 from slagen.models import (
     BUNDLED,
     CUDA_DEFAULT,
@@ -186,10 +186,12 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
         checkpoint, {name: tensor.shape for name, tensor in state.items()}, heads.num_layers, heads.attention_head_dim
     )
     if checkpoint.path.suffix == ".gguf":  # stays quantised, multiplied out by diffusers as it is used
-        with tempfile.TemporaryDirectory() as folder, closed_hub():
+        with scratch() as folder, closed_hub():
             model.save_config(folder)
             return WanTransformer3DModel.from_single_file(
-                str(checkpoint.path), config=folder, quantization_config=GGUFQuantizationConfig(compute_dtype=dtype)
+                str(checkpoint.path),
+                config=str(folder),
+                quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
             ).eval()
     kept = set(WanTransformer3DModel._keep_in_fp32_modules)
     tensors = {
