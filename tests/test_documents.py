@@ -126,7 +126,10 @@ def test_a_file_is_told_by_name_and_place(tmp_path):
 
 def test_a_message_holds_no_more_than_a_line():
     assert shown("x\n" * 1000) == repr("x\n" * 28 + "x...") and shown([[1] * 10**6]) == "a list"
-    assert shown(10**4000) == "a number of more than 30 digits"
+    assert (
+        shown(10**5000) == "a number of more than 1000 digits"
+        and shown(-(10**40)) == "-" + "1" + "0" * 25 + "... (41 digits)"
+    )
 
 
 @pytest.mark.parametrize("path", ["~nosuchuser/x", "a\0b", "x" * 5000])

@@ -82,7 +82,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         (
             '{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}",
             ".jsonl",
-            ":1: --guidance-scale is a number of more than 30 digits",
+            ":1: --guidance-scale is 777",
         ),
         ('{"prompt": "ok"}\n{"prompt": "a circle \\ud83d"}', ".jsonl", ":2: prompt is .* half a character"),
         ('{"prompt": "a", "negative_prompt": "\\udc00"}', ".jsonl", "half a character"),

@@ -171,6 +171,7 @@ def _attention_share(report: Path) -> float | None:
 
 def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:
     """A plan for every video, its seed None where none is given, and its id. Raises UsageError with every fault."""
+    prompts.check_count(requests, base.num_videos)
     found, faults = [], []
     for request in requests:
         try:

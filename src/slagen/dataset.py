@@ -418,7 +418,9 @@ def _generated(
     )  # fmt: skip
     jobs, faults, count = [], [], config.clips_per_prompt or CLIPS_PER_PROMPT
     asked: dict[str, int] = {}  # clips of a prompt so far: a prompt may be there twice
-    for request in prompts.read_prompts(config.self_generate):
+    requests = prompts.read_prompts(config.self_generate)
+    prompts.check_count(requests, count)
+    for request in requests:
         clips_of = request.fields.get("num_videos", count) + 1
         first = asked.get(request.prompt, 0)
         asked[request.prompt] = first + clips_of

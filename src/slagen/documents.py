@@ -47,11 +47,11 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
             raise Fault("is no regular file")
         data = handle.read(most + 1)
     if len(data) > most:
-        raise Fault(f"is longer than {size(most)}")
+        raise Fault(f"is longer than {size_of(most)}")
     return data
 
 
-def size(count: int) -> str:
+def size_of(count: int) -> str:
     """A number of bytes as a person says it."""
     return f"{count / 2**20:g} MiB" if count >= 2**20 else f"{count / 2**10:g} KiB"
 
@@ -145,7 +145,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_BYTES:
-        raise Fault(f"is no YAML that is read: it is longer than {size(MAX_YAML_BYTES)}")
+        raise Fault(f"is no YAML that is read: it is longer than {size_of(MAX_YAML_BYTES)}")
     tree = _Tree()
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

@@ -169,5 +169,7 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= 60 else value[:57] + "...")
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+        if abs(value) >= 10**1000:  # Python writes out no more than some thousands of digits
+            return "a number of more than 1000 digits"
+        return str(value) if abs(value) < 10**30 else f"{str(value)[:27]}... ({len(str(abs(value)))} digits)"
     return kind_of(value) if isinstance(value, dict | list | tuple) else repr(value)[:60]

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from slagen.config import GenerateConfig, user_path
-from slagen.documents import decode
+from slagen.documents import Entries, decode, parse_json, parse_yaml, size_of
 from slagen.errors import UsageError
 from slagen.forms import Fault, shown
 from slagen.spreadsheet import open_csv, plain_name, without_empty_end
 from slagen.text import LONG_DASH, cut
 
+MAX_FILE = 16 * 2**20
+MAX_PROMPTS = 100_000
+MAX_FAULTS = 1000  # after which no more are looked for
 FIELDS = {  # what may differ within one loaded model: option -> field of GenerateConfig and its type
     "seed": ("seed", int), "size": ("size", str), "width": ("width", int), "height": ("height", int),
     "num-frames": ("num_frames", int), "steps": ("steps", int), "guidance-scale": ("guidance_scale", float),
@@ -82,6 +84,10 @@ def read_prompts(source: str) -> list[Request]:
     faults: list[str] = []
     ids: dict[str, str] = {}
     for line, entry in parse(name, text):
+        if len(requests) == MAX_PROMPTS:
+            raise UsageError(f"{name} holds more than {MAX_PROMPTS:,} prompts. Divide it into several files.")
+        if len(faults) == MAX_FAULTS:
+            break
         where = f"{name}:{line}"
         try:
             if isinstance(entry, _Fault):
@@ -105,14 +111,22 @@ def read_prompts(source: str) -> list[Request]:
 
 def _load(source: str) -> tuple[str, str, bytes]:
     if source == "-":
-        return "stdin", ".txt", sys.stdin.buffer.read()
+        return "stdin", ".txt", _bounded("stdin", sys.stdin.buffer)
     path = user_path(source)
     try:
-        return str(path), path.suffix.lower(), path.read_bytes()
+        with path.open("rb") as handle:  # which may be a pipe
+            return str(path), path.suffix.lower(), _bounded(str(path), handle)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}). Give a file of prompts, or - for stdin."
         ) from error
+
+
+def _bounded(name: str, handle: BinaryIO) -> bytes:
+    data = handle.read(MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise UsageError(f"{name} is longer than {size_of(MAX_FILE)}. Divide it into several files.")
+    return data
 
 
 def _decode(name: str, data: bytes) -> str:
@@ -128,11 +142,10 @@ Entry = dict[str, Any] | _Fault
 def _text(name: str, text: str) -> Iterator[tuple[int, Entry]]:
     """`prompt --option value --option value`; a value runs to the next " --"."""
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.rstrip("\r")
-        if not line.strip() or line.lstrip().startswith("#"):
+        if not line or line.isspace() or line.lstrip().startswith("#"):
             continue
         try:
-            yield number, _text_line(line)
+            yield number, _text_line(line.rstrip("\r"))
         except _Fault as fault:
             yield number, fault
 
@@ -235,13 +248,12 @@ def _mapping(content: Any) -> Entry:
 
 def _jsonl(name: str, text: str) -> Iterator[tuple[int, Entry]]:
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+        if not line or line.isspace():
             continue
         try:
-            yield number, _mapping(json.loads(line))
-        except (ValueError, RecursionError) as error:  # the first also for numbers too long to read
-            column = error.colno if isinstance(error, json.JSONDecodeError) else None
-            yield number, _Fault("is no JSON object", column)
+            yield number, _mapping(parse_json(line))
+        except Fault as fault:
+            yield number, _Fault(fault.text, fault.column)
 
 
 def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
@@ -273,25 +285,20 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
 
 
 def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
-    import yaml
-
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        what = str(getattr(error, "problem", None) or error).splitlines()[0]
-        yield (mark.line + 1 if mark else 1), _Fault(f"is no YAML: {what}", mark.column + 1 if mark else None)
+        content = parse_yaml(text)
+    except Fault as fault:
+        yield fault.line or 1, _Fault(fault.text, fault.column)
         return
-    if isinstance(content, dict) and set(content) == {"prompts"} and node is not None:
-        node, content = node.value[0][1], content["prompts"]
+    if isinstance(content, dict) and set(content) == {"prompts"}:
+        content = content["prompts"]
     if content is None:
         return
-    if not isinstance(content, list):
+    if not isinstance(content, Entries):
         yield 1, _Fault("must be a list of prompts")
         return
-    for part, value in zip(node.value, content, strict=True):
-        yield part.start_mark.line + 1, _mapping(value)
+    for line, value in zip(content.lines, content, strict=True):
+        yield line, _mapping(value)
 
 
 PARSERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}
@@ -322,6 +329,13 @@ def _request(entry: dict[str, Any], where: str) -> Request:
         raise _Fault(str(error)) from None
     fields = {key: getattr(config, key) for key in fields}
     return Request(prompt, fields, name, where)
+
+
+def check_count(requests: list[Request], each: int) -> None:
+    """Raise UsageError where a file asks for too many videos in all; `each`: of a prompt that does not say how many."""
+    count = sum(request.fields.get("num_videos", each) for request in requests)
+    if count > MAX_PROMPTS:
+        raise UsageError(f"{count:,} videos are asked for, but one run makes at most {MAX_PROMPTS:,}. Divide the file.")
 
 
 def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
