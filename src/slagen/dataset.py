@@ -23,12 +23,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slagen import prompts
+from slagen import forms, prompts
 from slagen.config import DataConfig, GenerateConfig, user_path
+from slagen.documents import parse_json, read_bytes, read_lines
 from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.files import append, sweep, write_json, writing
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
+from slagen.forms import Fault, Kind, check
 from slagen.generate import Event, Session, texts_of
 from slagen.manifest import digest
 from slagen.models import ModelSource, read_header
@@ -47,6 +49,19 @@ SHARD_TENSORS = 16
 AGAIN = "Prepare it again, which makes what is missing: slagen finetune data, or the finetune that prepared it."
 MAX_TOLD = 10  # texts that are cut
 SHARD_S = 20.0  # of work, which a killed run loses at most
+
+
+MAX_SET = 256 * 2**20
+_SHAPE = Kind("a list of 1 to 8 sizes", [forms.whole(1, 2**31)], lambda shape: 1 <= len(shape) <= 8)
+INDEX = {
+    "name": str, "shard": forms.matching(r"\w[\w.-]*\.safetensors", "a plain file name"), "sha256": str,
+    "shape": _SHAPE,
+}  # fmt: skip
+SET = {
+    "identity": str, "negative": str, "negative_prompt": str, "fps": forms.whole(1, 240),
+    "clips": [{"latents": str, "text": str, "caption": str, "held_out": bool,
+               "shape": Kind("four sizes", _SHAPE, lambda shape: len(shape) == 4)}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,18 +85,8 @@ class Store:
         self._waiting: dict[str, Tensor] = {}
         self._flushed = time.monotonic()
         self.named = whole = dict[str, bool]()  # shards that the index speaks of
-        try:
-            lines = (folder / INDEX_FILE).read_bytes().split(b"\n")
-        except OSError:
-            lines = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                name, shard, sha256, shape = entry["name"], entry["shard"], entry["sha256"], entry["shape"]
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill
-            if Path(shard).name != shard:
-                continue
+        for entry in read_lines(folder / INDEX_FILE, INDEX):  # a line may be torn by a kill
+            name, shard, sha256, shape = entry["name"], entry["shard"], entry["sha256"], entry["shape"]
             if shard not in whole:
                 whole[shard] = _is_whole(folder / shard)
             if whole[shard]:
@@ -176,16 +181,19 @@ class Dataset:
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, Store(folder)
         try:
-            content = json.loads((folder / SET_FILE).read_text(encoding="utf-8"))
+            content = parse_json(read_bytes(folder / SET_FILE, MAX_SET), {"version": int})
             if content["version"] != VERSION:
                 raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}. {AGAIN}")
-            self.identity: str = content["identity"]
-            self.negative: str = content["negative"]
-            self.negative_prompt: str = content["negative_prompt"]
-            self.fps: int = content["fps"]
-            clips = [Clip(**{**clip, "shape": tuple(clip["shape"])}) for clip in content["clips"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{folder} is no prepared data set ({error}). {AGAIN}") from error
+            check(content, SET)
+        except (OSError, Fault) as error:
+            raise WeightsError(f"{folder} is no prepared data set ({SET_FILE}: {error}). {AGAIN}") from error
+        self.identity: str = content["identity"]
+        self.negative: str = content["negative"]
+        self.negative_prompt: str = content["negative_prompt"]
+        self.fps: int = content["fps"]
+        clips = [
+            Clip(c["latents"], c["text"], c["caption"], tuple(c["shape"]), c["held_out"]) for c in content["clips"]
+        ]
         names = {name for clip in clips for name in (clip.latents, clip.text)} | {self.negative}
         lost = sum(name not in self.store for name in names)
         if lost:

@@ -89,14 +89,20 @@ def parse_json(data: str | bytes, form: Any = None) -> Any:
     return value
 
 
-def parse_lines(data: bytes, form: Any = dict) -> Iterator[tuple[int, Any]]:
-    """Each line of JSON with its number; in place of one that is not of the form, a Fault. Empty lines are left out."""
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if line.strip():
-            try:
-                yield number, parse_json(line, form)
-            except Fault as fault:
-                yield number, fault
+def read_lines(path: Path, form: Any, most: int = 2**20) -> Iterator[Any]:
+    """The values in a file of JSON lines that are of a form; other lines, and such as a crash tore, are passed over.
+
+    A line has at most `most` bytes; the file may be of any length, and need not be there.
+    """
+    try:
+        with path.open("rb") as handle:
+            while line := handle.readline(most):
+                try:
+                    yield parse_json(line, form)
+                except Fault:
+                    continue
+    except OSError:
+        return
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from slagen.deinterlace import is_interlaced, whole_frames
+from slagen.documents import decode, parse_json, read_bytes
 from slagen.errors import EnvironmentProblem, UsageError
+from slagen.forms import Fault
 from slagen.spreadsheet import open_csv, plain_name, without_empty_end
 from slagen.text import MAX_PROMPT
 
@@ -26,6 +27,7 @@ RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and t
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
 MIN_FRAMES = 5  # unless still pictures are asked for
 MAX_CAPTION = MAX_PROMPT
+MAX_CAPTION_FILE, MAX_LIST = 2**20, 256 * 2**20
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
 UNFINISHED = "tensors.jsonl"  # of a prepared set
 
@@ -123,8 +125,8 @@ def _folder(path: Path) -> tuple[list[Footage], list[str]]:
             faults.append(f"{where}: is a link that leads nowhere")
             continue
         try:
-            caption = _caption(text.read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError):
+            caption = _caption(decode(read_bytes(text, MAX_CAPTION_FILE)))
+        except (OSError, Fault):
             faults.append(f"{where}: {text.name} beside it is missing, or no UTF-8")
             continue
         if not caption:
@@ -149,9 +151,11 @@ def _files(path: Path) -> Iterator[Path]:
 def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
     """Where, video and caption of every entry of a list; what is none goes to the faults."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+        text = decode(read_bytes(file, MAX_LIST))
+    except Fault as fault:
+        raise UsageError(f"{file} cannot be read as UTF-8 text{fault.place}: {fault}.") from fault
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
     if file.suffix.lower() in (".csv", ".tsv"):
         rows = open_csv(text, "video")
         columns: list[str] | None = None
@@ -180,14 +184,17 @@ def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    entry = _json(line, f"{file.name}:{number}")
-                except UsageError as error:
-                    faults.append(str(error))
+                    entry = parse_json(line)
+                except Fault as fault:
+                    faults.append(f"{file.name}:{number}: {fault}.")
                     continue
                 entry = entry if isinstance(entry, dict) else {}
                 yield f"{file.name}:{number}", entry.get("video_path"), entry.get("caption")
     elif file.suffix.lower() == ".json":
-        content = _json(text, str(file))
+        try:
+            content = parse_json(text)
+        except Fault as fault:
+            raise UsageError(f"{file}{fault.place}: {fault}.") from fault
         if not isinstance(content, list):
             raise UsageError(f"{file} holds no list of videos. Give one of objects with path and cap.")
         for number, entry in enumerate(content, 1):
@@ -195,13 +202,6 @@ def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
             yield f"{file.name}, entry {number}", entry.get("path"), entry.get("cap")
     else:
         raise UsageError(f"{file} is no list of videos. Give a folder, a .jsonl, videos2caption.json or metadata.csv.")
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where}: is no JSON: {error}.") from error
 
 
 def _caption(value: Any) -> str:

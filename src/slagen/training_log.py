@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from slagen.documents import read_lines
 from slagen.errors import SlagenError
 from slagen.files import append, write_text
+from slagen.forms import Fault, check, matching, one_of, whole
 from slagen.pages import Pair, training_page
 from slagen.plot import Chart, Line, draw_chart
 from slagen.video import make_thumbnail
@@ -15,20 +18,23 @@ from slagen.video import make_thumbnail
 LOG, PAGE, CLIPS = "log.jsonl", "index.html", "clips"
 
 
+_STEP = whole(0, 10**9)
+FORMS = {
+    "step": {"step": _STEP, "loss": float, "error": float | None, "grad_norm": float, "proj_norms": [float]},
+    "validation": {
+        "step": _STEP, "error": float,
+        "clips": [matching(r"step-[0-9]{6,10}-[0-9]{1,4}\.mp4", "the name of a clip as slagen writes it")],
+    },
+}  # fmt: skip
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that are whole; each has an `event`, "step" or "validation", and its `step`."""
-    try:
-        text = (folder / LOG).read_text(encoding="utf-8")
-    except OSError:
-        return []
+    """The lines of a run's log as slagen writes them; each has an `event`, "step" or "validation", and its `step`."""
     lines = []
-    for line in text.splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int) and "event" in content:
-            lines.append(content)
+    for line in read_lines(folder / LOG, {"event": one_of(*FORMS)}):
+        with suppress(Fault):  # it is no line of ours
+            check(line, FORMS[line["event"]])
+            lines.append(line)
     return lines
 
 
@@ -66,6 +72,7 @@ def write_page(
     log = read_log(folder)
     steps = [line for line in log if line["event"] == "step"]
     checks = [line for line in log if line["event"] == "validation"]
+    layers_seen = min((len(line["proj_norms"]) for line in steps), default=0)
     x = [line["step"] for line in steps]
     errors = [(line["step"], line["error"]) for line in steps if line["error"] is not None]
     charts = [
@@ -77,18 +84,18 @@ def write_page(
         Chart("gradient norm", "step", [Line("uncut", x, [line["grad_norm"] for line in steps])], log=True),
         Chart("norm of proj_l by layer", "step", [
             Line(f"layer {i}", x, [line["proj_norms"][i] for line in steps])
-            for i in range(len(steps[0]["proj_norms"]) if steps else 0)
+            for i in range(layers_seen)
         ]),
         Chart("error of self-attention by layer", "layer", [
             Line(name, list(range(len(found))), found, True) for name, found in layers.items()
         ]),
     ]  # fmt: skip
     pairs = []
-    for check in checks:
-        for name in check["clips"]:
-            path = folder / CLIPS / name
-            if path.is_file():
-                caption = captions[int(path.stem.rsplit("-", 1)[1])]
-                pairs.append(Pair(check["step"], caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
+    for validation in checks:
+        for name in validation["clips"]:
+            path, number = folder / CLIPS / name, int(name[:-4].rsplit("-", 1)[1])
+            if path.is_file() and number < len(captions):
+                caption = captions[number]
+                pairs.append(Pair(validation["step"], caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
     write_text(folder / PAGE, training_page(title, facts, [draw_chart(chart) for chart in charts], pairs))
     return folder / PAGE

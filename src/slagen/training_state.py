@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from slagen import forms
+from slagen.documents import read_json
 from slagen.errors import SlagenError, WeightsError
 from slagen.files import delete, writing
 from slagen.parallel import like, own_part, whole
@@ -27,6 +30,13 @@ from slagen.trainer import Trainer
 FOLDER = "checkpoints"
 KEPT = 2
 HASHES = "sha256.json"
+
+
+MAX_STATE = 256 * 2**20
+STATE = {  # what `save_state` keeps beside the tensors
+    "step": forms.whole(0, 10**9), "seconds": float, "plain": {str: {str: object}}, "settings": {"data_options?": dict},
+    "before": {"error": float, "layers": [float]},
+}  # fmt: skip
 
 
 def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any]) -> None:
@@ -78,9 +88,9 @@ def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The last whole checkpoint of a run and what was kept beside it; None where there is none."""
     for path in reversed(checkpoints(folder)):
         try:
-            if json.loads((path / HASHES).read_text()) == _hashes(path):
-                return path, json.loads((path / "state.json").read_text())
-        except (OSError, ValueError):  # it is not whole
+            if read_json(path / HASHES, {str: str}) == _hashes(path):
+                return path, read_json(path / "state.json", STATE, most=MAX_STATE)
+        except (OSError, WeightsError):  # it is not whole
             continue
     return None
 
@@ -171,5 +181,9 @@ def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, the last one last."""
-    found = (path for path in (folder / FOLDER).glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    found = (
+        path
+        for path in (folder / FOLDER).glob("step-*")
+        if path.is_dir() and re.fullmatch("[0-9]{1,12}", path.name[5:])
+    )
     return sorted(found, key=lambda path: int(path.name[5:]))

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slagen.errors import EnvironmentProblem, WeightsError
+from slagen.model_files import read_shards
 from slagen.models import SLA_FILE
 
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -68,8 +69,6 @@ def read_component(folder: Path) -> dict[str, Any]:
 
 def component_files(folder: Path) -> list[Path]:
     """The safetensors of one component, from its index where there is one. Raises WeightsError."""
-    import json
-
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if not indices:
         files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SLA_FILE]
@@ -80,16 +79,11 @@ def component_files(folder: Path) -> list[Path]:
         pickles = sorted(folder.glob("*.bin")) if not files else []
         why = f" ({pickles[0].name} is a pickle, which can run code)" if pickles else ""
         raise WeightsError(f"{folder} holds {what}{why}. Get the model's safetensors: one file, or all of its shards.")
-    try:
-        shards = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{indices[0]} cannot be read ({error}). Get the model again.") from error
-    if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
-        raise WeightsError(f"{indices[0]} names no shards, or shards outside its folder. Get the model again.")
-    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    shards = read_shards(indices[0])
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise WeightsError(f"{folder} lacks the shard {missing[0]}. Get the model again.")
-    return [folder / shard for shard in sorted(shards)]
+    return shards
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
