@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import needs
+from processes import run_together, start
 from safetensors.torch import load_file
+from train_together import train
 from wan_models import build_pipeline, save_pipeline
 
 from slagen import finetune as task
@@ -189,24 +190,22 @@ def test_killed_at_random_moments(toy, tmp_path):
     options = ["--model", str(model), "--data", str(data), "--from-dense", "--sparsity", "0.6", "--block-m", "16",
                "--block-n", "16", "--steps", str(steps), "--save-every", "2", "--validate-every", "1000",
                "--device", "cpu", "--json"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
 
-    def start(folder):
-        command = [sys.executable, "-m", "slagen", "finetune", *options, "--output", str(tmp_path / folder)]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def begin(folder):
+        return start(run, [["finetune", *options, "--output", str(tmp_path / folder)]], tmp_path / f"{folder}.json")
 
     rng = random.Random(1)
     for _ in range(kills):
-        process = start("killed")
-        time.sleep(rng.uniform(4.0, 9.0))
+        process = begin("killed")
+        process.join(rng.uniform(0.5, 4.0))
         process.kill()
-        process.communicate()
+        process.join()
     results = {}
     for folder in ("killed", "whole"):
-        process = start(folder)
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        results[folder] = json.loads(out)
+        process = begin(folder)
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / f"{folder}.json.err").read_text()
+        results[folder] = json.loads((tmp_path / f"{folder}.json").read_text())
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert results["whole"]["teacher_error_after"] == results["killed"]["teacher_error_after"]
@@ -902,17 +901,13 @@ def together(toy, tmp_path_factory):
     """What one process, two copies and two halves made of the same step."""
     model, data = toy
     folder = tmp_path_factory.mktemp("together")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
     found = {}
     for kind in ("alone", "ddp", "fsdp", "context"):
         (folder / kind).mkdir()
-        script = [str(Path(__file__).parent / "train_together.py"), str(model), str(data), str(folder / kind)]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         how = {"alone": ["auto", "1"], "context": ["fsdp", "2"]}.get(kind, [kind, "1"])
-        command = [*([sys.executable] if kind == "alone" else torchrun), *script, *how]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split()[:2] == [how[0].replace("auto", "alone"), "1" if kind == "alone" else "2"]
+        size = 1 if kind == "alone" else 2
+        said = run_together(train, [str(model), str(data), str(folder / kind), *how], folder / kind, size)
+        assert said[0].splitlines()[-1].split()[:2] == [how[0].replace("auto", "alone"), str(size)]
         found[kind] = load_file(folder / kind / "kept.safetensors")
     return found
 
@@ -935,23 +930,24 @@ def test_checkpoints_go_on_in_every_team(together, kind):
 
 
 def test_the_command_under_torchrun(toy, tmp_path):
-    """One answer of two processes, and the error of one."""
+    """One answer of two processes, and the error of one; the same in bf16, to its precision."""
     model, data = toy
     alone = finetune(settings(model, tmp_path / "alone", data=data, steps=2))
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "slagen",
-               "finetune", "--parallel", "fsdp", "--model", str(model), "--data", str(data), "--from-dense", "--json",
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "slagen"]
+    command = ["finetune", "--parallel", "fsdp", "--model", str(model), "--data", str(data), "--from-dense", "--json",
                "--sparsity", "0.6", "--block-m", "16", "--block-n", "16", "--steps", "2", "--validate-every", "1000",
-               "--device", "cpu", "--output", str(tmp_path / "two")]  # fmt: skip
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+               "--device", "cpu"]  # fmt: skip
+    done = subprocess.run([*torchrun, *command, "--output", str(tmp_path / "two")], env=env, capture_output=True,
+                          text=True, timeout=180)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    half = subprocess.run([*command, "--dtype", "bf16", "--output", str(tmp_path / "half")], env=env,
-                          capture_output=True, text=True, timeout=180)  # fmt: skip
-    assert half.returncode == 0, half.stderr
-    assert json.loads(half.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=0.05)
     assert json.loads(done.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=1e-4)
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-3) for name in one)
+    half = run_together(run, [[*command, "--dtype", "bf16", "--output", str(tmp_path / "half")]], tmp_path)
+    first, second = (text.strip() for text in half)
+    assert json.loads(first)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=0.05)
+    assert second == ""
 
 
 def test_the_1_3b_is_planned_to_fit_on_80_gb():

@@ -1,9 +1,5 @@
-"""Run by torchrun: one training step of a tiny Wan, its gradients and weights saved by the first process.
+"""One training step of a tiny Wan in each of some processes; gradients and weights are saved by the first."""
 
-train_together.py MODEL DATA OUT ddp|fsdp|auto
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +23,7 @@ SCHEDULE = TrainingDefaults(
 )
 
 
-def main(model: str, data: str, out: str, parallel: str, context: str) -> None:
+def train(model: str, data: str, out: str, parallel: str, context: str) -> None:
     torch.set_num_threads(1)
     source = describe_folder(Path(model), "toy")
     recipe = Recipe(SCHEDULE, "distill", 0.1, 0.01, 1.0, "adamw", 0, torch.float32)
@@ -63,7 +59,3 @@ def main(model: str, data: str, out: str, parallel: str, context: str) -> None:
                 {name: tensor.contiguous().clone() for name, tensor in kept.items()}, Path(out) / "kept.safetensors"
             )
             print(team.kind, team.size, result.loss, result.grad_norm)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
