@@ -120,7 +120,7 @@ def test_killed_drivers_and_workers_leave_whole_work(toy, tmp_path):
     process.communicate()
     (tmp_path / "prompts.txt").write_text("\n".join(lines))  # so that something is left to make
     process = start(toy, tmp_path)
-    until(lambda: workers_at_work(tmp_path / "out") or process.poll() is not None)
+    until(lambda: any(map(psutil.pid_exists, workers_at_work(tmp_path / "out"))) or process.poll() is not None)
     folder = check_that_nobody_else_gets_in(process)
     out, errors = finish(process)
     assert not folder.exists()
