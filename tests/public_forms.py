@@ -99,3 +99,119 @@ def quantised(checkpoint):
                 codes[part] = (tensor[part] / scale[i, j]).round().clamp(-128, 127).to(torch.int8)
         out[name.removesuffix("weight") + "int8_weight"], out[name.removesuffix("weight") + "scale"] = codes, scale
     return out
+
+
+def _scaled(checkpoint, quantise, wanted=r"blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight"):
+    """{name: tensor} with the matrices of the blocks as `quantise(stem, tensor)` gives them."""
+    out = {}
+    for name, tensor in checkpoint.items():
+        out |= quantise(name.removesuffix("weight"), tensor) if re.fullmatch(wanted, name) else {name: tensor}
+    return out
+
+
+def fp8(dtype):
+    """Kijai's and Comfy's fp8 without scales: all matrices cast, biases, norms and modulation in half precision."""
+    return lambda checkpoint: {
+        name: tensor.to(dtype if tensor.ndim == 2 and "modulation" not in name else torch.float16)
+        for name, tensor in wan(checkpoint).items()
+    }
+
+
+def _per_tensor(tensor, dtype):
+    scale = tensor.abs().max().float() / torch.finfo(dtype).max
+    return (tensor / scale).to(dtype), scale
+
+
+def scaled_fp8(checkpoint, dtype=torch.float8_e4m3fn):
+    """Comfy's first scaled fp8, and Kijai's: a mark, and scale_weight and scale_input by every weight."""
+
+    def quantise(stem, tensor):
+        codes, scale = _per_tensor(tensor, dtype)
+        return {stem + "weight": codes, stem + "scale_weight": scale, stem + "scale_input": torch.tensor(1.0)}
+
+    kept = {name: x.bfloat16() if x.ndim == 1 else x for name, x in wan(checkpoint).items()}
+    return {**_scaled(kept, quantise), "scaled_fp8": torch.empty(2, dtype=dtype)}
+
+
+def comfy_quant(checkpoint):
+    """Comfy's mixed precision: weight_scale, input_scale and JSON as bytes by every weight; the last block is bf16."""
+
+    def quantise(stem, tensor):
+        codes, scale = _per_tensor(tensor, torch.float8_e4m3fn)
+        mark = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        extra = {stem + "input_scale": torch.tensor(1.0), stem + "comfy_quant": mark}
+        return {stem + "weight": codes, stem + "weight_scale": scale, **extra}
+
+    kept = {name: tensor.bfloat16() for name, tensor in wan(checkpoint).items()}
+    return _scaled(kept, quantise, r"blocks\.0\.((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+
+
+def lightx2v(dtype):
+    """lightx2v's converter: a float32 scale for every row, (out, 1); fp8 e4m3fn or int8."""
+
+    def quantise(stem, tensor):
+        scale = tensor.float().abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 448)
+        codes = tensor / scale
+        return {
+            stem + "weight": (codes.round() if dtype == torch.int8 else codes).to(dtype), stem + "weight_scale": scale
+        }  # fmt: skip
+
+    return lambda checkpoint: _scaled({name: x.bfloat16() for name, x in wan(checkpoint).items()}, quantise)
+
+
+def scale_inv(checkpoint):
+    """TurboDiffusion's int8 as IPostYellow converts it: weight and weight_scale_inv, a scale a block."""
+    return {
+        name.replace(".int8_weight", ".weight").replace(".scale", ".weight_scale_inv"): tensor
+        for name, tensor in quantised(wan(checkpoint)).items()
+    }
+
+
+def all_in_one(checkpoint):
+    """Comfy's CheckpointSave: the transformer, UMT5, CLIP vision and the VAE in one file."""
+    out = {"model.diffusion_model." + name: tensor for name, tensor in wan(checkpoint).items()}
+    others = (
+        "text_encoders.umt5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight",
+        "text_encoders.umt5xxl.transformer.shared.weight", "vae.decoder.conv1.weight", "vae.encoder.conv1.weight",
+        "first_stage_model.decoder.head.0.gamma", "clip_vision.visual.conv1.weight",
+    )  # fmt: skip
+    return {**out, **{name: torch.zeros(2, 2) for name in others}}
+
+
+LORA_PAIRS = (
+    "diffusion_model.blocks.0.self_attn.q.lora_{}.weight:A B",  # peft in Comfy's names; CausVid, lightx2v
+    "diffusion_model.blocks.0.self_attn.q.lora_{}.weight:down up",
+    "transformer.blocks.0.attn1.to_q.lora_{}.weight:A B",  # diffusers
+    "base_model.model.blocks.0.attn1.to_q.lora_{}.default.weight:A B",  # peft as it trains
+    "lora_unet_blocks_0_self_attn_q.lora_{}.weight:down up",  # kohya, musubi
+    "blocks.0.attn1.to_q.lora.{}.weight:down up",
+    "blocks.0.attn1.processor.to_q_lora.{}.weight:down up",  # the first diffusers
+    "blocks.0.attn1.to_q.lora_linear_layer.{}.weight:down up",
+    "blocks.0.attn1.to_q.lora_{}:A B",  # Mochi's
+)
+
+
+def lora(pair):
+    name, _, sides = pair.partition(":")
+    return {name.format(side): torch.zeros(2, 2) for side in sides.split()}
+
+
+def with_channels(checkpoint, taken, given=None):
+    """The same transformer for other numbers of latent channels, as Wan2.2's I2V-A14B and TI2V-5B are."""
+    out = wan(checkpoint)
+    patch, head = out["patch_embedding.weight"], out["head.head.weight"]
+    out["patch_embedding.weight"] = torch.zeros(patch.shape[0], taken, 1, 2, 2)
+    if given is not None:
+        out["head.head.weight"], out["head.head.bias"] = torch.zeros(4 * given, head.shape[1]), torch.zeros(4 * given)
+    return out
+
+
+VARIANTS = {  # kind: tensors that tell it, of the public files
+    "vace": ("vace_patch_embedding.weight", "vace_blocks.0.self_attn.q.weight", "vace_blocks.0.after_proj.weight"),
+    "skyreels": ("fps_embedding.weight", "fps_projection.0.weight", "fps_projection.2.bias"),
+    "speech": ("casual_audio_encoder.encoder.final_linear.weight", "audio_injector.injector.0.q.weight"),
+    "animate": ("face_adapter.fuser_blocks.0.k_norm.weight", "motion_encoder.dec.direction.weight"),
+    "control": ("control_adapter.conv.weight", "control_adapter.residual_blocks.0.conv1.weight"),
+    "first-last": ("img_emb.emb_pos", "img_emb.proj.0.weight", "blocks.0.cross_attn.k_img.weight"),
+    "image-to-video": ("img_emb.proj.0.weight", "blocks.0.cross_attn.k_img.weight"),
+}

@@ -304,9 +304,8 @@ def test_the_original_folder_names_the_way_out(tmp_path):
 
 def test_another_size_of_model_is_refused(state, tmp_path):
     larger = build_transformer(num_heads=4, head_dim=64, num_layers=3)
-    with pytest.raises(WeightsError, match="missing") as caught:
+    with pytest.raises(WeightsError, match="2 layers of width 128, but the model is one of 3 layers of width 256"):
         load(read_checkpoint(write(tmp_path / "x.pth", wan(state))), config_of(larger), torch.float32)
-    assert "faulty" in str(caught.value)
 
 
 def test_the_original_vae(tmp_path):

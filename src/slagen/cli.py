@@ -601,6 +601,9 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    part: Annotated[
+        str | None, typer.Option(help="Which transformer, of a file that holds several, such as generator_ema.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
 ) -> None:
     """Write weights of any public form as a diffusers folder with sla.safetensors beside its transformer.
@@ -614,7 +617,7 @@ def convert(
     from slagen import convert as task
 
     made = task.convert(
-        source, output, base=model, dtype=machine.DTYPES[kind], overwrite=overwrite, on_note=console.note
+        source, output, base=model, dtype=machine.DTYPES[kind], overwrite=overwrite, part=part, on_note=console.note
     )
     console.write(str(made))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,24 +23,25 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.files import reserved, write_json, writing
 from slagen.models import (
     BUNDLED,
-    PRESETS,
     SLA_FILE,
-    TURBO_SLA,
     WAN_1_3B,
     ModelSource,
     bundled_folder,
     describe_folder,
+    preset_of_width,
+    read_header,
     read_json,
 )
 from slagen.paths import check_folder
 from slagen.report import ModelShape
 from slagen.text import quote
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
-from slagen.wan.formats import Checkpoint, SideFile, check_fit, peek, read_checkpoint
-from slagen.wan.kinds import identify
+from slagen.wan.formats import SETTINGS_METADATA, UNTOLD, Checkpoint, Found, SideFile, check_fit, peek, read_checkpoint
+from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.loading import build_transformer, load_vae, wan_config
+from slagen.wan.names import transformers
 from slagen.wan.processor import install
-from slagen.wan.reading import read_tensors
+from slagen.wan.reading import gguf_kinds, read_tensors
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 MAX_SHARD = "5GB"
@@ -48,7 +50,7 @@ MODEL_FILES = {"model_index.json", "config.json", "transformer"}  # one of them 
 
 def convert(
     source: str, output: str, *, base: str | None = None, dtype: torch.dtype = torch.bfloat16,
-    overwrite: bool = False, on_note: Callable[[str], None] = lambda text: None,
+    overwrite: bool = False, part: str | None = None, on_note: Callable[[str], None] = lambda text: None,
 ) -> Path:  # fmt: skip
     """Write a transformer of any public form as a diffusers folder, with its SLA weights in `sla.safetensors`.
 
@@ -58,6 +60,7 @@ def convert(
         base: a diffusers pipeline's folder, whose other parts are copied so that the result is a whole model; None
             writes the transformer alone, for `--weights`.
         dtype: of the transformer's weights, but for what diffusers keeps in float32.
+        part: which transformer, of a file that holds several.
     Raises: WeightsError if anything in the file is left over, missing or misshapen; UsageError if `output` exists.
     """
     check_folder("output", output)
@@ -68,11 +71,11 @@ def convert(
         _check_free(target, overwrite, [])  # it may have been made since
         is_vae = not path.is_dir() and identify(read_tensors(path)) == "vae"
         try:
-            with writing(target, replace=overwrite) as part:
+            with writing(target, replace=overwrite) as half:
                 if is_vae:
-                    _convert_vae(path, part, folder)
+                    _convert_vae(path, half, folder)
                 else:
-                    _convert_transformer(path, part, folder, dtype, on_note)
+                    _convert_transformer(path, half, folder, dtype, part, on_note)
         except (OSError, SafetensorError) as error:
             raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
     return target
@@ -107,44 +110,50 @@ def _convert_vae(path: Path, part: Path, folder: ModelSource | None) -> None:
 
 
 def _convert_transformer(
-    path: Path, part: Path, folder: ModelSource | None, dtype: torch.dtype, on_note: Callable[[str], None]
-) -> None:
+    path: Path, target: Path, folder: ModelSource | None, dtype: torch.dtype, part: str | None,
+    on_note: Callable[[str], None],
+) -> None:  # fmt: skip
     if path.suffix == ".gguf":
         raise UsageError(f"{path} is GGUF, which is to be run as it is: generate --weights {path}.")
-    checkpoint = read_checkpoint(path, dtype)
-    if isinstance(checkpoint, SideFile):
+    found = peek(path, part)
+    if found.untold:
+        raise WeightsError(f"{path} {UNTOLD}")
+    checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
+    if not isinstance(checkpoint, Checkpoint):
         raise UsageError(
             f"{path} holds SLA weights alone. Use it beside its model: generate --model MODEL --weights {path}."
         )
+    for note in found.notes:
+        on_note(note)
     config = _config_for(checkpoint, folder)
     model = build_transformer(checkpoint, config, dtype)
     layers = len(checkpoint.projections) // 2
     on_note(f"{checkpoint.layout} names, {len(checkpoint.tensors)} tensors, SLA in {layers} layers: all used")
-    model.save_pretrained(part / "transformer", max_shard_size=MAX_SHARD)
-    distilled = bool(checkpoint.projections)
-    if checkpoint.projections:
-        name = folder.name if folder is not None else _preset_name(model.config)
+    model.save_pretrained(target / "transformer", max_shard_size=MAX_SHARD)
+    distilled = found.sampler == "rcm"
+    if found.sla is not None:
+        name = folder.name if folder is not None else preset_of_width(checkpoint.width) or "wan2.1"
         metadata = SLAMetadata(
-            TURBO_SLA,
+            found.sla,
             name,
             weights_hash(model),
-            trained="all",
+            trained=found.trained or "all",
             steps=0,
-            sampler_family="rcm",
+            sampler_family="rcm" if distilled else "flow",
             source_hash=_digest(path),
         )
-        install(model, TURBO_SLA)
+        install(model, found.sla)
         state = model.state_dict()
         with torch.no_grad():
             for key, tensor in checkpoint.projections.items():
                 state[key].copy_(tensor)
-        save_sla(model, part / SLA_FILE, metadata)
+        save_sla(model, target / SLA_FILE, metadata)
     if folder is not None:
-        shutil.copy(folder.folder / "model_index.json", part)
+        shutil.copy(folder.folder / "model_index.json", target)
         for component in PARTS:
             if (folder.folder / component).is_dir():
-                shutil.copytree(folder.folder / component, part / component, copy_function=_link_or_copy)
-        write_json(part / "slagen.json", _defaults(folder.defaults, distilled))
+                shutil.copytree(folder.folder / component, target / component, copy_function=_link_or_copy)
+        write_json(target / "slagen.json", _defaults(folder.defaults, distilled))
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -191,11 +200,6 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
     return {**wan_config(shape), **sizes}
 
 
-def _preset_name(config: Any) -> str:
-    width = config.num_attention_heads * config.attention_head_dim
-    return next((p.name for p in PRESETS.values() if p.shape.num_heads * p.shape.head_dim == width), "wan2.1")
-
-
 def _digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files in order."""
     digest = hashlib.sha256()
@@ -228,10 +232,10 @@ def merge(
     with reserved(target):
         if target.is_dir() or (os.path.lexists(target) and not overwrite):
             raise UsageError(f"{target} exists. Choose another output, or replace a file with --overwrite.")
-        tensors = _merged(base, diff_base, diff_target, weight, on_note)
+        tensors, told = _merged(base, diff_base, diff_target, weight, on_note)
         try:
             with writing(target, replace=overwrite) as part:
-                save_file(tensors, part)
+                save_file(tensors, part, metadata=told)
         except (OSError, SafetensorError) as error:
             raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
     return target
@@ -239,9 +243,11 @@ def merge(
 
 def _merged(
     base: str, diff_base: str, diff_target: str, weight: float, on_note: Callable[[str], None]
-) -> dict[str, Tensor]:
-    found = [_whole(user_path(name)) for name in (base, diff_base, diff_target)]
-    start, before, after = ({**c.tensors, **c.projections} for c in found)
+) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The merged tensors, and the metadata that tell what their SLA weights were trained with."""
+    paths = [user_path(name) for name in (base, diff_base, diff_target)]
+    start, before, after = ({**c.tensors, **c.projections} for c in map(_whole, paths))
+    told = _settings_of(peek(paths[0]), peek(paths[2]))
     merged: dict[str, Tensor] = {}
     kept = []
     for name, tensor in start.items():
@@ -256,7 +262,17 @@ def _merged(
     on_note(
         f"{len(start) - len(kept)} tensors changed, {len(kept)} kept as in the base, {len(copied)} only the target's"
     )
-    return {name: tensor.contiguous() for name, tensor in merged.items()}
+    return {name: tensor.contiguous() for name, tensor in merged.items()}, told
+
+
+def _settings_of(base: Found, target: Found) -> dict[str, str] | None:
+    """The metadata that tell what a merged transformer's SLA weights were trained with; None where it has none."""
+    found = target if target.sla is not None else base
+    if found.sla is None:
+        return None
+    family = "rcm" if "rcm" in (base.sampler, target.sampler) else "flow"
+    settings = {"config": found.sla.to_dict(), "sampler_family": family, "trained": found.trained}
+    return {SETTINGS_METADATA: json.dumps(settings, sort_keys=True)}
 
 
 def _whole(path: Path) -> Checkpoint:
@@ -286,15 +302,16 @@ def info(path_text: str) -> dict[str, Any]:
         path = path / SLA_FILE
     content = read_tensors(path)
     kind = identify(content)
-    if path.suffix == ".safetensors" and path.is_file() and kind == "transformer":
-        kind = peek(path).kind  # slagen's own may hold every tensor of a transformer
+    if path.suffix == ".safetensors" and "slagen" in read_header(path).get("__metadata__", {}):
+        kind = "sla"  # which may hold every tensor of a transformer, and low-rank changes
     about: dict[str, Any] = {"path": str(path), "kind": kind}
     tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
+    dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors.values()]
+    dtypes = gguf_kinds(path) if path.suffix == ".gguf" else dtypes
     about |= {
-        "tensors": len(tensors),
-        "parameters": sum(x.numel() for x in tensors.values()),
-        "dtypes": dict(Counter(str(x.dtype).removeprefix("torch.") for x in tensors.values())),
-    }
+        "tensors": len(tensors), "parameters": sum(x.numel() for x in tensors.values()),
+        "dtypes": dict(Counter(dtypes)),
+    }  # fmt: skip
     if kind == "sla":
         return about | _describe_sla(path, tensors)
     if kind == "side-file":
@@ -303,20 +320,34 @@ def info(path_text: str) -> dict[str, Any]:
         norms = [side.weight.norm().item()]
         return about | {"trained_with": side.config.to_dict(), "proj_l_norms": norms, "trained": norms[0] > 0}
     if kind != "transformer":
-        return about
-    checkpoint = read_checkpoint(path)
-    assert isinstance(checkpoint, Checkpoint)
-    found = peek(path)
-    norms = _norms(checkpoint.projections)
-    about |= {
-        "layout": checkpoint.layout, "layers": checkpoint.num_layers, "width": checkpoint.width,
-        "quantised": checkpoint.quantised or path.suffix == ".gguf", "sampler": found.sampler or "unipc",
-        "sla": found.sla is not None, "proj_l_norms": norms, "trained": bool(norms) and min(norms) > 0,
-        "faults": checkpoint.faults,
-    }  # fmt: skip
+        return about | {"meaning": f"this {REFUSALS[kind]}"}
+    parts = list(transformers(content))
+    if len(parts) > 1:
+        return about | {"parts": parts}
+    about |= _describe_transformer(path, not FLOAT_KINDS.issuperset(dtypes))
     if (path / SLA_FILE).is_file():
         about["sla_file"] = info(str(path / SLA_FILE))
     return about
+
+
+FLOAT_KINDS = {"float32", "float16", "bfloat16", "F32", "F16", "BF16"}
+
+
+def _describe_transformer(path: Path, quantised: bool) -> dict[str, Any]:
+    checkpoint, found = read_checkpoint(path), peek(path)
+    assert isinstance(checkpoint, Checkpoint)
+    norms = _norms(checkpoint.projections)
+    about: dict[str, Any] = {
+        "layout": checkpoint.layout, "layers": checkpoint.num_layers, "width": checkpoint.width,
+        "quantised": quantised, "sampler": found.sampler or "unipc", "sla": bool(norms), "proj_l_norms": norms,
+        "trained": bool(norms) and min(norms) > 0, "faults": checkpoint.faults,
+    }  # fmt: skip
+    if found.sla is not None:
+        about["trained_with"] = found.sla.to_dict()
+    notes = [*found.notes, *([f"this {UNTOLD}"] if found.untold else [])]
+    if found.few_steps:
+        notes.append(f"the name or metadata say {found.few_steps!r}: it may be distilled to few steps without guidance")
+    return about | ({"notes": notes} if notes else {})
 
 
 def _describe_pipeline(folder: Path) -> dict[str, Any]:

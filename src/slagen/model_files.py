@@ -14,7 +14,7 @@ from typing import Any
 from slagen import documents
 from slagen.documents import parse_json
 from slagen.errors import WeightsError
-from slagen.forms import Fault, Kind, check, whole
+from slagen.forms import Fault, Kind, check, one_of, whole
 
 AGAIN = "Get the model again."
 MAX_CONFIG = 2**20
@@ -30,6 +30,9 @@ _CLASS = Kind(
 _TEXT = Kind("text of at most 200 characters", str, lambda value: len(value) <= 200)
 _POSITIVE = Kind("a list of at most 4096 numbers above 0", [float], lambda x: len(x) <= 4096 and all(n > 0 for n in x))
 
+SETTINGS_KEY = "slagen"  # in a transformer's config.json, where diffusers saved it with SLA weights inside
+SLA_SETTINGS = {"config": dict, "sampler_family": one_of("flow", "rcm"), "trained": str, "defaults?": dict | None}
+
 FORMS: dict[str, Any] = {
     "model_index.json": {
         "_class_name": _TEXT, "boundary_ratio?": float | None, "expand_timesteps?": bool,
@@ -41,7 +44,7 @@ FORMS: dict[str, Any] = {
         "in_channels?": _COUNT, "out_channels?": _COUNT, "text_dim?": _SIZE, "freq_dim?": _SIZE, "ffn_dim?": _SIZE,
         "num_layers?": _COUNT, "cross_attn_norm?": bool, "qk_norm?": str | None, "eps?": float,
         "image_dim?": int | None, "added_kv_proj_dim?": int | None, "rope_max_seq_len?": _SIZE,
-        "pos_embed_seq_len?": int | None,
+        "pos_embed_seq_len?": int | None, "slagen?": SLA_SETTINGS,
     },
     "vae/config.json": {
         "base_dim?": _COUNT, "decoder_base_dim?": int | None, "z_dim?": _COUNT,

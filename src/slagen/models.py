@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
-from slagen.model_files import check_parts, read_header, read_json, read_strings
+from slagen.model_files import SETTINGS_KEY, check_parts, read_header, read_json, read_strings
 from slagen.report import ModelShape
 from slagen.text import quote
 
@@ -118,6 +118,11 @@ def bundled_folder() -> Path:
     raise EnvironmentProblem(f"the bundled model {BUNDLED} is missing from this installation. Install slagen again.")
 
 
+def preset_of_width(width: int) -> str | None:
+    """The first preset whose transformer has layers of some width."""
+    return next((p.name for p in PRESETS.values() if p.shape.num_heads * p.shape.head_dim == width), None)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form owner/name."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
@@ -149,6 +154,8 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
     kind = index["_class_name"]
     if kind != "WanPipeline":
         raise WeightsError(f"{folder} holds a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder.")
+    if index.get("expand_timesteps"):
+        raise WeightsError(f"{folder} is Wan2.2 TI2V-5B, which has a VAE of its own. slagen runs Wan2.1 text-to-video.")
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
         raise WeightsError(f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video.")
     transformer = read_json(folder / "transformer" / "config.json", folder)
@@ -156,14 +163,15 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
     check_parts(folder, ("text_encoder", "scheduler"))
     if transformer.get("image_dim") is not None or transformer.get("in_channels") != transformer.get("out_channels"):
         raise WeightsError(f"{folder} is an image-to-video model. slagen runs Wan2.1 text-to-video.")
-    defaults = ModelDefaults()
-    if (folder / "slagen.json").is_file():
+    defaults, place = ModelDefaults(), folder / "slagen.json"
+    own: dict[str, object] = (transformer.get(SETTINGS_KEY) or {}).get("defaults") or {}
+    if place.is_file() or own:
         try:
-            defaults = ModelDefaults.from_dict(read_json(folder / "slagen.json", folder))
+            defaults = ModelDefaults.from_dict(read_json(place, folder) if place.is_file() else own)
         except WeightsError:
             raise
         except SlagenError as error:
-            raise WeightsError(f"{folder / 'slagen.json'}: {error}") from error
+            raise WeightsError(f"{place if place.is_file() else folder / 'transformer'}: {error}") from error
     patch = tuple(transformer.get("patch_size", (1, 2, 2)))
     factor = vae.get("scale_factor_spatial", 8)
     shape = ModelShape(
@@ -177,9 +185,14 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
 
 
 def read_sla_config(path: Path) -> SLAConfig | None:
-    """What an SLA file was trained with, from its metadata; None where it does not say it."""
+    """What SLA weights were trained with: an SLA file's metadata say it, or the config.json in a folder where diffusers
+    saved them inside a model; None where neither does."""
     try:
-        text = read_header(path)["__metadata__"]["slagen"]
-        return SLAConfig.from_dict(read_strings(path, text, {"config": dict})["config"])
+        if path.is_dir():
+            inner = path / "transformer"
+            told = read_json(inner / "config.json", inner)[SETTINGS_KEY]
+        else:
+            told = read_strings(path, read_header(path)["__metadata__"]["slagen"], {"config": dict})
+        return SLAConfig.from_dict(told["config"])
     except (KeyError, UsageError):
         return None

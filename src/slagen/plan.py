@@ -113,8 +113,9 @@ def _model(config: GenerateConfig) -> tuple:
     weights = None if config.weights is None else user_path(config.weights)
     trained = None
     if weights is not None:
-        file = weights / SLA_FILE if weights.is_dir() else weights
-        trained = read_sla_config(file) if file.suffix == ".safetensors" and file.is_file() else None
+        file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
+        known = file.suffix == ".safetensors" and file.is_file()
+        trained = read_sla_config(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
         return preset, preset.defaults, preset.shape, 16, 4, trained or preset.sla, None
     folder = bundled_folder() if name == BUNDLED else user_path(name)
@@ -126,8 +127,8 @@ def _model(config: GenerateConfig) -> tuple:
             )
         raise unknown_model(name)
     source = describe_folder(folder, name)
-    if trained is None and weights is None and (folder / SLA_FILE).is_file():
-        trained = read_sla_config(folder / SLA_FILE)
+    if trained is None and weights is None:
+        trained = read_sla_config(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
     bundled = Preset(name, "", None, None, source.shape, source.defaults, trained)
     return bundled, source.defaults, source.shape, source.spatial_grid, source.temporal_factor, trained, folder
 

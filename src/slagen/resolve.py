@@ -21,7 +21,7 @@ from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig, use
 from slagen.errors import EnvironmentProblem, UsageError, WeightsError
 from slagen.models import SLA_FILE, ModelSource
 from slagen.wan.checkpoints import read_metadata
-from slagen.wan.formats import Found, peek
+from slagen.wan.formats import UNTOLD, Found, peek
 from slagen.wan.loading import resolve_model
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
@@ -37,6 +37,7 @@ class Weights:
         sla_path: the file that holds them: slagen's own where `sla_alone`, otherwise the transformer's or a side file;
             None for untrained SLA.
         distilled: whether they are made for the rCM sampler.
+        few_steps: the word in a file's name or metadata that says it is distilled to few steps of another sampler.
     """
 
     source: ModelSource
@@ -47,6 +48,7 @@ class Weights:
     sla_alone: bool
     distilled: bool
     notes: tuple[str, ...] = ()
+    few_steps: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,14 @@ def find_weights(
         notes.append(f"no CUDA device, so the bundled model {source.name} runs; choose another with --model")
     if found is not None and found.kind == "transformer":
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
+        notes += found.notes
     sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
     if config.attention == "dense" and source.weights is not None:
         notes.append(
             f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
         )
-    return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes))
+    few_steps = "" if found is None or distilled else found.few_steps
+    return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes), few_steps)
 
 
 def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
@@ -155,6 +159,9 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
             f"size is {config.width}x{config.height}, but {source.name} makes multiples of {grid} pixels. "
             f"Try --size {width}x{height}."
         )
+    off_steps = _steps_warning(config, weights)
+    if off_steps is not None:
+        warnings.append(off_steps)
     unknown = defaults.unknown_words(config.prompt)
     if unknown:
         warnings.append(
@@ -236,6 +243,24 @@ def _plan_sampler(
     return dataclasses.replace(config, sampler=sampler)
 
 
+def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
+    """What looks wrong in steps and guidance for a transformer file, whose tensors do not say if it is distilled."""
+    steps, guidance, file = config.steps or 0, config.guidance_scale or 0.0, weights.source.weights
+    if file is None or weights.distilled:
+        return None
+    if weights.few_steps and (steps > 10 or guidance > 1):
+        return (
+            f"{file.name} calls itself {weights.few_steps!r}: weights distilled to few steps want about 4 without "
+            f"guidance, not {steps} with {guidance:g}. Try --steps 4 --guidance-scale 1 --sampler euler"
+        )
+    if not weights.few_steps and steps <= 8 and guidance > 1:
+        return (
+            f"{steps} steps with guidance {guidance:g} suit no Wan2.1: weights distilled to few steps want "
+            "--guidance-scale 1, all others 20 steps or more"
+        )
+    return None
+
+
 def pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that SLA will run on. Raises EnvironmentProblem where a named one can not."""
     try:
@@ -262,18 +287,26 @@ def _plan_attention(
         path = source.folder / SLA_FILE
     elif source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
         path = source.weights / SLA_FILE
-    inside = None if source.weights is None or path is not None else peek(source.weights)
+    own = source.folder / "transformer"
+    if path is not None:
+        inside = None
+    elif source.weights is not None:
+        inside = peek(source.weights)
+    else:  # diffusers may have saved SLA weights with the model itself
+        inside = peek(own) if any(own.glob("*.safetensors")) else None
     if inside is not None and inside.sla is not None:
-        path, alone = source.weights, False
+        path, alone = source.weights or own, False
     metadata = read_metadata(path) if path is not None and alone else None
     if metadata is not None:
         distilled = metadata.sampler_family == "rcm"
-    elif source.weights is not None:
+    elif source.weights is not None or (inside is not None and inside.sla is not None):
         distilled = inside is not None and inside.sampler == "rcm"
     else:
         distilled = source.defaults.sampler == "rcm"
     if config.attention == "dense":
         return None, None, True, distilled
+    if inside is not None and inside.untold:
+        raise WeightsError(f"{source.weights or source.folder} {UNTOLD}")
     if path is None:
         if not config.allow_untrained:
             raise WeightsError(
@@ -282,13 +315,14 @@ def _plan_attention(
                 "--attention dense, or go on with --allow-untrained."
             )
         return SLAConfig(), None, True, distilled
+    trained = metadata.trained if metadata is not None else "" if inside is None else inside.trained
+    branch = trained.rpartition(", ")[2]
+    if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
+        raise WeightsError(
+            f"{path} was trained with the {branch} branch alone, and the other would spoil it. Take --attention "
+            f"{branch}, or go on with --allow-untrained."
+        )
     if metadata is not None:
-        branch = metadata.trained.rpartition(", ")[2]
-        if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
-            raise WeightsError(
-                f"{path} was trained with the {branch} branch alone, and the other would spoil it. Take --attention "
-                f"{branch}, or go on with --allow-untrained."
-            )
         return metadata.config, path, True, distilled
     sla = inside.sla if inside is not None else found.sla if found is not None else None
     assert sla is not None

@@ -18,10 +18,11 @@ from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.files import writing
+from slagen.model_files import read_json
 from slagen.models import SLA_FILE
-from slagen.wan.formats import Checkpoint, SideFile, read_checkpoint
+from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, peek, read_checkpoint
 from slagen.wan.guards import refuse_adapters, refuse_offloaded
-from slagen.wan.processor import install, installation, remove
+from slagen.wan.processor import install, installation, remove, tell_settings
 from slagen.wan.reading import PICKLE_SUFFIXES, is_finite
 
 FORMAT_VERSION = 1
@@ -139,7 +140,8 @@ def load_sla(
 
     Args:
         pipe: a WanPipeline, or its transformer. What slagen had installed in it before is removed first.
-        path: an `sla.safetensors`, or a folder with one.
+        path: an `sla.safetensors`, a folder with one, or the folder that diffusers saved this very model in, with SLA
+            inside.
         config: instead of the file's, for another sparsity; block sizes, domain and feature map must be the file's.
         backend, branches: as in `sparse_linear_attention`.
         allow_untrained: accept layers whose `proj_l` is all zero.
@@ -150,7 +152,7 @@ def load_sla(
         a LoRA is loaded or fused, or hooks offload the transformer's layers.
     """
     transformer = getattr(pipe, "transformer", pipe)
-    metadata, tensors = read_sla(path)
+    metadata, tensors = _read_saved(Path(path)) or read_sla(path)
     config = config or metadata.config
     _check_same_form(config, metadata.config, path)
     refuse_adapters(pipe, "loaded")
@@ -169,7 +171,38 @@ def load_sla(
     except SlagenError:
         remove(transformer)
         raise
+    _tell(transformer, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
     return metadata
+
+
+def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
+    """The SLA weights inside a model that diffusers saved; None where a path names anything else."""
+    if not path.is_dir() or (path / SLA_FILE).is_file() or not (path / "transformer").is_dir():
+        return None
+    found = peek(path)
+    if found.untold:
+        raise WeightsError(f"{path} {UNTOLD}")
+    if found.sla is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    assert isinstance(checkpoint, Checkpoint)
+    family = "rcm" if found.sampler == "rcm" else "flow"
+    base = _hash(checkpoint.tensors)
+    return SLAMetadata(found.sla, path.name, base, found.trained, 0, family), checkpoint.projections
+
+
+def _tell(
+    transformer: WanTransformer3DModel, config: SLAConfig, family: str, trained: str, path: Path | None = None
+) -> None:
+    """Have `save_pretrained` write beside the weights what they are for: what they were trained with, and, of the
+    slagen.json in the folder of the SLA file or of the model, what the model was made for."""
+    origin = Path(str(transformer.config.get("_name_or_path") or "."))
+    folders = [origin.parent, origin] if path is None else [path if path.is_dir() else path.parent, origin.parent]
+    made_for = next((folder / "slagen.json" for folder in folders if (folder / "slagen.json").is_file()), None)
+    settings: dict[str, Any] = {"config": config.to_dict(), "sampler_family": family, "trained": trained}
+    if made_for is not None:
+        settings["defaults"] = read_json(made_for, made_for.parent)
+    tell_settings(transformer, settings)
 
 
 def install_projections(
@@ -198,6 +231,8 @@ def install_projections(
     except SlagenError:
         remove(transformer)
         raise
+    told = peek(Path(path))
+    _tell(transformer, told.sla or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
 
 
 def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
@@ -303,7 +338,9 @@ def apply_sla(
         config: how to divide the work; None is `SLAConfig()`.
     Raises: UsageError if SLA is installed already, the model is no Wan, or hooks offload its layers.
     """
-    install(getattr(pipe, "transformer", pipe), config or SLAConfig(), backend=backend, branches=branches)
+    transformer = getattr(pipe, "transformer", pipe)
+    install(transformer, config or SLAConfig(), backend=backend, branches=branches)
+    _tell(transformer, config or SLAConfig(), "flow", "" if branches == "both" else branches)
 
 
 def remove_sla(pipe: Any) -> None:

@@ -5,9 +5,9 @@ Nothing is loaded in part: a tensor that is missing, unexpected, of another shap
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slagen import documents
 from slagen.config import Sampler, SLAConfig
 from slagen.errors import UsageError, WeightsError
-from slagen.models import TURBO_SLA, read_header
-from slagen.wan.kinds import REFUSALS, identify
-from slagen.wan.names import LAYOUTS, LINEARS_OF_A_BLOCK, PROJECTION, plain, without_prefixes
-from slagen.wan.quantised import dequantise
-from slagen.wan.reading import is_finite, read_tensors
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+from slagen.model_files import SETTINGS_KEY, SLA_SETTINGS, read_header, read_strings
+from slagen.models import TURBO_SLA, preset_of_width
+from slagen.wan.kinds import REFUSALS, hints, identify
+from slagen.wan.names import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, PROJECTION, inside, other_parts, transformers
+from slagen.wan.quantised import FLOATS, multiply_out
+from slagen.wan.reading import component_files, is_finite, read_tensors, transformer_folder
 
 
 @dataclass
@@ -33,9 +33,9 @@ class Checkpoint:
     Args:
         path: the file or folder it was read from.
         layout: a name in LAYOUTS.
-        tensors: of the transformer; what was int8 is dequantised.
+        tensors: of the transformer; what was int8 or fp8 is multiplied out.
         projections: `proj_l` of the layers, by the processors' names; empty where there is no SLA in the file.
-        quantised: whether the file holds TurboDiffusion's int8.
+        forms: what each tensor of 8 bits was in the file, such as "int8"; here it is of the kind that was asked for.
         faults: what is wrong in the file itself, to be told together with what does not fit a model.
     """
 
@@ -43,8 +43,12 @@ class Checkpoint:
     layout: str
     tensors: dict[str, Tensor]
     projections: dict[str, Tensor]
-    quantised: bool = False
+    forms: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.forms)
 
     @property
     def num_layers(self) -> int:
@@ -68,13 +72,14 @@ class SideFile:
 
 
 def read_checkpoint(
-    path: Path, dtype: torch.dtype = torch.bfloat16, *, projections_only: bool = False
+    path: Path, dtype: torch.dtype = torch.bfloat16, *, projections_only: bool = False, part: str | None = None
 ) -> Checkpoint | SideFile:
     """Read a transformer, or SimpleTuner's side file, whatever its form.
 
     Args:
-        dtype: of what is int8 in the file.
+        dtype: of what is int8 or fp8 in the file.
         projections_only: leave all tensors out but `proj_l`.
+        part: which transformer, where the file holds several.
     Raises: WeightsError if the file is broken, or holds something else. `check_fit` tells what does not fit a model.
     """
     content = read_tensors(path)
@@ -83,10 +88,36 @@ def read_checkpoint(
         return _side_file(path, content)
     if kind not in ("transformer", "sla"):
         raise WeightsError(f"{path} {REFUSALS[kind]}")
+    values, twice = _of_one_transformer(path, content, part)
     if projections_only:
-        names = zip(without_prefixes(list(content)), content.values(), strict=True)
-        content = {name: value for name, value in names if "proj_l" in name}
-    return _checkpoint(path, content, dtype)
+        values = {name: value for name, value in values.items() if "proj_l" in name}
+    checkpoint = _checkpoint(path, values, dtype)
+    checkpoint.faults += [f"{name} is there twice" for name in twice]
+    return checkpoint
+
+
+def _of_one_transformer(path: Path, content: dict[str, Any], part: str | None) -> tuple[dict[str, Any], list[str]]:
+    """What belongs to a transformer by names without prefixes, and the names that come twice. Raises WeightsError where
+    there are several and none is chosen."""
+    found = transformers(content)
+    if (len(found) > 1 and part is None) or (part is not None and part not in found):
+        holds = f"{path} holds {len(found)} transformers: {', '.join(found)}. " if len(found) > 1 else ""
+        if part is None:
+            raise WeightsError(
+                f"{holds}Take one out, and give the folder that it makes: slagen convert {path} FOLDER "
+                f"--part {list(found)[-1]}"
+            )
+        raise UsageError(
+            f"part is {part!r}, but {holds or f'{path} holds one transformer. '}Give one of these, or none."
+        )
+    prefix = found.get(part or "", next(iter(found.values()), ""))
+    values: dict[str, Any] = {}
+    twice = []
+    for name, plain in inside(content, prefix, list(found.values())).items():
+        if plain in values:
+            twice.append(plain)
+        values[plain] = content[name]
+    return values, twice
 
 
 @dataclass(frozen=True)
@@ -97,36 +128,100 @@ class Found:
         kind: as `identify` says it.
         sla: what its SLA weights were trained with; None without any, or where metadata says it.
         sampler: the sampler that it is distilled for; None for any flow-matching one.
+        trained: what was trained, as an SLA file says it; "" where that is not told.
+        untold: it holds SLA weights, and nothing says what they were trained with.
+        notes: what else to know of it.
+        few_steps: the word in its name or metadata that says it is distilled to few steps; "" where none does.
     """
 
     kind: str
     sla: SLAConfig | None = None
     sampler: Sampler | None = None
+    trained: str = ""
+    untold: bool = False
+    notes: tuple[str, ...] = ()
+    few_steps: str = ""
 
 
-def peek(path: Path) -> Found:
-    """Look at a weight file's names. Raises WeightsError if it is nothing that can be run."""
+UNTOLD = (
+    "holds SLA weights that diffusers saved, but nothing says what they were trained with. Give the sla.safetensors "
+    "that they came from, or save them again with this slagen, which writes it into config.json: load_sla(pipe, FILE), "
+    "pipe.save_pretrained(FOLDER)."
+)
+
+
+def peek(path: Path, part: str | None = None) -> Found:
+    """Look at a weight file's names. Raises WeightsError if it is nothing that can be run.
+
+    Args:
+        part: which transformer, where the file holds several.
+    """
+    metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors" and path.is_file():
         content: dict[str, Any] = read_header(path)
-        if "slagen" in (content.pop("__metadata__", None) or {}):
+        metadata = content.pop("__metadata__", None) or {}
+        if "slagen" in metadata:
             return Found("sla")  # with every tensor that was trained, which may be all of a transformer's
+        content |= read_tensors(path, lambda name: name.endswith(".comfy_quant"))
     else:
-        content = read_tensors(path)
+        content = _headers(path) if path.is_dir() else read_tensors(path)
     kind = identify(content)
     if kind == "side-file":
         return Found(kind, sla=_side_file(path, content).config)
     if kind not in ("transformer", "sla"):
         raise WeightsError(f"{path} {REFUSALS[kind]}")
-    if kind == "transformer" and any(PROJECTION.fullmatch(name) for name in without_prefixes(list(content))):
-        return Found(kind, sla=TURBO_SLA, sampler="rcm")
-    return Found(kind)
+    values, _ = _of_one_transformer(path, content, part)
+    notes, few_steps = hints(path, metadata)
+    left = other_parts(content)
+    if left:
+        notes.append(f"{path.name} holds more than a transformer ({', '.join(left)}), of which nothing else is used")
+    found = Found(kind, notes=tuple(notes), few_steps=few_steps)
+    spellings = {match[2] for name in values if (match := PROJECTION.fullmatch(name))}
+    if OWN_SPELLING in spellings:
+        told = read_settings(path, metadata)
+        return dataclasses.replace(found, untold=told is None, **(told or {}))
+    if kind == "transformer" and spellings:
+        return dataclasses.replace(found, sla=TURBO_SLA, sampler="rcm")
+    return found
+
+
+SETTINGS_METADATA = "slagen_transformer"  # in a transformer file's metadata
+
+
+def _headers(folder: Path) -> dict[str, Any]:
+    """The tensors of a folder's transformer as the headers of its files tell of them."""
+    entries: dict[str, Any] = {}
+    for file in component_files(transformer_folder(folder)):
+        entries |= read_header(file)
+    entries.pop("__metadata__", None)
+    return entries
+
+
+def read_settings(path: Path, metadata: dict[str, Any]) -> dict[str, Any] | None:
+    """What SLA weights inside a transformer were trained with: fields of Found, from the file's metadata or from the
+    config.json that diffusers writes beside it; None where neither says it. Raises WeightsError if it cannot be read.
+    """
+    folder = transformer_folder(path) if path.is_dir() else path.parent
+    told = None
+    if SETTINGS_METADATA in metadata:
+        told = read_strings(path, metadata[SETTINGS_METADATA], SLA_SETTINGS)
+    elif (folder / "config.json").is_file():
+        told = documents.read_json(folder / "config.json", {f"{SETTINGS_KEY}?": SLA_SETTINGS}).get(SETTINGS_KEY)
+    if told is None:
+        return None
+    try:
+        config = SLAConfig.from_dict(told["config"])
+    except UsageError as error:
+        raise WeightsError(f"{path} has SLA settings beside it that do not hold: {error} Get it again.") from error
+    return {"sla": config, "sampler": "rcm" if told["sampler_family"] == "rcm" else None, "trained": told["trained"]}
 
 
 def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype) -> Checkpoint:
-    names = dict(zip(without_prefixes(list(content)), content.values(), strict=True))
-    layout = max(LAYOUTS, key=lambda name: sum(LAYOUTS[name](key) is not None for key in plain(names)))
+    plain = multiply_out(content, dtype)
+    names = plain.tensors
+    layout = max(LAYOUTS, key=lambda name: sum(LAYOUTS[name](key) is not None for key in names))
     rename = LAYOUTS[layout]
-    checkpoint = Checkpoint(path, layout, {}, {})
+    checkpoint = Checkpoint(path, layout, {}, {}, faults=plain.faults)
     faults = checkpoint.faults
     spellings = set()
     for name, value in names.items():
@@ -134,47 +229,29 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype) -> Chec
             faults.append(f"{name} is a {type(value).__name__}, not a tensor")
             continue
         projection = PROJECTION.fullmatch(name)
+        target = rename(name)
         if projection:
             spellings.add(projection[2])
-            checkpoint.projections[f"blocks.{projection[1]}.attn1.processor.proj_l.{projection[3]}"] = value
-        elif name.endswith(".int8_weight"):
-            checkpoint.quantised = True
-            target = rename(name.removesuffix("int8_weight") + "weight") or ""
-            scale = names.get(name.removesuffix("int8_weight") + "scale")
-            if not LINEARS_OF_A_BLOCK.fullmatch(target):
-                faults.append(f"{name} is unexpected")
-            elif not isinstance(scale, Tensor):
-                faults.append(f"{name.removesuffix('int8_weight')}scale is missing")
-            else:
-                _add(checkpoint, target, dequantise(name, value, scale, dtype, faults))
-        elif name.endswith(".scale"):
-            if name.removesuffix("scale") + "int8_weight" not in names:
-                faults.append(f"{name} is unexpected")
+            target = f"blocks.{projection[1]}.attn1.processor.proj_l.{projection[3]}"
+            checkpoint.projections[target] = value
+        elif target is None:
+            faults.append(f"{name} is unexpected")
         else:
-            target = rename(name) or ""
-            if not target:
-                faults.append(f"{name} is unexpected")
-            else:
-                _add(checkpoint, target, value)
+            checkpoint.tensors[target] = value
+        if name in plain.forms and target is not None:
+            checkpoint.forms[target] = plain.forms[name]
     if len(spellings) > 1:
         faults.append(f"proj_l is spelt in {len(spellings)} ways ({', '.join(sorted(spellings))})")
-    if checkpoint.quantised:
+    if plain.turbo:  # all linear layers of the blocks are int8 there, and nothing else
         faults += [
             f"{name} is not int8, though others are"
             for name in checkpoint.tensors
-            if LINEARS_OF_A_BLOCK.fullmatch(name) and name in _float_linears(names, rename)
+            if LINEARS_OF_A_BLOCK.fullmatch(name) and name not in checkpoint.forms
+        ]
+        faults += [
+            f"{name} is unexpected as int8" for name in checkpoint.forms if not LINEARS_OF_A_BLOCK.fullmatch(name)
         ]
     return checkpoint
-
-
-def _float_linears(names: dict[str, Any], rename: Callable[[str], str | None]) -> set[str]:
-    return {rename(name) or "" for name in names if name.endswith(".weight")}
-
-
-def _add(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
-    if name in checkpoint.tensors:
-        checkpoint.faults.append(f"{name} is there twice")
-    checkpoint.tensors[name] = tensor
 
 
 def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers: int, head_dim: int) -> None:
@@ -187,6 +264,13 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     Raises: WeightsError with the list of all that is wrong.
     """
     tensors, faults = checkpoint.tensors, list(checkpoint.faults)
+    width = shapes.get("patch_embedding.bias", torch.Size((checkpoint.width,)))[0]
+    if checkpoint.width and checkpoint.width != width:
+        raise WeightsError(
+            f"{checkpoint.path} is a transformer of {checkpoint.num_layers} layers of width {checkpoint.width}, but "
+            f"the model is one of {num_layers} layers of width {width}. Give its own model: "
+            f"--model {preset_of_width(checkpoint.width) or 'FOLDER'}."
+        )
     name = "patch_embedding.weight"
     flat = tensors.get(name)
     if checkpoint.layout == "wan" and flat is not None and flat.ndim == 2 and name in shapes:
@@ -206,7 +290,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         for name, tensor in held.items()
         if name in expected and tensor.shape != expected[name]
     ]
-    faults += _number_faults(held)
+    faults += _number_faults(held, checkpoint.forms)
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(
@@ -220,25 +304,32 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         )
 
 
-def _number_faults(tensors: dict[str, Tensor]) -> list[str]:
-    """Tensors that are no finite floating-point numbers, or not of the kind that the same tensor of other blocks is."""
+def _number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = None) -> list[str]:
+    """Tensors that are no finite floating-point numbers, or not of the kind that the same tensor of other blocks is.
+
+    Args:
+        forms: of those that were of 8 bits in the file: what they are here says nothing of it.
+    """
     faults: list[str] = []
     kinds: dict[str, dict[torch.dtype, list[str]]] = {}
+    sizes: Counter[torch.dtype] = Counter()
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             faults.append(f"{name} is {tensor.dtype}, but must be bfloat16, float16 or float32")
             continue
         if not tensor.is_meta and not is_finite(tensor):
             faults.append(f"{name} has values that are not finite numbers")
+        if forms and name in forms:
+            continue
         role = re.sub(r"\.\d+(?=\.)", ".*", name)
         kinds.setdefault(role, {}).setdefault(tensor.dtype, []).append(name)
+        sizes[tensor.dtype] += 0 if "proj_l" in name else tensor.numel()
     for found in kinds.values():
         rarest = min(found, key=lambda dtype: len(found[dtype]))
         if len(found) > 1:
             faults.append(f"{found[rarest][0]} is {rarest}, unlike in other blocks")
-    sizes: Counter[torch.dtype] = Counter()
-    for name, tensor in tensors.items():
-        sizes[tensor.dtype] += 0 if "proj_l" in name else tensor.numel()
+    if any(form.startswith("float8") for form in (forms or {}).values()):
+        del sizes[torch.float32]  # what was kept out of fp8 is float32 and one kind in half precision, more of either
     main = sizes.most_common(1)[0][0] if sizes else torch.float32
     for role, found in kinds.items():  # a file in half precision may keep some in float32, but nothing else is mixed
         for dtype in set(found) - {main, torch.float32}:

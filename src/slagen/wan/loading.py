@@ -44,7 +44,7 @@ from slagen.models import (
 from slagen.report import ModelShape
 from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
 from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights
-from slagen.wan.kinds import identify
+from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
 from slagen.wan.reading import component_files, read_component, read_tensors
@@ -210,7 +210,10 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     Raises: WeightsError unless it is one, whole, and of that size.
     """
     tensors = read_component(path) if path.is_dir() else read_tensors(path)
-    if identify(tensors) != "vae":
+    kind = identify(tensors)
+    if kind in ("wan2.2-vae", "tiny-vae"):
+        raise WeightsError(f"{path} {REFUSALS[kind]}")
+    if kind != "vae":
         raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
     with init_empty_weights():
         vae = AutoencoderKLWan.from_config({} if config is None else read_json(config / "config.json", config))

@@ -10,12 +10,21 @@ Source: github.com/Wan-Video/Wan2.1, github.com/thu-ml/TurboDiffusion, github.co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 
 from torch import Tensor
 
-PREFIXES = ("model.diffusion_model.", "net_ema.", "net.", "module.", "_orig_mod.")  # stripped if every key has them
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # stripped inside names if every block has them
+# An all-in-one file's parts beside the transformer, and what training code leaves inside names.
+_OTHER_PARTS = re.compile(
+    r"(text_encoders?|text_model|cond_stage_model|conditioner|clip_vision|clip|image_encoder|vae|first_stage_model)\."
+)
+_WRAPPER = re.compile(r"(?<![^./])(?:_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
+_ROOT = re.compile(  # what leads a transformer's names: a place in a pickle, and any number of prefixes
+    r"((?:.*/)?(?:[^./]+\.)*?)(?:patch_embedding\.|(?:time|text)_embedding\.\d|time_projection\.1|condition_embedder\.|"
+    r"head\.(?:head|modulation)|proj_out\.|scale_shift_table$|blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]\.|attn[12]\.|"
+    r"ffn\.(?:[02]|net|fc_(?:in|out))\.|norm[23]\.|modulation$|scale_shift_table$|to_(?:[qkv]|out)\.))"
+)
 
 _END = r"\.(weight|bias)"
 _WAN = [
@@ -65,6 +74,7 @@ _DIFFUSERS = [
     (r"(blocks\.\d+\.attn[12]\.norm_[qk]\.weight)", r"\1"),
     (rf"(blocks\.\d+\.(?:norm2|ffn\.net\.0\.proj|ffn\.net\.2)){_END}", r"\1.\2"),
 ]
+OWN_SPELLING = "attn1.processor"  # where slagen puts `proj_l`, so that diffusers saves it under this name
 PROJECTION = re.compile(
     r"blocks\.(\d+)\.(self_attn\.attn_op\.local_attn|attn1\.attn_op\.local_attn|attn1\.attn_impl|attn1\.processor)"
     rf"\.proj_l{_END}"
@@ -88,25 +98,45 @@ LAYOUTS = {"diffusers": _renamer(_DIFFUSERS), "wan": _renamer(_WAN), "fastvideo"
 LINEARS_OF_A_BLOCK = re.compile(r"blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ffn\.net\.(0\.proj|2))\.weight")
 
 
-def plain(names: Iterable[str]) -> list[str]:
-    """Names of floating-point weights, so that an int8 file is told by the same table."""
-    return [name.replace(".int8_weight", ".weight") for name in names]
+def transformers(names: Iterable[str]) -> dict[str, str]:
+    """What leads the names of each transformer in a file, by a short name for it.
+
+    There is one, as a rule, and two where a training run's average lies beside it: {"generator": "generator/model.",
+    "generator_ema": "generator_ema/model."}. None is in a file of anything else.
+    """
+    counts = Counter(match[1] for name in names if (match := _ROOT.match(_WRAPPER.sub("", name))))
+    most = max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if 2 * count > most]
+    short = {re.split("[./]", prefix)[0] or "top": prefix for prefix in prefixes}
+    return short if len(short) == len(prefixes) else {prefix.strip("./") or "top": prefix for prefix in prefixes}
 
 
-def without_prefixes(names: list[str]) -> list[str]:
-    """Names without what training code and repackers put around them, where all names have it alike."""
-    stripped = True
-    while stripped and names:
-        stripped = False
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in names):
-                names, stripped = [name.removeprefix(prefix) for name in names], True
-    for wrapper in WRAPPERS:
-        pattern = re.compile(rf"(blocks\.\d+\.){re.escape(wrapper)}")
-        inner = [name for name in names if name.startswith("blocks.")]
-        if inner and all(pattern.match(name) for name in inner):
-            names = [pattern.sub(r"\1", name) for name in names]
-    return names
+def inside(names: Iterable[str], prefix: str, others: Collection[str] = ()) -> dict[str, str]:
+    """{a name in the file: the same without prefix and wrappers} for all that is the transformer's under a prefix.
+
+    Left out are the other parts of an all-in-one file, what lies in other dictionaries of a pickle, and, beside other
+    transformers, all else. What is not under the prefix otherwise keeps its name, so that it is told as a fault.
+
+    Args:
+        others: what leads the names of every transformer in the file.
+    """
+    place = prefix[: prefix.rfind("/") + 1]
+    longer = tuple(other for other in others if len(other) > len(prefix))
+    found = {}
+    for name in names:
+        plain = _WRAPPER.sub("", name)
+        if plain.startswith(prefix) and not (longer and plain.startswith(longer)):
+            plain = plain.removeprefix(prefix)
+        elif len(others) > 1 or not plain.startswith(place):
+            continue
+        if not _OTHER_PARTS.match(plain):
+            found[name] = plain
+    return found
+
+
+def other_parts(names: Iterable[str]) -> list[str]:
+    """The parts of an all-in-one file beside the transformer, such as "vae"."""
+    return sorted({match[1] for name in names if (match := _OTHER_PARTS.match(name))})
 
 
 _VAE_PARTS = {

@@ -1,23 +1,165 @@
-"""Weights of 8 bits back as the floating-point numbers that they stand for."""
+"""Weights of 8 bits back as the numbers that they stand for: weight x scale, in every public spelling of the two.
+
+    weight                      fp8 without a scale                 Kijai's and Comfy's e4m3fn and e5m2
+    weight, scale_weight        fp8, one scale a tensor             Comfy's and Kijai's scaled fp8, marked `scaled_fp8`
+    weight, weight_scale        fp8 or int8, a tensor or a row      Comfy's (`comfy_quant` says which), lightx2v's
+    weight, weight_scale_inv    the same, a block of 128 x 128      TurboDiffusion's int8 in diffusers' names
+    int8_weight, scale          int8, a block of 128 x 128          TurboDiffusion
+
+`scale_input` and `input_scale` are for multiplying in 8 bits, which is not done here.
+Source: github.com/comfyanonymous/ComfyUI, QUANTIZATION.md; github.com/ModelTC/LightX2V, tools/convert.
+"""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 QUANT_BLOCK = 128  # rows and columns that share a scale in TurboDiffusion's int8
+SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "scale")
+LEFT_OUT = ("scale_input", "input_scale", "comfy_quant")  # of a weight
+MARK = "scaled_fp8"  # of a file
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise", "int8_blockwise")
+_PACKED_NAMES = (
+    ".weight_scale_2", ".weight_global_scale", ".weight_packed", ".qweight", ".absmax", ".SCB", ".quant_map",
+    ".pre_quant_scale", ".weight_s_rel", ".weight_scalar",
+)  # fmt: skip
+_PACKED_KINDS = ("uint8", "U8", "F4", "F8_E8M0", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
 
-def dequantise(name: str, codes: Tensor, scale: Tensor, dtype: torch.dtype, faults: list[str]) -> Tensor:
-    """TurboDiffusion's int8: w[i, j] = codes[i, j] * scale[i // 128, j // 128]."""
-    blocks = tuple(-(-size // QUANT_BLOCK) for size in codes.shape)
-    if codes.dtype != torch.int8 or scale.dtype != torch.float32 or codes.ndim != 2 or tuple(scale.shape) != blocks:
+@dataclass
+class Plain:
+    """Tensors by name, with scales multiplied into them.
+
+    Args:
+        tensors: what is no weight of 8 bits is as it was.
+        forms: what each weight of 8 bits was, by its name here: "int8", "float8_e4m3fn" or "float8_e5m2".
+        faults: what is wrong with them.
+        turbo: whether TurboDiffusion's names are there.
+    """
+
+    tensors: dict[str, Any] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    turbo: bool = False
+
+
+def beside_a_weight(name: str, names: Mapping[str, Any]) -> bool:
+    """Whether a tensor belongs to a quantised weight, or marks a file of such."""
+    stem, _, last = name.rpartition(".")
+    own = f"{stem}.weight" in names or f"{stem}.int8_weight" in names
+    return name == MARK or (own and last in (*SCALES, *LEFT_OUT))
+
+
+def is_packed(values: Mapping[str, Any]) -> bool:
+    """Whether weights are of fewer than 8 bits, or share scales in a way that is not read here.
+
+    Args:
+        values: tensors, or entries of a safetensors header, by name.
+    """
+    for name, value in values.items():
+        if name.endswith(_PACKED_NAMES) or ".quant_state." in name:
+            return True
+        kind = str(getattr(value, "dtype", "") if not isinstance(value, dict) else value.get("dtype", ""))
+        if kind.removeprefix("torch.") in _PACKED_KINDS and name.endswith((".weight", *(f".{s}" for s in SCALES))):
+            return True
+        if name.endswith(".comfy_quant") and isinstance(value, Tensor) and _comfy(value).get("format") not in FORMATS:
+            return True
+    return False
+
+
+def multiply_out(values: Mapping[str, Any], dtype: torch.dtype) -> Plain:
+    """Every weight of 8 bits in `dtype`, with its scale multiplied in; scales and marks are left out.
+
+    Args:
+        values: tensors under names without prefixes; what is no tensor is passed on.
+    """
+    plain = Plain(turbo=any(name.endswith(".int8_weight") for name in values))
+    scales: dict[str, str] = {}
+    for name in values:
+        stem, _, last = name.rpartition(".")
+        if last in SCALES and beside_a_weight(name, values):
+            whole = f"{stem}.int8_weight" if f"{stem}.int8_weight" in values else f"{stem}.weight"
+            if whole in scales:
+                plain.faults.append(f"{name} is a second scale beside {scales[whole]}")
+            scales[whole] = name
+    kinds = {x.dtype for name in scales.values() if isinstance(x := values[name], Tensor)}
+    if len(kinds) > 1:
+        plain.faults.append(f"scales are {' and '.join(sorted(map(str, kinds)))}, but must be of one kind")
+    scaled_fp8 = any(isinstance(x := values[name], Tensor) and x.dtype in FP8 for name in scales) or MARK in values
+    for name, value in values.items():
+        if beside_a_weight(name, values):
+            continue
+        target = name.removesuffix("int8_weight") + "weight" if name.endswith(".int8_weight") else name
+        if not isinstance(value, Tensor) or (name not in scales and value.dtype not in FP8):
+            if target != name:
+                plain.faults.append(f"{name.removesuffix('int8_weight')}scale is missing")
+            else:
+                plain.tensors[name] = value
+            continue
+        if target in plain.tensors:
+            plain.faults.append(f"{target} is there twice")
+        if name not in scales and scaled_fp8 and value.ndim == 2:
+            plain.faults.append(f"{name} is {value.dtype} and lacks its scale, which others have")
+        plain.forms[target] = str(value.dtype).removeprefix("torch.")
+        plain.tensors[target] = _product(name, value, scales.get(name), values, dtype, plain.faults)
+    return plain
+
+
+def _product(
+    name: str, value: Tensor, scale_name: str | None, values: Mapping[str, Any], dtype: torch.dtype, faults: list[str]
+) -> Tensor:
+    if value.is_meta or scale_name is None:
+        return value.to(dtype)
+    scale = values[scale_name]
+    wide = _spread(name, value, scale, values)
+    if wide is None:
+        kind = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
         faults.append(
-            f"{name} is {codes.dtype} {tuple(codes.shape)} with scales {scale.dtype} {tuple(scale.shape)}, but must be "
-            f"int8 with a float32 scale for each {QUANT_BLOCK} x {QUANT_BLOCK}"
+            f"{name} is {value.dtype} {tuple(value.shape)} with scales {kind}, but must be int8 or fp8 with one "
+            f"scale, one a row, or one for each {QUANT_BLOCK} x {QUANT_BLOCK}"
         )
-        return codes.to(dtype)
-    if not torch.isfinite(scale).all():
+        return value.to(dtype)
+    if not torch.isfinite(scale.float()).all():
         faults.append(f"{name} has scales that are not finite numbers")
-    wide = scale.repeat_interleave(QUANT_BLOCK, 0)[: codes.shape[0]].repeat_interleave(QUANT_BLOCK, 1)
-    return (codes.float() * wide[:, : codes.shape[1]]).to(dtype)
+    return (value.float() * wide).to(dtype)
+
+
+def _spread(name: str, value: Tensor, scale: Any, values: Mapping[str, Any]) -> Tensor | None:
+    """A weight's scale, float32, so that it multiplies the weight (out, in); None where its shape says nothing."""
+    if not isinstance(scale, Tensor) or scale.dtype not in FLOATS or value.dtype not in (torch.int8, *FP8, *FLOATS):
+        return None
+    turbo, rows = name.endswith(".int8_weight"), value.shape[0] if value.ndim else 0
+    if turbo and (value.dtype != torch.int8 or scale.dtype != torch.float32 or scale.ndim != 2):
+        return None
+    scale = scale.float()
+    if scale.numel() == 1 and not turbo:
+        return scale.reshape(())
+    if tuple(scale.shape) in ((rows,), (rows, 1)) and not turbo:
+        return scale.reshape(rows, *[1] * (value.ndim - 1))
+    mark = values.get(f"{name.rpartition('.')[0]}.comfy_quant")
+    block = _comfy(mark).get("group_size", QUANT_BLOCK)
+    if not isinstance(block, int) or block < 1 or value.ndim != 2 or scale.ndim != 2:
+        return None
+    if tuple(scale.shape) != tuple(-(-size // block) for size in value.shape):
+        return None
+    wide = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)
+    return wide[:, : value.shape[1]]
+
+
+def _comfy(mark: Any) -> dict[str, Any]:
+    """What `comfy_quant` says of a weight: JSON as bytes; {} where it is none."""
+    if not isinstance(mark, Tensor) or mark.dtype != torch.uint8 or mark.numel() > 4096:
+        return {}
+    try:
+        said = json.loads(bytes(mark.flatten().tolist()))
+    except (ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) and not said.get("convrot") else {}

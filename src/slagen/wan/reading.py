@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.model_files import read_shards
 from slagen.models import SLA_FILE
 
+SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
 USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-CONTAINERS = ("state_dict", "model", "ema", "model_state_dict", "module")  # a dict in the file that holds the tensors
+TRAINING_STATE = ("optim", "scheduler", "lr_scheduler", "scaler", "grad_scaler", "critic", "fake_score")  # left alone
+DEPTH = 8  # of dictionaries in a pickle; real ones have two or three
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
     """All that a weight file holds, by its own names; tensors are mapped from disk where the format allows it.
 
     Args:
         path: .safetensors, a pickle (.pth, .pt, .bin, .ckpt; tensors and plain containers only), or a folder with one
-            transformer in safetensors, sharded or not.
+            transformer in safetensors, sharded or not. Where a pickle has tensors in several dictionaries, their
+            places in the file lead the names: "generator_ema/model.head.head.weight".
+        wanted: whether to read a tensor, by its name; looked at for a .safetensors file only.
     Raises: WeightsError if it is missing, broken, or a pickle that holds anything but tensors.
     """
     if path.is_dir():
@@ -33,7 +38,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Give a weight file or folder.")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, wanted)
     if path.suffix == ".gguf":
         return _read_gguf(path)
     if path.suffix in PICKLE_SUFFIXES:
@@ -43,17 +48,16 @@ def read_tensors(path: Path) -> dict[str, Any]:
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
+            return {name: handle.get_tensor(name) for name in handle.keys() if wanted(name)}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    inner = folder / "transformer"
-    return read_component(inner if inner.is_dir() else folder)
+    return read_component(transformer_folder(folder))
 
 
 def read_component(folder: Path) -> dict[str, Any]:
@@ -65,6 +69,15 @@ def read_component(folder: Path) -> dict[str, Any]:
                 raise WeightsError(f"{folder} holds {name} in two of its shards. Get the model again.")
             tensors[name] = tensor
     return tensors
+
+
+def transformer_folder(folder: Path) -> Path:
+    """A pipeline's transformer folder, or the folder itself. Raises WeightsError for a pipeline that has two."""
+    if (folder / "transformer_2").is_dir():
+        raise WeightsError(
+            f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video, which has one."
+        )
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 
 def component_files(folder: Path) -> list[Path]:
@@ -97,25 +110,54 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
         raise WeightsError(f"{path} is broken or truncated. Copy or download it again.") from error
-    while isinstance(content, dict):
-        inner = [content[name] for name in CONTAINERS if isinstance(content.get(name), dict)]
-        if len(inner) != 1 or any(isinstance(value, Tensor) for value in content.values()):
-            break
-        content = inner[0]
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    if isinstance(content, dict) and set(content) == SIDE_FILE_KEYS:
+        return content
+    found = _dictionaries_of_tensors(content, "", path, set())
+    if not found:
         raise WeightsError(f"{path} holds no named tensors. Give a file of model weights.")
-    return content
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return {f"{place}{name}": value for place, inner in found.items() for name, value in inner.items()}
+
+
+def _dictionaries_of_tensors(content: Any, place: str, path: Path, seen: set[int]) -> dict[str, dict[str, Any]]:
+    """The dictionaries in a pickle that hold tensors, each by its place in the others, such as "generator_ema/"."""
+    if not isinstance(content, dict) or id(content) in seen or not all(isinstance(name, str) for name in content):
+        return {}
+    seen.add(id(content))  # a pickle may hold itself
+    if place.count("/") > DEPTH:
+        raise WeightsError(
+            f"{path} holds dictionaries in dictionaries more than {DEPTH} deep. Give a file of model weights."
+        )
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return {place: content}
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in content.items():
+        if not name.startswith(TRAINING_STATE):
+            found |= _dictionaries_of_tensors(value, f"{place}{name}/", path, seen)
+    return found
 
 
 def _read_gguf(path: Path) -> dict[str, Any]:
     """Names and shapes alone, on the meta device: diffusers loads the values, and keeps them quantised."""
+    return {
+        entry.name: torch.empty([int(size) for size in reversed(entry.shape)], device="meta")
+        for entry in _gguf_entries(path)
+    }
+
+
+def gguf_kinds(path: Path) -> list[str]:
+    """The kind of number of every tensor in a GGUF file, such as "Q4_0" or "F32". Raises as `read_tensors`."""
+    return [entry.tensor_type.name for entry in _gguf_entries(path)]
+
+
+def _gguf_entries(path: Path) -> list[Any]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
     try:
-        entries = GGUFReader(path).tensors
-        return {e.name: torch.empty([int(size) for size in reversed(e.shape)], device="meta") for e in entries}
+        return list(GGUFReader(path).tensors)
     except (ValueError, OSError, IndexError, KeyError, NotImplementedError) as error:
         raise WeightsError(f"{path} is broken, truncated, or of a kind that is not read ({error}).") from error
 
