@@ -179,7 +179,7 @@ def test_plain_tables(capsys):
     table = plain.Table(box=None)
     table.add_column("name", no_wrap=True)
     table.add_column("found")
-    table.add_row(plain.Text("problem", "bold red"), "no [dim]\npip install 'x[y]'\x1b")
+    table.add_row(plain.Text("problem", "bold red"), plain.Text("no [dim]\npip install 'x[y]'\x1b"))
     table.add_row("…")
     plain.Console(highlight=False).print(table)
     assert capsys.readouterr().out.splitlines() == [

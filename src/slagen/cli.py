@@ -1,6 +1,7 @@
 """The `slagen` command: parse, build a config, call one function, show its result."""
 
 import dataclasses
+import io
 import os
 import re
 import signal
@@ -1181,6 +1182,9 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its code; every expected failure is one message."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: part files go, the code is 130
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the locale lacks is escaped
     if arguments is None:
         sys.exit(run(sys.argv[1:], own_process=True))
     sys.exit(run(arguments))

@@ -15,7 +15,7 @@ from slagen.text import encodable, escaped, line, message, to_json
 if TYPE_CHECKING or find_spec("rich") is not None:
     from rich.console import Console as RichConsole
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+    from rich.table import Table as RichTable
     from rich.text import Text
 
     class Console(RichConsole):
@@ -26,6 +26,20 @@ if TYPE_CHECKING or find_spec("rich") is not None:
 
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(encodable(escaped(text), self.encoding), **options)
+
+    class Table(RichTable):
+        """Columns without lines; a cell is one line unless it is a Text, and is folded where it is too wide."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(box=None, pad_edge=False, header_style="dim", **options)
+
+        def add_column(self, *header: Any, **options: Any) -> None:
+            super().add_column(*header, overflow="fold", **options)
+
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            while len(self.columns) < len(cells):
+                self.add_column()
+            super().add_row(*(cell if isinstance(cell, Text) else line(cell) for cell in cells), **options)
 
 else:
     from slagen.plain import (
@@ -176,7 +190,7 @@ def show_batch(result: Any, as_json: bool) -> None:
     for name in result.made:
         write(str(result.folder / name))
     for name, reason in result.failed:
-        _say("failed", "bold red", f"{line(name)}: {reason}")
+        _say("failed", "bold red", f"{name}: {reason}")
     if result.page is not None:
         _tell(f"all of them: {result.page}")
     elsewhere = f", {len(result.elsewhere)} by another process" if result.elsewhere else ""
@@ -232,11 +246,11 @@ def show_bench(result: Any, as_json: bool) -> None:
     )
     for columns, rows in result.tables:
         if rows:
-            table = Table(box=None, pad_edge=False, header_style="dim")
+            table = Table()
             for column in columns:
                 table.add_column(column, no_wrap=True)
             for row in rows:
-                table.add_row(*map(line, row))
+                table.add_row(*row)
             out.print(table)
     for verdict in result.verdicts:
         out.print(line(verdict), soft_wrap=True)
@@ -250,10 +264,11 @@ def show_findings(findings: list[Any], as_json: bool) -> None:
         write_json({"findings": [vars(finding) for finding in findings]})
         return
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table(show_header=False)
     for finding in findings:
         status = Text(finding.status, colours[finding.status])
-        table.add_row(status, finding.name, "\n".join(line(text) for text in (finding.found, finding.fix) if text))
+        found = "\n".join(line(text) for text in (finding.found, finding.fix) if text)
+        table.add_row(status, finding.name, _text(found))
     _stdout().print(table)
 
 
@@ -264,10 +279,10 @@ def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
         note(f"also in {path}")
         return
     colours = {"ok": "green", "missing": "yellow", "failed": "bold red"}
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table(show_header=False)
     for row in content["checks"]:
         status = Text(row["status"], colours[row["status"]])
-        table.add_row(status, row["name"], f"{row['seconds']:.1f} s", line(row["detail"]))
+        table.add_row(status, row["name"], f"{row['seconds']:.1f} s", row["detail"])
     _stdout().print(table)
     write(str(path))
 
@@ -279,10 +294,10 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
     """
     if as_json:
         about = {name: value for name, value in content.items() if name != "kernels"}
-        rows = ",\n".join(map(to_json, content["kernels"]))
-        _put(f'{to_json(about)[:-1]}, "kernels": [\n{rows}\n]}}')
+        rows = ",\n".join(map(_json, content["kernels"]))
+        _put(f'{_json(about)[:-1]}, "kernels": [\n{rows}\n]}}')
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table()
     for name in (
         "kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spilled", "mma", "programs",
         "instructions", "a round", "in flight",
@@ -306,13 +321,14 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
 def _show_operator(operator: dict[str, Any]) -> None:
     """One call of the operator: its launches, and the bounds of each kernel."""
     out = _stdout()
-    out.print(
-        f"\none call at {operator['shape']}, {operator['dtype']}, sparsity {operator['sparsity']:g}, domain "
+    out.print()
+    text = (
+        f"one call at {operator['shape']}, {operator['dtype']}, sparsity {operator['sparsity']:g}, domain "
         f"{operator['linear_domain']}: {operator['launches']} launches, {operator['estimate_ms']['total']:.2f} ms "
-        f"on one {operator['card']} (estimated, not measured)",
-        soft_wrap=True,
+        f"on one {operator['card']} (estimated, not measured)"
     )
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    out.print(line(text), soft_wrap=True)
+    table = Table()
     table.add_column("kernel")
     for name in ("launches", "tensor ms", "issue ms", "L2 ms", "DRAM ms", "estimate ms"):
         table.add_column(name, justify="right")
@@ -352,9 +368,9 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless here") for row in content["downloads"]],
         *[("output", name) for name in content["outputs"]],
     ]  # fmt: skip
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table(show_header=False)
     for name, text in rows:
-        table.add_row(Text(name, "dim"), line(text))
+        table.add_row(Text(name, "dim"), text)
     _stdout().print(table)
     for text in content["notes"]:
         note(text)
@@ -365,7 +381,7 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         write_json(rows)
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table()
     for name in ("preset", "size", "frames", "sampler", "guidance", "SLA trained at", "from"):
         table.add_column(name, no_wrap=name != "from")
     for row in rows:
@@ -385,7 +401,7 @@ def show_info(content: dict[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(content)
         return
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = Table(show_header=False)
     _add_rows(table, content, "")
     _stdout().print(table)
 
@@ -395,7 +411,7 @@ def show_replay(content: dict[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(content)
         return
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table()
     for name in ("", "before", "now", ""):
         table.add_column(name)
     for name, row in content["hashes"].items():
@@ -406,7 +422,7 @@ def show_replay(content: dict[str, Any], as_json: bool) -> None:
             "same" if row["same"] else Text("different", "bold red"),
         )
     for name, (before, now) in content["versions_changed"].items():
-        table.add_row(line(name), line(str(before)), line(str(now)), "changed")
+        table.add_row(name, str(before), str(now), "changed")
     _stdout().print(table)
 
 
@@ -421,17 +437,17 @@ def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
             table.add_row(_key(f"{prefix}proj_l norms by layer"), norms)
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-            table.add_row(_key(prefix + name), line(text))
+            table.add_row(_key(prefix + name), text)
 
 
 def show_error(text: str) -> None:
-    """One message on stderr, prefixed so that it is found in a log."""
-    _say("error", "bold red", text)
+    """One message on stderr, prefixed so that it is found in a log; it may have several lines."""
+    stderr.print(Text("error:", "bold red"), message(text), soft_wrap=True)
 
 
 def _say(kind: str, style: str, text: str) -> None:
-    """A message of one kind on stderr, which may have several lines."""
-    stderr.print(Text(f"{kind}:", style), message(text), soft_wrap=True)
+    """A message of one kind, on one line of stderr."""
+    stderr.print(Text(f"{kind}:", style), line(message(text)), soft_wrap=True)
 
 
 def _tell(text: str) -> None:
@@ -445,9 +461,14 @@ def write(text: str) -> None:
 
 
 def write_json(content: Any, **options: Any) -> None:
-    """JSON on stdout, exactly the content when it is read; in ASCII where stdout does not take the rest."""
-    text = to_json(content, indent=2, **options)
-    _put(text if encodable(text, sys.stdout.encoding) == text else json.dumps(content, indent=2, **options))
+    """JSON on stdout, exactly the content when it is read."""
+    _put(_json(content, indent=2, **options))
+
+
+def _json(content: Any, **options: Any) -> str:
+    """JSON that stdout takes: in ASCII where it does not take the rest."""
+    text = to_json(content, **options)
+    return text if encodable(text, sys.stdout.encoding) == text else json.dumps(content, **options)
 
 
 def _put(text: str) -> None:
@@ -456,7 +477,12 @@ def _put(text: str) -> None:
 
 
 def _key(text: str) -> Text:
-    return Text(encodable(line(text), sys.stdout.encoding), "dim")
+    return _text(line(text), "dim")
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Text in a style, for stdout; it is escaped already."""
+    return Text(encodable(text, sys.stdout.encoding), style)
 
 
 def _stdout() -> Console:
@@ -466,7 +492,7 @@ def _stdout() -> Console:
 
 
 def _step_table(steps: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    table = Table()
     for name in ("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share"):
         table.add_column(name, justify="right")
     shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]

@@ -6,7 +6,7 @@ import sys
 from itertools import zip_longest
 from typing import Any
 
-from slagen.text import encodable, escaped
+from slagen.text import encodable, escaped, line
 
 TaskID = int
 
@@ -19,7 +19,7 @@ class Text(str):
 
 
 class Table:
-    """Columns as wide as their longest cell; a cell may have several lines."""
+    """Columns as wide as their longest cell; a Text may have several lines."""
 
     def __init__(self, show_header: bool = True, **style: Any) -> None:
         self._show_header = show_header
@@ -30,7 +30,7 @@ class Table:
         self._header.append(name)
 
     def add_row(self, *cells: str) -> None:
-        self._rows.append([escaped(cell) for cell in cells])
+        self._rows.append([escaped(cell) if isinstance(cell, Text) else line(cell) for cell in cells])
 
     def __str__(self) -> str:
         rows = [self._header, *self._rows] if self._show_header else self._rows
