@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
-LEAVES |= {"quality", "footage", "interrupts", "packages", "plain", "files"}
+LEAVES |= {"latents", "quality", "footage", "interrupts", "packages", "plain", "files"}
 LEAVES |= {"deinterlace", "text", "documents", "forms", "model_files", "told"}
 LEAVES |= {"paths", "spreadsheet"}
 LIBRARY = {"kernels", "attention", "wan"}
@@ -67,6 +67,8 @@ MAY_IMPORT = {
     "training_log": {"pages", "plot", "files", "video", "errors", "documents", "forms"},
     "selftest": {"doctor", "generate", "bench"} | LIBRARY | LEAVES,
     "replay": {"generate"} | LIBRARY | LEAVES,
+    "decode": {"generate"} | LIBRARY | LEAVES,
+    "latents": {"errors", "files", "forms", "model_files"},
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
     "parallel": {"errors", "config"},
     "trainer": {"dataset", "parallel"} | LEAVES,
@@ -75,7 +77,10 @@ MAY_IMPORT = {
     "batch": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
     "cluster": {"generate", "batch"} | LEAVES,
     "console": LEAVES,
-    "cli": {"console", "usage", "batch", "cluster", "replay", "dataset", "selftest"} | TASKS | LIBRARY | LEAVES,
+    "cli": {"console", "usage", "batch", "cluster", "replay", "decode", "dataset", "selftest"}
+    | TASKS
+    | LIBRARY
+    | LEAVES,
     "__main__": {"cli", "packages", "errors"},
     "__init__": TASKS | LIBRARY | LEAVES,
 }

@@ -40,7 +40,7 @@ from slagen.paths import is_video
 from slagen.report import dense_attention_flops, other_flops, sla_attention_flops
 from slagen.resolve import Plan, Weights, find_weights, make_plan
 from slagen.told import restored_report
-from slagen.video import make_thumbnail
+from slagen.video import check_ffmpeg, make_thumbnail
 
 NOT_PIXELS = {  # settings that change no pixel, the seed, which is kept apart, and paths, whose contents are hashed
     "output", "overwrite", "save_latents", "timing", "num_videos", "seed", "device", "allow_untrained", "model",
@@ -106,6 +106,7 @@ def share(
     folder = user_path(config.generate.output)
     if is_video(config.generate.output):
         raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
+    check_ffmpeg()
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = _plans(config.generate, requests, weights)
     _warn(plans, on_event)

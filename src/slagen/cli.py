@@ -562,6 +562,48 @@ def info(
     console.show_info(past.describe(user_path(path)) or task.info(path), as_json)
 
 
+@app.command("decode", cls=_Command, context_settings=CONTEXT)
+def decode_latents(
+    context: typer.Context,
+    path: Annotated[
+        str, typer.Argument(metavar="LATENTS", help="What --save-latents wrote, or was kept where no video could be.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="The video. Default: LATENTS with .mp4 at its end.", metavar="FILE"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model it was made with, if it lies elsewhere now.")
+    ] = None,
+    vae: VaeOption = None,
+    device: DeviceOption = "auto",
+    local_files_only: LocalFilesOnlyOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:
+    """Make the video of saved latents, with the report and the metadata that it would have had; nothing is sampled.
+
+    Example: slagen decode outputs/circle.latents.safetensors --output circle.mp4
+    """
+    from slagen import console
+
+    with console.GenerateProgress() as progress:
+        _start_quickly(context, None)
+        from slagen import decode as task
+
+        result = task.decode(
+            path,
+            output,
+            overwrite=overwrite,
+            model=model,
+            vae=vae,
+            device=device,
+            local_files_only=local_files_only,
+            on_event=progress,
+        )
+    console.show_videos(result, as_json)
+
+
 @app.command(cls=_Command, context_settings=CONTEXT)
 def replay(
     context: typer.Context,
@@ -569,6 +611,14 @@ def replay(
     output: Annotated[
         str | None, typer.Option("--output", "-o", help="Keep the new video here.", metavar="FILE")
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model it was made with, if it lies elsewhere now.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="The weights, if they lie elsewhere now.", metavar="FILE_OR_FOLDER"),
+    ] = None,
+    vae: VaeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
 ) -> None:
     """Make a video again and compare latents, frames and file; exit code 6 where they differ.
@@ -583,7 +633,7 @@ def replay(
         _start_quickly(context, "*.gguf")  # it may be
         from slagen import replay as task
 
-        result = task.replay(path, output, progress)
+        result = task.replay(path, output, progress, model=model, weights=weights, vae=vae)
     console.show_replay(result, as_json)
     if not result["same"]:
         raise GateError("the video is not the same. What differs is above.")

@@ -37,7 +37,7 @@ from slagen.resolve import find_weights, make_plan, pick_backend
 from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
 from slagen.training_log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
 from slagen.training_state import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
-from slagen.video import read_mp4, write_mp4
+from slagen.video import check_ffmpeg, read_mp4, write_mp4
 from slagen.wan.checkpoints import (
     SLAMetadata,
     add_lora,
@@ -121,6 +121,7 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
         EnvironmentProblem for a package or device that is not there, SlagenError for a loss that is not finite or a
         full disk; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
     """
+    check_ffmpeg()
     device = pick_device(config.device)
     folder = user_path(config.output)
     with join(device, config.parallel, config.context_parallel) as team, warnings.catch_warnings():
@@ -655,7 +656,7 @@ class _Run:
         )  # fmt: skip
         if self.team.first:
             content = {
-                **{k: str(v) if isinstance(v, Path) else v for k, v in vars(result).items()},
+                **{k: v.name if isinstance(v, Path) else v for k, v in vars(result).items()},
                 "layer_errors_before": self.before["layers"], "layer_errors_after": layers, "settings": self.settings,
                 "versions": versions(),
             }  # fmt: skip

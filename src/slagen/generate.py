@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,18 +21,18 @@ import numpy as np
 import psutil
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from slagen import machine, report
 from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json
+from slagen.latents import SUFFIX, keep_latents, write_latents
 from slagen.paths import is_video
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.text import quote
 from slagen.timing import StepRecorder, StepTimes
-from slagen.video import encode_mp4, not_written
+from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.checkpoints import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
 from slagen.wan.processor import attach_recorder, install, processors
@@ -77,6 +78,7 @@ def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda 
     Returns: the videos, each written with its report.
     Raises: SlagenError of some kind. Videos that were finished before stay.
     """
+    check_ffmpeg()
     weights = find_weights(config, lambda text: on_event(Event("note", text)))
     plan = make_plan(config, weights)
     try:
@@ -134,6 +136,7 @@ class Sample:
         recorder: its steps.
         stages: seconds of each stage so far.
         weights: what the report says of them.
+        vae: what decoded it.
     """
 
     plan: Plan
@@ -142,6 +145,7 @@ class Sample:
     recorder: StepRecorder
     stages: dict[str, float]
     weights: dict[str, Any]
+    vae: Any = None
 
 
 class Session:
@@ -228,7 +232,7 @@ class Session:
         began = time.perf_counter()
         frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
-        return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about)
+        return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about, self.pipe.vae)
 
 
 def texts_of(plan: Plan) -> list[str]:
@@ -262,15 +266,16 @@ def save(
         "latents_hash": hashlib.sha256(sample.latents.numpy().tobytes()).hexdigest(),
         "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
     }
-    report_path, latents_path = path.with_suffix(".json"), path.with_suffix(".latents.safetensors")
+    report_path, latents_path = path.with_suffix(".json"), path.with_suffix(SUFFIX)
     lost = None
     try:
         with staging(path.parent) as stage:
             video, latents = stage.folder / path.name, stage.folder / latents_path.name
-            encode_mp4(sample.frames, video, config.fps, report.comment(sample.plan.settings, **hashes))
+            comment = report.comment(sample.plan.told, *hashes.values(), sample.weights)
+            encode_mp4(sample.frames, video, config.fps, comment)
             try:
                 if config.save_latents:
-                    save_file({"latents": sample.latents}, latents)
+                    write_latents(latents, sample.latents, weights_hash(sample.vae), _report(sample, video, **hashes))
                 sample.stages["write"] = time.perf_counter() - began
                 content = _report(sample, video, **hashes)
                 write_json(stage.folder / report_path.name, content)
@@ -279,7 +284,7 @@ def save(
                 latents.unlink(missing_ok=True)
             stage.publish(replace=replace)
     except OSError as error:
-        raise not_written(path, error) from error
+        raise _kept(sample, path, not_written(path, error), hashes) from error
     if lost is not None:
         raise SlagenError(
             f"{path} is written, but a file beside it could not be ({lost}). Check the free space there."
@@ -287,11 +292,26 @@ def save(
     return Video(path, report_path, content, latents_path if config.save_latents else None)
 
 
+def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]) -> SlagenError:
+    """What is said where a video could not be written: its latents are kept, and this command goes on from them."""
+    kept = keep_latents(path, sample.latents, weights_hash(sample.vae), _report(sample, path, **hashes))
+    if kept is None:
+        return SlagenError(f"{error} Its latents could not be written either.")
+    command = f"slagen decode {shlex.quote(str(kept))}"
+    if kept.with_name(kept.name.removesuffix(SUFFIX) + ".mp4") != path:
+        command += f" --output {shlex.quote(str(path))}"
+    config = sample.plan.config
+    for option, value in (("--model", config.model), ("--vae", config.vae)):
+        if value is not None and report.shareable(value) != value:  # what the file itself does not say
+            command += f" {option} {shlex.quote(value)}"
+    return SlagenError(f"{error} What was sampled is kept; this makes the video of it: {command}")
+
+
 def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
     """Put the planned attention into the pipeline; returns what the report says of the weights."""
     weights, source, config = plan.weights, plan.weights.source, plan.config
     found: dict[str, Any] = {
-        "model": source.name, "model_file": None if source.weights is None else str(source.weights),
+        "model": source.name, "model_file": None if source.weights is None else report.shareable(str(source.weights)),
         "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
     }  # fmt: skip
     branches = BRANCHES.get(config.attention, "both")
@@ -306,15 +326,16 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
     if not weights.sla_alone:
         install_projections(pipe, weights.sla_path, plan.sla, **options)
-        return {**found, "used": "SLA", "sla_file": str(weights.sla_path)}
+        return {**found, "used": "SLA", "sla_file": report.shareable(str(weights.sla_path))}
     metadata: SLAMetadata = load_sla(
         pipe, weights.sla_path, config=plan.sla, base_hash=found["model_hash"], **options
     )  # fmt: skip
     file = find_sla_file(weights.sla_path)
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {**found, "used": "SLA", "sla_file": str(file), "sla_hash": digest, "trained": metadata.trained,
-            "trained_steps": metadata.steps, "trained_sparsity": metadata.config.sparsity}  # fmt: skip
+    return {**found, "used": "SLA", "sla_file": report.shareable(str(file)), "sla_hash": digest,
+            "trained": metadata.trained, "trained_steps": metadata.steps,
+            "trained_sparsity": metadata.config.sparsity}  # fmt: skip
 
 
 def _denoise(
@@ -352,11 +373,9 @@ def _denoise(
 
 
 def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> dict[str, Any]:
-    with path.open("rb") as handle:
-        file_hash = hashlib.file_digest(handle, "sha256").hexdigest()
+    """The report of a video, whose file may not be there yet."""
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
     config, sla, steps = plan.config, plan.sla, recorder.steps
-    num_frames, height, width, _ = sample.frames.shape
     shape = plan.weights.source.shape
     attention: dict[str, Any] = {"mode": config.attention, "tokens": plan.num_tokens}
     if sla is None:
@@ -372,11 +391,8 @@ def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> 
     return {
         "schema_version": report.SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "video": {
-            "file": path.name, "frames": num_frames, "width": width, "height": height, "fps": config.fps,
-            "duration_s": num_frames / (config.fps or 1), "sha256": file_hash, "frames_hash": frames_hash,
-        },
-        "settings": plan.settings,
+        "video": report.video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
+        "settings": plan.told,
         "versions": report.versions(),
         "device": machine.describe_device(plan.weights.device),
         "weights": sample.weights,
@@ -427,7 +443,7 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
         for path in paths:
             companions = [path, path.with_suffix(".json")]
             if config.save_latents:
-                companions.append(path.with_suffix(".latents.safetensors"))
+                companions.append(path.with_suffix(SUFFIX))
             for file in companions:
                 if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
                     raise UsageError(

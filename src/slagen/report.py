@@ -6,6 +6,7 @@ import hashlib
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from slagen.config import SLAConfig
@@ -154,16 +155,46 @@ def versions() -> dict[str, str]:
     return found
 
 
-def comment(settings: dict[str, Any], latents_hash: str, frames_hash: str) -> str:
-    """What an MP4 says of itself: how it was made, in at most 32 KiB; a longer prompt is there as its hash."""
+def shareable(path: str | None) -> str | None:
+    """A path as it may be told to others: as it was typed if relative, else its last name, for what stands before that
+    tells of this machine and its user. None stays."""
+    if path is None or not (path.startswith("~") or Path(path).is_absolute() or PureWindowsPath(path).is_absolute()):
+        return path
+    return PureWindowsPath(path).name if "\\" in path and not Path(path).is_absolute() else Path(path).name
+
+
+def video_section(path: Path, shape: tuple[int, ...], fps: int, frames_hash: str) -> dict[str, Any]:
+    """What a report says of a video's file, which may not be there yet. `shape`: (F, H, W, 3)."""
+    num_frames, height, width, _ = shape
+    about = {
+        "file": path.name, "frames": num_frames, "width": width, "height": height, "fps": fps,
+        "duration_s": num_frames / fps, "frames_hash": frames_hash,
+    }  # fmt: skip
+    if path.is_file():
+        with path.open("rb") as handle:
+            about["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return about
+
+
+def comment(
+    settings: dict[str, Any], latents_hash: str, frames_hash: str, weights: dict[str, Any],
+    packages: dict[str, str] | None = None,
+) -> str:  # fmt: skip
+    """What an MP4 says of itself: how it was made, in at most 32 KiB; a longer prompt is there as its hash.
+
+    Args:
+        settings: as they may be told. weights: of a report; their hashes are told.
+        packages: their versions, if not those of now.
+    """
     kept = {name: value for name, value in settings.items() if name not in AROUND}
     content = {
-        "schema_version": SCHEMA_VERSION, "settings": kept, "versions": versions(),
+        "schema_version": SCHEMA_VERSION, "settings": kept, "versions": packages or versions(),
+        "weights": {name: weights[name] for name in ("model_hash", "sla_hash") if weights.get(name) is not None},
         "latents_hash": latents_hash, "video": {"frames_hash": frames_hash},
     }  # fmt: skip
     text = to_json(content)
     for name in ("prompt", "negative_prompt"):
-        if len(text.encode()) > COMMENT_BYTES:
+        if len(text.encode()) > COMMENT_BYTES and isinstance(kept.get(name), str):
             kept[f"{name}_sha256"] = hashlib.sha256(kept.pop(name).encode()).hexdigest()
             text = to_json(content)
     return text

@@ -99,6 +99,13 @@ class Plan:
             "overwrite": c.overwrite,
         }
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """The settings as a report and a video tell them: None for the model's own weights, and no path of this
+        machine, for it would fail on every other and tells of its user."""
+        paths = {name: report.shareable(getattr(self.config, name)) for name in ("model", "weights", "vae", "output")}
+        return {**self.settings, **paths, "model": paths["model"] or self.weights.source.name}
+
 
 def find_weights(
     config: GenerateConfig, on_note: Callable[[str], None] = lambda text: None, *, transformer: bool = True

@@ -10,7 +10,7 @@ from slagen import report
 from slagen.documents import parse_json, read_json
 from slagen.errors import WeightsError
 from slagen.forms import Fault, matching
-from slagen.video import is_mp4, read_comment
+from slagen.video import is_mp4, other_kind, read_comment
 
 SETTINGS = {
     **{f"{name}?": str | None for name in (
@@ -22,7 +22,7 @@ SETTINGS = {
 }  # fmt: skip
 TOLD = {
     "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
-    "video?": {"frames_hash?": str, "sha256?": str},
+    "video?": {"frames_hash?": str, "sha256?": str}, "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
 }  # fmt: skip
 OWN = ("path", "kind")
 
@@ -30,10 +30,14 @@ OWN = ("path", "kind")
 def describe(path: Path) -> dict[str, Any] | None:
     """What a video or its report says of how it was made; None for a file that is neither.
 
-    Raises: WeightsError for a video without slagen's words in it, and for JSON that is no report.
+    Raises: WeightsError for a video without slagen's words in it or of another kind, and for JSON that is no report.
     """
     if is_mp4(path):
         return {"path": str(path), "kind": "video", **_without_own(read_video(path))}
+    if (kind := other_kind(path)) is not None:
+        raise WeightsError(
+            f"{path} is {kind}. What is read here: an MP4 that slagen made, its report (.json), and for info weights."
+        )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
     content = read_json(path, TOLD, advice="Give a report that slagen wrote, whole.")

@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 
-from slagen.errors import SlagenError, WeightsError
+from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
 from slagen.files import scratch, writing
 
 CRF = 16  # x264 constant rate factor: visually lossless
@@ -22,6 +23,32 @@ COLOUR = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
+
+
+@cache
+def check_ffmpeg() -> None:
+    """Encode one black frame, to nowhere: what would only come up when a video is there is told before it is made.
+
+    Once in a process. Raises EnvironmentProblem where ffmpeg is missing, does not run, or lacks the encoder.
+    """
+    given = os.environ.get("IMAGEIO_FFMPEG_EXE")
+    mend = "Install it again: pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg."
+    if given:
+        mend = f"IMAGEIO_FFMPEG_EXE names it ({given!r}). Unset that, or give an ffmpeg with libx264 there."
+    try:
+        exe = imageio_ffmpeg.get_ffmpeg_exe()
+        command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-r", "1", "-i", "-"]
+        command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", "-movflags", "+empty_moov", "-"]
+        done = subprocess.run(command, input=bytes(768), capture_output=True, timeout=60, check=False)
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentProblem(f"ffmpeg, which writes videos, does not run ({_last_line(error)}). {mend}") from error
+    if done.returncode != 0 or b"moov" not in done.stdout:
+        words = done.stderr.decode("utf-8", "replace").strip() or f"it ended with {done.returncode} and no video"
+        raise EnvironmentProblem(f"ffmpeg makes no H.264 video ({_last_line(words)}). {mend}")
+
+
+def _last_line(words: object) -> str:
+    return (str(words).strip().splitlines() or [type(words).__name__])[-1][:200]
 
 
 def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
@@ -102,6 +129,7 @@ def read_mp4(path: str | Path) -> np.ndarray:
         width, height = next(reader)["size"]
         frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
     except (OSError, RuntimeError, StopIteration) as error:
+        check_ffmpeg()
         raise SlagenError(f"{path} is no video that ffmpeg can decode. Check the file.") from error
     return np.stack(frames)
 
@@ -111,14 +139,8 @@ def make_thumbnail(path: Path, width: int = 240) -> bytes:
     with scratch() as folder:
         small = folder / "small.mp4"
         scale = f"scale='min({width},iw)':-2"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-vf", scale, "-an", "-crf", "28"]
-        command += ["-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags", "+faststart", _name(small)]
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=300, check=False)
-        except subprocess.TimeoutExpired:
-            raise SlagenError(f"{path} kept ffmpeg busy for five minutes. Check the file.") from None
-        if done.returncode != 0:
-            raise SlagenError(f"{path} is no video that ffmpeg can read. Check the file.")
+        _run(path, ["-vf", scale, "-an", "-crf", "28", "-pix_fmt", "yuv420p", "-map_metadata", "-1", "-movflags",
+                    "+faststart", _name(small)])  # fmt: skip
         return small.read_bytes()
 
 
@@ -131,18 +153,51 @@ def is_mp4(path: Path) -> bool:
         return False
 
 
+OTHER_KINDS = (  # how files of moving pictures begin that are no MP4: an offset, bytes, a name
+    (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"), (8, b"AVI ", "an AVI video"), (8, b"WEBP", "a WebP picture"),
+    (0, b"GIF8", "a GIF"), (0, b"\x89PNG", "a PNG picture"), (0, b"\xff\xd8\xff", "a JPEG picture"),
+    (0, b"FLV\x01", "a Flash video"), (0, b"OggS", "an Ogg video"), (0, b"\x30\x26\xb2\x75", "a Windows Media video"),
+    (0, b"\x00\x00\x01\xba", "an MPEG video"), (0, b"\x00\x00\x01\xb3", "an MPEG video"),
+    (0, b"YUV4MPEG2", "a raw video"), (4, b"moov", "a QuickTime video"), (4, b"mdat", "a QuickTime video"),
+    (4, b"wide", "a QuickTime video"),
+)  # fmt: skip
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is that holds pictures but is no MP4; None for all else."""
+    try:
+        with path.open("rb") as handle:
+            start = handle.read(377)
+    except OSError:
+        return None
+    if start[:1] == b"G" and start[188:189] == start[376:377] == b"G":
+        return "an MPEG transport stream"
+    return next((name for offset, magic, name in OTHER_KINDS if start[offset:].startswith(magic)), None)
+
+
 def read_comment(path: Path) -> str:
     """The comment in a video's metadata, empty without one. Raises WeightsError if ffmpeg cannot read the file."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), "-f", "ffmetadata", "-"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        raise WeightsError(f"{path} kept ffmpeg busy for a minute. Check the file.") from None
-    if done.returncode != 0:
-        raise WeightsError(f"{path} is no video that ffmpeg can read. Check the file.")
-    text = done.stdout.decode("utf-8", "replace")
+    text = _run(path, ["-f", "ffmetadata", "-"]).decode("utf-8", "replace")
+    if not text.startswith(";FFMETADATA"):
+        check_ffmpeg()
     match = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL)
     return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL) if match else ""
+
+
+def _run(path: Path, options: list[str]) -> bytes:
+    """What ffmpeg makes of a video. Raises WeightsError if it cannot, EnvironmentProblem if that is ffmpeg's fault."""
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), *options]
+        done = subprocess.run(command, capture_output=True, timeout=300, check=False)
+    except subprocess.TimeoutExpired:
+        raise WeightsError(f"{path} kept ffmpeg busy for five minutes. Check the file.") from None
+    except (OSError, RuntimeError):
+        check_ffmpeg()
+        raise
+    if done.returncode != 0:
+        check_ffmpeg()
+        raise WeightsError(f"{path} is no video that ffmpeg can read. Check the file.")
+    return done.stdout
 
 
 def _first_frame(path: Path) -> np.ndarray:
