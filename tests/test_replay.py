@@ -59,7 +59,7 @@ def test_what_differs_is_named(video, tmp_path, capsys):
 def test_a_long_prompt_is_kept_as_its_hash(tmp_path):
     from slagen import report
 
-    text = report.comment({"prompt": "圆" * 20_000, "negative_prompt": "", "seed": 1}, "a", "b", {})
+    text = report.comment({"prompt": "圆" * 20_000, "negative_prompt": "", "seed": 1}, "a", "b", weights={})
     assert len(text.encode()) <= 32 * 1024 and "prompt_sha256" in json.loads(text)["settings"]
 
 

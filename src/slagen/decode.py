@@ -77,7 +77,9 @@ def _write(
     if told["video"].get("frames_hash") not in (None, frames_hash):
         text = "the frames differ from those of the first decoding, as on another device or with another version"
         on_event(Event("note", text))
-    comment = report.comment(settings, told["latents_hash"], frames_hash, told["weights"], told["versions"])
+    comment = report.comment(
+        settings, told["latents_hash"], frames_hash, weights=told["weights"], packages=told["versions"]
+    )
     write_mp4(frames, target, settings["fps"], comment)
     stages["write"] = time.perf_counter() - began
     content = {

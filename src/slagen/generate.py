@@ -271,7 +271,7 @@ def save(
     try:
         with staging(path.parent) as stage:
             video, latents = stage.folder / path.name, stage.folder / latents_path.name
-            comment = report.comment(sample.plan.told, *hashes.values(), sample.weights)
+            comment = report.comment(sample.plan.told, hashes["latents_hash"], hashes["frames_hash"], sample.weights)
             encode_mp4(sample.frames, video, config.fps, comment)
             try:
                 if config.save_latents:
