@@ -1,5 +1,6 @@
 """The kernels' first call on a card, faked: what is tried, what gives way, and which tiles run then."""
 
+import dataclasses
 import threading
 import warnings
 
@@ -65,7 +66,11 @@ def test_the_first_call_tries_the_kernels(card):
     expected = sparse_linear_attention(q.cpu(), k.cpu(), v.cpu(), SMALL, weight.cpu(), bias.cpu(), backend="torch")
     torch.testing.assert_close(o.cpu(), expected)
     assert len(resources.current().verified) == 1
-    assert launches >= 2 and len(card.calls) == launches + 1 and set(card.calls) == {("device", CARD)}
+    assert launches == 2 and len(card.calls) == launches + 1 and set(card.calls) == {("device", CARD)}
+    other = dataclasses.replace(SMALL, linear_domain="marginal")
+    for x, config in ((q, other), (q, dataclasses.replace(SMALL, feature_map="elu")), (q.half(), SMALL)):
+        sparse_linear_attention(*(on_card(y.to(x.dtype)) for y in (q, k, v)), config, weight, bias)
+    assert len(resources.current().verified) == 4  # each other kind is tried
 
 
 def test_launches_are_on_the_tensors_device(card):

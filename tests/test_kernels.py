@@ -1,16 +1,19 @@
 """The Triton kernels against the float64 reference, in the interpreter or on a GPU."""
 
+import math
+
 import pytest
 import torch
 from numerics import assert_within_budget, make_proj, make_qkv, results, strided
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
+from slagen import kernels  # noqa: E402
 from slagen.attention import fused, sparse_linear_attention  # noqa: E402
 from slagen.attention.block_map import block_map, block_scores, critical_indices  # noqa: E402
 from slagen.attention.functional import choose_backend  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
-from slagen.kernels import resources, selection, states  # noqa: E402
+from slagen.kernels import forward, resources, selection, states  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [
@@ -136,28 +139,106 @@ def test_weights_of_any_strides(domain):
         assert torch.equal(found, expected)
 
 
-def test_products_are_exact_where_the_caller_allows_tf32():
-    """PyTorch's products inside the operator choose the blocks; the caller's settings are as before afterwards."""
-    matmul = torch.backends.cuda.matmul
+@pytest.mark.parametrize("domain", DOMAINS[:2])
+def test_maxima_that_move(domain):
+    """Scores grow from key block to key block, by more than what the online softmax lets pass without a rescale."""
+    q, k, v = make_qkv((1, 2, 70, 16), torch.float32)
+    k = 2 * k.abs() * torch.arange(1, 6).repeat_interleave(16)[:70, None]
+    inputs = [x.to(DEVICE) for x in (q.abs(), k, v, *make_proj(16, torch.float32))]
+    config = SLAConfig(0.0 if domain["linear_domain"] == "all" else 0.3, block_m=16, block_n=16, **domain)
+    do = make_qkv((1, 2, 70, 16), torch.float32, seed=2)[0].to(DEVICE)
+    scores = inputs[0] @ inputs[1].mT * 16**-0.5 / math.log(2)
+    highest = scores.unflatten(-1, (-1, 14)).amax(-1)  # of five stretches of columns
+    assert (highest[..., 1:] - highest[..., :1]).amax(-1).mean() > math.log2(forward.HEADROOM.value)
+
+    def attend(q, k, v, weight, bias):
+        return sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
+
+    assert_within_budget(results(attend, inputs, do), inputs, do, config, torch.float32)
+
+
+@pytest.mark.parametrize("domain", DOMAINS[:2])
+def test_runs_of_several_blocks(domain, monkeypatch):
+    """As in every long video, where there are more blocks than programs."""
+    monkeypatch.setattr(states, "PROGRAMS", 4)
+    check((1, 2, 90, 16), torch.float32, SLAConfig(0.6, block_m=16, block_n=16, **domain))
+
+
+def test_gradients_under_autocast():
+    """Autograd runs the backward under the autocast of whoever asks for gradients; the maths stays in float32."""
+    inputs = [x.to(DEVICE) for x in (*make_qkv((1, 1, 40, 16), torch.float32), *make_proj(16, torch.float32))]
+    do = make_qkv((1, 1, 40, 16), torch.float32, seed=2)[0].to(DEVICE)
+
+    def attend(q, k, v, weight, bias):
+        return sparse_linear_attention(q, k, v, SLAConfig(0.6, block_m=16, block_n=16), weight, bias, backend="triton")
+
+    expected = results(attend, inputs, do)
+    with torch.autocast(DEVICE, torch.float16):
+        actual = results(attend, inputs, do)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def precisions() -> list[str | None]:
+    """What PyTorch says of products of float32, however it was set."""
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it differs from the others
+        legacy = None
+    backends = torch.backends
+    return [legacy, *(x.fp32_precision for x in (backends, backends.cuda.matmul, backends.mkldnn.matmul))]
+
+
+@pytest.fixture
+def default_precision():
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param(lambda backends: None, id="default"),
+        pytest.param(lambda backends: torch.set_float32_matmul_precision("high"), id="legacy"),
+        pytest.param(lambda backends: setattr(backends, "fp32_precision", "tf32"), id="general"),
+        pytest.param(lambda backends: setattr(backends.cuda.matmul, "fp32_precision", "tf32"), id="cuda"),
+        pytest.param(
+            lambda backends: (
+                setattr(backends.cuda.matmul, "fp32_precision", "tf32"),
+                setattr(backends.mkldnn.matmul, "fp32_precision", "bf16"),
+            ),
+            id="apart",
+        ),
+    ],
+)
+def test_products_are_exact_where_the_caller_allows_tf32(given, default_precision, monkeypatch):
+    """PyTorch's products choose the blocks, in float32, forward and backward, on the tensors' device; the caller's
+    settings are as before."""
     seen = []
 
-    def note():
-        with fused._exact_products():
-            seen.append((matmul.fp32_precision, torch.get_float32_matmul_precision()))
+    def spy(name, function):
+        def call(*args, **options):
+            seen.append((name, torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()))
+            return function(*args, **options)
 
-    try:
-        note()
-        torch.set_float32_matmul_precision("high")
-        note()
-        assert torch.get_float32_matmul_precision() == "high"
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = "tf32"  # the new setting alone
-        note()
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert seen[0][0] in ("none", "ieee") and seen[0][1] == "highest"
-    assert seen[1:] == [("ieee", "highest")] * 2
+        return call
+
+    devices = []
+    real = fused._on_device
+    monkeypatch.setattr(fused, "_on_device", lambda x: devices.append(x.device) or real(x))
+    for name in ("sla_forward", "sla_backward"):
+        monkeypatch.setattr(kernels, name, spy(name, getattr(kernels, name)))
+    given(torch.backends)
+    before = precisions()
+    q = make_qkv((1, 1, 16, 16), torch.float32)[0].to(DEVICE).requires_grad_()
+    sparse_linear_attention(q, q, q, SLAConfig(0.5, block_m=16, block_n=16), backend="triton").sum().backward()
+    assert [name for name, *_ in seen] == ["sla_forward", "sla_backward"] and devices == [q.device] * 2
+    assert all(new in ("none", "ieee") and legacy == "highest" for _, new, legacy in seen)
+    assert precisions() == before
+    if before[1] == "tf32":  # what followed the general setting still does
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 
 
 def test_refuses_rows_of_too_many_blocks():
@@ -214,6 +295,9 @@ def test_selection_is_that_of_the_reference(columns):
     scores[2, 2, 1] = torch.nan
     config = SLAConfig(sparsity=0.7, negligible=0.2, linear_domain="marginal", block_m=16, block_n=16)
     critical, negligible = config.num_critical(columns), config.num_negligible(columns)
+    scores[2, 3] = -1.0  # both zeros stand where the last critical block is chosen, the negative one first
+    scores[2, 3, : critical - 1] = 1.0
+    scores[2, 3, critical - 1 : critical + 1] = torch.tensor([-0.0, 0.0])
     kv_indices, classes = selection.select(scores.to(DEVICE), critical, negligible, classes=True)
     clean = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)[None]
     assert torch.equal(classes.cpu(), block_map(clean, config)[0])

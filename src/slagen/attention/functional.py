@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention.blockwise import blockwise_attention
-from slagen.attention.fused import fused_attention, unsupported
+from slagen.attention.fused import WELL_KNOWN, fused_attention, unsupported
 from slagen.attention.reference import reference_attention
 from slagen.config import Backend, SLAConfig
 
@@ -45,7 +45,8 @@ def sparse_linear_attention(
         scale: factor on q @ k^T before softmax, above 0; None is D ** -0.5.
         backend: "reference" is the definition, with dense masks; "torch" gathers the critical blocks, in bounded
             memory; "triton" runs the fused kernels, on CUDA, in float16, bfloat16 and float32, for head dimensions from
-            16 to 256 that are powers of two. "auto" is "triton" where that is possible, otherwise "torch".
+            16 to 256 that are powers of two. "auto" is "triton" on CUDA where it can be, up to a head dimension of 128
+            (few cards hold the states of 256), otherwise "torch".
         branches: "both"; "sparse" for o = O^s, as without a weight; "linear" for o = O^l W^T + b, where the blocks
             chosen still bound the domain "marginal".
         block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are
@@ -85,7 +86,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 def choose_backend(q: Tensor, backend: Backend = "auto") -> Literal["reference", "torch", "triton"]:
     """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one can not take them."""
     if backend == "auto":
-        return "triton" if q.is_cuda and unsupported(q) is None else "torch"
+        return "triton" if q.is_cuda and q.shape[-1] <= WELL_KNOWN and unsupported(q) is None else "torch"
     if backend == "triton" and (reason := unsupported(q)) is not None:
         raise ValueError(f"backend is 'triton', but {reason}. Try torch or auto.")
     return backend

@@ -18,6 +18,7 @@ from slagen.config import SLAConfig
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
+WELL_KNOWN = 128  # the largest that every card holds: the states of 256 exceed the shared memory of most
 
 
 def fused_attention(
@@ -192,25 +193,37 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def _exact_products() -> Iterator[None]:
     """PyTorch's own products of float32 in float32, also where the caller allows TF32, which would choose other blocks.
 
-    PyTorch keeps that setting twice, and refuses to multiply where the two differ; a caller may have set one of them.
+    PyTorch keeps that setting three times, and refuses to multiply where they differ in some ways; a caller may have
+    set one of them, or a general one that these follow while they are "none".
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before != "tf32":
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    if before[0] != "tf32":
         yield
         return
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # only the new one was set
-        legacy = None
-    torch.set_float32_matmul_precision("highest")  # sets both
+    except RuntimeError:  # only one of the new ones was set
+        legacy = "highest"
+    torch.set_float32_matmul_precision("highest")  # sets all three
     try:
         yield
     finally:
-        if legacy is None:
-            matmul.fp32_precision = before
-        else:
-            torch.set_float32_matmul_precision(legacy)
+        torch.set_float32_matmul_precision(legacy)
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = "none"
+            if setting.fp32_precision != value:
+                setting.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _alone(x: Tensor) -> Iterator[None]:
+    """On x's device, without the caller's autocast and TF32: what is around a call changes nothing in it.
+
+    Autograd runs a backward under the autocast of whoever asks for the gradients.
+    """
+    with torch.autocast(x.device.type, enabled=False), _on_device(x), _exact_products():
+        yield
 
 
 @torch.library.custom_op("slagen::sla_forward", mutates_args=())
@@ -236,7 +249,7 @@ def _forward(
 
     block_means = None if q_means is None or k_means is None else (q_means, k_means)
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
-    with _on_device(q), _exact_products():
+    with _alone(q):
         return sla_forward(q, k, v, weight, bias, save=save, block_means=block_means, **options)
 
 
@@ -287,7 +300,7 @@ def _backward(
     from slagen.kernels import sla_backward
 
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
-    with _on_device(q), _exact_products():
+    with _alone(q):
         return sla_backward(do, q, k, v, weight, bias, *saved, **options)
 
 

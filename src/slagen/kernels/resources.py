@@ -40,9 +40,10 @@ Entry = tuple[int, int, Tiles] | tuple[int, int, Tiles, str]
 Table = dict[str, list[Entry]]
 
 # For each kernel: bytes of a row at most, shared memory at least, tiles, and TENSOR_MEMORY where only with it. Chosen
-# by what ptxas reports, which `slagen doctor --kernels` shows: nothing spills, loads are in flight during the maths,
-# two programs on a multiprocessor of sm_90, eight warps where mma.sync needs the registers. Not yet timed on a card;
-# scripts/gpu.py sweeps them.
+# by what ptxas reports, which `slagen doctor --kernels` shows. Up to 256 bytes a row nothing spills, and attend has
+# loads in flight during the maths and, with 64 rows, two programs on a multiprocessor of sm_90; mma.sync needs the
+# registers of eight warps. Above (float32 of 128, any of 256) some spill, and few cards hold the states of 256 at all.
+# Not yet timed on a card; scripts/gpu.py sweeps them.
 TABLE: Table = {
     "attend": [
         (128, 0, Tiles(128, 64, 8, 3)),
@@ -164,7 +165,7 @@ def using(choices: Choices) -> Iterator[Choices]:
     try:
         yield choices
     finally:
-        _in_use.pop()
+        del _in_use[max(i for i, entered in enumerate(_in_use) if entered is choices)]
 
 
 def interpreting() -> bool:
