@@ -15,7 +15,7 @@ from slagen.config import GenerateConfig, SLAConfig
 from slagen.convert import convert, info, merge
 from slagen.errors import UsageError, WeightsError
 from slagen.model_files import read_header
-from slagen.models import TURBO_SLA, describe_folder, read_sla_config
+from slagen.models import TURBO_SLA, bundled_folder, describe_folder, read_sla_config
 from slagen.resolve import make_plan
 from slagen.wan.checkpoints import SLAMetadata, load_sla, read_metadata, save_sla, weights_hash
 from slagen.wan.formats import peek, read_checkpoint
@@ -210,6 +210,8 @@ def test_other_kinds_are_named_in_one_sentence(state, base, tmp_path, capsys):  
     vae = write(tmp_path / "vae.pth", {"encoder.downsamples.0.downsamples.0.residual.0.gamma": torch.zeros(2)})
     with pytest.raises(WeightsError, match="TI2V-5B"):
         load_vae(vae, None)
+    own = bundled_folder() / "vae"  # is of the residual kind too, and says so in its config
+    assert load_vae(own, own).config.is_residual
 
 
 def test_another_size_of_model_is_named(model, state, tmp_path):  # noqa: F811

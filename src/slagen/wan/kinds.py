@@ -74,10 +74,7 @@ _PICTURES = r"(^|\.)(img_emb|image_embedder|k_img|v_img|add_[kv]_proj)\."
 _OTHERS = (  # that are no transformer
     ("text-encoder", r"(SelfAttention\.q\.\w+|pos_embedding\.embedding\.weight)$|^token_embedding\.weight$"),
     ("image-encoder", r"^((model\.)?visual\.|textual\.|vision_model\.)"),
-    (
-        "wan2.2-vae",
-        r"^(encoder|decoder)\.(down|up)samples\.\d+\.(down|up)samples\.|\.(down|up)_blocks\.\d+\.(down|up)sampler\.",
-    ),
+    ("wan2.2-vae", r"^(encoder|decoder)\.(down|up)samples\.\d+\.(down|up)samples\."),
     ("tiny-vae", r"^(taesd_)?(encoder|decoder)\.\d+\."),
     ("vae", r"^(encoder|decoder)\."),
 )
