@@ -55,7 +55,9 @@ def test_rows_and_files(tmp_path):
     assert {path.name for path in result.files} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
     assert json.loads((tmp_path / "results" / "bench.json").read_text()) == result.content
     table = (tmp_path / "results" / "bench.md").read_text()
-    assert "| sla | torch | 0.5 |" in table and ("(slower)" in table) == (ratio < 1)
+    times = [rows[name]["forward_ms"] for name in ("sla", "sparse", "sdpa")]
+    slower = any(found["q1"] > times[2]["q3"] for found in times)
+    assert "| sla | torch | 0.5 |" in table and ("(slower)" in table) == slower
     assert (tmp_path / "results" / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -170,12 +172,15 @@ def test_a_backend_that_can_not_take_the_shape_is_said():
 
 
 def test_break_even_is_where_slower_ends():
-    def row(length, speedup):
-        return {"method": "sla", "sparsity": 0.95, "shape": f"1x1x{length}x64", "speedup": speedup}
+    def row(length, speedup, against="faster"):
+        shape = f"1x1x{length}x64"
+        return {"method": "sla", "sparsity": 0.95, "shape": shape, "speedup": speedup, "against_dense": against}
 
-    rows = [row(1024, 0.5), row(2048, 1.1), row(4096, 0.9), row(8192, 2.0), row(16384, 4.0)]
-    assert task._break_even(rows, 0.95) == 8192
-    assert task._break_even(rows[:3], 0.95) is None
+    rows = [row(1024, 0.5, "slower"), row(2048, 1.1), row(4096, 0.9, "slower"), row(8192, 2.0), row(16384, 4.0)]
+    assert task._break_even(rows, 0.95) == 8192 and task._even(rows, 0.95) is None
+    assert task._break_even(rows[:3], 0.95) is None and task._even(rows[:3], 0.95) is None
+    noisy = [*rows[:2], row(4096, 1.3, "within the noise")]
+    assert task._break_even(noisy, 0.95) is None and task._even(noisy, 0.95) == 4096
 
 
 def test_model_is_timed_dense_and_with_sla():
@@ -200,7 +205,7 @@ def test_model_is_timed_dense_and_with_sla():
         ({"seconds": 0.0}, "Try --seconds 2"),
         ({"model": "tiny-wan", "random_init": "wan-1.3b"}, "Give one of them"),
         ({"lengths": (0,)}, "at least 1 token"),
-        ({"steps": 0}, "Try --steps 4"),
+        ({"steps": 0}, "Try --steps 1"),
     ],
     ids=["shape", "zero", "sparsity", "block", "seconds", "two-models", "length", "steps"],
 )

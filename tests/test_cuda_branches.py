@@ -338,6 +338,6 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
     for name in ("install", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
-    monkeypatch.setattr(bench, "_loop", lambda *args: {"step_ms": {"median": 2.0}})
+    monkeypatch.setattr(bench, "_loop", lambda *args: {"step_ms": bench._spread([2.0])})
     rows = bench._models(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
     assert [row["backend"] for row in rows] == ["sdpa-flash", "sdpa-cudnn", "triton"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json, write_text
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
-from slagen.tables import BenchResult, markdown
+from slagen.tables import EVEN, FASTER, BenchResult, beside, markdown, merged
 from slagen.text import quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
@@ -56,18 +57,20 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     for name in config.methods:
         if name not in known:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
+    methods = [known[name] for name in config.methods] or list(METHODS)
+    _note_absent(config, methods, on_note)
     folder = user_path(config.output or "")
     if config.output is None:
-        return _rows(config, device, dtype, known, on_note)
+        return _rows(config, device, dtype, methods, on_note)
     with reserved(folder / JSON_FILE):
         check_writable(folder)  # before the measurement
-        result = _rows(config, device, dtype, known, on_note)
+        result = _rows(config, device, dtype, methods, on_note)
         result.files = _write(folder, result.content, on_note)
     return result
 
 
 def _rows(
-    config: BenchConfig, device: torch.device, dtype: torch.dtype, known: dict[str, Method],
+    config: BenchConfig, device: torch.device, dtype: torch.dtype, methods: list[Method],
     on_note: Callable[[str], None],
 ) -> BenchResult:  # fmt: skip
     if config.model or config.random_init:
@@ -89,10 +92,22 @@ def _rows(
     if config.model or config.random_init:
         content["models"] = _models(config, device, dtype, on_note)
     else:
-        methods = [known[name] for name in config.methods] or list(METHODS)
         for shape in config.shapes:
             _bench_shape(config, shape, methods, device, dtype, content, on_note)
     return BenchResult(content)
+
+
+def _note_absent(config: BenchConfig, methods: list[Method], on_note: Callable[[str], None]) -> None:
+    """One note for all methods that are not installed. Raises EnvironmentProblem where one of them was named."""
+    names = [method.name for method in methods if method.absent]
+    if names and config.methods:
+        raise _not_here(names[0], "is not installed")
+    if names and not (config.model or config.random_init):
+        on_note(f"not installed, and left out: {', '.join(names)}")
+
+
+def _not_here(name: str, reason: str) -> EnvironmentProblem:
+    return EnvironmentProblem(f"{name} does not run here: {reason.removesuffix('.')}. Leave it out of --method.")
 
 
 @dataclass
@@ -117,6 +132,10 @@ def _bench_shape(
     if lengths is None:
         lengths = tuple(2**n for n in range(10, 20) if 2**n < length)
     swept = 0.95 if 0.95 in sparsities else sparsities[0]
+    sparsities, groups = _merge(config, shape, sparsities, swept)
+    content.setdefault("same_top_k", []).extend(groups)
+    for group in groups:
+        on_note(merged(**group))
     plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
     entries: dict[tuple[Any, ...], Entry] = {}
     compared = []
@@ -132,7 +151,29 @@ def _bench_shape(
         _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
     for rows in compared:
         _compare(rows)
-    content["break_even_tokens"][shape] = _break_even(content["rows"], swept)
+    own = [entry.row for entry in entries.values()]
+    if any(row["method"] == "sla" and row["speedup"] is not None for row in own):
+        content["break_even_tokens"][shape] = _break_even(own, swept)
+        content.setdefault("even_tokens", {})[shape] = _even(own, swept)
+
+
+def _merge(
+    config: BenchConfig, shape: str, sparsities: tuple[float, ...], swept: float
+) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+    """Those that keep different numbers of key blocks, and what stands for what; where `swept` can, it stands."""
+    blocks = config.sla(swept).num_blocks(parse_shape(shape)[2])[1]
+    alike: dict[tuple[int, int], list[float]] = {}
+    for sparsity in dict.fromkeys(sparsities):
+        sla = config.sla(sparsity)
+        alike.setdefault((sla.num_critical(blocks), sla.num_negligible(blocks)), []).append(sparsity)
+    shown, groups = [], []
+    for (kept, _), same in alike.items():
+        first = swept if swept in same else same[0]
+        shown.append(first)
+        also = [sparsity for sparsity in same if sparsity != first]
+        if also:
+            groups.append({"shape": shape, "sparsity": first, "also": also, "kept": kept, "blocks": blocks})
+    return tuple(shown), groups
 
 
 def _entry(
@@ -150,7 +191,7 @@ def _entry(
         "shape": "x".join(map(str, sizes)), "dtype": str(dtype).removeprefix("torch."),
         "sparsity": None if method.kind == "dense" else sparsity, "correct": None, "error": None, "reason": None,
         "compile_s": None, "forward_ms": None, "training_forward_ms": None, "backward_ms": None, "parts_ms": None,
-        "tflops_dense_equivalent": None, "speedup": None, "speedup_forward_backward": None,
+        "tflops_dense_equivalent": None, "speedup": None, "against_dense": None, "speedup_forward_backward": None,
     }  # fmt: skip
     return Entry(row, method, setting, sizes)
 
@@ -163,14 +204,10 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
         torch.compiler.reset()  # lengths must not add up to the limit of recompilations
     inputs = _inputs(entries[0].sizes, setting.device, setting.dtype)
     for entry in entries:
-        sparsity = entry.row["sparsity"]
-        label = "" if sparsity is None else f", sparsity {sparsity:g}"
-        on_note(f"{entry.method.name}, {entry.sizes[2]} tokens{label}")
         with _reasons(entry):
-            _prepare(entry, inputs, config.seconds, backward)
+            _prepare(entry, inputs, config.seconds, backward, on_note)
         if entry.row["reason"] and not entry.timers and entry.method.name in config.methods:
-            reason = f"{entry.method.name} does not run here: {entry.row['reason']}"
-            raise EnvironmentProblem(f"{reason.removesuffix('.')}. Leave it out of --method.")
+            raise _not_here(entry.method.name, entry.row["reason"])
     for _ in range(TURNS):
         for entry in entries:
             for name in list(entry.timers):
@@ -182,10 +219,14 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
             entry.row["parts_ms"] = _parts(entry.setting, inputs, config.seconds)
 
 
-def _prepare(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool) -> None:
+def _prepare(
+    entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool, on_note: Callable[[str], None]
+) -> None:
     """Make a method, check it, and warm up its passes."""
     row, setting = entry.row, entry.setting
     attend = entry.method.make(setting)
+    label = "" if row["sparsity"] is None else f", sparsity {row['sparsity']:g}"
+    on_note(f"{entry.method.name}, {entry.sizes[2]} tokens{label}")
     error = _error(entry.method, setting, attend, entry.sizes[3])
     limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
     row["correct"] = error <= limit
@@ -418,15 +459,16 @@ def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Att
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:
-    """Set each row's speed-up over the fastest dense method of the same shape."""
+    """Set each row's speed-up over the fastest dense method of the same shape, and whether it is more than noise."""
     dense = [row for row in rows if row["kind"] == "dense" and row["forward_ms"]]
     if not dense:
         return
-    forward = min(row["forward_ms"]["median"] for row in dense)
+    forward = min((row["forward_ms"] for row in dense), key=lambda times: times["median"])
     both = min((_both(row) for row in dense if row["backward_ms"]), default=None)
     for row in rows:
         if row["forward_ms"]:
-            row["speedup"] = forward / row["forward_ms"]["median"]
+            row["speedup"] = forward["median"] / row["forward_ms"]["median"]
+            row["against_dense"] = beside(row["forward_ms"], forward)
             if both is not None and row["backward_ms"]:
                 row["speedup_forward_backward"] = both / _both(row)
 
@@ -435,19 +477,27 @@ def _both(row: dict[str, Any]) -> float:
     return row["training_forward_ms"]["median"] + row["backward_ms"]["median"]
 
 
-def _break_even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
-    """The shortest length measured from which on SLA is never slower than the fastest dense method; None if never."""
-    ratios = {
-        int(row["shape"].split("x")[2]): row["speedup"]
+def _verdicts(rows: list[dict[str, Any]], sparsity: float) -> list[tuple[int, str]]:
+    """Lengths at which SLA was measured, the longest first, and what it is there beside dense attention."""
+    found = {
+        int(row["shape"].split("x")[2]): row["against_dense"]
         for row in rows
         if row["method"] == "sla" and row["sparsity"] == sparsity and row["speedup"] is not None
     }
-    found = None
-    for length in sorted(ratios, reverse=True):
-        if ratios[length] < 1:
-            break
-        found = length
-    return found
+    return sorted(found.items(), reverse=True)
+
+
+def _break_even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
+    """The shortest length measured from which on SLA is always faster than the fastest dense method, by more than the
+    noise; None if never."""
+    faster = itertools.takewhile(lambda found: found[1] == FASTER, _verdicts(rows, sparsity))
+    return min((length for length, _ in faster), default=None)
+
+
+def _even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
+    """The longest length measured, where SLA differs from the fastest dense method by no more than noise there."""
+    verdicts = _verdicts(rows, sparsity)
+    return verdicts[0][0] if verdicts and verdicts[0][1] == EVEN else None
 
 
 def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -506,8 +556,12 @@ def _models(
             finally:
                 remove(pipe.transformer)
             rows.append({"attention": "sla", "backend": label, "sparsity": sparsity, **times})
-    fastest = min(row["step_ms"]["median"] for row in rows if row["attention"] == "dense")
-    return [{"model": name, **row, "speedup": fastest / row["step_ms"]["median"]} for row in rows]
+    fastest = min((row["step_ms"] for row in rows if row["attention"] == "dense"), key=lambda times: times["median"])
+    return [
+        {"model": name, **row, "speedup": fastest["median"] / row["step_ms"]["median"],
+         "against_dense": beside(row["step_ms"], fastest)}
+        for row in rows
+    ]  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import json
 import sys
 import time
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from slagen import plain
 from slagen.text import encodable, escaped, line, message, to_json
 
 if TYPE_CHECKING or find_spec("rich") is not None:
@@ -233,27 +235,30 @@ def note(text: str) -> None:
 
 
 def show_bench(result: Any, as_json: bool) -> None:
-    """Print what `bench` measured: a table on stdout, or JSON alone."""
+    """Print what `bench` measured: tables on stdout that fit 80 columns, or JSON alone."""
     content = result.content
     if as_json:
         write_json(content, allow_nan=False)
         return
     about = content["machine"]
-    out = _stdout()
-    out.print(
-        line(f"{about['name']}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s"),
-        soft_wrap=True,
-    )
-    for columns, rows in result.tables:
-        if rows:
-            table = Table()
-            for column in columns:
-                table.add_column(column, no_wrap=True)
-            for row in rows:
-                table.add_row(*row)
-            out.print(table)
+    write(f"{about['name']}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s")
+    for heading, columns, rows, below in result.short_tables:
+        table = plain.Table()
+        used = [index for index, name in enumerate(columns) if any(row[index] for row in rows)]
+        for index in used:
+            table.add_column(columns[index])
+        for row in rows:
+            table.add_row(*(row[index] for index in used))
+        _put("")
+        write(heading)
+        write_table(table)
+        for text in below:
+            _write_sentence(text)
+    if result.short_tables:
+        _put("")
+        write("Times are medians; their quartiles and repeats are in the files and in --json.")
     for verdict in result.verdicts:
-        out.print(line(verdict), soft_wrap=True)
+        _write_sentence(verdict)
     for path in result.files:
         write(str(path))
 
@@ -264,78 +269,122 @@ def show_findings(findings: list[Any], as_json: bool) -> None:
         write_json({"findings": [vars(finding) for finding in findings]})
         return
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
-    table = Table(show_header=False)
+    table = _table(show_header=False)
     for finding in findings:
         status = Text(finding.status, colours[finding.status])
         found = "\n".join(line(text) for text in (finding.found, finding.fix) if text)
         table.add_row(status, finding.name, _text(found))
-    _stdout().print(table)
+    write_table(table)
 
 
 def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
-    """Print what `doctor --selftest` tried: a table and the file on stdout, or JSON alone."""
+    """Print what `doctor --selftest` tried: a table and the file on stdout, or JSON alone.
+
+    Checks of one backend and dtype that end alike are one line of the table.
+    """
     if as_json:
         write_json(content)
         note(f"also in {path}")
         return
     colours = {"ok": "green", "missing": "yellow", "failed": "bold red"}
-    table = Table(show_header=False)
-    for row in content["checks"]:
-        status = Text(row["status"], colours[row["status"]])
-        table.add_row(status, row["name"], f"{row['seconds']:.1f} s", row["detail"])
-    _stdout().print(table)
+    table = _table(show_header=False)
+    for (name, status, detail), found in groupby(content["checks"], _end_of_check):
+        checks = list(found)
+        several = len(checks) > 1
+        seconds = f"{sum(check['seconds'] for check in checks):.1f} s"
+        said = f"{len(checks)} checks: {detail}" if several else detail
+        table.add_row(Text(status, colours[status]), name if several else checks[0]["name"], seconds, said)
+    write_table(table)
     write(str(path))
 
 
-def show_kernels(content: dict[str, Any], as_json: bool) -> None:
-    """Print what the kernels cost on each card: tables on stdout, or JSON alone, a kernel a line.
+def _end_of_check(check: dict[str, Any]) -> tuple[str, str, str]:
+    """The backend and dtype, or what else was tried, and how that ended."""
+    return check["name"].partition(",")[0], check["status"], check["detail"]
 
-    "programs" are those that a multiprocessor holds at a time, "in flight" the groups of copies during the products.
+
+MAIN_KERNELS = ("attend", "attend-128", "key-states", "dq", "dkv", "select")  # at heads of 128
+
+
+def show_kernels(content: dict[str, Any], as_json: bool) -> None:
+    """Print what the kernels cost on each card: tables on stdout that fit 80 columns, or JSON alone, a kernel a line.
+
+    A table has the main kernels of one card, and those that break a limit; "at once" are the programs that a
+    multiprocessor holds, "copies in flight" the groups of copies during the products.
     """
     if as_json:
         about = {name: value for name, value in content.items() if name != "kernels"}
         rows = ",\n".join(map(_json, content["kernels"]))
         _put(f'{_json(about)[:-1]}, "kernels": [\n{rows}\n]}}')
         return
-    table = Table()
-    for name in (
-        "kernel", "target", "D", "tile, warps, stages", "shared KiB", "registers", "spilled", "mma", "programs",
-        "instructions", "a round", "in flight",
-    ):  # fmt: skip
-        table.add_column(name, no_wrap=True)
-    table.add_column("")
+    shown = 0
+    targets: dict[str, list[dict[str, Any]]] = {}
     for row in content["kernels"]:
-        config = row["config"]
-        tile = f"{config['tile_m']}x{config['tile_n']}, " if "tile_m" in config else ""
-        table.add_row(
-            row["kernel"], row["target"], str(row["head_dim"]), f"{tile}{config['num_warps']}, {config['num_stages']}",
-            f"{row['shared_bytes'] / 1024:.0f} of {row['shared_limit'] // 1024}", str(row["registers"]),
-            str(row["spill_bytes"]), row["mma"] or "", str(row["programs_per_sm"]), str(row["instructions"]),
-            f"{row['row_instructions']} a row" if row["row_instructions"] else str(row["round_instructions"]),
-            str(row["copies_in_flight"]), "; ".join(row["faults"]),
-        )  # fmt: skip
-    _stdout().print(table)
+        targets.setdefault(row["target"], []).append(row)
+    for target, compiled in targets.items():
+        main = [row for row in compiled if row["kernel"] in MAIN_KERNELS and row["head_dim"] == 128]
+        broken = [row for row in compiled if row["faults"]]
+        others = [row for row in broken if row not in main]
+        shown += len(main) + len(others)
+        _put("")
+        write(f"{target}, {compiled[0]['shared_limit'] // 1024} KiB of shared memory")
+        for part in (main, *(others[i : i + 3] for i in range(0, len(others), 3))):
+            if part:
+                write_table(_kernel_table(part))
+        for row in broken:
+            _write_sentence(f"{row['kernel']}, D = {row['head_dim']}: {'; '.join(row['faults'])}")
+    _put("")
+    _write_sentence(
+        f"{shown} of {len(content['kernels'])} kernels are shown: the main ones at heads of 128, and those that break "
+        "a limit. --json has all of them."
+    )
     _show_operator(content["operator"])
+
+
+def _kernel_table(rows: list[dict[str, Any]]) -> plain.Table:
+    """A column for each kernel, a line for each thing that it costs."""
+    table = plain.Table()
+    table.add_column()
+    for row in rows:
+        table.add_column(line(row["kernel"]), justify="right")
+    values = {
+        "D": [row["head_dim"] for row in rows],
+        "tile": [f"{row['config']['tile_m']}x{row['config']['tile_n']}" if "tile_m" in row["config"] else ""
+                 for row in rows],
+        "warps": [row["config"]["num_warps"] for row in rows],
+        "stages": [row["config"]["num_stages"] for row in rows],
+        "shared KiB": [f"{row['shared_bytes'] / 1024:.0f}" for row in rows],
+        "registers": [row["registers"] for row in rows],
+        "spilled bytes": [row["spill_bytes"] for row in rows],
+        "tensor cores": [row["mma"] or "" for row in rows],
+        "at once": [row["programs_per_sm"] for row in rows],
+        "instructions": [row["instructions"] for row in rows],
+        "of a round": [row["round_instructions"] or "" for row in rows],
+        "of a row": [row["row_instructions"] or "" for row in rows],
+        "copies in flight": [row["copies_in_flight"] for row in rows],
+    }  # fmt: skip
+    for name, cells in values.items():
+        if any(cell != "" for cell in cells):
+            table.add_row(name, *cells)
+    return table
 
 
 def _show_operator(operator: dict[str, Any]) -> None:
     """One call of the operator: its launches, and the bounds of each kernel."""
-    out = _stdout()
-    out.print()
-    text = (
+    _put("")
+    _write_sentence(
         f"one call at {operator['shape']}, {operator['dtype']}, sparsity {operator['sparsity']:g}, domain "
         f"{operator['linear_domain']}: {operator['launches']} launches, {operator['estimate_ms']['total']:.2f} ms "
         f"on one {operator['card']} (estimated, not measured)"
     )
-    out.print(line(text), soft_wrap=True)
-    table = Table()
+    table = plain.Table()
     table.add_column("kernel")
     for name in ("launches", "tensor ms", "issue ms", "L2 ms", "DRAM ms", "estimate ms"):
         table.add_column(name, justify="right")
     for name, row in operator["bounds_ms"].items():
         times = (row[bound] for bound in ("tensor", "issue", "l2", "dram", "estimate"))
-        table.add_row(name, str(row["launches"]), *(f"{time:.3f}" for time in times))
-    out.print(table)
+        table.add_row(name, row["launches"], *(f"{time:.3f}" for time in times))
+    write_table(table)
 
 
 def show_plan(content: dict[str, Any], as_json: bool) -> None:
@@ -368,10 +417,10 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless here") for row in content["downloads"]],
         *[("output", name) for name in content["outputs"]],
     ]  # fmt: skip
-    table = Table(show_header=False)
+    table = _table(show_header=False)
     for name, text in rows:
         table.add_row(Text(name, "dim"), text)
-    _stdout().print(table)
+    write_table(table)
     for text in content["notes"]:
         note(text)
 
@@ -381,19 +430,17 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         write_json(rows)
         return
-    table = Table()
-    for name in ("preset", "size", "frames", "sampler", "guidance", "SLA trained at", "from"):
-        table.add_column(name, no_wrap=name != "from")
+    table = _table(show_header=False)
     for row in rows:
         sampler = f"{row['steps']} x {row['sampler']}"
         sampler += "" if row["flow_shift"] is None else f", shift {row['flow_shift']:g}"
         sla = row["sla"]
-        trained = "" if sla is None else f"{sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}"
-        table.add_row(
-            row["name"], row["size"], str(row["num_frames"]), sampler, f"{row['guidance_scale']:g}", trained,
-            row["weights"] or row["base"] or "this installation",
-        )  # fmt: skip
-    _stdout().print(table)
+        said = [f"{row['size']}, {row['num_frames']} frames; {sampler}, guidance {row['guidance_scale']:g}"]
+        if sla is not None:
+            said.append(f"SLA trained at sparsity {sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}")
+        said.append(f"from {row['weights'] or row['base'] or 'this installation'}")
+        table.add_row(row["name"], _text("\n".join(map(line, said))))
+    write_table(table)
 
 
 def show_info(content: dict[str, Any], as_json: bool) -> None:
@@ -401,9 +448,9 @@ def show_info(content: dict[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(content)
         return
-    table = Table(show_header=False)
+    table = _table(show_header=False)
     _add_rows(table, content, "")
-    _stdout().print(table)
+    write_table(table)
 
 
 def show_replay(content: dict[str, Any], as_json: bool) -> None:
@@ -411,7 +458,7 @@ def show_replay(content: dict[str, Any], as_json: bool) -> None:
     if as_json:
         write_json(content)
         return
-    table = Table()
+    table = _table()
     for name in ("", "before", "now", ""):
         table.add_column(name)
     for name, row in content["hashes"].items():
@@ -423,10 +470,10 @@ def show_replay(content: dict[str, Any], as_json: bool) -> None:
         )
     for name, (before, now) in content["versions_changed"].items():
         table.add_row(name, str(before), str(now), "changed")
-    _stdout().print(table)
+    write_table(table)
 
 
-def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
+def _add_rows(table: Any, content: dict[str, Any], prefix: str) -> None:
     for name, value in content.items():
         if isinstance(value, dict):
             _add_rows(table, value, f"{prefix}{name}.")
@@ -485,10 +532,27 @@ def _text(text: str, style: str = "") -> Text:
     return Text(encodable(text, sys.stdout.encoding), style)
 
 
-def _stdout() -> Console:
-    """Stdout as a terminal is wide, or wide enough for every table where it is none."""
+def _table(show_header: bool = True) -> Any:
+    """A table that wraps where stdout is a terminal; elsewhere a plain one, without blanks at the ends of its lines."""
+    kind = Table if Console().is_terminal else plain.Table
+    return kind(show_header=show_header)
+
+
+def _write_sentence(text: str) -> None:
+    """A line on stdout, which a terminal gets broken between words."""
     out = Console()
-    return out if out.is_terminal else Console(width=160)
+    if out.is_terminal:
+        out.print(line(text))
+    else:
+        write(text)
+
+
+def write_table(table: Any) -> None:
+    """A table on stdout. A plain one is as wide as its text: nothing of it is cut, however narrow a terminal is."""
+    if isinstance(table, plain.Table):
+        _put(str(table))
+    else:
+        Console().print(table)
 
 
 def _step_table(steps: list[dict[str, Any]]) -> Table:

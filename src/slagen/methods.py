@@ -39,13 +39,30 @@ class Setting:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to attend. `error_limit`: the largest error to the reference, in units of the largest output."""
+    """One way to attend.
+
+    Args:
+        error_limit: the largest error to the reference, in units of the largest output.
+        package: what it is imported from, where that need not be installed.
+    """
 
     name: str
     kind: str  # "sla", "sparse" or "dense"
-    make: Callable[[Setting], Attend]
+    build: Callable[[Setting], Attend]
     backward: bool = True
     error_limit: float | None = None
+    package: str | None = None
+
+    @property
+    def absent(self) -> bool:
+        """Whether the package that it takes is not installed."""
+        return self.package is not None and importlib.util.find_spec(self.package) is None
+
+    def make(self, setting: Setting) -> Attend:
+        """Raises NotHere where this machine can not run it."""
+        if self.absent:
+            raise NotHere("is not installed")
+        return self.build(setting)
 
 
 def _sla(setting: Setting) -> Attend:
@@ -137,7 +154,6 @@ def _flex_tiles(setting: Setting) -> dict[str, int] | None:
 
 def _cudnn_blocks(setting: Setting) -> Attend:
     """cuDNN's block-sparse attention (BSA). On Hopper it takes whole blocks of queries, so the last one is padded."""
-    _require("cudnn")
     try:
         from cudnn import BSA
     except ImportError as error:
@@ -162,7 +178,6 @@ def _cudnn_blocks(setting: Setting) -> Attend:
 
 def _flashinfer_blocks(setting: Setting) -> Attend:
     """FlashInfer's attention over blocks of any size. Each call plans anew, as a new selection takes."""
-    _require("flashinfer")
     from flashinfer import VariableBlockSparseAttentionWrapper
 
     config = setting.config
@@ -182,7 +197,6 @@ def _flashinfer_blocks(setting: Setting) -> Attend:
 
 
 def _flashinfer(setting: Setting) -> Attend:
-    _require("flashinfer")
     from flashinfer import single_prefill_with_kv_cache
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -194,21 +208,18 @@ def _flashinfer(setting: Setting) -> Attend:
 
 
 def _flash_attn(setting: Setting) -> Attend:
-    _require("flash_attn")
     from flash_attn import flash_attn_func
 
     return lambda q, k, v: flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def _sage(setting: Setting) -> Attend:
-    _require("sageattention")
     from sageattention import sageattn
 
     return lambda q, k, v: sageattn(q, k, v, tensor_layout="HND", is_causal=False)
 
 
 def _public_sla(setting: Setting) -> Attend:
-    _require("sparse_linear_attention")
     from sparse_linear_attention import SparseLinearAttention
 
     config = setting.config
@@ -224,11 +235,6 @@ def _public_sla(setting: Setting) -> Attend:
     return module
 
 
-def _require(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise NotHere("is not installed")
-
-
 METHODS = (
     Method("sla", "sla", _sla),
     Method("sparse", "sparse", _sparse),
@@ -237,11 +243,11 @@ METHODS = (
     Method("sdpa-cudnn", "dense", _sdpa(SDPBackend.CUDNN_ATTENTION)),
     Method("sdpa-efficient", "dense", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
     Method("sdpa-math", "dense", _sdpa(SDPBackend.MATH)),
-    Method("flash-attn", "dense", _flash_attn),
-    Method("sage", "dense", _sage, backward=False, error_limit=0.1),  # INT8
-    Method("flashinfer", "dense", _flashinfer, backward=False),
+    Method("flash-attn", "dense", _flash_attn, package="flash_attn"),
+    Method("sage", "dense", _sage, backward=False, error_limit=0.1, package="sageattention"),  # INT8
+    Method("flashinfer", "dense", _flashinfer, backward=False, package="flashinfer"),
     Method("flex", "sparse", _flex),
-    Method("cudnn-blocks", "sparse", _cudnn_blocks, backward=False),
-    Method("flashinfer-blocks", "sparse", _flashinfer_blocks, backward=False),
-    Method("sla-public", "sla", _public_sla),
+    Method("cudnn-blocks", "sparse", _cudnn_blocks, backward=False, package="cudnn"),
+    Method("flashinfer-blocks", "sparse", _flashinfer_blocks, backward=False, package="flashinfer"),
+    Method("sla-public", "sla", _public_sla, package="sparse_linear_attention"),
 )

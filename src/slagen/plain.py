@@ -1,4 +1,4 @@
-"""What console.py takes of rich, as plain text: for machines without rich. There are no live lines and no colours."""
+"""Tables that are never cut; and what console.py takes of rich, as plain text, for machines without rich."""
 
 from __future__ import annotations
 
@@ -19,24 +19,31 @@ class Text(str):
 
 
 class Table:
-    """Columns as wide as their longest cell; a Text may have several lines."""
+    """Columns as wide as their longest cell, nothing cut or wrapped; a header or a Text may have several lines."""
 
     def __init__(self, show_header: bool = True, **style: Any) -> None:
         self._show_header = show_header
         self._header: list[str] = []
+        self._to_the_right: list[bool] = []
         self._rows: list[list[str]] = []
 
-    def add_column(self, name: str, **style: Any) -> None:
+    def add_column(self, name: str = "", justify: str = "left", **style: Any) -> None:
         self._header.append(name)
+        self._to_the_right.append(justify == "right")
 
-    def add_row(self, *cells: str) -> None:
-        self._rows.append([escaped(cell) if isinstance(cell, Text) else line(cell) for cell in cells])
+    def add_row(self, *cells: Any) -> None:
+        self._rows.append([line(cell) if type(cell) is str else escaped(str(cell)) for cell in cells])
 
     def __str__(self) -> str:
         rows = [self._header, *self._rows] if self._show_header else self._rows
-        lines = [line for row in rows for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
+        lines = [part for row in rows for part in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")]
         widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
-        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        to_the_right = self._to_the_right + [False] * len(widths)
+
+        def padded(cell: str, width: int, right: bool) -> str:
+            return cell.rjust(width) if right else cell.ljust(width)
+
+        return "\n".join("  ".join(map(padded, part, widths, to_the_right)).rstrip() for part in lines)
 
 
 class Console:

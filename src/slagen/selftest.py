@@ -173,12 +173,12 @@ def _bench(device: torch.device, content: dict[str, Any]) -> str:
     from slagen.bench import bench
 
     config = BENCH_ON_CPU if device.type == "cpu" else BENCH
-    content["bench"] = rows = bench(config).content["rows"]
+    result = bench(config)
+    content["bench"] = rows = result.content["rows"]
     wrong = [f"{row['method']}: {row['reason']}" for row in rows if row["correct"] is False]
     if wrong:
         raise Wrong("; ".join(wrong))
-    timed = [row for row in rows if row["method"] == "sla" and row["speedup"]]
-    return "SLA against dense attention: " + ", ".join(f"{row['speedup']:.2f}x at {row['shape']}" for row in timed)
+    return f"SLA against dense attention: {', '.join(result.speedups)}"
 
 
 def shortened(value: Any) -> Any:
