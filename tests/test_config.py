@@ -157,3 +157,22 @@ def test_trained_sizes_are_read_and_the_nearest_is_named():
 def test_trained_sizes_that_are_none_are_refused(sizes):
     with pytest.raises(UsageError, match="trained_sizes"):
         ModelDefaults.from_dict({"trained_sizes": sizes})
+
+
+def test_a_top_k_is_counted_as_in_the_published_code():
+    """int(r * K), in floating point, and at least 1; whatever sparsity the settings then hold, it counts the same."""
+    config = SLAConfig(negligible=0.1, linear_domain="marginal", block_m=16)
+    for hundredths in range(1, 101):
+        for blocks in (1, 7, 20, 50, 90, 100, 180, 511, 512, 592, 1182):
+            topk = hundredths / 100
+            made = config.with_topk(topk, blocks)
+            assert made.num_critical(blocks) == max(1, int(topk * blocks))
+            assert made == dataclasses.replace(config, sparsity=made.sparsity)
+    assert config.with_topk(0.29, 100).sparsity == 0.72 and config.with_topk(0.29, 99).sparsity == 0.71
+
+
+def test_the_released_weights_count_the_same_either_way():
+    """TurboDiffusion's default is a top-k of 0.1, which our presets say as a sparsity of 0.9."""
+    config = SLAConfig(sparsity=0.9)
+    assert all(config.num_critical(blocks) == max(1, int(0.1 * blocks)) for blocks in range(1, 20_001))
+    assert [config.num_critical(blocks) for blocks in (511, 512, 592, 1182)] == [51, 51, 59, 118]

@@ -258,3 +258,45 @@ def test_a_size_the_bundled_model_was_not_trained_at_is_told_once(toy, tmp_path)
     generate(toy_config(str(model), tmp_path, width=192, height=64), events.append)
     (text,) = [event.text for event in events if event.kind == "warning"]
     assert "this clip is 192x64 with 9 frames. Try --size 256x64 --num-frames 9" in text
+
+
+SETTINGS = """prompt negative_prompt model weights vae allow_untrained attention backend sparsity sla_topk size
+    num_frames fps steps guidance_scale sampler flow_shift sigma_max ode seed num_videos dtype device timing output
+    save_latents overwrite"""
+
+
+def test_settings_that_are_not_given_are_not_in_a_batchs_keys(toy, tmp_path):
+    """A job's key hashes the settings. One more of them at its default would make every batch anew."""
+    plain = make_plan(toy_config(toy, tmp_path)).settings
+    assert list(plain) == SETTINGS.split()
+    assert make_plan(toy_config(toy, tmp_path, block_m=64, block_n=64)).settings == plain
+    assert (plain["sparsity"], plain["sla_topk"]) == (0.95, 0.05)
+    assert make_plan(toy_config(toy, tmp_path, sla_topk=0.05)).settings == plain
+    other = make_plan(toy_config(toy, tmp_path, block_m=128)).settings
+    assert other == {**plain, "block_m": 128}
+
+
+def test_trained_weights_run_with_other_blocks(tmp_path):
+    """They load, and what they were trained with is told; the same number of blocks in all is kept."""
+    events = []
+    config = GenerateConfig("a red circle", steps=1, seed=1, device="cpu", block_m=32, sla_topk=0.1, timing="off",
+                            output=str(tmp_path / "x.mp4"))  # fmt: skip
+    (video,) = generate(config, events.append).videos
+    told = [event.text for event in events if event.kind in ("note", "warning")]
+    assert "the weights were trained with blocks of 16x16 tokens, not 32x16" in told
+    assert "sla-topk 0.1 -> 2 of 20 key blocks per query block" in told
+    assert (video.report["attention"]["query_blocks"], video.report["attention"]["critical"]) == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block_m": 48}, "block_m is 48, but must be one of 16, 32, 64, 128"),
+        ({"block_n": True}, "block_n is True, but must be one of"),
+        ({"block_n": 64, "attention": "dense"}, "Leave --block-m and --block-n out"),
+    ],
+    ids=["size", "type", "dense"],
+)
+def test_blocks_that_cannot_be(changes, words):
+    with pytest.raises(UsageError, match=words):
+        GenerateConfig("x", **changes)

@@ -82,6 +82,30 @@ def test_the_bundled_model_is_planned_as_it_runs():
     assert "this clip is 256x256 with 33 frames. Try --size 128x128 --num-frames 17" in note
 
 
+def test_a_top_k_counts_as_published_and_a_sparsity_as_ours(capsys):
+    """int(0.29 * 100) is 28 in floating point, and 1 - 0.71 of 100 are 29."""
+    by_topk, by_sparsity = plan(num_frames=97, sla_topk=0.29), plan(num_frames=97, sparsity=0.71)
+    assert (by_topk["key_blocks"], by_topk["topk_blocks"], by_sparsity["topk_blocks"]) == (100, 28, 29)
+    assert by_topk["settings"]["sla_topk"] == 0.29 and by_sparsity["settings"]["sla_topk"] is None
+    for option, words in (
+        ("--sla-topk 0.29", "sla-topk 0.29 -> top-k 28 of 100"),
+        ("--sparsity 0.71", "sparsity 0.71 -> top-k 29 of"),
+    ):
+        assert run(["plan", "--num-frames", "97", *option.split()]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_blocks_that_are_not_those_of_the_training():
+    """TurboDiffusion runs 128 x 64; weights made with other blocks take them, and what was trained is told."""
+    content = plan(model="turbowan2.1-t2v-1.3b-480p", block_m=128)
+    assert (content["query_blocks"], content["key_blocks"], content["topk_blocks"]) == (256, 512, 51)
+    (note,) = content["notes"]
+    assert note == "the weights were trained with blocks of 64x64 tokens, not 128x64"
+    assert not plan(model="turbowan2.1-t2v-1.3b-480p", block_m=64, block_n=64)["notes"]
+    content = plan(block_n=32)
+    assert (content["key_blocks"], content["settings"]["block_m"], content["settings"]["block_n"]) == (10, 16, 32)
+
+
 def test_what_is_asked_for_is_planned():
     dense = plan(model="wan2.1-t2v-1.3b", attention="dense")
     assert dense["settings"]["sparsity"] is None and dense["kept_fraction"] == 1.0

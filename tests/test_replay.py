@@ -167,3 +167,16 @@ def test_videos_of_other_kinds_are_named(tmp_path, capsys, command, name, start,
     assert run([command, str(tmp_path / name)]) == 5
     told = " ".join(capsys.readouterr().err.split())
     assert kind in told and "an MP4 that slagen made" in told
+
+
+def test_top_k_and_blocks_are_those_of_before(video, tmp_path):
+    """0.58 of 50 blocks are 28 as published, where the sparsity of 0.42 leaves 29."""
+    toy = str(video.path.parent / "toy")
+    config = GenerateConfig("x", model=toy, width=352, height=192, num_frames=9, steps=1,
+                            guidance_scale=1, seed=3, device="cpu", allow_untrained=True, sla_topk=0.58, block_m=32,
+                            block_n=16, output=str(tmp_path / "x.mp4"))  # fmt: skip
+    made = generate(config).videos[0]
+    attention, settings = made.report["attention"], made.report["settings"]
+    assert (attention["key_blocks"], attention["critical"], attention["block_m"]) == (50, 28, 32)
+    assert (settings["sla_topk"], settings["block_m"], settings["block_n"]) == (0.58, 32, 16)
+    assert replay(str(made.path), model=toy)["same"]

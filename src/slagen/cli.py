@@ -199,7 +199,23 @@ SparsityOption = Annotated[
 ]
 SlaTopkOption = Annotated[
     float | None,
-    typer.Option(help="1 - sparsity: the fraction that is.", rich_help_panel=ATTENTION, show_default=False),
+    typer.Option(
+        rich_help_panel=ATTENTION,
+        show_default=False,
+        help="The fraction that is, counted as in the published code: int(fraction x blocks).",
+    ),
+]
+BlockMOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Query rows of a block: 16, 32, 64 or 128. Default: as trained.",
+        rich_help_panel=ATTENTION,
+        show_default=False,
+    ),
+]
+BlockNOption = Annotated[
+    int | None,
+    typer.Option(help="Key columns of a block. Default: as trained.", rich_help_panel=ATTENTION, show_default=False),
 ]
 WeightsOption = Annotated[
     str | None,
@@ -265,6 +281,8 @@ def generate(
     backend: BackendOption = "auto",
     sparsity: SparsityOption = None,
     sla_topk: SlaTopkOption = None,
+    block_m: BlockMOption = None,
+    block_n: BlockNOption = None,
     weights: WeightsOption = None,
     vae: VaeOption = None,
     local_files_only: LocalFilesOnlyOption = False,
@@ -304,6 +322,8 @@ def generate(
         backend=backend,
         sparsity=sparsity,
         sla_topk=sla_topk,
+        block_m=block_m,
+        block_n=block_n,
         negative_prompt=negative_prompt,
         width=width,
         height=height,
@@ -397,6 +417,8 @@ def batch(
     backend: BackendOption = "auto",
     sparsity: SparsityOption = None,
     sla_topk: SlaTopkOption = None,
+    block_m: BlockMOption = None,
+    block_n: BlockNOption = None,
     weights: WeightsOption = None,
     vae: VaeOption = None,
     local_files_only: LocalFilesOnlyOption = False,
@@ -434,6 +456,8 @@ def batch(
         backend=backend,
         sparsity=sparsity,
         sla_topk=sla_topk,
+        block_m=block_m,
+        block_n=block_n,
         weights=weights,
         vae=vae,
         local_files_only=local_files_only,
@@ -492,12 +516,10 @@ def plan(
         float | None, typer.Option(help="Weight of the prompt; above 1 doubles the passes.", rich_help_panel=SAMPLING)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="For the names.", rich_help_panel=SAMPLING)] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Default: as trained.", rich_help_panel=ATTENTION, show_default=False)
-    ] = None,
-    sla_topk: Annotated[
-        float | None, typer.Option(help="1 - sparsity.", rich_help_panel=ATTENTION, show_default=False)
-    ] = None,
+    sparsity: SparsityOption = None,
+    sla_topk: SlaTopkOption = None,
+    block_m: BlockMOption = None,
+    block_n: BlockNOption = None,
     output: Annotated[
         str, typer.Option("--output", "-o", help="A folder, or a file that ends in .mp4.", rich_help_panel=OUTPUT)
     ] = "outputs",
@@ -516,6 +538,8 @@ def plan(
         weights=weights,
         sparsity=sparsity,
         sla_topk=sla_topk,
+        block_m=block_m,
+        block_n=block_n,
         width=width,
         height=height,
         num_frames=num_frames,

@@ -94,6 +94,37 @@ class SLAConfig:
         """How many of the key blocks a query block attends to exactly: at least 1."""
         return max(1, math.floor((1 - self.sparsity) * num_key_blocks + 1e-6))
 
+    def with_topk(self, topk: float, num_key_blocks: int) -> "SLAConfig":
+        """The same with int(topk * N) of N key blocks critical, at least 1: as the published code counts a top-k.
+
+        `topk * N` is that of floating point there, so 0.29 of 100 blocks are 28, where sparsity 0.71 leaves 29. Its
+        sparsity is 1 - topk, or where that counts otherwise the fraction that is left out.
+        """
+        config, count = dataclasses.replace(self, sparsity=1 - topk), max(1, int(topk * num_key_blocks))
+        if config.num_critical(num_key_blocks) == count:
+            return config
+        return dataclasses.replace(self, sparsity=1 - count / num_key_blocks)
+
+    def asked(self, wanted: "GenerateConfig", length: int) -> "SLAConfig":
+        """The same with the blocks and the sparsity or top-k that are asked for, for a clip of `length` tokens."""
+        given = {name: getattr(wanted, name) for name in ("block_m", "block_n", "sparsity")}
+        config = dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+        if wanted.sla_topk is None:
+            return config
+        return config.with_topk(wanted.sla_topk, config.num_blocks(length)[1])
+
+    def differences(self, trained: "SLAConfig") -> list[str]:
+        """What to tell of weights that were trained with another sparsity or other blocks."""
+        told = []
+        if not math.isclose(self.sparsity, trained.sparsity, abs_tol=1e-9):
+            told.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {self.sparsity:g}")
+        if (self.block_m, self.block_n) != (trained.block_m, trained.block_n):
+            told.append(
+                f"the weights were trained with blocks of {trained.block_m}x{trained.block_n} tokens, not "
+                f"{self.block_m}x{self.block_n}"
+            )
+        return told
+
     def num_negligible(self, num_key_blocks: int) -> int:
         """How many of the key blocks no branch sees; the critical ones are chosen first."""
         wanted = math.floor(self.negligible * num_key_blocks + 1e-6)
@@ -328,7 +359,9 @@ class GenerateConfig:
         attention: "sla"; "sparse" or "linear" for one of its branches; "dense" for the base model with full attention.
         backend: which implementation of SLA.
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
-        sla_topk: 1 - sparsity, as TurboDiffusion says it. At most one of the two.
+        sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
+            the two; see `SLAConfig.with_topk`.
+        block_m, block_n: query rows and key columns of a block; None is what the weights were trained with.
         negative_prompt: what to steer away from.
         width, height: in pixels. num_frames: video frames, 4k + 1. fps: frames a second.
         steps: denoising steps. guidance_scale, flow_shift, sampler: see ModelDefaults.
@@ -355,6 +388,8 @@ class GenerateConfig:
     backend: Backend = "auto"
     sparsity: float | None = None
     sla_topk: float | None = None
+    block_m: int | None = None
+    block_n: int | None = None
     negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
@@ -385,12 +420,16 @@ class GenerateConfig:
         check_output(self.output)
         if self.sparsity is not None and self.sla_topk is not None:
             raise UsageError(
-                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} say the same thing twice. Give one of them."
+                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both say how many blocks are kept. "
+                "Give one of them."
             )
         if self.sparsity is not None:
             _check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
         if self.sla_topk is not None and not 0 < self.sla_topk <= 1:
             raise UsageError(f"sla_topk is {self.sla_topk}, but must be above 0 and at most 1. Try --sla-topk 0.05.")
+        for name in ("block_m", "block_n"):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), BLOCK_SIZES)
         for name in ("width", "height", "num_frames", "fps", "steps", "num_videos", "seed"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
@@ -432,6 +471,8 @@ class GenerateConfig:
                 raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
         if self.attention == "dense" and (self.sparsity is not None or self.sla_topk is not None):
             raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
+        if self.attention == "dense" and (self.block_m is not None or self.block_n is not None):
+            raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
         if self.attention == "dense" and self.backend != "auto":
             raise UsageError(f"--backend {self.backend} is for SLA, but the attention is dense. Leave --backend out.")
 

@@ -387,6 +387,13 @@ def _show_operator(operator: dict[str, Any]) -> None:
     write_table(table)
 
 
+def _kept(settings: dict[str, Any]) -> str:
+    """How it was said how many blocks are kept."""
+    if settings["sla_topk"] is None:
+        return f"sparsity {settings['sparsity']:g}"
+    return f"sla-topk {settings['sla_topk']:g}"
+
+
 def show_plan(content: dict[str, Any], as_json: bool) -> None:
     """Print what a run will be: a table on stdout, or JSON alone."""
     if as_json:
@@ -403,9 +410,10 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         ("video", f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, {settings['fps']} fps"),
         ("sampling", f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}: "
                      f"{content['forward_passes']} forward passes"),
-        ("tokens", f"{content['tokens']}: {content['key_blocks']} key blocks of {settings['block_n']}{tail}"),
+        ("tokens", f"{content['tokens']}: {content['query_blocks']} query blocks of {settings['block_m']}, "
+                   f"{content['key_blocks']} key blocks of {settings['block_n']}{tail}"),
         ("attention", "dense: every key block" if settings["sparsity"] is None else
-                      f"sparsity {settings['sparsity']:g} -> top-k {content['topk_blocks']} of "
+                      f"{_kept(settings)} -> top-k {content['topk_blocks']} of "
                       f"{content['key_blocks']} key blocks (kept {content['kept_fraction']:.2%})"),
         ("TFLOP a forward", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
                             f"SLA {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),

@@ -328,7 +328,7 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
         install_projections(pipe, weights.sla_path, plan.sla, **options)
         return {**found, "used": "SLA", "sla_file": report.shareable(str(weights.sla_path))}
     metadata: SLAMetadata = load_sla(
-        pipe, weights.sla_path, config=plan.sla, base_hash=found["model_hash"], **options
+        pipe, weights.sla_path, config=plan.sla, other_blocks=True, base_hash=found["model_hash"], **options
     )  # fmt: skip
     file = find_sla_file(weights.sla_path)
     with file.open("rb") as handle:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         nearest = "x".join(str(max(step, round(size / step) * step)) for size in (width, height))
         raise UsageError(f"size is {width}x{height}, but must be multiples of {step} pixels. Try --size {nearest}.")
     tokens = num_tokens(width, height, num_frames, grid, factor)
-    sparsity = config.sparsity if config.sla_topk is None else 1 - config.sla_topk
-    sla = trained or SLAConfig()
-    if sparsity is not None:
-        sla = dataclasses.replace(sla, sparsity=sparsity)
+    sla = (trained or SLAConfig()).asked(config, tokens)
     counts = report.block_counts(sla, tokens)
     shape = dataclasses.replace(shape, text_tokens=defaults.max_sequence_length)
     dense, other = report.dense_attention_flops(shape, tokens), report.other_flops(shape, tokens)
@@ -69,8 +65,8 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
             "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
             "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
         )  # fmt: skip
-    elif trained is not None and not math.isclose(sla.sparsity, trained.sparsity, abs_tol=1e-9):
-        notes.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {sla.sparsity:g}")
+    elif trained is not None:
+        notes += sla.differences(trained)
     off_size = defaults.size_warning(preset.name, width, height, num_frames)
     if off_size is not None:
         notes.append(off_size)
@@ -81,7 +77,7 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         "settings": {
             **sizes, "fps": config.fps or defaults.fps, "steps": steps, "guidance_scale": guidance,
             "sampler": config.sampler or defaults.sampler, "attention": config.attention,
-            "sparsity": None if is_dense else sla.sparsity, "block_m": sla.block_m,
+            "sparsity": None if is_dense else sla.sparsity, "sla_topk": config.sla_topk, "block_m": sla.block_m,
             "block_n": sla.block_n, "linear_domain": sla.linear_domain, "feature_map": sla.feature_map,
         },
         "trained_sparsity": None if trained is None else trained.sparsity,

@@ -16,8 +16,9 @@ from slagen.models import BUNDLED, PRESETS, SLA_FILE, bundled_folder, is_hub_id
 from slagen.told import describe
 
 AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same name
-    "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "num_frames",
-    "fps", "steps", "guidance_scale", "sampler", "flow_shift", "sigma_max", "seed", "dtype", "device",
+    "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "block_m",
+    "block_n", "num_frames", "fps", "steps", "guidance_scale", "sampler", "flow_shift", "sigma_max", "seed", "dtype",
+    "device",
 )  # fmt: skip
 
 

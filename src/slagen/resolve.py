@@ -6,7 +6,6 @@ Nothing is loaded here; what can be refused is refused before minutes are spent 
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,6 +68,8 @@ class Plan:
         c, weights = self.config, self.weights
         file = weights.source.weights or (None if self.sla is None else weights.sla_path)
         sparsity = None if self.sla is None else self.sla.sparsity
+        complement = None if sparsity is None else round(1 - sparsity, 12)
+        sizes = [(name, getattr(self.sla, name, None)) for name in ("block_m", "block_n")]
         return {
             "prompt": c.prompt,
             "negative_prompt": c.negative_prompt,
@@ -79,7 +80,9 @@ class Plan:
             "attention": c.attention,
             "backend": c.backend,
             "sparsity": sparsity,
-            "sla_topk": None if sparsity is None else round(1 - sparsity, 12),
+            "sla_topk": complement if c.sla_topk is None else c.sla_topk,
+            # Only where they are not the weights' own, so that a batch goes on where it was begun without them.
+            **{name: size for name, size in sizes if size != getattr(weights.sla, name, None) and size is not None},
             "size": f"{c.width}x{c.height}",
             "num_frames": c.num_frames,
             "fps": c.fps,
@@ -180,23 +183,22 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         warnings.append(off_size)
     num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
     if sla is not None:
-        trained = sla
-        sparsity = config.sparsity if config.sla_topk is None else 1 - config.sla_topk
-        if sparsity is not None:
-            sla = dataclasses.replace(sla, sparsity=sparsity)
-        if weights.sla_path is not None and not math.isclose(sla.sparsity, trained.sparsity, abs_tol=1e-9):
-            warnings.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {sla.sparsity:g}")
+        trained, sla = sla, sla.asked(config, num_tokens)
+        if weights.sla_path is not None:
+            warnings += sla.differences(trained)
         counts = report.block_counts(sla, num_tokens)
         if counts["key_blocks"] < 2:
             sla = None
-            config = dataclasses.replace(config, attention="dense", backend="auto", sparsity=None, sla_topk=None)
+            config = dataclasses.replace(
+                config, attention="dense", backend="auto", sparsity=None, sla_topk=None, block_m=None, block_n=None
+            )
             warnings.append(
                 f"{num_tokens} tokens are fewer than 2 key blocks, so nothing can be left out: this clip runs dense"
             )
         elif config.attention != "linear":
             notes.append(
-                f"sparsity {sla.sparsity:g} -> {counts['critical']} of {counts['key_blocks']} key blocks "
-                "per query block"
+                f"{f'sparsity {sla.sparsity:g}' if config.sla_topk is None else f'sla-topk {config.sla_topk:g}'} -> "
+                f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
             )
     backend = None
     if sla is not None:

@@ -134,6 +134,7 @@ def load_sla(
     backend: Backend = "auto",
     branches: Branches = "both",
     allow_untrained: bool = False,
+    other_blocks: bool = False,
     base_hash: str | None = None,
 ) -> SLAMetadata:
     """Install SLA in a Wan pipeline with the weights of a file; `remove_sla` undoes it.
@@ -142,9 +143,10 @@ def load_sla(
         pipe: a WanPipeline, or its transformer. What slagen had installed in it before is removed first.
         path: an `sla.safetensors`, a folder with one, or the folder that diffusers saved this very model in, with SLA
             inside.
-        config: instead of the file's, for another sparsity; block sizes, domain and feature map must be the file's.
+        config: instead of the file's, for another sparsity; domain and feature map must be the file's.
         backend, branches: as in `sparse_linear_attention`.
         allow_untrained: accept layers whose `proj_l` is all zero.
+        other_blocks: accept block sizes that are not the file's.
         base_hash: `weights_hash` of the transformer, where the caller has it already.
     Returns: what the file says of itself.
     Raises: WeightsError, before anything is changed, if the file is broken, made for another base, lacks a `proj_l`,
@@ -154,7 +156,7 @@ def load_sla(
     transformer = getattr(pipe, "transformer", pipe)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
     config = config or metadata.config
-    _check_same_form(config, metadata.config, path)
+    _check_same_form(config, metadata.config, path, other_blocks)
     refuse_adapters(pipe, "loaded")
     refuse_offloaded(transformer, "loaded")
     remove(transformer)
@@ -352,8 +354,8 @@ def _is_projection(name: str) -> bool:
     return ".processor.proj_l." in name
 
 
-def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path) -> None:
-    for name in ("linear_domain", "feature_map", "block_m", "block_n"):
+def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, other_blocks: bool) -> None:
+    for name in ("linear_domain", "feature_map", *(() if other_blocks else ("block_m", "block_n"))):
         if getattr(config, name) != getattr(trained, name):
             raise WeightsError(
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
