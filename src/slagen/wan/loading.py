@@ -211,9 +211,10 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     """
     tensors = read_component(path) if path.is_dir() else read_tensors(path)
     kind = identify(tensors)
-    if kind in ("wan2.2-vae", "tiny-vae"):
+    own = path == config  # a model's own VAE may be of any kind that its config.json describes, as tiny-wan's is
+    if kind in ("wan2.2-vae", "tiny-vae") and not own:
         raise WeightsError(f"{path} {REFUSALS[kind]}")
-    if kind != "vae":
+    if kind != "vae" and not own:
         raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
     with init_empty_weights():
         vae = AutoencoderKLWan.from_config({} if config is None else read_json(config / "config.json", config))
