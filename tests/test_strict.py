@@ -1,16 +1,25 @@
 """Every component of a model is held against what it must be: one that is damaged is refused, and nothing is asked."""
 
+import json
 import socket
 
 import pytest
 import torch
+from damage import KINDS, PLACES, damage
 from diffusers import UniPCMultistepScheduler
 from huggingface_hub import constants
-from wan_models import save_pipeline
+from safetensors.torch import save_file
+from wan_models import build_pipeline, build_transformer, save_pipeline
 
+import slagen
+from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import WeightsError
+from slagen.models import describe_folder
+from slagen.resolve import find_weights
+from slagen.wan.checkpoints import SLAMetadata, load_sla, read_sla, save_sla, weights_hash
 from slagen.wan.hub import closed_hub
-from slagen.wan.loading import load_pipeline, resolve_model
+from slagen.wan.loading import load_pipeline, load_text_encoder, load_transformer, load_vae, resolve_model
+from slagen.wan.reading import component_files
 
 CPU = torch.device("cpu")
 
@@ -23,6 +32,97 @@ def folder(tmp_path_factory):
 
 def load(folder):
     return load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def components(folder):
+    """Of every component its one weight file, and how it is loaded."""
+    pipe = build_pipeline()
+    metadata = SLAMetadata(SLAConfig(block_m=16, block_n=16), "toy", weights_hash(pipe.transformer), "all", 10)
+    base = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    slagen.apply_sla(pipe, metadata.config)
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.add_(0.01)
+    file = save_sla(pipe, folder.parent / "sla", metadata, base)
+    source = describe_folder(folder, "toy")
+    loaders = {
+        "transformer": lambda: load_transformer(source, torch.float32),
+        "text_encoder": lambda: load_text_encoder(folder / "text_encoder", torch.float32),
+        "vae": lambda: load_vae(folder / "vae", folder / "vae"),
+    }
+    found = {name: (component_files(folder / name)[0], load) for name, load in loaders.items()}
+    found["sla"] = file, lambda: load_sla(build_transformer(), file)
+    for _, load in found.values():
+        load()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae", "sla"])
+def test_every_damage_of_every_component_is_refused(components, component, kind):
+    """A text encoder that lacked a tensor ran with random weights, and one NaN in the VAE made a black video."""
+    file, load = components[component]
+    whole = file.read_bytes()
+    try:
+        for place in range(PLACES):
+            damage(file, kind, place)
+            assert file.read_bytes() != whole
+            with pytest.raises(WeightsError) as refused:
+                load()
+            assert "\n" not in str(refused.value) and str(file.parent) in str(refused.value)
+            file.write_bytes(whole)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_changed_byte_of_sla_weights_is_refused(components):
+    """It is a number as good as the one that was there, which only the hash in the file's metadata can tell."""
+    file, load = components["sla"]
+    whole = file.read_bytes()
+    for place in (len(whole) - 1, len(whole) // 2):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(WeightsError, match="changed since it was written"):
+            load()
+    file.write_bytes(whole)
+
+
+def unlisted(file):
+    """The tensors and the metadata of an SLA file as slagen wrote it before it listed them."""
+    metadata, tensors = read_sla(file)
+    fields = {name: value for name, value in vars(metadata).items() if not name.startswith("tensors")}
+    fields |= {"format_version": 1, "config": metadata.config.to_dict()}
+    return tensors, {"slagen": json.dumps(fields)}
+
+
+def test_sla_weights_without_a_list_load_with_a_note(components, folder):
+    file, load = components["sla"]
+    whole = file.read_bytes()
+    config = GenerateConfig("a red circle", model=str(folder), weights=str(file), device="cpu")
+    assert not any("list of tensors" in note for note in find_weights(config).notes)
+    tensors, metadata = unlisted(file)
+    try:
+        save_file(tensors, file, metadata=metadata)
+        assert load().tensors is None
+        assert any("list of tensors" in note for note in find_weights(config).notes)
+        assert not any("list of tensors" in note for note in find_weights(GenerateConfig("-", device="cpu")).notes)
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn1.to_q.weight", "blocks.0.ffn.net.2.bias", "proj_out.weight"])
+def test_a_gap_in_sla_weights_without_a_list_is_refused(components, name):
+    """The bundled model's are such: of all its tensors one that is missing would be the base's, without a word."""
+    file, load = components["sla"]
+    whole = file.read_bytes()
+    tensors, metadata = unlisted(file)
+    del tensors[name]
+    try:
+        save_file(tensors, file, metadata=metadata)
+        with pytest.raises(WeightsError, match=f"{name} is missing"):
+            load()
+    finally:
+        file.write_bytes(whole)
 
 
 @pytest.fixture

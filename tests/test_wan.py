@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
@@ -14,7 +13,7 @@ import slagen
 from slagen.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.timing import StepRecorder
-from slagen.wan.checkpoints import SLAMetadata, load_sla, read_sla, save_sla, weights_hash
+from slagen.wan.checkpoints import SLAMetadata, load_sla, read_sla, save_sla, weights_hash, write_sla
 from slagen.wan.loading import EMBEDDINGS, load_pipeline, load_text_encoder, resolve_model
 from slagen.wan.processor import SLAProcessor, attach_recorder, install, processors
 
@@ -46,12 +45,10 @@ def trained(tmp_path):
 
 
 def rewrite(file, change):
-    """Change an SLA file's tensors in place, keeping its metadata."""
-    with safe_open(file, "pt") as handle:
-        metadata = handle.metadata()
-    tensors = load_file(file)
+    """Write an SLA file anew with other tensors."""
+    metadata, tensors = read_sla(file)
     change(tensors)
-    save_file(tensors, file, metadata=metadata)
+    write_sla(tensors, file, metadata)
 
 
 def test_all_blocks_kept_and_zero_proj_make_the_dense_video():

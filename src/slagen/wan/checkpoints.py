@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +18,11 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsEr
 from slagen.files import writing
 from slagen.model_files import read_json
 from slagen.models import SLA_FILE
-from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, peek, read_checkpoint
+from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
 from slagen.wan.guards import refuse_adapters, refuse_offloaded
+from slagen.wan.metadata import SLAMetadata, check_contents, gaps, with_contents
 from slagen.wan.processor import install, installation, remove, tell_settings
-from slagen.wan.reading import PICKLE_SUFFIXES, is_finite
-
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class SLAMetadata:
-    """What an SLA file says of itself.
-
-    Args:
-        config: the settings the weights were trained with.
-        base_model: name of the model they were trained from, for messages.
-        base_hash: `weights_hash` of that model's transformer.
-        trained: what was trained, such as "all" or "proj_l".
-        steps: optimiser steps.
-        sampler_family: the sampler the weights are made for: "flow" for UniPC, Euler or DPM-Solver++, or "rcm".
-        source_hash: SHA-256 of the file that they were converted from; empty where slagen trained them.
-    """
-
-    config: SLAConfig
-    base_model: str
-    base_hash: str
-    trained: str
-    steps: int
-    sampler_family: str = "flow"
-    source_hash: str = ""
-    format_version: int = FORMAT_VERSION
-
-    def to_strings(self) -> dict[str, str]:
-        """The safetensors metadata that holds it."""
-        fields = dict(self.__dict__, config=self.config.to_dict())
-        return {"slagen": json.dumps(fields, sort_keys=True)}
-
-    @classmethod
-    def from_strings(cls, metadata: dict[str, str] | None, path: Path) -> SLAMetadata:
-        """Read it back. Raises WeightsError if it is missing, newer, or does not hold what it must."""
-        text = (metadata or {}).get("slagen")
-        if text is None:
-            raise WeightsError(
-                f"{path} has no slagen metadata, so its block sizes and domain are unknown. "
-                f"Give a {SLA_FILE} that slagen wrote."
-            )
-        try:
-            fields: dict[str, Any] = json.loads(text)
-            version = fields["format_version"]
-            if version != FORMAT_VERSION:
-                raise WeightsError(
-                    f"{path} has format version {version}; this slagen reads {FORMAT_VERSION}. Upgrade slagen."
-                )
-            return cls(**dict(fields, config=SLAConfig.from_dict(fields["config"])))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UsageError) as error:
-            raise WeightsError(f"{path} has metadata that slagen cannot read: {error}. Get the file again.") from error
+from slagen.wan.reading import PICKLE_SUFFIXES
 
 
 def weights_hash(transformer: WanTransformer3DModel) -> str:
@@ -121,9 +69,12 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, 
         with safe_open(file, framework="pt") as handle:
             metadata = SLAMetadata.from_strings(handle.metadata(), file)
             names = handle.keys() if with_tensors else []
-            return metadata, {name: handle.get_tensor(name) for name in names}
+            tensors = {name: handle.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
+    if with_tensors:
+        check_contents(metadata, tensors, file)
+    return metadata, tensors
 
 
 def load_sla(
@@ -149,9 +100,10 @@ def load_sla(
         other_blocks: accept block sizes that are not the file's.
         base_hash: `weights_hash` of the transformer, where the caller has it already.
     Returns: what the file says of itself.
-    Raises: WeightsError, before anything is changed, if the file is broken, made for another base, lacks a `proj_l`,
-        or holds a tensor that the model has not, or in another shape, or with values that are not finite; UsageError if
-        a LoRA is loaded or fused, or hooks offload the transformer's layers.
+    Raises: WeightsError, before anything is changed, if the file is broken, made for another base, does not hold the
+        very tensors that it was written with, lacks a `proj_l`, or holds a tensor that the model has not, or in another
+        shape, or with values that are not finite; UsageError if a LoRA is loaded or fused, or hooks offload the
+        transformer's layers.
     """
     transformer = getattr(pipe, "transformer", pipe)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
@@ -168,8 +120,9 @@ def load_sla(
             "Give that model with --model, or weights made for this one with --weights."
         )
     install(transformer, config, backend=backend, branches=branches)
+    missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
     try:
-        _fill(transformer, tensors, path, allow_untrained)
+        _fill(transformer, tensors, path, allow_untrained, missing)
     except SlagenError:
         remove(transformer)
         raise
@@ -229,7 +182,7 @@ def install_projections(
         tensors = {f"blocks.{i}.attn1.processor.proj_l.{name}": x for i in layers for name, x in _pair(found)}
     install(transformer, config, backend=backend, branches=branches)
     try:
-        _fill(transformer, tensors, path, allow_untrained)
+        _fill(transformer, tensors, path, allow_untrained, [])
     except SlagenError:
         remove(transformer)
         raise
@@ -291,7 +244,7 @@ def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | No
         file.parent.mkdir(parents=True, exist_ok=True)
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with writing(file) as part:
-            save_file(kept, part, metadata=None if metadata is None else metadata.to_strings())
+            save_file(kept, part, metadata=None if metadata is None else with_contents(metadata, kept).to_strings())
     except (OSError, SafetensorError) as error:
         raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
 
@@ -380,19 +333,20 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
 
 
 def _fill(
-    transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool
-) -> None:
-    """Check every tensor against the model, then copy them in and keep what they replace."""
+    transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool,
+    missing: list[str],
+) -> None:  # fmt: skip
+    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are told."""
     state = transformer.state_dict()
+    faults = number_faults(tensors)
     tensors = _multiply_out(tensors, state, path)
-    faults = [f"{name} is missing" for name in state if _is_projection(name) and name not in tensors]
+    missing += [name for name in state if _is_projection(name) and name not in tensors and name not in missing]
+    faults += [f"{name} is missing" for name in missing]
     for name, tensor in tensors.items():
         if name not in state:
             faults.append(f"{name} is not in the model")
         elif tensor.shape != state[name].shape:
             faults.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(state[name].shape)}")
-        elif not tensor.is_floating_point() or not is_finite(tensor):
-            faults.append(f"{name} has values that are not finite numbers")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise WeightsError(f"{path} does not fit: {'; '.join(faults[:3])}{more}. Get weights made for this model.")

@@ -290,7 +290,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         for name, tensor in held.items()
         if name in expected and tensor.shape != expected[name]
     ]
-    faults += _number_faults(held, checkpoint.forms)
+    faults += number_faults(held, checkpoint.forms)
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(
@@ -304,7 +304,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         )
 
 
-def _number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = None) -> list[str]:
+def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = None) -> list[str]:
     """Tensors that are no finite floating-point numbers, or not of the kind that the same tensor of other blocks is.
 
     Args:
@@ -353,7 +353,7 @@ def _side_file(path: Path, content: dict[str, Any]) -> SideFile:
         weight, bias = states[0]["proj_l.weight"], states[0]["proj_l.bias"]
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or bias.shape != weight.shape[:1]:
             raise WeightsError(f"{path} has a proj_l of shape {tuple(weight.shape)}, but it must be square.")
-        faults = _number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
+        faults = number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
     except (KeyError, AttributeError, TypeError, UsageError) as error:
         raise WeightsError(f"{path} is no sla_attention.pt as SimpleTuner writes it: {error}. Get it again.") from error
     if faults:

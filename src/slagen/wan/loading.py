@@ -22,6 +22,7 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
@@ -145,16 +146,16 @@ def load_pipeline(
 
 @contextmanager
 def _no_drawing() -> Iterator[None]:
-    """Embeddings made in here draw no random weights.
-
-    On the meta device that does nothing but import sympy and torch's compiler.
-    """
-    draw = nn.Embedding.reset_parameters
-    nn.Embedding.reset_parameters = lambda self: None  # type: ignore[method-assign]
+    """Layers made in here draw no random weights, which for the meta device takes time, and torch's compiler."""
+    layers = (nn.Embedding, nn.Linear, _ConvNd)
+    draw = [layer.reset_parameters for layer in layers]
+    for layer in layers:
+        layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Embedding.reset_parameters = draw  # type: ignore[method-assign]
+        for layer, former in zip(layers, draw, strict=True):
+            layer.reset_parameters = former  # type: ignore[method-assign]
 
 
 def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -178,7 +179,7 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
         config: as in a transformer's config.json.
     Raises: WeightsError with the list of what does not fit.
     """
-    with init_empty_weights():
+    with init_empty_weights(), _no_drawing():
         model = WanTransformer3DModel.from_config(config)
     state = model.state_dict()
     heads = model.config
@@ -216,7 +217,7 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     if kind != "vae" and not own:
         raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
-    with init_empty_weights():
+    with init_empty_weights(), _no_drawing():
         vae = AutoencoderKLWan.from_config({} if config is None else read_json(config / "config.json", config))
     if "conv1.weight" in tensors:
         tensors = rename_vae(tensors, vae.config.num_res_blocks)
