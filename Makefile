@@ -39,10 +39,11 @@ bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 gpu: $(ALL)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
 	$(BIN)/python scripts/gpu.py
 
-soak: $(ALL)  ## 40 prompts, killed at 25 random moments, every video once; the same on Ray; 20 kills of a finetune; every kernel compiled
+soak: $(ALL)  ## 40 prompts, killed at 25 random moments, every video once; the same on Ray; 20 kills of a finetune; every kernel compiled; 3,000 damaged weight files
 	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py tests/test_cluster.py \
 		tests/test_finetune.py -k killed
 	SLAGEN_SOAK_KERNELS=1 $(BIN)/python -m pytest tests/test_kernel_costs.py
+	SLAGEN_SOAK_DAMAGES=1000 $(BIN)/python -m pytest tests/test_bounds.py -k damaged
 
 clean:
 	rm -rf $(VENV) build dist

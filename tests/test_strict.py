@@ -2,23 +2,32 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 from damage import KINDS, PLACES, damage
 from diffusers import UniPCMultistepScheduler
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from wan_models import build_pipeline, build_transformer, save_pipeline
 
 import slagen
 from slagen.config import GenerateConfig, SLAConfig
-from slagen.errors import WeightsError
+from slagen.errors import SlagenError, WeightsError
+from slagen.generate import Session
 from slagen.models import describe_folder
 from slagen.resolve import find_weights
 from slagen.wan.checkpoints import SLAMetadata, load_sla, read_sla, save_sla, weights_hash
 from slagen.wan.hub import closed_hub
-from slagen.wan.loading import load_pipeline, load_text_encoder, load_transformer, load_vae, resolve_model
+from slagen.wan.loading import (
+    decode_latents,
+    load_pipeline,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    resolve_model,
+)
 from slagen.wan.reading import component_files
 
 CPU = torch.device("cpu")
@@ -172,3 +181,49 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
             load(folder)
     finally:
         file.write_text(whole)
+
+
+def decoded(vae, latents):
+    with torch.no_grad():
+        return decode_latents(vae, latents)
+
+
+def test_a_video_of_one_colour_or_none_is_named(tmp_path):
+    """Weights that are finite and of the right shape can be wrong all the same; black may be what was asked for."""
+    vae, latents = build_pipeline().vae, torch.zeros(1, 4, 2, 4, 4)
+    assert len(decoded(vae, torch.randn(1, 4, 2, 4, 4)).unique()) > 1
+    with pytest.raises(SlagenError, match="not finite") as error:
+        decoded(vae, latents + torch.inf)
+    assert error.value.exit_code == 1
+    torch.nn.init.zeros_(vae.decoder.conv_out.weight)
+    with pytest.raises(WeightsError, match="same grey or colour"):
+        decoded(vae, latents)
+    torch.nn.init.constant_(vae.decoder.conv_out.bias, -2.0)
+    assert not decoded(vae, latents).any()
+
+
+def test_a_black_video_is_told(monkeypatch):
+    session = Session.__new__(Session)
+    session.pipe, session.about = build_pipeline(), {}
+    torch.nn.init.zeros_(session.pipe.vae.decoder.conv_out.weight)
+    torch.nn.init.constant_(session.pipe.vae.decoder.conv_out.bias, -2.0)
+    monkeypatch.setattr(Session, "denoise", lambda self, plan, embeds, on_event: (torch.zeros(1, 4, 2, 4, 4), None))
+    told = []
+    session.sample(SimpleNamespace(config=GenerateConfig("a red circle", seed=7)), {}, {}, told.append)
+    assert [event.text for event in told if event.kind == "warning"] == [
+        "every pixel of the video of seed 7 has the RGB 0, 0, 0"
+    ]
+
+
+def test_weights_beyond_float16_are_refused_in_float16(folder, components):
+    """bfloat16 holds 1e30, and float16 would make infinity of it."""
+    for component in ("transformer", "text_encoder"):
+        file, _ = components[component]
+        whole, tensors = file.read_bytes(), load_file(file)
+        next(iter(tensors.values())).view(-1)[0] = 1e30
+        save_file(tensors, file, metadata={"format": "pt"})
+        try:
+            with pytest.raises(WeightsError, match="beyond float16"):
+                load_pipeline(describe_folder(folder, "toy"), CPU, torch.float16)
+        finally:
+            file.write_bytes(whole)

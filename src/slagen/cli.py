@@ -39,7 +39,7 @@ from slagen.documents import decode
 from slagen.errors import GateError, UsageError
 from slagen.forms import Fault
 from slagen.paths import check_folder, is_video
-from slagen.text import LONG_DASH, MAX_PROMPT, escaped, quote
+from slagen.text import LONG_DASH, MAX_PROMPT, cut, escaped, quote
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
 ALIASES = {
@@ -72,7 +72,21 @@ CONTEXT: dict[str, Any] = {
 
 
 class _Help:
-    """Help in plain text, with the options by panel: rich takes longer to import than all the rest of it."""
+    """Help in plain text, with the options by panel: rich takes longer to import than all the rest of it.
+
+    And no option takes what Python calls a number but no setting is: nan, inf, or more digits than 64 bits hold.
+    """
+
+    def invoke(self, context: Any) -> Any:
+        for parameter in self.params:  # type: ignore[attr-defined]
+            value = context.params.get(parameter.name)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int | float) and not -(2**63) <= number < 2**63:  # nan fails here too
+                    raise UsageError(
+                        f"{parameter.opts[0]} is {cut(str(number), 40)}, which is no number for a setting. "
+                        f"See {context.command_path} --help."
+                    )
+        return super().invoke(context)  # type: ignore[misc]
 
     def format_options(self, context: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.loading import build_transformer, load_vae, wan_config
 from slagen.wan.names import transformers
 from slagen.wan.processor import install
-from slagen.wan.reading import gguf_kinds, read_tensors
+from slagen.wan.reading import gguf_kinds, is_finite, read_tensors
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 MAX_SHARD = "5GB"
@@ -221,9 +222,12 @@ def merge(
         diff_base, diff_target: the transformer before and after tuning. What only the target has (`proj_l`) is copied;
             what either lacks, or has in another shape, stays the base's.
         weight: w.
-    Raises: WeightsError if a file is no transformer; UsageError for an output that exists.
+    Raises: WeightsError if a file is no transformer; UsageError for an output that exists, or a weight that is not
+        finite or takes a sum beyond its dtype.
     Source: TurboDiffusion's merge script, github.com/thu-ml/TurboDiffusion.
     """
+    if not math.isfinite(weight):
+        raise UsageError(f"weight is {weight}, but must be a finite number. Try --weight 1.")
     target = user_path(output)
     if target.suffix != ".safetensors":
         raise UsageError(
@@ -257,6 +261,8 @@ def _merged(
             kept.append(name)
             continue
         merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
+        if not is_finite(merged[name]):
+            raise UsageError(f"with a weight of {weight:g} {name} is beyond {tensor.dtype}. Try --weight 1.")
     copied = [name for name in after if name not in start]
     merged |= {name: after[name] for name in copied}
     on_note(

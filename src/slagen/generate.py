@@ -232,6 +232,9 @@ class Session:
         began = time.perf_counter()
         frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
+        if (frames == frames[0, 0, 0]).all():
+            colour = ", ".join(map(str, frames[0, 0, 0]))
+            on_event(Event("warning", f"every pixel of the video of seed {plan.config.seed} has the RGB {colour}"))
         return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about, self.pipe.vae)
 
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from slagen import documents
 from slagen.config import Sampler, SLAConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.forms import Fault, check
 from slagen.model_files import SETTINGS_KEY, SLA_SETTINGS, read_header, read_strings
 from slagen.models import TURBO_SLA, preset_of_width
+from slagen.text import cut
 from slagen.wan.kinds import REFUSALS, hints, identify
 from slagen.wan.names import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, PROJECTION, inside, other_parts, transformers
 from slagen.wan.quantised import FLOATS, multiply_out
@@ -294,7 +296,8 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(
-            f"{checkpoint.path} does not fit, and would make noise ({len(faults)} faulty): {'; '.join(faults[:8])}"
+            f"{checkpoint.path} does not fit, and would make noise ({len(faults)} faulty): "
+            f"{'; '.join(cut(fault) for fault in faults[:8])}"
             f"{more}. Get the file again, or the model it belongs to."
         )
     zero = [name for name, x in checkpoint.projections.items() if name.endswith("weight") and not x.any()]
@@ -338,14 +341,21 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
     return faults
 
 
+SIDE_FORM = {
+    "version": int, "state": {str: dict},
+    "settings": {"topk": float, "feature_map": str, "blkq": int, "blkk": int, "tie_feature_map_qk?": bool},
+}  # fmt: skip
+
+
 def _side_file(path: Path, content: dict[str, Any]) -> SideFile:
     """SimpleTuner's: {"version": 1, "settings": {topk, feature_map, blkq, blkk, ...}, "state": {"128:bf16": {...}}}."""
     try:
+        check(content, SIDE_FORM)
         settings, states = content["settings"], list(content["state"].values())
         if content["version"] != 1 or not settings.get("tie_feature_map_qk", True):
             raise WeightsError(f"{path} is of a version, or has untied feature maps, that slagen does not run.")
         if len(states) != 1 or set(states[0]) != {"proj_l.weight", "proj_l.bias"}:
-            raise WeightsError(f"{path} must hold one proj_l, but holds {[sorted(state) for state in states]}.")
+            raise WeightsError(f"{path} must hold one proj_l and nothing else, but does not. Get it again.")
         config = SLAConfig(
             sparsity=round(1 - settings["topk"], 12), feature_map=settings["feature_map"], block_m=settings["blkq"],
             block_n=settings["blkk"],
@@ -354,7 +364,7 @@ def _side_file(path: Path, content: dict[str, Any]) -> SideFile:
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or bias.shape != weight.shape[:1]:
             raise WeightsError(f"{path} has a proj_l of shape {tuple(weight.shape)}, but it must be square.")
         faults = number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
-    except (KeyError, AttributeError, TypeError, UsageError) as error:
+    except (AttributeError, Fault, UsageError) as error:
         raise WeightsError(f"{path} is no sla_attention.pt as SimpleTuner writes it: {error}. Get it again.") from error
     if faults:
         raise WeightsError(f"{path} does not fit: {'; '.join(faults)}. Get it again.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from slagen.config import Sampler, user_path
-from slagen.errors import WeightsError
+from slagen.errors import SlagenError, WeightsError
 from slagen.files import scratch
 from slagen.models import (
     BUNDLED,
@@ -48,7 +47,7 @@ from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights
 from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
-from slagen.wan.reading import component_files, read_component, read_tensors
+from slagen.wan.reading import component_files, is_finite, read_component, read_tensors
 
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 
@@ -147,15 +146,15 @@ def load_pipeline(
 @contextmanager
 def _no_drawing() -> Iterator[None]:
     """Layers made in here draw no random weights, which for the meta device takes time, and torch's compiler."""
-    layers = (nn.Embedding, nn.Linear, _ConvNd)
+    layers: tuple[Any, ...] = (nn.Embedding, nn.Linear, _ConvNd)
     draw = [layer.reset_parameters for layer in layers]
     for layer in layers:
-        layer.reset_parameters = lambda self: None  # type: ignore[method-assign]
+        layer.reset_parameters = lambda self: None
     try:
         yield
     finally:
         for layer, former in zip(layers, draw, strict=True):
-            layer.reset_parameters = former  # type: ignore[method-assign]
+            layer.reset_parameters = former
 
 
 def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -195,12 +194,17 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
                 quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
             ).eval()
     kept = set(WanTransformer3DModel._keep_in_fp32_modules)
-    tensors = {
-        name: tensor.to(torch.float32 if kept & set(name.split(".")) else dtype)
-        for name, tensor in checkpoint.tensors.items()
-    }
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model.load_state_dict(_cast(checkpoint.tensors, dtype, kept, checkpoint.path), strict=True, assign=True)
     return model.requires_grad_(True).eval()
+
+
+def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype, kept: set[str], path: Path) -> dict[str, torch.Tensor]:
+    """Tensors in `dtype`, but in float32 where a part of the name is in `kept`. Raises WeightsError beyond float16."""
+    cast = {name: x.to(torch.float32 if kept & set(name.split(".")) else dtype) for name, x in tensors.items()}
+    for name, tensor in cast.items():
+        if tensor.dtype == torch.float16 != tensors[name].dtype and not is_finite(tensor):
+            raise WeightsError(f"{name} in {path} has values beyond float16. Try --dtype bf16, or fp32.")
+    return cast
 
 
 def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
@@ -222,22 +226,8 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     if "conv1.weight" in tensors:
         tensors = rename_vae(tensors, vae.config.num_res_blocks)
     check_fit(Checkpoint(path, "vae", tensors, {}), {name: x.shape for name, x in vae.state_dict().items()}, 0, 0)
-    _check_statistics(vae, path if config is None else config)
     vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
     return vae.eval()
-
-
-def _check_statistics(vae: AutoencoderKLWan, folder: Path) -> None:
-    """Raises WeightsError unless a VAE's config tells the mean and the standard deviation of every latent channel."""
-    for name in ("latents_mean", "latents_std"):
-        values = getattr(vae.config, name)
-        good = isinstance(values, list | tuple) and len(values) == vae.config.z_dim
-        if not good or not all(
-            isinstance(x, int | float) and math.isfinite(x) and (x > 0 or name[-1] == "n") for x in values
-        ):
-            raise WeightsError(
-                f"{folder / 'config.json'} has no {name} of {vae.config.z_dim} numbers. Get the VAE again."
-            )
 
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor of the text encoder, by either name or both
@@ -264,8 +254,7 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     tensors |= {name: found[0] for name in EMBEDDINGS if found}
     check_fit(Checkpoint(folder, "umt5", tensors, {}), {name: x.shape for name, x in model.state_dict().items()}, 0, 0)
     kept = set(model._keep_in_fp32_modules) if dtype == torch.float16 else set()  # they overflow in float16
-    cast = {name: x.to(torch.float32 if kept & set(name.split(".")) else dtype) for name, x in tensors.items()}
-    model.load_state_dict(cast, strict=True, assign=True)
+    model.load_state_dict(_cast(tensors, dtype, kept, folder), strict=True, assign=True)
     model.encoder.embed_tokens.weight = model.shared.weight
     model.config.dtype = dtype
     return model.eval()
@@ -339,10 +328,25 @@ def set_sampler(
 
 
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (1, C, T, h, w), normalised, to video frames (F, H, W, 3) uint8 on the CPU."""
+    """Latents (1, C, T, h, w), normalised, to video frames (F, H, W, 3) uint8 on the CPU.
+
+    Raises: SlagenError for values that are not finite, WeightsError for one value everywhere but black or white, which
+        a prompt may ask for.
+    """
     mean, std = (x.to(latents.device) for x in _statistics(vae))
-    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0]
-    frames = video.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0].float()
+    least, most = video.flatten(1).aminmax(dim=1)  # of each colour
+    if not torch.isfinite(torch.stack((least, most))).all():
+        raise SlagenError(
+            "the VAE made values of these latents that are not finite, so there is no video. Try other settings, or "
+            "another VAE with --vae."
+        )
+    if torch.equal(least, most) and (least.abs() < 1).any():
+        raise WeightsError(
+            "every pixel of the decoded video is the same grey or colour, so the weights of the VAE or the transformer "
+            "are damaged or do not fit together. Get the model again."
+        )
+    frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return frames.permute(1, 2, 3, 0).cpu()
 
 

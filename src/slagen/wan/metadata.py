@@ -9,17 +9,23 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from slagen.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.forms import one_of, sha256
+from slagen.model_files import read_strings
 from slagen.models import SLA_FILE
 
 FORMAT_VERSION = 2
 UNLISTED = 1  # the version that does not list its tensors
+FORM = {
+    "format_version": int, "config": dict, "base_model": str, "base_hash": str, "trained": str, "steps": int,
+    "sampler_family?": one_of("flow", "rcm"), "source_hash?": str,
+}  # fmt: skip
+LIST = {"tensors": [str], "tensors_hash": sha256()}
 
 
 @dataclass(frozen=True)
@@ -63,27 +69,19 @@ class SLAMetadata:
                 f"{path} has no slagen metadata, so its block sizes and domain are unknown. "
                 f"Give a {SLA_FILE} that slagen wrote."
             )
+        fields = read_strings(path, text, {"format_version": int})
+        version = fields["format_version"]
+        if version not in (UNLISTED, FORMAT_VERSION):
+            raise WeightsError(
+                f"{path} has format version {version}; this slagen reads up to {FORMAT_VERSION}. Upgrade slagen."
+            )
+        read_strings(path, text, FORM if version == UNLISTED else FORM | LIST)
+        names = fields.pop("tensors", None)
         try:
-            fields: dict[str, Any] = json.loads(text)
-            version = fields["format_version"]
-            if version not in (UNLISTED, FORMAT_VERSION):
-                raise WeightsError(
-                    f"{path} has format version {version!r:.40}; this slagen reads {UNLISTED} and {FORMAT_VERSION}. "
-                    "Upgrade slagen."
-                )
-            listed = fields.pop("tensors", None)
-            if (listed is None) != (version == UNLISTED):
-                raise TypeError("its list of tensors is missing" if listed is None else "it lists its tensors")
-            config, names = SLAConfig.from_dict(fields["config"]), None if listed is None else tuple(listed)
-            found = cls(**dict(fields, config=config, tensors=names))
-            texts = (found.base_model, found.base_hash, found.trained, found.source_hash, found.tensors_hash)
-            if not all(isinstance(text, str) for text in (*texts, *(names or ()))) or type(found.steps) is not int:
-                raise TypeError("a field is of another type")
-            if found.sampler_family not in ("flow", "rcm"):
-                raise TypeError("its sampler_family is neither flow nor rcm")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
+            config = SLAConfig.from_dict(fields["config"])
+            return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
+        except (TypeError, UsageError) as error:
             raise WeightsError(f"{path} has metadata that slagen cannot read: {error}. Get the file again.") from error
-        return found
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:

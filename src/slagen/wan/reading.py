@@ -15,6 +15,7 @@ from torch import Tensor
 from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.model_files import read_shards
 from slagen.models import SLA_FILE
+from slagen.wan.bounds import check_pickle, read_gguf
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -108,8 +109,9 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             f"{path} is a pickle that holds more than tensors, which could run code when loaded. slagen does not load "
             "it: get the file from its authors as safetensors."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # of whatever kind torch raises over a damaged file
         raise WeightsError(f"{path} is broken or truncated. Copy or download it again.") from error
+    check_pickle(content, path)
     if isinstance(content, dict) and set(content) == SIDE_FILE_KEYS:
         return content
     found = _dictionaries_of_tensors(content, "", path, set())
@@ -153,12 +155,10 @@ def gguf_kinds(path: Path) -> list[str]:
 
 def _gguf_entries(path: Path) -> list[Any]:
     try:
-        from gguf import GGUFReader
+        return list(read_gguf(path).tensors)
     except ImportError as error:
         raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
-    try:
-        return list(GGUFReader(path).tensors)
-    except (ValueError, OSError, IndexError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # of whatever kind the reader raises over a damaged file
         raise WeightsError(f"{path} is broken, truncated, or of a kind that is not read ({error}).") from error
 
 
