@@ -297,7 +297,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(
             f"{checkpoint.path} does not fit, and would make noise ({len(faults)} faulty): "
-            f"{'; '.join(cut(fault) for fault in faults[:8])}"
+            f"{'; '.join(cut(fault, 300) for fault in faults[:8])}"
             f"{more}. Get the file again, or the model it belongs to."
         )
     zero = [name for name, x in checkpoint.projections.items() if name.endswith("weight") and not x.any()]
