@@ -42,7 +42,7 @@ def check_pickle(content: Any, path: Path) -> None:
 
 
 def _check_tensor(tensor: Tensor, path: Path) -> None:
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise WeightsError(
             f"{path} holds a tensor of shape {tuple(tensor.shape)} that is not stored in full, one number after the "
