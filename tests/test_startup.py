@@ -41,6 +41,36 @@ def test_help_imports_nothing_heavy(arguments):
     assert done.stdout.endswith("code 0 []\n")
 
 
+def test_ctrl_c_while_importing_is_quiet(monkeypatch, capsys):
+    """It ended with a traceback of whatever module was being read."""
+
+    class Interrupting:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "slagen.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "slagen.cli", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    from slagen.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_the_command_begins_with_next_to_no_import():
+    """What is imported before Ctrl-C is caught."""
+    code = """
+import importlib, os, sys
+before = set(sys.modules)
+import slagen.__main__
+print(*sorted(set(sys.modules) - before))
+"""
+    done = python(code)
+    assert done.stdout.split() == ["slagen", "slagen.__main__"], done.stderr
+
+
 def test_a_run_imports_nothing_that_it_does_not_use(tmp_path):
     """The bundled model, text to file; and the compiler is there all the same, as soon as something is compiled."""
     code = f"""{COMMAND}

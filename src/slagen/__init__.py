@@ -4,7 +4,6 @@ The public names load what they need on first use, so that `import slagen` costs
 """
 
 from importlib import import_module
-from typing import Any
 
 __version__ = "0.1.0"
 
@@ -24,7 +23,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str):  # of any type; `typing` would be imported for the word alone
     if name not in _HOMES:
         raise AttributeError(f"module 'slagen' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

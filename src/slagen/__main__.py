@@ -1,12 +1,27 @@
-"""`python -m slagen` is the `slagen` command, and says so in one line where what it starts with is missing."""
+"""`slagen` and `python -m slagen`: the command, or one line where what it starts with is missing.
+
+Nothing is imported here but what Python has loaded already, so that Ctrl-C has hardly a moment to leave a traceback in.
+"""
 
 import os
 import sys
-from importlib.util import find_spec
+
+INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command and exit with its code."""
+    try:
+        start = _command()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    start()
+
+
+def _command():
+    """The command's own main; an exit with 4 and a message where a package that it starts with is missing."""
+    from importlib.util import find_spec
+
     if find_spec("rich") is None:
         os.environ["TYPER_USE_RICH"] = "0"  # or Typer's help asks for it
     try:
@@ -19,7 +34,7 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {lack}\n")
         sys.exit(EnvironmentProblem.exit_code)
-    start()
+    return start
 
 
 if __name__ == "__main__":
