@@ -121,6 +121,7 @@ def file_hashes(files: list[Path], cache: Path) -> str:
 
 def content_hashes(files: list[Path], cache: Path) -> list[str]:
     """SHA-256 of each file. They are kept in `cache` by path, size and time, so that a file is read once."""
+    sweep(cache)
     store = cache / "hashes.json"
     try:
         known = {name: e for name, e in read_json(store, {str: list}).items() if [*map(type, e)] == [int, int, str]}
