@@ -39,7 +39,9 @@ bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 gpu: $(ALL)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
 	$(BIN)/python scripts/gpu.py
 
-soak: $(ALL)  ## 40 prompts, killed at 25 random moments, every video once; the same on Ray; 20 kills of a finetune; every kernel compiled; 3,000 damaged weight files
+# The first part, in one process, goes on where it was stopped, by .pytest_cache, as long as the code is the same.
+soak: $(ALL)  ## every file operation killed and failed; batches, Ray and a finetune at random moments; every kernel compiled; 3,000 damaged weight files
+	SLAGEN_SOAK_FAULTS=1 $(BIN)/python -m pytest tests/test_file_faults.py
 	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/test_batch.py tests/test_cluster.py \
 		tests/test_finetune.py -k killed
 	SLAGEN_SOAK_KERNELS=1 $(BIN)/python -m pytest tests/test_kernel_costs.py

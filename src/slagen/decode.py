@@ -14,11 +14,11 @@ import torch
 from slagen import machine, report
 from slagen.config import user_path
 from slagen.errors import UsageError, WeightsError
-from slagen.files import check_writable, reserved, write_json
+from slagen.files import check_writable, reserved, staging, write_json
 from slagen.generate import Event, GenerateResult, Video
 from slagen.latents import SUFFIX, read_latents
 from slagen.models import ModelSource
-from slagen.video import check_ffmpeg, write_mp4
+from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.checkpoints import weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, resolve_model
 
@@ -57,12 +57,12 @@ def decode(
                 f"{path} was made for another VAE than that of {own or source.name}. Give its own with --vae, or the "
                 "folder of its model with --model."
             )
-        return GenerateResult([_write(told, latents, decoder, place, path, target, on_event)])
+        return GenerateResult([_write(told, latents, decoder, place, path, target, overwrite, on_event)])
 
 
 def _write(
     told: dict[str, Any], latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
-    on_event: Callable[[Event], None],
+    overwrite: bool, on_event: Callable[[Event], None],
 ) -> Video:  # fmt: skip
     """Decode latents, and write the video and its report."""
     settings, stages = told["settings"], {name: s for name, s in told["stages_s"].items() if name != "total"}
@@ -80,15 +80,21 @@ def _write(
     comment = report.comment(
         settings, told["latents_hash"], frames_hash, weights=told["weights"], packages=told["versions"]
     )
-    write_mp4(frames, target, settings["fps"], comment)
-    stages["write"] = time.perf_counter() - began
-    content = {
-        **told, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "video": report.video_section(target, frames.shape, settings["fps"], frames_hash),
-        "stages_s": {**stages, "total": sum(stages.values())},
-        "decoded": {"versions": report.versions(), "device": machine.describe_device(place)},
-    }  # fmt: skip
-    write_json(target.with_suffix(".json"), content)
+    try:
+        with staging(target.parent) as stage:
+            video = stage.folder / target.name
+            encode_mp4(frames, video, settings["fps"], comment)
+            stages["write"] = time.perf_counter() - began
+            content = {
+                **told, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "video": report.video_section(video, frames.shape, settings["fps"], frames_hash),
+                "stages_s": {**stages, "total": sum(stages.values())},
+                "decoded": {"versions": report.versions(), "device": machine.describe_device(place)},
+            }  # fmt: skip
+            write_json(stage.folder / target.with_suffix(".json").name, content)
+            stage.publish(replace=overwrite)
+    except OSError as error:
+        raise not_written(target, error) from error
     return Video(target, target.with_suffix(".json"), content, path)
 
 
