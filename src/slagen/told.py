@@ -82,5 +82,6 @@ def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]
             "file": path.name, "frames": frames, "width": int(width), "height": int(height), "fps": fps,
             "duration_s": frames / fps, "sha256": result["sha256"], "frames_hash": hashed,
         },
-        "settings": made, "versions": told.get("versions", {}), "latents_hash": told["latents_hash"],
+        "settings": made, "versions": told.get("versions", {}),
+        "weights": told.get("weights", {}), "latents_hash": told["latents_hash"],
     }  # fmt: skip

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from slagen.config import Sampler, user_path
 from slagen.errors import SlagenError, WeightsError
 from slagen.files import scratch
+from slagen.model_files import check_parts
 from slagen.models import (
     BUNDLED,
     CUDA_DEFAULT,
@@ -115,8 +116,7 @@ def load_pipeline(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     read_json(source.folder / "scheduler" / "scheduler_config.json", source.folder)
-    if text_encoder and (source.folder / "tokenizer" / "tokenizer_config.json").exists():
-        read_json(source.folder / "tokenizer" / "tokenizer_config.json", source.folder)
+    check_parts(source.folder, ("tokenizer",) if text_encoder else ())
     parts: dict[str, Any] = {
         "transformer": load_transformer(source, dtype) if transformer else None,
         "vae": load_vae(vae or source.folder / "vae", source.folder / "vae"),
@@ -124,15 +124,8 @@ def load_pipeline(
     }
     if not text_encoder:
         parts["tokenizer"] = None
-    try:
-        with closed_hub():
-            pipe = WanPipeline.from_pretrained(source.folder, local_files_only=True, **parts)
-    except (ImportError, UnicodeEncodeError):
-        raise  # of a package that the tokenizer takes, or of a path that it cannot take
-    except Exception as error:  # of whatever kind two libraries raise over a damaged tokenizer or scheduler
-        raise WeightsError(
-            f"the tokenizer or scheduler of {source.folder} is broken: {_first_line(error)}. Get the model again."
-        ) from error
+    with closed_hub(), _made_of(f"the tokenizer or scheduler of {source.folder}"):
+        pipe = WanPipeline.from_pretrained(source.folder, local_files_only=True, **parts)
     if text_encoder:
         known, words = pipe.text_encoder.config.vocab_size, len(pipe.tokenizer)
         if words > known or pipe.tokenizer.pad_token is None:
@@ -141,6 +134,20 @@ def load_pipeline(
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)
     return pipe
+
+
+@contextmanager
+def _made_of(what: str | Path) -> Iterator[None]:
+    """In here other libraries make something of a file; what they raise over its content becomes WeightsError."""
+    try:
+        yield
+    except (SlagenError, ImportError, MemoryError, UnicodeEncodeError):
+        raise  # a package is not there, or a path is none that a library takes
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that is Rust's
+            raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"{what} is broken: {said[:300].rstrip('.')}. Get the model again.") from error
 
 
 @contextmanager
@@ -178,7 +185,8 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
         config: as in a transformer's config.json.
     Raises: WeightsError with the list of what does not fit.
     """
-    with init_empty_weights(), _no_drawing():
+    made_of = _made_of(f"the config.json of the transformer for {checkpoint.path}")
+    with init_empty_weights(), _no_drawing(), made_of:
         model = WanTransformer3DModel.from_config(config)
     state = model.state_dict()
     heads = model.config
@@ -221,8 +229,9 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     if kind != "vae" and not own:
         raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
-    with init_empty_weights(), _no_drawing():
-        vae = AutoencoderKLWan.from_config({} if config is None else read_json(config / "config.json", config))
+    fields = {} if config is None else read_json(config / "config.json", config)
+    with init_empty_weights(), _no_drawing(), _made_of(path if config is None else config / "config.json"):
+        vae = AutoencoderKLWan.from_config(fields)
     if "conv1.weight" in tensors:
         tensors = rename_vae(tensors, vae.config.num_res_blocks)
     check_fit(Checkpoint(path, "vae", tensors, {}), {name: x.shape for name, x in vae.state_dict().items()}, 0, 0)
@@ -243,11 +252,8 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     if fields.get("model_type") != "umt5":
         raise WeightsError(f"{folder} holds a {fields.get('model_type')}, but Wan2.1's text encoder is a umt5.")
     tensors = {name: x for name, x in read_component(folder).items() if not name.startswith(UNUSED)}
-    try:
-        with torch.device("meta"), _no_drawing():
-            model = UMT5EncoderModel(UMT5Config.from_dict(fields))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise WeightsError(f"{folder / 'config.json'} makes no model: {_first_line(error)}.") from error
+    with torch.device("meta"), _no_drawing(), _made_of(folder / "config.json"):
+        model = UMT5EncoderModel(UMT5Config.from_dict(fields))
     found = [tensors[name] for name in EMBEDDINGS if name in tensors]
     if len(found) == 2 and (found[0].shape != found[1].shape or not torch.equal(*found)):
         raise WeightsError(f"{folder} has one token embedding by two names that differ. Get the model again.")
@@ -362,7 +368,3 @@ def _statistics(vae: AutoencoderKLWan) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of a VAE's latents, each (1, C, 1, 1, 1) float32."""
     mean, std = (torch.tensor(x, dtype=torch.float32) for x in (vae.config.latents_mean, vae.config.latents_std))
     return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

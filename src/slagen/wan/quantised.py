@@ -12,13 +12,15 @@ Source: github.com/comfyanonymous/ComfyUI, QUANTIZATION.md; github.com/ModelTC/L
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from slagen.documents import parse_json
+from slagen.forms import Fault
 
 QUANT_BLOCK = 128  # rows and columns that share a scale in TurboDiffusion's int8
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv", "scale")
@@ -159,7 +161,7 @@ def _comfy(mark: Any) -> dict[str, Any]:
     if not isinstance(mark, Tensor) or mark.dtype != torch.uint8 or mark.numel() > 4096:
         return {}
     try:
-        said = json.loads(bytes(mark.flatten().tolist()))
-    except (ValueError, RecursionError):
+        said = parse_json(bytes(mark.flatten().tolist()), dict)
+    except Fault:
         return {}
-    return said if isinstance(said, dict) and not said.get("convrot") else {}
+    return {} if said.get("convrot") else said
