@@ -29,9 +29,9 @@ from slagen import prompts
 from slagen.config import BatchConfig, GenerateConfig, user_path
 from slagen.documents import read_json
 from slagen.embeddings import Embeddings, component_files, file_hashes
-from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
 from slagen.files import sweep, write_bytes, write_json, write_text
-from slagen.generate import Event, Sample, Session, Video, free_memory, save
+from slagen.generate import Event, Sample, Session, Video, check_memory, free_memory, save
 from slagen.interrupts import stopping
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
@@ -122,6 +122,7 @@ def share(
     result = BatchResult(folder)
     todo = _sweep(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
     _check_room(folder, todo)
+    _check_memory(todo)
     speed = Speed(cache, [identity, describe_device(weights.device)["name"]])
     on_event(Event("plan", _forecast(folder, tasks, todo, speed)))
     if todo:
@@ -286,6 +287,19 @@ def _check_room(folder: Path, todo: list[Task]) -> None:
         )
 
 
+def _check_memory(todo: list[Task]) -> None:
+    """Raise SlagenError where this machine's memory holds none of the videos; one that it does not hold fails alone."""
+    first = None
+    for task in todo:
+        try:
+            check_memory(task.plan)
+            return
+        except SlagenError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
 def _pixels(task: Task) -> int:
     config = task.plan.config
     return (config.width or 0) * (config.height or 0) * (config.num_frames or 0)
@@ -414,6 +428,7 @@ class _Run:
             stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
             sample: Sample | None
             try:
+                check_memory(task.plan, loaded=True)
                 sample = session.sample(task.plan, embeddings.get(task.plan, session), stages, self.on_event)
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
                 self._fail(attempt, error)
@@ -454,6 +469,7 @@ class _Run:
 
     def _fail(self, attempt: _Attempt, error: BaseException) -> None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = of_memory(error) if no_memory(error) else reason
         job = attempt.task.job
         self.manifest.finish(job, attempt.id, event="failed", worker=self.worker, reason=reason)
         self.result.failed.append((job.name, reason))

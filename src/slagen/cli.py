@@ -362,15 +362,14 @@ def generate(
 
     if dry_run:
         from slagen import plan as planning
+        from slagen.machine import pick_device
+        from slagen.models import CUDA_DEFAULT
 
+        kind = pick_device(device).type if device == "auto" else device.partition(":")[0]  # a plan needs no such device
         if model is None:
-            from slagen.machine import pick_device
-            from slagen.models import CUDA_DEFAULT
-
-            kind = pick_device(device).type if device == "auto" else device  # a plan needs no such device
             config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
 
-        console.show_plan(planning.plan(config), as_json)
+        console.show_plan(planning.plan(config, kind), as_json)
         return
     if prompts is not None:
         _run_batch(context, BatchConfig(prompts, config), as_json)

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from slagen import plain
+from slagen.errors import STAGE
 from slagen.text import encodable, escaped, line, message, to_json
 
 if TYPE_CHECKING or find_spec("rich") is not None:
@@ -64,6 +65,7 @@ STAGES = {
     "denoise": "denoising",
     "decode": "decoding",
     "write": "writing",
+    "train": "training",
 }
 
 LINE_S = 15.0  # between lines on what goes on, where there is no terminal
@@ -88,6 +90,7 @@ class GenerateProgress:
         self._tasks: dict[int, TaskID] = {}  # by worker
         self._jobs: dict[int, str] = {}
         self._last_line = 0.0
+        self._stage = "starting"
 
     def __enter__(self) -> GenerateProgress:
         self._progress.start()
@@ -97,6 +100,8 @@ class GenerateProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if error is not None:
+            error.add_note(f"{STAGE}{self._stage}")
 
     def __call__(self, event: Any) -> None:
         """Show one `slagen.generate.Event`, or a `slagen.finetune.Progress`."""
@@ -107,6 +112,7 @@ class GenerateProgress:
         elif event.kind == "plan":
             _tell(event.text)
         elif event.kind == "clip":
+            self._stage = "preparing clips"
             self._show_stage(0, event.text, None)
             if not stderr.is_terminal and time.monotonic() - self._last_line > LINE_S:
                 self._last_line = time.monotonic()
@@ -117,7 +123,8 @@ class GenerateProgress:
             if not stderr.is_terminal:
                 _tell(self._jobs[event.worker])
         elif event.kind == "stage":
-            text = f"{self._jobs.get(event.worker, '')} {STAGES[event.text]}".strip()
+            self._stage = STAGES[event.text]
+            text = f"{self._jobs.get(event.worker, '')} {self._stage}".strip()
             self._show_stage(event.worker, text, event.num_steps or None)
         elif event.kind == "step" and event.worker in self._tasks:
             step = event.step
@@ -401,9 +408,6 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         return
     settings, memory = content["settings"], content["memory_gib"]
     tera = {name: flops / 1e12 for name, flops in content["flops"].items()}
-    stages = ", ".join(
-        f"{name} {stage['weights']:.1f} + {stage['activations']:.1f}" for name, stage in memory["stages"].items()
-    )
     tail = f", the last with {content['tail_tokens']} tokens" if content["tail_tokens"] else ""
     rows = [
         ("model", content["model"]),
@@ -419,9 +423,7 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
                             f"SLA {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
         ("fewer FLOPs", f"{content['flops_speedup']:.2f}x; free attention would be {content['amdahl_ceiling']:.2f}x "
                         "(Amdahl)"),
-        ("memory", f"about {memory['gpu_peak_all_resident']:.1f} GiB on the GPU with all parts there, "
-                   f"{memory['gpu_peak_offloaded']:.1f} one at a time; host {memory['host']:.1f}"),
-        ("by stage, GiB", f"weights + activations: {stages} (estimates)"),
+        *_memory_rows(content["device"], memory),
         *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless here") for row in content["downloads"]],
         *[("output", name) for name in content["outputs"]],
     ]  # fmt: skip
@@ -431,6 +433,25 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
     write_table(table)
     for text in content["notes"]:
         note(text)
+
+
+def _memory_rows(device: str | None, memory: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a plan says of memory: of the machine's own where it runs on a CPU, of a card's, or of both."""
+    cpu = memory["cpu"]
+    on_cpu = f"about {cpu['peak']:.1f} GiB of RAM on a CPU, where {cpu['left']:.1f} GiB is left"
+    if device == "cpu":
+        stages = (
+            f"weights {cpu['weights']:.1f}, denoise + {cpu['denoise']:.1f}, decode + {cpu['decode']:.1f} (estimates)"
+        )
+        return [("memory", on_cpu), ("by stage, GiB", stages)]
+    parts = memory["stages"].items()
+    stages = ", ".join(f"{name} {stage['weights']:.1f} + {stage['activations']:.1f}" for name, stage in parts)
+    on_card = (
+        f"about {memory['gpu_peak_all_resident']:.1f} GiB on the GPU with all parts there, "
+        f"{memory['gpu_peak_offloaded']:.1f} one at a time; host {memory['host']:.1f}"
+    )
+    rows = [("memory", on_card), ("by stage, GiB", f"weights + activations: {stages} (estimates)")]
+    return rows if device is not None else [*rows[:1], ("", on_cpu), *rows[1:]]
 
 
 def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from slagen import machine, report
+from slagen import machine, memory, report
 from slagen.config import user_path
 from slagen.errors import UsageError, WeightsError
 from slagen.files import check_writable, reserved, staging, write_json
-from slagen.generate import Event, GenerateResult, Video
+from slagen.generate import CPU, Event, GenerateResult, Video
 from slagen.latents import SUFFIX, read_latents
 from slagen.models import ModelSource
 from slagen.video import check_ffmpeg, encode_mp4, not_written
@@ -41,14 +41,16 @@ def decode(
     target = _target(path, output)
     check_ffmpeg()
     source = _find_model(path, model or told["settings"]["model"], local_files_only, on_event)
-    _check_shape(path, latents, told["settings"], source)
+    size = _check_shape(path, latents, told["settings"], source)
+    place, own = machine.pick_device(device), vae or told["settings"].get("vae")
+    if place == CPU and (text := memory.check(memory.need(source, *size, 4, parts=("vae",)), *size)) is not None:
+        on_event(Event("warning", text))
     with reserved(target, target.with_suffix(".json")):
         for file in (target, target.with_suffix(".json")):
             if file.is_dir() or (file.exists() and not overwrite):
                 raise UsageError(f"{file} exists. Choose another --output, or replace it with --overwrite.")
         check_writable(target.parent)
         on_event(Event("stage", "load"))
-        place, own = machine.pick_device(device), vae or told["settings"].get("vae")
         decoder = load_pipeline(
             source, place, torch.float32, None if own is None else user_path(own), text_encoder=False, transformer=False
         ).vae
@@ -120,12 +122,17 @@ def _find_model(path: Path, model: str, local_files_only: bool, on_event: Callab
         ) from error
 
 
-def _check_shape(path: Path, latents: torch.Tensor, settings: dict[str, Any], source: ModelSource) -> None:
-    """Raise WeightsError unless latents are of the size that their settings say and their model makes."""
-    width, height = (int(size) // source.spatial_factor for size in settings["size"].split("x"))
+def _check_shape(
+    path: Path, latents: torch.Tensor, settings: dict[str, Any], source: ModelSource
+) -> tuple[int, int, int]:
+    """Width, height and frames of the video. Raises WeightsError unless latents are of the size that their settings say
+    and their model makes."""
+    width, height = map(int, settings["size"].split("x"))
+    rows, columns = height // source.spatial_factor, width // source.spatial_factor
     frames = (settings["num_frames"] - 1) // source.temporal_factor + 1
-    if tuple(latents.shape[2:]) != (frames, height, width):
+    if tuple(latents.shape[2:]) != (frames, rows, columns):
         raise WeightsError(
             f"{path} holds latents of {tuple(latents.shape[2:])}, but {settings['num_frames']} frames of "
-            f"{settings['size']} are {(frames, height, width)} for {source.name}. Give its own model with --model."
+            f"{settings['size']} are {(frames, rows, columns)} for {source.name}. Give its own model with --model."
         )
+    return width, height, settings["num_frames"]

@@ -33,3 +33,23 @@ class GateError(SlagenError):
     """The work was done, and shows what should not be: a replay that differs, a kernel over a card's limit."""
 
     exit_code = 6
+
+
+STAGE = "while "  # a note of an error that begins so says at what the run was
+NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that the host's memory ran out; PyTorch, NumPy, C++ and the system say it in many ways."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
+LESS = {"finetune": "--micro-batch 1, data of fewer frames, ", "convert": "", "merge": "", "info": "", "doctor": ""}
+
+
+def of_memory(error: BaseException, command: str = "generate") -> str:
+    """What to say of it, and what of this command takes less."""
+    notes = getattr(error, "__notes__", [])
+    stage = next((f" {note}" for note in notes if note.startswith(STAGE)), "")
+    less = LESS.get(command, "a smaller --size, fewer --num-frames, ")
+    return f"the memory ran out{stage}. Try {less}{'or ' if less else ''}to close other programs."

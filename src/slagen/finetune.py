@@ -294,6 +294,7 @@ class _Run:
             cut_log(self.folder, step)
         if step < self.schedule.steps:
             self._validate_if_due(step)
+        self.tell(Event("stage", "train"))
         spent = self._train(step, spent)
         self.stop.clear()
         return self._finish(spent)

@@ -22,7 +22,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 
-from slagen import machine, report
+from slagen import machine, memory, report
 from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
@@ -38,6 +38,7 @@ from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
 from slagen.wan.processor import attach_recorder, install, processors
 from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
 
+CPU = torch.device("cpu")
 BRANCHES: dict[str, Branches] = {"sparse": "sparse", "linear": "linear"}  # of --attention; all else runs both
 
 
@@ -91,10 +92,27 @@ def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda 
         ) from error
 
 
+def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
+    """A warning where a CPU may not have the memory for a video. Raises SlagenError where it surely has not.
+
+    Args:
+        loaded: whether the weights are there already.
+    """
+    weights, config = plan.weights, plan.config
+    if weights.device != CPU:
+        return None
+    assert config.width and config.height and config.num_frames
+    size = (config.width, config.height, config.num_frames)
+    needed = memory.need(weights.source, *size, weights.dtype.itemsize)
+    return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
+
+
 def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
     for text in plan.notes:
         on_event(Event("note", text))
     for text in plan.warnings:
+        on_event(Event("warning", text))
+    if (text := check_memory(plan)) is not None:
         on_event(Event("warning", text))
     with _claimed_paths(plan) as paths:
         return GenerateResult(_make(plan, paths, on_event))

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from slagen import report
+from slagen import memory, report
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import UsageError
 from slagen.models import (
@@ -29,11 +29,12 @@ VAE_PARAMETERS = 126_900_000
 GIB = 2**30
 
 
-def plan(config: GenerateConfig) -> dict[str, Any]:
+def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     """Say what `slagen generate` with these settings will do, from sizes alone.
 
     Args:
         config: a model that is None is the bundled one.
+        device: the kind it will run on, if that is known.
     Returns: a dict, ready for JSON: settings; tokens, blocks, tail; FLOPs of one transformer forward of one sample
         without guidance, 2 for each multiply-add, with SLA and without; memory and downloads, estimated from
         parameters; notes. With dense attention the sparsity is None and every key block is kept.
@@ -95,7 +96,11 @@ def plan(config: GenerateConfig) -> dict[str, Any]:
         "amdahl_ceiling": (dense + other) / other,
         "forward_passes": passes,
         "total_flops": {"dense": passes * (dense + other), "sla": passes * (attention + other)},
-        "memory_gib": _memory(shape, tokens, width, height, folder),
+        "device": device,
+        "memory_gib": {
+            **_memory(shape, tokens, width, height, folder),
+            "cpu": _cpu_memory(config, shape, tokens, width, height, num_frames, folder),
+        },
         "downloads": _downloads(preset, shape),
         "outputs": _outputs(config),
         "notes": notes,
@@ -164,6 +169,24 @@ def _memory(shape: report.ModelShape, tokens: int, width: int, height: int, fold
         "host": sum(weights.values()) / GIB,
         "estimated": True,
     }
+
+
+def _cpu_memory(
+    config: GenerateConfig, shape: report.ModelShape, tokens: int, width: int, height: int, num_frames: int,
+    folder: Path | None,
+) -> dict[str, float]:  # fmt: skip
+    """Estimates of the host's memory for a run on a CPU, where everything is loaded at once, and what is left of it."""
+    item_bytes = 2 if config.dtype in ("bf16", "fp16") else 4
+    if folder is None:
+        weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(shape)) + 4 * VAE_PARAMETERS
+        stages = memory.activations(shape, tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
+        needed = memory.Need(weights, 0, *stages)
+    else:
+        needed = memory.need(describe_folder(folder, ""), width, height, num_frames, item_bytes)
+    return {
+        "weights": needed.weights / GIB, "denoise": needed.denoise / GIB, "decode": needed.decode / GIB,
+        "peak": needed.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
+    }  # fmt: skip
 
 
 def _downloads(preset: Preset | None, shape: report.ModelShape) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import shlex
 from typing import Any
 
 from slagen import packages
-from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.errors import EnvironmentProblem, SlagenError, no_memory, of_memory
 from slagen.text import LONG_DASH, UNSHOWN, cut, line, quote
 
 OF_A_PROMPT = ("slagen generate", "slagen plan")
@@ -31,6 +31,8 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return _wrong_usage(error, arguments), 2
     if isinstance(error, UnicodeEncodeError) and UNSHOWN.search(error.object):
         return f"{quote(error.object)} is not UTF-8 text, which a library that reads it needs. Rename it.", 2
+    if no_memory(error):
+        return of_memory(error, *arguments[:1]), 1
     if isinstance(error, OSError):
         what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
         return f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).", 1
