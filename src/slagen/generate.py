@@ -112,8 +112,8 @@ def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
         on_event(Event("note", text))
     for text in plan.warnings:
         on_event(Event("warning", text))
-    if (text := check_memory(plan)) is not None:
-        on_event(Event("warning", text))
+    if (doubt := check_memory(plan)) is not None:
+        on_event(Event("warning", doubt))
     with _claimed_paths(plan) as paths:
         return GenerateResult(_make(plan, paths, on_event))
 
