@@ -230,15 +230,22 @@ def test_cropped_around_the_middle(tmp_path):
     assert clip[:, :, 4:-4].mean() > 240
 
 
-def test_four_kinds_of_lists_mean_the_same(tmp_path):
+def test_all_kinds_of_lists_mean_the_same(tmp_path):
     for name in ("one", "two"):
         write_video(tmp_path / f"{name}.mp4", [0, 255], [0, 2000])
     expected = {("one.mp4", "a red circle"), ("two.mp4", 'a "blue", square')}
     lists = {
         "musubi": ("data.jsonl", "\n".join(json.dumps({"video_path": v, "caption": c}) for v, c in expected)),
         "fastvideo": ("videos2caption.json", json.dumps([{"path": v, "cap": [c]} for v, c in expected])),
+        "diffsynth-json": ("metadata.json", json.dumps([{"video": v, "prompt": c, "n": 1} for v, c in expected])),
+        "diffsynth-jsonl": ("x.jsonl", "\n".join(json.dumps({"video": v, "prompt": c}) for v, c in expected)),
+        "hugging-face": ("metadata.csv", 'file_name,text\none.mp4,a red circle\ntwo.mp4,"a ""blue"", square"\n'),
+        "hugging-face-tabs": ("metadata.tsv", 'n\tcaption\tfile_name\n1\ta red circle\tone.mp4\n'
+                                              '2\t"a ""blue"", square"\ttwo.mp4\n'),
+        "hugging-face-jsonl": ("metadata.jsonl", "\n".join(json.dumps({"file_name": v, "prompt": c, "text": ""})
+                                                           for v, c in expected)),
         "diffsynth": ("metadata.csv", '\ufeffvideo,prompt\none.mp4,a red circle\ntwo.mp4,"a ""blue"", square"\n'),
-    }
+    }  # fmt: skip
     for kind, (name, text) in lists.items():
         folder = tmp_path / kind
         (folder / "videos").mkdir(parents=True)
@@ -330,6 +337,67 @@ def test_lists_that_are_none(tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=message):
         look_at(tmp_path / name)
+
+
+WANTED = (
+    "Wanted: video_path and caption (musubi); path and cap (FastVideo); video and prompt (DiffSynth); "
+    "file_name and text or caption or prompt (Hugging Face). Rename the "
+)
+
+
+@pytest.mark.parametrize(
+    "name, text, found",
+    [
+        ("metadata.json", '[{"file_path": "a.mp4", "text": "a", "type": "video"}]', "'file_path', 'text', 'type'"),
+        ("a.jsonl", '{"file_path": "a.mp4"}\n{"text": "a"}\n7', "'file_path', 'text'"),
+        ("metadata.csv", "video;caption\na.mp4;a", "'video', 'caption'"),
+        ("metadata.csv", "filename,prompt\na.mp4,a", "'filename', 'prompt'"),
+        ("metadata.csv", "a.mp4,a red circle\n", "'a.mp4', 'a-red-circle'"),
+        ("metadata.csv", "\n", "none"),
+        ("metadata.json", json.dumps([{f"k{i}": 1 for i in range(50)}]), "'k5', 'k6', 'k7', ..."),
+    ],
+)
+def test_other_keys_are_told_once_with_those_wanted(tmp_path, name, text, found):
+    """VideoX-Fun's, a mixture of two, a spelling of one's own, no names at all: before any video is read."""
+    (tmp_path / name).write_text(text)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(UsageError) as caught:
+            look_at(path)
+        assert f"{found}. {WANTED}" in str(caught.value) and "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 600
+
+
+def test_lists_of_other_kinds_are_named(tmp_path):
+    """FastVideo's videos.txt with a prompt.txt, and parquet; in a folder they were overlooked, and captions missing."""
+    for names, words in ((("videos.txt", "prompt.txt"), "videos.txt is a list.* columns video and prompt"),
+                         (("metadata.parquet",), "metadata.parquet is a list.*read_parquet")):  # fmt: skip
+        folder = tmp_path / words[:6]
+        (folder / "videos").mkdir(parents=True)
+        (folder / "videos" / "a.mp4").write_bytes(b"")
+        for name in names:
+            (folder / name).write_text("a.mp4")
+        for path in (folder, folder / names[0]):
+            with pytest.raises(UsageError, match=words):
+                look_at(path)
+    (tmp_path / "own").mkdir()
+    for name in ("videos.mp4", "videos.txt"):  # a video of that name, and its caption
+        (tmp_path / "own" / name).write_text("a")
+    assert [item.caption for item in read_footage(tmp_path / "own")[0]] == ["a"]
+
+
+def test_the_split_of_a_hugging_face_folder(tmp_path):
+    """Its metadata lie a folder down, beside the videos. Captions there come first; two lists are one too many."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.mp4").write_bytes(b"")
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.mp4,{split}\n")
+    with pytest.raises(UsageError, match=r"holds test/metadata.csv and train/metadata.csv. Give the folder of one"):
+        read_footage(tmp_path)
+    (tmp_path / "test" / "metadata.csv").unlink()
+    assert [item.caption for item in read_footage(tmp_path)[0]] == ["train"]
+    (tmp_path / "test" / "a.txt").write_text("beside")
+    found, faults = read_footage(tmp_path)
+    assert [item.caption for item in found] == ["beside"] and len(faults) == 1
 
 
 def test_folders_without_a_set(tmp_path):

@@ -13,7 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
 LEAVES |= {"latents", "memory", "quality", "footage", "interrupts", "packages", "plain", "files"}
-LEAVES |= {"deinterlace", "text", "documents", "forms", "model_files", "told"}
+LEAVES |= {"video_lists", "deinterlace", "text", "documents", "forms", "model_files", "told"}
 LEAVES |= {"paths", "spreadsheet"}
 LIBRARY = {"kernels", "attention", "wan"}
 TASKS = {"generate", "bench", "finetune", "doctor", "convert", "plan"}
@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "plain": {"text"},
     "quality": {"errors"},
     "interrupts": set(),
-    "footage": {"errors", "deinterlace", "documents", "forms", "text", "spreadsheet"},
+    "footage": {"errors", "deinterlace", "documents", "forms", "text", "spreadsheet", "video_lists"},
+    "video_lists": {"errors", "documents", "forms", "spreadsheet"},
     "deinterlace": set(),
     "resolve": LIBRARY | LEAVES,
     "methods": LIBRARY | LEAVES,

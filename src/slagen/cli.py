@@ -988,7 +988,9 @@ def finetune_data(
         str,
         typer.Argument(
             metavar="PATH",
-            help="Videos with a .txt beside each, a .jsonl (video_path, caption), videos2caption.json or metadata.csv.",
+            help="Videos with a .txt beside each; or a .csv, .json or .jsonl with the keys video and prompt "
+            "(DiffSynth), file_name and text (Hugging Face), video_path and caption (musubi) or path and cap "
+            "(FastVideo).",
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="The folder to make.")],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from slagen.deinterlace import is_interlaced, whole_frames
-from slagen.documents import decode, parse_json, read_bytes
+from slagen.documents import decode, read_bytes
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.forms import Fault
-from slagen.spreadsheet import open_csv, plain_name, without_empty_end
 from slagen.text import MAX_PROMPT
+from slagen.video_lists import NAMES, find_list, find_list_below, read_list
 
 SUFFIXES = {
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".ts", ".m2ts",
@@ -27,7 +26,7 @@ RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and t
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
 MIN_FRAMES = 5  # unless still pictures are asked for
 MAX_CAPTION = MAX_PROMPT
-MAX_CAPTION_FILE, MAX_LIST = 2**20, 256 * 2**20
+MAX_CAPTION_FILE = 2**20
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
 UNFINISHED = "tensors.jsonl"  # of a prepared set
 
@@ -65,8 +64,9 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
     """Find the videos and captions of a data set, and what is wrong with it.
 
     Args:
-        path: a folder of videos with a .txt beside each; musubi's .jsonl (`video_path`, `caption`); FastVideo's
-            videos2caption.json (`path`, `cap`); DiffSynth's metadata.csv (`video`, `prompt`); or a folder with one.
+        path: a folder of videos with a .txt beside each; a .csv, .json or .jsonl with the keys of musubi (`video_path`,
+            `caption`), FastVideo (`path`, `cap`), DiffSynth (`video`, `prompt`) or Hugging Face (`file_name`, and
+            `text`, `caption` or `prompt`); or a folder with one.
     Returns: them and the faults, for `plan_cuts` to tell with its own.
     Raises: UsageError where that is no data set at all.
     """
@@ -79,16 +79,15 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
                 f"{path} holds no videos, but a data set that slagen prepares. Where it is done it is for finetune "
                 "--data; where it was not prepared to its end, prepare it again from its videos."
             )
-        lists = [path / name for name in ("videos2caption.json", "metadata.csv")] + sorted(path.glob("*.jsonl"))
-        lists = [file for file in lists if file.is_file() and not file.name.startswith(".")]
-        if len(lists) > 1:
-            raise UsageError(f"{path} holds {lists[0].name} and {lists[1].name}. Give one of them with --data.")
-        if not lists:
-            return _folder(path)
-        file = lists[0]
+        listed = find_list(path)
+        if listed is None:
+            videos = _videos(path)
+            if any(_text_beside(video).is_file() for video in videos) or (listed := find_list_below(path)) is None:
+                return _folder(path, videos)
+        file = listed
     faults: list[str] = []
     found: list[Footage] = []
-    for where, video, caption in _entries(file, faults):
+    for where, video, caption in read_list(file, faults):
         if not isinstance(video, str) or not video.strip():
             faults.append(f"{where}: names no video")
             continue
@@ -108,19 +107,27 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
     return found, faults
 
 
-def _folder(path: Path) -> tuple[list[Footage], list[str]]:
-    videos = sorted(
+def _videos(path: Path) -> list[Path]:
+    """All videos below a folder, and links that lead to none."""
+    return sorted(
         file for file in _files(path) if file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
     )
+
+
+def _text_beside(video: Path) -> Path:
+    return next((t for t in map(video.with_suffix, (".txt", ".TXT")) if t.is_file()), video.with_suffix(".txt"))
+
+
+def _folder(path: Path, videos: list[Path]) -> tuple[list[Footage], list[str]]:
+    """Videos with a text beside each."""
     if not videos:
         raise UsageError(
-            f"{path} holds no videos ({', '.join(sorted(SUFFIXES))}) and no list of them (metadata.csv, "
-            "videos2caption.json, *.jsonl)."
+            f"{path} holds no videos ({', '.join(sorted(SUFFIXES))}) and no list of them ({', '.join(NAMES)}, *.jsonl)."
         )
     faults, found = [], []
     for video in videos:
         where = str(video.relative_to(path))
-        text = next((t for t in map(video.with_suffix, (".txt", ".TXT")) if t.is_file()), video.with_suffix(".txt"))
+        text = _text_beside(video)
         if not video.is_file():
             faults.append(f"{where}: is a link that leads nowhere")
             continue
@@ -146,62 +153,6 @@ def _files(path: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _entries(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Where, video and caption of every entry of a list; what is none goes to the faults."""
-    try:
-        text = decode(read_bytes(file, MAX_LIST))
-    except Fault as fault:
-        raise UsageError(f"{file} cannot be read as UTF-8 text{fault.place}: {fault}.") from fault
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
-    if file.suffix.lower() in (".csv", ".tsv"):
-        rows = open_csv(text, "video")
-        columns: list[str] | None = None
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                break
-            except csv.Error as error:
-                faults.append(f"{file.name}:{rows.line_num}: is no CSV: {error}")
-                continue
-            if columns is None:
-                if not row:
-                    continue
-                columns = [plain_name(cell) for cell in without_empty_end(row)]
-                if not {"video", "prompt"} <= set(columns):
-                    break
-            elif len(without_empty_end(row, len(columns))) > len(columns):
-                faults.append(f"{file.name}:{rows.line_num}: has too many columns; put the caption in quotes")
-            elif row:
-                entry = dict(zip(columns, row, strict=False))
-                yield f"{file.name}:{rows.line_num}", entry.get("video"), entry.get("prompt")
-        if columns is None or not {"video", "prompt"} <= set(columns):
-            raise UsageError(f"{file} lacks a column named video or prompt. Name the columns in its first line.")
-    elif file.suffix.lower() == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    entry = parse_json(line)
-                except Fault as fault:
-                    faults.append(f"{file.name}:{number}: {fault}.")
-                    continue
-                entry = entry if isinstance(entry, dict) else {}
-                yield f"{file.name}:{number}", entry.get("video_path"), entry.get("caption")
-    elif file.suffix.lower() == ".json":
-        try:
-            content = parse_json(text)
-        except Fault as fault:
-            raise UsageError(f"{file}{fault.place}: {fault}.") from fault
-        if not isinstance(content, list):
-            raise UsageError(f"{file} holds no list of videos. Give one of objects with path and cap.")
-        for number, entry in enumerate(content, 1):
-            entry = entry if isinstance(entry, dict) else {}
-            yield f"{file.name}, entry {number}", entry.get("path"), entry.get("cap")
-    else:
-        raise UsageError(f"{file} is no list of videos. Give a folder, a .jsonl, videos2caption.json or metadata.csv.")
 
 
 def _caption(value: Any) -> str:
