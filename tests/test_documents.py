@@ -5,15 +5,17 @@ import os
 import re
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import slagen
 from slagen.batch import write_page
 from slagen.cli import run
-from slagen.config import BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
+from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
 from slagen.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json
-from slagen.errors import UsageError, WeightsError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.forms import Fault, check, one_of, sha256, shown, whole
 from slagen.manifest import Manifest, Wanted
 from slagen.models import bundled_folder, describe_folder, read_header
@@ -171,6 +173,8 @@ def test_what_is_beyond_all_use_is_refused_before_any_work(options):
         lambda: DataConfig(path="x", num_frames=4 * 10**9 + 1),
         lambda: FinetuneConfig(DataConfig(path="x"), steps=10**12),
         lambda: FinetuneConfig(DataConfig(path="x"), batch_size=10**12),
+        lambda: FinetuneConfig(DataConfig(path="x"), block_m=10**12),
+        lambda: BatchConfig("x", GenerateConfig("-"), ray_address="local", ray_workers=10**9),
         lambda: FinetuneConfig(DataConfig(path="x"), train="lora", lora_rank=10**9),
         lambda: ModelDefaults.from_dict({"steps": 10**9}),
         lambda: ModelDefaults.from_dict({"guidance_scale": 10**4000}),
@@ -182,6 +186,28 @@ def test_what_is_beyond_all_use_is_refused_before_any_work(options):
 def test_so_is_it_elsewhere(make):
     with pytest.raises(UsageError):
         make()
+
+
+@pytest.mark.parametrize(
+    "line", ["a --num-videos 1000000000", "a --w 999999999 --h 16", "a --frames 4000000001", "a --fps 99999999999"]
+)
+def test_so_is_it_in_a_prompt_file(tmp_path, capsys, line):
+    (tmp_path / "prompts.txt").write_text(line)
+    assert run(["batch", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]) == 2
+    assert "prompts.txt:1" in capsys.readouterr().err.replace("\n", "") and not (tmp_path / "out").exists()
+    (tmp_path / "prompts.txt").write_text("a --num-videos 10000\n" * 11)
+    assert run(["batch", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out")]) == 2
+    assert "110,000 videos" in capsys.readouterr().err
+
+
+def test_there_is_one_reader():
+    """No other file parses JSON or YAML, or expands `~`; two read what their own process has just written."""
+    source = Path(slagen.__file__).parent
+    own = {"documents.py", "doctor.py", "finetune.py"}
+    for file in source.rglob("*.py"):
+        text = file.read_text()
+        assert file.name in own or not re.search(r"\bjson\.loads?\(|\byaml\.", text), file
+        assert file.name == "config.py" or ".expanduser()" not in text, file
 
 
 def test_the_bundled_model_is_of_the_forms():
@@ -303,6 +329,14 @@ def test_a_manifest_of_one_endless_line_is_passed_over(tmp_path):
     manifest = Manifest(tmp_path)
     manifest.path.write_bytes(b"[" * 3_000_000 + b"\n" + queued())
     assert list(manifest.read()) == ["a" * 64]
+
+
+def test_a_planted_link_in_place_of_the_locks_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".slagen").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SlagenError, match="is a link"):
+        Manifest(tmp_path / "out")
 
 
 def test_the_page_of_a_tampered_folder_links_to_its_videos_alone(tmp_path):

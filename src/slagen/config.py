@@ -437,8 +437,9 @@ class GenerateConfig:
         for name, most in MAX_OF_A_CLIP.items():
             value = getattr(self, name)
             if value is not None and value > most:
-                example = "--size 832x480" if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
-                raise UsageError(f"{name} is {shown(value)}, but must be at most {most}. Try {example}.")
+                known = {"num_frames": "--num-frames 81", "fps": "--fps 16", "num_videos": "--num-videos 4"}
+                advice = known.get(name, "--size 832x480")
+                raise UsageError(f"{name} is {shown(value)}, but must be at most {most:,}. Try {advice}.")
         if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise UsageError(
@@ -508,8 +509,8 @@ class BatchConfig:
     ray_workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.ray_workers is not None and (self.ray_workers < 1 or self.ray_address is None):
-            raise UsageError(f"ray_workers is {self.ray_workers}, but must be at least 1, and needs --ray.")
+        if self.ray_workers is not None and (not 1 <= self.ray_workers <= MAX_VIDEOS or self.ray_address is None):
+            raise UsageError(f"ray_workers is {self.ray_workers}, but must be from 1 to {MAX_VIDEOS}, and needs --ray.")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             raise UsageError(f"shard is {self.shard[0]}/{self.shard[1]}, but must be i/n from 1/n to n/n. Try 1/2.")
 
@@ -754,6 +755,9 @@ class FinetuneConfig:
         for name, example in (("sparsity", 0.95), ("negligible", 0.1), ("anneal_from", 0.5), ("caption_dropout", 0.1)):
             if getattr(self, name) is not None:
                 _check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} {example}.")
+        for name in ("block_m", "block_n"):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), BLOCK_SIZES)
         if self.attention == "dense" and (self.loss != "flow" or self.train not in ("all", "attn")):
             raise UsageError(
                 "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
