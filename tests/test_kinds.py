@@ -110,6 +110,7 @@ ONE_OF_MANY = {
     "model-and-optimizer": lambda s: {
         **nested(model="")(s), "optimizer": {"state": {"0": {"exp_avg": torch.zeros(2)}}}, "step": 7
     },
+    "beside-a-tensor": lambda s: {**nested(generator="model.")(s), "logvar": torch.zeros(2)},
     "self-forcing-critic": lambda s: {**nested(generator="model.", critic="model.")(s)},
 }  # fmt: skip
 

@@ -340,7 +340,7 @@ FLOAT_KINDS = {"float32", "float16", "bfloat16", "F32", "F16", "BF16"}
 
 
 def _describe_transformer(path: Path, quantised: bool) -> dict[str, Any]:
-    checkpoint, found = read_checkpoint(path), peek(path)
+    checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
     assert isinstance(checkpoint, Checkpoint)
     norms = _norms(checkpoint.projections)
     about: dict[str, Any] = {

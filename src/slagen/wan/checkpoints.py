@@ -16,13 +16,13 @@ from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.files import writing
-from slagen.model_files import read_json
 from slagen.models import SLA_FILE
 from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
 from slagen.wan.guards import refuse_adapters, refuse_offloaded
 from slagen.wan.metadata import SLAMetadata, check_contents, gaps, with_contents
-from slagen.wan.processor import install, installation, remove, tell_settings
+from slagen.wan.processor import install, installation, remove
 from slagen.wan.reading import PICKLE_SUFFIXES
+from slagen.wan.saved import tell_settings
 
 
 def weights_hash(transformer: WanTransformer3DModel) -> str:
@@ -126,7 +126,7 @@ def load_sla(
     except SlagenError:
         remove(transformer)
         raise
-    _tell(transformer, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
+    tell_settings(transformer, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
     return metadata
 
 
@@ -144,20 +144,6 @@ def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
     family = "rcm" if found.sampler == "rcm" else "flow"
     base = _hash(checkpoint.tensors)
     return SLAMetadata(found.sla, path.name, base, found.trained, 0, family), checkpoint.projections
-
-
-def _tell(
-    transformer: WanTransformer3DModel, config: SLAConfig, family: str, trained: str, path: Path | None = None
-) -> None:
-    """Have `save_pretrained` write beside the weights what they are for: what they were trained with, and, of the
-    slagen.json in the folder of the SLA file or of the model, what the model was made for."""
-    origin = Path(str(transformer.config.get("_name_or_path") or "."))
-    folders = [origin.parent, origin] if path is None else [path if path.is_dir() else path.parent, origin.parent]
-    made_for = next((folder / "slagen.json" for folder in folders if (folder / "slagen.json").is_file()), None)
-    settings: dict[str, Any] = {"config": config.to_dict(), "sampler_family": family, "trained": trained}
-    if made_for is not None:
-        settings["defaults"] = read_json(made_for, made_for.parent)
-    tell_settings(transformer, settings)
 
 
 def install_projections(
@@ -187,7 +173,7 @@ def install_projections(
         remove(transformer)
         raise
     told = peek(Path(path))
-    _tell(transformer, told.sla or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
+    tell_settings(transformer, told.sla or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
 
 
 def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
@@ -295,7 +281,7 @@ def apply_sla(
     """
     transformer = getattr(pipe, "transformer", pipe)
     install(transformer, config or SLAConfig(), backend=backend, branches=branches)
-    _tell(transformer, config or SLAConfig(), "flow", "" if branches == "both" else branches)
+    tell_settings(transformer, config or SLAConfig(), "flow", "" if branches == "both" else branches)
 
 
 def remove_sla(pipe: Any) -> None:

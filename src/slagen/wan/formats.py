@@ -74,7 +74,12 @@ class SideFile:
 
 
 def read_checkpoint(
-    path: Path, dtype: torch.dtype = torch.bfloat16, *, projections_only: bool = False, part: str | None = None
+    path: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    projections_only: bool = False,
+    part: str | None = None,
+    shapes_only: bool = False,
 ) -> Checkpoint | SideFile:
     """Read a transformer, or SimpleTuner's side file, whatever its form.
 
@@ -82,6 +87,7 @@ def read_checkpoint(
         dtype: of what is int8 or fp8 in the file.
         projections_only: leave all tensors out but `proj_l`.
         part: which transformer, where the file holds several.
+        shapes_only: multiply nothing out: what is int8 or fp8 has a shape and no values.
     Raises: WeightsError if the file is broken, or holds something else. `check_fit` tells what does not fit a model.
     """
     content = read_tensors(path)
@@ -93,7 +99,7 @@ def read_checkpoint(
     values, twice = _of_one_transformer(path, content, part)
     if projections_only:
         values = {name: value for name, value in values.items() if "proj_l" in name}
-    checkpoint = _checkpoint(path, values, dtype)
+    checkpoint = _checkpoint(path, values, dtype, shapes_only)
     checkpoint.faults += [f"{name} is there twice" for name in twice]
     return checkpoint
 
@@ -218,8 +224,8 @@ def read_settings(path: Path, metadata: dict[str, Any]) -> dict[str, Any] | None
     return {"sla": config, "sampler": "rcm" if told["sampler_family"] == "rcm" else None, "trained": told["trained"]}
 
 
-def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype) -> Checkpoint:
-    plain = multiply_out(content, dtype)
+def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_only: bool) -> Checkpoint:
+    plain = multiply_out(content, dtype, shapes_only)
     names = plain.tensors
     layout = max(LAYOUTS, key=lambda name: sum(LAYOUTS[name](key) is not None for key in names))
     rename = LAYOUTS[layout]

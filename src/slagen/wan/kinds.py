@@ -167,11 +167,11 @@ def hints(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], str]:
     """What names and metadata say of weights that tensors cannot tell apart.
 
     Args:
-        path: of the file or folder; the folder that it lies in has a say too.
+        path: of the file or folder; the two folders that it lies in have a say too.
         metadata: of its safetensors header.
     Returns: notes, and the word that says they are distilled to few steps, "" where none does.
     """
-    said = [path.name, path.resolve().parent.name]
+    said = list(path.absolute().parts[-3:])  # as it was named: the hub's cache has links to files named by hash
     said += [str(value)[:2000] for key, value in metadata.items() if not key.startswith(("_", "slagen"))]
     text = " ".join(said)
     notes = []

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import FrozenDict
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, _get_qkv_projections
 from torch import Tensor, nn
 
@@ -16,11 +15,11 @@ from slagen.attention import SparseLinearAttention
 from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
-from slagen.model_files import SETTINGS_KEY
 from slagen.timing import StepRecorder
 from slagen.wan.context import to_heads, to_tokens
 from slagen.wan.guards import refuse_fused, refuse_offloaded
 from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
+from slagen.wan.saved import forget_settings
 
 
 def _self_attention(
@@ -206,15 +205,7 @@ def remove(transformer: WanTransformer3DModel) -> None:
         for name, tensor in record.replaced.items():
             state[name].copy_(tensor)
     del transformer._slagen_installation
-    tell_settings(transformer, None)
-
-
-def tell_settings(transformer: WanTransformer3DModel, settings: dict[str, Any] | None) -> None:
-    """Have `save_pretrained` write what SLA weights were trained with into config.json beside them; None: nothing."""
-    config = {name: value for name, value in transformer.config.items() if name != SETTINGS_KEY}
-    if settings is not None:
-        config[SETTINGS_KEY] = settings
-    transformer._internal_dict = FrozenDict(config)
+    forget_settings(transformer)
 
 
 def self_attention_layers(transformer: nn.Module) -> list[WanAttention]:

@@ -77,11 +77,12 @@ def is_packed(values: Mapping[str, Any]) -> bool:
     return False
 
 
-def multiply_out(values: Mapping[str, Any], dtype: torch.dtype) -> Plain:
+def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: bool = False) -> Plain:
     """Every weight of 8 bits in `dtype`, with its scale multiplied in; scales and marks are left out.
 
     Args:
         values: tensors under names without prefixes; what is no tensor is passed on.
+        shapes_only: leave the values of those weights out.
     """
     plain = Plain(turbo=any(name.endswith(".int8_weight") for name in values))
     scales: dict[str, str] = {}
@@ -111,14 +112,15 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype) -> Plain:
         if name not in scales and scaled_fp8 and value.ndim == 2:
             plain.faults.append(f"{name} is {value.dtype} and lacks its scale, which others have")
         plain.forms[target] = str(value.dtype).removeprefix("torch.")
-        plain.tensors[target] = _product(name, value, scales.get(name), values, dtype, plain.faults)
+        shown = value.to("meta") if shapes_only else value
+        plain.tensors[target] = _product(name, shown, scales.get(name), values, dtype, plain.faults)
     return plain
 
 
 def _product(
     name: str, value: Tensor, scale_name: str | None, values: Mapping[str, Any], dtype: torch.dtype, faults: list[str]
 ) -> Tensor:
-    if value.is_meta or scale_name is None:
+    if scale_name is None:
         return value.to(dtype)
     scale = values[scale_name]
     wide = _spread(name, value, scale, values)
@@ -131,7 +133,7 @@ def _product(
         return value.to(dtype)
     if not torch.isfinite(scale.float()).all():
         faults.append(f"{name} has scales that are not finite numbers")
-    return (value.float() * wide).to(dtype)
+    return value.to(dtype) if value.is_meta else (value.float() * wide).to(dtype)
 
 
 def _spread(name: str, value: Tensor, scale: Any, values: Mapping[str, Any]) -> Tensor | None:

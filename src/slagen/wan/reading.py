@@ -131,12 +131,17 @@ def _dictionaries_of_tensors(content: Any, place: str, path: Path, seen: set[int
         raise WeightsError(
             f"{path} holds dictionaries in dictionaries more than {DEPTH} deep. Give a file of model weights."
         )
-    if any(isinstance(value, Tensor) for value in content.values()):
-        return {place: content}
+    own = dict(content)
     found: dict[str, dict[str, Any]] = {}
     for name, value in content.items():
+        inner = {}
         if not name.startswith(TRAINING_STATE):
-            found |= _dictionaries_of_tensors(value, f"{place}{name}/", path, seen)
+            inner = _dictionaries_of_tensors(value, f"{place}{name}/", path, seen)
+        if inner:
+            found |= inner
+            del own[name]
+    if any(isinstance(value, Tensor) for value in own.values()):
+        found[place] = own
     return found
 
 
