@@ -6,7 +6,7 @@ import public_forms as forms
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_formats import base, config_of, model, run_long, state, write  # noqa: F401 (fixtures)
+from test_formats import base, config_of, corruptions, model, run_long, state, write  # noqa: F401 (fixtures)
 from wan_models import build_pipeline, build_transformer
 
 import slagen
@@ -77,6 +77,26 @@ def test_a_fault_in_8_bits_is_refused(fault, model, state, tmp_path):  # noqa: F
         content[stem] = content[stem].float().to(torch.int32)
     with pytest.raises(WeightsError, match=r"blocks\.1\.ffn"):
         load(read_checkpoint(write(tmp_path / "x.pth", content)), config_of(model), torch.float32)
+
+
+@pytest.mark.parametrize("form", ["scaled-fp8-e4m3fn", "comfy-quant", "lightx2v-int8"])
+def test_single_corruptions_in_8_bits_are_refused_or_change_nothing(form, model, state, tmp_path):  # noqa: F811
+    """What no number depends on may be amiss: a mark, a scale for activations, one scale in another shape."""
+    content = EIGHT_BITS[form][0]({name: tensor.bfloat16() for name, tensor in state.items()})
+    path, refused = tmp_path / "x.pth", 0
+
+    def loaded(tensors):
+        return load(read_checkpoint(write(path, tensors), torch.float32), config_of(model), torch.float32).state_dict()
+
+    whole = loaded(content)
+    for what, broken in corruptions(content, 14, seed=len(form)):
+        try:
+            found = loaded(broken)
+        except WeightsError:
+            refused += 1
+            continue
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items()), what
+    assert refused >= 7
 
 
 @pytest.mark.parametrize(
