@@ -61,21 +61,32 @@ class FakeCard:
         self.peak_bytes = 0
         self.shared_bytes = 227 * 1024
         self.capability = (9, 0)
+        self.capabilities: dict[int, tuple[int, int]] = {}  # of cards that differ
+        self.now = 0
         self.capturing = False
         self.count = 1
 
     def properties(self, device: Any = None) -> SimpleNamespace:
-        major, minor = self.capability
+        major, minor = self.capability_of(device)
         return SimpleNamespace(
             name="Fake H100", major=major, minor=minor, total_memory=self.total_bytes, L2_cache_size=50 * 2**20,
             multi_processor_count=132, shared_memory_per_block=48 * 1024,
             shared_memory_per_block_optin=self.shared_bytes,
         )  # fmt: skip
 
+    def capability_of(self, device: Any = None) -> tuple[int, int]:
+        index = self.now if device is None else device if isinstance(device, int) else torch.device(device).index or 0
+        return self.capabilities.get(index, self.capability)
+
     @contextlib.contextmanager
     def current(self, device: Any) -> Iterator[None]:
-        self.calls.append(("device", torch.device(device)))
-        yield
+        device = torch.device(device)
+        self.calls.append(("device", device))
+        before, self.now = self.now, self.now if device.index is None else device.index
+        try:
+            yield
+        finally:
+            self.now = before
 
     def event(self, enable_timing: bool = False) -> "FakeEvent":
         assert enable_timing, "without it elapsed_time raises on a card"
@@ -121,9 +132,9 @@ def fake_card(monkeypatch: pytest.MonkeyPatch) -> FakeCard:
         "device_count": lambda: card.count,
         "current_device": lambda: 0,
         "get_device_name": lambda device=None: card.properties().name,
-        "get_device_capability": lambda device=None: card.capability,
+        "get_device_capability": card.capability_of,
         "get_device_properties": card.properties,
-        "is_bf16_supported": lambda including_emulation=True: including_emulation or card.capability >= (8, 0),
+        "is_bf16_supported": lambda including_emulation=True: including_emulation or card.capability_of() >= (8, 0),
         "mem_get_info": lambda device=None: (card.free_bytes, card.total_bytes),
         "max_memory_allocated": lambda device=None: card.peak_bytes,
         "reset_peak_memory_stats": card.note("reset_peak_memory_stats"),

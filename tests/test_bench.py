@@ -251,10 +251,10 @@ def test_doctor_finds_no_gpu_without_failing(capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
 
-    def small_trial(q, config):  # the same, of a size that the interpreter takes seconds for
-        return fused.trial(q[..., :16], dataclasses.replace(config, block_m=16, block_n=16))
+    def small_proof(q, config):  # the same, of a size that the interpreter takes seconds for
+        return fused.prove(q[..., :16], dataclasses.replace(config, block_m=16, block_n=16))
 
-    monkeypatch.setattr(doctor, "trial", small_trial)
+    monkeypatch.setattr(doctor, "prove", small_proof)
     assert run(["doctor", "--json"]) == 0
     found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     assert found["gpu"]["status"] == "note" and found["gpu"]["fix"]

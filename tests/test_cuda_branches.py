@@ -188,6 +188,7 @@ def test_each_process_takes_its_card(card, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
     wrapped = []
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module, **options: wrapped.append(options))
+    card.count = 4
     with parallel.join(GPU, "auto") as team:
         assert team == parallel.Team(11, 16, torch.device("cuda", 3), "ddp")
         assert started == ["nccl"] and card.calls == [("set_device", torch.device("cuda", 3))]
@@ -198,6 +199,20 @@ def test_each_process_takes_its_card(card, monkeypatch):
     assert [options["device_ids"] for options in wrapped] == [[3], None]
 
 
+def test_more_processes_than_cards(card, monkeypatch):
+    """A raw CUDA error came of it, after a process had been waited for."""
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **options: pytest.fail("the others were waited for"))
+    card.count = 2
+    for environment in ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, {"LOCAL_RANK": "2"}):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        message = "started 3 processes on this machine, but PyTorch sees 2 CUDA devices.*--nproc-per-node 2"
+        with pytest.raises(EnvironmentProblem, match=message), parallel.join(GPU, "auto"):
+            pass
+
+
 def out_of_memory(*args, **options):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -206,6 +221,18 @@ def test_generate_out_of_memory(monkeypatch):
     monkeypatch.setattr(generate, "_run", out_of_memory)
     with pytest.raises(SlagenError, match="out of memory at 128x128, 17 frames. Try fewer --num-frames"):
         generate.generate(GenerateConfig("a red circle", model=BUNDLED, device="cpu"))
+
+
+@pytest.mark.parametrize("said", ["CUDA error: device-side assert", "Triton Error [CUDA]: unspecified launch failure"])
+def test_a_card_that_fails_is_no_bug(said, capsys, monkeypatch):
+    """A driver that fails in the midst of a run is the environment's."""
+
+    def fail(config, on_event):
+        raise RuntimeError(f"{said}\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1")
+
+    monkeypatch.setattr(generate, "generate", fail)
+    assert run(["generate", "a red circle"]) == 4
+    assert capsys.readouterr().err.startswith(f"error: the card failed: {said}. slagen doctor --selftest")
 
 
 def test_finetune_out_of_memory(monkeypatch, tmp_path):
@@ -254,14 +281,43 @@ def test_driver(monkeypatch):
         assert doctor._driver() == driver
 
 
-def test_doctor_tries_the_kernels_in_the_cards_dtype(card, monkeypatch):
+def test_doctor_tries_the_kernels_of_every_card(card, monkeypatch):
+    """Each in its own dtype: it tried the first alone, and asked the current one for both."""
     tried = []
-    monkeypatch.setattr(doctor, "trial", lambda q, config: tried.append((q.device, q.dtype, config.linear_domain)))
-    assert doctor._kernels().status == "ok"
-    card.capability = (7, 5)
-    assert doctor._kernels().status == "ok"
+    monkeypatch.setattr(
+        doctor, "prove", lambda q, config: tried.append((q.is_cuda, q.dtype, config.linear_domain)) or (None, [])
+    )
+    card.count, card.capabilities = 2, {1: (7, 5)}
+    found = doctor._kernels()
+    assert [(finding.name, finding.status) for finding in found] == [("kernels 0", "ok"), ("kernels 1", "ok")]
     assert tried == [
-        (CARD, dtype, domain) for dtype in (torch.bfloat16, torch.float16) for domain in ("all", "marginal")
+        (True, dtype, domain) for dtype in (torch.bfloat16, torch.float16) for domain in ("all", "marginal")
+    ]
+    card.count = 0
+    assert [finding.name for finding in doctor._kernels()] == ["kernels"]
+    assert tried[4:] == [(False, torch.float32, "all"), (False, torch.float32, "marginal")]
+
+
+def test_doctor_tells_of_smaller_tiles_and_of_wrong_ones(card, monkeypatch):
+    """Where a smaller tile fits, a call goes on with it."""
+    monkeypatch.setattr(doctor, "prove", lambda q, config: (None, [f"attend on cuda:0: {config.linear_domain}"]))
+    (finding,) = doctor._kernels()
+    assert finding.status == "note" and "agree with the reference" in finding.found
+    assert finding.found.endswith("with smaller tiles: attend on cuda:0: all; attend on cuda:0: marginal")
+    monkeypatch.setattr(doctor, "prove", lambda q, config: ("dq is wrong", []))
+    (finding,) = doctor._kernels()
+    assert finding.status == "problem" and "dq is wrong" in finding.found and "--backend torch" in finding.fix
+
+
+def test_doctor_goes_on_where_a_card_is_full_or_lost(card, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with ...")
+
+    monkeypatch.setattr(doctor, "prove", fail)
+    card.count = 2
+    assert [(finding.name, finding.status, finding.found) for finding in doctor._kernels()] == [
+        (f"kernels {index}", "problem", "CUDA error: all CUDA-capable devices are busy or unavailable")
+        for index in range(2)
     ]
 
 

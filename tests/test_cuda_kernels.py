@@ -1,6 +1,8 @@
 """The kernels' first call on a card, faked: what is tried, what gives way, and which tiles run then."""
 
 import dataclasses
+import re
+import subprocess
 import threading
 import warnings
 
@@ -14,10 +16,15 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
+from slagen import bench, doctor, generate  # noqa: E402
 from slagen.attention import fused, sparse_linear_attention  # noqa: E402
 from slagen.attention.functional import choose_backend  # noqa: E402
+from slagen.attention.reference import reference_attention  # noqa: E402
+from slagen.cli import run  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
-from slagen.kernels import forward, resources  # noqa: E402
+from slagen.errors import EnvironmentProblem, KernelProblem  # noqa: E402
+from slagen.kernels import failures, forward, resources  # noqa: E402
+from slagen.kernels.failures import LaunchError, launching  # noqa: E402
 from slagen.kernels.resources import Choices, Tiles  # noqa: E402
 
 if torch.cuda.is_available():
@@ -92,6 +99,113 @@ def test_a_launch_that_fails_names_its_kernel(monkeypatch):
     fault, kernel = fused._attempt(q, SMALL)
     assert fault.startswith("out of resource: shared memory") and kernel == "dq"
     assert fused.trial(q, SMALL) == fault
+
+
+NO_COMPILER = RuntimeError(
+    "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+)
+COMPILER_FAILS = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/x/cuda_utils.c", "-O3"])
+OUTSIDE = {
+    "no-compiler": (NO_COMPILER, "Triton finds no C compiler"),
+    "compiler-fails": (COMPILER_FAILS, "gcc can not compile Triton's launcher .exit code 1"),
+    "driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "the driver.*image is invalid"),
+    "cache": (PermissionError(13, "Permission denied", "/root/.triton"), "/root/.triton: Permission denied"),
+    "libcuda": (AssertionError("libcuda.so cannot found!\nPlease"), "libcuda.so cannot found!"),
+    "launcher": (ImportError("x.so: failed to map segment"), "failed to map segment"),
+    "no-driver": (RuntimeError("0 active drivers ([]). There should only be one."), "0 active drivers"),
+}
+
+
+def raising(error):
+    def call(*given):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_the_machine_lacks_is_a_problem_of_the_environment(name, card, monkeypatch, tmp_path):
+    """doctor crashed over it and called it a bug in slagen; a call is a RuntimeError still, and no tile gives way."""
+    error, words = OUTSIDE[name]
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(failures.sysconfig, "get_path", lambda *given: str(tmp_path))
+    monkeypatch.setattr(fused, "_call", raising(error))
+    q = on_card(torch.zeros(1, 1, 16, 16))
+    with pytest.raises(EnvironmentProblem, match=words) as caught:
+        sparse_linear_attention(q, q, q, SMALL)
+    assert isinstance(caught.value, RuntimeError) and caught.value.exit_code == 4
+    assert "\n" not in str(caught.value) and not resources.current()._steps
+    (finding,) = doctor._kernels()
+    assert finding.name == "kernels 0" and finding.status == "problem"
+    assert re.search(words, finding.found) and "--backend torch" in finding.fix
+    assert f"{finding.found}. Try {finding.fix}." == str(caught.value)
+
+
+def test_missing_headers_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(failures.sysconfig, "get_path", lambda *given: str(tmp_path))
+    monkeypatch.setattr(fused, "_call", raising(COMPILER_FAILS))
+    message = rf"{re.escape(str(tmp_path))}/Python.h is missing.* Try apt install python3-dev, or --backend torch"
+    with pytest.raises(KernelProblem, match=message):
+        fused.trial(torch.zeros(1, 1, 1, 16), SMALL)
+
+
+def test_what_a_launch_raises():
+    """Of a tile, of the machine, and what passes as it is: a lack of memory, and a bug."""
+    tile = {
+        "tile": OutOfResources(300_000, 232_448, "shared memory"),
+        "passes": RuntimeError("PassManager::run failed"),
+    }
+    for error, of_tile in ((tile["tile"], True), (tile["passes"], True), (NO_COMPILER, False)):
+        with pytest.raises(LaunchError) as caught, launching():
+            raise error
+        assert caught.value.of_tile == of_tile and caught.value.__cause__ is error
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), AssertionError("a bug"), TypeError("a bug")):
+        with pytest.raises(type(error)) as caught, launching():
+            raise error
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("command", ["bench", "generate"])
+def test_a_card_without_a_compiler_ends_the_command(command, card, monkeypatch, capsys, tmp_path):
+    """With exit code 4 and one line, before anything is loaded or measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fused, "_call", raising(NO_COMPILER))
+    monkeypatch.setattr(bench, "_ceilings", lambda *given: pytest.fail("the measurement began"))
+    monkeypatch.setattr(generate, "load_pipeline", lambda *given, **options: pytest.fail("the model was loaded"))
+    arguments = {
+        "bench": ["bench", "--shape", "1x1x64x16", "--dtype", "fp32"],
+        "generate": ["generate", "a red circle", "--model", "tiny-wan"],
+    }[command]
+    assert run([*arguments, "--device", "cuda", "--backend", "triton"]) == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "apt install gcc" in said[0] and "bug" not in said[0]
+
+
+def test_doctor_names_the_compiler(card, monkeypatch):
+    monkeypatch.setattr(fused, "_call", raising(NO_COMPILER))
+    (finding,) = doctor._kernels()
+    assert finding.status == "problem" and "no C compiler" in finding.found
+    assert finding.fix == "apt install gcc, or CC=<compiler>, or --backend torch"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("PassManager::run failed")],
+    ids=["too-large", "rejected"],
+)
+def test_doctor_goes_down_to_smaller_tiles_as_a_call_does(error, card, monkeypatch):
+    """It said "problem" of a card where calls went on; and a tile that the passes reject ended both."""
+
+    def call(*given):
+        if resources.tiles("dq", given[0], 64, 64).stages > 2:
+            raise error
+        return reference_attention(*given[:3], given[3], *given[4:8])
+
+    monkeypatch.setattr(fused, "_call", call)
+    with resources.using(Choices(dict.fromkeys(resources.TABLE, STAGES))) as choices:
+        (finding,) = doctor._kernels()
+        assert finding.status == "note" and "with smaller tiles: dq on cuda:0: " in finding.found
+        assert len(choices.verified) == 2 and set(choices._steps.values()) == {1}
 
 
 def test_auto_is_triton_on_a_card(card):

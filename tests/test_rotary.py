@@ -294,13 +294,30 @@ def test_a_kernel_that_is_wrong_is_not_used(calls, monkeypatch):
     assert not use() and len(calls) == 1
 
 
-def test_a_kernel_that_does_not_fit_the_card_is_not_used(calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        pytest.param(OutOfResources(300_000, 232_448, "shared memory"), "shared memory", id="too-large"),
+        pytest.param(RuntimeError("PassManager::run failed"), "compiler rejects the kernel", id="rejected"),
+        pytest.param(RuntimeError("Failed to find C compiler. Please ..."), "no C compiler", id="no-compiler"),
+    ],
+)
+def test_a_kernel_that_does_not_run_on_the_card_is_not_used(calls, monkeypatch, error, said):
     def fail(*_):
-        raise OutOfResources(300_000, 232_448, "shared memory")
+        raise error
 
     monkeypatch.setattr(rotary, "norm_rotate", fail)
-    with pytest.warns(UserWarning, match="shared memory"):
+    with pytest.warns(UserWarning, match=said):
         assert not use()
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_kernel(calls, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(rotary, "norm_rotate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        use()
 
 
 def test_nothing_is_tried_while_a_graph_is_captured(calls, monkeypatch):

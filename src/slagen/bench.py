@@ -30,12 +30,14 @@ from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json, write_text
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
+from slagen.resolve import check_kernels, pick_backend
 from slagen.tables import EVEN, FASTER, BenchResult, beside, markdown, merged
 from slagen.text import quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 JSON_FILE = "bench.json"
+OURS = ("sla", "sparse")  # the methods of slagen's own backends
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 
 
@@ -75,6 +77,10 @@ def _rows(
 ) -> BenchResult:  # fmt: skip
     if config.model or config.random_init:
         importlib.import_module("slagen.wan.loading")  # what is not installed is told before the measurement
+    for head_dim in {parse_shape(shape)[3] for shape in config.shapes}:
+        backend = pick_backend(config.backend, head_dim, device, dtype)
+        if any(method.name in OURS for method in methods) and not (config.model or config.random_init):
+            check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
     content: dict[str, Any] = {
         "machine": {
             **machine.describe_device(device), "versions": report.versions(), **_ceilings(device, dtype),
@@ -84,11 +90,6 @@ def _rows(
         "models": [],
         "break_even_tokens": {},
     }  # fmt: skip
-    try:
-        for head_dim in {parse_shape(shape)[3] for shape in config.shapes}:
-            choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), config.backend)
-    except ValueError as error:
-        raise EnvironmentProblem(str(error)) from error
     if config.model or config.random_init:
         content["models"] = _models(config, device, dtype, on_note)
     else:
@@ -259,7 +260,7 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
     except SlagenError:
         raise
     except Exception as error:  # another library's failure is a result here, and is shown
-        if entry.method.name in ("sla", "sparse"):
+        if entry.method.name in OURS:
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
@@ -284,7 +285,7 @@ def _fill_in(entry: Entry) -> None:
 
 
 def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
-    if method.name not in ("sla", "sparse"):
+    if method.name not in OURS:
         return method.name
     probe = torch.empty(1, 1, 1, head_dim, dtype=setting.dtype, device=setting.device)
     return choose_backend(probe, setting.backend)

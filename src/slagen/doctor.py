@@ -19,7 +19,7 @@ import torch
 
 from slagen import packages
 from slagen.attention import sparse_linear_attention
-from slagen.attention.fused import trial, unsupported
+from slagen.attention.fused import prove, unsupported
 from slagen.config import SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError
 from slagen.machine import pick_dtype
@@ -52,7 +52,7 @@ def examine() -> list[Finding]:
         Finding("python", "ok", sys.version.split()[0]),
         *map(_package, (*SHOWN, *others)),
         *_gpu(),
-        _kernels(),
+        *_kernels(),
         _bundled_model(),
         *_disk(),
     ]
@@ -104,19 +104,34 @@ def _driver() -> str:
     return said[0] if said else "unknown (nvidia-smi says nothing)"
 
 
-def _kernels() -> Finding:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    probe = torch.zeros(1, 1, 1, 128, dtype=pick_dtype("auto", torch.device(device)), device=device)
-    reason = unsupported(probe)
-    if reason is not None:
-        return Finding("kernels", "note", f"the torch backend is used: {reason}")
-    for domain in ("all", "marginal"):
-        wrong = trial(probe, SLAConfig(linear_domain=domain))  # type: ignore[arg-type]
-        if wrong is not None:
-            return Finding(
-                "kernels", "problem", f"Triton, domain {domain}: {wrong}", "use --backend torch, and tell us"
-            )
-    return Finding("kernels", "ok", "Triton, forward and backward agree with the reference in both domains")
+def _kernels() -> list[Finding]:
+    """Of each card, or of the CPU where there is none."""
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [_kernels_on(device) for device in cards or [torch.device("cpu")]]
+
+
+def _kernels_on(device: torch.device) -> Finding:
+    """Whether the kernels run, with the tiles that a call would go down to, and are right."""
+    name = "kernels" if device.index is None else f"kernels {device.index}"
+    gave_way = []
+    try:
+        probe = torch.zeros(1, 1, 1, 128, dtype=pick_dtype("auto", device), device=device)
+        reason = unsupported(probe)
+        if reason is not None:
+            return Finding(name, "note", f"the torch backend is used: {reason}")
+        for domain in ("all", "marginal"):
+            wrong, before = prove(probe, SLAConfig(linear_domain=domain))  # type: ignore[arg-type]
+            if wrong is not None:
+                return Finding(name, "problem", f"Triton, domain {domain}: {wrong}", "use --backend torch, and tell us")
+            gave_way += before
+    except RuntimeError as error:  # of Triton, as KernelProblem says it, or of PyTorch: a card that is full or lost
+        found, _, fix = str(error).partition(" Try ")
+        lines = found.strip().splitlines() or [type(error).__name__]
+        return Finding(name, "problem", lines[0].removesuffix("."), fix.removesuffix("."))
+    agree = "Triton, forward and backward agree with the reference in both domains"
+    if gave_way:
+        return Finding(name, "note", f"{agree}, with smaller tiles: {'; '.join(gave_way)}")
+    return Finding(name, "ok", agree)
 
 
 def _bundled_model() -> Finding:

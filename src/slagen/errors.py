@@ -23,6 +23,10 @@ class EnvironmentProblem(SlagenError):
     exit_code = 4
 
 
+class KernelProblem(EnvironmentProblem, RuntimeError):
+    """The Triton kernels do not run on a device: attention/ raises it, a RuntimeError as PyTorch would raise it."""
+
+
 class WeightsError(SlagenError):
     """Weights, data sets or videos that are broken, or do not fit the model or the settings."""
 

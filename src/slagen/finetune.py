@@ -33,7 +33,7 @@ from slagen.models import SLA_FILE
 from slagen.parallel import Team, join, own_part, whole
 from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
 from slagen.report import versions
-from slagen.resolve import find_weights, make_plan, pick_backend
+from slagen.resolve import check_kernels, find_weights, make_plan, pick_backend
 from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
 from slagen.training_log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
 from slagen.training_state import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
@@ -216,7 +216,8 @@ class _Run:
                 f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads."
             )
         if config.attention != "dense":
-            pick_backend(config.backend, self.weights.source.head_dim, team.device, dtype)
+            about = self.weights.source.head_dim, team.device, dtype
+            check_kernels(pick_backend(config.backend, *about), *about, self.sla)
         if config.train == "lora":
             lora_config()
         if config.optimizer == "adamw8bit":

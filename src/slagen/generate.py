@@ -29,7 +29,7 @@ from slagen.errors import SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json
 from slagen.latents import SUFFIX, keep_latents, write_latents
 from slagen.paths import is_video
-from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
+from slagen.resolve import SIGMA_MAX, Plan, check_kernels, find_weights, make_plan
 from slagen.text import quote
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import check_ffmpeg, encode_mp4, not_written
@@ -173,7 +173,7 @@ class Session:
         plan: the first of them, which says what to load.
         text_encoder: False where all prompts are encoded already.
         pipe: a pipeline with the plan's attention in it already; None loads one.
-    Raises: WeightsError where weights are broken or do not fit.
+    Raises: WeightsError where weights are broken or do not fit, EnvironmentProblem where the kernels do not run.
     """
 
     def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
@@ -182,6 +182,8 @@ class Session:
             self.pipe, self.about = pipe, {"model": plan.weights.source.name}
             return
         weights, vae = plan.weights, plan.config.vae
+        if plan.sla is not None:
+            check_kernels(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.sla)
         self.pipe = load_pipeline(
             weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder,

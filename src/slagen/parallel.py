@@ -5,6 +5,7 @@ Copies (DDP) and splits (FSDP2) are PyTorch's own. One process alone is a team o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,7 +138,7 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
         device: as asked for; on CUDA each process takes the card of its local rank.
         context: how many processes share a clip's tokens.
     Raises: UsageError for several processes' options without torchrun, EnvironmentProblem where they do not find
-        each other.
+        each other, or are more than the cards of this machine.
     """
     if not dist.is_torchelastic_launched():
         if parallel != "auto" or context > 1:
@@ -147,6 +148,8 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
             )
         yield Team(0, 1, device, "alone")
         return
+    if device.type == "cuda":
+        _check_cards()
     started = not dist.is_initialized()
     if started:
         try:
@@ -166,6 +169,17 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _check_cards() -> None:
+    """Raise EnvironmentProblem, in each process alike, where torchrun started more here than there are cards."""
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_node_local_rank(0) + 1))
+    cards = torch.cuda.device_count()
+    if started > cards:
+        raise EnvironmentProblem(
+            f"torchrun started {started} processes on this machine, but PyTorch sees {cards} CUDA devices, and each "
+            f"process takes one. Try torchrun --nproc-per-node {cards}."
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:

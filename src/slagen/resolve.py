@@ -16,6 +16,7 @@ import torch
 
 from slagen import machine, report
 from slagen.attention.functional import choose_backend
+from slagen.attention.fused import verify
 from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import EnvironmentProblem, UsageError, WeightsError
 from slagen.models import SLA_FILE, ModelSource, bundled_folder
@@ -279,6 +280,12 @@ def pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torc
         return choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), name)
     except ValueError as error:
         raise EnvironmentProblem(str(error)) from error
+
+
+def check_kernels(backend: str | None, head_dim: int, device: torch.device, dtype: torch.dtype, sla: SLAConfig) -> None:
+    """Try the kernels, where they will run, before anything is loaded. Raises EnvironmentProblem where none can."""
+    if backend == "triton":
+        verify(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), sla)
 
 
 def _plan_attention(

@@ -38,6 +38,9 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).", 1
     if isinstance(error, ImportError) and (lack := packages.explain(error)):
         return lack, EnvironmentProblem.exit_code
+    if isinstance(error, RuntimeError) and (match := re.search(r".*(CUDA error|Triton Error \[CUDA\]).*", str(error))):
+        advice = "slagen doctor --selftest tries the card, and SLAGEN_DEBUG=1 shows where it came up"
+        return f"the card failed: {match[0].rstrip('.')}. {advice}.", EnvironmentProblem.exit_code
     return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)", 1
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slagen.attention.reference import EPSILON, reference_attention
 from slagen.config import SLAConfig
+from slagen.errors import KernelProblem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -43,7 +44,7 @@ def fused_attention(
 
 
 def unsupported(q: Tensor) -> str | None:
-    """Why the kernels can not take tensors like q; None when they can."""
+    """Why the kernels can not take tensors like q; None when they can. On a CPU they do under TRITON_INTERPRET=1."""
     return _why_not(q.device.type, q.dtype, q.shape[-1])
 
 
@@ -60,7 +61,7 @@ def _why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
     if device_type == "cpu" and interpreting():
         return None
-    return f"the tensors are on {device_type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1, which is slow)"
+    return f"the tensors are on {device_type}, and Triton needs a CUDA device"
 
 
 # What torch.compiler.assume_constant_result does, but that imports the compiler, which takes seconds.
@@ -68,37 +69,55 @@ _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def verify(q: Tensor, config: SLAConfig) -> None:
-    """Try the kernels on a tiny input, once for each device, dtype, head dimension, kind of block and set of tiles.
+    """Prove the kernels before their first call on a card, and tell of tiles that gave way.
 
-    A tile that a card can not run, or that computes something else there, gives way to the next smaller one. During
-    capture or compilation nothing is tried: the remembered choice stands.
-    Raises: RuntimeError when no tile is right.
+    During capture or compilation nothing is tried: the remembered choice stands.
+    Raises: KernelProblem, which is a RuntimeError, when no tile is right, or the card or Triton lacks something.
     """
     if torch.compiler.is_compiling() or not q.is_cuda or torch.cuda.is_current_stream_capturing():
         return
+    fault, gave_way = prove(q, config)
+    for text in gave_way:
+        warnings.warn(f"{text}; the next smaller tiles are used.", stacklevel=2)
+    if fault is not None:
+        raise KernelProblem(f"the Triton kernels fail on {q.device}: {fault}. Try --backend torch.")
+
+
+def prove(q: Tensor, config: SLAConfig) -> tuple[str | None, list[str]]:
+    """Try the kernels on a tiny input, once for each device, dtype, head dimension, kind of block and set of tiles.
+
+    A tile that a card can not run, or that computes something else there, gives way to the next smaller one.
+    Returns: what is wrong with the smallest tiles, None where some are right; and what was with those that gave way.
+    Raises: KernelProblem where no kernel can start, whatever its tile.
+    """
     from slagen.kernels import resources
 
     choices, blocks = resources.current(), (config.block_m, config.block_n)
     kind = q.device, q.dtype, q.shape[-1], *blocks, config.linear_domain, config.feature_map
+    gave_way: list[str] = []
     while choices.verified.get(kind) != (tiles := choices.running(q, *blocks)):
         fault, kernel = _attempt(q, config)
         if fault is None:
             choices.verified[kind] = tiles
         elif not choices.demote(q, *blocks, kernel):
-            raise RuntimeError(f"the Triton kernels fail on {q.device}: {fault}. Try --backend torch.")
+            return fault, gave_way
         else:
-            name = kernel or "the Triton kernels"
-            warnings.warn(f"{name} on {q.device}: {fault}; the next smaller tiles are used.", stacklevel=2)
+            gave_way.append(f"{kernel or 'the Triton kernels'} on {q.device}: {fault}")
+    return None, gave_way
 
 
 def trial(q: Tensor, config: SLAConfig) -> str | None:
-    """Run forward and backward on two heads of a few blocks, with the tiles in use: what is wrong, or None."""
+    """Run forward and backward on two heads of a few blocks, with the tiles in use: what is wrong, or None.
+
+    Raises: KernelProblem where no kernel can start.
+    """
     return _attempt(q, config)[0]
 
 
 def _attempt(q: Tensor, config: SLAConfig) -> tuple[str | None, str | None]:
     """What is wrong, and in which kernel where that is known."""
     from slagen.kernels import resources
+    from slagen.kernels.failures import LaunchError, launching
 
     choices = resources.current()
     choices.latest = None
@@ -118,10 +137,15 @@ def _attempt(q: Tensor, config: SLAConfig) -> tuple[str | None, str | None]:
         exact = reference_attention(wide[0], wide[1], wide[2], small, wide[3], wide[4], head_dim**-0.5, True)
         truth = [exact.detach(), *torch.autograd.grad(exact, wide, do.double())]
         try:
-            o = _call(inputs[0], inputs[1], inputs[2], small, inputs[3], inputs[4], head_dim**-0.5, True, True)
-            found = [o.detach(), *torch.autograd.grad(o, inputs, do.to(q.dtype))]
-        except resources.TritonError as error:
-            return str(error), choices.latest
+            with launching():
+                o = _call(inputs[0], inputs[1], inputs[2], small, inputs[3], inputs[4], head_dim**-0.5, True, True)
+                found = [o.detach(), *torch.autograd.grad(o, inputs, do.to(q.dtype))]
+        except LaunchError as error:
+            if error.of_tile:
+                return error.reason, choices.latest
+            advice = f"{error.fix}, or --backend torch" if error.fix else "--backend torch"
+            message = f"the Triton kernels can not run on {q.device}: {error.reason}. Try {advice}."
+            raise KernelProblem(message) from error
     eps = torch.finfo(q.dtype).eps
     for name, actual, expected in zip(("o", "dq", "dk", "dv", "dweight", "dbias"), found, truth, strict=True):
         # What rounding can cause, with room to spare: a wrong tile is wrong by far more.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.errors import TritonError as TritonError  # what a launch raises where a tile does not fit or compile
 
 
 @dataclass(frozen=True)

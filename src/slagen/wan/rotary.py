@@ -103,7 +103,7 @@ def _is_proven(x: Tensor) -> bool:
 
 def trial(x: Tensor) -> str | None:
     """Run the kernel on three random tokens of heads like x (B, L, H, D): what is wrong, or None."""
-    from slagen.kernels.resources import TritonError
+    from slagen.kernels.failures import LaunchError, launching
 
     num_heads, head_dim = x.shape[2:]
     make: dict[str, Any] = {"generator": torch.Generator(x.device).manual_seed(0), "device": x.device}
@@ -112,9 +112,10 @@ def trial(x: Tensor) -> str | None:
     angles = torch.randn(3, head_dim // 2, **make).repeat_interleave(2, 1)
     tables = angles.cos(), angles.sin()
     try:
-        found = norm_rotate(q, k, weight, weight, *tables, num_heads, 1e-6)[:2]
-    except TritonError as error:
-        return str(error)
+        with launching():
+            found = norm_rotate(q, k, weight, weight, *tables, num_heads, 1e-6)[:2]
+    except LaunchError as error:
+        return error.reason
     for actual, given in zip(found, (q, k), strict=True):
         normed = F.rms_norm(given.double(), weight.shape, weight.double(), 1e-6).unflatten(2, (num_heads, head_dim))
         exact = rotate(normed, *(table.double()[None, :, None] for table in tables))
