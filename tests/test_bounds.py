@@ -5,6 +5,7 @@ import os
 import random
 import struct
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -16,6 +17,7 @@ from slagen.cli import _Help, app, run
 from slagen.convert import merge
 from slagen.errors import UsageError, WeightsError
 from slagen.wan.formats import peek, read_checkpoint
+from slagen.wan.gguf_files import SCALES, check_values
 from slagen.wan.reading import read_tensors
 
 
@@ -87,6 +89,32 @@ def test_a_gguf_that_asks_for_more_than_it_holds_is_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(WeightsError, match="broken, truncated"):
         read_tensors(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("kind", [*SCALES, "F32", "F16", "BF16"])
+def test_no_kind_of_gguf_holds_what_is_not_finite(tmp_path, kind):
+    """Packed numbers are whole ones, so that their scales tell; diffusers loads them as they are."""
+    library = needs("gguf", "slagen[gguf]")
+    number = library.GGMLQuantizationType[kind]
+    _, size = library.GGML_QUANT_SIZES[number]
+    width, first, count = SCALES.get(kind, (size, 0, 1))
+    assert width == size
+    value = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
+    if kind in ("F32", "BF16"):
+        value = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)[-size:]
+    blocks = np.zeros((2, 3 * size), np.uint8)
+    for spoilt in (False, True):
+        if spoilt:
+            blocks[1, 2 * size + first + 2 * (count - 1) :][: len(value)] = value
+        assert np.isfinite(library.quants.dequantize(blocks, number)).all() != spoilt
+        writer = library.GGUFWriter(tmp_path / "x.gguf", "wan")
+        content = blocks.view({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8))
+        writer.add_tensor("x", content, raw_dtype=number)
+        for step in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{step}_to_file")()
+        writer.close()
+        with pytest.raises(WeightsError, match="x in .* not finite") if spoilt else contextlib.nullcontext():
+            check_values(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".gguf"])

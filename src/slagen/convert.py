@@ -36,13 +36,14 @@ from slagen.models import (
 from slagen.paths import check_folder
 from slagen.report import ModelShape
 from slagen.text import quote
+from slagen.wan.bounds import is_finite
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
 from slagen.wan.formats import SETTINGS_METADATA, UNTOLD, Checkpoint, Found, SideFile, check_fit, peek, read_checkpoint
 from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.loading import build_transformer, load_vae, wan_config
 from slagen.wan.names import transformers
 from slagen.wan.processor import install
-from slagen.wan.reading import gguf_kinds, is_finite, read_tensors
+from slagen.wan.reading import gguf_kinds, read_tensors
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 MAX_SHARD = "5GB"

@@ -22,10 +22,11 @@ from slagen.forms import Fault, check
 from slagen.model_files import SETTINGS_KEY, SLA_SETTINGS, read_header, read_strings
 from slagen.models import TURBO_SLA, preset_of_width
 from slagen.text import cut
+from slagen.wan.bounds import is_finite
 from slagen.wan.kinds import REFUSALS, hints, identify
 from slagen.wan.names import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, PROJECTION, inside, other_parts, transformers
 from slagen.wan.quantised import FLOATS, multiply_out
-from slagen.wan.reading import component_files, is_finite, read_tensors, transformer_folder
+from slagen.wan.reading import component_files, read_tensors, transformer_folder
 
 
 @dataclass

@@ -43,12 +43,14 @@ from slagen.models import (
     unknown_model,
 )
 from slagen.report import ModelShape
+from slagen.wan.bounds import is_finite
 from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
+from slagen.wan.gguf_files import check_values
 from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights
 from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
-from slagen.wan.reading import component_files, is_finite, read_component, read_tensors
+from slagen.wan.reading import component_files, read_component, read_tensors
 
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 
@@ -194,7 +196,8 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
         checkpoint, {name: tensor.shape for name, tensor in state.items()}, heads.num_layers, heads.attention_head_dim
     )
     if checkpoint.path.suffix == ".gguf":  # stays quantised, multiplied out by diffusers as it is used
-        with scratch() as folder, closed_hub():
+        check_values(checkpoint.path)
+        with scratch() as folder, closed_hub(), _made_of(str(checkpoint.path)):
             model.save_config(folder)
             return WanTransformer3DModel.from_single_file(
                 str(checkpoint.path),

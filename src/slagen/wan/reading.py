@@ -15,7 +15,8 @@ from torch import Tensor
 from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.model_files import read_shards
 from slagen.models import SLA_FILE
-from slagen.wan.bounds import check_pickle, read_gguf
+from slagen.wan.bounds import check_pickle
+from slagen.wan.gguf_files import read_gguf
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -165,8 +166,3 @@ def _gguf_entries(path: Path) -> list[Any]:
         raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
     except Exception as error:  # of whatever kind the reader raises over a damaged file
         raise WeightsError(f"{path} is broken, truncated, or of a kind that is not read ({error}).") from error
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a floating-point tensor holds no NaN and no infinity: one pass, and no copy of it."""
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
