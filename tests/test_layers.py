@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "slagen"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LEAVES = {"errors", "config", "timing", "video", "report", "plot", "machine", "models", "prompts", "manifest", "pages"}
-LEAVES |= {"latents", "memory", "quality", "footage", "interrupts", "packages", "plain", "files"}
+LEAVES |= {"streams", "latents", "memory", "quality", "footage", "interrupts", "packages", "plain", "files"}
 LEAVES |= {"video_lists", "deinterlace", "text", "documents", "forms", "model_files", "told"}
 LEAVES |= {"paths", "spreadsheet"}
 LIBRARY = {"kernels", "attention", "wan"}
@@ -69,6 +69,7 @@ MAY_IMPORT = {
     "selftest": {"doctor", "generate", "bench"} | LIBRARY | LEAVES,
     "replay": {"generate"} | LIBRARY | LEAVES,
     "decode": {"generate"} | LIBRARY | LEAVES,
+    "streams": set(),
     "memory": {"errors", "models", "model_files", "report"},
     "latents": {"errors", "files", "forms", "model_files"},
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,

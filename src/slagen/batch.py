@@ -11,7 +11,6 @@ import dataclasses
 import os
 import re
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -32,7 +31,7 @@ from slagen.embeddings import Embeddings, component_files, file_hashes
 from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
 from slagen.files import sweep, write_bytes, write_json, write_text
 from slagen.generate import Event, Sample, Session, Video, check_memory, free_memory, save
-from slagen.interrupts import stopping
+from slagen.interrupts import ENDING, stopping
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
@@ -513,6 +512,6 @@ def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
 
 
 def signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
-    """SIGINT once: finish the video and stop. SIGINT again, or SIGTERM: stop now."""
+    """SIGINT once: finish the video and stop. SIGINT again, SIGTERM or SIGHUP: stop now."""
     text = "stopping after this video; press Ctrl-C again to stop now"
-    return stopping(stop, lambda: on_event(Event("warning", text)), at_once=(signal.SIGTERM,))
+    return stopping(stop, lambda: on_event(Event("warning", text)), at_once=ENDING)

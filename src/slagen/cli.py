@@ -1,7 +1,6 @@
 """The `slagen` command: parse, build a config, call one function, show its result."""
 
 import dataclasses
-import io
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from slagen import __version__
+from slagen import __version__, streams
 from slagen.config import (
     CACHE,
     Attention,
@@ -36,8 +35,9 @@ from slagen.config import (
     user_path,
 )
 from slagen.documents import decode
-from slagen.errors import GateError, UsageError
+from slagen.errors import EnvironmentProblem, GateError, UsageError
 from slagen.forms import Fault
+from slagen.interrupts import ENDING
 from slagen.paths import check_folder, is_video
 from slagen.text import LONG_DASH, MAX_PROMPT, cut, escaped, quote
 
@@ -1205,7 +1205,14 @@ def doctor(
 
 
 def _start_quickly(context: typer.Context, weights: str | None) -> None:
-    """Where the process ends with this command, import no package that it does not use."""
+    """Where the process ends with this command, import no package that it does not use.
+
+    Raises: EnvironmentProblem where Python has no docstrings, of which diffusers prints pages before it fails.
+    """
+    if sys.flags.optimize > 1:
+        from slagen.usage import WITHOUT_DOCSTRINGS
+
+        raise EnvironmentProblem(WITHOUT_DOCSTRINGS)
     if context.obj["own_process"]:
         from slagen.wan.startup import leave_out
 
@@ -1270,13 +1277,15 @@ def parse_size(text: str | None) -> tuple[int | None, int | None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit with its code; every expected failure is one message."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: part files go, the code is 130
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what the locale lacks is escaped
-    if arguments is None:
-        sys.exit(run(sys.argv[1:], own_process=True))
-    sys.exit(run(arguments))
+    for number in ENDING:  # end as Ctrl-C does: part files go, the code is 130
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, signal.default_int_handler)
+    if arguments is not None:
+        sys.exit(run(arguments))
+    streams.mend()
+    code = run(sys.argv[1:], own_process=True)
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 def run(arguments: list[str], *, own_process: bool = False) -> int:

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# What asks a process to end: SIGTERM, and SIGHUP, which a terminal or a connection sends when it goes.
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 @contextmanager
 def stopping(
     stop: threading.Event, say: Callable[[], None], at_once: tuple[int, ...] = (), repeated_s: float = 0.0
 ) -> Iterator[None]:
-    """Within it SIGINT or SIGTERM sets `stop`, and the second of them is a KeyboardInterrupt.
+    """Within it SIGINT, SIGTERM or SIGHUP sets `stop`, and the second of them is a KeyboardInterrupt. What is ignored,
+    as nohup has SIGHUP ignored, stays so.
 
     Args:
         say: called when `stop` is set.
@@ -41,7 +45,8 @@ def stopping(
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, *ENDING) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

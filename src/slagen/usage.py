@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from typing import Any
 
 from slagen import packages
 from slagen.errors import EnvironmentProblem, SlagenError, no_memory, of_memory
 from slagen.text import LONG_DASH, UNSHOWN, cut, line, quote
 
+WITHOUT_DOCSTRINGS = (
+    "Python runs with -OO or PYTHONOPTIMIZE=2, which takes away the docstrings that transformers and diffusers are "
+    "made of. Leave that out."
+)
 OF_A_PROMPT = ("slagen generate", "slagen plan")
 MAX_ARGUMENT = 200  # characters of one argument in a message
 
@@ -41,6 +46,8 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
     if isinstance(error, RuntimeError) and (match := re.search(r".*(CUDA error|Triton Error \[CUDA\]).*", str(error))):
         advice = "slagen doctor --selftest tries the card, and SLAGEN_DEBUG=1 shows where it came up"
         return f"the card failed: {match[0].rstrip('.')}. {advice}.", EnvironmentProblem.exit_code
+    if sys.flags.optimize > 1:
+        return WITHOUT_DOCSTRINGS, EnvironmentProblem.exit_code
     return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)", 1
 
 

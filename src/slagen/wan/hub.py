@@ -29,7 +29,8 @@ from slagen.text import quote
 
 PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
-FAILURES = (HTTPError, OSError, RuntimeError)  # the hub's own errors are HTTPErrors too
+# The hub's own errors are HTTPErrors too; a proxy or an address that no client takes are the last two.
+FAILURES = (HTTPError, OSError, RuntimeError, ImportError, ValueError)
 
 OnNote = Callable[[str], None]
 
@@ -97,6 +98,17 @@ def _fetch(repo_id: str, wanted: list[str], ignored: list[str], local_files_only
         return _from_cache(repo_id, options, error)
 
 
+def _unreached(error: Exception) -> str:
+    """Why the hub cannot be asked, and what to mend where the environment names what no client takes."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if "SOCKS" in str(error).upper():
+        package = "pysocks" if "requests" in type(error).__module__ else "socksio"
+        return f"the SOCKS proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY needs a package (pip install {package})"
+    if isinstance(error, ImportError | ValueError):
+        return f"the hub cannot be asked (see ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, HF_ENDPOINT): {first}"
+    return f"the hub cannot be reached: {first}"
+
+
 def _from_cache(repo_id: str, options: dict[str, Any], error: Exception) -> Path:
     """What an earlier download left whole, where the hub cannot be asked now."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -105,7 +117,7 @@ def _from_cache(repo_id: str, options: dict[str, Any], error: Exception) -> Path
     try:
         return Path(snapshot_download(repo_id, local_files_only=True, **options))
     except (LocalEntryNotFoundError, OSError) as missing:
-        raise EnvironmentProblem(_absent(repo_id, f"the hub cannot be reached: {first}")) from missing
+        raise EnvironmentProblem(_absent(repo_id, _unreached(error))) from missing
 
 
 def _absent(repo_id: str, why: str) -> str:
