@@ -248,6 +248,31 @@ def test_leftovers_of_the_dead_go_and_others_stay(toy, tmp_path):
     lock.release()
 
 
+def test_planted_links_are_not_followed(toy, tmp_path):
+    """In a folder that others may write to, a link of a name that is known beforehand emptied what it led to."""
+    config = settings(toy, tmp_path, ["a circle --seed 1"])
+    (name,) = batch(config).made
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    shutil.rmtree(out)
+    out.mkdir()
+    victim.write_text("mine")
+    stem = name.removesuffix(".mp4")
+    for link in ("index.html", "index.html.part", f"{name}.part", f"{stem}.json.part", f"{stem}.json", name):
+        (out / link).symlink_to(victim)
+    assert batch(config).made == [name]
+    assert victim.read_text() == "mine" and all((out / x).is_file() for x in ("index.html", name, f"{stem}.json"))
+    assert not any((out / x).is_symlink() for x in ("index.html", name, f"{stem}.json"))
+    (out / "manifest.jsonl").unlink()
+    (out / "manifest.jsonl").symlink_to(victim)
+    with pytest.raises(SlagenError, match="is a link, and slagen writes through none"):
+        batch(config)
+    assert victim.read_text() == "mine"
+    shutil.rmtree(out / ".slagen")
+    (out / ".slagen").symlink_to(tmp_path)
+    with pytest.raises(SlagenError, match=".slagen is a link"):
+        batch(config)
+
+
 SOAK = "SLAGEN_SOAK_KILLS" in os.environ  # the long proof runs the bundled model
 
 

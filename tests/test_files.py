@@ -164,7 +164,8 @@ def test_disks_without_hard_links_or_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(os, "link", fail)
-    monkeypatch.setattr("filelock._unix.lock_fd_nonblocking", fail)
+    monkeypatch.setattr("fcntl.flock", fail)
+    monkeypatch.setattr(files, "SWEEP_S", 0.01)
     with files.reserved(tmp_path / "a"):
         files.write_text(tmp_path / "a", "x", replace=False)
     with pytest.raises(FileExistsError):

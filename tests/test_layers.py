@@ -153,6 +153,46 @@ def test_every_heavy_dependency_has_one_door(file):
     assert {package for package in packages & DOORS.keys() if room_of(file) not in DOORS[package]} == set()
 
 
+WRITING = {
+    "replace", "rename", "unlink", "rmtree", "rmdir", "touch", "write_text", "write_bytes", "mkdtemp", "mkstemp",
+    "TemporaryDirectory", "NamedTemporaryFile", "save_file", "save_pretrained", "save_config", "copytree", "savefig",
+}  # fmt: skip
+OWNERS = {"os", "shutil", "tempfile", "Path"}
+
+
+def writes(node: ast.AST, within: bool = False) -> list[str]:
+    """Calls that write to the disk and stand in no `with` of `files`, by line and name."""
+    if isinstance(node, ast.With):
+        opened = [item.context_expr for item in node.items]
+        names = {call.func.id for call in opened if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+        within = within or bool(names & {"writing", "staging", "scratch"})
+    found = []
+    if isinstance(node, ast.Call) and not within:
+        function = node.func
+        method = isinstance(function, ast.Attribute)
+        called = function.attr if method else getattr(function, "id", "")
+        on_text = method and called in ("replace", "rename") and getattr(function.value, "id", "") not in OWNERS
+        ours = not method and called in {"write_text", "write_bytes", "rename", "replace"}  # of `files`, and renamers
+        if called in WRITING and not on_text and not ours:
+            found.append(called)
+        mode = node.args[1:2] if called == "open" and not method else node.args[:1] if called == "open" else []
+        if any(isinstance(arg, ast.Constant) and str(arg.value)[:1] in ("w", "a", "x") for arg in mode):
+            found.append("open")
+    return found + [name for child in ast.iter_child_nodes(node) for name in writes(child, within)]
+
+
+def test_files_has_every_write():
+    """Or two runs share a temporary name, a link is followed, and a killed run leaves half a file."""
+    elsewhere = {
+        "cluster.py": ["open", "rmtree", "mkdtemp"],  # the null device; a folder for Ray's sockets
+        "convert.py": ["save_pretrained", "save_pretrained", "copytree"],  # into the stage that `convert` opens
+        "kernels/sass.py": ["TemporaryDirectory", "write_bytes"],  # where nothing else of the package is imported
+        "plot.py": ["savefig", "savefig"],  # into the stage that `bench` opens, and into memory
+    }
+    found = {name(file): writes(ast.parse(file.read_text(encoding="utf-8"))) for file in FILES}
+    assert {file: calls for file, calls in found.items() if calls and file != "files.py"} == elsewhere
+
+
 def test_definition_and_kernels_judge_each_other():
     """The reference shares no code with the kernels, nor forward with backward but for the primitives."""
     for file in FILES:

@@ -29,7 +29,7 @@ from slagen.config import BatchConfig, GenerateConfig, user_path
 from slagen.documents import read_json
 from slagen.embeddings import Embeddings, component_files, file_hashes
 from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
-from slagen.files import sweep, write_bytes, write_json, write_text
+from slagen.files import delete, sweep, write_bytes, write_json, write_text
 from slagen.generate import Event, Sample, Session, Video, check_memory, free_memory, save
 from slagen.interrupts import ENDING, stopping
 from slagen.machine import describe_device
@@ -240,7 +240,7 @@ def _sweep(
     for part in manifest.folder.glob("*.part"):  # as versions before left them
         stem = re.sub(r"(\.mp4|\.json|\.latents\.safetensors)\.part$", "", part.name)
         if stem in by_stem and (lock := manifest.claim(by_stem[stem])) is not None:
-            part.unlink(missing_ok=True)
+            delete(part)
             lock.release()
     todo = []
     for task in tasks:

@@ -28,7 +28,7 @@ from slagen.config import DataConfig, GenerateConfig, user_path
 from slagen.documents import parse_json, read_bytes, read_lines
 from slagen.embeddings import component_files, content_hashes, file_hashes, tensor_hash
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.files import append, sweep, write_json, writing
+from slagen.files import append, delete, sweep, write_json, writing
 from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.forms import Fault, Kind, check
 from slagen.generate import Event, Session, texts_of
@@ -125,7 +125,7 @@ class Store:
         lines = map(json.dumps, entries)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / SET_FILE).unlink(missing_ok=True)
+            delete(self.folder / SET_FILE)
             with writing(self.folder / shard) as part:
                 save_file(self._waiting, part)
             append(self.folder / INDEX_FILE, ("\n".join(lines) + "\n").encode())
@@ -144,10 +144,10 @@ class Store:
         sweep(self.folder)
         for path in self.folder.glob("*.safetensors"):
             if self.named and re.fullmatch(r"[0-9a-f]{16}", path.stem) and path.name not in self.named:
-                path.unlink()
+                delete(path)
         for path in [*self.folder.glob("*.safetensors.part"), *self.folder.glob(".tmp*")]:  # as versions before did
             if path.suffix == ".part" or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
-                path.unlink()
+                delete(path)
 
     def drop_changed(self) -> None:
         """Forget every tensor whose bytes are not those that were written, so that it is made again."""

@@ -7,6 +7,7 @@ import hashlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,10 +124,7 @@ def content_hashes(files: list[Path], cache: Path) -> list[str]:
     """SHA-256 of each file. They are kept in `cache` by path, size and time, so that a file is read once."""
     sweep(cache)
     store = cache / "hashes.json"
-    try:
-        known = {name: e for name, e in read_json(store, {str: list}).items() if [*map(type, e)] == [int, int, str]}
-    except WeightsError:
-        known = {}  # it only saves time
+    known = _known_hashes(store)
     found, changed, saved = [], False, time.monotonic()
     for number, file in enumerate(files):
         status = file.stat()
@@ -141,6 +139,14 @@ def content_hashes(files: list[Path], cache: Path) -> list[str]:
         if changed and (number + 1 == len(files) or time.monotonic() - saved > SAVED_EVERY_S):
             with contextlib.suppress(OSError):  # hashed again the next time
                 cache.mkdir(parents=True, exist_ok=True)
-                write_json(store, known)
+                write_json(store, {**_known_hashes(store), **known})  # others may have added some
             changed, saved = False, time.monotonic()
     return found
+
+
+def _known_hashes(store: Path) -> dict[str, Any]:
+    """Size, time and hash by path, as far as they are kept: they only save time."""
+    try:
+        return {name: e for name, e in read_json(store, {str: list}).items() if [*map(type, e)] == [int, int, str]}
+    except WeightsError:
+        return {}

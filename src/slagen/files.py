@@ -57,6 +57,8 @@ class Stage:
             replace: what lies there goes; otherwise FileExistsError is raised, and nothing changes.
         Raises: OSError, with everything as it was before.
         """
+        for left in self.folder.rglob(STAGES):  # of a file that was written within, and could not be deleted
+            shutil.rmtree(left)
         _settle(self.folder)
         names = sorted(os.listdir(self.folder))
         if replace and len(names) == 1 and (self.folder / names[0]).is_file():
@@ -209,7 +211,10 @@ def _new_stage(folder: Path) -> tuple[Stage, BaseFileLock | None]:
         root = folder / f".slagen-{_host()}-{secrets.token_hex(8)}.tmp"
         root.mkdir(mode=0o700)
         try:
-            lock = _take_if_known(root / LOCK)
+            try:
+                lock = _take_if_known(root / LOCK)
+            except Timeout:  # nobody else knows of it: so some versions of filelock say that a disk has no locks
+                lock = None
             (root / NEW).mkdir()
         except FileNotFoundError:
             if not folder.is_dir():
@@ -341,6 +346,8 @@ def _take_if_known(path: Path) -> BaseFileLock | None:
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=SWEEP_S)
+    except NotImplementedError:
+        return None
     except OSError as error:
         if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
             raise
