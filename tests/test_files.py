@@ -142,6 +142,16 @@ def test_a_killed_publishing_is_finished_or_undone_by_the_next_run(tmp_path, bef
     assert left(tmp_path) == []
 
 
+def test_what_belongs_to_what_is_replaced_goes_with_it(tmp_path):
+    """A new video whose report could not be written stood beside the old one's."""
+    for name in ("v.json", "v.mp4", "w.json"):
+        (tmp_path / name).write_text("old")
+    with files.staging(tmp_path) as stage:
+        (stage.folder / "v.mp4").write_text("new")
+        stage.publish(without=("v.json", "v.txt"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"v.mp4": "new", "w.json": "old"}
+
+
 def test_what_is_there_is_not_replaced_unless_asked(tmp_path):
     """It was looked for first and written later: what came between was lost."""
     (tmp_path / "v.mp4").write_text("theirs")

@@ -50,27 +50,28 @@ class Stage:
     def __init__(self, target: Path, root: Path) -> None:
         self.target, self.root, self.folder = target, root, root / NEW
 
-    def publish(self, *, replace: bool = True) -> None:
+    def publish(self, *, replace: bool = True, without: tuple[str, ...] = ()) -> None:
         """Move everything to its final place: all of it, also when the process is killed now and the folder is swept.
 
         Args:
             replace: what lies there goes; otherwise FileExistsError is raised, and nothing changes.
+            without: names that go as well, though nothing takes their place.
         Raises: OSError, with everything as it was before.
         """
         for left in self.folder.rglob(STAGES):  # of a file that was written within, and could not be deleted
             shutil.rmtree(left)
         _settle(self.folder)
         names = sorted(os.listdir(self.folder))
-        if replace and len(names) == 1 and (self.folder / names[0]).is_file():
+        going = [name for name in (*names, *without) if replace and os.path.lexists(self.target / name)]
+        if replace and len(names) == 1 and going in ([], names) and (self.folder / names[0]).is_file():
             os.replace(self.folder / names[0], self.target / names[0])  # in one step
             return
         ready = self.root / READY
         os.rename(self.folder, ready)
         try:
             (self.root / OLD).mkdir()
-            for name in names:
-                if replace and os.path.lexists(self.target / name):
-                    os.rename(self.target / name, self.root / OLD / name)
+            for name in going:
+                os.rename(self.target / name, self.root / OLD / name)
             for name in names:
                 _move(ready / name, self.target / name, replace)
         except BaseException:

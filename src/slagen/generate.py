@@ -305,7 +305,7 @@ def save(
             except (OSError, SafetensorError) as error:
                 lost = error
                 latents.unlink(missing_ok=True)
-            stage.publish(replace=replace)
+            stage.publish(replace=replace, without=() if lost is None else (report_path.name,))
     except OSError as error:
         raise _kept(sample, path, not_written(path, error), hashes) from error
     if lost is not None:
