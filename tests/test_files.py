@@ -166,6 +166,10 @@ def test_what_is_there_is_not_replaced_unless_asked(tmp_path):
         (part / "x").write_text("ours")
     with pytest.raises(FileExistsError), files.writing(tmp_path / "folder", replace=False) as part:
         part.mkdir()
+    with pytest.raises(IsADirectoryError), files.staging(tmp_path) as stage:
+        for name in ("folder", "v.mp4"):
+            (stage.folder / name).write_text("ours")
+        stage.publish()
     assert (tmp_path / "folder" / "x").read_text() == "ours"
 
 

@@ -62,6 +62,9 @@ class Stage:
             shutil.rmtree(left)
         _settle(self.folder)
         names = sorted(os.listdir(self.folder))
+        for name in names:
+            if (self.folder / name).is_file() and (self.target / name).is_dir():  # whose content nobody named
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self.target / name))
         going = [name for name in (*names, *without) if replace and os.path.lexists(self.target / name)]
         if replace and len(names) == 1 and going in ([], names) and (self.folder / names[0]).is_file():
             os.replace(self.folder / names[0], self.target / names[0])  # in one step
