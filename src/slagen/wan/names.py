@@ -82,13 +82,12 @@ PROJECTION = re.compile(
 
 
 def _renamer(table: list[tuple[str, str]]) -> Callable[[str], str | None]:
-    rules = [(re.compile(pattern), target) for pattern, target in table]
+    rules = [(re.compile(rf"(?:{pattern})\Z"), target) for pattern, target in table]
 
     def rename(name: str) -> str | None:
         for pattern, target in rules:
-            match = pattern.fullmatch(name)
-            if match:
-                return match.expand(target)
+            if pattern.match(name):
+                return pattern.sub(target, name, count=1)  # which keeps the template, as match.expand does not
         return None
 
     return rename
