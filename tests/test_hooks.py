@@ -134,6 +134,21 @@ def test_layerwise_casting_is_that_of_the_weights(expected):
     torch.testing.assert_close(call(model), call(rounded), atol=1e-5, rtol=1e-5)
 
 
+def test_sla_weights_go_in_before_others_round_the_base(tmp_path):
+    """Cast or quantised, the base has another hash, which was told as another model."""
+    pipe = build_pipeline()
+    metadata = SLAMetadata(CONFIG, "toy", weights_hash(pipe.transformer), "all", 1)
+    slagen.apply_sla(pipe, CONFIG)
+    randomise(pipe.transformer)
+    file = save_sla(pipe, tmp_path, metadata)
+    cast, quantised = build_transformer(), build_transformer()
+    cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    doubled(quantised.blocks[1].ffn.net[2])
+    for model, words in ((cast, "Parameter of torch.float8_e4m3fn"), (quantised, "net.2.weight is Quantised")):
+        with pytest.raises(UsageError, match=f"can not be loaded into rounded weights .*{words}.*Do it first"):
+            load_sla(model, file)
+
+
 # What stands in the place of proj_l
 
 

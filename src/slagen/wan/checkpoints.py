@@ -18,7 +18,7 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsEr
 from slagen.files import writing
 from slagen.models import SLA_FILE
 from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
-from slagen.wan.guards import refuse_adapters, refuse_offloaded
+from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.metadata import SLAMetadata, check_contents, gaps, with_contents
 from slagen.wan.processor import install, installation, remove
 from slagen.wan.reading import PICKLE_SUFFIXES
@@ -102,8 +102,8 @@ def load_sla(
     Returns: what the file says of itself.
     Raises: WeightsError, before anything is changed, if the file is broken, made for another base, does not hold the
         very tensors that it was written with, lacks a `proj_l`, or holds a tensor that the model has not, or in another
-        shape, or with values that are not finite; UsageError if a LoRA is loaded or fused, or hooks offload the
-        transformer's layers.
+        shape, or with values that are not finite; UsageError if a LoRA is loaded or fused, hooks offload the
+        transformer's layers, or its weights are quantised.
     """
     transformer = getattr(pipe, "transformer", pipe)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
@@ -111,6 +111,8 @@ def load_sla(
     _check_same_form(config, metadata.config, path, other_blocks)
     refuse_adapters(pipe, "loaded")
     refuse_offloaded(transformer, "loaded")
+    if base_hash is None:
+        refuse_rounded(transformer, "loaded")
     remove(transformer)
     found = base_hash or weights_hash(transformer)
     if found != metadata.base_hash:

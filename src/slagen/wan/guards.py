@@ -55,3 +55,13 @@ def refuse_fused(transformer: nn.Module, todo: str) -> None:
         raise UsageError(
             f"SLA can not be {todo} while a LoRA is fused into the weights. Call pipe.unfuse_lora() first."
         )
+
+
+def refuse_rounded(transformer: nn.Module, todo: str) -> None:
+    """Raise UsageError where weights are kept in 8 bits or fewer, quantised or cast layer by layer."""
+    for name, x in transformer.named_parameters():
+        if type(x) is not nn.Parameter or not x.is_floating_point() or x.element_size() < 2:
+            raise UsageError(
+                f"SLA weights can not be {todo} into rounded weights ({name} is {type(x).__name__} of {x.dtype}): they "
+                "are held against the exact ones that they were trained from. Do it first, then quantise or cast."
+            )
