@@ -16,7 +16,7 @@ import slagen
 from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import SlagenError, WeightsError
 from slagen.generate import Session
-from slagen.models import describe_folder
+from slagen.models import bundled_folder, describe_folder
 from slagen.resolve import find_weights
 from slagen.wan.checkpoints import SLAMetadata, load_sla, read_sla, save_sla, weights_hash
 from slagen.wan.hub import closed_hub
@@ -188,7 +188,7 @@ def decoded(vae, latents):
         return decode_latents(vae, latents)
 
 
-def test_a_video_of_one_colour_or_none_is_named(tmp_path):
+def test_a_video_of_one_colour_or_none_is_named():
     """Weights that are finite and of the right shape can be wrong all the same; black may be what was asked for."""
     vae, latents = build_pipeline().vae, torch.zeros(1, 4, 2, 4, 4)
     assert len(decoded(vae, torch.randn(1, 4, 2, 4, 4)).unique()) > 1
@@ -196,10 +196,14 @@ def test_a_video_of_one_colour_or_none_is_named(tmp_path):
         decoded(vae, latents + torch.inf)
     assert error.value.exit_code == 1
     torch.nn.init.zeros_(vae.decoder.conv_out.weight)
-    with pytest.raises(WeightsError, match="same grey or colour"):
+    with pytest.raises(WeightsError, match="same everywhere"):
         decoded(vae, latents)
     torch.nn.init.constant_(vae.decoder.conv_out.bias, -2.0)
     assert not decoded(vae, latents).any()
+    bundled = load_vae(bundled_folder() / "vae", bundled_folder() / "vae")
+    torch.nn.init.zeros_(bundled.decoder.conv_out.weight)  # its biases are a pattern of 2 x 2 pixels
+    with pytest.raises(WeightsError, match="same everywhere"):
+        decoded(bundled, torch.randn(1, 16, 2, 4, 4))
 
 
 def test_a_black_video_is_told(monkeypatch):

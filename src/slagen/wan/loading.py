@@ -339,20 +339,22 @@ def set_sampler(
 def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     """Latents (1, C, T, h, w), normalised, to video frames (F, H, W, 3) uint8 on the CPU.
 
-    Raises: SlagenError for values that are not finite, WeightsError for one value everywhere but black or white, which
-        a prompt may ask for.
+    Raises: SlagenError for values that are not finite, WeightsError for a video without any content, but for a black
+        or white one, which a prompt may ask for.
     """
     mean, std = (x.to(latents.device) for x in _statistics(vae))
     video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0].float()
-    least, most = video.flatten(1).aminmax(dim=1)  # of each colour
-    if not torch.isfinite(torch.stack((least, most))).all():
+    if not is_finite(video):
         raise SlagenError(
             "the VAE made values of these latents that are not finite, so there is no video. Try other settings, or "
             "another VAE with --vae."
         )
-    if torch.equal(least, most) and (least.abs() < 1).any():
+    side = video.shape[-1] // latents.shape[-1]  # of the square of pixels that a latent stands for
+    squares = video.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (3, F, h, side, w, side)
+    first = squares[:, :1, :1, :, :1]
+    if (squares == first).all() and (first.abs() < 1).any():
         raise WeightsError(
-            "every pixel of the decoded video is the same grey or colour, so the weights of the VAE or the transformer "
+            "the decoded video is the same everywhere and at all times, so the weights of the VAE or the transformer "
             "are damaged or do not fit together. Get the model again."
         )
     frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
