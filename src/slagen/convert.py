@@ -33,7 +33,7 @@ from slagen.models import (
     read_header,
     read_json,
 )
-from slagen.paths import check_folder
+from slagen.paths import check_folder, check_utf8
 from slagen.report import ModelShape
 from slagen.text import quote
 from slagen.wan.bounds import is_finite
@@ -67,6 +67,7 @@ def convert(
     """
     check_folder("output", output)
     path, target = user_path(source), user_path(output)
+    check_utf8(target)
     folder = None if base is None else describe_base(base)
     _check_free(target, overwrite, [path] if folder is None else [path, folder.folder])
     with reserved(target):
@@ -230,6 +231,7 @@ def merge(
     if not math.isfinite(weight):
         raise UsageError(f"weight is {weight}, but must be a finite number. Try --weight 1.")
     target = user_path(output)
+    check_utf8(target)
     if target.suffix != ".safetensors":
         raise UsageError(
             f"the output is {target}, but must be a .safetensors file. Try {target.with_suffix('.safetensors')}."

@@ -34,6 +34,7 @@ from slagen.forms import Fault, Kind, check
 from slagen.generate import Event, Session, texts_of
 from slagen.manifest import digest
 from slagen.models import ModelSource, read_header
+from slagen.paths import check_utf8
 from slagen.quality import Example
 from slagen.resolve import Weights, find_weights, make_plan
 from slagen.text import quote
@@ -268,6 +269,7 @@ def prepare(
     )  # fmt: skip
     if weights.dtype == torch.float16:  # picked for a card without bf16
         weights = dataclasses.replace(weights, dtype=torch.float32)
+    check_utf8(folder)
     raw = None if config.path is None else user_path(config.path)
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
         raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")

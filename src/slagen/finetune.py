@@ -31,6 +31,7 @@ from slagen.interrupts import stopping
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.models import SLA_FILE
 from slagen.parallel import Team, join, own_part, whole
+from slagen.paths import check_utf8
 from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
 from slagen.report import versions
 from slagen.resolve import check_kernels, find_weights, make_plan, pick_backend
@@ -124,6 +125,7 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
     check_ffmpeg()
     device = pick_device(config.device)
     folder = user_path(config.output)
+    check_utf8(folder)
     with join(device, config.parallel, config.context_parallel) as team, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
         tell = on_event if team.first else lambda event: None

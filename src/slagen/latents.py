@@ -4,20 +4,20 @@ writes, what is kept where a video could not be written, and what `slagen decode
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from slagen.errors import WeightsError
 from slagen.files import writing
 from slagen.forms import matching, sha256, whole
 from slagen.model_files import read_header, read_strings
+from slagen.text import to_json
 
 SUFFIX = ".latents.safetensors"
 NAME, METADATA, VERSION = "latents", "slagen_latents", 1
@@ -47,9 +47,9 @@ def write_latents(path: Path, latents: Tensor, vae_hash: str, report: dict[str, 
     """
     video = {name: value for name, value in report["video"].items() if name != "sha256"}  # this file makes another
     about = {"version": VERSION, "vae_hash": vae_hash, "report": {**report, "video": video}}
-    content = json.dumps(about, ensure_ascii=False)
+    data = save({NAME: latents.contiguous()}, metadata={METADATA: to_json(about)})
     with writing(path, replace=replace) as part:
-        save_file({NAME: latents.contiguous()}, part, metadata={METADATA: content})
+        part.write_bytes(data)  # safetensors itself opens no path that is not UTF-8
 
 
 def keep_latents(video: Path, latents: Tensor, vae_hash: str, report: dict[str, Any]) -> Path | None:
@@ -94,7 +94,7 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
             f"{path} holds {entry['dtype']} of {entry['shape']}, but one video's F32 are wanted. {AGAIN}"
         )
     try:
-        latents = load_file(path)[NAME]
+        latents = load(path.read_bytes())[NAME]
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}). {AGAIN}") from error
     if not torch.isfinite(latents).all():

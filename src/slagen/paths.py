@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from slagen.errors import UsageError
 from slagen.text import line, quote
@@ -34,6 +35,16 @@ def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
             f"the {name} is {quote(text)}, but must be {wanted}. To make a folder of that name, put a slash behind it: "
             f"{line(text)}/"
         )
+
+
+def check_utf8(path: str | Path) -> None:
+    """Raise UsageError for a path with other bytes than UTF-8, which safetensors and tokenizers do not open."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the path of {quote(str(path))} has bytes that are not UTF-8, and safetensors does not open it. Rename it."
+        ) from None
 
 
 def _suffix(text: str) -> str:

@@ -17,6 +17,7 @@ from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.files import writing
 from slagen.models import SLA_FILE
+from slagen.paths import check_utf8
 from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.metadata import SLAMetadata, check_contents, gaps, with_contents
@@ -65,6 +66,7 @@ def read_sla(path: str | Path) -> tuple[SLAMetadata, dict[str, Tensor]]:
 
 def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, Tensor]]:
     file = find_sla_file(Path(path))
+    check_utf8(file)
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = SLAMetadata.from_strings(handle.metadata(), file)

@@ -42,6 +42,7 @@ from slagen.models import (
     read_json,
     unknown_model,
 )
+from slagen.paths import check_utf8
 from slagen.report import ModelShape
 from slagen.wan.bounds import is_finite
 from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
@@ -113,6 +114,7 @@ def load_pipeline(
     Raises: WeightsError if a file is broken, or a component's tensors are not its model's: one is missing or one too
         many, or has another shape, another kind of number, or values that are not finite.
     """
+    check_utf8(source.folder)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -15,6 +15,7 @@ from torch import Tensor
 from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.model_files import read_shards
 from slagen.models import SLA_FILE
+from slagen.paths import check_utf8
 from slagen.wan.bounds import check_pickle
 from slagen.wan.gguf_files import read_gguf
 
@@ -51,6 +52,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
 
 
 def _read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+    check_utf8(path)
     try:
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys() if wanted(name)}  # noqa: SIM118 (no mapping)
