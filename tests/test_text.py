@@ -35,9 +35,10 @@ def test_what_a_terminal_obeys_is_escaped_and_the_rest_stays():
 
 def test_json_is_exact_and_harmless():
     content = {HARMLESS + HARMFUL: [HARMFUL + HARMLESS, 1.5, None]}
-    text = to_json(content, indent=2)
+    text = to_json(content, indent=2, exact=True)
     assert is_harmless(text) and "🦊" in text
     assert json.loads(text) == content and json.loads(text.encode()) == content
+    assert json.loads(to_json(["a\\ caf\udce9\x1b"])) == ["a\\ caf\\xe9\x1b"]
 
 
 def test_messages_carry_a_line_of_a_text():

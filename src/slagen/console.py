@@ -543,7 +543,7 @@ def write_json(content: Any, **options: Any) -> None:
 
 def _json(content: Any, **options: Any) -> str:
     """JSON that stdout takes: in ASCII where it does not take the rest."""
-    text = to_json(content, **options)
+    text = to_json(content, exact=True, **options)
     return text if encodable(text, sys.stdout.encoding) == text else json.dumps(content, **options)
 
 

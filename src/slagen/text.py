@@ -61,10 +61,19 @@ def quote(text: str) -> str:
     return f"'{line(cut(text))}'"
 
 
-def to_json(content: Any, **options: Any) -> str:
-    """JSON that is readable, and holds no character that a terminal obeys: exactly the content when it is read."""
-    text = json.dumps(content, ensure_ascii=False, **options)
-    return UNSHOWN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+def to_json(content: Any, *, exact: bool = False, **options: Any) -> str:
+    """JSON that is readable, and holds no character that a terminal obeys.
+
+    Args:
+        exact: bytes of a path that are no UTF-8 are halves of pairs when it is read, as Python has them; otherwise
+            they are escaped as they are shown, for not every reader takes halves.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        is_half = "\ud800" <= match[0] <= "\udfff"
+        return "\\" + _escape(match) if is_half and not exact else f"\\u{ord(match[0]):04x}"
+
+    return UNSHOWN.sub(escape, json.dumps(content, ensure_ascii=False, **options))
 
 
 def check_prompt(name: str, text: str) -> None:
