@@ -46,6 +46,7 @@ soak: $(ALL)  ## every file operation killed and failed; batches, Ray and a fine
 		tests/test_finetune.py -k killed
 	SLAGEN_SOAK_DAMAGED=2000 $(BIN)/python -m pytest -n 0 tests/test_damaged.py
 	SLAGEN_SOAK_KERNELS=1 $(BIN)/python -m pytest tests/test_kernel_costs.py
+	SLAGEN_SOAK_ARGUMENTS=1 $(BIN)/python -m pytest tests/test_console.py -k every_argument
 	SLAGEN_SOAK_DAMAGES=1000 $(BIN)/python -m pytest tests/test_bounds.py -k damaged
 
 clean:

@@ -4,11 +4,13 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen import console, plan
@@ -169,6 +171,65 @@ def test_events_on_a_terminal(monkeypatch):
             progress._progress.refresh()
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "")
     assert is_harmless(text) and "loading the model" in text and "[/red]" in text
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        yield (*path, name), command
+
+
+ARGUMENTS = {
+    ("generate",): ["x"], ("batch",): ["f.txt"], ("plan",): ["x"], ("bench",): [], ("models",): [],
+    ("info",): ["none"], ("replay",): ["none"], ("convert",): ["none", "b"], ("doctor",): ["--selftest"],
+    ("merge",): ["none", "b.safetensors", "--diff-base", "c", "--diff-target", "d"], ("finetune",): ["--data", "d"],
+    ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"],
+}  # fmt: skip
+TASKS = ("generate.generate", "batch.batch", "finetune.finetune", "dataset.prepare", "bench.bench", "selftest.selftest",
+         "cluster.batch_on_ray")  # fmt: skip
+
+
+def fail_with_everything(*arguments, **options):
+    """A task that fails, and tells all that it was given."""
+
+    def texts(value):
+        parts = vars(value).values() if hasattr(value, "__dict__") else value if isinstance(value, tuple) else ()
+        return [value] if isinstance(value, str) else [text for part in parts for text in texts(part)]
+
+    raise SlagenError("; ".join(text for value in arguments for text in texts(value)))
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE.replace("\0", ""), "y" * 5000], ids=["hostile", "long"])
+def test_every_argument_of_every_command(tmp_path, monkeypatch, hostile):
+    """One message with at most a line of the argument, whatever it is and whoever refuses it."""
+    from slagen.cli import app, run
+
+    for task in TASKS:
+        monkeypatch.setattr(f"slagen.{task}", fail_with_everything)
+    monkeypatch.chdir(tmp_path)
+    every, seen, tried = 1 if os.environ.get("SLAGEN_SOAK_ARGUMENTS") else 12, 0, 0
+    for path, command in commands(typer.main.get_command(app)):
+        places = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        for parameter in command.params:
+            seen += 1
+            if seen % every and parameter not in places:
+                continue
+            words = list(ARGUMENTS[path])
+            if parameter in places:
+                words[places.index(parameter) : places.index(parameter) + 1] = [hostile]
+            else:
+                is_flag = getattr(parameter, "is_flag", False)
+                words += [f"{parameter.opts[0]}={hostile}"] if is_flag else [parameter.opts[0], hostile]
+            written = streams(monkeypatch)
+            code = run([*path, *words])
+            text = "".join(written())
+            where = (path, parameter.opts, text[:500])
+            assert code in (0, 1, 2, 4, 5) and is_harmless(text) and "a bug in slagen" not in text, where
+            if code:
+                assert len(text) < 1200 and text.count("\n") == 1 and text.startswith("error: "), where
+            tried += 1
+    assert tried >= 20
 
 
 def test_tracebacks(monkeypatch):

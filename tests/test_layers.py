@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "decode": {"generate"} | LIBRARY | LEAVES,
     "streams": set(),
     "memory": {"errors", "models", "model_files", "report"},
-    "latents": {"errors", "files", "forms", "model_files"},
+    "latents": {"errors", "files", "forms", "model_files", "text"},
     "dataset": {"generate", "resolve", "embeddings"} | LIBRARY | LEAVES,
     "parallel": {"errors", "config"},
     "trainer": {"dataset", "parallel"} | LEAVES,

@@ -9,7 +9,7 @@ from typing import Any
 
 from slagen import packages
 from slagen.errors import EnvironmentProblem, SlagenError, no_memory, of_memory
-from slagen.text import LONG_DASH, UNSHOWN, cut, line, quote
+from slagen.text import LONG_DASH, cut, line, quote
 
 WITHOUT_DOCSTRINGS = (
     "Python runs with -OO or PYTHONOPTIMIZE=2, which takes away the docstrings that transformers and diffusers are "
@@ -34,8 +34,9 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return str(error), error.exit_code
     if hasattr(error, "format_message"):
         return _wrong_usage(error, arguments), 2
-    if isinstance(error, UnicodeEncodeError) and UNSHOWN.search(error.object):
-        return f"{quote(error.object)} is not UTF-8 text, which a library that reads it needs. Rename it.", 2
+    if isinstance(error, UnicodeEncodeError):
+        advice = "Rename it" if error.encoding == "utf-8" else "Use a UTF-8 locale (LC_ALL=C.UTF-8)"
+        return f"{quote(error.object)} cannot be written as {error.encoding}. {advice}.", 2
     if no_memory(error):
         return of_memory(error, *arguments[:1]), 1
     if isinstance(error, OSError):
@@ -53,7 +54,7 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
 
 def _wrong_usage(error: Any, arguments: list[str]) -> str:
     """What Typer says of arguments that it cannot take, and what to type."""
-    command = getattr(error.ctx, "command_path", "slagen")
+    command = getattr(getattr(error, "ctx", None), "command_path", "slagen")
     for argument in arguments:
         if match := re.match(rf"{LONG_DASH}+([A-Za-z]\S*)", argument):
             return f"{quote(argument)} begins with a long dash. An option begins with two hyphens: --{cut(match[1])}."

@@ -80,10 +80,11 @@ def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> N
     Raises: OSError if the file cannot be written or does not read back.
     """
     num_frames, height, width, _ = frames.shape
-    command = [
+    told = f"comment={comment}"
+    command: list[str | bytes] = [
         "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
         "-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "medium",
-        *(["-metadata", f"comment={comment}"] if comment else []),
+        *(["-metadata", told if os.name == "nt" else told.encode()] if comment else []),  # UTF-8 in any locale
         "-movflags", "+faststart", "-f", "mp4", _name(path),
     ]  # fmt: skip
     _encode(command, frames)
@@ -100,7 +101,7 @@ def _name(path: str | Path) -> str:
     return os.path.abspath(path)
 
 
-def _encode(command: list[str], frames: np.ndarray) -> None:
+def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
     """Run ffmpeg on raw frames, out of reach of Ctrl-C. Raises OSError with its own last words if it fails."""
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
