@@ -306,7 +306,7 @@ def test_a_damaged_file_is_read_or_refused(readers, name, record_property):
     whole = reader.path.read_bytes()
     reader.read()  # while it is whole
     shares = sum(each.share for each in readers.values())
-    refused = count = math.ceil(COUNT * reader.share / shares) if COUNT else 4
+    refused = count = math.ceil(COUNT * reader.share / shares) if COUNT else 3
     try:
         for number in range(count):
             seed = f"{name}-{number}"
