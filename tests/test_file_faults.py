@@ -150,7 +150,11 @@ class Bench:
             found = faults.names(self.root / self.command.folder)
             assert found in (self.old, self.new) or (found == [] and not self.command.before), what
         if self.command.before and not self.command.folder:
-            assert set(faults.names(self.start)) <= set(faults.names(self.root)), what  # nothing is lost
+            lost = set(faults.names(self.start)) - set(faults.names(self.root))
+            if lost == {"v.json"}:  # of a video that was replaced by one whose report could not be written
+                assert self.kept(self.root)["v.mp4"] != self.kept(self.start)["v.mp4"], what
+            else:
+                assert not lost, what
         assert self.run(f"{self.command.arguments} {self.command.again}") == 0, (what, self.told)
         self.check_end(what)
 
@@ -232,10 +236,11 @@ class Soak:
                 print(f"\n{self.request.node.name}: {text}, {self.tried} tried{before}, {seconds:.0f} s", flush=True)
 
 
-SHORT = [name for name in COMMANDS if SOAK or name not in ("generate", "convert", "finetune")]
+KILLED = COMMANDS if SOAK else ("generate-overwrite", "batch", "convert-overwrite", "merge")
+FAILING = COMMANDS if SOAK else ("generate-overwrite", "convert-overwrite", "merge")
 
 
-@pytest.mark.parametrize("bench", SHORT, indirect=True)
+@pytest.mark.parametrize("bench", KILLED, indirect=True)
 def test_killed_at_an_operation(bench, request):
     """Before each, and with what it writes half written."""
     soak = Soak(request)
@@ -253,7 +258,7 @@ def test_killed_at_an_operation(bench, request):
     soak.say(f"{len(found)} kills, which leave the disk in {len(states)} states that a run goes on from")
 
 
-@pytest.mark.parametrize("bench", SHORT, indirect=True)
+@pytest.mark.parametrize("bench", FAILING, indirect=True)
 def test_an_operation_fails(bench, request):
     """The disk is full from there on, or one operation meets a fault: it is told, and the next run mends it."""
     soak = Soak(request)
@@ -308,7 +313,7 @@ TWICE = {
 }
 
 
-@pytest.mark.parametrize("command", TWICE)
+@pytest.mark.parametrize("command", TWICE if SOAK else ("generate", "convert"))
 def test_two_runs_on_one_output(toy, tmp_path, command):
     """Both ended with 0, with one video gone or beside the other's report; or both failed."""
     first, second = (TWICE[command].replace("{number}", str(number)) for number in (1, 2))
