@@ -59,7 +59,7 @@ def broken_encoder(monkeypatch):
 def test_a_video_that_cannot_be_written_leaves_its_latents(toy, video, tmp_path, broken_encoder, capsys):
     """The message names the command, and that makes the video, with its hashes."""
     output = tmp_path / "a video.mp4"
-    with pytest.raises(SlagenError, match="No space left on device") as told:
+    with pytest.raises(SlagenError, match="No space left on device.*Check the free space") as told:
         generate(config(toy, output))
     broken_encoder.undo()
     command = shlex.split(str(told.value).partition(": slagen ")[2])
@@ -69,6 +69,11 @@ def test_a_video_that_cannot_be_written_leaves_its_latents(toy, video, tmp_path,
     assert report["latents_hash"] == video.report["latents_hash"]
     assert report["video"]["sha256"] == video.report["video"]["sha256"]
     assert describe(output)["settings"]["prompt"] == "a red circle"
+
+
+def test_an_encoder_that_dies_is_not_blamed_on_the_disk(tmp_path):
+    told = str(mp4.not_written(tmp_path / "v.mp4", OSError("ffmpeg ended with -9")))
+    assert "ffmpeg ended with -9" in told and "free space" not in told
 
 
 def test_where_the_folder_takes_nothing_latents_are_kept_elsewhere(toy, tmp_path, broken_encoder):

@@ -64,9 +64,9 @@ def not_written(path: Path, error: BaseException) -> SlagenError:
     """What is said where a video could not be written."""
     lines = [line for line in str(error).splitlines() if line.strip() and line != "Conversion failed!"]
     reason = (lines or ["ffmpeg stopped"])[-1]
-    return SlagenError(
-        f"{path} could not be written ({reason}). Check the free space of {path.parent}, or give another --output."
-    )
+    full = any(words in str(error) for words in ("No space left", "Disk quota", "File too large"))
+    mend = f"Check the free space of {path.parent}, or give" if full else "Try again, or give"
+    return SlagenError(f"{path} could not be written ({reason}). {mend} another --output.")
 
 
 def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
