@@ -75,7 +75,10 @@ class BenchResult:
         drifts = [_drift(row["forward_ms"]) for row in rows if row["forward_ms"]]
         if drifts:
             drift = f"{max(drifts):.0%}"
-            lines.append(f"the median of one call moved by up to {drift} between turns: smaller differences are noise")
+            lines.append(
+                f"the median of one call moved by up to {drift} between turns; where quartiles overlap, a difference "
+                "is noise"
+            )
         for shape, tokens in self.content["break_even_tokens"].items():
             even = self.content.get("even_tokens", {}).get(shape)
             pays = f"SLA is faster than dense attention from {tokens:,} tokens on" if tokens else NEVER
