@@ -200,6 +200,29 @@ def test_planted_links_are_not_followed(tmp_path, name):
     assert not (tmp_path / name).is_symlink() and (tmp_path / f"{name}.part").is_symlink()
 
 
+@pytest.mark.parametrize("name", ["new", "ready", "old"])
+def test_a_planted_stage_moves_nothing(tmp_path, name):
+    """A link inside what looks like a dead run's stage made the sweep move another folder's files."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("mine")
+    with files.staging(tmp_path) as stage:
+        planted = out / stage.root.name
+    planted.mkdir(parents=True)
+    (planted / name).symlink_to(victim)
+    files.sweep(out)
+    assert (victim / "thesis.txt").read_text() == "mine" and sorted(os.listdir(out)) == [planted.name]
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(SlagenError, match="file takes no files .*. Give an output"),
+        files.reserved(tmp_path / "file/v.mp4"),
+    ):
+        pass
+
+
 def test_a_torn_line_is_closed(tmp_path):
     (tmp_path / "log").write_bytes(b"one\ntw")
     files.append(tmp_path / "log", b"three\n")

@@ -167,10 +167,15 @@ def check_writable(folder: Path) -> None:
 def reserved(*paths: Path) -> Iterator[None]:
     """Be the only run that writes some paths, and clear away what killed runs left beside them.
 
-    Raises: SlagenError where another run has one of them; OSError where their folders take no files.
+    Raises: SlagenError where another run has one of them, or where their folders take no files.
     """
     for folder in dict.fromkeys(path.parent for path in paths):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            check_writable(folder)
+        except OSError as error:
+            raise SlagenError(
+                f"{folder} takes no files ({error.strerror or error}). Give an output that you can write to."
+            ) from error
         sweep(folder)
     with ExitStack() as held:
         for path in paths:
@@ -236,7 +241,7 @@ def _host() -> str:
 
 def _clear_stage(root: Path, target: Path) -> None:
     """Finish or undo what a dead run left, and delete its stage; the living hold their lock."""
-    if not root.is_dir() or root.is_symlink():
+    if not _is_own(root):
         return
     if f"-{_host()}-" not in root.name and time.time() - root.stat().st_mtime < OTHER_HOST_S:
         return
@@ -248,6 +253,14 @@ def _clear_stage(root: Path, target: Path) -> None:
         _delete_stage(root)
     finally:
         lock.release()
+
+
+def _is_own(root: Path) -> bool:
+    """Whether a stage is this user's, and nothing in it leads elsewhere: what was planted is not touched."""
+    about = root.lstat()
+    if not stat.S_ISDIR(about.st_mode) or (hasattr(os, "geteuid") and about.st_uid != os.geteuid()):
+        return False
+    return not any((root / name).is_symlink() for name in (NEW, READY, OLD, LOCK))
 
 
 def _finish(root: Path, target: Path) -> None:

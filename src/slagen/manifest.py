@@ -108,8 +108,9 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / FILE_NAME
-        if (folder / LOCKS).is_symlink():
-            raise SlagenError(f"{folder / LOCKS} is a link, and slagen writes through none. Delete it.")
+        for own in (folder / LOCKS, folder / LOCKS / "thumbnails"):
+            if own.is_symlink():
+                raise SlagenError(f"{own} is a link, and slagen writes through none. Delete it.")
         try:
             (folder / LOCKS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
