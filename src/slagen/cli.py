@@ -137,7 +137,8 @@ def slagen(
     """Fast video from Wan2.1: sparse-linear attention, and a report of where the time went.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 part of a batch failed, 4 environment (no GPU, package, driver
-    or hub), 5 weights that do not fit, 6 a gate failed, 130 interrupted. SLAGEN_DEBUG=1 adds the traceback.
+    or hub), 5 weights, data sets or videos that are broken or do not fit, 6 a gate failed, 130
+    interrupted. SLAGEN_DEBUG=1 adds the traceback.
     """
 
 

@@ -512,7 +512,8 @@ def _add_rows(table: Any, content: dict[str, Any], prefix: str) -> None:
             norms = ", ".join(f"{norm:.3g}" for norm in value) or "none"
             table.add_row(_key(f"{prefix}proj_l norms by layer"), norms)
         else:
-            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+            plain = isinstance(value, bool) or not isinstance(value, int) or name == "seed"  # a seed is typed again
+            text = str(value) if plain else f"{value:,}"
             table.add_row(_key(prefix + name), text)
 
 

@@ -109,7 +109,7 @@ def _checked(weights: str, told: dict[str, Any]) -> str:
 def _find_weights(path: Path, told: dict[str, Any], model: str) -> str | None:
     """The weights that a report names, where they lie now; None for the model's own.
 
-    Reports of slagen before 0.1.1 name the model's own too, where they lay on the machine that made the video.
+    Earlier reports name the model's own too, where they lay on the machine that made the video.
     Raises: UsageError where they are not found.
     """
     name, expected = told["settings"].get("weights"), _hashes(told).get("SLA weights")

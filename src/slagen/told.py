@@ -15,7 +15,7 @@ from slagen.video import is_mp4, other_kind, read_comment
 SETTINGS = {
     **{f"{name}?": str | None for name in (
         "prompt", "negative_prompt", "model", "weights", "vae", "attention", "backend", "sampler", "dtype", "device")},
-    **{f"{name}?": int | None for name in ("num_frames", "fps", "steps", "seed", "num_videos")},
+    **{f"{name}?": int | None for name in ("num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n")},
     **{f"{name}?": float | None for name in ("guidance_scale", "flow_shift", "sigma_max", "sparsity", "sla_topk")},
     **{f"{name}?": bool | None for name in ("allow_untrained", "ode")},
     "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
