@@ -14,7 +14,7 @@ from slagen import latents as kept
 from slagen import video as mp4
 from slagen.cli import run
 from slagen.config import GenerateConfig
-from slagen.errors import SlagenError
+from slagen.errors import SlagenError, WeightsError
 from slagen.generate import generate
 from slagen.replay import describe
 from slagen.video import check_ffmpeg, read_comment
@@ -132,6 +132,34 @@ def test_damaged_latents_are_refused(toy, video, tmp_path, capsys, name):
     assert run(["decode", str(path), "--model", str(toy)]) == 5
     assert words in " ".join(capsys.readouterr().err.split())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+SECTIONS = {
+    "attention": [{}, {"mode": "sla"}, {"mode": "sla", "tokens": "x"}, {"mode": "sla", "tokens": 1, "critical": 1}],
+    "cost": [{}, {"amdahl_ceiling": "text"}],
+    "timing": [{}, {"level": 1, "overhead_share": 0.0}],
+    "steps": [[{}], [{"step": "x"}]],
+    "weights": [{}, {"model_hash": ["x"], "used": {}}],
+    "other": [float("nan"), float("inf"), {"a": [float("-inf")]}],
+}  # fmt: skip
+
+
+def test_a_report_that_cannot_be_shown_is_refused_before_decoding(video, tmp_path):
+    """It came up when the video was there."""
+    kept.read_latents(video.latents_path)
+    for name, values in SECTIONS.items():
+        for value in values:
+            path = changed(video, tmp_path / "v.latents.safetensors",
+                           about=lambda c, name=name, value=value: c["report"].update({name: value}))  # fmt: skip
+            with pytest.raises(WeightsError, match="not finite" if name == "other" else f"report.{name}"):
+                kept.read_latents(path)
+
+
+def test_a_dangling_link_is_found_before_decoding(toy, video, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("slagen.decode.load_pipeline", lambda *a, **k: pytest.fail("a model is loaded"))
+    (tmp_path / "v.mp4").symlink_to(tmp_path / "nowhere")
+    assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 2
+    assert "exists. Choose another --output" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_decode_is_not_given(toy, video, tmp_path, capsys):

@@ -14,7 +14,7 @@ import slagen
 from slagen.batch import write_page
 from slagen.cli import run
 from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
-from slagen.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json
+from slagen.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json, read_lines
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.forms import Fault, check, one_of, sha256, shown, whole
 from slagen.manifest import Manifest, Wanted
@@ -124,6 +124,21 @@ def test_a_file_is_told_by_name_and_place(tmp_path):
         read_json(pipe)
     with pytest.raises(WeightsError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    """Neither in place of its record, nor of a file of lines or of weights, nor of a video that is done."""
+    manifest = Manifest(tmp_path)
+    job = manifest.queue([Wanted({"prompt": "x"}, 1, "x")])[0]
+    os.mkfifo(tmp_path / job.name)
+    assert not manifest.is_whole(job)
+    assert list(read_lines(tmp_path / job.name, dict)) == []
+    with pytest.raises(WeightsError, match="it is no regular file"):
+        read_header(tmp_path / job.name)
+    manifest.path.unlink()
+    os.mkfifo(manifest.path)
+    with pytest.raises(SlagenError, match="it is no regular file"):
+        Manifest(tmp_path).read()
 
 
 def test_a_message_holds_no_more_than_a_line():

@@ -1,6 +1,7 @@
 """A video says how it was made, and is made again from that."""
 
 import json
+import os
 
 import pytest
 from safetensors import safe_open
@@ -11,7 +12,7 @@ from slagen.config import GenerateConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.generate import generate
 from slagen.replay import describe, replay
-from slagen.video import read_comment, write_mp4
+from slagen.video import is_mp4, other_kind, read_comment, write_mp4
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,16 @@ def test_videos_of_other_kinds_are_named(tmp_path, capsys, command, name, start,
     assert run([command, str(tmp_path / name)]) == 5
     told = " ".join(capsys.readouterr().err.split())
     assert kind in told and "an MP4 that slagen made" in told
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "json", "safetensors", "gguf", "pth"])
+@pytest.mark.parametrize("command", ["info", "replay"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, capsys, command, suffix):
+    pipe = tmp_path / f"f.{suffix}"
+    os.mkfifo(pipe)
+    assert run([command, str(pipe)]) == 5
+    assert "is no regular file" in " ".join(capsys.readouterr().err.split())
+    assert not is_mp4(pipe) and other_kind(pipe) is None
 
 
 def test_top_k_and_blocks_are_those_of_before(video, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ def decode(
         on_event(Event("warning", text))
     with reserved(target, target.with_suffix(".json")):
         for file in (target, target.with_suffix(".json")):
-            if file.is_dir() or (file.exists() and not overwrite):
+            if file.is_dir() or (os.path.lexists(file) and not overwrite):
                 raise UsageError(f"{file} exists. Choose another --output, or replace it with --overwrite.")
         check_writable(target.parent)
         on_event(Event("stage", "load"))

@@ -8,14 +8,13 @@ document should hold is said by a form (see `forms.py`), and what is not of it i
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from slagen.errors import SlagenError, WeightsError
+from slagen.files import open_regular
 from slagen.forms import Fault, check, is_of, shown
 
 MAX_BYTES = 16 * 2**20
@@ -40,11 +39,8 @@ def read_json(
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """A regular file's bytes. Raises Fault where there are more than `most` of them, or it is of another kind."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe may wait for its writer for ever
-    with open(descriptor, "rb") as handle:
-        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-            raise Fault("is no regular file")
+    """A regular file's bytes. Raises Fault where there are more than `most` of them, OSError for another kind."""
+    with open_regular(path) as handle:
         data = handle.read(most + 1)
     if len(data) > most:
         raise Fault(f"is longer than {size_of(most)}")
@@ -95,7 +91,7 @@ def read_lines(path: Path, form: Any, most: int = 2**20) -> Iterator[Any]:
     A line has at most `most` bytes; the file may be of any length, and need not be there.
     """
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             while line := handle.readline(most):
                 try:
                     yield parse_json(line, form)

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,15 @@ def write_bytes(path: Path, data: bytes, *, replace: bool = True) -> None:
 def write_text(path: Path, text: str, *, replace: bool = True) -> None:
     """Write a text file in UTF-8, whole or not at all. Raises as `writing`."""
     write_bytes(path, text.encode(), replace=replace)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A regular file to read. Raises OSError, also for one of another kind: a pipe may wait for its writer for ever."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return open(descriptor, "rb")
 
 
 def write_json(path: Path, content: dict[str, Any], *, replace: bool = True) -> None:

@@ -15,13 +15,20 @@ from torch import Tensor
 
 from slagen.errors import WeightsError
 from slagen.files import writing
-from slagen.forms import matching, sha256, whole
+from slagen.forms import Kind, matching, sha256, whole
 from slagen.model_files import read_header, read_strings
 from slagen.text import to_json
 
 SUFFIX = ".latents.safetensors"
 NAME, METADATA, VERSION = "latents", "slagen_latents", 1
 AGAIN = "Make it again: slagen generate ... --save-latents."
+BLOCKS = {"critical": int, "marginal": int, "negligible": int, "key_blocks": int, "block_n": int, "backend": str,
+          "fractions": {"critical": float}}  # fmt: skip
+ATTENTION = Kind(
+    "an object that has all numbers of its blocks or none",
+    {"mode": str, "tokens": int, **{f"{name}?": form for name, form in BLOCKS.items()}},
+    lambda value: "critical" not in value or value.keys() >= BLOCKS.keys(),
+)
 FORM: dict[str, Any] = {
     "version": whole(1, 10**6),
     "vae_hash": sha256(),
@@ -29,10 +36,20 @@ FORM: dict[str, Any] = {
         "settings": {
             "prompt": str, "model": str, "vae?": str | None,
             "size": matching(r"\d{1,5}x\d{1,5}", "a size such as 832x480"), "num_frames": whole(1, 10**6),
-            "fps": whole(1, 1000),
+            "fps": whole(1, 1000), "seed": int,
         },
-        "latents_hash": sha256(), "video": dict, "stages_s": {str: float}, "weights": dict, "versions": {str: str},
-        "attention": dict, "cost": dict, "timing": dict, "steps": [dict], "peak_memory_gib": float,
+        "latents_hash": sha256(), "video": dict, "stages_s": {str: float}, "versions": {str: str},
+        "weights": {"used": str, "model": str, "model_hash?": str | None, "sla_hash?": str | None},
+        "attention": ATTENTION, "timing": {"level": str, "overhead_share": float}, "peak_memory_gib": float,
+        "cost": {
+            "attention_tflop": float, "dense_attention_tflop": float, "flops_speedup": float, "amdahl_ceiling": float,
+            "achieved_share_of_ceiling": float, "measured_attention_share": float | None,
+        },
+        "steps": [{
+            "step": int, "timestep": float, **dict.fromkeys(
+                ("latency_ms", "attention_ms", "attention_conditional_ms", "attention_unconditional_ms",
+                 "attention_share"), float | None),
+        }],
     },
 }  # fmt: skip
 
@@ -86,6 +103,10 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
             f"{path} holds latents, but does not say what made them, so nothing can decode them. {AGAIN}"
         )
     content = read_strings(path, about[METADATA], FORM)
+    try:
+        to_json(content, allow_nan=False)
+    except ValueError:
+        raise WeightsError(f"{path} has metadata with a number that is not finite. {AGAIN}") from None
     if content["version"] > VERSION:
         raise WeightsError(f"{path} was written by a newer slagen (form {content['version']}). Install that.")
     entry = header[NAME]

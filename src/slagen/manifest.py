@@ -22,7 +22,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from slagen.documents import parse_json
 from slagen.errors import SlagenError
-from slagen.files import append
+from slagen.files import append, open_regular
 from slagen.forms import Fault, check, matching, one_of, sha256, whole
 from slagen.text import to_json
 
@@ -146,7 +146,7 @@ class Manifest:
     def _events(self) -> Iterator[dict[str, Any]]:
         """What was appended since the last call; a line without an end is left for the next one."""
         try:
-            with self.path.open("rb") as handle:
+            with open_regular(self.path) as handle:
                 handle.seek(self._offset)
                 while line := handle.readline(MAX_LINE):
                     if len(line) < MAX_LINE and not line.endswith(b"\n"):
@@ -236,7 +236,7 @@ class Manifest:
         """Whether a done job's video is there with the bytes that were written."""
         path = self.folder / job.name
         try:
-            with path.open("rb") as handle:
+            with open_regular(path) as handle:
                 return hashlib.file_digest(handle, "sha256").hexdigest() == job.result.get("sha256")
         except OSError:
             return False

@@ -14,6 +14,7 @@ from typing import Any
 from slagen import documents
 from slagen.documents import parse_json
 from slagen.errors import WeightsError
+from slagen.files import open_regular
 from slagen.forms import Fault, Kind, check, one_of, whole
 
 AGAIN = "Get the model again."
@@ -125,7 +126,7 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises: WeightsError if the file is broken or truncated.
     """
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             (length,) = struct.unpack("<Q", handle.read(8))
             if length > MAX_HEADER:
                 raise Fault("its header is too long")

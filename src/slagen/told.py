@@ -30,8 +30,11 @@ OWN = ("path", "kind")
 def describe(path: Path) -> dict[str, Any] | None:
     """What a video or its report says of how it was made; None for a file that is neither.
 
-    Raises: WeightsError for a video without slagen's words in it or of another kind, and for JSON that is no report.
+    Raises: WeightsError for a video without slagen's words in it or of another kind, for JSON that is no report, and
+        for a pipe or device.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise WeightsError(f"{path} is no regular file. Give a video, its .json, or weights that lie on a disk.")
     if is_mp4(path):
         return {"path": str(path), "kind": "video", **_without_own(read_video(path))}
     if (kind := other_kind(path)) is not None:

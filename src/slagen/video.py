@@ -14,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
-from slagen.files import scratch, writing
+from slagen.files import open_regular, scratch, writing
 
 CRF = 16  # x264 constant rate factor: visually lossless
 # Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the
@@ -148,7 +148,7 @@ def make_thumbnail(path: Path, width: int = 240) -> bytes:
 def is_mp4(path: Path) -> bool:
     """Whether a file begins as an MP4 does."""
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             return handle.read(12)[4:8] == b"ftyp"
     except OSError:
         return False
@@ -167,7 +167,7 @@ OTHER_KINDS = (  # how files of moving pictures begin that are no MP4: an offset
 def other_kind(path: Path) -> str | None:
     """What a file is that holds pictures but is no MP4; None for all else."""
     try:
-        with path.open("rb") as handle:
+        with open_regular(path) as handle:
             start = handle.read(377)
     except OSError:
         return None
