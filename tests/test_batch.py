@@ -445,6 +445,20 @@ def test_a_folder_that_takes_nothing(tmp_path):
         Manifest(tmp_path).read()
 
 
+def test_a_page_that_cannot_be_written_ends_no_batch(toy, tmp_path, monkeypatch):
+    """All videos were made, and it ended with 1 and no result."""
+
+    def on_a_full_disk(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("slagen.batch.write_text", on_a_full_disk)
+    events = []
+    result = batch(settings(toy, tmp_path, ["a red circle"]), events.append)
+    assert len(result.made) == 1 and result.page is None
+    (told,) = [event.text for event in events if event.kind == "warning" and "index.html" in event.text]
+    assert "could not be written" in told and "No space left" in told
+
+
 def test_command(toy, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --seed 3")

@@ -97,6 +97,78 @@ def test_where_the_folder_takes_nothing_latents_are_kept_elsewhere(toy, tmp_path
     assert kept.read_latents(other / f"v-2{kept.SUFFIX}") and (other / f"v{kept.SUFFIX}").read_text() == "mine"
 
 
+def test_latents_that_cannot_be_written_cost_no_report(toy, tmp_path, monkeypatch):
+    """Both were lost, and the old report too, and no file was named."""
+    output, other = tmp_path / "v" / "v.mp4", tmp_path / "other"
+    other.mkdir()
+    generate(config(toy, output, save_latents=True))
+    write = kept.write_latents
+
+    def on_a_full_disk(path, *arguments, **options):
+        if path.parent != other:
+            raise OSError(27, "File too large")
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr(kept.tempfile, "gettempdir", lambda: str(other))
+    monkeypatch.setattr(kept, "write_latents", on_a_full_disk)
+    monkeypatch.setattr("slagen.generate.write_latents", on_a_full_disk)
+    file = other / f"v{kept.SUFFIX}"
+    with pytest.raises(SlagenError) as told:
+        generate(config(toy, output, save_latents=True, overwrite=True, fps=9))
+    assert f"{output} is written, but {output.with_suffix(kept.SUFFIX)} could not be" in str(told.value)
+    assert str(told.value).endswith(f"The latents are kept in {file}.")
+    assert json.loads(output.with_suffix(".json").read_text())["video"]["fps"] == 9
+    assert kept.read_latents(file)[2]["video"]["fps"] == 9
+    assert sorted(path.name for path in output.parent.iterdir()) == ["v.json", "v.mp4"]
+
+
+def test_the_latents_of_a_video_go_with_it(toy, video, tmp_path):
+    """`decode` made the first one's video of what lay beside the second."""
+    output = tmp_path / "v.mp4"
+    latents = output.with_suffix(kept.SUFFIX)
+    latents.write_text("mine")
+    output.write_bytes(b"before")
+    generate(config(toy, output, overwrite=True))
+    assert latents.read_text() == "mine"  # slagen did not write it
+    for command in ("generate", "decode"):
+        latents.write_bytes(video.latents_path.read_bytes())
+        if command == "generate":
+            generate(config(toy, output, overwrite=True))
+        else:
+            assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(output), "--overwrite"]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["v.json", "v.mp4"], command
+    latents.write_bytes(video.latents_path.read_bytes())
+    assert run(["decode", str(latents), "--model", str(toy), "--overwrite"]) == 0
+    assert latents.is_file()  # whose video was made
+
+
+@pytest.mark.parametrize("command", ["decode", "replay"])
+def test_a_hub_model_that_only_a_file_names_is_not_fetched(video, tmp_path, capsys, monkeypatch, command):
+    """Whoever made the file chose what was downloaded."""
+    fetched = []
+
+    def fetch(repo_id, **options):
+        fetched.append((repo_id, options["local_files_only"]))
+        raise SlagenError("fetched")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("slagen.wan.loading.fetch_pipeline", fetch)
+    if command == "decode":
+        path = changed(
+            video, tmp_path / "x.safetensors", about=lambda c: c["report"]["settings"].update(model="evil/m")
+        )
+    else:
+        path = tmp_path / "x.json"
+        path.write_text(json.dumps({**video.report, "settings": {**video.report["settings"], "model": "evil/m"}}))
+    assert run([command, str(path), "--local-files-only"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "was made with the hub model evil/m; give --model evil/m to fetch it" in told and not fetched
+    assert run([command, str(path), "--model", "evil/m", "--local-files-only"]) == 1
+    monkeypatch.setattr("slagen.wan.loading.is_cached", lambda repo_id: True)
+    assert run([command, str(path)]) == 1
+    assert fetched == [("evil/m", True), ("evil/m", False)]
+
+
 def changed(video, path, *, tensor=lambda x: x, about=lambda content: None, names=("latents",), metadata=True):
     """The latents' file with a change."""
     latents = load_file(video.latents_path)["latents"]

@@ -87,7 +87,7 @@ def batch(config: BatchConfig, on_event: Callable[[Event], None] = lambda event:
     stop = threading.Event()
     worker = f"{uuid.uuid4().hex[:12]}:{socket.gethostname()}:{os.getpid()}"
     result = share(config, requests, stop, on_event, worker)
-    result.page = write_page(Manifest(result.folder))
+    result.page = try_page(Manifest(result.folder), on_event)
     return result
 
 
@@ -129,6 +129,17 @@ def share(
             _Run(config, manifest, todo, result, stop, on_event, worker, speed).run()
             result.interrupted = stop.is_set()
     return result
+
+
+def try_page(manifest: Manifest, on_event: Callable[[Event], None]) -> Path | None:
+    """The page of a batch that has ended; where the disk does not take it, a warning and None: the videos are made."""
+    try:
+        return write_page(manifest)
+    except OSError as error:
+        on_event(
+            Event("warning", f"{manifest.folder / PAGE} could not be written ({error}); the videos are not harmed")
+        )
+        return None
 
 
 def write_page(manifest: Manifest) -> Path:

@@ -657,6 +657,7 @@ def replay(
         typer.Option(help="The weights, if they lie elsewhere now.", metavar="FILE_OR_FOLDER"),
     ] = None,
     vae: VaeOption = None,
+    local_files_only: LocalFilesOnlyOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
 ) -> None:
     """Make a video again and compare latents, frames and file; exit code 6 where they differ.
@@ -671,7 +672,15 @@ def replay(
         _start_quickly(context, "*.gguf")  # it may be
         from slagen import replay as task
 
-        result = task.replay(path, output, progress, model=model, weights=weights, vae=vae)
+        result = task.replay(
+            path,
+            output,
+            progress,
+            model=model,
+            weights=weights,
+            vae=vae,
+            local_files_only=local_files_only,
+        )
     console.show_replay(result, as_json)
     if not result["same"]:
         raise GateError("the video is not the same. What differs is above.")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from slagen import __version__, prompts
-from slagen.batch import BatchResult, share, signals, write_page
+from slagen.batch import BatchResult, share, signals, try_page
 from slagen.config import BatchConfig, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generate import Event
@@ -336,7 +336,7 @@ class _Driver:
             kept=[job.name for job in jobs if job.name in before and job.name not in made],
             elsewhere=[job.name for job in jobs if job.name in there - before and job.name not in made],
             failed=[(name, reason) for name, reason in failed.items() if name not in done],
-            interrupted=self.stop.is_set(), page=write_page(manifest),
+            interrupted=self.stop.is_set(), page=try_page(manifest, self.on_event),
         )  # fmt: skip
 
 

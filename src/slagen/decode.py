@@ -17,11 +17,11 @@ from slagen.config import user_path
 from slagen.errors import UsageError, WeightsError
 from slagen.files import check_writable, reserved, staging, write_json
 from slagen.generate import CPU, Event, GenerateResult, Video
-from slagen.latents import SUFFIX, read_latents
+from slagen.latents import SUFFIX, latents_beside, read_latents
 from slagen.models import ModelSource
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.checkpoints import weights_hash
-from slagen.wan.loading import decode_latents, load_pipeline, resolve_model
+from slagen.wan.loading import check_told_model, decode_latents, load_pipeline, resolve_model
 
 
 def decode(
@@ -34,13 +34,15 @@ def decode(
     Args:
         output: the video's file; None: the latents' name with .mp4.
         model, vae: where they lie, if not where the file says.
-    Raises: WeightsError for a damaged file or another VAE, UsageError for a video that exists, EnvironmentProblem
-        without ffmpeg.
+    Raises: WeightsError for a damaged file or another VAE, UsageError for a video that exists or a model that only the
+        file names and would be downloaded, EnvironmentProblem without ffmpeg.
     """
     path = user_path(path_text)
     latents, vae_hash, told = read_latents(path)
     target = _target(path, output)
     check_ffmpeg()
+    if model is None:
+        check_told_model(path, told["settings"]["model"])
     source = _find_model(path, model or told["settings"]["model"], local_files_only, on_event)
     size = _check_shape(path, latents, told["settings"], source)
     place, own = machine.pick_device(device), vae or told["settings"].get("vae")
@@ -95,7 +97,9 @@ def _write(
                 "decoded": {"versions": report.versions(), "device": machine.describe_device(place)},
             }  # fmt: skip
             write_json(stage.folder / target.with_suffix(".json").name, content)
-            stage.publish(replace=overwrite)
+            beside = target.with_suffix(SUFFIX)
+            own = beside.exists() and beside.samefile(path)
+            stage.publish(replace=overwrite, without=() if own else tuple(latents_beside(target)))
     except OSError as error:
         raise not_written(target, error) from error
     return Video(target, target.with_suffix(".json"), content, path)

@@ -27,7 +27,7 @@ from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json
-from slagen.latents import SUFFIX, keep_latents, write_latents
+from slagen.latents import SUFFIX, keep_latents, latents_beside, write_latents
 from slagen.paths import is_video
 from slagen.resolve import SIGMA_MAX, Plan, check_kernels, find_weights, make_plan
 from slagen.text import quote
@@ -275,7 +275,8 @@ def save(
     sample: Sample, path: Path, on_event: Callable[[Event], None] = lambda event: None, *, replace: bool = True
 ) -> Video:
     """Write a sampled video, its report, and its latents where they are kept: all of them, so that none describes
-    another, but where what is beside the video cannot be written, the video alone.
+    another, but of what is beside the video only that which can be written. What lay there of a video that is replaced
+    goes with it.
 
     Args:
         replace: files of these names; otherwise they stay, and it is an error.
@@ -290,28 +291,38 @@ def save(
         "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
     }
     report_path, latents_path = path.with_suffix(".json"), path.with_suffix(SUFFIX)
-    lost = None
+    lost: dict[Path, Exception] = {}
     try:
         with staging(path.parent) as stage:
             video, latents = stage.folder / path.name, stage.folder / latents_path.name
             comment = report.comment(sample.plan.told, hashes["latents_hash"], hashes["frames_hash"], sample.weights)
             encode_mp4(sample.frames, video, config.fps, comment)
+            sample.stages["write"] = time.perf_counter() - began
+            content = _report(sample, video, **hashes)
+            going = []
+            try:
+                write_json(stage.folder / report_path.name, content)
+            except OSError as error:
+                lost[report_path] = error
+                going.append(report_path.name)
             try:
                 if config.save_latents:
-                    write_latents(latents, sample.latents, weights_hash(sample.vae), _report(sample, video, **hashes))
-                sample.stages["write"] = time.perf_counter() - began
-                content = _report(sample, video, **hashes)
-                write_json(stage.folder / report_path.name, content)
+                    write_latents(latents, sample.latents, weights_hash(sample.vae), content)
             except (OSError, SafetensorError) as error:
-                lost = error
+                lost[latents_path] = error
                 latents.unlink(missing_ok=True)
-            stage.publish(replace=replace, without=() if lost is None else (report_path.name,))
+            if not latents.exists():
+                going += latents_beside(path)
+            stage.publish(replace=replace, without=tuple(going))
     except OSError as error:
         raise _kept(sample, path, not_written(path, error), hashes) from error
-    if lost is not None:
-        raise SlagenError(
-            f"{path} is written, but a file beside it could not be ({lost}). Check the free space there."
-        ) from lost
+    if lost:
+        names = " and ".join(map(str, lost))
+        text = f"{path} is written, but {names} could not be ({next(iter(lost.values()))}). Check the free space there."
+        if latents_path in lost:
+            kept = keep_latents(path, sample.latents, weights_hash(sample.vae), content)
+            text += " The latents are lost." if kept is None else f" The latents are kept in {kept}."
+        raise SlagenError(text) from next(iter(lost.values()))
     return Video(path, report_path, content, latents_path if config.save_latents else None)
 
 

@@ -4,6 +4,7 @@ writes, what is kept where a video could not be written, and what `slagen decode
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,18 @@ def keep_latents(video: Path, latents: Tensor, vae_hash: str, report: dict[str, 
                 break
             return path
     return None
+
+
+def latents_beside(video: Path) -> list[str]:
+    """The name of the latents that slagen wrote beside a video, which are of no other; empty without one of them."""
+    path = video.with_suffix(SUFFIX)
+    if not os.path.lexists(video) or not path.is_file():
+        return []
+    try:
+        about = read_header(path).get("__metadata__", {})
+    except (WeightsError, OSError):
+        return []
+    return [path.name] if METADATA in about else []
 
 
 def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:

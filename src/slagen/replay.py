@@ -14,6 +14,7 @@ from slagen.files import scratch
 from slagen.generate import Event, generate
 from slagen.models import BUNDLED, PRESETS, SLA_FILE, bundled_folder, is_hub_id
 from slagen.told import describe
+from slagen.wan.loading import check_told_model
 
 AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same name
     "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "block_m",
@@ -25,6 +26,7 @@ AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same nam
 def replay(
     path_text: str, output: str | None = None, on_event: Callable[[Event], None] = lambda event: None, *,
     model: str | None = None, weights: str | None = None, vae: str | None = None,
+    local_files_only: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Make a video again and compare.
 
@@ -32,9 +34,11 @@ def replay(
         path_text: a video that slagen made, or the JSON beside it.
         output: keep the new video here; None throws it away.
         model, weights, vae: where they lie, if not where they did.
+        local_files_only: download nothing.
     Returns: a dict: `same`, the old and new hashes of what both tell (latents, weights, frames, from a report the
         file), and which versions differ.
-    Raises: UsageError for a file that is neither, weights that are not found, or settings that slagen does not take;
+    Raises: UsageError for a file that is neither, weights that are not found, a hub model that only it names and that
+        is not on this machine, or settings that slagen does not take;
         WeightsError for other weights; as `generate` besides.
     """
     path = user_path(path_text)
@@ -57,7 +61,7 @@ def replay(
         with scratch() as folder:
             config = GenerateConfig(
                 **fields, width=width, height=height, ode=bool(settings.get("ode")),
-                output=output or str(folder / "replay.mp4"),
+                local_files_only=local_files_only, output=output or str(folder / "replay.mp4"),
             )  # fmt: skip
             made = generate(config, on_event).videos[0].report
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -94,6 +98,7 @@ def _find(path: Path, option: str, name: str | None) -> str | None:
     if (path.parent / name).exists():
         return str(path.parent / name)
     if option == "model" and is_hub_id(name):
+        check_told_model(path, name)
         return name
     raise UsageError(f"{path} was made with the {option} {name}, which is not found. Give it with --{option}.")
 

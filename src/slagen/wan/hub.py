@@ -49,6 +49,14 @@ def closed_hub() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def is_cached(repo_id: str) -> bool:
+    """Whether a pipeline of the hub was downloaded before."""
+    try:
+        return isinstance(try_to_load_from_cache(repo_id, "model_index.json"), str)
+    except HFValidationError:
+        return False
+
+
 def fetch_pipeline(repo_id: str, *, transformer: bool, local_files_only: bool, on_note: OnNote) -> Path:
     """The folder of a diffusers pipeline; without its transformer's weights where others replace them."""
     ignored = [] if transformer else TRANSFORMER_WEIGHTS

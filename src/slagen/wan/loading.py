@@ -26,7 +26,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from slagen.config import Sampler, user_path
-from slagen.errors import SlagenError, WeightsError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.files import scratch
 from slagen.model_files import check_parts
 from slagen.models import (
@@ -47,7 +47,7 @@ from slagen.report import ModelShape
 from slagen.wan.bounds import is_finite
 from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
 from slagen.wan.gguf_files import check_values
-from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights
+from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights, is_cached
 from slagen.wan.kinds import REFUSALS, identify
 from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
@@ -93,6 +93,13 @@ def resolve_model(
     if is_hub_id(model):
         return describe_folder(fetch_pipeline(model, transformer=own_transformer, **options), model)
     raise unknown_model(model)
+
+
+def check_told_model(path: Path, model: str) -> None:
+    """Raises UsageError for a model that a file names, which may be anybody's, and that would be downloaded for it."""
+    known = model in (BUNDLED, *PRESETS) or user_path(model).exists()
+    if not known and is_hub_id(model) and not is_cached(model):
+        raise UsageError(f"{path} was made with the hub model {model}; give --model {model} to fetch it.")
 
 
 def load_pipeline(
