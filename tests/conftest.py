@@ -5,6 +5,7 @@ Without a GPU, Triton's kernels run in its interpreter, which is chosen when Tri
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,6 +17,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):  # Triton is for Linux; tests that need it say so
         import faster_interpreter  # noqa: F401
+
+for ignored in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # by a shell's background or nohup
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with nan
 torch.set_num_threads(1)

@@ -43,7 +43,7 @@ def train(model: str, data: str, out: str, parallel: str, context: str) -> None:
         trainer = build()
         result = trainer.step(0)
         kept = {f"grad/{name}": whole(p.grad) for name, p in trainer.named.items()}
-        save_state(trainer, Path(out), 1, {})
+        save_state(trainer, Path(out), 1, {"settings": {}, "seconds": 0.0, "before": {"error": 0.0, "layers": []}})
         team.wait()
         with trainer.averaged():  # a validation in between leaves no trace
             velocity_error(trainer.student, trainer.teacher, [trainer.data.example(trainer.data.held_out[0])], [0.5])

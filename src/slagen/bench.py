@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine, packages, report
+from slagen.attention.backends import check_kernels, pick_backend
 from slagen.attention.functional import choose_backend, sparse_linear_attention
 from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json, write_text
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
-from slagen.resolve import check_kernels, pick_backend
 from slagen.tables import EVEN, FASTER, BenchResult, beside, markdown, merged
 from slagen.text import quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles

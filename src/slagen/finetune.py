@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from slagen import dataset
+from slagen.attention.backends import check_kernels, pick_backend
 from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults, user_path
 from slagen.dataset import Clip, Dataset
 from slagen.embeddings import file_hashes, files_in
@@ -34,7 +35,7 @@ from slagen.parallel import Team, join, own_part, whole
 from slagen.paths import check_utf8
 from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
 from slagen.report import versions
-from slagen.resolve import check_kernels, find_weights, make_plan, pick_backend
+from slagen.resolve import find_weights, make_plan
 from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
 from slagen.training_log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
 from slagen.training_state import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state

@@ -23,13 +23,14 @@ import torch
 from safetensors import SafetensorError
 
 from slagen import machine, memory, report
+from slagen.attention.backends import check_kernels
 from slagen.attention.functional import Branches
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json
 from slagen.latents import SUFFIX, keep_latents, latents_beside, write_latents
 from slagen.paths import is_video
-from slagen.resolve import SIGMA_MAX, Plan, check_kernels, find_weights, make_plan
+from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.text import quote
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import check_ffmpeg, encode_mp4, not_written

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from slagen import machine, report
-from slagen.attention.functional import choose_backend
-from slagen.attention.fused import verify
-from slagen.config import Backend, GenerateConfig, ModelDefaults, SLAConfig, user_path
-from slagen.errors import EnvironmentProblem, UsageError, WeightsError
+from slagen.attention.backends import pick_backend
+from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
+from slagen.errors import UsageError, WeightsError
 from slagen.models import SLA_FILE, ModelSource, bundled_folder
 from slagen.wan.checkpoints import read_metadata
 from slagen.wan.formats import UNTOLD, Found, peek
@@ -272,20 +271,6 @@ def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
             "--guidance-scale 1, all others 20 steps or more"
         )
     return None
-
-
-def pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that SLA will run on. Raises EnvironmentProblem where a named one can not."""
-    try:
-        return choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), name)
-    except ValueError as error:
-        raise EnvironmentProblem(str(error)) from error
-
-
-def check_kernels(backend: str | None, head_dim: int, device: torch.device, dtype: torch.dtype, sla: SLAConfig) -> None:
-    """Try the kernels, where they will run, before anything is loaded. Raises EnvironmentProblem where none can."""
-    if backend == "triton":
-        verify(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), sla)
 
 
 def _plan_attention(
