@@ -109,7 +109,7 @@ OUTSIDE = {
     "no-compiler": (NO_COMPILER, "Triton finds no C compiler"),
     "compiler-fails": (COMPILER_FAILS, "gcc can not compile Triton's launcher .exit code 1"),
     "driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "the driver.*image is invalid"),
-    "cache": (PermissionError(13, "Permission denied", "/root/.triton"), "/root/.triton: Permission denied"),
+    "cache": (PermissionError(13, "Permission denied", "/home/user/.triton"), "/home/user/.triton: Permission denied"),
     "libcuda": (AssertionError("libcuda.so cannot found!\nPlease"), "libcuda.so cannot found!"),
     "launcher": (ImportError("x.so: failed to map segment"), "failed to map segment"),
     "no-driver": (RuntimeError("0 active drivers ([]). There should only be one."), "0 active drivers"),

@@ -159,7 +159,9 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(trained, change,
 def test_all_zero_projections_load_when_allowed(trained):
     folder, file, _ = trained
     rewrite(file, lambda t: t["blocks.0.attn1.processor.proj_l.weight"].zero_())
-    load_sla(load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32), file, allow_untrained=True)
+    pipe = load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+    load_sla(pipe, file, allow_untrained=True)
+    assert not pipe.transformer.blocks[0].attn1.processor.proj_l.weight.any()
 
 
 def test_another_base_is_refused(trained):
