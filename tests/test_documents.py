@@ -370,3 +370,19 @@ def test_the_page_of_a_tampered_folder_links_to_its_videos_alone(tmp_path):
     assert re.findall(r'href="([^"]*)"', page) == [f"./{names[0]}"]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "secret.mp4"]
     assert len(list((manifest.folder / ".slagen" / "thumbnails").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer.*git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>", "a web page, not the file"),
+        (b"\0\0\0\x20ftypisom", "is a video. Give a safetensors file"),
+    ],
+    ids=["lfs", "web-page", "video"],
+)
+def test_another_file_under_the_name_of_weights_is_not_called_damaged(tmp_path, start, words):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(start + bytes(100))
+    with pytest.raises(WeightsError, match=words):
+        read_header(path)

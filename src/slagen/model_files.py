@@ -138,8 +138,24 @@ def read_header(path: Path) -> dict[str, Any]:
         if path.stat().st_size != size:
             raise Fault(f"it has {path.stat().st_size} bytes, but its header tells of {size}")
     except (OSError, struct.error, Fault) as error:
+        if (kind := _no_safetensors(path)) is not None:
+            raise WeightsError(f"{path} is {kind}.") from error
         raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
     return header
+
+
+def _no_safetensors(path: Path) -> str | None:
+    """What a file is that only has the name of a safetensors file, with what is wanted instead; None for all else."""
+    try:
+        with open_regular(path) as handle:
+            start = handle.read(64).lstrip().lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, which only stands for the file. Get the file itself with git lfs pull"
+    if start.startswith((b"<!doctype", b"<html")):
+        return "a web page, not the file. Download the file itself"
+    return "a video. Give a safetensors file" if start[4:8] == b"ftyp" else None
 
 
 def read_strings(path: Path, text: str, form: Any) -> Any:
