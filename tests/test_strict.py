@@ -28,6 +28,7 @@ from slagen.wan.loading import (
     load_vae,
     resolve_model,
 )
+from slagen.wan.metadata import FORMAT_VERSION, tensors_hash
 from slagen.wan.reading import component_files
 
 CPU = torch.device("cpu")
@@ -104,6 +105,13 @@ def unlisted(file):
     return tensors, {"slagen": json.dumps(fields)}
 
 
+def test_the_bundled_sla_weights_list_what_they_hold():
+    """They were of the version without a list, in which a changed tensor goes unnoticed."""
+    metadata, tensors = read_sla(bundled_folder())
+    assert metadata.format_version == FORMAT_VERSION
+    assert set(metadata.tensors) == set(tensors) and metadata.tensors_hash == tensors_hash(tensors)
+
+
 def test_sla_weights_without_a_list_load_with_a_note(components, folder):
     file, load = components["sla"]
     whole = file.read_bytes()
@@ -121,7 +129,7 @@ def test_sla_weights_without_a_list_load_with_a_note(components, folder):
 
 @pytest.mark.parametrize("name", ["blocks.1.attn1.to_q.weight", "blocks.0.ffn.net.2.bias", "proj_out.weight"])
 def test_a_gap_in_sla_weights_without_a_list_is_refused(components, name):
-    """The bundled model's are such: of all its tensors one that is missing would be the base's, without a word."""
+    """Of all the tensors of such a file one that is missing would be the base's, without a word."""
     file, load = components["sla"]
     whole = file.read_bytes()
     tensors, metadata = unlisted(file)

@@ -18,7 +18,7 @@ from slagen import machine, report
 from slagen.attention.backends import pick_backend
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import UsageError, WeightsError
-from slagen.models import SLA_FILE, ModelSource, bundled_folder
+from slagen.models import SLA_FILE, ModelSource
 from slagen.wan.checkpoints import read_metadata
 from slagen.wan.formats import UNTOLD, Found, peek
 from slagen.wan.loading import resolve_model
@@ -138,8 +138,7 @@ def find_weights(
         notes.append(
             f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
         )
-    own = sla_path == bundled_folder() / SLA_FILE
-    if sla_path is not None and sla_alone and not own and read_metadata(sla_path).tensors is None:
+    if sla_path is not None and sla_alone and read_metadata(sla_path).tensors is None:
         notes.append(f"{sla_path} is older than the list of tensors in such files: a changed one would go unnoticed")
     few_steps = "" if found is None or distilled else found.few_steps
     return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes), few_steps)

@@ -52,9 +52,7 @@ def _explain(error: Exception) -> LaunchError:
     if REJECTED in text:
         return LaunchError(f"Triton's compiler rejects the kernel ({text})", of_tile=True)
     if "Failed to find C compiler" in text:
-        return LaunchError(
-            "Triton finds no C compiler, which it starts kernels with", "apt install gcc, or CC=<compiler>"
-        )
+        return LaunchError("Triton finds no C compiler, which it starts kernels with", COMPILER)
     if isinstance(error, subprocess.CalledProcessError):
         header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
         if not header.is_file():
