@@ -68,7 +68,7 @@ def test_parameters_are_counted_exactly():
     assert planning.transformer_parameters(WAN_14B) == 14_288_491_584
     small = build_transformer(num_heads=2, head_dim=64, num_layers=3)
     counted = sum(p.numel() for p in small.parameters())
-    sizes = planning.report.ModelShape(num_layers=3, num_heads=2, head_dim=64, ffn_dim=64, text_tokens=8)
+    sizes = planning.ModelShape(num_layers=3, num_heads=2, head_dim=64, ffn_dim=64, text_tokens=8)
     by_formula = planning.transformer_parameters(sizes, text_dim=32, channels=4)
     assert by_formula - counted == (256 - 32) * 128  # this one embeds time in 32 frequencies, Wan in 256
 

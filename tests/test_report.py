@@ -5,16 +5,13 @@ import time
 
 import pytest
 
+from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.attention.sla.cost import block_counts, sla_attention_flops
 from slagen.config import SLAConfig
 from slagen.files import write_json
 from slagen.report import (
-    ModelShape,
-    block_counts,
     cost_section,
-    dense_attention_flops,
     layer_section,
-    other_flops,
-    sla_attention_flops,
     step_section,
     timing_section,
 )

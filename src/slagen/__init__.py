@@ -8,7 +8,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SLAConfig": "slagen.config",
+    "SLAConfig": "slagen.attention.sla.config",
     "GenerateConfig": "slagen.config",
     "SlagenError": "slagen.errors",
     "sparse_linear_attention": "slagen.attention",

@@ -25,6 +25,8 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock
 
 from slagen import prompts
+from slagen.attention.cost import dense_attention_flops, other_flops
+from slagen.attention.sla.cost import sla_attention_flops
 from slagen.config import BatchConfig, GenerateConfig, user_path
 from slagen.documents import read_json
 from slagen.embeddings import Embeddings, component_files, file_hashes
@@ -36,7 +38,6 @@ from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
 from slagen.paths import is_video
-from slagen.report import dense_attention_flops, other_flops, sla_attention_flops
 from slagen.resolve import Plan, Weights, find_weights, make_plan
 from slagen.told import restored_report
 from slagen.video import check_ffmpeg, make_thumbnail

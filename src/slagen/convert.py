@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.files import reserved, write_json, writing
@@ -34,7 +35,6 @@ from slagen.models import (
     read_json,
 )
 from slagen.paths import check_folder, check_utf8
-from slagen.report import ModelShape
 from slagen.text import quote
 from slagen.wan.bounds import is_finite
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash

@@ -23,8 +23,10 @@ import torch
 from safetensors import SafetensorError
 
 from slagen import machine, memory, report
+from slagen.attention import cost
 from slagen.attention.backends import check_kernels
 from slagen.attention.functional import Branches
+from slagen.attention.sla.cost import block_counts, sla_attention_flops
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json
@@ -414,12 +416,12 @@ def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> 
     shape = plan.weights.source.shape
     attention: dict[str, Any] = {"mode": config.attention, "tokens": plan.num_tokens}
     if sla is None:
-        flops = report.dense_attention_flops(shape, plan.num_tokens)
+        flops = cost.dense_attention_flops(shape, plan.num_tokens)
     else:
-        counts = report.block_counts(sla, plan.num_tokens)
+        counts = block_counts(sla, plan.num_tokens)
         fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
         attention |= {**sla.to_dict(), **counts, "fractions": fractions, "backend": plan.backend}
-        flops = report.sla_attention_flops(
+        flops = sla_attention_flops(
             shape, plan.num_tokens, sla, sparse=config.attention != "linear", linear=config.attention != "sparse"
         )
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
+from slagen.attention.cost import ModelShape
 from slagen.errors import SlagenError, WeightsError
 from slagen.model_files import read_header, read_json
 from slagen.models import ModelSource
-from slagen.report import ModelShape
 
 GIB = 2**30
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.model_files import SETTINGS_KEY, check_parts, read_header, read_json, read_strings
-from slagen.report import ModelShape
 from slagen.text import quote
 
 BUNDLED = "tiny-wan"

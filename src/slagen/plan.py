@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from slagen import memory, report
+from slagen import memory
+from slagen.attention import cost
+from slagen.attention.cost import ModelShape
+from slagen.attention.sla.cost import block_counts, sla_attention_flops
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import UsageError
 from slagen.models import (
@@ -49,10 +52,10 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         raise UsageError(f"size is {width}x{height}, but must be multiples of {step} pixels. Try --size {nearest}.")
     tokens = num_tokens(width, height, num_frames, grid, factor)
     sla = (trained or SLAConfig()).asked(config, tokens)
-    counts = report.block_counts(sla, tokens)
+    counts = block_counts(sla, tokens)
     shape = dataclasses.replace(shape, text_tokens=defaults.max_sequence_length)
-    dense, other = report.dense_attention_flops(shape, tokens), report.other_flops(shape, tokens)
-    attention = report.sla_attention_flops(shape, tokens, sla)
+    dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
+    attention = sla_attention_flops(shape, tokens, sla)
     steps = config.steps or defaults.steps
     guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
     passes = steps * (2 if guidance > 1 else 1)
@@ -134,7 +137,7 @@ def _model(config: GenerateConfig) -> tuple:
     return bundled, source.defaults, source.shape, source.spatial_grid, source.temporal_factor, trained, folder
 
 
-def transformer_parameters(shape: report.ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
+def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
     """Parameters of a Wan2.1 text-to-video transformer with (1, 2, 2) patches; 1,418,996,800 for 1.3B."""
     width, ffn, patch = shape.num_heads * shape.head_dim, shape.ffn_dim, channels * 4
     linear = width * width + width
@@ -145,7 +148,7 @@ def transformer_parameters(shape: report.ModelShape, text_dim: int = 4096, chann
     return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
 
 
-def _memory(shape: report.ModelShape, tokens: int, width: int, height: int, folder: Path | None) -> dict[str, Any]:
+def _memory(shape: ModelShape, tokens: int, width: int, height: int, folder: Path | None) -> dict[str, Any]:
     """Estimates for bf16 on a card: weights (of a folder: its files), and what a stage needs beside them."""
     channels = shape.num_heads * shape.head_dim
     hidden = tokens * (4 * channels + 2 * (6 * channels + 2 * shape.ffn_dim))  # float32 residual; q, k, v, o, ...; ffn
@@ -172,7 +175,7 @@ def _memory(shape: report.ModelShape, tokens: int, width: int, height: int, fold
 
 
 def _cpu_memory(
-    config: GenerateConfig, shape: report.ModelShape, tokens: int, width: int, height: int, num_frames: int,
+    config: GenerateConfig, shape: ModelShape, tokens: int, width: int, height: int, num_frames: int,
     folder: Path | None,
 ) -> dict[str, float]:  # fmt: skip
     """Estimates of the host's memory for a run on a CPU, where everything is loaded at once, and what is left of it."""
@@ -189,7 +192,7 @@ def _cpu_memory(
     }  # fmt: skip
 
 
-def _downloads(preset: Preset | None, shape: report.ModelShape) -> list[dict[str, Any]]:
+def _downloads(preset: Preset | None, shape: ModelShape) -> list[dict[str, Any]]:
     """What a first run fetches, by parameters; the hub is asked for the true sizes then."""
     if preset is None or preset.base is None:
         return []

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from slagen.config import SLAConfig
+from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.text import to_json
 from slagen.timing import StepTimes
 
@@ -17,59 +16,6 @@ SCHEMA_VERSION = 1
 COMMENT_BYTES = 32 * 1024
 AROUND = ("output", "overwrite", "save_latents", "timing", "num_videos")  # settings that are about other files
 PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a Wan transformer that its cost depends on."""
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    ffn_dim: int
-    text_tokens: int
-
-
-def block_counts(config: SLAConfig, num_tokens: int) -> dict[str, int]:
-    """Into how many blocks a sequence of `num_tokens` falls, and what becomes of the key blocks of each query block."""
-    query_blocks, key_blocks = config.num_blocks(num_tokens)
-    return {
-        "query_blocks": query_blocks,
-        "key_blocks": key_blocks,
-        "critical": config.num_critical(key_blocks),
-        "negligible": config.num_negligible(key_blocks),
-        "marginal": config.num_marginal(key_blocks),
-    }
-
-
-def dense_attention_flops(shape: ModelShape, num_tokens: int) -> int:
-    """FLOPs of full self-attention in one forward pass of one sample: 4 L^2 D for each head and layer."""
-    return 4 * num_tokens**2 * shape.head_dim * shape.num_heads * shape.num_layers
-
-
-def sla_attention_flops(
-    shape: ModelShape, num_tokens: int, config: SLAConfig, *, sparse: bool = True, linear: bool = True
-) -> int:
-    """FLOPs of sparse-linear attention in one forward pass: block map, critical blocks, linear branch, projection."""
-    query_blocks, key_blocks = config.num_blocks(num_tokens)
-    dim = shape.head_dim
-    flops = 2 * query_blocks * key_blocks * dim  # scores of the pooled blocks
-    if sparse:
-        kept = min(num_tokens, config.num_critical(key_blocks) * config.block_n)
-        flops += 4 * num_tokens * kept * dim
-    if linear:
-        flops += 4 * num_tokens * dim**2 + 2 * num_tokens * dim**2  # phi(K)^T V and phi(Q) H; proj_l
-        if config.linear_domain == "marginal":
-            flops += 2 * query_blocks * key_blocks * dim**2  # sums of the marginal blocks' states
-    return flops * shape.num_heads * shape.num_layers
-
-
-def other_flops(shape: ModelShape, num_tokens: int) -> int:
-    """FLOPs of a forward pass but for self-attention's core: linear layers, cross-attention, feed-forward."""
-    width = shape.num_heads * shape.head_dim
-    self_linears = 8 * num_tokens * width**2
-    cross = 4 * num_tokens * shape.text_tokens * width + 4 * (num_tokens + shape.text_tokens) * width**2
-    return (self_linears + cross + 4 * num_tokens * width * shape.ffn_dim) * shape.num_layers
 
 
 def cost_section(

@@ -16,6 +16,7 @@ import torch
 
 from slagen import machine, report
 from slagen.attention.backends import pick_backend
+from slagen.attention.sla.cost import block_counts
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import UsageError, WeightsError
 from slagen.models import SLA_FILE, ModelSource
@@ -188,7 +189,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         trained, sla = sla, sla.asked(config, num_tokens)
         if weights.sla_path is not None:
             warnings += sla.differences(trained)
-        counts = report.block_counts(sla, num_tokens)
+        counts = block_counts(sla, num_tokens)
         if counts["key_blocks"] < 2:
             sla = None
             config = dataclasses.replace(

@@ -1,6 +1,19 @@
-"""Sparse-linear attention: `sparse_linear_attention`, and `SparseLinearAttention`, the module with its weights."""
+"""Attention, a folder for each method. The public names load torch on first use: configs and costs need none."""
 
-from slagen.attention.functional import sparse_linear_attention
-from slagen.attention.module import SparseLinearAttention
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "SparseLinearAttention": "slagen.attention.module",
+    "sparse_linear_attention": "slagen.attention.functional",
+}
 
 __all__ = ["SparseLinearAttention", "sparse_linear_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'slagen.attention' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -6,7 +6,7 @@ import torch
 
 from slagen.attention.functional import choose_backend
 from slagen.attention.fused import verify
-from slagen.config import Backend, SLAConfig
+from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem
 
 

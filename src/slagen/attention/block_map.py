@@ -9,7 +9,7 @@ every run, selects the same blocks. No gradient passes through the selection.
 import torch
 from torch import Tensor
 
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 
 CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 

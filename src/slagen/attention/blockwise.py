@@ -32,7 +32,7 @@ from torch import Tensor
 
 from slagen.attention.block_map import MARGINAL, block_map, block_scores, critical_indices
 from slagen.attention.reference import EPSILON
-from slagen.config import FeatureMap, SLAConfig
+from slagen.attention.sla.config import FeatureMap, SLAConfig
 
 # The fastest powers of two on a Xeon with 2 MiB of second-level cache per core, for D = 128 and blocks of 64, and for
 # D = 64 and blocks of 16; a factor of 4 either way costs 5 to 25 %.

@@ -10,7 +10,7 @@ from torch import Tensor
 from slagen.attention.blockwise import blockwise_attention
 from slagen.attention.fused import WELL_KNOWN, fused_attention, unsupported
 from slagen.attention.reference import reference_attention
-from slagen.config import Backend, SLAConfig
+from slagen.attention.sla.config import Backend, SLAConfig
 
 Branches = Literal["both", "sparse", "linear"]
 BRANCHES = get_args(Branches)

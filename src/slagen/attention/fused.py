@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention.reference import EPSILON, reference_attention
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import KernelProblem
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slagen.attention.functional import DTYPES, Branches, sparse_linear_attention
-from slagen.config import Backend, SLAConfig
+from slagen.attention.sla.config import Backend, SLAConfig
 
 
 class _ZeroLinear(nn.Linear):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen.attention.block_map import CRITICAL, MARGINAL, block_map, block_scores
-from slagen.config import FeatureMap, SLAConfig
+from slagen.attention.sla.config import FeatureMap, SLAConfig
 
 EPSILON = {"all": 1e-5, "marginal": 0.0}
 

@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+from slagen.attention.cost import ModelShape
 from slagen.config import Sampler, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.files import scratch
@@ -43,7 +44,6 @@ from slagen.models import (
     unknown_model,
 )
 from slagen.paths import check_utf8
-from slagen.report import ModelShape
 from slagen.wan.bounds import is_finite
 from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
 from slagen.wan.gguf_files import check_values

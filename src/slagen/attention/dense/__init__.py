@@ -1,0 +1,1 @@
+"""Dense attention: every query attends to every key."""

@@ -1,0 +1,134 @@
+"""SLAConfig: how sparse-linear attention divides its work. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from slagen.errors import UsageError
+from slagen.forms import shown
+
+Backend = Literal["auto", "reference", "torch", "triton"]
+LinearDomain = Literal["all", "marginal"]
+FeatureMap = Literal["softmax", "elu", "relu"]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class SLAConfig:
+    """How sparse-linear attention divides its work between the exact and the linear branch.
+
+    With N key blocks, every query block attends exactly to its `num_critical(N)` key blocks of highest score, drops its
+    `num_negligible(N)` of lowest score, and leaves the rest, the marginal ones, to the linear branch.
+
+    Args:
+        sparsity: fraction of key blocks that is not attended exactly, in [0, 1). At least one block always is.
+        negligible: fraction of key blocks that neither branch sees, in [0, 1). Needs `linear_domain="marginal"`.
+        linear_domain: what the linear branch sums over. "all": every token, as the released weights were made;
+            "marginal": the marginal blocks only, as in the paper. Weights of one do not suit the other.
+        feature_map: phi of the linear branch: "softmax" over the head dimension, "elu" for elu(x) + 1, or "relu".
+        block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    sparsity: float = 0.95
+    negligible: float = 0.0
+    linear_domain: LinearDomain = "all"
+    feature_map: FeatureMap = "softmax"
+    block_m: int = 64
+    block_n: int = 64
+
+    def __post_init__(self) -> None:
+        check_fraction("sparsity", self.sparsity, "Try 0.95.")
+        check_fraction("negligible", self.negligible, "Try 0 or, as in the paper, 0.1.")
+        check_choice("linear_domain", self.linear_domain, get_args(LinearDomain))
+        check_choice("feature_map", self.feature_map, get_args(FeatureMap))
+        check_choice("block_m", self.block_m, BLOCK_SIZES)
+        check_choice("block_n", self.block_n, BLOCK_SIZES)
+        if self.negligible > 0 and self.linear_domain == "all":
+            raise UsageError(
+                f"negligible is {self.negligible} with linear_domain 'all', but that linear branch skips no token. "
+                "Try linear_domain 'marginal', or negligible 0."
+            )
+
+    def num_blocks(self, length: int) -> tuple[int, int]:
+        """The numbers of query and key blocks (M, N) that cover `length` tokens; the last ones may be partial."""
+        return math.ceil(length / self.block_m), math.ceil(length / self.block_n)
+
+    def num_critical(self, num_key_blocks: int) -> int:
+        """How many of the key blocks a query block attends to exactly: at least 1."""
+        return max(1, math.floor((1 - self.sparsity) * num_key_blocks + 1e-6))
+
+    def with_topk(self, topk: float, num_key_blocks: int) -> SLAConfig:
+        """The same with int(topk * N) of N key blocks critical, at least 1: as the published code counts a top-k.
+
+        `topk * N` is that of floating point there, so 0.29 of 100 blocks are 28, where sparsity 0.71 leaves 29. Its
+        sparsity is 1 - topk, or where that counts otherwise the fraction that is left out.
+        """
+        config, count = dataclasses.replace(self, sparsity=1 - topk), max(1, int(topk * num_key_blocks))
+        if config.num_critical(num_key_blocks) == count:
+            return config
+        return dataclasses.replace(self, sparsity=1 - count / num_key_blocks)
+
+    def asked(self, wanted: Any, length: int) -> SLAConfig:
+        """The same with the blocks and the sparsity or top-k that are asked for, for a clip of `length` tokens."""
+        given = {name: getattr(wanted, name) for name in ("block_m", "block_n", "sparsity")}
+        config = dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+        if wanted.sla_topk is None:
+            return config
+        return config.with_topk(wanted.sla_topk, config.num_blocks(length)[1])
+
+    def differences(self, trained: SLAConfig) -> list[str]:
+        """What to tell of weights that were trained with another sparsity or other blocks."""
+        told = []
+        if not math.isclose(self.sparsity, trained.sparsity, abs_tol=1e-9):
+            told.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {self.sparsity:g}")
+        if (self.block_m, self.block_n) != (trained.block_m, trained.block_n):
+            told.append(
+                f"the weights were trained with blocks of {trained.block_m}x{trained.block_n} tokens, not "
+                f"{self.block_m}x{self.block_n}"
+            )
+        return told
+
+    def num_negligible(self, num_key_blocks: int) -> int:
+        """How many of the key blocks no branch sees; the critical ones are chosen first."""
+        wanted = math.floor(self.negligible * num_key_blocks + 1e-6)
+        return min(num_key_blocks - self.num_critical(num_key_blocks), wanted)
+
+    def num_marginal(self, num_key_blocks: int) -> int:
+        """How many of the key blocks are neither critical nor negligible."""
+        return num_key_blocks - self.num_critical(num_key_blocks) - self.num_negligible(num_key_blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SLAConfig:
+        """Rebuild what `to_dict` gave. Raises UsageError unless every field is there, and no other."""
+        if not isinstance(fields, dict):
+            raise UsageError(f"SLA settings are {shown(fields)}. Give an object.")
+        expected = {field.name for field in dataclasses.fields(cls)}
+        faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
+        faults += [f"have the unknown {name}" for name in sorted(fields.keys() - expected)]
+        if faults:
+            raise UsageError(f"SLA settings {' and '.join(faults)}. Give exactly {', '.join(sorted(expected))}.")
+        return cls(**fields)
+
+
+def check_fraction(name: str, value: object, advice: str) -> None:
+    """Raise UsageError unless a value is a number in [0, 1)."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:  # nan fails here too
+        raise UsageError(f"{name} is {shown(value)}, but must be a number of at least 0 and below 1. {advice}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise UsageError unless a value of SLAConfig is one of the choices, and of its type."""
+    # True == 1 and 64.0 == 64, so the type is compared too
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        default = SLAConfig.__dataclass_fields__[name].default
+        choice = ", ".join(map(repr, choices))
+        raise UsageError(f"{name} is {shown(value)}, but must be one of {choice}. Try {default!r}.")
