@@ -240,7 +240,7 @@ def test_what_decode_is_not_given(toy, video, tmp_path, capsys):
     cut.write_bytes(video.latents_path.read_bytes()[:-9])
     for arguments, code, words in (
         ([str(cut)], 5, "broken or truncated"),
-        ([str(tmp_path / "none")], 5, "is no file"),
+        ([str(tmp_path / "none")], 5, "does not exist"),
         ([path], 2, "is not found. Give it with --model"),
         ([path, *model], 2, "exists. Choose another --output, or replace it with --overwrite"),
         ([path, *model, "-o", "x.gif"], 2, "must be a file that ends in .mp4"),

@@ -4,11 +4,14 @@ import json
 import os
 import re
 import struct
+import zipfile
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import slagen
 from slagen.batch import write_page
@@ -16,10 +19,17 @@ from slagen.cli import run
 from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
 from slagen.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json, read_lines
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.files import file_hash
 from slagen.forms import Fault, check, one_of, sha256, shown, whole
+from slagen.latents import read_latents
 from slagen.manifest import Manifest, Wanted
-from slagen.models import bundled_folder, describe_folder, read_header
+from slagen.model_files import read_header
+from slagen.models import bundled_folder, describe_folder
+from slagen.usage import explain
 from slagen.video import write_mp4
+from slagen.wan.checkpoints import find_sla_file
+from slagen.wan.formats import peek
+from slagen.wan.reading import read_tensors
 
 
 def aliases(inner: str, levels: int = 9) -> str:
@@ -225,6 +235,12 @@ def test_there_is_one_reader():
         assert file.name == "config.py" or ".expanduser()" not in text, file
 
 
+def test_there_is_one_hash_of_a_file():
+    """It was written in seven places, four of which waited for a pipe."""
+    package = Path(slagen.__file__).parent
+    assert [p.name for p in package.rglob("*.py") if "file_digest" in p.read_text()] == ["files.py"]
+
+
 def test_the_bundled_model_is_of_the_forms():
     assert describe_folder(bundled_folder(), "x").shape.num_layers == 6
 
@@ -377,12 +393,78 @@ def test_the_page_of_a_tampered_folder_links_to_its_videos_alone(tmp_path):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a Git LFS pointer.*git lfs pull"),
         (b"<!DOCTYPE html>\n<html>", "a web page, not the file"),
-        (b"\0\0\0\x20ftypisom", "is a video. Give a safetensors file"),
+        (b"\0\0\0\x20ftypisom", "is a video. Give a weight file"),
+        (b"PK\3\4\0\0", "a zip archive.*ends in .pth"),
+        (b"GGUF\3\0\0\0", "a GGUF file.*ends in .gguf"),
     ],
-    ids=["lfs", "web-page", "video"],
+    ids=["lfs", "web-page", "video", "zip", "gguf"],
 )
 def test_another_file_under_the_name_of_weights_is_not_called_damaged(tmp_path, start, words):
     path = tmp_path / "x.safetensors"
     path.write_bytes(start + bytes(100))
     with pytest.raises(WeightsError, match=words):
         read_header(path)
+    for suffix in (".safetensors", ".pth", ".bin", ".gguf"):
+        path = path.rename(path.with_suffix(suffix))
+        own = {b"PK": (".pth", ".bin"), b"GG": (".gguf",)}.get(start[:2], ())
+        if suffix not in own:
+            with pytest.raises(WeightsError, match=words):
+                read_tensors(path)
+
+
+def test_safetensors_under_another_name_are_told(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="is a safetensors file. Give it a name that ends in .safetensors"):
+        read_tensors(tmp_path / "x.pth")
+
+
+def test_a_torchscript_archive_is_told(tmp_path):
+    """It was "broken or truncated"."""
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("x/data.pkl", "x/code/__torch__.py", "x/constants.pkl"):
+            archive.writestr(name, b"")
+    with pytest.raises(WeightsError, match="is a TorchScript archive.*Give the state_dict"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["x-00001-of-00002.safetensors", "x-00002-of-00012.bin"])
+def test_one_shard_is_told_with_its_folder(name, tmp_path):
+    """It was "faulty", with most of its tensors missing."""
+    path = tmp_path / name
+    save_file({"blocks.0.attn1.to_q.weight": torch.zeros(2, 2)}, path)
+    for read in (read_tensors, peek):
+        with pytest.raises(WeightsError, match=f"is one of (2|12) shards of a model.*{re.escape(str(tmp_path))}.$"):
+            read(path)
+    only = path.rename(tmp_path / "x-00001-of-00001.safetensors")
+    assert list(read_tensors(only)) == ["blocks.0.attn1.to_q.weight"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_told_as_what_it_is(tmp_path):
+    """/dev/zero and a pipe "did not exist"."""
+    pipe = tmp_path / "x.safetensors"
+    os.mkfifo(pipe)
+    gone = tmp_path / "gone.safetensors"
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(gone)
+    for path, words in (
+        (pipe, "is a named pipe."), (Path("/dev/zero"), "is a device."), (gone, "does not exist."),
+        (link, "is a link to nothing."),
+    ):  # fmt: skip
+        for read in (read_tensors, find_sla_file, read_latents):
+            with pytest.raises(WeightsError) as caught:
+                read(path)
+            assert str(caught.value).startswith(f"{path} {words}")
+        with pytest.raises(OSError):
+            file_hash(path)
+
+
+def test_a_line_feed_in_a_path_makes_no_second_line(tmp_path):
+    path = tmp_path / "a\nerror: forged\x1b[2J.safetensors"
+    path.write_bytes(b"{}")
+    with pytest.raises(WeightsError) as caught:
+        read_tensors(path)
+    assert "\n" not in str(caught.value) and "a\\nerror: forged" in str(caught.value)
+    assert str(UsageError("two", "lines\nof a fault")) == "two\nlines\\nof a fault"
+    assert explain(OSError(28, "No space left", "a\nb"), [])[0].startswith("a\\nb: No space left")

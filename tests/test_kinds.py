@@ -102,15 +102,30 @@ def test_single_corruptions_in_8_bits_are_refused_or_change_nothing(form, model,
 @pytest.mark.parametrize(
     ("extra", "kind"),
     [({"weight_scale_2": torch.tensor(1.0)}, "nvfp4"), ({"absmax": torch.zeros(4)}, "nf4"),
-     ({"comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)}, "mxfp8")],
-    ids=["nvfp4", "nf4", "mxfp8"],
+     ({"comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)}, "mxfp8"),
+     ({"weight._data": torch.zeros(4, dtype=torch.int8), "weight._scale": torch.ones(1)}, "optimum-quanto"),
+     ({"_weight_qdata": torch.zeros(4, dtype=torch.int8), "_weight_scale": torch.ones(1)}, "torchao"),
+     ({"weight_zero_point": torch.zeros(1, dtype=torch.int8)}, "zero points")],
+    ids=["nvfp4", "nf4", "mxfp8", "quanto", "torchao", "zero-point"],
 )  # fmt: skip
 def test_other_quantisations_are_named(extra, kind, state, tmp_path):  # noqa: F811
     content = {**forms.comfy_quant(state), **{f"blocks.0.ffn.0.{name}": x for name, x in extra.items()}}
     path = write(tmp_path / "x.safetensors", content)
     for read in (peek, read_checkpoint):
-        with pytest.raises(WeightsError, match="It reads fp8 and int8"):
+        with pytest.raises(WeightsError, match=f"(is quantised in a form that|{kind}).*It reads fp8 and int8"):
             read(path)
+
+
+def test_float64_is_read(model, state, tmp_path):  # noqa: F811
+    """It was "faulty", every tensor of it; one tensor of another kind than the rest is a fault still."""
+    wide = {name: x.double() for name, x in state.items()}
+    path = write(tmp_path / "x.safetensors", wide)
+    loaded = load(read_checkpoint(path), config_of(model), torch.float32).state_dict()
+    assert all(x.dtype == torch.float32 and torch.equal(x, state[name]) for name, x in loaded.items())
+    assert not info(str(path))["quantised"]
+    wide["proj_out.weight"][0, 0] = 1e300
+    with pytest.raises(WeightsError, match="proj_out.weight has values that are not finite"):
+        load(read_checkpoint(write(path, wide)), config_of(model), torch.float32)
 
 
 def nested(**parts):

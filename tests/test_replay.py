@@ -176,7 +176,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, capsys, command, suffix)
     pipe = tmp_path / f"f.{suffix}"
     os.mkfifo(pipe)
     assert run([command, str(pipe)]) == 5
-    assert "is no regular file" in " ".join(capsys.readouterr().err.split())
+    assert "is a named pipe. Give" in " ".join(capsys.readouterr().err.split())
     assert not is_mp4(pipe) and other_kind(pipe) is None
 
 

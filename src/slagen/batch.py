@@ -203,8 +203,8 @@ def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weigh
             name = request.id and (request.id if config.num_videos == 1 else f"{request.id}-{number + 1}")
             found.append((one, name))
     if faults:
-        more = f"\n... and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise UsageError("\n".join(faults[:10]) + more)
+        more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
+        raise UsageError(*faults[:10], *more)
     return found
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.files import reserved, write_json, writing
+from slagen.files import file_hash, reserved, write_json, writing
+from slagen.model_files import read_header, read_json
 from slagen.models import (
     BUNDLED,
     SLA_FILE,
@@ -31,8 +32,6 @@ from slagen.models import (
     bundled_folder,
     describe_folder,
     preset_of_width,
-    read_header,
-    read_json,
 )
 from slagen.paths import check_folder, check_utf8
 from slagen.text import quote
@@ -207,8 +206,7 @@ def _digest(path: Path) -> str:
     """SHA-256 of a file, or of a folder's files in order."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()
 
 
@@ -339,7 +337,7 @@ def info(path_text: str) -> dict[str, Any]:
     return about
 
 
-FLOAT_KINDS = {"float32", "float16", "bfloat16", "F32", "F16", "BF16"}
+FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
 
 
 def _describe_transformer(path: Path, quantised: bool) -> dict[str, Any]:

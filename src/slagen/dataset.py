@@ -33,7 +33,8 @@ from slagen.footage import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.forms import Fault, Kind, check
 from slagen.generate import Event, Session, texts_of
 from slagen.manifest import digest
-from slagen.models import ModelSource, read_header
+from slagen.model_files import read_header
+from slagen.models import ModelSource
 from slagen.paths import check_utf8
 from slagen.quality import Example
 from slagen.resolve import Weights, find_weights, make_plan

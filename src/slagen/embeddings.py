@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from slagen.config import BatchConfig, user_path
 from slagen.documents import read_json
 from slagen.errors import SlagenError, WeightsError
-from slagen.files import sweep, write_json, writing
+from slagen.files import file_hash, sweep, write_json, writing
 from slagen.generate import Session, texts_of
 from slagen.manifest import digest
 from slagen.resolve import Plan
@@ -132,9 +132,8 @@ def content_hashes(files: list[Path], cache: Path) -> list[str]:
         stamp = [status.st_size, status.st_mtime_ns]
         entry = known.get(name)
         if entry is None or entry[:2] != stamp:
-            with file.open("rb") as handle:
-                entry = known[name] = [*stamp, hashlib.file_digest(handle, "sha256").hexdigest()]
-            changed = True
+            entry, changed = [*stamp, file_hash(file)], True
+            known[name] = entry
         found.append(entry[2])
         if changed and (number + 1 == len(files) or time.monotonic() - saved > SAVED_EVERY_S):
             with contextlib.suppress(OSError):  # hashed again the next time

@@ -2,13 +2,20 @@
 
 
 class SlagenError(Exception):
-    """A failure with a message that says what was given, what works and what to type."""
+    """A failure with a message that says what was given, what works and what to type.
+
+    Args:
+        lines: of the message, one as a rule; a line feed inside one, as of a path that has it, is escaped.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+        self.message = "\n".join(text.replace("\n", "\\n") for text in lines)
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class UsageError(SlagenError):

@@ -142,6 +142,24 @@ def open_regular(path: Path) -> BufferedReader:
     return open(descriptor, "rb")
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a regular file, in hex. Raises OSError, as `open_regular`."""
+    with open_regular(path) as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def kind_of_path(path: Path) -> str:
+    """What lies at a path, as a message says it: "does not exist", or "is a named pipe"."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "is a link to nothing" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+    kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+    return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}"
+
+
 def write_json(path: Path, content: dict[str, Any], *, replace: bool = True) -> None:
     """Write a JSON file, whole or not at all. Raises as `writing`."""
     write_text(path, to_json(content, indent=2, allow_nan=False) + "\n", replace=replace)

@@ -187,7 +187,7 @@ def tell(faults: list[str]) -> None:
     """Raise UsageError with all that is wrong with a data set, if anything is."""
     if faults:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UsageError(f"the data set has {count}:\n" + "\n".join(faults))
+        raise UsageError(f"the data set has {count}:", *faults)
 
 
 def plan_cuts(

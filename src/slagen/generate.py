@@ -29,8 +29,8 @@ from slagen.attention.functional import Branches
 from slagen.attention.sla.cost import block_counts, sla_attention_flops
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import SlagenError, UsageError
-from slagen.files import check_writable, reserved, staging, write_json
-from slagen.latents import SUFFIX, keep_latents, latents_beside, write_latents
+from slagen.files import check_writable, file_hash, reserved, staging, write_json
+from slagen.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.paths import is_video
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.text import quote
@@ -290,7 +290,7 @@ def save(
     on_event(Event("stage", "write"))
     began = time.perf_counter()
     hashes = {
-        "latents_hash": hashlib.sha256(sample.latents.numpy().tobytes()).hexdigest(),
+        "latents_hash": latents_hash(sample.latents),
         "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
     }
     report_path, latents_path = path.with_suffix(".json"), path.with_suffix(SUFFIX)
@@ -368,9 +368,7 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
         pipe, weights.sla_path, config=plan.sla, other_blocks=True, base_hash=found["model_hash"], **options
     )  # fmt: skip
     file = find_sla_file(weights.sla_path)
-    with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {**found, "used": "SLA", "sla_file": report.shareable(str(file)), "sla_hash": digest,
+    return {**found, "used": "SLA", "sla_file": report.shareable(str(file)), "sla_hash": file_hash(file),
             "trained": metadata.trained, "trained_steps": metadata.steps,
             "trained_sparsity": metadata.config.sparsity}  # fmt: skip
 

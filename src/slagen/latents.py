@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from slagen.errors import WeightsError
-from slagen.files import writing
+from slagen.files import kind_of_path, writing
 from slagen.forms import Kind, matching, sha256, whole
 from slagen.model_files import read_header, read_strings
 from slagen.text import to_json
@@ -106,7 +106,7 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
     Raises: WeightsError for a file that holds something else, is damaged, or does not say how it was made.
     """
     if not path.is_file():
-        raise WeightsError(f"{path} is no file. Give one that ends in {SUFFIX}.")
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a file that ends in {SUFFIX}.")
     header = read_header(path)
     about = header.pop("__metadata__", {})
     if set(header) != {NAME}:

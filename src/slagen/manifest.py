@@ -22,7 +22,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from slagen.documents import parse_json
 from slagen.errors import SlagenError
-from slagen.files import append, open_regular
+from slagen.files import append, file_hash, open_regular
 from slagen.forms import Fault, check, matching, one_of, sha256, whole
 from slagen.text import to_json
 
@@ -236,7 +236,6 @@ class Manifest:
         """Whether a done job's video is there with the bytes that were written."""
         path = self.folder / job.name
         try:
-            with open_regular(path) as handle:
-                return hashlib.file_digest(handle, "sha256").hexdigest() == job.result.get("sha256")
+            return file_hash(path) == job.result.get("sha256")
         except OSError:
             return False

@@ -138,24 +138,47 @@ def read_header(path: Path) -> dict[str, Any]:
         if path.stat().st_size != size:
             raise Fault(f"it has {path.stat().st_size} bytes, but its header tells of {size}")
     except (OSError, struct.error, Fault) as error:
-        if (kind := _no_safetensors(path)) is not None:
-            raise WeightsError(f"{path} is {kind}.") from error
+        check_content(path)
         raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
     return header
 
 
-def _no_safetensors(path: Path) -> str | None:
-    """What a file is that only has the name of a safetensors file, with what is wanted instead; None for all else."""
+WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
+FOREIGN = (  # what a file begins with, the suffixes that it should not have then, and what it is
+    (rb"(?i)\s*version https://git-lfs", WEIGHTS, "a Git LFS pointer, which only stands for the file. Get the file "
+     "itself: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)", WEIGHTS, "a web page, not the file. Download the file itself"),
+    (rb"(?s).{4}ftyp", WEIGHTS, "a video. Give a weight file"),
+    (rb"GGUF", tuple({*WEIGHTS} - {".gguf"}), "a GGUF file. Give it a name that ends in .gguf"),
+    (rb"(?s).{6}\0\0\{\s*\"", WEIGHTS[1:], "a safetensors file. Give it a name that ends in .safetensors"),
+    (rb"PK\x03\x04", WEIGHTS[:2], "a zip archive, as PyTorch writes its pickles. Give such a file a name that ends in "
+     ".pth"),
+)  # fmt: skip
+
+
+def check_content(path: Path) -> None:
+    """Raise WeightsError for a healthy file that only has the name of a weight file, or of one of another form.
+
+    What cannot be read, or begins in any other way, passes.
+    """
     try:
         with open_regular(path) as handle:
-            start = handle.read(64).lstrip().lower()
+            start = handle.read(64)
     except OSError:
-        return None
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, which only stands for the file. Get the file itself with git lfs pull"
-    if start.startswith((b"<!doctype", b"<html")):
-        return "a web page, not the file. Download the file itself"
-    return "a video. Give a safetensors file" if start[4:8] == b"ftyp" else None
+        return
+    for pattern, suffixes, kind in FOREIGN:
+        if path.suffix in suffixes and re.match(pattern, start):
+            raise WeightsError(f"{path} is {kind}.")
+
+
+def check_no_shard(path: Path) -> None:
+    """Raise WeightsError for one of the files that a sharded model is spread over, by its name."""
+    match = re.search(r"-\d{5}-of-(\d{5})\.[a-z]+$", path.name)
+    if match and int(match[1]) > 1:
+        raise WeightsError(
+            f"{path} is one of {int(match[1])} shards of a model. Give the folder that holds them all and their "
+            f"index (*.safetensors.index.json): {path.parent}."
+        )
 
 
 def read_strings(path: Path, text: str, form: Any) -> Any:

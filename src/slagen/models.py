@@ -11,6 +11,7 @@ from pathlib import Path
 from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.files import kind_of_path
 from slagen.model_files import SETTINGS_KEY, check_parts, read_header, read_json, read_strings
 from slagen.text import quote
 
@@ -142,8 +143,8 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
     """Read a pipeline folder's small files. Raises WeightsError if it is no Wan2.1 text-to-video pipeline."""
     if not folder.is_dir():
         raise WeightsError(
-            f"{folder} is a file, but a model is a folder with a model_index.json in it. Give a diffusers Wan2.1 "
-            "folder with --model; one transformer file goes with --weights."
+            f"{folder} {kind_of_path(folder)}, but a model is a folder with a model_index.json in it. Give a diffusers "
+            "Wan2.1 folder with --model; one transformer file goes with --weights."
         )
     if not (folder / "model_index.json").is_file() and list(folder.glob("models_t5*.pth")):
         raise WeightsError(

@@ -102,8 +102,8 @@ def read_prompts(source: str) -> list[Request]:
             column = "" if fault.column is None else f":{fault.column}"
             faults.append(f"{where}{column}: {fault.text}")
     if faults:
-        more = f"\n... and {len(faults) - 10} more faults" if len(faults) > 10 else ""
-        raise UsageError("\n".join(faults[:10]) + more)
+        more = [f"... and {len(faults) - 10} more faults"] if len(faults) > 10 else []
+        raise UsageError(*faults[:10], *more)
     if not requests:
         raise UsageError(f"{name} holds no prompt. Write one on each line.")
     return requests

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from slagen import report
 from slagen.config import GenerateConfig, user_path
 from slagen.errors import UsageError, WeightsError
-from slagen.files import scratch
+from slagen.files import file_hash, scratch
 from slagen.generate import Event, generate
 from slagen.models import BUNDLED, PRESETS, SLA_FILE, bundled_folder, is_hub_id
 from slagen.told import describe
@@ -106,7 +105,7 @@ def _find(path: Path, option: str, name: str | None) -> str | None:
 def _checked(weights: str, told: dict[str, Any]) -> str:
     """Weights that are given, if they are those that made the video. Raises WeightsError."""
     path, expected = user_path(weights), _hashes(told).get("SLA weights")
-    if expected is not None and path.is_file() and _digest(path) != expected:
+    if expected is not None and path.is_file() and file_hash(path) != expected:
         raise WeightsError(f"{path} has another SHA-256 than the weights that made this ({expected}). Give those.")
     return weights
 
@@ -121,12 +120,12 @@ def _find_weights(path: Path, told: dict[str, Any], model: str) -> str | None:
     if name is None:
         return None
     for candidate in (user_path(name), path.parent / name):
-        if candidate.exists() and (expected is None or not candidate.is_file() or _digest(candidate) == expected):
+        if candidate.exists() and (expected is None or not candidate.is_file() or file_hash(candidate) == expected):
             return str(candidate)
     if model in PRESETS and (PRESETS[model].weights or "/").replace("/", "--") in name:  # in a cache of the hub's
         return None
     own = _own_weights(model)
-    if own is not None and (_digest(own) == expected if expected else own.name == Path(name).name):
+    if own is not None and (file_hash(own) == expected if expected else own.name == Path(name).name):
         return None
     wanted = f" (SHA-256 {expected[:16]}...)" if expected else ""
     raise UsageError(f"{path} was made with the weights {name}{wanted}, which are not found. Give them with --weights.")
@@ -136,8 +135,3 @@ def _own_weights(model: str) -> Path | None:
     """The SLA weights in a model's own folder."""
     folder = bundled_folder() if model == BUNDLED else user_path(model)
     return folder / SLA_FILE if (folder / SLA_FILE).is_file() else None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

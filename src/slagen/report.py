@@ -9,6 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.files import file_hash
 from slagen.text import to_json
 from slagen.timing import StepTimes
 
@@ -117,8 +118,7 @@ def video_section(path: Path, shape: tuple[int, ...], fps: int, frames_hash: str
         "duration_s": num_frames / fps, "frames_hash": frames_hash,
     }  # fmt: skip
     if path.is_file():
-        with path.open("rb") as handle:
-            about["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
+        about["sha256"] = file_hash(path)
     return about
 
 

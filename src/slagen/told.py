@@ -9,6 +9,7 @@ from typing import Any
 from slagen import report
 from slagen.documents import parse_json, read_json
 from slagen.errors import WeightsError
+from slagen.files import kind_of_path
 from slagen.forms import Fault, matching
 from slagen.video import is_mp4, other_kind, read_comment
 
@@ -34,7 +35,7 @@ def describe(path: Path) -> dict[str, Any] | None:
         for a pipe or device.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise WeightsError(f"{path} is no regular file. Give a video, its .json, or weights that lie on a disk.")
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a video, its .json, or weights that lie on a disk.")
     if is_mp4(path):
         return {"path": str(path), "kind": "video", **_without_own(read_video(path))}
     if (kind := other_kind(path)) is not None:

@@ -6,7 +6,6 @@ hashes do not fit its files is passed over.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from slagen import forms
 from slagen.documents import read_json
 from slagen.errors import SlagenError, WeightsError
-from slagen.files import delete, writing
+from slagen.files import delete, file_hash, writing
 from slagen.parallel import like, own_part, whole
 from slagen.trainer import Trainer
 
@@ -130,11 +129,7 @@ def _nested(entries: dict[str, Any]) -> dict[str, Any]:
 
 def _hashes(path: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's two files."""
-    found = {}
-    for name in ("state.json", "state.safetensors"):
-        with (path / name).open("rb") as handle:
-            found[name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return found
+    return {name: file_hash(path / name) for name in ("state.json", "state.safetensors")}
 
 
 def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:

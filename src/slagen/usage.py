@@ -25,7 +25,8 @@ def explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
     for argument in arguments:
         if len(argument) > MAX_ARGUMENT or "\n" in argument:
             for part in (argument, argument.partition("=")[2]):
-                text = text.replace(part, line(cut(part, MAX_ARGUMENT))) if part.strip() else text
+                for spelling in (part, line(part)) if part.strip() else ():
+                    text = text.replace(spelling, line(cut(part, MAX_ARGUMENT)))
     return text, code
 
 
@@ -40,7 +41,7 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
     if no_memory(error):
         return of_memory(error, *arguments[:1]), 1
     if isinstance(error, OSError):
-        what = str(error) if error.filename is None else f"{error.filename}: {error.strerror}"
+        what = line(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
         return f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).", 1
     if isinstance(error, ImportError) and (lack := packages.explain(error)):
         return lack, EnvironmentProblem.exit_code

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
+import signal
 import subprocess
 import tempfile
 from functools import cache
@@ -64,9 +66,12 @@ def not_written(path: Path, error: BaseException) -> SlagenError:
     """What is said where a video could not be written."""
     lines = [line for line in str(error).splitlines() if line.strip() and line != "Conversion failed!"]
     reason = (lines or ["ffmpeg stopped"])[-1]
-    full = any(words in str(error) for words in ("No space left", "Disk quota", "File too large"))
-    mend = f"Check the free space of {path.parent}, or give" if full else "Try again, or give"
-    return SlagenError(f"{path} could not be written ({reason}). {mend} another --output.")
+    mend = "Try again"
+    if any(words in str(error) for words in ("No space left", "Disk quota")):
+        mend = f"Check the free space of {path.parent}"
+    elif "File too large" in str(error):
+        mend = f"Check the limit on a file's size, of the shell (ulimit -f) or of the disk of {path.parent}"
+    return SlagenError(f"{path} could not be written ({reason}). {mend}, or give another --output.")
 
 
 def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
@@ -118,6 +123,9 @@ def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
         finally:
             process.kill()
             process.wait()
+        too_large = getattr(signal, "SIGXFSZ", None)
+        if too_large is not None and status == -too_large:  # which leaves ffmpeg no last words
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if status:
             told.seek(0)
             raise OSError(told.read().decode("utf-8", "replace").strip() or f"ffmpeg ended with {status}")

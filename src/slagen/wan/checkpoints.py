@@ -15,7 +15,7 @@ from torch import Tensor
 from slagen.attention.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
-from slagen.files import writing
+from slagen.files import kind_of_path, writing
 from slagen.models import SLA_FILE
 from slagen.paths import check_utf8
 from slagen.wan.formats import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
@@ -46,7 +46,7 @@ def find_sla_file(path: Path) -> Path:
         if not path.is_file():
             raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist. Give a {SLA_FILE}, or a folder with one, with --weights.")
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a {SLA_FILE}, or a folder with one, with --weights.")
     if path.suffix in PICKLE_SUFFIXES:
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."

@@ -19,7 +19,7 @@ from slagen import documents
 from slagen.config import Sampler, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.forms import Fault, check
-from slagen.model_files import SETTINGS_KEY, SLA_SETTINGS, read_header, read_strings
+from slagen.model_files import SETTINGS_KEY, SLA_SETTINGS, check_no_shard, read_header, read_strings
 from slagen.models import TURBO_SLA, preset_of_width
 from slagen.text import cut
 from slagen.wan.bounds import is_finite
@@ -167,6 +167,7 @@ def peek(path: Path, part: str | None = None) -> Found:
     """
     metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors" and path.is_file():
+        check_no_shard(path)
         content: dict[str, Any] = read_header(path)
         metadata = content.pop("__metadata__", None) or {}
         if "slagen" in metadata:
@@ -324,10 +325,11 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
     kinds: dict[str, dict[torch.dtype, list[str]]] = {}
     sizes: Counter[torch.dtype] = Counter()
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            faults.append(f"{name} is {tensor.dtype}, but must be bfloat16, float16 or float32")
+        if tensor.dtype not in (*FLOATS, torch.float64):
+            faults.append(f"{name} is {tensor.dtype}, but must be bfloat16, float16, float32 or float64")
             continue
-        if not tensor.is_meta and not is_finite(tensor):
+        wide = tensor.dtype == torch.float64  # to be rounded to float32 at most
+        if not tensor.is_meta and not is_finite(tensor.float() if wide else tensor):
             faults.append(f"{name} has values that are not finite numbers")
         if forms and name in forms:
             continue

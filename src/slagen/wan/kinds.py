@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from slagen.text import line
 from slagen.wan.names import LAYOUTS, inside, transformers
-from slagen.wan.quantised import beside_a_weight, is_packed
+from slagen.wan.quantised import NOT_READ, beside_a_weight, form_not_read
 from slagen.wan.reading import SIDE_FILE_KEYS
 
 TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -31,8 +32,7 @@ REFUSALS = {
     "loha": f"is a LoHa (LyCORIS), which changes a transformer and is none. {_MERGE}",
     "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), which changes a transformer and is none. {_MERGE}",
     "difference": f"is an adapter of differences (diff, diff_b), which changes a transformer and is none. {_MERGE}",
-    "packed": "is quantised in a form that slagen does not read. It reads fp8 and int8 with one scale for a tensor, a "
-    "row or a block, and GGUF: give such a file of the same model, or the bf16 one.",
+    **NOT_READ,
     "vace": f"is Wan2.1 VACE, or its module, which edits and extends videos. {_RUNS}",
     "skyreels": f"is SkyReels V2 diffusion forcing, which lengthens videos piece by piece. {_RUNS}",
     "speech": f"is a transformer that sound drives (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
@@ -101,8 +101,8 @@ def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
     kind = _first(_ADAPTERS, values) or _first(_VARIANTS, values)
     if kind:
         return kind
-    if prefix is not None and is_packed(values):
-        return "packed"
+    if prefix is not None and (form := form_not_read(values)):
+        return form
     weights = [name for name in values if not beside_a_weight(name, values)]
     known = sum(any(rename(_as_weight(name)) for rename in LAYOUTS.values()) for name in weights)
     if known > len(weights) / 2:
@@ -178,6 +178,6 @@ def hints(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], str]:
     for pattern, note in ((_EXPERT, EXPERT_NOTE), (_PIECEWISE, PIECEWISE_NOTE)):
         found = pattern.search(text)
         if found:
-            notes.append(f"{path.name} {note.format(word=found[0])}")
+            notes.append(f"{line(path.name)} {note.format(word=found[0])}")
     few = _DISTILLED.search(text.replace("_", " "))
     return notes, few[0] if few else ""

@@ -29,7 +29,7 @@ from slagen.attention.cost import ModelShape
 from slagen.config import Sampler, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.files import scratch
-from slagen.model_files import check_parts
+from slagen.model_files import check_parts, read_json
 from slagen.models import (
     BUNDLED,
     CUDA_DEFAULT,
@@ -40,7 +40,6 @@ from slagen.models import (
     bundled_folder,
     describe_folder,
     is_hub_id,
-    read_json,
     unknown_model,
 )
 from slagen.paths import check_utf8

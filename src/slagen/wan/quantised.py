@@ -12,6 +12,7 @@ Source: github.com/comfyanonymous/ComfyUI, QUANTIZATION.md; github.com/ModelTC/L
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +30,24 @@ MARK = "scaled_fp8"  # of a file
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise", "int8_blockwise")
-_PACKED_NAMES = (
-    ".weight_scale_2", ".weight_global_scale", ".weight_packed", ".qweight", ".absmax", ".SCB", ".quant_map",
-    ".pre_quant_scale", ".weight_s_rel", ".weight_scalar",
+_READ = (
+    "It reads fp8 and int8 with one scale for a tensor, a row or a block, and GGUF: give such a file of the same "
+    "model, or the bf16 one."
+)
+NOT_READ = {
+    "packed": f"is quantised in a form that slagen does not read. {_READ}",
+    "quanto": f"is quantised with optimum-quanto, whose form slagen does not read. {_READ}",
+    "torchao": f"is quantised with torchao, whose form slagen does not read. {_READ}",
+    "zero-point": f"is quantised with zero points, which slagen does not read. {_READ}",
+}
+_OF_TOOLS = (  # what no other form has among its names
+    ("quanto", re.compile(r"\.weight\._(data|scale|shift)$|\.weight_qtype$")),
+    ("torchao", re.compile(r"[._]_?weight_qdata$|\.weight_(qdata|tensor_impl)\b|\._weight_(scale|zero_point)$")),
+    ("zero-point", re.compile(r"\.(weight_)?zero_points?$|\.qzeros$")),
+    ("packed", re.compile(
+        r"\.(weight_scale_2|weight_global_scale|weight_packed|qweight|absmax|SCB|quant_map|pre_quant_scale|"
+        r"weight_s_rel|weight_scalar)$|\.quant_state\."
+    )),
 )  # fmt: skip
 _PACKED_KINDS = ("uint8", "U8", "F4", "F8_E8M0", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
@@ -60,21 +76,22 @@ def beside_a_weight(name: str, names: Mapping[str, Any]) -> bool:
     return name == MARK or (own and last in (*SCALES, *LEFT_OUT))
 
 
-def is_packed(values: Mapping[str, Any]) -> bool:
-    """Whether weights are of fewer than 8 bits, or share scales in a way that is not read here.
+def form_not_read(values: Mapping[str, Any]) -> str | None:
+    """A name in NOT_READ where weights are of fewer than 8 bits, or share scales in a way that is not read here.
 
     Args:
         values: tensors, or entries of a safetensors header, by name.
     """
+    for form, pattern in _OF_TOOLS:
+        if any(pattern.search(name) for name in values):
+            return form
     for name, value in values.items():
-        if name.endswith(_PACKED_NAMES) or ".quant_state." in name:
-            return True
         kind = str(getattr(value, "dtype", "") if not isinstance(value, dict) else value.get("dtype", ""))
         if kind.removeprefix("torch.") in _PACKED_KINDS and name.endswith((".weight", *(f".{s}" for s in SCALES))):
-            return True
+            return "packed"
         if name.endswith(".comfy_quant") and isinstance(value, Tensor) and _comfy(value).get("format") not in FORMATS:
-            return True
-    return False
+            return "packed"
+    return None
 
 
 def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: bool = False) -> Plain:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slagen.errors import EnvironmentProblem, WeightsError
-from slagen.model_files import read_shards
+from slagen.files import kind_of_path
+from slagen.model_files import check_content, check_no_shard, read_shards
 from slagen.models import SLA_FILE
 from slagen.paths import check_utf8
 from slagen.wan.bounds import check_pickle
 from slagen.wan.gguf_files import read_gguf
+from slagen.wan.quantised import NOT_READ
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -39,7 +43,8 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist. Give a weight file or folder.")
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a weight file or folder.")
+    check_no_shard(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, wanted)
     if path.suffix == ".gguf":
@@ -57,6 +62,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: T
         with safe_open(path, framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys() if wanted(name)}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
+        check_content(path)
         raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
 
 
@@ -105,9 +111,13 @@ def component_files(folder: Path) -> list[Path]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     """Tensors only: PyTorch's restricted unpickler refuses whatever could run code, and nothing else is tried."""
+    check_content(path)
+    _check_no_script(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        if tool := re.search(r"\b(torchao|quanto)\.", str(error)):
+            raise WeightsError(f"{path} {NOT_READ[tool[1]]}") from error
         raise WeightsError(
             f"{path} is a pickle that holds more than tensors, which could run code when loaded. slagen does not load "
             "it: get the file from its authors as safetensors."
@@ -123,6 +133,16 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     if len(found) == 1:
         return next(iter(found.values()))
     return {f"{place}{name}": value for place, inner in found.items() for name, value in inner.items()}
+
+
+def _check_no_script(path: Path) -> None:
+    """Raise WeightsError for a TorchScript archive, which is a program with its weights."""
+    with suppress(OSError, zipfile.BadZipFile, ValueError), zipfile.ZipFile(path) as archive:
+        if any(re.fullmatch(r"[^/]+/(constants\.pkl|code/.*)", name) for name in archive.namelist()):
+            raise WeightsError(
+                f"{path} is a TorchScript archive, a program with its weights, which slagen does not run. Give the "
+                "state_dict as safetensors."
+            )
 
 
 def _dictionaries_of_tensors(content: Any, place: str, path: Path, seen: set[int]) -> dict[str, dict[str, Any]]:
@@ -162,6 +182,7 @@ def gguf_kinds(path: Path) -> list[str]:
 
 
 def _gguf_entries(path: Path) -> list[Any]:
+    check_content(path)
     try:
         return list(read_gguf(path).tensors)
     except ImportError as error:
