@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 
 from slagen import (
     batch,
@@ -32,12 +33,17 @@ from slagen import (
     doctor,
     finetune,
     generate,
+    manifest,
     plan,
     replay,
     selftest,
 )
 from slagen.cli import ALIASES, run
 from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
+from slagen.embeddings import tensor_hash
+from slagen.models import bundled_folder, describe_folder
+from slagen.wan.checkpoints import read_sla, weights_hash, write_sla
+from slagen.wan.loading import load_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("SLAGEN_GOLDEN") == "renew"
@@ -191,3 +197,84 @@ def test_help_texts(monkeypatch, capsys):
     assert {path.name for path in folder.iterdir()} == found.keys()
     for name, text in found.items():
         assert text == (folder / name).read_text(encoding="utf-8"), f"slagen {name} --help reads otherwise. {HOW}"
+
+
+def jobs(tmp_path: Path, **settings: Any) -> list[dict[str, Any]]:
+    """What a batch writes into its manifest for "a red circle" with these settings, before any model is loaded."""
+    (tmp_path / "prompts.txt").write_text("a red circle moving right\n")
+    settings = {"output": str(tmp_path / "out"), "device": "cpu", "seed": 1, "model": "tiny-wan", **settings}
+    base = GenerateConfig("-", **settings)
+    config = BatchConfig(str(tmp_path / "prompts.txt"), base, cache_dir=str(tmp_path / "cache"))
+
+    def stop(event: Any) -> None:
+        if event.kind == "plan":  # all is queued, and nothing is loaded
+            raise Reached
+
+    record = tmp_path / "out" / "manifest.jsonl"
+    before = len(record.read_text().splitlines()) if record.exists() else 0
+    with pytest.raises(Reached):
+        batch.batch(config, stop)
+    return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()[before:]]
+
+
+CHANGED = {
+    "nothing": {}, "negative_prompt": {"negative_prompt": "blur"}, "size": {"width": 96, "height": 64},
+    "num_frames": {"num_frames": 9}, "fps": {"fps": 5}, "steps": {"steps": 3}, "flow_shift": {"flow_shift": 6.0},
+    "guidance_scale": {"guidance_scale": 3.0}, "sampler": {"sampler": "euler"}, "sampler dpm++": {"sampler": "dpm++"},
+    "seed": {"seed": 7}, "num_videos": {"seed": 11, "num_videos": 2}, "dtype": {"dtype": "bf16"},
+    "dense": {"attention": "dense"}, "sparse": {"attention": "sparse", "allow_untrained": True},
+    "linear": {"attention": "linear", "allow_untrained": True}, "backend": {"backend": "reference"},
+    "sparsity": {"sparsity": 0.8}, "sla_topk": {"sla_topk": 0.3}, "block_m": {"block_m": 64},
+    "block_n": {"block_n": 32},
+}  # fmt: skip
+SAME = {  # as the model has it, or without an influence on pixels
+    "size": {"width": 128, "height": 128}, "sampler": {"sampler": "unipc"}, "sparsity": {"sparsity": 0.95},
+    "dtype": {"dtype": "fp32"}, "block_m": {"block_m": 16}, "block_n": {"block_n": 16}, "timing": {"timing": "off"},
+    "save_latents": {"save_latents": True}, "allow_untrained": {"allow_untrained": True},
+    "overwrite": {"overwrite": True}, "local_files_only": {"local_files_only": True}, "model": {"model": None},
+}  # fmt: skip
+
+
+def entries(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Jobs as they are kept: the key without the hash of the weights' files, which is a matter of the files alone."""
+    kept = []
+    for job in found:
+        settings = {**job["settings"], "seed": job["seed"]}
+        assert job["key"] == manifest.digest(settings)
+        del settings["weights_hash"]
+        kept.append({"key": manifest.digest(settings), "settings": settings})
+    return kept
+
+
+def test_keys_of_jobs(tmp_path):
+    """A new option at its default changes no key: a batch goes on after an upgrade, and makes nothing again."""
+    found = {name: entries(jobs(tmp_path, **settings)) for name, settings in CHANGED.items()}
+    metadata, tensors = read_sla(bundled_folder())
+    write_sla(tensors, tmp_path / "sla.safetensors", dataclasses.replace(metadata, sampler_family="rcm"))
+    rcm = {"weights": str(tmp_path / "sla.safetensors")}
+    found["rcm"] = entries(jobs(tmp_path, **rcm))
+    found["rcm, sigma_max"] = entries(jobs(tmp_path, **rcm, sigma_max=70.0))
+    found["rcm, ode"] = entries(jobs(tmp_path, **rcm, ode=True))
+    assert all(found.values())
+    compare("manifest_keys.json", found, forever=True)
+
+
+def test_what_changes_no_pixel_changes_no_key(tmp_path):
+    (plain_job,) = jobs(tmp_path)
+    for name, settings in SAME.items():
+        assert not jobs(tmp_path, **settings), f"{name} at its default, or where it changes no pixel, makes another job"
+    hashes = {"tiny-wan": plain_job["settings"]["weights_hash"]}
+    for name, part in (("vae", "vae"), ("weights", "sla.safetensors")):
+        (job,) = jobs(tmp_path, **{name: str(bundled_folder() / part)}, seed=2)
+        hashes[f"tiny-wan, --{name} {part}"] = job["settings"]["weights_hash"]
+    compare("weights_hashes.json", {**hashes, **tensors_of(bundled_folder())}, forever=True)
+
+
+def tensors_of(folder: Path) -> dict[str, str]:
+    """A hash of every tensor file of a model, and the one that reports tell of its transformer."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        tensors = {name: tensor_hash(tensor) for name, tensor in load_file(file).items()}
+        found[file.relative_to(folder).as_posix()] = manifest.digest(tensors)
+    transformer = load_transformer(describe_folder(folder, "tiny-wan"), torch.float32)
+    return {**found, "model_hash": weights_hash(transformer)}
