@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 STAMP := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
 
-.PHONY: demo test check evaluate bench gpu soak clean
+.PHONY: demo test quick check evaluate bench gpu soak clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## set up, then make a video with the bundled model
 
 test: $(ALL)  ## set up, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+quick: $(ALL)  ## the tests that neither kill, train, compile nor start processes, in under two minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check: $(ALL)  ## lint, type-check, and look up vulnerabilities where pip-audit gets data
 	$(BIN)/ruff check .

@@ -75,6 +75,7 @@ def bare(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_kernel_bench_runs(bare, tmp_path):
     options = ("--method", "sla", "--method", "sdpa", "--sparsity", "0.5", "--no-length-sweep", "--seconds", "0.01")
     done = bare("bench", "--device", "cpu", "--shape", "1x1x64x16", "--backward", *options)
@@ -88,6 +89,7 @@ def test_kernel_bench_runs(bare, tmp_path):
     assert (tmp_path / "outputs/bench/bench.md").is_file()
 
 
+@pytest.mark.slow
 def test_doctor_names_what_is_missing_or_old(bare):
     missing = tuple(name for name in MISSING if name != "transformers")
     done = bare("doctor", "--json", missing=missing, old="transformers=4.40.0")

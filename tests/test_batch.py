@@ -301,6 +301,7 @@ def check_consistent(folder, count):
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(toy, tmp_path):
     """`make soak` does this 25 times with 40 prompts."""
     prompts = tmp_path / "prompts.txt"
@@ -320,6 +321,7 @@ def test_killed_at_random_moments(toy, tmp_path):
     check_consistent(tmp_path / "out", count)
 
 
+@pytest.mark.slow
 def test_two_processes_make_each_video_once(toy, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a circle --seed {seed}" for seed in range(6)))

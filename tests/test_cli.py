@@ -184,6 +184,7 @@ def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["settings"]["prompt"] == "a red [circle]"
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_the_installed_command(tmp_path):
     """A real SIGINT while it denoises: one line, exit 130, no file under a final name."""
     folder = save_pipeline(tmp_path / "pipe")

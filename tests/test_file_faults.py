@@ -22,6 +22,8 @@ from wan_models import save_pipeline
 from slagen import batch, files
 from slagen.cli import run
 
+pytestmark = pytest.mark.slow
+
 SOAK = "SLAGEN_SOAK_FAULTS" in os.environ
 SMALL = ["--size", "64x64", "--num-frames", "5", "--steps", "1", "--device", "cpu"]
 TRAINING = {"steps": 2, "lr": 1e-3, "batch_size": 2, "micro_batch": 2, "proj_multiplier": 2.0}

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import needs
@@ -21,7 +22,7 @@ from train_together import train
 from wan_models import build_pipeline, save_pipeline
 
 from slagen import finetune as task
-from slagen import trainer
+from slagen import trainer, training_log
 from slagen.cli import run
 from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.dataset import Dataset
@@ -39,7 +40,34 @@ from slagen.wan.checkpoints import load_sla, read_sla, remove_sla
 from slagen.wan.loading import load_transformer
 from slagen.wan.processor import install
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = "a red circle --steps 1 --size 64x64 --frames 9\na circle --steps 1 --size 64x64 --frames 5\n"
+
+
+@pytest.fixture(autouse=True)
+def plain_pictures(request):
+    """ffmpeg and matplotlib take two thirds of a run this small. Its clips are kept as arrays and its charts left
+    empty, but for the tests that ask for `true_pictures`."""
+    if "true_pictures" in request.fixturenames:
+        yield
+        return
+
+    def keep(frames, path, fps, comment=""):
+        with path.open("wb") as file:
+            np.save(file, frames)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "write_mp4", keep)
+        patch.setattr(task, "read_mp4", np.load)
+        patch.setattr(training_log, "draw_chart", lambda chart: "<svg></svg>")
+        patch.setattr(training_log, "make_thumbnail", lambda path, width: b"")
+        yield
+
+
+@pytest.fixture
+def true_pictures():
+    """That the clips of a run are videos and its curves drawn."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +101,7 @@ def weights(folder):
     return read_sla(folder)[1]
 
 
-def test_it_learns_and_writes_what_it_measured(toy, tmp_path):
+def test_it_learns_and_writes_what_it_measured(toy, tmp_path, true_pictures):
     """The error of the file, loaded as generate loads it, is the one that was told."""
     model, data = toy
     said = []

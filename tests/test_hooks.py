@@ -350,6 +350,7 @@ def test_a_lora_after_the_sla_weights(tmp_path):
 # torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_torch_backend_is_one_node_of_a_graph(domain):
     """`torch.get_num_threads()` and lists whose length depends on numbers broke the graph."""
@@ -369,6 +370,7 @@ def test_the_torch_backend_is_one_node_of_a_graph(domain):
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [True, False])
 def test_the_torch_backends_operator_is_well_registered(sparse):
     generator = torch.Generator().manual_seed(0)
@@ -381,6 +383,7 @@ def test_the_torch_backends_operator_is_well_registered(sparse):
         torch.library.opcheck(torch.ops.slagen.blockwise_forward.default, arguments, test_utils=utils)
 
 
+@pytest.mark.slow
 def test_a_whole_model_compiles_into_one_graph():
     """One layer has its plain projection, the other a hook on it."""
     model = build()

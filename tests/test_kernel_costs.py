@@ -40,6 +40,7 @@ def costs() -> dict[str, Any]:
     return doctor.kernel_costs(known=known)
 
 
+@pytest.mark.slow
 def test_costs_on_every_card(costs):
     """No spill, shared memory within the card's, tensor cores in use, no faults of another kind; few launches."""
     rows = costs["kernels"]
@@ -50,6 +51,7 @@ def test_costs_on_every_card(costs):
     assert all(row["round_instructions"] > 0 for row in rows if row["mma"])
 
 
+@pytest.mark.slow
 def test_pace_on_hopper(costs):
     """At Wan's heads: 330 instructions a round of 64 rows, 3,500 for a row's selection among 512 blocks."""
     rows = {row["kernel"]: row for row in costs["kernels"] if (row["target"], row["head_dim"]) == ("sm_90", 128)}
@@ -58,6 +60,7 @@ def test_pace_on_hopper(costs):
     assert rows["select"]["row_instructions"] <= 3500
 
 
+@pytest.mark.slow
 def test_costs_are_no_worse_than_the_baseline(costs):
     """Other machines compile the same code, so these numbers do not depend on the host."""
     baseline = json.loads(BASELINE.read_text())

@@ -71,6 +71,7 @@ print(*sorted(set(sys.modules) - before))
     assert done.stdout.split() == ["slagen", "slagen.__main__"], done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_imports_nothing_that_it_does_not_use(tmp_path):
     """The bundled model, text to file; and the compiler is there all the same, as soon as something is compiled."""
     code = f"""{COMMAND}
@@ -88,6 +89,7 @@ print("dynamo", hasattr(sys.modules["torch._dynamo"], "__file__"), torch._dynamo
     assert (tmp_path / "a.json").is_file()
 
 
+@pytest.mark.slow
 def test_weights_say_what_is_used(tmp_path):
     """A GGUF file is read with gguf, which a run with any other weights leaves out."""
     pytest.importorskip("gguf", reason="needs the extra slagen[gguf]")
@@ -98,6 +100,7 @@ def test_weights_say_what_is_used(tmp_path):
     assert "is broken" in done.stderr and "Install" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_library_leaves_nothing_out():
     """Whoever imports slagen, or calls its command within a program, can load a LoRA into a pipeline afterwards."""
     pytest.importorskip("peft", reason="needs the extra slagen[finetune]")
