@@ -188,6 +188,22 @@ def test_what_is_beyond_all_use_is_refused_before_any_work(options):
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(sla_topk=1e-300), r"sla_topk is 1e-300, but must be from 1e-09 to 1. Try --sla-topk"),
+        (dict(flow_shift=1e-300), r"flow_shift is 1e-300, but must be from 0.0001 to 10000. Try --flow-shift"),
+        (dict(sigma_max=1e-300), r"sigma_max is 1e-300, but must be from 0.0001 to 10000. Try --sigma-max"),
+        (dict(seed=2**63 - 1, num_videos=2), r"and num_videos is 2.*Try --seed 9223372036854775806\."),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_is_too_little_is_told_by_its_own_name_and_bound(options, words):
+    """A top-k of 1e-300 was "sparsity is 1.0", and a shift of 1e-300 gave NaN after the sampling."""
+    with pytest.raises(UsageError, match=words):
+        GenerateConfig("a", **options)
+
+
+@pytest.mark.parametrize(
     "make",
     [
         lambda: BenchConfig(shapes=("1x12x9999999x9999",)),

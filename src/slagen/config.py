@@ -28,6 +28,8 @@ Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 MAX_VIDEOS = 10_000  # of one prompt
 MAX_OF_A_CLIP = {"width": 16_384, "height": 16_384, "num_frames": 10_001, "fps": 240, "num_videos": MAX_VIDEOS}
 MAX_STRENGTH = 10_000.0  # of guidance, flow shift and the like
+MIN_STRENGTH = 0.0001  # of flow shift and the largest noise: below, schedules divide by zero
+MIN_TOPK = 1e-9  # of the key blocks: far less than one block of any clip
 MAX_TRAINING = {
     "steps": 10_000_000, "warmup_steps": 10_000_000, "batch_size": 65_536, "micro_batch": 65_536, "lora_rank": 4096,
     "context_parallel": 4096, "save_every": 10**9, "validate_every": 10**9, "clips_per_prompt": MAX_VIDEOS,
@@ -195,7 +197,8 @@ class ModelDefaults:
             elif name == "sampler":
                 good = value in get_args(Sampler)
             elif isinstance(field.default, float):
-                good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_STRENGTH
+                good = isinstance(value, int | float) and not isinstance(value, bool)
+                good = good and (MIN_STRENGTH if name == "flow_shift" else 0) <= value <= MAX_STRENGTH and value > 0
             elif isinstance(field.default, int):
                 most = {**MAX_OF_A_CLIP, "steps": 1000, "max_sequence_length": 8192}[name]
                 good = type(value) is int and 0 < value <= most
@@ -314,8 +317,8 @@ class GenerateConfig:
             )
         if self.sparsity is not None:
             check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
-        if self.sla_topk is not None and not 0 < self.sla_topk <= 1:
-            raise UsageError(f"sla_topk is {self.sla_topk}, but must be above 0 and at most 1. Try --sla-topk 0.05.")
+        if self.sla_topk is not None and not MIN_TOPK <= self.sla_topk <= 1:
+            raise UsageError(f"sla_topk is {self.sla_topk}, but must be from {MIN_TOPK:g} to 1. Try --sla-topk 0.05.")
         for name in ("block_m", "block_n"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), BLOCK_SIZES)
@@ -345,14 +348,19 @@ class GenerateConfig:
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")
         for name, example in (("guidance_scale", "5"), ("flow_shift", "3"), ("sigma_max", "80")):
             value = getattr(self, name)
-            least = "0 or above" if name == "guidance_scale" else "above 0"
-            if value is not None and not (0 < value <= MAX_STRENGTH or (value == 0 and least == "0 or above")):
+            least = 0.0 if name == "guidance_scale" else MIN_STRENGTH
+            if value is not None and not least <= value <= MAX_STRENGTH:
                 raise UsageError(
-                    f"{name} is {shown(value)}, but must be {least}, and at most {MAX_STRENGTH:g}. "
+                    f"{name} is {shown(value)}, but must be from {least:g} to {MAX_STRENGTH:g}. "
                     f"Try --{name.replace('_', '-')} {example}."
                 )
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED - self.num_videos + 1:
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+        if self.seed is not None and self.seed > MAX_SEED - self.num_videos + 1:
+            raise UsageError(
+                f"seed is {self.seed} and num_videos is {self.num_videos}, but the last video's seed must be at most "
+                f"2**63 - 1. Try --seed {MAX_SEED - self.num_videos + 1}."
+            )
         for name, choices in (
             ("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
         ):  # fmt: skip
