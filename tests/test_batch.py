@@ -18,7 +18,7 @@ import pytest
 import torch
 from wan_models import save_pipeline
 
-from slagen.batch import batch
+from slagen.batch import Speed, batch
 from slagen.cli import run
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError
@@ -136,8 +136,19 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
     assert after["video"] == before["video"] and after["latents_hash"] == before["latents_hash"]
     assert after["settings"].items() <= before["settings"].items() and "restored" in after and "steps" not in after
     assert replay(str(report), model=str(toy))["same"]
-    second, seen = events_of(settings(toy, tmp_path, lines))
+    second, seen = events_of(settings(toy, tmp_path, lines, save_latents=True))
     assert not any(report.name in event.text for event in seen)
+    (told,) = (event.text for event in seen if event.kind == "warning")  # it was silent
+    assert second.kept == first.made and told.startswith("2 videos are there without latents, and not made again")
+    assert f"(rm {tmp_path / 'out' / first.made[0]})" in told and "another --output" in told
+
+
+def test_a_speed_that_no_machine_has_is_no_measurement(tmp_path):
+    """A damaged cache with 1e299 seconds a FLOP in it made the forecast a line of 300 digits."""
+    speed = Speed(tmp_path, ["x"])
+    for rates, median in (([1e299], None), ([1e-12, 1e-3], None), ([1e-12], 1e-12)):
+        speed.store.write_text(json.dumps({speed.key: rates}))
+        assert speed.read() == median
 
 
 def test_a_report_that_cannot_be_made_again_is_told(toy, tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from slagen.cli import run
+from slagen.cli import main, run
 from slagen.interrupts import stopping
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
@@ -110,3 +110,17 @@ def test_a_proxy_that_cannot_be_used(monkeypatch, capsys, tmp_path, scheme, word
         close_session()
     told = " ".join(capsys.readouterr().err.split())
     assert words in told and "a bug in slagen" not in told
+
+
+def test_a_current_folder_that_is_gone_is_told(monkeypatch, capsys):
+    """oneMKL ended the process with words about a library."""
+
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("os.getcwd", gone)
+    monkeypatch.setattr("slagen.streams.mend", lambda: None)
+    monkeypatch.setattr("slagen.cli.run", lambda *a, **k: pytest.fail("it runs"))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: the current folder is not there")

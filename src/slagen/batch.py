@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import socket
 import threading
@@ -34,6 +35,7 @@ from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_m
 from slagen.files import delete, sweep, write_bytes, write_json, write_text
 from slagen.generate import Event, Sample, Session, Video, check_memory, free_memory, save
 from slagen.interrupts import ENDING, stopping
+from slagen.latents import latents_beside
 from slagen.machine import describe_device
 from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
@@ -268,7 +270,21 @@ def _sweep(
             if job.state == "done":
                 on_event(Event("warning", f"{job.name} is gone or changed, and is made again"))
             todo.append(task)
+    _tell_of_latents(manifest, [task for task in tasks if jobs[task.job.key].name in result.kept], on_event)
     return todo
+
+
+def _tell_of_latents(manifest: Manifest, kept: list[Task], on_event: Callable[[Event], None]) -> None:
+    """Warn of videos that were made before latents were asked for: a video that is whole is not made again."""
+    videos = [manifest.folder / task.job.name for task in kept if task.plan.config.save_latents]
+    lacking = [video for video in videos if not latents_beside(video)]
+    if lacking:
+        are = "one video is" if len(lacking) == 1 else f"{len(lacking)} videos are"
+        text = (
+            f"{are} there without latents, and not made again for them. To have both, delete such a video "
+            f"(rm {shlex.quote(str(lacking[0]))}) and run this again, or give another --output"
+        )
+        on_event(Event("warning", text))
 
 
 def _restore(manifest: Manifest, job: Job, on_event: Callable[[Event], None]) -> None:
@@ -326,6 +342,9 @@ def _forecast(folder: Path, tasks: list[Task], todo: list[Task], speed: Speed) -
     return f"{len(tasks)} videos, {len(todo)} to make; time: {duration}; disk: at most {size:.0f} MiB in {folder}"
 
 
+SLOWEST = 1e-3  # seconds for a FLOP: slower than any machine, so no measurement
+
+
 class Speed:
     """Seconds for a FLOP of denoising, as this machine's last videos with these weights took; kept in the cache.
 
@@ -355,7 +374,7 @@ class Speed:
             content = read_json(self.store, {str: [float]})
         except WeightsError:
             return {}
-        return {key: rates for key, rates in content.items() if all(rate > 0 for rate in rates)}
+        return {key: rates for key, rates in content.items() if all(0 < rate < SLOWEST for rate in rates)}
 
 
 def clock(seconds: float) -> str:

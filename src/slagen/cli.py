@@ -1293,6 +1293,11 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is not None:
         sys.exit(run(arguments))
     streams.mend()
+    try:
+        os.getcwd()
+    except OSError as error:  # MKL and others end the process over it
+        _show_error(f"the current folder is not there any more ({error.strerror}). Go to another: cd ~")
+        sys.exit(UsageError.exit_code)
     code = run(sys.argv[1:], own_process=True)
     sys.stdout.flush()
     sys.exit(code)
