@@ -140,7 +140,7 @@ def test_help_without_rich(bare):
     done = bare("bench", "--help", missing=("rich",))
     assert done.returncode == 0 and "--no-length-sweep" in done.stdout and done.stderr == ""
     done = bare("bench", "--sparsity", "much", missing=("rich",))
-    assert done.returncode == 2 and "Invalid value for '--sparsity'" in done.stderr
+    assert done.returncode == 2 and "--sparsity is 'much', but must be a number" in done.stderr
 
 
 def test_every_requirement_fits_here():

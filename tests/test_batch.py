@@ -13,17 +13,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from wan_models import save_pipeline
 
-from slagen.batch import Speed, batch
+from slagen.batch import Times, _forecast, _Run, batch
 from slagen.cli import run
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.manifest import Manifest, Wanted
 from slagen.replay import replay
+from slagen.resolve import make_plan
 from slagen.video import read_mp4, write_mp4
 
 
@@ -78,7 +80,7 @@ def test_a_second_run_makes_nothing_and_exits_0(toy, tmp_path):
     first, seen = events_of(settings(toy, tmp_path, lines))
     assert len(first.made) == 5 and not first.failed
     assert any("there twice with seed 1" in event.text for event in seen if event.kind == "warning")
-    assert any("5 to make; time: known after the first video" in event.text for event in seen if event.kind == "plan")
+    assert any("5 to make; disk: at most" in event.text for event in seen if event.kind == "plan")
     names = made(tmp_path / "out")
     assert names == sorted(first.made) and all(
         (tmp_path / "out" / name).with_suffix(".json").is_file() for name in names
@@ -143,12 +145,13 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
     assert f"(rm {tmp_path / 'out' / first.made[0]})" in told and "another --output" in told
 
 
-def test_a_speed_that_no_machine_has_is_no_measurement(tmp_path):
-    """A damaged cache with 1e299 seconds a FLOP in it made the forecast a line of 300 digits."""
-    speed = Speed(tmp_path, ["x"])
-    for rates, median in (([1e299], None), ([1e-12, 1e-3], None), ([1e-12], 1e-12)):
-        speed.store.write_text(json.dumps({speed.key: rates}))
-        assert speed.read() == median
+def test_a_time_that_no_machine_takes_is_no_measurement(toy, tmp_path):
+    """A damaged cache with 1e299 in it made the forecast a line of 300 digits."""
+    (task,) = jobs_of(toy, 64)
+    times = Times(tmp_path, ["x"])
+    for seconds, told in ((1e299, None), (1e7, None), (20.0, 20.0)):
+        times.store.write_text(json.dumps({times._key(task): [seconds]}))
+        assert times.of([task]) == told
 
 
 def test_a_report_that_cannot_be_made_again_is_told(toy, tmp_path):
@@ -436,12 +439,48 @@ def test_only_the_last_to_begin_ends_a_job(tmp_path):
     assert Manifest(tmp_path).read()[job.key].result["sha256"] == "y"
 
 
+def jobs_of(toy, *sizes, steps=1):
+    """Tasks, as far as a forecast looks at them."""
+    plans = [make_plan(GenerateConfig("-", model=str(toy), attention="dense", width=size, height=64, num_frames=5,
+                                      steps=steps, device="cpu")) for size in sizes]  # fmt: skip
+    return [SimpleNamespace(plan=plan, job=SimpleNamespace(key=str(i), result={})) for i, plan in enumerate(plans)]
+
+
+def test_the_first_forecast_is_of_videos_like_these_or_none(toy, tmp_path):
+    """It was by FLOPs of whatever had been made before: several times too long after small videos of few steps."""
+    times = Times(tmp_path, ["weights", "device"])
+    small, large = jobs_of(toy, 64, 128)
+    (longer,) = jobs_of(toy, 64, steps=16)
+    assert "time" not in _forecast(tmp_path, [small], [small], times)
+    for seconds in (30, 2, 3):
+        times.add(small, seconds)
+    assert "1 video, 1 to make; time: about 3 s; disk" in _forecast(tmp_path, [small], [small], times)
+    assert "2 videos, 2 to make; time: about 6 s" in _forecast(tmp_path, [small] * 2, [small] * 2, times)
+    for other in (large, longer):
+        assert "time" not in _forecast(tmp_path, [small, other], [small, other], times)
+    assert Times(tmp_path, ["other weights", "device"]).of([small]) is None
+
+
+def test_the_time_left_is_told_by_videos_after_the_first(toy, monkeypatch):
+    """The first compiles kernels and reads files, and its time was taken for that of all the others."""
+    tasks = jobs_of(toy, 64, 64, 64, 64)
+    run_ = _Run(None, None, tasks, None, None, None, "", None)
+    clock = iter([100.0, 200.0, 202.0, 204.0])
+    monkeypatch.setattr("slagen.batch.time.monotonic", lambda: next(clock))
+    told = []
+    for done in range(4):
+        jobs = {task.job.key: SimpleNamespace(key=task.job.key, state="done" if i < done else "queued", result={})
+                for i, task in enumerate(tasks)}  # fmt: skip
+        told.append(run_._progress(jobs))
+    assert told == ["0 of 4 done", "1 of 4 done", "2 of 4 done, about 4 s left", "3 of 4 done, about 2 s left"]
+
+
 def test_damaged_notes_in_the_cache_are_made_anew(toy, tmp_path):
-    """hashes.json and speeds.json only save time."""
+    """hashes.json and times.json only save time."""
     config = settings(toy, tmp_path, ["a circle --seed 1"])
     first = batch(config)
     for text in ("", "[]", "{", '{"x": 3}', "null"):
-        for name in ("hashes.json", "speeds.json"):
+        for name in ("hashes.json", "times.json"):
             (tmp_path / "cache" / name).write_text(text)
         assert batch(config).kept == first.made
     notes = json.loads((tmp_path / "cache" / "hashes.json").read_text())

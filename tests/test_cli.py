@@ -141,6 +141,33 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
     assert not seen
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("generate x --seed abc", "--seed is 'abc', but must be a whole number. See slagen generate --help."),
+        ("generate x --cfg much", "--guidance-scale is 'much', but must be a number. See slagen generate --help."),
+        ("generate x --backend fast",
+         "--backend is 'fast', but must be one of auto, reference, torch, triton. See slagen generate --help."),
+        ("generat x", "No such command 'generat'. Did you mean 'generate'? See slagen --help."),
+        ("generate x --sed 3",
+         "No such option: --sed. Did you mean --seed or --size or --steps? See slagen generate --help."),
+        ("generate x --seed", "Option '--seed' requires an argument. See slagen generate --help."),
+        ("generate a b", "There are more arguments than are taken: b. Put a prompt of several words in quotes."),
+        ("models x", "There are more arguments than are taken: x. See slagen models --help."),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_told_in_plain_sentences_that_end_once(capsys, command, told):
+    """A parser's words leaked ("Value error, 'x' is not one of ...", "unable to parse string"), and "?. See"."""
+    assert run(command.split()) == 2
+    assert re.sub(r"\s+", " ", capsys.readouterr().err).strip() == f"error: {told}"
+
+
+def test_the_output_of_a_batch_is_a_folder(capsys):
+    run(["batch", "--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "--output <str> The folder of the videos" in shown and "ends in .mp4" not in shown
+
+
 @pytest.mark.parametrize(("error", "code"), [(SlagenError("a"), 1), (WeightsError("b"), 5), (KeyError("c"), 1)])
 def test_errors_become_a_line_and_a_code(monkeypatch, capsys, error, code):
     def fail(config, on_event):

@@ -93,7 +93,7 @@ def test_a_test_that_misses_its_place_fails(monkeypatch):
 
 def test_device_and_dtype(card):
     assert machine.pick_device("auto").type == "cuda" and machine.pick_device("cuda:0") == CARD
-    with pytest.raises(EnvironmentProblem, match="'cuda:1', but PyTorch .* sees 1 CUDA devices"):
+    with pytest.raises(EnvironmentProblem, match="'cuda:1', but PyTorch .* sees 1 CUDA device[.]"):
         machine.pick_device("cuda:1")
     with pytest.raises(UsageError, match="Try --device auto"):
         machine.pick_device("mps")

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from wan_models import save_pipeline
 
 from slagen import told
-from slagen.batch import Speed, write_page
+from slagen.batch import Times, write_page
 from slagen.cli import run
 from slagen.config import SLAConfig
 from slagen.dataset import INDEX_FILE, SET_FILE, Dataset, Store
@@ -225,7 +225,7 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
 
     cache.mkdir()
     content_hashes([clip], cache)
-    Speed(cache, ["x"]).add(0.5)
+    (cache / "times.json").write_text('{"x": [0.5]}')
     return {
         "report": Reader(5, "json", report, command("info", report)),
         "report to replay": Reader(2, "json", again, make_again),
@@ -234,7 +234,7 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
         "video": Reader(2, "binary", clip, command("info", clip)),
         "words of a video": Reader(4, "json", words, read_words),
         "hashes": Reader(1, "json", cache / "hashes.json", lambda: content_hashes([clip], cache)),
-        "speeds": Reader(1, "json", cache / "speeds.json", lambda: Speed(cache, ["x"]).add(1.0)),
+        "times": Reader(1, "json", cache / "times.json", lambda: Times(cache, ["x"]).of([])),
     }
 
 
@@ -294,7 +294,7 @@ def training_readers(folder: Path) -> dict[str, Reader]:
 NAMES = (
     *(f"prompts{suffix}" for suffix in PROMPTS), *CONFIGS, "safetensors", "sla", "pickle", "gguf", "shards",
     "metadata of sla", "report", "report to replay", "report on the page", "manifest", "video", "words of a video",
-    "hashes", "speeds", "data.jsonl", "videos2caption.json", "metadata.csv", "caption", "log", "state", "data set",
+    "hashes", "times", "data.jsonl", "videos2caption.json", "metadata.csv", "caption", "log", "state", "data set",
     "index of a data set",
 )  # fmt: skip
 

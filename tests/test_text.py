@@ -10,7 +10,7 @@ import pytest
 from slagen.cli import run
 from slagen.config import BenchConfig, DataConfig, FinetuneConfig, GenerateConfig
 from slagen.errors import UsageError
-from slagen.text import check_prompt, cut, encodable, escaped, line, message, quote, to_json
+from slagen.text import check_prompt, counted, cut, encodable, escaped, line, message, quote, to_json
 
 HARMLESS = "é e\u0301 狐 🦊 👩\u200d🚀 🏳\ufe0f\u200d🌈 ฉัน สวัสดี ﺍلعربية \u3000 [bold]x[/] :smile: \\"
 HARMFUL = "\x00\x07\x08\t\r\x1b]52;c;aGk=\x07\x1b[31m\x7f\x85\u061c\u200f\u202e\u2066\u2028\u2029\ufeff\ud83d \udcff"
@@ -39,6 +39,12 @@ def test_json_is_exact_and_harmless():
     assert is_harmless(text) and "🦊" in text
     assert json.loads(text) == content and json.loads(text.encode()) == content
     assert json.loads(to_json(["a\\ caf\udce9\x1b"])) == ["a\\ caf\\xe9\x1b"]
+
+
+def test_one_of_a_thing_is_no_plural():
+    """There were "1 videos", "1 frames" and "1 tensors" all over."""
+    assert [counted(n, "forward pass") for n in (0, 1, 2)] == ["0 forward passes", "1 forward pass", "2 forward passes"]
+    assert counted(1, "video") == "1 video"
 
 
 def test_messages_carry_a_line_of_a_text():

@@ -41,6 +41,7 @@ from slagen.manifest import LOCKS, Job, Manifest, Wanted, digest
 from slagen.pages import Card, contact_sheet
 from slagen.paths import is_video
 from slagen.resolve import Plan, Weights, find_weights, make_plan
+from slagen.text import counted
 from slagen.told import restored_report
 from slagen.video import check_ffmpeg, make_thumbnail
 
@@ -49,6 +50,7 @@ NOT_PIXELS = {  # settings that change no pixel, the seed, which is kept apart, 
     "weights", "vae",
 }  # fmt: skip
 POLL_S = 0.5
+MAX_TIMES = 200  # kinds of videos whose times are kept
 PAGE = "index.html"
 
 
@@ -125,11 +127,11 @@ def share(
     todo = _sweep(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
     _check_room(folder, todo)
     _check_memory(todo)
-    speed = Speed(cache, [identity, describe_device(weights.device)["name"]])
-    on_event(Event("plan", _forecast(folder, tasks, todo, speed)))
+    times = Times(cache, [identity, describe_device(weights.device)["name"]])
+    on_event(Event("plan", _forecast(folder, tasks, todo, times)))
     if todo:
         with signals(stop, on_event):
-            _Run(config, manifest, todo, result, stop, on_event, worker, speed).run()
+            _Run(config, manifest, todo, result, stop, on_event, worker, times).run()
             result.interrupted = stop.is_set()
     return result
 
@@ -171,7 +173,7 @@ def _write_page(manifest: Manifest) -> Path:
         seconds = job.result.get("seconds")
         cards.append(Card(job.index, job.name, job.settings["prompt"], job.seed, state, video, seconds, attention))
     page = manifest.folder / PAGE
-    write_text(page, contact_sheet(f"{manifest.folder.resolve().name}: {len(cards)} videos", cards))
+    write_text(page, contact_sheet(f"{manifest.folder.resolve().name}: {counted(len(cards), 'video')}", cards))
     return page
 
 
@@ -219,9 +221,9 @@ def _tell_often(texts: Iterable[str], on_event: Callable[[Event], None]) -> None
     """Warn of what holds for many videos: the commonest ten, each once."""
     counts = Counter(texts)
     for text, count in counts.most_common(10):
-        on_event(Event("warning", text if count == 1 else f"{text} ({count} videos)"))
+        on_event(Event("warning", text if count == 1 else f"{text} ({counted(count, 'video')})"))
     if len(counts) > 10:
-        on_event(Event("warning", f"and {len(counts) - 10} other warnings"))
+        on_event(Event("warning", f"and {counted(len(counts) - 10, 'more warning')}"))
 
 
 def _queue(
@@ -309,8 +311,8 @@ def _check_room(folder: Path, todo: list[Task]) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SlagenError(
-            f"{folder} has {free / 2**20:.0f} MiB free, but {len(todo)} videos may need {needed / 2**20:.0f} MiB. "
-            "Free some space, or give another folder with --output."
+            f"{folder} has {free / 2**20:.0f} MiB free, but {counted(len(todo), 'video')} may need "
+            f"{needed / 2**20:.0f} MiB. Free some space, or give another folder with --output."
         )
 
 
@@ -332,49 +334,58 @@ def _pixels(task: Task) -> int:
     return (config.width or 0) * (config.height or 0) * (config.num_frames or 0)
 
 
-def _forecast(folder: Path, tasks: list[Task], todo: list[Task], speed: Speed) -> str:
-    """How many, how long, how much."""
+def _forecast(folder: Path, tasks: list[Task], todo: list[Task], times: Times) -> str:
+    """How many, how long, how much; how long only where such videos were made here before."""
     if not todo:
-        return f"{len(tasks)} videos, none to make"
-    rate = speed.read()
-    duration = "known after the first video" if rate is None else "about " + clock(rate * sum(map(_work, todo)))
+        return f"{counted(len(tasks), 'video')}, none to make"
+    seconds = times.of(todo)
+    duration = "" if seconds is None else f"time: about {clock(seconds)}; "
     size = sum(2**20 + _pixels(task) // 4 for task in todo) / 2**20
-    return f"{len(tasks)} videos, {len(todo)} to make; time: {duration}; disk: at most {size:.0f} MiB in {folder}"
+    return f"{counted(len(tasks), 'video')}, {len(todo)} to make; {duration}disk: at most {size:.0f} MiB in {folder}"
 
 
-SLOWEST = 1e-3  # seconds for a FLOP: slower than any machine, so no measurement
+SLOWEST = 1e7  # seconds for a video: slower than any machine, so no measurement
 
 
-class Speed:
-    """Seconds for a FLOP of denoising, as this machine's last videos with these weights took; kept in the cache.
+class Times:
+    """Seconds that this machine's last videos took, kept in the cache by what their time depends on.
+
+    A video of another size or with other steps tells nothing: decoding and the smallest layers take a share that is
+    another at each, and a forecast by FLOPs alone was several times too long.
 
     Args:
-        about: what a speed depends on.
+        about: the weights and the device.
     """
 
     def __init__(self, cache: Path, about: list[str]) -> None:
-        self.store, self.key = cache / "speeds.json", digest(about)
+        self.store, self.about = cache / "times.json", about
 
-    def read(self) -> float | None:
-        """The median of the last videos; None before the first."""
-        rates = self._rates().get(self.key)
-        return sorted(rates)[len(rates) // 2] if rates else None
+    def of(self, tasks: list[Task]) -> float | None:
+        """Seconds for all of some videos, each by the median of its like; None where one of them has none."""
+        known = self._known()
+        times = [sorted(known.get(self._key(task), [])) for task in tasks]
+        return sum(found[len(found) // 2] for found in times) if all(times) else None
 
-    def add(self, rate: float) -> None:
+    def add(self, task: Task, seconds: float) -> None:
         """Remember one more."""
-        known = self._rates()
+        known, key = self._known(), self._key(task)
         try:
             self.store.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.store, {**known, self.key: [*known.get(self.key, []), rate][-9:]})
+            others = [item for item in known.items() if item[0] != key][-MAX_TIMES:]
+            write_json(self.store, dict([*others, (key, [*known.get(key, []), seconds][-9:])]))
         except OSError:
             pass  # it is a forecast, no more
 
-    def _rates(self) -> dict[str, list[float]]:
+    def _key(self, task: Task) -> str:
+        plan = task.plan
+        return digest([*self.about, _work(task), _pixels(task), str(plan.weights.dtype), plan.backend])
+
+    def _known(self) -> dict[str, list[float]]:
         try:
             content = read_json(self.store, {str: [float]})
         except WeightsError:
             return {}
-        return {key: rates for key, rates in content.items() if all(0 < rate < SLOWEST for rate in rates)}
+        return {key: times for key, times in content.items() if all(0 < time < SLOWEST for time in times)}
 
 
 def clock(seconds: float) -> str:
@@ -401,12 +412,12 @@ class _Run:
 
     def __init__(
         self, config: BatchConfig, manifest: Manifest, todo: list[Task], result: BatchResult, stop: threading.Event,
-        on_event: Callable[[Event], None], worker: str, speed: Speed,
+        on_event: Callable[[Event], None], worker: str, times: Times,
     ) -> None:  # fmt: skip
         self.config, self.manifest, self.todo, self.result, self.stop = config, manifest, todo, result, stop
-        self.on_event, self.worker, self.speed = on_event, worker, speed
+        self.on_event, self.worker, self.times = on_event, worker, times
         self.before = {task.job.key: task.job.result for task in todo}
-        self.began = 0.0
+        self.began: tuple[float, int] | None = None  # when the first video had ended, and the FLOPs until then
         self.writing: _Attempt | None = None
 
     def run(self) -> None:
@@ -422,7 +433,6 @@ class _Run:
             session.release_text_encoder()
         _tell_often((text for task in self.todo for text in session.cuts(task.plan)), self.on_event)
         waiting = list(self.todo)
-        self.began = time.monotonic()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:
             try:
                 while waiting and not self.stop.is_set():
@@ -493,7 +503,7 @@ class _Run:
                 sha256=video.report["video"]["sha256"], latents_hash=video.report["latents_hash"],
             )  # fmt: skip
             (self.result.made if counts else self.result.elsewhere).append(task.job.name)
-            self.speed.add(seconds / _work(task))
+            self.times.add(task, seconds)
         finally:
             attempt.lock.release()
 
@@ -510,13 +520,16 @@ class _Run:
         return job.state in ("done", "failed") and job.result is not self.before[job.key]
 
     def _progress(self, jobs: dict[str, Job]) -> str:
-        """How many videos have ended, and the time left by what all who share the work have done since."""
+        """How many videos have ended, and the time left by what all who share the work have done since the first, which
+        takes longer: kernels are compiled, and files read."""
         ended = [task for task in self.todo if self._has_ended(jobs[task.job.key])]
         left = ""
         sampled = [*ended, self.writing.task] if self.writing is not None else ended
-        if sampled:
-            done, everything = sum(map(_work, sampled)), sum(map(_work, self.todo))
-            left = f", about {clock((everything - done) * (time.monotonic() - self.began) / done)} left"
+        done, everything, now = sum(map(_work, sampled)), sum(map(_work, self.todo)), time.monotonic()
+        if done and self.began is None:
+            self.began = now, done
+        elif self.began is not None and done > self.began[1]:
+            left = f", about {clock((everything - done) * (now - self.began[0]) / (done - self.began[1]))} left"
         return f"{len(ended)} of {len(self.todo)} done{left}"
 
 

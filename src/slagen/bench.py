@@ -31,8 +31,8 @@ from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.files import check_writable, reserved, staging, write_json, write_text
 from slagen.methods import METHODS, Attend, Method, NotHere, Setting
-from slagen.tables import EVEN, FASTER, BenchResult, beside, markdown, merged
-from slagen.text import quote
+from slagen.tables import EVEN, FASTER, BenchResult, beside, markdown
+from slagen.text import counted, quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
@@ -60,7 +60,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
         if name not in known:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
     methods = [known[name] for name in config.methods] or list(METHODS)
-    _note_absent(config, methods, on_note)
+    _check_present(config, methods)
     folder = user_path(config.output or "")
     if config.output is None:
         return _rows(config, device, dtype, methods, on_note)
@@ -98,13 +98,11 @@ def _rows(
     return BenchResult(content)
 
 
-def _note_absent(config: BenchConfig, methods: list[Method], on_note: Callable[[str], None]) -> None:
-    """One note for all methods that are not installed. Raises EnvironmentProblem where one of them was named."""
+def _check_present(config: BenchConfig, methods: list[Method]) -> None:
+    """Raise EnvironmentProblem where a method that was named is not installed; of others the result says it."""
     names = [method.name for method in methods if method.absent]
     if names and config.methods:
         raise _not_here(names[0], "is not installed")
-    if names and not (config.model or config.random_init):
-        on_note(f"not installed, and left out: {', '.join(names)}")
 
 
 def _not_here(name: str, reason: str) -> EnvironmentProblem:
@@ -135,8 +133,6 @@ def _bench_shape(
     swept = 0.95 if 0.95 in sparsities else sparsities[0]
     sparsities, groups = _merge(config, shape, sparsities, swept)
     content.setdefault("same_top_k", []).extend(groups)
-    for group in groups:
-        on_note(merged(**group))
     plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
     entries: dict[tuple[Any, ...], Entry] = {}
     compared = []
@@ -227,7 +223,7 @@ def _prepare(
     row, setting = entry.row, entry.setting
     attend = entry.method.make(setting)
     label = "" if row["sparsity"] is None else f", sparsity {row['sparsity']:g}"
-    on_note(f"{entry.method.name}, {entry.sizes[2]} tokens{label}")
+    on_note(f"{entry.method.name}, {counted(entry.sizes[2], 'token')}{label}")
     error = _error(entry.method, setting, attend, entry.sizes[3])
     limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
     row["correct"] = error <= limit

@@ -437,7 +437,9 @@ def batch(
     vae: VaeOption = None,
     local_files_only: LocalFilesOnlyOption = False,
     allow_untrained: AllowUntrainedOption = False,
-    output: OutputOption = "outputs",
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The folder of the videos.", rich_help_panel=OUTPUT)
+    ] = "outputs",
     save_latents: SaveLatentsOption = False,
     timing: TimingOption = "layer",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,

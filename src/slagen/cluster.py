@@ -29,7 +29,7 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generate import Event
 from slagen.manifest import Manifest
 from slagen.models import PRESETS
-from slagen.text import quote
+from slagen.text import counted, quote
 
 POLL_S = 0.5
 MAX_LOSSES = 3  # workers that a job, or that starting, may cost before it is given up
@@ -249,7 +249,9 @@ class _Driver:
         wanted = min(wanted, sum(videos))
         if gpus:
             if wanted > gpus:
-                raise UsageError(f"ray_workers is {wanted}, but Ray has {gpus} GPUs. Try --ray-workers {gpus}.")
+                raise UsageError(
+                    f"ray_workers is {wanted}, but Ray has {counted(gpus, 'GPU')}. Try --ray-workers {gpus}."
+                )
             return {"num_gpus": 1}, wanted
         cpus = int(have.get("CPU", 0))
         if wanted > cpus:

@@ -20,7 +20,7 @@ from slagen.attention.sla.config import (
 from slagen.errors import UsageError
 from slagen.forms import shown
 from slagen.paths import check_folder, check_output
-from slagen.text import check_prompt
+from slagen.text import check_prompt, counted
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 
@@ -120,7 +120,7 @@ class ClipSize:
     num_frames: int
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height} with {self.num_frames} frames"
+        return f"{self.width}x{self.height} with {counted(self.num_frames, 'frame')}"
 
     @classmethod
     def from_dict(cls, fields: Any) -> "ClipSize":

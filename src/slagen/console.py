@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slagen import plain
 from slagen.errors import STAGE
-from slagen.text import encodable, escaped, line, message, to_json
+from slagen.text import counted, encodable, escaped, line, message, to_json
 
 if TYPE_CHECKING or find_spec("rich") is not None:
     from rich.console import Console as RichConsole
@@ -174,7 +174,7 @@ def show_data(data: Any, as_json: bool) -> None:
     if as_json:
         write_json({"folder": str(data.folder), "hash": data.hash, **counts})
         return
-    stderr.print(f"{counts['training']} clips to train on, {counts['held_out']} held out")
+    stderr.print(f"{counted(counts['training'], 'clip')} to train on, {counts['held_out']} held out")
     write(str(data.folder))
 
 
@@ -211,13 +211,13 @@ def show_report(content: dict[str, Any]) -> None:
     attention, cost, stages = content["attention"], content["cost"], content["stages_s"]
     if content["timing"]["level"] != "off":
         stderr.print(_step_table(content["steps"]))
-    what = f"{attention['mode']} attention, {attention['tokens']} tokens"
+    what = f"{attention['mode']} attention, {counted(attention['tokens'], 'token')}"
     if "critical" in attention:
         fractions = attention["fractions"]
         what += (
-            f", {attention['key_blocks']} key blocks of {attention['block_n']}: {attention['critical']} critical "
-            f"({fractions['critical']:.1%}), {attention['marginal']} marginal, {attention['negligible']} negligible; "
-            f"{attention['backend']} backend"
+            f", {counted(attention['key_blocks'], 'key block')} of {attention['block_n']}: "
+            f"{attention['critical']} critical ({fractions['critical']:.1%}), "
+            f"{attention['marginal']} marginal, {attention['negligible']} negligible; {attention['backend']} backend"
         )
     _tell(what)
     _tell(f"weights: {content['weights']['used']}, model {content['weights']['model']}")
@@ -408,17 +408,19 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         return
     settings, memory = content["settings"], content["memory_gib"]
     tera = {name: flops / 1e12 for name, flops in content["flops"].items()}
-    tail = f", the last with {content['tail_tokens']} tokens" if content["tail_tokens"] else ""
+    tail = f", the last with {counted(content['tail_tokens'], 'token')}" if content["tail_tokens"] else ""
     rows = [
         ("model", content["model"]),
-        ("video", f"{settings['width']}x{settings['height']}, {settings['num_frames']} frames, {settings['fps']} fps"),
-        ("sampling", f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}: "
-                     f"{content['forward_passes']} forward passes"),
-        ("tokens", f"{content['tokens']}: {content['query_blocks']} query blocks of {settings['block_m']}, "
-                   f"{content['key_blocks']} key blocks of {settings['block_n']}{tail}"),
+        ("video", f"{settings['width']}x{settings['height']}, {counted(settings['num_frames'], 'frame')}, "
+                  f"{settings['fps']} fps"),
+        ("sampling", f"{counted(settings['steps'], 'step')} of {settings['sampler']}, "
+                     f"guidance {settings['guidance_scale']:g}: "
+                     f"{counted(content['forward_passes'], 'forward pass')}"),
+        ("tokens", f"{content['tokens']}: {counted(content['query_blocks'], 'query block')} of {settings['block_m']}, "
+                   f"{counted(content['key_blocks'], 'key block')} of {settings['block_n']}{tail}"),
         ("attention", "dense: every key block" if settings["sparsity"] is None else
                       f"{_kept(settings)} -> top-k {content['topk_blocks']} of "
-                      f"{content['key_blocks']} key blocks (kept {content['kept_fraction']:.2%})"),
+                      f"{counted(content['key_blocks'], 'key block')} (kept {content['kept_fraction']:.2%})"),
         ("TFLOP a forward", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
                             f"SLA {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
         ("fewer FLOPs", f"{content['flops_speedup']:.2f}x; free attention would be {content['amdahl_ceiling']:.2f}x "
@@ -464,7 +466,7 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
         sampler = f"{row['steps']} x {row['sampler']}"
         sampler += "" if row["flow_shift"] is None else f", shift {row['flow_shift']:g}"
         sla = row["sla"]
-        said = [f"{row['size']}, {row['num_frames']} frames; {sampler}, guidance {row['guidance_scale']:g}"]
+        said = [f"{row['size']}, {counted(row['num_frames'], 'frame')}; {sampler}, guidance {row['guidance_scale']:g}"]
         if sla is not None:
             said.append(f"SLA trained at sparsity {sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}")
         said.append(f"from {row['weights'] or row['base'] or 'this installation'}")
@@ -507,7 +509,7 @@ def _add_rows(table: Any, content: dict[str, Any], prefix: str) -> None:
         if isinstance(value, dict):
             _add_rows(table, value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            table.add_row(_key(prefix + name), f"{len(value)} entries (--json shows them)")
+            table.add_row(_key(prefix + name), f"{counted(len(value), 'item')} (--json shows them)")
         elif name == "proj_l_norms":
             norms = ", ".join(f"{norm:.3g}" for norm in value) or "none"
             table.add_row(_key(f"{prefix}proj_l norms by layer"), norms)

@@ -34,7 +34,7 @@ from slagen.models import (
     preset_of_width,
 )
 from slagen.paths import check_folder, check_utf8
-from slagen.text import quote
+from slagen.text import counted, quote
 from slagen.wan.bounds import is_finite
 from slagen.wan.checkpoints import SLAMetadata, read_metadata, save_sla, weights_hash
 from slagen.wan.formats import SETTINGS_METADATA, UNTOLD, Checkpoint, Found, SideFile, check_fit, peek, read_checkpoint
@@ -130,7 +130,10 @@ def _convert_transformer(
     config = _config_for(checkpoint, folder)
     model = build_transformer(checkpoint, config, dtype)
     layers = len(checkpoint.projections) // 2
-    on_note(f"{checkpoint.layout} names, {len(checkpoint.tensors)} tensors, SLA in {layers} layers: all used")
+    on_note(
+        f"{checkpoint.layout} names, {counted(len(checkpoint.tensors), 'tensor')}, SLA in {counted(layers, 'layer')}: "
+        "all used"
+    )
     model.save_pretrained(target / "transformer", max_shard_size=MAX_SHARD)
     distilled = found.sampler == "rcm"
     if found.sla is not None:
@@ -267,7 +270,8 @@ def _merged(
     copied = [name for name in after if name not in start]
     merged |= {name: after[name] for name in copied}
     on_note(
-        f"{len(start) - len(kept)} tensors changed, {len(kept)} kept as in the base, {len(copied)} only the target's"
+        f"{counted(len(start) - len(kept), 'tensor')} changed, {len(kept)} kept as in the base, "
+        f"{len(copied)} only the target's"
     )
     return {name: tensor.contiguous() for name, tensor in merged.items()}, told
 

@@ -38,7 +38,7 @@ from slagen.models import ModelSource
 from slagen.paths import check_utf8
 from slagen.quality import Example
 from slagen.resolve import Weights, find_weights, make_plan
-from slagen.text import quote
+from slagen.text import counted, quote
 from slagen.wan import reading
 from slagen.wan.loading import encode_video, load_pipeline
 from slagen.wan.texts import tell_cut
@@ -327,7 +327,7 @@ def _encoded(
     cuts = plan_cuts(footage, full, max(16, source.spatial_grid), faults, look)
     combed = [item.path.name for item, cut in zip(footage, cuts, strict=True) if cut.interlaced]
     if combed:
-        text = f"{len(combed)} of {len(footage)} videos are interlaced, and are deinterlaced (bwdif): {combed[0]}"
+        text = f"interlaced, and deinterlaced (bwdif): {len(combed)} of {counted(len(footage), 'video')}, {combed[0]}"
         on_event(Event("note", text + (f" and {len(combed) - 1} more" if combed[1:] else "")))
     identity = encoder_identity(source, cache)
     contents = content_hashes([item.path for item in footage], cache)
@@ -335,7 +335,9 @@ def _encoded(
     order = sorted(dict.fromkeys(names), key=lambda name: digest([seed, name]))
     held = config.held_out or min(16, max(1, len(order) // 10))
     if held >= len(order):
-        raise UsageError(f"the data set has {len(order)} clips, of which {held} would be held out. Give more videos.")
+        raise UsageError(
+            f"the data set has {counted(len(order), 'clip')}, of which {held} would be held out. Give more videos."
+        )
     kept = set(order[:held])
     negative = source.defaults.negative_prompt
     texts = {text: _text_name(identity, weights, text) for text in [*(item.caption for item in footage), negative]}

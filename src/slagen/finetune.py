@@ -36,6 +36,7 @@ from slagen.paths import check_utf8
 from slagen.quality import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
 from slagen.report import versions
 from slagen.resolve import find_weights, make_plan
+from slagen.text import counted
 from slagen.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
 from slagen.training_log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
 from slagen.training_state import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
@@ -391,8 +392,8 @@ class _Run:
         least = min(map(self._tokens, [*self.data.training, *self.data.held_out]))
         if self.config.attention != "dense" and self.sla.num_blocks(least)[1] < 2:
             raise UsageError(
-                f"a clip has {least} tokens, fewer than 2 key blocks of {self.sla.block_n}, so nothing can be left "
-                "out. Give larger or longer clips, or a smaller --block-n."
+                f"a clip has {counted(least, 'token')}, fewer than 2 key blocks of {self.sla.block_n}, so nothing can "
+                "be left out. Give larger or longer clips, or a smaller --block-n."
             )
         parts = self.config.context_parallel
         for clip in [*self.data.training, *self.data.held_out]:

@@ -15,7 +15,7 @@ from slagen.deinterlace import is_interlaced, whole_frames
 from slagen.documents import decode, read_bytes
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.forms import Fault
-from slagen.text import MAX_PROMPT
+from slagen.text import MAX_PROMPT, counted
 from slagen.video_lists import NAMES, find_list, find_list_below, read_list
 
 SUFFIXES = {
@@ -333,7 +333,9 @@ def read_cut(path: Path, cut: Cut) -> np.ndarray:
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise UsageError(f"{path} cannot be decoded ({error}).") from error
     if len(picked) < cut.num_frames:
-        raise UsageError(f"{path} gives {len(picked)} frames at {cut.fps} a second, but {cut.num_frames} are needed.")
+        raise UsageError(
+            f"{path} gives {counted(len(picked), 'frame')} at {cut.fps} a second, but {cut.num_frames} are needed."
+        )
     return np.stack(picked)
 
 

@@ -33,7 +33,7 @@ from slagen.files import check_writable, file_hash, reserved, staging, write_jso
 from slagen.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.paths import is_video
 from slagen.resolve import SIGMA_MAX, Plan, find_weights, make_plan
-from slagen.text import quote
+from slagen.text import counted, quote
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.checkpoints import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
@@ -90,7 +90,7 @@ def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda 
     except torch.OutOfMemoryError as error:
         config = plan.config
         raise SlagenError(
-            f"the GPU ran out of memory at {config.width}x{config.height}, {config.num_frames} frames. "
+            f"the GPU ran out of memory at {config.width}x{config.height}, {counted(config.num_frames or 0, 'frame')}. "
             "Try fewer --num-frames or a smaller --size."
         ) from error
 

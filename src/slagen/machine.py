@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slagen.errors import EnvironmentProblem, UsageError
-from slagen.text import quote
+from slagen.text import counted, quote
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -64,9 +64,10 @@ def pick_device(name: str) -> torch.device:
         ) from error
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"device is {quote(name)}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    cards = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= cards:
         raise EnvironmentProblem(
-            f"device is {quote(name)}, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices. "
+            f"device is {quote(name)}, but PyTorch {torch.__version__} sees {counted(cards, 'CUDA device')}. "
             "Try --device cpu, or install a CUDA build of PyTorch."
         )
     return device

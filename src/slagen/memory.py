@@ -20,6 +20,7 @@ from slagen.attention.cost import ModelShape
 from slagen.errors import SlagenError, WeightsError
 from slagen.model_files import read_header, read_json
 from slagen.models import ModelSource
+from slagen.text import counted
 
 GIB = 2**30
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -122,9 +123,9 @@ def check(needed: Need, width: int, height: int, num_frames: int) -> str | None:
     if needed.likely <= left:
         return None
     text = (
-        f"{width}x{height} with {num_frames} frames takes about {needed.likely / GIB:.1f} GiB of memory on a CPU "
-        f"(weights {needed.weights / GIB:.1f}, denoising {needed.denoise / GIB:.1f}, decoding {needed.decode / GIB:.1f}"
-        f"), and {max(0, left) / GIB:.1f} GiB is left of {limit}. Try a smaller --size"
+        f"{width}x{height} with {counted(num_frames, 'frame')} takes about {needed.likely / GIB:.1f} GiB of memory "
+        f"on a CPU (weights {needed.weights / GIB:.1f}, denoising {needed.denoise / GIB:.1f}, decoding "
+        f"{needed.decode / GIB:.1f}), and {max(0, left) / GIB:.1f} GiB is left of {limit}. Try a smaller --size"
     )
     text += " or fewer --num-frames" if num_frames > 1 else ""
     text += ", or --dtype bf16" if needed.fresh > needed.decode else ""

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from slagen.config import Parallel
 from slagen.errors import EnvironmentProblem, UsageError
+from slagen.text import counted
 
 TIMEOUT = timedelta(days=1)  # others wait while the first prepares data
 
@@ -177,8 +178,8 @@ def _check_cards() -> None:
     cards = torch.cuda.device_count()
     if started > cards:
         raise EnvironmentProblem(
-            f"torchrun started {started} processes on this machine, but PyTorch sees {cards} CUDA devices, and each "
-            f"process takes one. Try torchrun --nproc-per-node {cards}."
+            f"torchrun started {counted(started, 'process')} on this machine, but PyTorch sees "
+            f"{counted(cards, 'CUDA device')}, and each process takes one. Try torchrun --nproc-per-node {cards}."
         )
 
 

@@ -20,6 +20,7 @@ from slagen.attention.sla.cost import block_counts
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
 from slagen.errors import UsageError, WeightsError
 from slagen.models import SLA_FILE, ModelSource
+from slagen.text import counted
 from slagen.wan.checkpoints import read_metadata
 from slagen.wan.formats import UNTOLD, Found, peek
 from slagen.wan.loading import resolve_model
@@ -105,10 +106,12 @@ class Plan:
 
     @property
     def told(self) -> dict[str, Any]:
-        """The settings as a report and a video tell them: None for the model's own weights, and no path of this
+        """The settings as a report and a video tell them: None for the model's own weights and for a top-k that was not
+        asked for (of 100 blocks a sparsity of 0.71 keeps 29, and a top-k of 0.29 keeps 28), and no path of this
         machine, for it would fail on every other and tells of its user."""
         paths = {name: report.shareable(getattr(self.config, name)) for name in ("model", "weights", "vae", "output")}
-        return {**self.settings, **paths, "model": paths["model"] or self.weights.source.name}
+        name = paths["model"] or self.weights.source.name
+        return {**self.settings, **paths, "model": name, "sla_topk": self.config.sla_topk}
 
 
 def find_weights(
@@ -196,7 +199,8 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
                 config, attention="dense", backend="auto", sparsity=None, sla_topk=None, block_m=None, block_n=None
             )
             warnings.append(
-                f"{num_tokens} tokens are fewer than 2 key blocks, so nothing can be left out: this clip runs dense"
+                f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so nothing can be left out: this clip "
+                "runs dense"
             )
         elif config.attention != "linear":
             notes.append(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slagen.text import counted
+
 COLUMNS = (
     "shape", "method", "backend", "sparsity", "forward ms (quartiles, repeats)", "backward ms", "dense TFLOP/s",
     "speed-up",
@@ -170,7 +172,7 @@ def beside(times: dict[str, Any], base: dict[str, Any]) -> str:
 
 
 def _model(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['size']}, {row['num_frames']} frames"
+    return f"{row['model']} {row['size']}, {counted(row['num_frames'], 'frame')}"
 
 
 def _speedup(row: dict[str, Any], judged: bool) -> str:

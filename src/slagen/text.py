@@ -56,6 +56,12 @@ def cut(text: str, most: int = MAX_QUOTE) -> str:
     return text if len(text) <= most else f"{text[: most - most // 3]}...{text[3 - most // 3 :]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 video, 2 passes."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
 def quote(text: str) -> str:
     """Text of the user's for a message: at most a line of it, in quotes."""
     return f"'{line(cut(text))}'"

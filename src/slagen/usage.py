@@ -16,6 +16,8 @@ WITHOUT_DOCSTRINGS = (
     "made of. Leave that out."
 )
 OF_A_PROMPT = ("slagen generate", "slagen plan")
+EXTRA = "There are more arguments than are taken:"
+WANTED = {"integer": "a whole number", "number": "a number", "float": "a number", "boolean": "true or false"}
 MAX_ARGUMENT = 200  # characters of one argument in a message
 
 
@@ -55,11 +57,13 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
 
 def _wrong_usage(error: Any, arguments: list[str]) -> str:
     """What Typer says of arguments that it cannot take, and what to type."""
-    command = getattr(getattr(error, "ctx", None), "command_path", "slagen")
+    context = getattr(error, "ctx", None)
+    named = " ".join(["slagen", *arguments[:1]]) if arguments and not arguments[0].startswith("-") else "slagen"
+    command = named if context is None else context.command_path
     for argument in arguments:
         if match := re.match(rf"{LONG_DASH}+([A-Za-z]\S*)", argument):
             return f"{quote(argument)} begins with a long dash. An option begins with two hyphens: --{cut(match[1])}."
-    text = error.format_message().rstrip(".")
+    text = _said(error)
     if text.startswith("Usage: "):  # no arguments are given at all
         return text
     option = getattr(error, "option_name", None)
@@ -69,6 +73,30 @@ def _wrong_usage(error: Any, arguments: list[str]) -> str:
                 f"{quote(argument)} is no option. A prompt that begins with a dash goes behind --: "
                 f"{command} -- {shlex.quote(line(cut(argument)))}"
             )
-    if "extra argument" in text and command in OF_A_PROMPT:
-        return f"{text}. Put a prompt of several words in quotes."
-    return f"{text}. See {command} --help."
+    if text.startswith(EXTRA) and command in OF_A_PROMPT:
+        return f"{text} Put a prompt of several words in quotes."
+    return f"{text} See {command} --help."
+
+
+def _said(error: Any) -> str:
+    """What Typer says, as whole sentences in slagen's words; what a parser says behind it is left out."""
+    text = error.format_message().strip()
+    if match := re.fullmatch(r"Invalid value for (.+?): (?:Value error, )?(.*)", text, re.DOTALL):
+        name, reason = match[1].replace("'", ""), match[2]
+        if (choice := re.fullmatch(r"'(.*)' is not one of (.*?)\.?", reason, re.DOTALL)) is not None:
+            return f"{name} is {quote(choice[1])}, but must be one of {choice[2].replace(chr(39), '')}."
+        for kind, wanted in WANTED.items():
+            if f"a valid {kind}" in reason:
+                given = _given(error)
+                return f"{name} {'' if given is None else f'is {quote(given)}, but '}must be {wanted}."
+    if match := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)\.?", text, re.DOTALL):
+        return f"{EXTRA} {match[1]}."
+    if getattr(error, "possibilities", None):
+        return f"No such option: {error.option_name}. Did you mean {' or '.join(error.possibilities)}?"
+    return text if text.endswith(("?", "!")) else f"{text.rstrip('.')}."
+
+
+def _given(error: Any) -> str | None:
+    """What was given where a number is wanted, if what Typer parses with tells it."""
+    faults: list[Any] = getattr(error.__cause__, "errors", list)()
+    return str(faults[0]["input"]) if faults else None

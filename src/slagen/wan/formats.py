@@ -21,7 +21,7 @@ from slagen.errors import UsageError, WeightsError
 from slagen.forms import Fault, check
 from slagen.model_files import SETTINGS_KEY, SLA_SETTINGS, check_no_shard, read_header, read_strings
 from slagen.models import TURBO_SLA, preset_of_width
-from slagen.text import cut
+from slagen.text import counted, cut
 from slagen.wan.bounds import is_finite
 from slagen.wan.kinds import REFUSALS, hints, identify
 from slagen.wan.names import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, PROJECTION, inside, other_parts, transformers
@@ -277,9 +277,9 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     width = shapes.get("patch_embedding.bias", torch.Size((checkpoint.width,)))[0]
     if checkpoint.width and checkpoint.width != width:
         raise WeightsError(
-            f"{checkpoint.path} is a transformer of {checkpoint.num_layers} layers of width {checkpoint.width}, but "
-            f"the model is one of {num_layers} layers of width {width}. Give its own model: "
-            f"--model {preset_of_width(checkpoint.width) or 'FOLDER'}."
+            f"{checkpoint.path} is a transformer of {counted(checkpoint.num_layers, 'layer')} of width "
+            f"{checkpoint.width}, but the model is one of {counted(num_layers, 'layer')} of width "
+            f"{width}. Give its own model: --model {preset_of_width(checkpoint.width) or 'FOLDER'}."
         )
     name = "patch_embedding.weight"
     flat = tensors.get(name)

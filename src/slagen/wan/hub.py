@@ -25,7 +25,7 @@ from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.models import BUNDLED
-from slagen.text import quote
+from slagen.text import counted, quote
 
 PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
@@ -151,4 +151,4 @@ def _check_room(repo_id: str, info: Any, wanted: list[str], ignored: list[str], 
             f"{repo_id} needs {needed / 2**30:.2f} GiB, but {place} has {free / 2**30:.2f} GiB free. Free some space, "
             "or set HF_HOME to a folder on another disk."
         )
-    on_note(f"downloading {len(missing)} files of {repo_id}, {needed / 2**30:.2f} GiB, to {cache}")
+    on_note(f"downloading {counted(len(missing), 'file')} of {repo_id}, {needed / 2**30:.2f} GiB, to {cache}")
