@@ -8,15 +8,13 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import start
 from wan_models import save_pipeline
 
 from slagen.batch import Times, _forecast, _Run, batch
@@ -255,9 +253,9 @@ def test_leftovers_of_the_dead_go_and_others_stay(toy, tmp_path):
     lock = manifest.claim(jobs[first.made[1]])
     assert lock is not None
     # a lock is the process's own, so another process looks
-    process = start(toy, tmp_path, config.prompts)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    process = begin(toy, tmp_path, config.prompts, "other")
+    process.join(120)
+    assert process.exitcode == 0, (tmp_path / "other.err").read_text()
     assert not dead.exists() and live.exists() and foreign.exists()
     lock.release()
 
@@ -300,11 +298,9 @@ def environment(tmp_path):
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
 
 
-def start(toy, tmp_path, prompts):
-    arguments = [sys.executable, "-m", "slagen", "batch", str(prompts), *command(toy, tmp_path / "out")]
-    return subprocess.Popen(
-        arguments, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def begin(toy, tmp_path, prompts, name):
+    """The command in a process of its own; what it says goes into the files `name` and `name`.err."""
+    return start(run, [["batch", str(prompts), *command(toy, tmp_path / "out")]], tmp_path / name)
 
 
 def check_consistent(folder, count):
@@ -325,13 +321,13 @@ def test_killed_at_random_moments(toy, tmp_path):
     )
     rng = random.Random(count)
     for _ in range(kills):
-        process = start(toy, tmp_path, prompts)
-        time.sleep(rng.uniform(3.0, 7.0))
+        process = begin(toy, tmp_path, prompts, "killed")
+        process.join(rng.uniform(0.5, 3.0))
         process.kill()
-        process.wait()
-    process = start(toy, tmp_path, prompts)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+        process.join()
+    process = begin(toy, tmp_path, prompts, "whole")
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "whole.err").read_text()
     check_consistent(tmp_path / "out", count)
 
 
@@ -339,10 +335,11 @@ def test_killed_at_random_moments(toy, tmp_path):
 def test_two_processes_make_each_video_once(toy, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a circle --seed {seed}" for seed in range(6)))
-    both = [start(toy, tmp_path, prompts) for _ in range(2)]
-    outputs = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    paths = [line for out, _ in outputs for line in out.splitlines()]
+    both = [begin(toy, tmp_path, prompts, name) for name in ("one", "two")]
+    for process, name in zip(both, ("one", "two"), strict=True):
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / f"{name}.err").read_text()
+    paths = [line for name in ("one", "two") for line in (tmp_path / name).read_text().splitlines()]
     assert len(paths) == len(set(paths)) == 6
     check_consistent(tmp_path / "out", 6)
 
