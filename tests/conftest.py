@@ -24,6 +24,7 @@ for ignored in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # by 
 
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with nan
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, for there is a test on every core
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,6 +61,7 @@ def test_trial_saves_nothing_for_a_checkpointed_block():
     torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).cos())
 
 
+@pytest.mark.slow
 def test_the_first_call_tries_the_kernels(card):
     """Once for its kind, inside inference mode too; every launch is on the tensors' own device."""
     q, k, v = (on_card(x) for x in make_qkv((1, 1, 40, 16), torch.float32))

@@ -107,6 +107,7 @@ def test_torch(kind, feature_map, domain, dtype):
     check("torch", kind, dtype, SLAConfig(0.6, linear_domain=domain, feature_map=feature_map, block_m=32, block_n=32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,6 +116,7 @@ def test_triton(kind, domain, dtype):
     check("triton", kind, dtype, SLAConfig(0.6, linear_domain=domain, block_m=32, block_n=32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("domain", DOMAINS)
 @pytest.mark.parametrize("feature_map", ["elu", "relu"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import random
 import re
@@ -185,6 +186,9 @@ def corruptions(content, count, seed):
         yield f"{what} {name}", broken
 
 
+CORRUPTIONS = int(os.environ.get("SLAGEN_SOAK_CORRUPTIONS", 21))  # of each form: three of each kind, more in the soak
+
+
 @pytest.mark.parametrize("form", ["diffusers", "original", "turbo", "quant", "fastvideo"])
 def test_every_single_corruption_is_refused(form, model, state, tmp_path):
     make = {
@@ -193,7 +197,7 @@ def test_every_single_corruption_is_refused(form, model, state, tmp_path):
     }[form]  # fmt: skip
     content = make(state)
     accepted = []
-    for what, broken in corruptions(content, 60, seed=len(form)):
+    for what, broken in corruptions(content, CORRUPTIONS, seed=len(form)):
         path = write(tmp_path / "x.pth", broken)
         try:
             load(read_checkpoint(path), config_of(model), torch.float32)

@@ -152,6 +152,7 @@ def test_a_replaced_transformer_is_not_fetched(hub, tmp_path):
     assert not list((folder / "transformer").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_encoding_videos_fetches_no_transformer(hub, tmp_path):
     needs("av", "slagen[finetune]")
     from test_footage import write_video

@@ -26,6 +26,7 @@ def small(monkeypatch):
     monkeypatch.setattr(selftest.doctor, "examine", lambda: [Finding("python", "ok", f"in {Path.home()}/python")])
 
 
+@pytest.mark.slow
 def test_everything_a_cpu_can(small, tmp_path, capsys):
     """One command, one file: it holds findings, versions, device, and every check with status, seconds and detail."""
     file = tmp_path / "result.json"
