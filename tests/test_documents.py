@@ -444,6 +444,16 @@ def test_a_torchscript_archive_is_told(tmp_path):
         read_tensors(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "words"), [("torchao.dtypes", "with torchao"), ("optimum.quanto.tensor", "with optimum-quanto")]
+)
+def test_a_pickle_of_another_quantiser_is_told(place, words, tmp_path):
+    """It was one "that holds more than tensors, which could run code"."""
+    (tmp_path / "x.pth").write_bytes(f"\x80\x02c{place}\nTensor\n.".encode("latin-1"))
+    with pytest.raises(WeightsError, match=f"is quantised {words}, whose form slagen does not read"):
+        read_tensors(tmp_path / "x.pth")
+
+
 @pytest.mark.parametrize("name", ["x-00001-of-00002.safetensors", "x-00002-of-00012.bin"])
 def test_one_shard_is_told_with_its_folder(name, tmp_path):
     """It was "faulty", with most of its tensors missing."""
@@ -452,7 +462,9 @@ def test_one_shard_is_told_with_its_folder(name, tmp_path):
     for read in (read_tensors, peek):
         with pytest.raises(WeightsError, match=f"is one of (2|12) shards of a model.*{re.escape(str(tmp_path))}.$"):
             read(path)
-    only = path.rename(tmp_path / "x-00001-of-00001.safetensors")
+    with pytest.raises(WeightsError, match="is the index of a sharded model. Give the folder that holds it"):
+        read_tensors(path.rename(tmp_path / "x.safetensors.index.json"))
+    only = (tmp_path / "x.safetensors.index.json").rename(tmp_path / "x-00001-of-00001.safetensors")
     assert list(read_tensors(only)) == ["blocks.0.attn1.to_q.weight"]
 
 

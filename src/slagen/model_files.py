@@ -172,7 +172,9 @@ def check_content(path: Path) -> None:
 
 
 def check_no_shard(path: Path) -> None:
-    """Raise WeightsError for one of the files that a sharded model is spread over, by its name."""
+    """Raise WeightsError for one of the files that a sharded model is spread over, or their index, by its name."""
+    if path.name.endswith(".index.json"):
+        raise WeightsError(f"{path} is the index of a sharded model. Give the folder that holds it: {path.parent}.")
     match = re.search(r"-\d{5}-of-(\d{5})\.[a-z]+$", path.name)
     if match and int(match[1]) > 1:
         raise WeightsError(

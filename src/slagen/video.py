@@ -123,12 +123,17 @@ def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
         finally:
             process.kill()
             process.wait()
-        too_large = getattr(signal, "SIGXFSZ", None)
-        if too_large is not None and status == -too_large:  # which leaves ffmpeg no last words
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        _check_limit(status)
         if status:
             told.seek(0)
             raise OSError(told.read().decode("utf-8", "replace").strip() or f"ffmpeg ended with {status}")
+
+
+def _check_limit(status: int) -> None:
+    """Raise OSError where the limit on a file's size has ended ffmpeg, which leaves it no last words."""
+    too_large = getattr(signal, "SIGXFSZ", None)
+    if too_large is not None and status == -too_large:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
 
 def read_mp4(path: str | Path) -> np.ndarray:
@@ -203,6 +208,7 @@ def _run(path: Path, options: list[str]) -> bytes:
     except (OSError, RuntimeError):
         check_ffmpeg()
         raise
+    _check_limit(done.returncode)
     if done.returncode != 0:
         check_ffmpeg()
         raise WeightsError(f"{path} is no video that ffmpeg can read. Check the file.")

@@ -46,7 +46,7 @@ _OF_TOOLS = (  # what no other form has among its names
     ("zero-point", re.compile(r"\.(weight_)?zero_points?$|\.qzeros$")),
     ("packed", re.compile(
         r"\.(weight_scale_2|weight_global_scale|weight_packed|qweight|absmax|SCB|quant_map|pre_quant_scale|"
-        r"weight_s_rel|weight_scalar)$|\.quant_state\."
+        r"weight_s_rel|weight_scalar|weight_scales|W_q)$|\.quant_state\."
     )),
 )  # fmt: skip
 _PACKED_KINDS = ("uint8", "U8", "F4", "F8_E8M0", "float8_e8m0fnu", "float4_e2m1fn_x2")
