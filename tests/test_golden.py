@@ -2,10 +2,11 @@
 
 They lie in tests/golden/. After a change on purpose write them anew, and look at what `git diff` says of it:
 
-    SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_golden.py
+    SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_golden.py tests/test_golden_json.py
 
 An entry that no change may alter is not written anew: the key of a job in a batch, the tensors of the bundled weights,
 what a command line means. Where only a name inside of the code changed, delete the golden file first, and compare.
+tests/golden_latents.py does the same by hand for latents and tuned weights, which every machine rounds otherwise.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ from slagen.wan.loading import load_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("SLAGEN_GOLDEN") == "renew"
-HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_golden.py, and look at git diff."
+HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_golden*.py, and look at git diff."
 
 TASKS = (
     (generate, "generate"), (batch, "batch"), (cluster, "batch_on_ray"), (plan, "plan"), (plan, "models"),

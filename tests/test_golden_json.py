@@ -14,7 +14,6 @@ from wan_models import save_pipeline
 from slagen import bench, console, doctor
 from slagen.cli import run
 from slagen.dataset import Dataset
-from slagen.kernels.inspection import KernelCost
 from slagen.models import bundled_folder
 
 ANY_NAMES = {"versions", "versions_changed", "break_even_tokens", "even_tokens"}  # of packages, of shapes
@@ -104,7 +103,6 @@ def test_json_of_a_training(toy, tmp_path, capsys):
 def test_json_of_the_rest(toy, tmp_path, capsys, monkeypatch):
     options = ["--shape", "1x1x128x16", "--method", "sla", "--method", "sdpa", "--sparsity", "0.5", "--length", "64"]
     options += ["--seconds", "0.01", "--device", "cpu", "--backward", "--output", str(tmp_path / "bench")]
-    row = KernelCost("attend", "sm_90", 128, "bf16", "", {"tile_m": 64}, 1, 2, 3, 0, "wgmma", True, 4, 5, 6, 7, 8, [])
     monkeypatch.setattr(bench, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})  # slow
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("torch", "ok", "2.0")])
     found = {
@@ -118,9 +116,16 @@ def test_json_of_the_rest(toy, tmp_path, capsys, monkeypatch):
         "info of a transformer": answer(capsys, "info", str(toy / "transformer")),
         "bench": answer(capsys, "bench", *options),
         "doctor": answer(capsys, "doctor"),
-        "doctor --kernels, a row": row.to_dict(),
     }
     compare("json_rest.json", {name: form(content) for name, content in found.items()})
+
+
+def test_json_of_a_kernel():
+    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+    from slagen.kernels.inspection import KernelCost
+
+    row = KernelCost("attend", "sm_90", 128, "bf16", "", {"tile_m": 64}, 1, 2, 3, 0, "wgmma", True, 4, 5, 6, 7, 8, [])
+    compare("json_kernels.json", {"doctor --kernels, a row": form(row.to_dict())})
 
 
 def test_forms():
