@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen import __version__
-from slagen.attention.functional import sparse_linear_attention
+from slagen.attention.sla.functional import sparse_linear_attention
 from slagen.config import Backend, SLAConfig
 from slagen.machine import cpu_name
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slagen.attention.block_map import block_scores, critical_indices
+from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.config import SLAConfig
-from slagen.files import write_json
+from slagen.io.files import write_json
 from slagen.machine import cpu_name
 from slagen.wan.loading import load_pipeline, resolve_model
 from slagen.wan.processor import install, processors

@@ -59,7 +59,7 @@ def smoke(folder: Path) -> None:
 
 def tests(folder: Path) -> None:
     """The tests that need a GPU, bf16 among them; several at a time, for most of their time goes into compiling."""
-    files = ["tests/test_kernels.py", "tests/test_attention.py", "tests/test_rotary.py"]
+    files = ["tests/kernels/test_kernels.py", "tests/attention/test_attention.py", "tests/wan/test_rotary.py"]
     command = [sys.executable, "-m", "pytest", *files, "-k", "not costs", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
@@ -82,7 +82,7 @@ def sweep(path: Path, head_dim: int, block_m: int, candidates: dict[str, list[tu
     """
     import torch
 
-    from slagen.attention.fused import verify
+    from slagen.attention.sla.fused import verify
     from slagen.config import SLAConfig
     from slagen.kernels import resources
 
@@ -120,7 +120,7 @@ def measure(kernel: str, tile, drawn, config, proj) -> tuple[float | None, str |
     import torch
 
     from slagen.attention import sparse_linear_attention
-    from slagen.attention.fused import trial
+    from slagen.attention.sla.fused import trial
     from slagen.kernels import resources
 
     with resources.using(resources.current().with_tile(kernel, tile)):
@@ -182,7 +182,8 @@ def save(path: Path, content: dict) -> None:
     """Write a result with card, date and versions, whole or not at all."""
     import torch
 
-    from slagen import files, report
+    from slagen.generation import report
+    from slagen.io import files
     from slagen.machine import describe_device
 
     about = {
@@ -260,7 +261,7 @@ def main() -> None:
 
 def print_tables() -> None:
     """Every bench result as the README shows it."""
-    from slagen.bench import BenchResult, markdown
+    from slagen.benchmark.run import BenchResult, markdown
 
     for path in sorted(RESULTS.glob("*/*.json")):
         content = json.loads(path.read_text())

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from slagen import packages, plain
-from slagen.cli import run
+from slagen import packages
+from slagen.cli import plain
+from slagen.cli.main import run
 
 SOURCE = Path(__file__).parent.parent / "src"
 MISSING = (
@@ -172,7 +173,7 @@ def test_requirements_without_a_checkout(monkeypatch, tmp_path):
 
 
 def test_other_failures_are_not_explained_away():
-    assert packages.explain(ImportError("cannot import name 'x'", name="slagen.bench")) is None
+    assert packages.explain(ImportError("cannot import name 'x'", name="slagen.benchmark.run")) is None
     broken = packages.explain(ImportError("cannot import name 'x' from 'PIL'", name="PIL.Image"))
     assert "pillow is" in broken and "does not load (cannot import name 'x' from 'PIL')" in broken
 

@@ -25,23 +25,23 @@ from damaged_files import damaged
 from safetensors.torch import save_file
 from wan_models import save_pipeline
 
-from slagen import told
-from slagen.batch import Times, write_page
-from slagen.cli import run
+from slagen.batch.manifest import Manifest, Wanted
+from slagen.batch.run import Times, write_page
+from slagen.cli.main import run
 from slagen.config import SLAConfig
-from slagen.dataset import INDEX_FILE, SET_FILE, Dataset, Store
-from slagen.embeddings import content_hashes
 from slagen.errors import GateError, SlagenError, UsageError, WeightsError
-from slagen.footage import read_footage
-from slagen.manifest import Manifest, Wanted
-from slagen.models import bundled_folder, describe_folder
-from slagen.prompts import read_prompts
-from slagen.report import comment
-from slagen.training_log import read_log, validated
-from slagen.training_state import HASHES, read_latest
+from slagen.generation import provenance as told
+from slagen.generation.embeddings import content_hashes
+from slagen.generation.prompts import read_prompts
+from slagen.generation.report import comment
+from slagen.training.checkpoints import HASHES, read_latest
+from slagen.training.data.dataset import INDEX_FILE, SET_FILE, Dataset, Store
+from slagen.training.data.videos import read_footage
+from slagen.training.log import read_log, validated
 from slagen.video import write_mp4
-from slagen.wan.checkpoints import read_sla
+from slagen.wan.install import read_sla
 from slagen.wan.loading import load_pipeline
+from slagen.wan.presets import bundled_folder, describe_folder
 
 gguf = needs("gguf", "slagen[gguf]")
 COUNT = int(os.environ.get("SLAGEN_SOAK_DAMAGED", 0))  # of the long proof
@@ -213,7 +213,7 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
     def make_again() -> None:
         made = SimpleNamespace(videos=[SimpleNamespace(report=content)])
         with pytest.MonkeyPatch.context() as patch:  # nothing is rendered
-            patch.setattr("slagen.replay.generate", lambda config, on_event: made)
+            patch.setattr("slagen.generation.replay.generate", lambda config, on_event: made)
             command("replay", again)()
 
     def read_words() -> None:

@@ -23,28 +23,24 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from slagen import (
-    batch,
-    bench,
-    cli,
-    cluster,
-    convert,
-    dataset,
-    decode,
-    doctor,
-    finetune,
-    generate,
-    manifest,
-    plan,
-    replay,
-    selftest,
-)
-from slagen.cli import ALIASES, run
+from slagen.batch import manifest
+from slagen.batch import ray_workers as cluster
+from slagen.batch import run as batch
+from slagen.benchmark import run as bench
+from slagen.cli import main as cli
+from slagen.cli.main import ALIASES, run
 from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
-from slagen.embeddings import tensor_hash
-from slagen.models import bundled_folder, describe_folder
-from slagen.wan.checkpoints import read_sla, weights_hash, write_sla
+from slagen.doctor import checks as doctor
+from slagen.doctor import selftest
+from slagen.generation import decode, generate, replay
+from slagen.generation import estimate as plan
+from slagen.generation.embeddings import tensor_hash
+from slagen.training import finetune
+from slagen.training.data import dataset
+from slagen.wan import convert
+from slagen.wan.install import read_sla, weights_hash, write_sla
 from slagen.wan.loading import load_transformer
+from slagen.wan.presets import bundled_folder, describe_folder
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("SLAGEN_GOLDEN") == "renew"

@@ -11,10 +11,12 @@ import pytest
 from test_golden import compare
 from wan_models import save_pipeline
 
-from slagen import bench, console, doctor
-from slagen.cli import run
-from slagen.dataset import Dataset
-from slagen.models import bundled_folder
+from slagen.benchmark import run as bench
+from slagen.cli import console
+from slagen.cli.main import run
+from slagen.doctor import checks as doctor
+from slagen.training.data.dataset import Dataset
+from slagen.wan.presets import bundled_folder
 
 ANY_NAMES = {"versions", "versions_changed", "break_even_tokens", "even_tokens"}  # of packages, of shapes
 VIDEO = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--device", "cpu"]

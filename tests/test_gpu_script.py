@@ -11,7 +11,7 @@ from fake_cuda import fake_card
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
-from slagen.attention import fused  # noqa: E402
+from slagen.attention.sla import fused  # noqa: E402
 from slagen.kernels import resources  # noqa: E402
 from slagen.kernels.resources import Choices, Tiles  # noqa: E402
 

@@ -6,8 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 
-from slagen import training_log
-from slagen.pages import Card, contact_sheet
+from slagen.html import Card, contact_sheet
+from slagen.training import log as training_log
 from slagen.video import make_thumbnail, write_mp4
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

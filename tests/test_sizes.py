@@ -12,34 +12,34 @@ MEDIAN = 180  # of the files; it is to become 150
 
 # Whoever splits one takes it out of the list; nothing is added to it.
 LARGE_FILES = {
-    "attention/blockwise.py",
-    "batch.py",
-    "bench.py",
-    "cli.py",
+    "attention/sla/blockwise.py",
+    "batch/run.py",
+    "benchmark/run.py",
+    "cli/main.py",
     "config.py",
-    "console.py",
-    "dataset.py",
-    "files.py",
-    "finetune.py",
-    "generate.py",
+    "cli/console.py",
+    "training/data/dataset.py",
+    "io/files.py",
+    "training/finetune.py",
+    "generation/generate.py",
 }
 LARGE_FUNCTIONS = {
-    "cli.py:batch",
-    "cli.py:bench",
-    "cli.py:finetune",
-    "cli.py:generate",
-    "cli.py:plan",
+    "cli/main.py:batch",
+    "cli/main.py:bench",
+    "cli/main.py:finetune",
+    "cli/main.py:generate",
+    "cli/main.py:plan",
     "config.py:GenerateConfig.__post_init__",
-    "dataset.py:_encoded",
-    "finetune.py:_Run.__init__",
-    "finetune.py:_Run.run",
+    "training/data/dataset.py:_encoded",
+    "training/finetune.py:_Run.__init__",
+    "training/finetune.py:_Run.run",
     "kernels/backward.py:sla_backward",
     "kernels/forward.py:sla_forward",
-    "plan.py:plan",
-    "resolve.py:make_plan",
+    "generation/estimate.py:plan",
+    "generation/resolve.py:make_plan",
 }
 LARGE_CLASSES = {
-    "finetune.py:_Run",
+    "training/finetune.py:_Run",
 }
 
 

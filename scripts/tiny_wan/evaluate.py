@@ -15,9 +15,9 @@ from checker import check
 from encode import held_out_scenes
 from scenes import SHAPES, SIZES, Size, caption
 
+from slagen.generation.report import versions
 from slagen.machine import DTYPES, describe_device
-from slagen.report import versions
-from slagen.wan.checkpoints import apply_sla, load_sla, read_sla, remove_sla
+from slagen.wan.install import apply_sla, load_sla, read_sla, remove_sla
 from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
 
 ROOT = Path(__file__).resolve().parents[2]

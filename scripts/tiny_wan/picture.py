@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from slagen.config import GenerateConfig
-from slagen.generate import generate
+from slagen.generation.generate import generate
 from slagen.video import read_mp4
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -92,9 +92,9 @@ def adherence(run: Run) -> dict:
     from evaluate import ATTRIBUTES, held_out, sample
 
     from slagen.config import SLAConfig
+    from slagen.formats.transformer import read_checkpoint
     from slagen.machine import describe_device
-    from slagen.wan.checkpoints import apply_sla, load_sla
-    from slagen.wan.formats import read_checkpoint
+    from slagen.wan.install import apply_sla, load_sla
     from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,8 +139,8 @@ def read_results() -> dict[str, dict]:
 
 def add_result(run: Run, result: dict) -> None:
     """Put a run's result into the file and the table, beside those of other processes."""
-    from slagen.files import write_json
-    from slagen.report import versions
+    from slagen.generation.report import versions
+    from slagen.io.files import write_json
 
     with FileLock(WORK / "table" / "results.lock"):
         now = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}

@@ -13,11 +13,11 @@ _HOMES = {
     "SlagenError": "slagen.errors",
     "sparse_linear_attention": "slagen.attention",
     "SparseLinearAttention": "slagen.attention",
-    "apply_sla": "slagen.wan.checkpoints",
-    "load_sla": "slagen.wan.checkpoints",
-    "save_sla": "slagen.wan.checkpoints",
-    "remove_sla": "slagen.wan.checkpoints",
-    "SLAMetadata": "slagen.wan.checkpoints",
+    "apply_sla": "slagen.wan.install",
+    "load_sla": "slagen.wan.install",
+    "save_sla": "slagen.wan.install",
+    "remove_sla": "slagen.wan.install",
+    "SLAMetadata": "slagen.wan.install",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -25,7 +25,7 @@ def _command():
     if find_spec("rich") is None:
         os.environ["TYPER_USE_RICH"] = "0"  # or Typer's help asks for it
     try:
-        from slagen.cli import main as start
+        from slagen.cli.main import main as start
     except ImportError as error:
         from slagen import packages
         from slagen.errors import EnvironmentProblem

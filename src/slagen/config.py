@@ -18,9 +18,9 @@ from slagen.attention.sla.config import (
     check_fraction,
 )
 from slagen.errors import UsageError
-from slagen.forms import shown
-from slagen.paths import check_folder, check_output
-from slagen.text import check_prompt, counted
+from slagen.io.forms import shown
+from slagen.io.paths import check_folder, check_output
+from slagen.io.text import check_prompt, counted
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 
@@ -430,7 +430,7 @@ class BenchConfig:
     Args:
         shapes: names of SHAPES, or "BxHxLxD". Not used with `model` or `random_init`.
         sparsities: which to measure; empty sweeps 0.8, 0.9, 0.95 and 0.97 for a shape, and 0.95 for a model.
-        methods: names of `slagen.bench.METHODS`; empty is all that run here.
+        methods: names of `slagen.benchmark.run.METHODS`; empty is all that run here.
         backend: which implementation of SLA.
         linear_domain, feature_map, block_m, block_n: as in SLAConfig.
         dtype: "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda" or "cuda:N".

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slagen.errors import EnvironmentProblem, UsageError
-from slagen.text import counted, quote
+from slagen.io.text import counted, quote
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -12,7 +12,7 @@ def draw_bench(content: dict[str, Any], folder: Path) -> list[Path]:
     """bench.png and bench.svg: forward time against the length of the sequence, and against sparsity.
 
     Args:
-        content: what `slagen.bench.bench` measured.
+        content: what `slagen.benchmark.run.bench` measured.
     Returns: the files.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "SparseLinearAttention": "slagen.attention.module",
-    "sparse_linear_attention": "slagen.attention.functional",
+    "SparseLinearAttention": "slagen.attention.sla.module",
+    "sparse_linear_attention": "slagen.attention.sla.functional",
 }
 
 __all__ = ["SparseLinearAttention", "sparse_linear_attention"]

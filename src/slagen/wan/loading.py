@@ -28,9 +28,17 @@ from transformers.utils import logging as transformers_logging
 from slagen.attention.cost import ModelShape
 from slagen.config import Sampler, user_path
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.files import scratch
-from slagen.model_files import check_parts, read_json
-from slagen.models import (
+from slagen.formats.bounds import is_finite
+from slagen.formats.gguf_files import check_values
+from slagen.formats.kinds import REFUSALS, identify
+from slagen.formats.model_files import check_parts, read_json
+from slagen.formats.names import rename_vae
+from slagen.formats.reading import component_files, read_component, read_tensors
+from slagen.formats.transformer import Checkpoint, check_fit, read_checkpoint
+from slagen.io.files import scratch
+from slagen.io.paths import check_utf8
+from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights, is_cached
+from slagen.wan.presets import (
     BUNDLED,
     CUDA_DEFAULT,
     PRESETS,
@@ -42,15 +50,7 @@ from slagen.models import (
     is_hub_id,
     unknown_model,
 )
-from slagen.paths import check_utf8
-from slagen.wan.bounds import is_finite
-from slagen.wan.formats import Checkpoint, check_fit, read_checkpoint
-from slagen.wan.gguf_files import check_values
-from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights, is_cached
-from slagen.wan.kinds import REFUSALS, identify
-from slagen.wan.names import rename_vae
 from slagen.wan.rcm import RCMScheduler
-from slagen.wan.reading import component_files, read_component, read_tensors
 
 ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
 

@@ -12,14 +12,14 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor, nn
 
 from slagen.attention import SparseLinearAttention
-from slagen.attention.functional import Branches
+from slagen.attention.sla.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
-from slagen.wan.context import to_heads, to_tokens
 from slagen.wan.guards import refuse_fused, refuse_offloaded
 from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
 from slagen.wan.saved import forget_settings
+from slagen.wan.sequence_parallel import to_heads, to_tokens
 
 
 def _self_attention(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
-from slagen.attention.fused import unsupported
+from slagen.attention.sla.fused import unsupported
 from slagen.config import Backend
 
 Rotary = tuple[Tensor, Tensor]

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import FrozenDict
 
 from slagen.config import SLAConfig
-from slagen.model_files import SETTINGS_KEY, read_json
+from slagen.formats.model_files import SETTINGS_KEY, read_json
 
 
 def tell_settings(

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from slagen.text import quote
+from slagen.io.text import quote
 
 SHOWN = 40  # characters on each side of the cut
 

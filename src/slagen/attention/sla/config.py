@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from slagen.errors import UsageError
-from slagen.forms import shown
+from slagen.io.forms import shown
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 LinearDomain = Literal["all", "marginal"]

@@ -1,0 +1,354 @@
+"""batch_on_ray(BatchConfig) -> BatchResult: the same jobs, shared by Ray actors on this machine or on many.
+
+Every actor has a process and a model of its own and takes what no other has, as any number of `slagen batch` on one
+folder do. What this file adds is to start them, to show what they tell, and to replace those that die.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import queue
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+from slagen import __version__
+from slagen.batch.manifest import Manifest
+from slagen.batch.run import BatchResult, share, signals, try_page
+from slagen.config import BatchConfig, user_path
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError
+from slagen.generation import prompts
+from slagen.generation.generate import Event
+from slagen.io.text import counted, quote
+from slagen.wan.presets import PRESETS
+
+POLL_S = 0.5
+MAX_LOSSES = 3  # workers that a job, or that starting, may cost before it is given up
+OBJECT_STORE_BYTES = 100 * 2**20  # nothing but settings and progress travels
+LOCAL = "local"
+
+
+def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None) -> BatchResult:
+    """Make every video of a prompt file that is not made yet, on Ray.
+
+    Args:
+        config: with a `ray_address`. All machines must see its files and its output folder under the same paths.
+        on_event: told of every worker's plan, videos, stages and steps.
+    Raises: EnvironmentProblem where Ray is not installed, not reached, or has too little; as `batch` besides.
+    """
+    requests = prompts.read_prompts(config.prompts)
+    config = _absolute(config)
+    stop = threading.Event()
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),  # where Ray tells of workers that died
+        _started(config.ray_address or LOCAL) as ray,
+        signals(stop, on_event),
+    ):
+        return _Driver(ray, config, requests, stop, on_event).run()
+
+
+def _absolute(config: BatchConfig) -> BatchConfig:
+    """The same config for processes with another working directory."""
+    base = config.generate
+    paths: dict[str, Any] = {"output": f"{user_path(base.output).absolute()}/"}
+    for name in ("model", "weights", "vae"):
+        value = getattr(base, name)
+        if value is not None and value not in PRESETS and user_path(value).exists():
+            paths[name] = str(user_path(value).absolute())
+    cache = str(user_path(config.cache_dir).absolute())
+    return dataclasses.replace(config, generate=dataclasses.replace(base, **paths), cache_dir=cache)
+
+
+@contextmanager
+def _started(address: str) -> Iterator[Any]:
+    """Import Ray and connect, or start it here, without dashboard, usage report or log lines, for the block.
+
+    Whoever reaches an open Ray can run code in it. So one that is started here is this process's alone: it listens on
+    the loopback interface, its sockets and logs lie in a folder that is closed to other users, and every call to it
+    must bear a random token, which only its own processes know.
+    """
+    match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
+    if match is None and address not in (LOCAL, "auto"):
+        raise UsageError(f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to start Ray here.")
+    folder = _own_folder() if address == LOCAL else None
+    try:
+        _set_environment(local=folder is not None)
+        ray = _connect(address, match, folder)
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder() -> Path:
+    """A folder that no other user enters, which Ray's own, open to all, goes into. A socket's path has 107 bytes."""
+    parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else None)
+    return Path(tempfile.mkdtemp(prefix="slagen-ray-", dir=parent))
+
+
+def _set_environment(*, local: bool) -> None:
+    """What Ray reads when it is imported, and its processes inherit."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if local:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: all of Ray binds to loopback
+        return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what failed is told below
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever gives a token means it
+
+
+def _connect(address: str, match: re.Match[str] | None, folder: Path | None) -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise EnvironmentProblem("--ray needs Ray. Install it: pip install 'slagen[ray]'") from error
+    if match is not None:  # Ray itself would try for minutes
+        try:
+            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise _unreached(address, error) from error
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if folder is not None:
+        options |= {
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(folder / "ray"),
+        }
+    try:
+        ray.init(address, **options)
+    except ray.exceptions.AuthenticationError as error:
+        raise _refused(address) from error
+    except (ConnectionError, RuntimeError, ValueError, ImportError, OSError, TimeoutError) as error:
+        if match is not None and isinstance(error, ConnectionError):  # something listens there, as was seen above
+            raise _refused(address) from error
+        raise _unreached(address, error) from error
+    return ray
+
+
+def _refused(address: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"Ray at {quote(address)} answers, but takes no commands from here: the token is missing or wrong, or that is "
+        "no Ray of this version. Give the token that it was started with in RAY_AUTH_TOKEN, or its file in "
+        "RAY_AUTH_TOKEN_PATH."
+    )
+
+
+def _unreached(address: str, error: Exception) -> EnvironmentProblem:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return EnvironmentProblem(
+        f"Ray at {quote(address)} is not reached ({reason}). Start it with ray start --head, or leave the address out."
+    )
+
+
+class Worker:
+    """An actor: one process with one model. Its methods are called from afar.
+
+    Args:
+        config, requests: the whole batch; which part of it is this worker's shows as it goes.
+        name: for the manifest; host and process are put behind it.
+        number: for progress.
+    """
+
+    def __init__(self, config: BatchConfig, requests: list[prompts.Request], name: str, number: int) -> None:
+        self.config, self.requests, self.number = config, requests, number
+        self.name = f"{name}:{socket.gethostname()}:{os.getpid()}"
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.stopping = threading.Event()
+
+    def make(self) -> BatchResult | SlagenError:
+        """Share in the work until all of it is done; an expected error is given back, as Ray would wrap it."""
+        try:
+            return share(self.config, self.requests, self.stopping, self._tell, self.name)
+        except SlagenError as error:
+            return error
+
+    def poll(self) -> tuple[str, str, list[Event]]:
+        """This worker's name, the version of slagen it runs, and what happened since the last call, a while after."""
+        events: list[Event] = []
+        with suppress(queue.Empty):
+            events.append(self.events.get(timeout=POLL_S))
+            while True:
+                events.append(self.events.get_nowait())
+        return self.name, __version__, events
+
+    def halt(self) -> None:
+        """End after the video that is being made."""
+        self.stopping.set()
+
+    def _tell(self, event: Event) -> None:
+        self.events.put(dataclasses.replace(event, worker=self.number))
+
+
+@dataclasses.dataclass
+class _Hand:
+    """The driver's hold on one worker: its actor, the call that works, the call that waits for events."""
+
+    number: int
+    actor: Any
+    result: Any
+    poll: Any
+    name: str = ""  # once it has started
+
+
+class _Driver:
+    def __init__(
+        self, ray: Any, config: BatchConfig, requests: list[prompts.Request], stop: threading.Event,
+        on_event: Callable[[Event], None],
+    ) -> None:  # fmt: skip
+        self.ray, self.config, self.requests, self.stop, self.on_event = ray, config, requests, stop, on_event
+        self.run_id = uuid.uuid4().hex[:12]
+        self.losses: Counter[str] = Counter()  # by the key of a job, or "" for a worker that had none yet
+        self.results: list[BatchResult] = []
+        self.hands: list[_Hand] = []
+
+    def run(self) -> BatchResult:
+        """Keep the workers at it until there is nothing to do."""
+        options, count = self._resources()
+        self.make_actor = self.ray.remote(max_concurrency=4, max_restarts=0, **options)(Worker)
+        self.on_event(Event("note", f"{count} Ray worker{'s' * (count > 1)}, {_words(options)} each"))
+        self.hands = [self._hire(number) for number in range(1, count + 1)]
+        told = False
+        try:
+            while self.hands:
+                if self.stop.is_set() and not told:
+                    told = True
+                    self._send_home()
+                waiting = [ref for hand in self.hands for ref in (hand.result, hand.poll)]
+                ready, _ = self.ray.wait(waiting, timeout=POLL_S)
+                for hand in list(self.hands):
+                    if ready and ready[0] in (hand.result, hand.poll):
+                        self._hear(hand, ready[0])
+        finally:
+            for hand in self.hands:
+                self.ray.kill(hand.actor)
+        return self._sum()
+
+    def _resources(self) -> tuple[dict[str, float], int]:
+        """What an actor takes, and how many there are."""
+        have = self.ray.cluster_resources()
+        gpus = 0 if self.config.generate.device == "cpu" else int(have.get("GPU", 0))
+        machines = sum(name.startswith("node:") and not name.startswith("node:__") for name in have)
+        wanted = self.config.ray_workers or gpus or machines or 1
+        base = self.config.generate.num_videos
+        videos = [request.fields.get("num_videos", base) for request in self.requests]
+        wanted = min(wanted, sum(videos))
+        if gpus:
+            if wanted > gpus:
+                raise UsageError(
+                    f"ray_workers is {wanted}, but Ray has {counted(gpus, 'GPU')}. Try --ray-workers {gpus}."
+                )
+            return {"num_gpus": 1}, wanted
+        cpus = int(have.get("CPU", 0))
+        if wanted > cpus:
+            raise UsageError(f"ray_workers is {wanted}, but Ray has {cpus} CPUs. Try --ray-workers {max(1, cpus)}.")
+        return {"num_cpus": cpus // wanted}, wanted
+
+    def _hire(self, number: int) -> _Hand:
+        actor = self.make_actor.remote(self.config, self.requests, self.run_id, number)
+        return _Hand(number, actor, actor.make.remote(), actor.poll.remote())
+
+    def _hear(self, hand: _Hand, ref: Any) -> None:
+        """Take in what one call gave. Raises what stopped a worker, if that would stop all of them."""
+        try:
+            given = self.ray.get(ref)
+        except self.ray.exceptions.RayActorError as error:
+            self.hands.remove(hand)
+            self._replace(hand, error)
+            return
+        except self.ray.exceptions.RayError as error:
+            raise SlagenError(f"Ray worker {hand.number} failed: {_reason(error)}") from error
+        if ref is hand.poll:
+            hand.name, version, events = given
+            if version != __version__:
+                raise EnvironmentProblem(f"a worker has slagen {version}, but this is {__version__}. Make them equal.")
+            for event in events:
+                if event.kind != "plan" or hand.number == 1:
+                    self.on_event(event)
+            hand.poll = hand.actor.poll.remote()
+            return
+        self.hands.remove(hand)
+        with suppress(self.ray.exceptions.RayActorError):
+            for _, _, events in (self.ray.get(hand.poll), self.ray.get(hand.actor.poll.remote())):
+                for event in events:
+                    self.on_event(event)
+        self.ray.kill(hand.actor)
+        if isinstance(given, SlagenError):
+            raise given
+        self.results.append(given)
+        if not given.interrupted:  # all is done, so nobody needs those that have not begun
+            self._send_home()
+
+    def _send_home(self) -> None:
+        """Tell those at work to end after their video, and drop those that never began."""
+        for hand in list(self.hands):
+            if hand.name:
+                hand.actor.halt.remote()
+            else:
+                self.hands.remove(hand)
+                self.ray.kill(hand.actor)
+
+    def _replace(self, hand: _Hand, error: Exception) -> None:
+        """A worker is gone: note what it was at, and hire another unless that has cost too many."""
+        manifest = Manifest(Path(self.config.generate.output))
+        mine = [job for job in manifest.read().values() if job.state == "running" and self._worker(job) == hand.name]
+        for job in mine:
+            self.losses[job.key] += 1
+            if self.losses[job.key] >= MAX_LOSSES:
+                reason = f"its worker was lost {MAX_LOSSES} times; perhaps it ran out of memory"
+                manifest.finish(job, job.attempt, event="failed", worker=hand.name, reason=reason)
+        if self.stop.is_set():
+            return
+        self.losses[""] = 0 if mine else self.losses[""] + 1
+        if self.losses[""] >= MAX_LOSSES:
+            raise SlagenError(f"{MAX_LOSSES} Ray workers in a row ended before they made anything: {_reason(error)}")
+        self.on_event(Event("warning", f"worker {hand.number} was lost, and another takes its place"))
+        self.hands.append(self._hire(hand.number))
+
+    @staticmethod
+    def _worker(job: Any) -> str:
+        return str(job.result.get("worker"))
+
+    def _sum(self) -> BatchResult:
+        """One result of all: the manifest knows what was made, whoever lived to tell."""
+        folder = Path(self.config.generate.output)
+        manifest = Manifest(folder)
+        jobs = manifest.read().values()
+        made = [job.name for job in jobs if job.state == "done" and self._worker(job).startswith(self.run_id)]
+        there = {name for result in self.results for name in (*result.kept, *result.elsewhere)}
+        failed = {name: reason for result in self.results for name, reason in result.failed}
+        done = {job.name for job in jobs if job.state == "done"}
+        before = {name for result in self.results for name in result.kept}
+        return BatchResult(
+            folder, made=made,
+            kept=[job.name for job in jobs if job.name in before and job.name not in made],
+            elsewhere=[job.name for job in jobs if job.name in there - before and job.name not in made],
+            failed=[(name, reason) for name, reason in failed.items() if name not in done],
+            interrupted=self.stop.is_set(), page=try_page(manifest, self.on_event),
+        )  # fmt: skip
+
+
+def _words(options: dict[str, float]) -> str:
+    (name, number), *_ = options.items()
+    what = name.removeprefix("num_").removesuffix("s").upper()
+    return f"{number:g} {what}{'s' * (number > 1)}"
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1][:300]

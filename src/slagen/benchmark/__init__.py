@@ -1,0 +1,1 @@
+"""`slagen bench`: the attention operator and the denoising loop, timed against dense and other attention."""

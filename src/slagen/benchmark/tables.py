@@ -1,0 +1,197 @@
+"""What `slagen bench` measured, as tables and sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slagen.io.text import counted
+
+COLUMNS = (
+    "shape", "method", "backend", "sparsity", "forward ms (quartiles, repeats)", "backward ms", "dense TFLOP/s",
+    "speed-up",
+)  # fmt: skip
+MODEL_COLUMNS = ("model", "attention", "backend", "sparsity", "step ms (quartiles)", "attention share", "speed-up")
+SHORT_COLUMNS = (
+    "method", "backend", "sparsity", "forward\nms", "backward\nms", "dense\nTFLOP/s", "speed-up",
+)  # fmt: skip
+SHORT_MODEL_COLUMNS = ("attention", "backend", "sparsity", "step ms", "attention\nshare", "speed-up")
+NEVER = "SLA is slower than dense attention at the longest sequence measured"
+SLOWER, EVEN, FASTER = "slower", "within the noise", "faster"  # than what a row is compared with
+
+
+@dataclass
+class BenchResult:
+    """What was measured. `content` is what --json prints; `files` were written."""
+
+    content: dict[str, Any]
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def tables(self) -> list[tuple[tuple[str, ...], list[list[str]]]]:
+        """Column names and rows, as text: of attention calls, and of models."""
+        return [
+            (COLUMNS, [cells(row) for row in self._shown]),
+            (MODEL_COLUMNS, [model_cells(row) for row in self.content["models"]]),
+        ]
+
+    @property
+    def short_tables(self) -> list[tuple[str, tuple[str, ...], list[list[str]], list[str]]]:
+        """For 80 columns: a heading, column names, rows, and what is said below, of each shape or model."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in self._shown:
+            rows.setdefault(row["shape"], []).append(row)
+        models: dict[str, list[dict[str, Any]]] = {}
+        for row in self.content["models"]:
+            models.setdefault(_model(row), []).append(row)
+        wrong = {shape: [f"{row['method']} is {row['reason']}" for row in found if not row["forward_ms"]]
+                 for shape, found in rows.items()}  # fmt: skip
+        return [
+            *[(shape, SHORT_COLUMNS, list(map(short_cells, found)), wrong[shape]) for shape, found in rows.items()],
+            *[(name, SHORT_MODEL_COLUMNS, list(map(short_model_cells, found)), []) for name, found in models.items()],
+        ]
+
+    @property
+    def speedups(self) -> list[str]:
+        """What SLA is beside dense attention, at each shape that was timed."""
+        rows = [row for row in self.content["rows"] if row["method"] == "sla" and row["speedup"]]
+        return [f"{_speedup(row, True)} at {row['shape']}" for row in rows]
+
+    @property
+    def _shown(self) -> list[dict[str, Any]]:
+        return [row for row in self.content["rows"] if row["forward_ms"] or row["correct"] is False]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """Lines on what did not run and why, how steady the times are, and from what length on SLA pays."""
+        rows = self.content["rows"]
+        reasons: dict[str, list[str]] = {}
+        for row in rows:
+            if row["reason"] and row["correct"] is not False:
+                reasons.setdefault(row["reason"], []).append(row["method"])
+        lines = [
+            f"{', '.join(dict.fromkeys(names))}: {reason.removeprefix('is ')}" for reason, names in reasons.items()
+        ]
+        lines += [merged(**group) for group in self.content.get("same_top_k", [])]
+        drifts = [_drift(row["forward_ms"]) for row in rows if row["forward_ms"]]
+        if drifts:
+            drift = f"{max(drifts):.0%}"
+            lines.append(
+                f"the median of one call moved by up to {drift} between turns; where quartiles overlap, a difference "
+                "is noise"
+            )
+        for shape, tokens in self.content["break_even_tokens"].items():
+            even = self.content.get("even_tokens", {}).get(shape)
+            pays = f"SLA is faster than dense attention from {tokens:,} tokens on" if tokens else NEVER
+            if even and not tokens:
+                pays = (
+                    f"no verdict: at {even:,} tokens the quartiles of SLA and of dense attention overlap, so their "
+                    "difference is noise"
+                )
+            lines.append(f"{shape}: {pays}")
+        return list(dict.fromkeys(lines))
+
+
+def merged(shape: str, sparsity: float, also: list[float], kept: int, blocks: int) -> str:
+    """A line on sparsities that were measured once, as they keep the same blocks."""
+    *most, last = (f"{other:g}" for other in also)
+    others = f"sparsities {', '.join(most)} and {last}" if most else f"sparsity {last}"
+    verbs = ("keep", "are") if most else ("keeps", "is")
+    return (
+        f"{shape}: {others} {verbs[0]} {kept} of {blocks} key blocks, as {sparsity:g} does, and {verbs[1]} measured "
+        "with it"
+    )
+
+
+def markdown(result: BenchResult) -> str:
+    """The rows as tables, under the machine they were measured on."""
+    about = result.content["machine"]
+    lines = [f"# slagen bench: {about['name']}", "", f"{about['date']}; " + ", ".join(
+        f"{package} {number}" for package, number in about["versions"].items()
+    ) + f"; matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s.", ""]  # fmt: skip
+    for columns, rows in result.tables:
+        if rows:
+            lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    lines += [f"- {verdict}" for verdict in result.verdicts]
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table, as text; a method that was not timed says why."""
+    shown = [row["shape"], row["method"], row["backend"], _number(row["sparsity"])]
+    if not row["forward_ms"]:
+        return [*shown, row["reason"] or "", "", "", ""]
+    forward, backward = row["forward_ms"], row["backward_ms"]
+    return [
+        *shown,
+        f"{forward['median']:.4g} ({forward['q1']:.4g}-{forward['q3']:.4g}, {forward['repeats']})",
+        f"{backward['median']:.4g}" if backward else "",
+        f"{row['tflops_dense_equivalent']:.4g}",
+        _speedup(row, row["kind"] != "dense"),
+    ]
+
+
+def short_cells(row: dict[str, Any]) -> list[str]:
+    """As `cells`, without the shape and the quartiles; a backend that is the method itself is not said twice."""
+    backend = "" if row["backend"] == row["method"] else row["backend"]
+    shown = [row["method"], backend, _number(row["sparsity"])]
+    if not row["forward_ms"]:
+        return [*shown, "wrong", "", "", ""]
+    backward = row["backward_ms"]
+    times = [_short(row["forward_ms"]["median"]), _short(backward["median"]) if backward else ""]
+    return [*shown, *times, _short(row["tflops_dense_equivalent"]), _speedup(row, row["kind"] != "dense")]
+
+
+def model_cells(row: dict[str, Any]) -> list[str]:
+    """One row of the table of models, as text."""
+    step = row["step_ms"]
+    attention, backend, sparsity, _, share, speedup = short_model_cells(row)
+    times = f"{step['median']:.4g} ({step['q1']:.4g}-{step['q3']:.4g})"
+    return [_model(row), attention, backend, sparsity, times, share, speedup]
+
+
+def short_model_cells(row: dict[str, Any]) -> list[str]:
+    """As `model_cells`, without the model and the quartiles."""
+    return [
+        row["attention"],
+        row["backend"] + ", compiled" * row["compiled"],
+        _number(row["sparsity"]),
+        _short(row["step_ms"]["median"]),
+        "" if row["compiled"] else f"{row['attention_share']:.0%}",
+        _speedup(row, row["attention"] == "sla"),
+    ]
+
+
+def beside(times: dict[str, Any], base: dict[str, Any]) -> str:
+    """What one measurement is beside another: "faster", "slower", or within the noise where their quartiles overlap."""
+    if times["q3"] < base["q1"]:
+        return FASTER
+    return SLOWER if times["q1"] > base["q3"] else EVEN
+
+
+def _model(row: dict[str, Any]) -> str:
+    return f"{row['model']} {row['size']}, {counted(row['num_frames'], 'frame')}"
+
+
+def _speedup(row: dict[str, Any], judged: bool) -> str:
+    if row["speedup"] is None:
+        return ""
+    said = {SLOWER: " (slower)", EVEN: " (noise)"}.get(row.get("against_dense", ""), "") if judged else ""
+    return f"{row['speedup']:.2f}x{said}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _short(value: float) -> str:
+    """A number in at most 8 characters, with at least three digits of it."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.3g}"
+
+
+def _drift(times: dict[str, Any]) -> float:
+    """How far the medians of the turns lie apart, as a share of the median of all."""
+    medians = times["turn_medians"]
+    return (max(medians) - min(medians)) / times["median"]

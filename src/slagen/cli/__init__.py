@@ -1,0 +1,1 @@
+"""The `slagen` command: options, commands, progress and tables."""

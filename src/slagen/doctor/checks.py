@@ -1,0 +1,276 @@
+"""What this machine can do for slagen, and what to mend; and what the kernels cost on cards that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slagen import packages
+from slagen.attention import sparse_linear_attention
+from slagen.attention.sla.fused import prove, unsupported
+from slagen.config import SLAConfig
+from slagen.errors import EnvironmentProblem, GateError, SlagenError
+from slagen.machine import pick_dtype
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `status`: "ok", "note" (works without it) or "problem"; `fix`: what to do."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+SHOWN = ("torch", "triton", "diffusers", "transformers", "ftfy")  # the others are only if they are missing or too old
+WITHOUT = {
+    "triton": "Linux only; it comes with torch's CUDA builds",
+    "ftfy": "without it prompts are cleaned wrongly",
+    "matplotlib": "without it `bench` draws no plot",
+    "rich": "without it tables are plain text",
+}
+NOT_NEEDED = ("triton", "matplotlib", "rich")
+
+
+def examine() -> list[Finding]:
+    """Look at packages, device, kernels, bundled model, hub cache and disk. Downloads nothing."""
+    others = [name for name in packages.requirements() if name not in SHOWN and not packages.state(name)[1]]
+    return [
+        Finding("python", "ok", sys.version.split()[0]),
+        *map(_package, (*SHOWN, *others)),
+        *_gpu(),
+        *_kernels(),
+        _bundled_model(),
+        *_disk(),
+    ]
+
+
+def _package(name: str) -> Finding:
+    found, fits = packages.state(name)
+    if fits:
+        return Finding(name, "ok", found)
+    fix = ": ".join([packages.install(name), *([WITHOUT[name]] if name in WITHOUT else [])])
+    return Finding(name, "note" if name in NOT_NEEDED else "problem", found, fix)
+
+
+def _not_looked_at(name: str, error: ImportError) -> Finding:
+    """For what takes a package that is not here, or is too old."""
+    lack = packages.explain(error)
+    if lack is None:
+        raise error
+    reason, _, fix = lack.partition(" Try ")
+    return Finding(name, "problem", f"not looked at: {reason}", fix.removesuffix("."))
+
+
+def _gpu() -> list[Finding]:
+    if not torch.cuda.is_available():
+        reason = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
+        fix = "none is needed for the bundled model; for Wan2.1, a card, its driver and a CUDA build of PyTorch"
+        return [Finding("gpu", "note", f"none: {reason}", fix)]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        bf16 = (card.major, card.minor) >= (8, 0)
+        shared = getattr(card, "shared_memory_per_block_optin", card.shared_memory_per_block)
+        text = (
+            f"{card.name}, capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, "
+            f"{shared // 1024} KiB shared memory, bf16 {'yes' if bf16 else 'no'}"
+        )
+        fix = "" if bf16 else "use --dtype fp16: this card has no bf16"
+        found.append(Finding(f"gpu {index}", "ok" if bf16 else "note", text, fix))
+    found.append(Finding("cuda", "ok", f"{torch.version.cuda}, driver {_driver()}"))
+    return found
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown (no nvidia-smi)"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    return said[0] if said else "unknown (nvidia-smi says nothing)"
+
+
+def _kernels() -> list[Finding]:
+    """Of each card, or of the CPU where there is none."""
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [_kernels_on(device) for device in cards or [torch.device("cpu")]]
+
+
+def _kernels_on(device: torch.device) -> Finding:
+    """Whether the kernels run, with the tiles that a call would go down to, and are right."""
+    name = "kernels" if device.index is None else f"kernels {device.index}"
+    gave_way = []
+    try:
+        probe = torch.zeros(1, 1, 1, 128, dtype=pick_dtype("auto", device), device=device)
+        reason = unsupported(probe)
+        if reason is not None:
+            return Finding(name, "note", f"the torch backend is used: {reason}")
+        for domain in ("all", "marginal"):
+            wrong, before = prove(probe, SLAConfig(linear_domain=domain))  # type: ignore[arg-type]
+            if wrong is not None:
+                return Finding(name, "problem", f"Triton, domain {domain}: {wrong}", "use --backend torch, and tell us")
+            gave_way += before
+    except RuntimeError as error:  # of Triton, as KernelProblem says it, or of PyTorch: a card that is full or lost
+        found, _, fix = str(error).partition(" Try ")
+        lines = found.strip().splitlines() or [type(error).__name__]
+        return Finding(name, "problem", lines[0].removesuffix("."), fix.removesuffix("."))
+    agree = "Triton, forward and backward agree with the reference in both domains"
+    if gave_way:
+        return Finding(name, "note", f"{agree}, with smaller tiles: {'; '.join(gave_way)}")
+    return Finding(name, "ok", agree)
+
+
+def _bundled_model() -> Finding:
+    """Load the bundled model, which also checks that its UMT5 embedding is tied."""
+    try:
+        from slagen.wan.loading import load_pipeline, resolve_model
+
+        source = resolve_model("tiny-wan", "cpu")
+        pipe = load_pipeline(source, torch.device("cpu"), torch.float32)
+    except ImportError as error:
+        return _not_looked_at("bundled model", error)
+    except SlagenError as error:
+        return Finding("bundled model", "problem", str(error), "install slagen again")
+    encoder = pipe.text_encoder
+    tied = encoder.encoder.embed_tokens.weight is encoder.shared.weight
+    if not tied:
+        return Finding("bundled model", "problem", "UMT5's embed_tokens is not tied: it would make noise", "tell us")
+    return Finding("bundled model", "ok", f"{source.folder}, UMT5 embedding tied")
+
+
+def _disk() -> list[Finding]:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError as error:
+        return [_not_looked_at("hub cache", error)]
+    cache = Path(HF_HUB_CACHE)
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(place).free / 2**30
+    return [Finding("hub cache", "ok", f"{cache}, {free:.0f} GiB free")]
+
+
+def check_gpu(findings: list[Finding]) -> None:
+    """Raise EnvironmentProblem unless a GPU was found."""
+    missing = next((finding for finding in findings if finding.name == "gpu"), None)
+    if missing is not None:
+        raise EnvironmentProblem(
+            f"--require-gpu was given, but there is {missing.found}. It takes a card, its driver and a CUDA build of "
+            "PyTorch."
+        )
+
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+COMPILE = (
+    "import json, sys; from slagen.kernels.inspection import kernel_costs\n"
+    "print(json.dumps(kernel_costs(tuple(map(int, sys.argv[1:])), json.load(sys.stdin))))"
+)
+OPERATOR = "import json, sys; from slagen.doctor.checks import operator_call; print(json.dumps(operator_call(json.load(sys.stdin))))"
+MOST_LAUNCHES = 8  # of a call without gradients, domain "all": at 4,096 tokens the host is the limit
+WAN_480P = (1, 12, 32760, 128)  # B, H, L, D of Wan2.1-1.3B, 832x480, 81 frames
+
+
+def kernel_costs(
+    on_note: Callable[[str], None] = lambda text: None, known: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Compile every kernel for every card, each card in a process of its own where Triton's interpreter is off.
+
+    Args:
+        known: rows of an earlier run under the same Triton, by fingerprint, that need not be compiled again; what is
+            left is compiled in one process.
+    Returns: {"triton": version, "kernels": [row, ...], "operator": as `operator_call`}; a row's `faults` say which
+        limits it breaks.
+    Raises: EnvironmentProblem without Triton, SlagenError when a kernel does not compile.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise EnvironmentProblem("Triton is not installed, so no kernel compiles. Try pip install triton (Linux only).")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compile_for(targets: tuple[int, ...]) -> list[dict[str, Any]]:
+        names = ", ".join(f"sm_{target}" for target in targets)
+        on_note(f"compiling for {names}")
+        command = [sys.executable, "-c", COMPILE, *map(str, targets)]
+        return _said(command, environment, f"the kernels do not compile for {names}", json.dumps(known or {}))
+
+    groups = [TARGETS] if known else [(target,) for target in TARGETS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for rows in pool.map(compile_for, groups) for row in rows]
+    operator = _said(
+        [sys.executable, "-c", OPERATOR], {**environment, "TRITON_INTERPRET": "1"},
+        "the operator's launches can not be counted", json.dumps(rows),
+    )  # fmt: skip
+    return {"triton": version("triton"), "operator": operator, "kernels": rows}
+
+
+def _said(command: list[str], environment: dict[str, str], failure: str, given: str) -> Any:
+    """What another process prints, as JSON. Raises SlagenError with the last line of its errors."""
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, input=given)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+        raise SlagenError(f"{failure}: {last}")
+    return json.loads(result.stdout)
+
+
+def operator_call(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What one call of the operator launches, counted by making it, and how long that should take on one card.
+
+    The call is that of Wan2.1-1.3B at 480p: bf16, sparsity 0.95, domain "all", inference. No kernel of Triton runs.
+
+    Args:
+        rows: of `kernel_costs`.
+    Returns: {"launches": number, "estimate_ms": {kernel: ms, ..., "total": ms}, "bounds_ms": {kernel: {...}}, ...}.
+    """
+    from slagen.kernels.inspection import variant_of
+    from slagen.kernels.launches import launches
+    from slagen.kernels.roofline import CARD, TARGET, Call, estimate
+
+    batch, heads, length, head_dim = WAN_480P
+    config = SLAConfig()
+    # (B, L, H, D) memory, as Wan hands it over.
+    q, k, v = (torch.empty(batch, length, heads, head_dim, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    weight, bias = torch.empty(head_dim, head_dim), torch.empty(head_dim)
+    with torch.inference_mode():
+        found = launches(lambda: sparse_linear_attention(q, k, v, config, weight, bias, backend="triton"))
+    costs = {row["kernel"]: row for row in rows if row["target"] == TARGET and row["head_dim"] == head_dim}
+    blocks = config.num_blocks(length)[1]
+    call = Call(batch * heads, length, head_dim, blocks, config.num_critical(blocks), q.element_size())
+    described = [(launch, costs.get(variant_of(launch) or "")) for launch in found]
+    bounds = {
+        kernel: {name: round(value, 4) for name, value in row.items()}
+        for kernel, row in estimate(call, described).items()
+    }
+    times = {name: row["estimate"] for name, row in bounds.items()}
+    return {
+        "shape": "x".join(map(str, WAN_480P)), "dtype": "bf16", "sparsity": config.sparsity,
+        "linear_domain": config.linear_domain, "card": CARD, "measured": False, "launches": len(found),
+        "estimate_ms": {**times, "total": round(sum(times.values()), 4)}, "bounds_ms": bounds,
+    }  # fmt: skip
+
+
+def check_kernels(content: dict[str, Any]) -> None:
+    """Raise GateError if a row breaks a limit of its card, or the operator launches too often."""
+    broken = [row for row in content["kernels"] if row["faults"]]
+    if broken:
+        row = broken[0]
+        raise GateError(
+            f"{len(broken)} of {len(content['kernels'])} kernels break a limit; the first is {row['kernel']} on "
+            f"{row['target']}, head dimension {row['head_dim']}: {'; '.join(row['faults'])}."
+        )
+    launches = content["operator"]["launches"]
+    if launches > MOST_LAUNCHES:
+        raise GateError(
+            f"a call of the operator launches {launches} kernels, but {MOST_LAUNCHES} are the most allowed."
+        )

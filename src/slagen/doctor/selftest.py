@@ -1,0 +1,226 @@
+"""`slagen doctor --selftest`: what the owner of a card runs once, and attaches to an issue.
+
+Packages and device, kernels against the reference, a video of the bundled model, a short bench against dense attention.
+A check that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slagen import machine
+from slagen.attention import sparse_linear_attention
+from slagen.attention.sla import fused
+from slagen.attention.sla.functional import choose_backend
+from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig, user_path
+from slagen.doctor import checks as doctor
+from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
+from slagen.generation import report
+from slagen.io.files import scratch, write_json
+from slagen.io.text import quote
+
+SCHEMA_VERSION = 1
+PROMPT = "a red circle moving right"
+OK, FAILED, MISSING = "ok", "failed", "missing"
+BENCH = BenchConfig(
+    shapes=("wan-1.3b-480p",), lengths=(4096,), seconds=1.0, sparsities=(0.95,), methods=("sla", "sdpa")
+)
+BENCH_ON_CPU = dataclasses.replace(BENCH, shapes=("1x2x4096x64",), lengths=(), device="cpu")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tried. `status`: "ok", "failed", or "missing" where the machine lacks what it takes."""
+
+    name: str
+    status: str
+    seconds: float
+    detail: str
+
+
+class Wrong(Exception):
+    """What a check found wrong."""
+
+
+def selftest(on_note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Try everything that this machine can do, on its card or else on its CPU.
+
+    Args:
+        on_note: called with one line for each check that begins.
+    Returns: "date", "machine" (device and versions), "findings" of `doctor`, "checks" and "bench" (its rows, or None).
+        Paths of the user are shortened.
+    """
+    device = machine.pick_device("auto")
+    content: dict[str, Any] = {
+        "selftest": SCHEMA_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {**machine.describe_device(device), "versions": report.versions()},
+        "findings": [],
+        "bench": None,
+    }
+    parts: list[tuple[str, Callable[[], str]]] = [("doctor", partial(_examine, content))]
+    for backend, dtype in kernels_here(device):
+        for head_dim in (64, 128):
+            for domain in ("all", "marginal"):
+                name = f"{backend} {dtype}, head dimension {head_dim}, domain {domain}"
+                parts.append((name, partial(_agrees, device, backend, dtype, head_dim, domain)))
+    parts += [("generate", partial(_generate, device)), ("bench", partial(_bench, device, content))]
+    checks = []
+    for name, part in parts:
+        on_note(name)
+        checks.append(_try(name, part))
+    content["checks"] = [dataclasses.asdict(check) for check in checks]
+    return shortened(content)
+
+
+def kernels_here(device: torch.device) -> list[tuple[Backend, str]]:
+    """Backends and dtypes that run here: Triton's where it is chosen of itself, otherwise PyTorch's.
+
+    In Triton's interpreter, where that is on, Triton's too, but for bf16, which it computes wrongly.
+    """
+    dtypes = ["fp16", "bf16", "fp32"]
+    if machine.pick_dtype("auto", device) is torch.float16:  # a card that lacks bf16
+        dtypes.remove("bf16")
+    probe = torch.empty(1, 1, 1, 64, device=device)
+    chosen = choose_backend(probe)
+    found: list[tuple[Backend, str]] = [(chosen, dtype) for dtype in dtypes]
+    if chosen == "torch" and fused.unsupported(probe) is None:
+        found += [("triton", "fp16"), ("triton", "fp32")]
+    return found
+
+
+def _try(name: str, part: Callable[[], str]) -> Check:
+    """Run one check; whatever it raises is its result."""
+    began = time.perf_counter()
+    try:
+        status, detail = OK, part()
+    except (EnvironmentProblem, ImportError) as error:
+        status, detail = MISSING, str(error)
+    except (Wrong, SlagenError) as error:
+        status, detail = FAILED, str(error)
+    except Exception as error:  # a crash is what the test is for: it goes into the file, and the next check runs
+        status, detail = FAILED, f"{type(error).__name__}: {error}"
+    return Check(name, status, round(time.perf_counter() - began, 3), detail)
+
+
+def _examine(content: dict[str, Any]) -> str:
+    findings = doctor.examine()
+    content["findings"] = [vars(finding) for finding in findings]
+    problems = [f"{finding.name}: {finding.found}" for finding in findings if finding.status == "problem"]
+    if problems:
+        raise EnvironmentProblem("; ".join(problems))
+    return f"{len(findings)} things looked at, no problem"
+
+
+def _agrees(device: torch.device, backend: Backend, dtype: str, head_dim: int, domain: LinearDomain) -> str:
+    """Forward and backward against the float64 reference, on two heads of a few blocks."""
+    q = torch.empty(1, 1, 1, head_dim, dtype=machine.DTYPES[dtype], device=device)
+    config = SLAConfig(linear_domain=domain)
+    wrong, gave_way = fused.prove(q, config) if backend == "triton" else (_torch_trial(q, config), [])
+    if wrong is not None:
+        raise Wrong(wrong)
+    smaller = f", with smaller tiles: {'; '.join(gave_way)}" if gave_way else ""
+    return f"o and all gradients agree with the float64 reference{smaller}"
+
+
+def _torch_trial(q: torch.Tensor, config: SLAConfig) -> str | None:
+    """As `fused.trial`, for the torch backend."""
+    length, head_dim = 3 * config.block_m + 5, q.shape[-1]
+    small = dataclasses.replace(config, sparsity=0.5)
+    generator = torch.Generator(q.device).manual_seed(0)
+    shapes = [*[(1, 2, length, head_dim)] * 3, (head_dim, head_dim), (head_dim,)]
+    inputs = [torch.randn(shape, generator=generator, device=q.device) for shape in shapes]
+    inputs = [(x if x.ndim == 4 else x * head_dim**-0.5).to(q.dtype if x.ndim == 4 else x.dtype) for x in inputs]
+
+    def results(backend: Backend, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_() for x in given]
+        o = sparse_linear_attention(leaves[0], leaves[1], leaves[2], small, leaves[3], leaves[4], backend=backend)
+        return [o, *torch.autograd.grad(o.sum(), leaves)]
+
+    with torch.enable_grad():
+        found, truth = results("torch", inputs), results("reference", [x.double() for x in inputs])
+    for name, actual, expected in zip(("o", "dq", "dk", "dv", "dweight", "dbias"), found, truth, strict=True):
+        limit = 32 * torch.finfo(q.dtype).eps * expected.abs().max()
+        if not (actual.double() - expected).abs().max() <= limit:
+            return f"{name} is wrong"
+    return None
+
+
+def _generate(device: torch.device) -> str:
+    """A video of the bundled model, through Triton on a card."""
+    from slagen.generation.generate import generate
+
+    backend = choose_backend(torch.empty(1, 1, 1, 64, device=device))
+    with scratch() as folder:
+        config = GenerateConfig(
+            PROMPT, model="tiny-wan", backend=backend, steps=4, seed=0, output=str(folder / "video.mp4")
+        )
+        video = generate(config).videos[0]
+        size = video.path.stat().st_size
+    if size == 0:
+        raise Wrong("the video is empty")
+    return f"4 steps with the {backend} backend, {size:,} bytes, latents {video.report['latents_hash'][:12]}"
+
+
+def _bench(device: torch.device, content: dict[str, Any]) -> str:
+    from slagen.benchmark.run import bench
+
+    config = BENCH_ON_CPU if device.type == "cpu" else BENCH
+    result = bench(config)
+    content["bench"] = rows = result.content["rows"]
+    wrong = [f"{row['method']}: {row['reason']}" for row in rows if row["correct"] is False]
+    if wrong:
+        raise Wrong("; ".join(wrong))
+    return f"SLA against dense attention: {', '.join(result.speedups)}"
+
+
+def shortened(value: Any) -> Any:
+    """The same with the home folder as ~, and the folders of slagen and of this run by what they are."""
+    if isinstance(value, dict):
+        return {name: shortened(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [shortened(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    folders = {str(Path(__file__).parents[1]): "(slagen)", os.getcwd(): "(here)", str(Path.home()): "~"}
+    folders[tempfile.gettempdir()] = "(temporary)"
+    for folder in sorted(folders, key=len, reverse=True):
+        if len(folder) > 1:
+            value = value.replace(folder, folders[folder])
+    return value
+
+
+def claim(output: str | None) -> Path:
+    """Where the result goes. Raises UsageError before the work where it can not be written."""
+    path = user_path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(
+            f"output is {quote(str(path))}, but must be a file in a folder that is there and can be written."
+        )
+    return path
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    write_json(path, content)
+
+
+def check(content: dict[str, Any]) -> None:
+    """Raise GateError if a check failed, EnvironmentProblem if one could not run."""
+    for status, problem in ((FAILED, GateError), (MISSING, EnvironmentProblem)):
+        found = [row for row in content["checks"] if row["status"] == status]
+        if found:
+            raise problem(
+                f"{len(found)} of {len(content['checks'])} checks ended as {status}; the first is "
+                f"{found[0]['name']}: {found[0]['detail']}"
+            )

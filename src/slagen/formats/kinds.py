@@ -1,0 +1,183 @@
+"""What a weight file is, told by names and shapes of its tensors, and what to do with one that slagen does not run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slagen.formats.names import LAYOUTS, inside, transformers
+from slagen.formats.quantised import NOT_READ, beside_a_weight, form_not_read
+from slagen.formats.reading import SIDE_FILE_KEYS
+from slagen.io.text import line
+
+TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+_RUNS = (
+    "slagen runs Wan2.1 text-to-video: give such a transformer, for example that of Wan-AI/Wan2.1-T2V-14B-Diffusers."
+)
+_MERGE = "Merge it into its model with the tool that it is made for, and give the merged transformer."
+REFUSALS = {
+    "vsa": "holds FastVideo's VSA (to_gate_compress), another sparse attention, whose gates SLA has no place for. "
+    "Give SLA weights, or the model it was trained from.",
+    "lora": "is a LoRA, which changes a transformer and is none. Merge it first (in diffusers: load_lora_weights, "
+    "fuse_lora, unload_lora_weights, transformer.save_pretrained), and give the merged transformer.",
+    "unmerged-lora": "is a transformer with a LoRA beside its weights that was never merged. Merge it (peft: "
+    "merge_and_unload), and give the merged transformer.",
+    "lokr": f"is a LoKr (LyCORIS), which changes a transformer and is none. {_MERGE}",
+    "loha": f"is a LoHa (LyCORIS), which changes a transformer and is none. {_MERGE}",
+    "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), which changes a transformer and is none. {_MERGE}",
+    "difference": f"is an adapter of differences (diff, diff_b), which changes a transformer and is none. {_MERGE}",
+    **NOT_READ,
+    "vace": f"is Wan2.1 VACE, or its module, which edits and extends videos. {_RUNS}",
+    "skyreels": f"is SkyReels V2 diffusion forcing, which lengthens videos piece by piece. {_RUNS}",
+    "speech": f"is a transformer that sound drives (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
+    "animate": f"is Wan2.2 Animate, which moves a given figure. {_RUNS}",
+    "control": f"is a transformer that a control video or camera path steers (Fun-Control and the like). {_RUNS}",
+    "first-last": f"is Wan2.1 FLF2V, which fills in between a first and a last picture. {_RUNS}",
+    "image-to-video": f"is an image-to-video transformer. {_RUNS}",
+    "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need a VAE of their own. {_RUNS}",
+    "conditioned": f"is a Wan transformer that takes more channels than it gives: it needs more than text. {_RUNS}",
+    "text-encoder": "is a T5 text encoder, not a transformer, and only diffusers' own form of it is read. That of "
+    f"{TEXT_ENCODER_HOME} is the same: give it with --model.",
+    "image-encoder": f"is a CLIP image encoder, for image-to-video. {_RUNS}",
+    "vae": "is a video autoencoder, not a transformer. Make a diffusers folder of it: slagen convert FILE FOLDER.",
+    "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 has another: give Wan2.1_VAE.pth with --vae.",
+    "tiny-vae": "is a tiny autoencoder for previews (TAE). Give Wan2.1_VAE.pth with --vae.",
+    "unknown": "holds no Wan2.1 transformer. Give Wan2.1 text-to-video or SLA weights.",
+}
+
+_ADAPTERS = (
+    ("unmerged-lora", r"\.base_layer\."),
+    ("lokr", r"\.lokr_[wt]\d"),
+    ("loha", r"\.hada_[wt]\d"),
+    ("lycoris", r"\.(oft_blocks|oft_diag|[ab][12]\.weight)$"),
+    (
+        "lora",
+        r"(?:^|[._])lora(?:[._]|$)",
+    ),  # of kohya, musubi, peft, diffusers and Mochi
+    ("difference", r"\.(diff|diff_b|diff_m|set_weight|w_norm|b_norm)$"),
+)
+_VARIANTS = (  # by tensors that no text-to-video transformer has
+    ("vace", r"(^|\.)vace_(blocks|patch_embedding)\."),
+    ("skyreels", r"(^|\.)fps_(embedding|projection)\."),
+    ("animate", r"(^|\.)(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\."),
+    ("speech", r"(^|\.)(casual_audio_encoder|audio_injector|frame_packer|audio_proj|audio_cross_attn|proj_model)\b"),
+    ("control", r"(^|\.)(control_adapter|ref_conv|cam_encoder|dwpose_embedding|add_conv_in|patch_embedding_pose)\."),
+    ("first-last", r"(^|\.)(img_emb\.emb_pos|condition_embedder\.image_embedder\.pos_embed)$"),
+)
+_PICTURES = r"(^|\.)(img_emb|image_embedder|k_img|v_img|add_[kv]_proj)\."
+_OTHERS = (  # that are no transformer
+    ("text-encoder", r"(SelfAttention\.q\.\w+|pos_embedding\.embedding\.weight)$|^token_embedding\.weight$"),
+    ("image-encoder", r"^((model\.)?visual\.|textual\.|vision_model\.)"),
+    ("wan2.2-vae", r"^(encoder|decoder)\.(down|up)samples\.\d+\.(down|up)samples\."),
+    ("tiny-vae", r"^(taesd_)?(encoder|decoder)\.\d+\."),
+    ("vae", r"^(encoder|decoder)\."),
+)
+
+
+def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
+    """What a file is: "transformer", "sla", "side-file", or a name in REFUSALS.
+
+    Args:
+        entries: its names; with tensors, or with the entries of a safetensors header, what only shapes tell is told.
+    """
+    content = dict(entries) if isinstance(entries, Mapping) else dict.fromkeys(entries)
+    if set(content) == SIDE_FILE_KEYS:
+        return "side-file"
+    found = list(transformers(content).values())
+    prefix = found[0] if found else None
+    values = {plain: content[name] for name, plain in inside(content, prefix or "", found).items()}
+    if not values:
+        return _first(_OTHERS, content) or "unknown"
+    if any("to_gate_compress" in name for name in values):
+        return "vsa"
+    if all(".processor.proj_l." in name for name in values):
+        return "sla"
+    kind = _first(_ADAPTERS, values) or _first(_VARIANTS, values)
+    if kind:
+        return kind
+    if prefix is not None and (form := form_not_read(values)):
+        return form
+    weights = [name for name in values if not beside_a_weight(name, values)]
+    known = sum(any(rename(_as_weight(name)) for rename in LAYOUTS.values()) for name in weights)
+    if known > len(weights) / 2:
+        return _by_channels(values) or "transformer"
+    pictures = any(re.search(_PICTURES, name) for name in values)
+    return _first(_OTHERS, values) or ("image-to-video" if pictures else "unknown")
+
+
+def _first(table: tuple[tuple[str, str], ...], names: Iterable[str]) -> str | None:
+    """The first kind in a table whose pattern is in any name."""
+    names = list(names)
+    return next((kind for kind, pattern in table if any(re.search(pattern, name) for name in names)), None)
+
+
+def _as_weight(name: str) -> str:
+    return name.replace(".int8_weight", ".weight")
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Of a tensor or of a safetensors header's entry; () where neither is known."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    shape = value.get("shape") if isinstance(value, dict) else None
+    return tuple(shape) if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else ()
+
+
+def _by_channels(values: Mapping[str, Any]) -> str | None:
+    """The kind that channels alone tell: Wan2.2's image-to-video has the very names of text-to-video."""
+    pictures = any(re.search(_PICTURES, name) for name in values)
+    patch = next(
+        (shape_of(values[n]) for n in ("patch_embedding.weight", "patch_embedding.proj.weight") if n in values), ()
+    )
+    out = next((shape_of(values[n]) for n in ("head.head.weight", "proj_out.weight") if n in values), ())
+    volume = math.prod(patch[2:]) if len(patch) == 5 else 4
+    if len(patch) not in (2, 5) or len(out) != 2 or not volume:
+        return "image-to-video" if pictures else None
+    taken, given = (patch[1] if len(patch) == 5 else patch[1] // volume), out[0] // volume
+    if taken == given:
+        return "ti2v-5b" if given == 48 else "image-to-video" if pictures else None
+    if taken in (2 * given, 3 * given, 3 * given + 4):
+        return "control"
+    return "image-to-video" if pictures or taken == 2 * given + 4 else "conditioned"
+
+
+_EXPERT = re.compile(r"wan[-_. ]?2[._]?2|(?<![a-z])a14b|(high|low)[-_ ]?noise", re.IGNORECASE)
+_DISTILLED = re.compile(
+    r"lightx2v|lightning|distill\w*|caus[-_ ]?vid|self[-_ ]?forcing|fusion[-_ ]?x|accvid(eo)?|fastwan|"
+    r"\brcm\b|\bdmd\b|turbo|[1-8][-_ ]?steps?\b|\blcm\b|rapid",
+    re.IGNORECASE,
+)
+_PIECEWISE = re.compile(r"skyreels[-_ ]?v2[-_ ]?df|diffusion[-_ ]?forcing", re.IGNORECASE)
+EXPERT_NOTE = (
+    "calls itself {word!r}: Wan2.2 A14B is two transformers with the names and sizes of Wan2.1's, one for high and "
+    "one for low noise, and one alone makes poorer videos"
+)
+PIECEWISE_NOTE = (
+    "calls itself {word!r}: such weights are sampled piece by piece, and slagen samples the whole clip at once"
+)
+
+
+def hints(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], str]:
+    """What names and metadata say of weights that tensors cannot tell apart.
+
+    Args:
+        path: of the file or folder; the two folders that it lies in have a say too.
+        metadata: of its safetensors header.
+    Returns: notes, and the word that says they are distilled to few steps, "" where none does.
+    """
+    said = list(path.absolute().parts[-3:])  # as it was named: the hub's cache has links to files named by hash
+    said += [str(value)[:2000] for key, value in metadata.items() if not key.startswith(("_", "slagen"))]
+    text = " ".join(said)
+    notes = []
+    for pattern, note in ((_EXPERT, EXPERT_NOTE), (_PIECEWISE, PIECEWISE_NOTE)):
+        found = pattern.search(text)
+        if found:
+            notes.append(f"{line(path.name)} {note.format(word=found[0])}")
+    few = _DISTILLED.search(text.replace("_", " "))
+    return notes, few[0] if few else ""

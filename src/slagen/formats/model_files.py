@@ -1,0 +1,191 @@
+"""The small files of a model's folder, each held against its form before a library makes anything of it. No torch.
+
+diffusers and transformers build what a config says, be it a billion layers, and import the libraries that an index
+names. What is beyond every published Wan, many times over, is refused here, with the file and the name in it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+from typing import Any
+
+from slagen.errors import WeightsError
+from slagen.io import documents
+from slagen.io.documents import parse_json
+from slagen.io.files import open_regular
+from slagen.io.forms import Fault, Kind, check, one_of, whole
+
+AGAIN = "Get the model again."
+MAX_CONFIG = 2**20
+MAX_TOKENIZER = 64 * 2**20
+MAX_HEADER = 32 * 2**20
+
+_SIZE, _COUNT, _FEW = whole(1, 2**20), whole(1, 1024), whole(1, 64)
+_CLASS = Kind(
+    "a list of a library (diffusers or transformers) and a class of it, or of two nulls", (str | None, str | None),
+    lambda pair: pair == [None, None]
+    or (pair[0] in ("diffusers", "transformers") and str(pair[1]).isidentifier()),
+)  # fmt: skip
+_TEXT = Kind("text of at most 200 characters", str, lambda value: len(value) <= 200)
+_POSITIVE = Kind("a list of at most 4096 numbers above 0", [float], lambda x: len(x) <= 4096 and all(n > 0 for n in x))
+
+SETTINGS_KEY = "slagen"  # in a transformer's config.json, where diffusers saved it with SLA weights inside
+SLA_SETTINGS = {"config": dict, "sampler_family": one_of("flow", "rcm"), "trained": str, "defaults?": dict | None}
+
+FORMS: dict[str, Any] = {
+    "model_index.json": {
+        "_class_name": _TEXT, "boundary_ratio?": float | None, "expand_timesteps?": bool,
+        **{f"{part}?": _CLASS for part in ("scheduler", "text_encoder", "tokenizer", "transformer", "transformer_2",
+                                           "vae", "image_encoder", "image_processor")},
+    },
+    "transformer/config.json": {
+        "patch_size?": (_FEW, _FEW, _FEW), "num_attention_heads?": _COUNT, "attention_head_dim?": _COUNT,
+        "in_channels?": _COUNT, "out_channels?": _COUNT, "text_dim?": _SIZE, "freq_dim?": _SIZE, "ffn_dim?": _SIZE,
+        "num_layers?": _COUNT, "cross_attn_norm?": bool, "qk_norm?": str | None, "eps?": float,
+        "image_dim?": int | None, "added_kv_proj_dim?": int | None, "rope_max_seq_len?": _SIZE,
+        "pos_embed_seq_len?": int | None, "slagen?": SLA_SETTINGS,
+    },
+    "vae/config.json": {
+        "base_dim?": _COUNT, "decoder_base_dim?": int | None, "z_dim?": _COUNT,
+        "dim_mult?": Kind("a list of 1 to 16 whole numbers from 1 to 64", [_FEW], lambda x: 1 <= len(x) <= 16),
+        "num_res_blocks?": _FEW, "attn_scales?": [float], "temperal_downsample?": [bool], "dropout?": float,
+        "latents_mean?": [float], "latents_std?": _POSITIVE, "is_residual?": bool, "in_channels?": _COUNT,
+        "out_channels?": _COUNT, "patch_size?": int | None, "scale_factor_temporal?": _FEW,
+        "scale_factor_spatial?": _FEW,
+    },
+    "text_encoder/config.json": {
+        "vocab_size?": whole(1, 2**24), "d_model?": _SIZE, "d_kv?": _SIZE, "d_ff?": _SIZE, "num_layers?": _COUNT,
+        "num_decoder_layers?": int | None, "num_heads?": _COUNT, "relative_attention_num_buckets?": _COUNT,
+        "relative_attention_max_distance?": _SIZE, "dropout_rate?": float, "layer_norm_epsilon?": float,
+        "initializer_factor?": float, "feed_forward_proj?": _TEXT, "model_type?": _TEXT,
+        "architectures?": [_TEXT], "tie_word_embeddings?": bool,
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name?": _TEXT, "num_train_timesteps?": whole(1, 100_000), "beta_start?": float, "beta_end?": float,
+        "beta_schedule?": _TEXT, "solver_order?": whole(1, 8), "prediction_type?": _TEXT, "flow_shift?": float,
+        "steps_offset?": whole(0, 100_000), "disable_corrector?": [int], "thresholding?": bool,
+        "sigma_min?": float | None, "sigma_max?": float | None, "shift_terminal?": float | None,
+    },
+    "tokenizer/tokenizer_config.json": {"tokenizer_class?": _TEXT, "model_max_length?": float | None},
+    "tokenizer/tokenizer.json": {"model": dict, "added_tokens?": [dict] },
+}  # fmt: skip
+
+
+def read_json(path: Path, folder: Path) -> dict[str, Any]:
+    """A JSON object in a model's folder, of the form that a file of its name has. Raises WeightsError."""
+    try:
+        is_there = path.is_file()
+    except OSError:
+        is_there = False
+    if not is_there:
+        raise WeightsError(
+            f"{folder} has no {path.relative_to(folder)}, so it is no diffusers pipeline. Give a folder as "
+            "WanPipeline.save_pretrained writes it."
+        )
+    name = path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
+    most = MAX_TOKENIZER if name == "tokenizer/tokenizer.json" else MAX_CONFIG
+    content = documents.read_json(path, FORMS.get(name, dict), advice=AGAIN, most=most)
+    if name == "vae/config.json" and "z_dim" in content:
+        for list_name in ("latents_mean", "latents_std"):
+            if len(content.get(list_name, [0] * content["z_dim"])) != content["z_dim"]:
+                raise WeightsError(
+                    f'{path}: "{list_name}" has not {content["z_dim"]} numbers, as "z_dim" says. {AGAIN}'
+                )
+    return content
+
+
+def check_parts(folder: Path, parts: tuple[str, ...]) -> None:
+    """Raise WeightsError unless every small file of some parts of a pipeline is of its form."""
+    for part in parts:
+        for path in sorted((folder / part).glob("*.json")):
+            if not path.name.endswith(".index.json"):
+                read_json(path, folder)
+
+
+def read_shards(index: Path) -> list[Path]:
+    """The files that an `*.index.json` spreads a model over; none lies outside its folder. Raises WeightsError."""
+    content = documents.read_json(index, {"weight_map": {str: str}}, advice=AGAIN)
+    shards = sorted(set(content["weight_map"].values()))
+    if not shards or any(re.fullmatch(r"\w[\w.-]*\.safetensors", shard) is None for shard in shards):
+        raise WeightsError(f"{index} names no shards, or shards outside its folder. {AGAIN}")
+    return [index.parent / shard for shard in shards]
+
+
+_PLACE = Kind("its first and last byte", (int, int), lambda pair: 0 <= pair[0] <= pair[1] <= 2**60)
+TENSOR = {
+    "dtype": str, "data_offsets": _PLACE,
+    "shape": Kind("a list of at most 16 sizes", [int], lambda x: len(x) <= 16 and all(0 <= n <= 2**50 for n in x)),
+}  # fmt: skip
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: dtype, shape and place of each tensor by name, and `__metadata__`.
+
+    Raises: WeightsError if the file is broken or truncated.
+    """
+    try:
+        with open_regular(path) as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > MAX_HEADER:
+                raise Fault("its header is too long")
+            header = parse_json(handle.read(length), dict)
+        for name, entry in header.items():
+            check(entry, {str: str} if name == "__metadata__" else TENSOR, name)
+        ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        size = 8 + length + max(ends, default=0)
+        if path.stat().st_size != size:
+            raise Fault(f"it has {path.stat().st_size} bytes, but its header tells of {size}")
+    except (OSError, struct.error, Fault) as error:
+        check_content(path)
+        raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
+    return header
+
+
+WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
+FOREIGN = (  # what a file begins with, the suffixes that it should not have then, and what it is
+    (rb"(?i)\s*version https://git-lfs", WEIGHTS, "a Git LFS pointer, which only stands for the file. Get the file "
+     "itself: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)", WEIGHTS, "a web page, not the file. Download the file itself"),
+    (rb"(?s).{4}ftyp", WEIGHTS, "a video. Give a weight file"),
+    (rb"GGUF", tuple({*WEIGHTS} - {".gguf"}), "a GGUF file. Give it a name that ends in .gguf"),
+    (rb"(?s).{6}\0\0\{\s*\"", WEIGHTS[1:], "a safetensors file. Give it a name that ends in .safetensors"),
+    (rb"PK\x03\x04", WEIGHTS[:2], "a zip archive, as PyTorch writes its pickles. Give such a file a name that ends in "
+     ".pth"),
+)  # fmt: skip
+
+
+def check_content(path: Path) -> None:
+    """Raise WeightsError for a healthy file that only has the name of a weight file, or of one of another form.
+
+    What cannot be read, or begins in any other way, passes.
+    """
+    try:
+        with open_regular(path) as handle:
+            start = handle.read(64)
+    except OSError:
+        return
+    for pattern, suffixes, kind in FOREIGN:
+        if path.suffix in suffixes and re.match(pattern, start):
+            raise WeightsError(f"{path} is {kind}.")
+
+
+def check_no_shard(path: Path) -> None:
+    """Raise WeightsError for one of the files that a sharded model is spread over, or their index, by its name."""
+    if path.name.endswith(".index.json"):
+        raise WeightsError(f"{path} is the index of a sharded model. Give the folder that holds it: {path.parent}.")
+    match = re.search(r"-\d{5}-of-(\d{5})\.[a-z]+$", path.name)
+    if match and int(match[1]) > 1:
+        raise WeightsError(
+            f"{path} is one of {int(match[1])} shards of a model. Give the folder that holds them all and their "
+            f"index (*.safetensors.index.json): {path.parent}."
+        )
+
+
+def read_strings(path: Path, text: str, form: Any) -> Any:
+    """JSON that a weight file's metadata hold. Raises WeightsError."""
+    try:
+        return parse_json(text, form)
+    except Fault as fault:
+        raise WeightsError(f"{path} has metadata that slagen cannot read: {fault}. Get the file again.") from fault

@@ -1,0 +1,132 @@
+"""What an SLA file says of itself, and whether it still holds what it was written with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slagen.config import SLAConfig
+from slagen.errors import UsageError, WeightsError
+from slagen.formats.model_files import read_strings
+from slagen.io.forms import one_of, sha256
+from slagen.wan.presets import SLA_FILE
+
+FORMAT_VERSION = 2
+UNLISTED = 1  # the version that does not list its tensors
+FORM = {
+    "format_version": int, "config": dict, "base_model": str, "base_hash": str, "trained": str, "steps": int,
+    "sampler_family?": one_of("flow", "rcm"), "source_hash?": str,
+}  # fmt: skip
+LIST = {"tensors": [str], "tensors_hash": sha256()}
+
+
+@dataclass(frozen=True)
+class SLAMetadata:
+    """What an SLA file says of itself.
+
+    Args:
+        config: the settings the weights were trained with.
+        base_model: name of the model they were trained from, for messages.
+        base_hash: `weights_hash` of that model's transformer.
+        trained: what was trained, such as "all" or "proj_l".
+        steps: optimiser steps.
+        sampler_family: the sampler the weights are made for: "flow" for UniPC, Euler or DPM-Solver++, or "rcm".
+        source_hash: SHA-256 of the file that they were converted from; empty where slagen trained them.
+        tensors: names of all tensors in the file; None in files of version 1, which do not list them.
+        tensors_hash: `tensors_hash` of them.
+    """
+
+    config: SLAConfig
+    base_model: str
+    base_hash: str
+    trained: str
+    steps: int
+    sampler_family: str = "flow"
+    source_hash: str = ""
+    format_version: int = FORMAT_VERSION
+    tensors: tuple[str, ...] | None = field(default=None, compare=False)
+    tensors_hash: str = field(default="", compare=False)
+
+    def to_strings(self) -> dict[str, str]:
+        """The safetensors metadata that holds it."""
+        fields = dict(self.__dict__, config=self.config.to_dict())
+        return {"slagen": json.dumps(fields, sort_keys=True)}
+
+    @classmethod
+    def from_strings(cls, metadata: dict[str, str] | None, path: Path) -> SLAMetadata:
+        """Read it back. Raises WeightsError if it is missing, newer, or does not hold what it must."""
+        text = (metadata or {}).get("slagen")
+        if text is None:
+            raise WeightsError(
+                f"{path} has no slagen metadata, so its block sizes and domain are unknown. "
+                f"Give a {SLA_FILE} that slagen wrote."
+            )
+        fields = read_strings(path, text, {"format_version": int})
+        version = fields["format_version"]
+        if version not in (UNLISTED, FORMAT_VERSION):
+            raise WeightsError(
+                f"{path} has format version {version}; this slagen reads up to {FORMAT_VERSION}. Upgrade slagen."
+            )
+        read_strings(path, text, FORM if version == UNLISTED else FORM | LIST)
+        names = fields.pop("tensors", None)
+        try:
+            config = SLAConfig.from_dict(fields["config"])
+            return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
+        except (TypeError, UsageError) as error:
+            raise WeightsError(f"{path} has metadata that slagen cannot read: {error}. Get the file again.") from error
+
+
+def tensors_hash(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors as they are stored: name, kind of number, shape and bytes; on as many threads as there are."""
+
+    def digest(name: str) -> bytes:
+        tensor = tensors[name].contiguous()
+        about = f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode()
+        return hashlib.sha256(about + hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).digest()).digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, sorted(tensors)))).hexdigest()
+
+
+def with_contents(metadata: SLAMetadata, tensors: dict[str, Tensor]) -> SLAMetadata:
+    """The metadata of a file with these tensors, on the CPU."""
+    return dataclasses.replace(
+        metadata, format_version=FORMAT_VERSION, tensors=tuple(sorted(tensors)), tensors_hash=tensors_hash(tensors)
+    )
+
+
+def check_contents(metadata: SLAMetadata, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises WeightsError unless a file holds the very tensors that it was written with; version 1 does not tell."""
+    if metadata.tensors is None:
+        return
+    listed = set(metadata.tensors)
+    missing, extra = sorted(listed - tensors.keys()), sorted(tensors.keys() - listed)
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} too many"
+        more = f", and {len(missing) + len(extra) - 1} more differ" if len(missing) + len(extra) > 1 else ""
+        raise WeightsError(f"{path} does not hold what it was written with: it {what}{more}. Get the file again.")
+    if tensors_hash(tensors) != metadata.tensors_hash:
+        raise WeightsError(f"{path} has tensors that were changed since it was written. Get the file again.")
+
+
+def gaps(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What a file of version 1 seems to lack of a model: what most other blocks have in it, or, of a whole model, all.
+
+    Args:
+        tensors: of the file. state: of the model with SLA in it.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in state:
+        blocks.setdefault(re.sub(r"^blocks\.\d+\.", "", name), []).append(name)
+    usual = [names for names in blocks.values() if 2 * sum(name in tensors for name in names) > len(names)]
+    whole = sum(name in tensors for name in state) > 0.9 * len(state)
+    wanted = state if whole else [name for names in usual for name in names]
+    return [name for name in wanted if name not in tensors]

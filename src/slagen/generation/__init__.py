@@ -1,0 +1,1 @@
+"""One prompt to videos with reports: settings, sampling, estimate, replay, decoding."""

@@ -1,0 +1,144 @@
+"""decode(path) -> the video of latents that a run kept, with the report and metadata that it would have had."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slagen import machine
+from slagen.config import user_path
+from slagen.errors import UsageError, WeightsError
+from slagen.generation import memory, report
+from slagen.generation.generate import CPU, Event, GenerateResult, Video
+from slagen.generation.latents import SUFFIX, latents_beside, read_latents
+from slagen.io.files import check_writable, reserved, staging, write_json
+from slagen.video import check_ffmpeg, encode_mp4, not_written
+from slagen.wan.install import weights_hash
+from slagen.wan.loading import check_told_model, decode_latents, load_pipeline, resolve_model
+from slagen.wan.presets import ModelSource
+
+
+def decode(
+    path_text: str, output: str | None = None, *, overwrite: bool = False, model: str | None = None,
+    vae: str | None = None, device: str = "auto", local_files_only: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> GenerateResult:  # fmt: skip
+    """Make the video of a file of latents.
+
+    Args:
+        output: the video's file; None: the latents' name with .mp4.
+        model, vae: where they lie, if not where the file says.
+    Raises: WeightsError for a damaged file or another VAE, UsageError for a video that exists or a model that only the
+        file names and would be downloaded, EnvironmentProblem without ffmpeg.
+    """
+    path = user_path(path_text)
+    latents, vae_hash, told = read_latents(path)
+    target = _target(path, output)
+    check_ffmpeg()
+    if model is None:
+        check_told_model(path, told["settings"]["model"])
+    source = _find_model(path, model or told["settings"]["model"], local_files_only, on_event)
+    size = _check_shape(path, latents, told["settings"], source)
+    place, own = machine.pick_device(device), vae or told["settings"].get("vae")
+    if place == CPU and (text := memory.check(memory.need(source, *size, 4, parts=("vae",)), *size)) is not None:
+        on_event(Event("warning", text))
+    with reserved(target, target.with_suffix(".json")):
+        for file in (target, target.with_suffix(".json")):
+            if file.is_dir() or (os.path.lexists(file) and not overwrite):
+                raise UsageError(f"{file} exists. Choose another --output, or replace it with --overwrite.")
+        check_writable(target.parent)
+        on_event(Event("stage", "load"))
+        decoder = load_pipeline(
+            source, place, torch.float32, None if own is None else user_path(own), text_encoder=False, transformer=False
+        ).vae
+        if weights_hash(decoder) != vae_hash or latents.shape[1] != decoder.config.z_dim:
+            raise WeightsError(
+                f"{path} was made for another VAE than that of {own or source.name}. Give its own with --vae, or the "
+                "folder of its model with --model."
+            )
+        return GenerateResult([_write(told, latents, decoder, place, path, target, overwrite, on_event)])
+
+
+def _write(
+    told: dict[str, Any], latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
+    overwrite: bool, on_event: Callable[[Event], None],
+) -> Video:  # fmt: skip
+    """Decode latents, and write the video and its report."""
+    settings, stages = told["settings"], {name: s for name, s in told["stages_s"].items() if name != "total"}
+    on_event(Event("stage", "decode"))
+    began = time.perf_counter()
+    with torch.inference_mode():
+        frames = decode_latents(decoder, latents.to(place)).numpy()
+    stages["decode"] = time.perf_counter() - began
+    on_event(Event("stage", "write"))
+    began = time.perf_counter()
+    frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
+    if told["video"].get("frames_hash") not in (None, frames_hash):
+        text = "the frames differ from those of the first decoding, as on another device or with another version"
+        on_event(Event("note", text))
+    comment = report.comment(
+        settings, told["latents_hash"], frames_hash, weights=told["weights"], packages=told["versions"]
+    )
+    try:
+        with staging(target.parent) as stage:
+            video = stage.folder / target.name
+            encode_mp4(frames, video, settings["fps"], comment)
+            stages["write"] = time.perf_counter() - began
+            content = {
+                **told, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "video": report.video_section(video, frames.shape, settings["fps"], frames_hash),
+                "stages_s": {**stages, "total": sum(stages.values())},
+                "decoded": {"versions": report.versions(), "device": machine.describe_device(place)},
+            }  # fmt: skip
+            write_json(stage.folder / target.with_suffix(".json").name, content)
+            beside = target.with_suffix(SUFFIX)
+            own = beside.exists() and beside.samefile(path)
+            stage.publish(replace=overwrite, without=() if own else tuple(latents_beside(target)))
+    except OSError as error:
+        raise not_written(target, error) from error
+    return Video(target, target.with_suffix(".json"), content, path)
+
+
+def _target(path: Path, output: str | None) -> Path:
+    """The video's file. Raises UsageError for one of another kind."""
+    if output is None:
+        return path.with_name(path.name.removesuffix(SUFFIX).removesuffix(".safetensors") + ".mp4")
+    if not output.lower().endswith(".mp4"):
+        raise UsageError(f"output is {output!r}, but must be a file that ends in .mp4.")
+    return user_path(output)
+
+
+def _find_model(path: Path, model: str, local_files_only: bool, on_event: Callable[[Event], None]) -> ModelSource:
+    """The model that latents were made with, of which the VAE is needed."""
+    try:
+        return resolve_model(
+            model, "cpu", own_transformer=False, local_files_only=local_files_only,
+            on_note=lambda text: on_event(Event("note", text)),
+        )  # fmt: skip
+    except UsageError as error:
+        raise UsageError(
+            f"{path} was made with the model {model!r}, which is not found. Give it with --model."
+        ) from error
+
+
+def _check_shape(
+    path: Path, latents: torch.Tensor, settings: dict[str, Any], source: ModelSource
+) -> tuple[int, int, int]:
+    """Width, height and frames of the video. Raises WeightsError unless latents are of the size that their settings say
+    and their model makes."""
+    width, height = map(int, settings["size"].split("x"))
+    rows, columns = height // source.spatial_factor, width // source.spatial_factor
+    frames = (settings["num_frames"] - 1) // source.temporal_factor + 1
+    if tuple(latents.shape[2:]) != (frames, rows, columns):
+        raise WeightsError(
+            f"{path} holds latents of {tuple(latents.shape[2:])}, but {settings['num_frames']} frames of "
+            f"{settings['size']} are {(frames, rows, columns)} for {source.name}. Give its own model with --model."
+        )
+    return width, height, settings["num_frames"]

@@ -1,0 +1,238 @@
+"""plan(GenerateConfig) -> what a run will be: tokens, blocks, FLOPs, memory, downloads, names. No torch, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from slagen.attention import cost
+from slagen.attention.cost import ModelShape
+from slagen.attention.sla.cost import block_counts, sla_attention_flops
+from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
+from slagen.errors import UsageError
+from slagen.generation import memory
+from slagen.io.paths import is_video
+from slagen.wan.presets import (
+    BUNDLED,
+    PRESETS,
+    SLA_FILE,
+    Preset,
+    bundled_folder,
+    describe_folder,
+    is_hub_id,
+    num_tokens,
+    read_sla_config,
+    unknown_model,
+)
+
+# Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
+TEXT_ENCODER_PARAMETERS = 5_680_000_000
+VAE_PARAMETERS = 126_900_000
+GIB = 2**30
+
+
+def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
+    """Say what `slagen generate` with these settings will do, from sizes alone.
+
+    Args:
+        config: a model that is None is the bundled one.
+        device: the kind it will run on, if that is known.
+    Returns: a dict, ready for JSON: settings; tokens, blocks, tail; FLOPs of one transformer forward of one sample
+        without guidance, 2 for each multiply-add, with SLA and without; memory and downloads, estimated from
+        parameters; notes. With dense attention the sparsity is None and every key block is kept.
+    Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
+    """
+    preset, defaults, shape, grid, factor, trained, folder = _model(config)
+    sizes = {name: getattr(config, name) or getattr(defaults, name) for name in ("width", "height", "num_frames")}
+    width, height, num_frames = sizes.values()
+    step = max(16, grid)
+    if width % step or height % step:
+        nearest = "x".join(str(max(step, round(size / step) * step)) for size in (width, height))
+        raise UsageError(f"size is {width}x{height}, but must be multiples of {step} pixels. Try --size {nearest}.")
+    tokens = num_tokens(width, height, num_frames, grid, factor)
+    sla = (trained or SLAConfig()).asked(config, tokens)
+    counts = block_counts(sla, tokens)
+    shape = dataclasses.replace(shape, text_tokens=defaults.max_sequence_length)
+    dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
+    attention = sla_attention_flops(shape, tokens, sla)
+    steps = config.steps or defaults.steps
+    guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    passes = steps * (2 if guidance > 1 else 1)
+    is_dense = config.attention == "dense"
+    topk = counts["key_blocks"] if is_dense else counts["critical"]
+    notes = []
+    if is_dense:
+        notes.append("attention is dense: what SLA would take is said beside it")
+    elif trained is None and config.weights is None:
+        notes.append(
+            "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
+            "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
+        )  # fmt: skip
+    elif trained is not None:
+        notes += sla.differences(trained)
+    off_size = defaults.size_warning(preset.name, width, height, num_frames)
+    if off_size is not None:
+        notes.append(off_size)
+    if num_frames > 81 and preset is not None and preset.base is not None:
+        notes.append(f"Wan2.1 was trained on 81 frames, and grows worse beyond; this is {num_frames}")
+    return {
+        "model": preset.name if preset is not None else str(folder),
+        "settings": {
+            **sizes, "fps": config.fps or defaults.fps, "steps": steps, "guidance_scale": guidance,
+            "sampler": config.sampler or defaults.sampler, "attention": config.attention,
+            "sparsity": None if is_dense else sla.sparsity, "sla_topk": config.sla_topk, "block_m": sla.block_m,
+            "block_n": sla.block_n, "linear_domain": sla.linear_domain, "feature_map": sla.feature_map,
+        },
+        "trained_sparsity": None if trained is None else trained.sparsity,
+        "tokens": tokens,
+        "query_blocks": counts["query_blocks"],
+        "key_blocks": counts["key_blocks"],
+        "tail_tokens": tokens % sla.block_n,
+        "topk_blocks": topk,
+        "kept_fraction": topk / counts["key_blocks"],
+        "flops": {
+            "dense_forward": dense + other, "sla_forward": attention + other, "dense_attention": dense,
+            "sla_attention": attention, "other": other,
+        },
+        "flops_speedup": (dense + other) / (attention + other),
+        "amdahl_ceiling": (dense + other) / other,
+        "forward_passes": passes,
+        "total_flops": {"dense": passes * (dense + other), "sla": passes * (attention + other)},
+        "device": device,
+        "memory_gib": {
+            **_memory(shape, tokens, width, height, folder),
+            "cpu": _cpu_memory(config, shape, tokens, width, height, num_frames, folder),
+        },
+        "downloads": _downloads(preset, shape),
+        "outputs": _outputs(config),
+        "notes": notes,
+    }  # fmt: skip
+
+
+def _model(config: GenerateConfig) -> tuple:
+    """Preset, defaults, shape, spatial grid, temporal factor, what SLA was trained with, folder."""
+    name = config.model or BUNDLED
+    preset = PRESETS.get(name)
+    weights = None if config.weights is None else user_path(config.weights)
+    trained = None
+    if weights is not None:
+        file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
+        known = file.suffix == ".safetensors" and file.is_file()
+        trained = read_sla_config(file) if known or (file / "transformer" / "config.json").is_file() else None
+    if preset is not None:
+        return preset, preset.defaults, preset.shape, 16, 4, trained or preset.sla, None
+    folder = bundled_folder() if name == BUNDLED else user_path(name)
+    if not folder.exists():
+        if is_hub_id(name):
+            raise UsageError(
+                f"{name} is no folder here, and a model of the hub cannot be planned before it is downloaded. Give a "
+                f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
+            )
+        raise unknown_model(name)
+    source = describe_folder(folder, name)
+    if trained is None and weights is None:
+        trained = read_sla_config(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
+    bundled = Preset(name, "", None, None, source.shape, source.defaults, trained)
+    return bundled, source.defaults, source.shape, source.spatial_grid, source.temporal_factor, trained, folder
+
+
+def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
+    """Parameters of a Wan2.1 text-to-video transformer with (1, 2, 2) patches; 1,418,996,800 for 1.3B."""
+    width, ffn, patch = shape.num_heads * shape.head_dim, shape.ffn_dim, channels * 4
+    linear = width * width + width
+    attention = 4 * linear + 2 * width
+    block = 2 * attention + 2 * width + (width * ffn + ffn) + (ffn * width + width) + 6 * width
+    time = (256 * width + width) + linear + 6 * linear
+    text = (text_dim * width + width) + linear
+    return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
+
+
+def _memory(shape: ModelShape, tokens: int, width: int, height: int, folder: Path | None) -> dict[str, Any]:
+    """Estimates for bf16 on a card: weights (of a folder: its files), and what a stage needs beside them."""
+    channels = shape.num_heads * shape.head_dim
+    hidden = tokens * (4 * channels + 2 * (6 * channels + 2 * shape.ffn_dim))  # float32 residual; q, k, v, o, ...; ffn
+    decode = 4 * 4 * (96 * 4 * height * width)  # four float32 activations of the widest layer, for four frames
+    if folder is None:
+        weights = {
+            "text": 2 * TEXT_ENCODER_PARAMETERS, "denoise": 2 * transformer_parameters(shape),
+            "decode": 4 * VAE_PARAMETERS,
+        }  # fmt: skip
+    else:
+        sizes = {part: sum(f.stat().st_size for f in (folder / part).glob("*.safetensors"))
+                 for part in ("text_encoder", "transformer", "vae")}  # fmt: skip
+        weights = {"text": sizes["text_encoder"], "denoise": sizes["transformer"], "decode": sizes["vae"]}
+        decode = decode // 4
+    activations = {"text": 0, "denoise": hidden, "decode": decode}
+    stages = {stage: {"weights": weights[stage] / GIB, "activations": activations[stage] / GIB} for stage in weights}
+    return {
+        "stages": stages,
+        "gpu_peak_all_resident": (sum(weights.values()) + max(activations.values())) / GIB,
+        "gpu_peak_offloaded": max(weights[stage] + activations[stage] for stage in weights) / GIB,
+        "host": sum(weights.values()) / GIB,
+        "estimated": True,
+    }
+
+
+def _cpu_memory(
+    config: GenerateConfig, shape: ModelShape, tokens: int, width: int, height: int, num_frames: int,
+    folder: Path | None,
+) -> dict[str, float]:  # fmt: skip
+    """Estimates of the host's memory for a run on a CPU, where everything is loaded at once, and what is left of it."""
+    item_bytes = 2 if config.dtype in ("bf16", "fp16") else 4
+    if folder is None:
+        weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(shape)) + 4 * VAE_PARAMETERS
+        stages = memory.activations(shape, tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
+        needed = memory.Need(weights, 0, *stages)
+    else:
+        needed = memory.need(describe_folder(folder, ""), width, height, num_frames, item_bytes)
+    return {
+        "weights": needed.weights / GIB, "denoise": needed.denoise / GIB, "decode": needed.decode / GIB,
+        "peak": needed.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
+    }  # fmt: skip
+
+
+def _downloads(preset: Preset | None, shape: ModelShape) -> list[dict[str, Any]]:
+    """What a first run fetches, by parameters; the hub is asked for the true sizes then."""
+    if preset is None or preset.base is None:
+        return []
+    transformer = 2 * transformer_parameters(shape)
+    shared = 2 * TEXT_ENCODER_PARAMETERS + 4 * VAE_PARAMETERS
+    base = shared + (0 if preset.weights else transformer)
+    rows = [{"repository": preset.base, "gib": base / GIB, "estimated": True}]
+    if preset.weights is not None:
+        rows.append({"repository": preset.weights, "gib": transformer / GIB, "estimated": True})
+    return rows
+
+
+def _outputs(config: GenerateConfig) -> list[str]:
+    """File names; <hash> stands for eight digits that depend on the machine's device and dtype too."""
+    output = Path(config.output)
+    if is_video(config.output):
+        return [str(output)]
+    seeds = ["<seed>"] * config.num_videos
+    if config.seed is not None:
+        seeds = [str(config.seed + i) for i in range(config.num_videos)]
+    names = [f"{i + 1:04d}-{config.slug}-s{seed}-<hash>.mp4" for i, seed in enumerate(seeds)]
+    return [str(output / name) for name in names]
+
+
+def models() -> list[dict[str, Any]]:
+    """Every preset, as `slagen models` lists it."""
+    folder = bundled_folder()
+    source = describe_folder(folder, BUNDLED)
+    own = read_sla_config(folder / SLA_FILE) if (folder / SLA_FILE).is_file() else None
+    bundled = Preset(BUNDLED, "bundled: circles, squares, triangles and stars", None, None, source.shape,
+                     source.defaults, own)  # fmt: skip
+    return [_row(preset) for preset in (bundled, *PRESETS.values())]
+
+
+def _row(preset: Preset) -> dict[str, Any]:
+    defaults: ModelDefaults = preset.defaults
+    return {
+        "name": preset.name, "about": preset.about, "base": preset.base, "weights": preset.weights,
+        "size": f"{defaults.width}x{defaults.height}", "num_frames": defaults.num_frames, "steps": defaults.steps,
+        "guidance_scale": defaults.guidance_scale, "sampler": defaults.sampler,
+        "flow_shift": None if defaults.sampler == "rcm" else defaults.flow_shift,
+        "negative_prompt": defaults.negative_prompt, "sla": None if preset.sla is None else preset.sla.to_dict(),
+    }  # fmt: skip

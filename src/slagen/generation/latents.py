@@ -1,0 +1,143 @@
+"""A video's final latents in a file, with all that its video and report are made of: what `generate --save-latents`
+writes, what is kept where a video could not be written, and what `slagen decode` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from slagen.errors import WeightsError
+from slagen.formats.model_files import read_header, read_strings
+from slagen.io.files import kind_of_path, writing
+from slagen.io.forms import Kind, matching, sha256, whole
+from slagen.io.text import to_json
+
+SUFFIX = ".latents.safetensors"
+NAME, METADATA, VERSION = "latents", "slagen_latents", 1
+AGAIN = "Make it again: slagen generate ... --save-latents."
+BLOCKS = {"critical": int, "marginal": int, "negligible": int, "key_blocks": int, "block_n": int, "backend": str,
+          "fractions": {"critical": float}}  # fmt: skip
+ATTENTION = Kind(
+    "an object that has all numbers of its blocks or none",
+    {"mode": str, "tokens": int, **{f"{name}?": form for name, form in BLOCKS.items()}},
+    lambda value: "critical" not in value or value.keys() >= BLOCKS.keys(),
+)
+FORM: dict[str, Any] = {
+    "version": whole(1, 10**6),
+    "vae_hash": sha256(),
+    "report": {
+        "settings": {
+            "prompt": str, "model": str, "vae?": str | None,
+            "size": matching(r"\d{1,5}x\d{1,5}", "a size such as 832x480"), "num_frames": whole(1, 10**6),
+            "fps": whole(1, 1000), "seed": int,
+        },
+        "latents_hash": sha256(), "video": dict, "stages_s": {str: float}, "versions": {str: str},
+        "weights": {"used": str, "model": str, "model_hash?": str | None, "sla_hash?": str | None},
+        "attention": ATTENTION, "timing": {"level": str, "overhead_share": float}, "peak_memory_gib": float,
+        "cost": {
+            "attention_tflop": float, "dense_attention_tflop": float, "flops_speedup": float, "amdahl_ceiling": float,
+            "achieved_share_of_ceiling": float, "measured_attention_share": float | None,
+        },
+        "steps": [{
+            "step": int, "timestep": float, **dict.fromkeys(
+                ("latency_ms", "attention_ms", "attention_conditional_ms", "attention_unconditional_ms",
+                 "attention_share"), float | None),
+        }],
+    },
+}  # fmt: skip
+
+
+def write_latents(path: Path, latents: Tensor, vae_hash: str, report: dict[str, Any], *, replace: bool = True) -> None:
+    """Write a file that `read_latents` reads.
+
+    Args:
+        latents: (1, C, T, h, w) float32 on the CPU, as the sampler ended with them.
+        vae_hash: of the VAE that they are for. report: of their video, as far as it is known.
+    Raises: OSError or SafetensorError where the disk does not take it; FileExistsError.
+    """
+    video = {name: value for name, value in report["video"].items() if name != "sha256"}  # this file makes another
+    about = {"version": VERSION, "vae_hash": vae_hash, "report": {**report, "video": video}}
+    data = save({NAME: latents.contiguous()}, metadata={METADATA: to_json(about)})
+    with writing(path, replace=replace) as part:
+        part.write_bytes(data)  # safetensors itself opens no path that is not UTF-8
+
+
+def keep_latents(video: Path, latents: Tensor, vae_hash: str, report: dict[str, Any]) -> Path | None:
+    """Write the latents of a video that could not be written: beside it, or where temporary files go.
+
+    Returns: their file, under a name that was free; None where neither disk takes it.
+    """
+    for folder in (video.parent, Path(tempfile.gettempdir())):
+        for number in range(1, 100):
+            path = folder / f"{video.stem}{'' if number == 1 else f'-{number}'}{SUFFIX}"
+            try:
+                write_latents(path, latents, vae_hash, report, replace=False)
+            except FileExistsError:
+                continue
+            except (OSError, SafetensorError):
+                break
+            return path
+    return None
+
+
+def latents_beside(video: Path) -> list[str]:
+    """The name of the latents that slagen wrote beside a video, which are of no other; empty without one of them."""
+    path = video.with_suffix(SUFFIX)
+    if not os.path.lexists(video) or not path.is_file():
+        return []
+    try:
+        about = read_header(path).get("__metadata__", {})
+    except (WeightsError, OSError):
+        return []
+    return [path.name] if METADATA in about else []
+
+
+def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
+    """Latents (1, C, T, h, w) float32, the hash of their VAE, and their report, each held against the other.
+
+    Raises: WeightsError for a file that holds something else, is damaged, or does not say how it was made.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a file that ends in {SUFFIX}.")
+    header = read_header(path)
+    about = header.pop("__metadata__", {})
+    if set(header) != {NAME}:
+        raise WeightsError(f"{path} holds no latents of a video. Give a file that generate --save-latents wrote.")
+    if METADATA not in about:
+        raise WeightsError(
+            f"{path} holds latents, but does not say what made them, so nothing can decode them. {AGAIN}"
+        )
+    content = read_strings(path, about[METADATA], FORM)
+    try:
+        to_json(content, allow_nan=False)
+    except ValueError:
+        raise WeightsError(f"{path} has metadata with a number that is not finite. {AGAIN}") from None
+    if content["version"] > VERSION:
+        raise WeightsError(f"{path} was written by a newer slagen (form {content['version']}). Install that.")
+    entry = header[NAME]
+    if entry["dtype"] != "F32" or len(entry["shape"]) != 5 or entry["shape"][0] != 1:
+        raise WeightsError(
+            f"{path} holds {entry['dtype']} of {entry['shape']}, but one video's F32 are wanted. {AGAIN}"
+        )
+    try:
+        latents = load(path.read_bytes())[NAME]
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}). {AGAIN}") from error
+    if not torch.isfinite(latents).all():
+        raise WeightsError(f"{path} holds numbers that are not finite. {AGAIN}")
+    if latents_hash(latents) != content["report"]["latents_hash"]:
+        raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
+    return latents, content["vae_hash"], content["report"]
+
+
+def latents_hash(latents: Tensor) -> str:
+    """SHA-256 of latents' bytes, as a report has it."""
+    return hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,194 @@
+"""How much of a CPU's memory a run takes, and how much this process may still have. No torch, for `slagen plan`.
+
+Measured with the bundled model, fp32, at 9 sizes from 128x128 with 17 frames to 1024x1024 with 17 (2026-11-25): from
+there to the peak it takes 0.17 to 2.5 GiB, of which decoding is nearly all. What is said to be needed was between 6 %
+less and 0.1 GiB more from 512x512 on, with SLA and with full attention alike, for a CPU keeps no scores of it either.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slagen.attention.cost import ModelShape
+from slagen.errors import SlagenError, WeightsError
+from slagen.formats.model_files import read_header, read_json
+from slagen.io.text import counted
+from slagen.wan.presets import ModelSource
+
+GIB = 2**30
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DECODER_COPIES = 20  # activations of the decoder's last width, four frames of float32, that are there at once
+DECODER_BYTES = GIB // 10  # whatever the size
+FRAME_BYTES = 36  # of a pixel of each frame: three colours as the decoder gives them, put together, and rounded
+SURELY_MEASURED, SURELY = 0.9, 0.5  # of what decoding is said to take: by a decoder as the bundled one, and by another
+WAN_VAE = {"base_dim": 96}  # Wan2.1's, as far as it matters here
+NO_LIMIT = 2**60
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run takes beside what the process has already, in bytes.
+
+    Args:
+        weights: of text encoder, transformer and VAE together. fresh: of them, what is no copy of a file, and so cannot
+            be dropped and read again.
+        denoise, decode: what these stages take beside them. least: what the larger takes without doubt.
+    """
+
+    weights: int
+    fresh: int
+    denoise: int
+    decode: int
+    least: int
+
+    @property
+    def likely(self) -> int:
+        """The peak."""
+        return self.weights + max(self.denoise, self.decode)
+
+    @property
+    def surely(self) -> int:
+        """What no run of this size does without."""
+        return self.fresh + self.least
+
+
+def need(
+    source: ModelSource, width: int, height: int, num_frames: int, item_bytes: int, *,
+    parts: tuple[str, ...] = ("text_encoder", "transformer", "vae"),
+) -> Need:  # fmt: skip
+    """What a video of this size takes on a CPU.
+
+    Args:
+        item_bytes: of one number of text encoder and transformer; the VAE's are float32.
+        parts: that are loaded.
+    Raises: WeightsError for a folder that is no model.
+    """
+    weights = fresh = 0
+    for part in parts:
+        replaced = source.weights if part == "transformer" else None
+        for file in [replaced] if replaced is not None else (source.folder / part).glob("*.safetensors"):
+            here, copied = _in_memory(file, 4 if part == "vae" else item_bytes)
+            weights, fresh = weights + here, fresh + copied
+    vae = read_json(source.folder / "vae" / "config.json", source.folder)
+    tokens = source.num_tokens(width, height, num_frames) if "transformer" in parts else 0
+    return Need(weights, fresh, *activations(source.shape, tokens, vae, width * height, num_frames, item_bytes))
+
+
+def activations(
+    shape: ModelShape, tokens: int, vae: dict[str, Any], pixels: int, num_frames: int, item_bytes: int
+) -> tuple[int, int, int]:
+    """What denoising and decoding take beside the weights, and what the larger takes without doubt, in bytes.
+
+    Args:
+        vae: its config. pixels: of a frame.
+    """
+    channels = shape.num_heads * shape.head_dim
+    token = 8 * channels + item_bytes * (9 * channels + 3 * shape.ffn_dim)  # residual in float32; q, k, v, ...; ffn
+    last = (vae.get("decoder_base_dim") or vae.get("base_dim") or 96) / (vae.get("patch_size") or 1) ** 2
+    decode = DECODER_BYTES + int(pixels * (DECODER_COPIES * 4 * 4 * last + FRAME_BYTES * num_frames))
+    part = SURELY_MEASURED if vae.get("is_residual") else SURELY
+    return tokens * token, decode, int(max(tokens * token / 2, part * decode))
+
+
+def _in_memory(file: Path, item_bytes: int) -> tuple[int, int]:
+    """Bytes of a file's weights when they are loaded, and of those that are converted and so no copy of the file."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return file.stat().st_size if file.is_file() else 0, 0
+    try:
+        header = read_header(file)
+    except WeightsError:
+        return 0, 0  # said better when it is loaded
+    whole = fresh = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            size = math.prod(entry["shape"]) * (item_bytes if entry["dtype"] in ITEM_BYTES else 1)
+            whole += size
+            fresh += size if ITEM_BYTES.get(entry["dtype"], item_bytes) != item_bytes else 0
+    return whole, fresh
+
+
+def check(needed: Need, width: int, height: int, num_frames: int) -> str | None:
+    """Look whether a run fits: a warning where it may not, None where it does.
+
+    Raises: SlagenError where it surely does not, before anything is loaded.
+    """
+    left, limit = memory_left()
+    if needed.likely <= left:
+        return None
+    text = (
+        f"{width}x{height} with {counted(num_frames, 'frame')} takes about {needed.likely / GIB:.1f} GiB of memory "
+        f"on a CPU (weights {needed.weights / GIB:.1f}, denoising {needed.denoise / GIB:.1f}, decoding "
+        f"{needed.decode / GIB:.1f}), and {max(0, left) / GIB:.1f} GiB is left of {limit}. Try a smaller --size"
+    )
+    text += " or fewer --num-frames" if num_frames > 1 else ""
+    text += ", or --dtype bf16" if needed.fresh > needed.decode else ""
+    if needed.surely > left:
+        raise SlagenError(f"{text}.")
+    return f"{text}, if it fails"
+
+
+def memory_left() -> tuple[int, str]:
+    """Bytes that this process may still take, and what sets that limit."""
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    return min([(free, "this machine's memory"), *_group_limits(), *_process_limits()])
+
+
+def _process_limits() -> Iterator[tuple[int, str]]:
+    """What `ulimit` leaves."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    used = psutil.Process().memory_info()
+    for kind, held, name in ((resource.RLIMIT_AS, used.vms, "ulimit -v"), (resource.RLIMIT_DATA, _data(), "ulimit -d")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            yield limit - held, f"what {name} allows"
+
+
+def _data() -> int:
+    """Bytes of this process's data segment and private mappings, which RLIMIT_DATA counts."""
+    return getattr(psutil.Process().memory_info(), "data", 0)
+
+
+def _group_limits(
+    groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[int, str]]:
+    """What the control groups of Linux leave, of which containers and batch systems make limits; versions 1 and 2."""
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers not in ("", "memory"):
+            continue
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers == "memory":
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        root = mount / controllers
+        inside = root / path.lstrip("/")
+        for folder in dict.fromkeys([inside, *(parent for parent in inside.parents if root in parent.parents), root]):
+            left = _group_left(folder, *names)
+            if left is not None:
+                yield left, "what this container or control group allows"
+
+
+def _group_left(folder: Path, maximum: str, current: str, cache: str) -> int | None:
+    """Bytes that a group may still take, what the kernel can drop from its file cache included."""
+    try:
+        limit, used = (folder / maximum).read_text().strip(), int((folder / current).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        droppable = sum(int(line.split()[1]) for line in lines if line.split()[0] == cache)
+        if limit == "max" or int(limit) >= NO_LIMIT:
+            return None
+        return int(limit) - used + droppable
+    except (OSError, ValueError, IndexError):
+        return None

@@ -1,0 +1,348 @@
+"""Prompt files: text, JSON lines, CSV or YAML -> requests, every fault with its file, line and column. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from slagen.config import GenerateConfig, user_path
+from slagen.errors import UsageError
+from slagen.io.documents import Entries, decode, parse_json, parse_yaml, size_of
+from slagen.io.forms import Fault, shown
+from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
+from slagen.io.text import LONG_DASH, cut
+
+MAX_FILE = 16 * 2**20
+MAX_PROMPTS = 100_000
+MAX_FAULTS = 1000  # after which no more are looked for
+FIELDS = {  # what may differ within one loaded model: option -> field of GenerateConfig and its type
+    "seed": ("seed", int), "size": ("size", str), "width": ("width", int), "height": ("height", int),
+    "num-frames": ("num_frames", int), "steps": ("steps", int), "guidance-scale": ("guidance_scale", float),
+    "flow-shift": ("flow_shift", float), "fps": ("fps", int), "negative-prompt": ("negative_prompt", str),
+    "sparsity": ("sparsity", float), "sla-topk": ("sla_topk", float), "num-videos": ("num_videos", int),
+    "id": ("id", str),
+}  # fmt: skip
+SHORT = {  # musubi's and kohya's, and other tools' names
+    "w": "width", "h": "height", "f": "num-frames", "d": "seed", "s": "steps", "g": "guidance-scale",
+    "l": "guidance-scale", "fs": "flow-shift", "n": "negative-prompt",
+    "frames": "num-frames", "frame-num": "num-frames", "video-length": "num-frames",
+    "num-inference-steps": "steps", "sample-steps": "steps", "infer-steps": "steps", "num-steps": "steps",
+    "guidance": "guidance-scale", "cfg": "guidance-scale", "sample-guide-scale": "guidance-scale",
+    "shift": "flow-shift", "sample-shift": "flow-shift", "base-seed": "seed", "negative": "negative-prompt",
+    "topk": "sla-topk", "num-samples": "num-videos", "num-videos-per-prompt": "num-videos",
+}  # fmt: skip
+ELSEWHERE = {
+    *(name.replace("_", "-") for name in GenerateConfig.__dataclass_fields__), "timing", "overwrite", "json",
+    "attn-mode", "model-path", "ckpt-dir", "dit", "vae-path", "output-path", "save-path",
+} - {*FIELDS, "prompt"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a prompt file.
+
+    Args:
+        prompt: what the video shows.
+        fields: what the line says of GenerateConfig's fields.
+        id: its own name, empty unless given.
+        where: file and line, for messages.
+    """
+
+    prompt: str
+    fields: dict[str, Any]
+    id: str
+    where: str
+
+
+class _Fault(UsageError):
+    """What is wrong with a line, and at which column, 1 being the first."""
+
+    def __init__(self, text: str, column: int | None = None) -> None:
+        super().__init__(text)
+        self.text, self.column = text, column
+
+
+def read_prompts(source: str) -> list[Request]:
+    """Read and check a whole prompt file.
+
+    Args:
+        source: a .txt, .jsonl, .csv, .tsv or .yaml file, or "-" for text on stdin.
+    Raises: UsageError with every fault, up to ten, each with file, line and column.
+    """
+    name, suffix, data = _load(source)
+    text = _decode(name, data)
+    parse = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}.get(
+        suffix, _text
+    )
+    requests: list[Request] = []
+    faults: list[str] = []
+    ids: dict[str, str] = {}
+    for line, entry in parse(name, text):
+        if len(requests) == MAX_PROMPTS:
+            raise UsageError(f"{name} holds more than {MAX_PROMPTS:,} prompts. Divide it into several files.")
+        if len(faults) == MAX_FAULTS:
+            break
+        where = f"{name}:{line}"
+        try:
+            if isinstance(entry, _Fault):
+                raise entry
+            request = _request(entry, where)
+            if request.id in ids:
+                raise _Fault(f"id {shown(request.id)} is that of {ids[request.id]} too")
+            if request.id:
+                ids[request.id] = where
+            requests.append(request)
+        except _Fault as fault:
+            column = "" if fault.column is None else f":{fault.column}"
+            faults.append(f"{where}{column}: {fault.text}")
+    if faults:
+        more = [f"... and {len(faults) - 10} more faults"] if len(faults) > 10 else []
+        raise UsageError(*faults[:10], *more)
+    if not requests:
+        raise UsageError(f"{name} holds no prompt. Write one on each line.")
+    return requests
+
+
+def _load(source: str) -> tuple[str, str, bytes]:
+    if source == "-":
+        return "stdin", ".txt", _bounded("stdin", sys.stdin.buffer)
+    path = user_path(source)
+    try:
+        with path.open("rb") as handle:  # which may be a pipe
+            return str(path), path.suffix.lower(), _bounded(str(path), handle)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read ({error.strerror}). Give a file of prompts, or - for stdin."
+        ) from error
+
+
+def _bounded(name: str, handle: BinaryIO) -> bytes:
+    data = handle.read(MAX_FILE + 1)
+    if len(data) > MAX_FILE:
+        raise UsageError(f"{name} is longer than {size_of(MAX_FILE)}. Divide it into several files.")
+    return data
+
+
+def _decode(name: str, data: bytes) -> str:
+    try:
+        return decode(data)
+    except Fault as fault:
+        raise UsageError(f"{name}{fault.place}: {fault}. Save it as plain UTF-8 text.") from None
+
+
+Entry = dict[str, Any] | _Fault
+
+
+def _text(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    """`prompt --option value --option value`; a value runs to the next " --"."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line or line.isspace() or line.lstrip().startswith("#"):
+            continue
+        try:
+            yield number, _text_line(line.rstrip("\r"))
+        except _Fault as fault:
+            yield number, fault
+
+
+def check_dashes(line: str) -> None:
+    """Raise UsageError where an option begins with what word processors make of two hyphens, or with one of them.
+
+    It would be a part of the prompt, unseen.
+    """
+    for match in re.finditer(rf"(?:^|(?<=\s))((?:{LONG_DASH}|-)+)([A-Za-z][\w-]*)(?=\s|[=:]|$)", line):
+        dash, name = match.groups()
+        plain = _plain(name)
+        known = plain in FIELDS or plain in ELSEWHERE
+        if dash == "--" or not known or (len(name) == 1 and not re.match(r"\s*[=:]?\s*\d", line[match.end() :])):
+            continue
+        raise _Fault(
+            f"{dash}{name} does not begin with two hyphens. Write --{name}; where it is text, put a space behind the "
+            "dash",
+            match.start() + 1,
+        )
+
+
+def _text_line(line: str) -> dict[str, Any]:
+    check_dashes(line)
+    pieces = re.split(r"(?:^|(?<=\s))--(?=\S)", line)
+    entry: dict[str, Any] = {"prompt": pieces[0].strip()}
+    column = len(pieces[0]) + 1
+    for piece in pieces[1:]:
+        match = re.match(r"([^\s=]+)(?:\s*=\s*|\s+|$)(.*)", piece, re.DOTALL)
+        name, value = match.groups() if match else (piece, "")
+        option = _option(name, column)
+        if option in entry:
+            raise _Fault(f"--{cut(name)} is given twice", column)
+        entry[option] = _convert(option, value.strip(), column)
+        column += len(piece) + 2
+    return entry
+
+
+def _option(name: str, column: int | None = None) -> str:
+    """An option's name as we spell it."""
+    plain = _plain(name)
+    if plain in FIELDS:
+        return plain
+    if plain in ELSEWHERE:
+        raise _Fault(f"--{cut(name)} is the same for all prompts and belongs on the command line", column)
+    raise _Fault(f"--{cut(name)} is unknown; a line takes {', '.join('--' + option for option in FIELDS)}", column)
+
+
+def _plain(name: str) -> str:
+    name = plain_name(name)
+    return SHORT.get(name, name)
+
+
+def _convert(option: str, value: Any, column: int | None = None) -> Any:
+    """A value of an option's type, from text or from JSON."""
+    kind = FIELDS[option][1]
+    if kind is str:
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise _Fault(f"--{option} is {shown(value)}, but must be text", column)
+        return _readable(option, str(value))
+    if not isinstance(value, bool) and isinstance(value, str | int | float):
+        with contextlib.suppress(ValueError, OverflowError):  # no number, or one beyond all bounds
+            number = kind(value)
+            if isinstance(value, str) or number == value:
+                return number
+    raise _Fault(f"--{option} is {shown(value)}, but must be a{' whole' * (kind is int)} number", column)
+
+
+def _readable(name: str, text: str) -> str:
+    """The text itself; half of a pair that JSON can write is no character. Raises _Fault."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise _Fault(f"{name} is {shown(text)}, which holds half a character")
+    return text
+
+
+def _mapping(content: Any) -> Entry:
+    """An entry of JSON, YAML or CSV, its keys spelt as options are."""
+    if isinstance(content, str):
+        content = {"prompt": content}
+    if not isinstance(content, dict):
+        return _Fault(f"is {shown(content)}, but must be an object with a prompt")
+    entry: dict[str, Any] = {}
+    try:
+        for key, value in content.items():
+            if plain_name(str(key)) == "prompt":
+                if "prompt" in entry:
+                    raise _Fault("prompt is given twice")
+                if not isinstance(value, str):
+                    raise _Fault(f"prompt is {shown(value)}, but must be text")
+                entry["prompt"] = _readable("prompt", value.strip())
+            elif value is not None:
+                option = _option(str(key))
+                if option in entry:
+                    raise _Fault(f"{cut(str(key))} is given twice")
+                entry[option] = _convert(option, value)
+    except _Fault as fault:
+        return fault
+    return entry
+
+
+def _jsonl(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line or line.isspace():
+            continue
+        try:
+            yield number, _mapping(parse_json(line))
+        except Fault as fault:
+            yield number, _Fault(fault.text, fault.column)
+
+
+def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    rows = open_csv(text, "prompt")
+    header: list[str] | None = None
+    try:
+        for row in rows:
+            if not any(cell.strip() for cell in row):
+                continue
+            if header is None:
+                header = [plain_name(cell) for cell in without_empty_end(row)]
+                if "prompt" not in header:
+                    yield rows.line_num, _Fault("has no column named prompt")
+                    return
+                if len(set(header)) < len(header):
+                    yield rows.line_num, _Fault("names a column twice")
+                    return
+                continue
+            row = without_empty_end(row, len(header))
+            if len(row) != len(header):
+                yield rows.line_num, _Fault(f"has {len(row)} cells, but the first line names {len(header)}")
+                continue
+            yield (
+                rows.line_num,
+                _mapping({k: v.strip() for k, v in zip(header, row, strict=True) if v.strip() or k == "prompt"}),
+            )
+    except csv.Error as error:
+        yield rows.line_num, _Fault(f"is no CSV: {error}")
+
+
+def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
+    try:
+        content = parse_yaml(text)
+    except Fault as fault:
+        yield fault.line or 1, _Fault(fault.text, fault.column)
+        return
+    if isinstance(content, dict) and set(content) == {"prompts"}:
+        content = content["prompts"]
+    if content is None:
+        return
+    if not isinstance(content, Entries):
+        yield 1, _Fault("must be a list of prompts")
+        return
+    for line, value in zip(content.lines, content, strict=True):
+        yield line, _mapping(value)
+
+
+PARSERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}
+
+
+def _request(entry: dict[str, Any], where: str) -> Request:
+    """Check a line by making the config that it would run with, model apart."""
+    prompt = entry.pop("prompt", "")
+    if not prompt:
+        raise _Fault("has no prompt", 1)
+    name = entry.pop("id", "")
+    if name and not re.fullmatch(r"[\w][\w.-]{0,79}", name):
+        raise _Fault(f"id is {shown(name)}, but must be letters, digits, dots, dashes and underscores, at most 80")
+    fields = {FIELDS[option][0]: value for option, value in entry.items()}
+    size = fields.pop("size", None)
+    if size is not None:
+        match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", size)
+        if match is None or "width" in fields or "height" in fields:
+            raise _Fault(
+                f"--size is {shown(size)}, but must be width x height in pixels, and said once. Try --size 832x480"
+            )
+        fields["width"], fields["height"] = int(match[1]), int(match[2])
+    if fields.get("seed") == -1:
+        del fields["seed"]
+    try:
+        config = GenerateConfig(prompt=prompt, **fields)
+    except UsageError as error:
+        raise _Fault(str(error)) from None
+    fields = {key: getattr(config, key) for key in fields}
+    return Request(prompt, fields, name, where)
+
+
+def check_count(requests: list[Request], each: int) -> None:
+    """Raise UsageError where a file asks for too many videos in all; `each`: of a prompt that does not say how many."""
+    count = sum(request.fields.get("num_videos", each) for request in requests)
+    if count > MAX_PROMPTS:
+        raise UsageError(f"{count:,} videos are asked for, but one run makes at most {MAX_PROMPTS:,}. Divide the file.")
+
+
+def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
+    """The command line's settings, with what a line says in place of theirs."""
+    fields = dict(request.fields)
+    if "sparsity" in fields:
+        fields["sla_topk"] = None
+    elif "sla_topk" in fields:
+        fields["sparsity"] = None
+    return dataclasses.replace(base, prompt=request.prompt, **fields)

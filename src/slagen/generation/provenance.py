@@ -1,0 +1,91 @@
+"""What a video, or the report beside it, says of how it was made; one that slagen did not write may say anything."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slagen.errors import WeightsError
+from slagen.generation import report
+from slagen.io.documents import parse_json, read_json
+from slagen.io.files import kind_of_path
+from slagen.io.forms import Fault, matching
+from slagen.video import is_mp4, other_kind, read_comment
+
+SETTINGS = {
+    **{f"{name}?": str | None for name in (
+        "prompt", "negative_prompt", "model", "weights", "vae", "attention", "backend", "sampler", "dtype", "device")},
+    **{f"{name}?": int | None for name in ("num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n")},
+    **{f"{name}?": float | None for name in ("guidance_scale", "flow_shift", "sigma_max", "sparsity", "sla_topk")},
+    **{f"{name}?": bool | None for name in ("allow_untrained", "ode")},
+    "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
+}  # fmt: skip
+TOLD = {
+    "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
+    "video?": {"frames_hash?": str, "sha256?": str}, "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
+}  # fmt: skip
+OWN = ("path", "kind")
+
+
+def describe(path: Path) -> dict[str, Any] | None:
+    """What a video or its report says of how it was made; None for a file that is neither.
+
+    Raises: WeightsError for a video without slagen's words in it or of another kind, for JSON that is no report, and
+        for a pipe or device.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a video, its .json, or weights that lie on a disk.")
+    if is_mp4(path):
+        return {"path": str(path), "kind": "video", **_without_own(read_video(path))}
+    if (kind := other_kind(path)) is not None:
+        raise WeightsError(
+            f"{path} is {kind}. What is read here: an MP4 that slagen made, its report (.json), and for info weights."
+        )
+    if path.suffix.lower() != ".json" or not path.is_file():
+        return None
+    content = read_json(path, TOLD, advice="Give a report that slagen wrote, whole.")
+    return {"path": str(path), "kind": "report", **_without_own(content)}
+
+
+def _without_own(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in OWN}
+
+
+def read_video(path: Path) -> dict[str, Any]:
+    """What a video's metadata say. Raises WeightsError unless slagen made it."""
+    foreign = f"{path} is a video, but not one that slagen made, or its metadata is lost"
+    text = read_comment(path)
+    if not text:
+        raise WeightsError(f"{foreign}.")
+    try:
+        return parse_json(text, TOLD)
+    except Fault as fault:
+        raise WeightsError(f"{foreign}: its comment {fault}.") from fault
+
+
+def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """A report without times, of what a video and its entry in the manifest say.
+
+    Args:
+        settings, result: what the manifest says that it was made with, and what came of it.
+    Raises: WeightsError where the video does not say all that a report needs, or is another.
+    """
+    told = read_video(path)
+    made = {**told["settings"]}
+    made["prompt"] = made.get("prompt") or settings["prompt"]  # a long one is in the video as its hash
+    width, _, height = made.get("size", "").partition("x")
+    frames, fps, hashed = made.get("num_frames"), made.get("fps"), told.get("video", {}).get("frames_hash")
+    if not (width and frames and fps and hashed) or told["latents_hash"] != result.get("latents_hash"):
+        raise WeightsError(f"{path} does not say all of it, or is the video of another job.")
+    return {
+        "schema_version": report.SCHEMA_VERSION,
+        "created": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        "restored": "from the video's metadata, which hold no times",
+        "video": {
+            "file": path.name, "frames": frames, "width": int(width), "height": int(height), "fps": fps,
+            "duration_s": frames / fps, "sha256": result["sha256"], "frames_hash": hashed,
+        },
+        "settings": made, "versions": told.get("versions", {}),
+        "weights": told.get("weights", {}), "latents_hash": told["latents_hash"],
+    }  # fmt: skip

@@ -1,0 +1,137 @@
+"""replay(path) -> what came of making a video again, from its report or from what the video says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slagen.config import GenerateConfig, user_path
+from slagen.errors import UsageError, WeightsError
+from slagen.generation import report
+from slagen.generation.generate import Event, generate
+from slagen.generation.provenance import describe
+from slagen.io.files import file_hash, scratch
+from slagen.wan.loading import check_told_model
+from slagen.wan.presets import BUNDLED, PRESETS, SLA_FILE, bundled_folder, is_hub_id
+
+AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same name
+    "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "block_m",
+    "block_n", "num_frames", "fps", "steps", "guidance_scale", "sampler", "flow_shift", "sigma_max", "seed", "dtype",
+    "device",
+)  # fmt: skip
+
+
+def replay(
+    path_text: str, output: str | None = None, on_event: Callable[[Event], None] = lambda event: None, *,
+    model: str | None = None, weights: str | None = None, vae: str | None = None,
+    local_files_only: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Make a video again and compare.
+
+    Args:
+        path_text: a video that slagen made, or the JSON beside it.
+        output: keep the new video here; None throws it away.
+        model, weights, vae: where they lie, if not where they did.
+        local_files_only: download nothing.
+    Returns: a dict: `same`, the old and new hashes of what both tell (latents, weights, frames, from a report the
+        file), and which versions differ.
+    Raises: UsageError for a file that is neither, weights that are not found, a hub model that only it names and that
+        is not on this machine, or settings that slagen does not take;
+        WeightsError for other weights; as `generate` besides.
+    """
+    path = user_path(path_text)
+    told = describe(path)
+    if told is None and not path.exists():
+        raise UsageError(f"{path} does not exist. Give an .mp4 that slagen made, or its .json.")
+    if told is None:
+        raise UsageError(f"{path} is neither a video that slagen made nor its report. Give an .mp4 or its .json.")
+    settings = dict(told["settings"])
+    if settings.get("prompt") is None and "prompt_sha256" in settings:
+        raise UsageError(f"{path} holds only a hash of its prompt, which is long. Give the report beside it, a .json.")
+    try:
+        settings["model"] = model or _find(path, "model", settings["model"])
+        settings["vae"] = vae or _find(path, "vae", settings.get("vae"))
+        settings["weights"] = _checked(weights, told) if weights else _find_weights(path, told, settings["model"])
+        fields = {name: settings[name] for name in AS_THEY_ARE if settings.get(name) is not None}
+        width, height = (int(size) for size in settings["size"].split("x"))
+        if settings["attention"] in ("sla", "sparse", "linear"):
+            fields["sparsity"] = settings["sparsity"]
+        with scratch() as folder:
+            config = GenerateConfig(
+                **fields, width=width, height=height, ode=bool(settings.get("ode")),
+                local_files_only=local_files_only, output=output or str(folder / "replay.mp4"),
+            )  # fmt: skip
+            made = generate(config, on_event).videos[0].report
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} has settings that this slagen cannot run again: {error}.") from error
+    before, after = _hashes(told), _hashes(made)
+    compared = {
+        name: {"before": before[name], "now": after[name], "same": before[name] == after[name]}
+        for name in before
+        if name in after
+    }
+    old, new = told.get("versions", {}), report.versions()
+    changed = {name: [old.get(name), new.get(name)] for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
+    return {"path": str(path), "same": all(row["same"] for row in compared.values()), "hashes": compared,
+            "versions_changed": changed, "output": output}  # fmt: skip
+
+
+def _hashes(content: dict[str, Any]) -> dict[str, str]:
+    """The hashes that a report tells; a video tells none of its own file, and old reports fewer."""
+    video, weights = content.get("video"), content.get("weights")
+    found = {"latents": content["latents_hash"]}
+    for name, section, key in (
+        ("model weights", weights, "model_hash"), ("SLA weights", weights, "sla_hash"),
+        ("frames", video, "frames_hash"), ("file", video, "sha256"),
+    ):  # fmt: skip
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            found[name] = section[key]
+    return found
+
+
+def _find(path: Path, option: str, name: str | None) -> str | None:
+    """A model or VAE that a report names, where it lies now: there, or beside the report. Raises UsageError."""
+    if name is None or name in (BUNDLED, *PRESETS) or user_path(name).exists():
+        return name
+    if (path.parent / name).exists():
+        return str(path.parent / name)
+    if option == "model" and is_hub_id(name):
+        check_told_model(path, name)
+        return name
+    raise UsageError(f"{path} was made with the {option} {name}, which is not found. Give it with --{option}.")
+
+
+def _checked(weights: str, told: dict[str, Any]) -> str:
+    """Weights that are given, if they are those that made the video. Raises WeightsError."""
+    path, expected = user_path(weights), _hashes(told).get("SLA weights")
+    if expected is not None and path.is_file() and file_hash(path) != expected:
+        raise WeightsError(f"{path} has another SHA-256 than the weights that made this ({expected}). Give those.")
+    return weights
+
+
+def _find_weights(path: Path, told: dict[str, Any], model: str) -> str | None:
+    """The weights that a report names, where they lie now; None for the model's own.
+
+    Earlier reports name the model's own too, where they lay on the machine that made the video.
+    Raises: UsageError where they are not found.
+    """
+    name, expected = told["settings"].get("weights"), _hashes(told).get("SLA weights")
+    if name is None:
+        return None
+    for candidate in (user_path(name), path.parent / name):
+        if candidate.exists() and (expected is None or not candidate.is_file() or file_hash(candidate) == expected):
+            return str(candidate)
+    if model in PRESETS and (PRESETS[model].weights or "/").replace("/", "--") in name:  # in a cache of the hub's
+        return None
+    own = _own_weights(model)
+    if own is not None and (file_hash(own) == expected if expected else own.name == Path(name).name):
+        return None
+    wanted = f" (SHA-256 {expected[:16]}...)" if expected else ""
+    raise UsageError(f"{path} was made with the weights {name}{wanted}, which are not found. Give them with --weights.")
+
+
+def _own_weights(model: str) -> Path | None:
+    """The SLA weights in a model's own folder."""
+    folder = bundled_folder() if model == BUNDLED else user_path(model)
+    return folder / SLA_FILE if (folder / SLA_FILE).is_file() else None

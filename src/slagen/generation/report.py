@@ -1,0 +1,146 @@
+"""What a run measured, as the JSON beside its video says it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.io.files import file_hash
+from slagen.io.text import to_json
+from slagen.timing import StepTimes
+
+SCHEMA_VERSION = 1
+COMMENT_BYTES = 32 * 1024
+AROUND = ("output", "overwrite", "save_latents", "timing", "num_videos")  # settings that are about other files
+PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
+
+
+def cost_section(
+    shape: ModelShape, num_tokens: int, num_passes: int, attention_flops: int, steps: list[StepTimes]
+) -> dict[str, Any]:
+    """What dense attention would have cost, what was spent, and how near that is to the limit Amdahl's law sets.
+
+    Args:
+        num_passes: forward passes of the whole run.
+        attention_flops: of the attention that ran, in one pass.
+        steps: as timed.
+    Returns: a dict: TFLOP of the run; `flops_speedup` of the forward passes over dense attention, its
+        `amdahl_ceiling` if attention were free, and the share of that which was reached; `remaining_time_ceiling`, how
+        much faster the measured steps would be if attention were free (None if untimed).
+    """
+    dense, other = dense_attention_flops(shape, num_tokens), other_flops(shape, num_tokens)
+    ceiling = (dense + other) / other
+    speedup = (dense + other) / (attention_flops + other)
+    timed = [s for s in steps if s.attention_share is not None]
+    latency = sum(s.latency_ms or 0.0 for s in timed)
+    attention = sum(sum(s.attention_ms) for s in timed)
+    return {
+        "forward_passes": num_passes,
+        "dense_attention_tflop": dense * num_passes / 1e12,
+        "attention_tflop": attention_flops * num_passes / 1e12,
+        "other_tflop": other * num_passes / 1e12,
+        "attention_flops_saved": 1 - attention_flops / dense,
+        "dense_attention_share_of_flops": dense / (dense + other),
+        "amdahl_ceiling": ceiling,
+        "flops_speedup": speedup,
+        "achieved_share_of_ceiling": speedup / ceiling,
+        "measured_attention_share": attention / latency if latency else None,
+        "remaining_time_ceiling": latency / (latency - attention) if latency > attention else None,
+    }
+
+
+def step_section(steps: list[StepTimes]) -> list[dict[str, Any]]:
+    """The steps as the report lists them; times in milliseconds, None where they were not taken."""
+    rows = []
+    for step in steps:
+        passes = step.attention_ms if step.num_spans else []
+        rows.append(
+            {
+                "step": step.index,
+                "timestep": step.timestep,
+                "latency_ms": step.latency_ms,
+                "attention_ms": sum(passes) if passes else None,
+                "attention_conditional_ms": passes[0] if passes else None,
+                "attention_unconditional_ms": passes[1] if len(passes) > 1 else None,
+                "attention_share": step.attention_share,
+            }
+        )
+    return rows
+
+
+def layer_section(steps: list[StepTimes]) -> list[dict[str, Any]]:
+    """Attention time of each layer over all steps and passes, in milliseconds; empty if it was not taken."""
+    timed = [s.layers_ms for s in steps if s.layers_ms]
+    return [{"layer": i, "attention_ms": sum(times)} for i, times in enumerate(zip(*timed, strict=True))]
+
+
+def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> dict[str, Any]:
+    """How the times were taken, and what taking them cost: spans x measured cost of one, as a share of the steps."""
+    spans = sum(s.num_spans + 1 for s in steps) if level != "off" else 0
+    latency = sum(s.latency_ms or 0.0 for s in steps)
+    return {
+        "level": level,
+        "spans": spans,
+        "span_cost_ms": span_cost_ms if spans else 0.0,
+        "overhead_share": spans * span_cost_ms / latency if latency else 0.0,
+        "attention_means": "block map, both branches and proj_l; not the q, k, v and output layers around them",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def shareable(path: str | None) -> str | None:
+    """A path as it may be told to others: as it was typed if relative, else its last name, for what stands before that
+    tells of this machine and its user. None stays."""
+    if path is None or not (path.startswith("~") or Path(path).is_absolute() or PureWindowsPath(path).is_absolute()):
+        return path
+    return PureWindowsPath(path).name if "\\" in path and not Path(path).is_absolute() else Path(path).name
+
+
+def video_section(path: Path, shape: tuple[int, ...], fps: int, frames_hash: str) -> dict[str, Any]:
+    """What a report says of a video's file, which may not be there yet. `shape`: (F, H, W, 3)."""
+    num_frames, height, width, _ = shape
+    about = {
+        "file": path.name, "frames": num_frames, "width": width, "height": height, "fps": fps,
+        "duration_s": num_frames / fps, "frames_hash": frames_hash,
+    }  # fmt: skip
+    if path.is_file():
+        about["sha256"] = file_hash(path)
+    return about
+
+
+def comment(
+    settings: dict[str, Any], latents_hash: str, frames_hash: str, weights: dict[str, Any],
+    packages: dict[str, str] | None = None,
+) -> str:  # fmt: skip
+    """What an MP4 says of itself: how it was made, in at most 32 KiB; a longer prompt is there as its hash.
+
+    Args:
+        settings: as they may be told. weights: of a report; their hashes are told.
+        packages: their versions, if not those of now.
+    """
+    kept = {name: value for name, value in settings.items() if name not in AROUND}
+    content = {
+        "schema_version": SCHEMA_VERSION, "settings": kept, "versions": packages or versions(),
+        "weights": {name: weights[name] for name in ("model_hash", "sla_hash") if weights.get(name) is not None},
+        "latents_hash": latents_hash, "video": {"frames_hash": frames_hash},
+    }  # fmt: skip
+    text = to_json(content)
+    for name in ("prompt", "negative_prompt"):
+        if len(text.encode()) > COMMENT_BYTES and isinstance(kept.get(name), str):
+            kept[f"{name}_sha256"] = hashlib.sha256(kept.pop(name).encode()).hexdigest()
+            text = to_json(content)
+    return text

@@ -1,0 +1,338 @@
+"""From what was asked to what will run: the model found, its weights looked at, every default filled in.
+
+Nothing is loaded here; what can be refused is refused before minutes are spent on weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slagen import machine
+from slagen.attention.sla.backends import pick_backend
+from slagen.attention.sla.cost import block_counts
+from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
+from slagen.errors import UsageError, WeightsError
+from slagen.formats.transformer import UNTOLD, Found, peek
+from slagen.generation import report
+from slagen.io.text import counted
+from slagen.wan.install import read_metadata
+from slagen.wan.loading import resolve_model
+from slagen.wan.presets import SLA_FILE, ModelSource
+
+SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What will be loaded, for any number of videos.
+
+    Args:
+        source: the pipeline's folder, and the transformer file that replaces its own, if one does.
+        sla: what SLA's weights were trained with; None where the attention is dense.
+        sla_path: the file that holds them: slagen's own where `sla_alone`, otherwise the transformer's or a side file;
+            None for untrained SLA.
+        distilled: whether they are made for the rCM sampler.
+        few_steps: the word in a file's name or metadata that says it is distilled to few steps of another sampler.
+    """
+
+    source: ModelSource
+    device: torch.device
+    dtype: torch.dtype
+    sla: SLAConfig | None
+    sla_path: Path | None
+    sla_alone: bool
+    distilled: bool
+    notes: tuple[str, ...] = ()
+    few_steps: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A GenerateConfig with every default filled in, checked against the model, before any weight is read."""
+
+    config: GenerateConfig
+    weights: Weights
+    sla: SLAConfig | None  # with this video's sparsity; None runs dense
+    num_tokens: int
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    backend: str | None = None  # what SLA will run on; None where the attention is dense
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by option name, as it will be used."""
+        c, weights = self.config, self.weights
+        file = weights.source.weights or (None if self.sla is None else weights.sla_path)
+        sparsity = None if self.sla is None else self.sla.sparsity
+        complement = None if sparsity is None else round(1 - sparsity, 12)
+        sizes = [(name, getattr(self.sla, name, None)) for name in ("block_m", "block_n")]
+        return {
+            "prompt": c.prompt,
+            "negative_prompt": c.negative_prompt,
+            "model": c.model or weights.source.name,
+            "weights": None if file is None else str(file),
+            "vae": c.vae,
+            "allow_untrained": c.allow_untrained,
+            "attention": c.attention,
+            "backend": c.backend,
+            "sparsity": sparsity,
+            "sla_topk": complement if c.sla_topk is None else c.sla_topk,
+            # Only where they are not the weights' own, so that a batch goes on where it was begun without them.
+            **{name: size for name, size in sizes if size != getattr(weights.sla, name, None) and size is not None},
+            "size": f"{c.width}x{c.height}",
+            "num_frames": c.num_frames,
+            "fps": c.fps,
+            "steps": c.steps,
+            "guidance_scale": c.guidance_scale,
+            "sampler": c.sampler,
+            "flow_shift": None if c.sampler == "rcm" else c.flow_shift,
+            "sigma_max": c.sigma_max if c.sampler == "rcm" else None,
+            "ode": c.ode if c.sampler == "rcm" else None,
+            "seed": c.seed,
+            "num_videos": c.num_videos,
+            "dtype": next(name for name, dtype in machine.DTYPES.items() if dtype == weights.dtype),
+            "device": str(weights.device),
+            "timing": c.timing,
+            "output": c.output,
+            "save_latents": c.save_latents,
+            "overwrite": c.overwrite,
+        }
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The settings as a report and a video tell them: None for the model's own weights and for a top-k that was not
+        asked for (of 100 blocks a sparsity of 0.71 keeps 29, and a top-k of 0.29 keeps 28), and no path of this
+        machine, for it would fail on every other and tells of its user."""
+        paths = {name: report.shareable(getattr(self.config, name)) for name in ("model", "weights", "vae", "output")}
+        name = paths["model"] or self.weights.source.name
+        return {**self.settings, **paths, "model": name, "sla_topk": self.config.sla_topk}
+
+
+def find_weights(
+    config: GenerateConfig, on_note: Callable[[str], None] = lambda text: None, *, transformer: bool = True
+) -> Weights:
+    """Find the model and the attention's weights that a config names, downloading what is not here.
+
+    Args:
+        on_note: told of downloads.
+        transformer: False where only the other parts will run: the transformer's weights are not downloaded.
+    Raises: SlagenError of some kind where they are not there, broken, or do not suit the attention asked for.
+    """
+    device = machine.pick_device(config.device)
+    dtype = machine.pick_dtype(config.dtype, device)
+    notes: list[str] = []
+    found = None if config.weights is None else _look_at(user_path(config.weights))
+    source = resolve_model(
+        config.model, device.type, own_transformer=transformer and (found is None or found.kind != "transformer"),
+        local_files_only=config.local_files_only, on_note=on_note,
+    )  # fmt: skip
+    if config.model is None and device.type != "cuda":
+        notes.append(f"no CUDA device, so the bundled model {source.name} runs; choose another with --model")
+    if found is not None and found.kind == "transformer":
+        source = dataclasses.replace(source, weights=user_path(config.weights or ""))
+        notes += found.notes
+    sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
+    if config.attention == "dense" and source.weights is not None:
+        notes.append(
+            f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
+        )
+    if sla_path is not None and sla_alone and read_metadata(sla_path).tensors is None:
+        notes.append(f"{sla_path} is older than the list of tensors in such files: a changed one would go unnoticed")
+    few_steps = "" if found is None or distilled else found.few_steps
+    return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes), few_steps)
+
+
+def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
+    """Fill in every default and check all that can be checked without reading weights. Raises SlagenError.
+
+    Args:
+        weights: as `find_weights` found them, where the caller has them already.
+    """
+    weights = weights or find_weights(config)
+    source, sla = weights.source, weights.sla
+    notes, warnings = list(weights.notes), list[str]()
+    defaults = _defaults(source.defaults, weights.distilled)
+    config = _plan_sampler(config, defaults, weights.distilled, warnings)
+    filled = {
+        name: getattr(defaults, name)
+        for name in ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
+        if getattr(config, name) is None
+    }
+    if config.seed is None:
+        filled["seed"] = secrets.randbelow(2**31)
+    config = dataclasses.replace(config, **filled)
+    assert config.width and config.height and config.num_frames
+    grid = max(16, source.spatial_grid)  # WanPipeline itself takes multiples of 16 only
+    if config.width % grid or config.height % grid:
+        width, height = (max(grid, round(x / grid) * grid) for x in (config.width, config.height))
+        raise UsageError(
+            f"size is {config.width}x{config.height}, but {source.name} makes multiples of {grid} pixels. "
+            f"Try --size {width}x{height}."
+        )
+    off_steps = _steps_warning(config, weights)
+    if off_steps is not None:
+        warnings.append(off_steps)
+    unknown = defaults.unknown_words(config.prompt)
+    if unknown:
+        warnings.append(
+            f"{source.name} does not know {', '.join(map(repr, unknown))} and will guess; "
+            f'it knows prompts like "{defaults.example_prompt}"'
+        )
+    off_size = defaults.size_warning(source.name, config.width, config.height, config.num_frames)
+    if off_size is not None:
+        warnings.append(off_size)
+    num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
+    if sla is not None:
+        trained, sla = sla, sla.asked(config, num_tokens)
+        if weights.sla_path is not None:
+            warnings += sla.differences(trained)
+        counts = block_counts(sla, num_tokens)
+        if counts["key_blocks"] < 2:
+            sla = None
+            config = dataclasses.replace(
+                config, attention="dense", backend="auto", sparsity=None, sla_topk=None, block_m=None, block_n=None
+            )
+            warnings.append(
+                f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so nothing can be left out: this clip "
+                "runs dense"
+            )
+        elif config.attention != "linear":
+            notes.append(
+                f"{f'sparsity {sla.sparsity:g}' if config.sla_topk is None else f'sla-topk {config.sla_topk:g}'} -> "
+                f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
+            )
+    backend = None
+    if sla is not None:
+        backend = pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
+        notes.append(f"SLA runs on the {backend} backend")
+    return Plan(config, weights, sla, num_tokens, notes, warnings, backend)
+
+
+def _look_at(path: Path) -> Found:
+    """What --weights names. A folder may hold a transformer, SLA weights, or, as `slagen convert` writes it, both."""
+    if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
+        return Found("sla")
+    return peek(path)
+
+
+def _defaults(defaults: ModelDefaults, distilled: bool) -> ModelDefaults:
+    """The model's own, but where its weights were replaced by ones of another kind of sampler."""
+    if distilled and defaults.sampler != "rcm":
+        return dataclasses.replace(defaults, steps=4, guidance_scale=1.0, sampler="rcm", negative_prompt="")
+    if not distilled and defaults.sampler == "rcm":
+        return dataclasses.replace(defaults, steps=50, guidance_scale=5.0, sampler="unipc")
+    return defaults
+
+
+def _plan_sampler(
+    config: GenerateConfig, defaults: ModelDefaults, distilled: bool, warnings: list[str]
+) -> GenerateConfig:
+    """Choose the sampler that the weights are made for. Raises WeightsError if another is asked for."""
+    sampler = config.sampler or defaults.sampler
+    if distilled and sampler != "rcm":
+        raise WeightsError(
+            f"--sampler is {sampler}, but these weights are distilled for rcm and make noise with any other. "
+            "Leave --sampler out."
+        )
+    if not distilled and sampler == "rcm":
+        raise WeightsError(
+            "--sampler is rcm, but these weights are not distilled for it and make noise with it. Leave --sampler out."
+        )
+    if sampler == "rcm":
+        if config.flow_shift is not None:
+            raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")
+        if config.steps is not None and config.steps > 4:
+            raise UsageError(f"steps is {config.steps}, but rcm takes 1 to 4. Try --steps 4.")
+        if config.guidance_scale is not None and config.guidance_scale > 1:
+            warnings.append(
+                f"guidance {config.guidance_scale:g}: these weights are distilled with guidance in them; 1 is right"
+            )
+        return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
+    if config.sigma_max is not None or config.ode:
+        raise UsageError(f"--sigma-max and --ode are for the rcm sampler, but this is {sampler}. Leave them out.")
+    return dataclasses.replace(config, sampler=sampler)
+
+
+def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
+    """What looks wrong in steps and guidance for a transformer file, whose tensors do not say if it is distilled."""
+    steps, guidance, file = config.steps or 0, config.guidance_scale or 0.0, weights.source.weights
+    if file is None or weights.distilled:
+        return None
+    if weights.few_steps and (steps > 10 or guidance > 1):
+        return (
+            f"{file.name} calls itself {weights.few_steps!r}: weights distilled to few steps want about 4 without "
+            f"guidance, not {steps} with {guidance:g}. Try --steps 4 --guidance-scale 1 --sampler euler"
+        )
+    if not weights.few_steps and steps <= 8 and guidance > 1:
+        return (
+            f"{steps} steps with guidance {guidance:g} suit no Wan2.1: weights distilled to few steps want "
+            "--guidance-scale 1, all others 20 steps or more"
+        )
+    return None
+
+
+def _plan_attention(
+    config: GenerateConfig, source: ModelSource, found: Found | None
+) -> tuple[SLAConfig | None, Path | None, bool, bool]:
+    """What SLA to run and from where.
+
+    Returns: the settings it was trained with (None runs dense), the file of its weights (None without any), whether
+        that is a file of slagen's own, and whether the weights in all are distilled for rCM.
+    Raises: WeightsError where SLA is asked for and there are no weights for it, or ones of one branch alone.
+    """
+    path, alone = None, True
+    if found is not None and found.kind in ("sla", "side-file"):
+        if config.attention == "dense":
+            raise UsageError("dense attention takes no SLA weights. Leave --weights out.")
+        path, alone = user_path(config.weights or ""), found.kind == "sla"
+    elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
+        path = source.folder / SLA_FILE
+    elif source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
+        path = source.weights / SLA_FILE
+    own = source.folder / "transformer"
+    if path is not None:
+        inside = None
+    elif source.weights is not None:
+        inside = peek(source.weights)
+    else:  # diffusers may have saved SLA weights with the model itself
+        inside = peek(own) if any(own.glob("*.safetensors")) else None
+    if inside is not None and inside.sla is not None:
+        path, alone = source.weights or own, False
+    metadata = read_metadata(path) if path is not None and alone else None
+    if metadata is not None:
+        distilled = metadata.sampler_family == "rcm"
+    elif source.weights is not None or (inside is not None and inside.sla is not None):
+        distilled = inside is not None and inside.sampler == "rcm"
+    else:
+        distilled = source.defaults.sampler == "rcm"
+    if config.attention == "dense":
+        return None, None, True, distilled
+    if inside is not None and inside.untold:
+        raise WeightsError(f"{source.weights or source.folder} {UNTOLD}")
+    if path is None:
+        if not config.allow_untrained:
+            raise WeightsError(
+                f"{source.name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply "
+                "lost, and the video is poor. Give SLA weights with --weights, run these as they are with "
+                "--attention dense, or go on with --allow-untrained."
+            )
+        return SLAConfig(), None, True, distilled
+    trained = metadata.trained if metadata is not None else "" if inside is None else inside.trained
+    branch = trained.rpartition(", ")[2]
+    if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
+        raise WeightsError(
+            f"{path} was trained with the {branch} branch alone, and the other would spoil it. Take --attention "
+            f"{branch}, or go on with --allow-untrained."
+        )
+    if metadata is not None:
+        return metadata.config, path, True, distilled
+    sla = inside.sla if inside is not None else found.sla if found is not None else None
+    assert sla is not None
+    return sla, path, False, distilled

@@ -1,0 +1,53 @@
+"""What is meant by the path of an output: one video, or a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from slagen.errors import UsageError
+from slagen.io.text import line, quote
+
+VIDEO = ".mp4"
+
+
+def is_video(text: str) -> bool:
+    """Whether an output is one video's file; a slash at the end makes a folder of any name."""
+    return _suffix(text) == VIDEO
+
+
+def check_output(text: str) -> None:
+    """Raise UsageError where an output is neither a video that can be written nor a folder."""
+    if not is_video(text):
+        check_folder("output", text, f"a folder, or a file that ends in {VIDEO}")
+
+
+def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
+    """Raise UsageError where what is to be a folder is called as a file would be, and no folder is there.
+
+    Args:
+        name: of the option, for the message. wanted: what it takes.
+    """
+    suffix = _suffix(text.rstrip())
+    if suffix and not os.path.isdir(os.path.expanduser(text)):
+        raise UsageError(
+            f"the {name} is {quote(text)}, but must be {wanted}. To make a folder of that name, put a slash behind it: "
+            f"{line(text)}/"
+        )
+
+
+def check_utf8(path: str | Path) -> None:
+    """Raise UsageError for a path with other bytes than UTF-8, which safetensors and tokenizers do not open."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"the path of {quote(str(path))} has bytes that are not UTF-8, and safetensors does not open it. Rename it."
+        ) from None
+
+
+def _suffix(text: str) -> str:
+    """The suffix that a file's kind is told by, in lower case; empty for `day:1`, `v1.2` and `outputs/`."""
+    match = re.search(r"\.[a-z][a-z0-9]{0,11}$", os.path.basename(text), re.IGNORECASE)
+    return match[0].lower() if match else ""

@@ -1,0 +1,1 @@
+"""Fine-tuning a Wan model with SLA: data, trainer, checkpoints, validation, page."""

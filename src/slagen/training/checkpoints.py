@@ -1,0 +1,184 @@
+"""A training's checkpoints: optimiser, weights and their average, whole or not there.
+
+Each is a folder `step-000100` with `state.safetensors`, `state.json` and their hashes. The last two are kept; one whose
+hashes do not fit its files is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from slagen.errors import SlagenError, WeightsError
+from slagen.io import forms
+from slagen.io.documents import read_json
+from slagen.io.files import delete, file_hash, writing
+from slagen.training.distributed import like, own_part, whole
+from slagen.training.trainer import Trainer
+
+FOLDER = "checkpoints"
+KEPT = 2
+HASHES = "sha256.json"
+
+
+MAX_STATE = 256 * 2**20
+STATE = {  # what `save_state` keeps beside the tensors
+    "step": forms.whole(0, 10**9), "seconds": float, "plain": {str: {str: object}}, "settings": {"data_options?": dict},
+    "before": {"error": float, "layers": [float]},
+}  # fmt: skip
+
+
+def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any]) -> None:
+    """Write a checkpoint. Every process calls it; the first one writes.
+
+    Args:
+        about: kept beside the tensors, and given back by `read_latest`.
+    Raises: SlagenError where the disk does not take it; the checkpoints before stay.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=trainer.team.size > 1, ignore_frozen_params=True)
+    state: Any = get_state_dict(trainer.student, trainer.optimizer, options=options)
+    weights, optimizer = state
+    tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, entries in optimizer.get("state", {}).items():
+        for key, value in _flat(entries):
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            else:
+                plain.setdefault(name, {})[key] = value
+    for name, kept in trainer.average.items():  # one at a time, for they may not all fit a card
+        average = whole(like(kept, trainer.named[name].detach()))
+        if trainer.team.first:
+            tensors[f"average/{name}"] = average.cpu()
+    if not trainer.team.first:
+        return
+    final = folder / FOLDER / f"step-{step:06d}"
+    try:
+        final.parent.mkdir(exist_ok=True)
+        with writing(final) as part:
+            part.mkdir()
+            save_file(_apart(tensors), part / "state.safetensors")
+            content = {**about, "step": step, "plain": plain}
+            (part / "state.json").write_text(json.dumps(content, allow_nan=False))
+            (part / HASHES).write_text(json.dumps(_hashes(part)))
+    except (OSError, SafetensorError) as error:
+        raise SlagenError(
+            f"the checkpoint of step {step} could not be written to {folder} ({error}). Free some space and start "
+            "again: the run goes on from the checkpoint before."
+        ) from error
+    found = checkpoints(folder)
+    last = found.index(final) + 1  # what comes after it is broken, or the run would have gone on from there
+    for old in found[: max(0, last - KEPT)] + found[last:]:
+        with suppress(OSError):  # it is looked for again after the next one
+            delete(old)
+
+
+def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The last whole checkpoint of a run and what was kept beside it; None where there is none."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            if read_json(path / HASHES, {str: str}) == _hashes(path):
+                return path, read_json(path / "state.json", STATE, most=MAX_STATE)
+        except (OSError, WeightsError):  # it is not whole
+            continue
+    return None
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors on the CPU, none of which shares memory with another, as bitsandbytes' tables do."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        kept[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return kept
+
+
+def _flat(entries: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """An optimiser's state of a parameter without dicts in it, which bitsandbytes has: their keys joined by slashes."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{key}/")
+        else:
+            yield f"{before}{key}", value
+
+
+def _nested(entries: dict[str, Any]) -> dict[str, Any]:
+    """The same with its dicts again."""
+    found: dict[str, Any] = {}
+    for key, value in entries.items():
+        *path, last = key.split("/")
+        place = found
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's two files."""
+    return {name: file_hash(path / name) for name in ("state.json", "state.safetensors")}
+
+
+def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
+    """Bring a trainer to where a checkpoint was written. Raises WeightsError if it is of another model."""
+    try:
+        tensors = load_file(path / "state.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{path} is broken ({error}). Delete it, and the run goes on from the one before."
+        ) from error
+    expected = {f"{kind}/{name}" for name in trainer.named for kind in ("weights", "average")}
+    if expected != {name for name in tensors if not name.startswith("optimizer/")}:
+        raise WeightsError(f"{path} is of another model, or trains another part of it. Begin anew with --restart.")
+    flat: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in about["plain"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            parameter, key = name.removeprefix("optimizer/").split("/", 1)
+            # a copy, for what is mapped from a file keeps its room on the disk when the file is gone
+            flat.setdefault(parameter, {})[key] = tensor.clone()
+    state: dict[str, Any] = {name: _nested(entries) for name, entries in flat.items()}
+    weights: dict[str, Any] = {
+        name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
+    }
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    in_parts = StateDictOptions(ignore_frozen_params=True)  # nothing is put together only to read the groups
+    groups = get_state_dict(trainer.student, trainer.optimizer, options=in_parts)[1]["param_groups"]
+    set_state_dict(
+        trainer.student, trainer.optimizer, model_state_dict=weights,
+        optim_state_dict={"state": state, "param_groups": groups}, options=options,
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, average in trainer.average.items():
+            average.copy_(_part_of(tensors[f"average/{name}"], trainer.named[name].detach()))
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a whole tensor, cut as a parameter is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return own_part(distribute_tensor(tensor, parameter.device_mesh, parameter.placements))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the last one last."""
+    found = (
+        path
+        for path in (folder / FOLDER).glob("step-*")
+        if path.is_dir() and re.fullmatch("[0-9]{1,12}", path.name[5:])
+    )
+    return sorted(found, key=lambda path: int(path.name[5:]))

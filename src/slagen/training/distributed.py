@@ -1,0 +1,207 @@
+"""The processes that train together, as torchrun starts them: who they are, and how they share a model.
+
+Copies (DDP) and splits (FSDP2) are PyTorch's own. One process alone is a team of one, and needs no process group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from slagen.config import Parallel
+from slagen.errors import EnvironmentProblem, UsageError
+from slagen.io.text import counted
+
+TIMEOUT = timedelta(days=1)  # others wait while the first prepares data
+
+
+@dataclass(frozen=True)
+class Team:
+    """One process's place among those that train together.
+
+    Args:
+        rank: 0 is the first, which writes files. size: how many there are.
+        device: this process's own. kind: "alone", "ddp" or "fsdp".
+        context: how many share a clip, one after the other by rank; context_group: they, where they are several.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    kind: str
+    context: int = 1
+    context_group: Any = None
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the shares of a batch is this process's."""
+        return self.rank // self.context
+
+    @property
+    def data_size(self) -> int:
+        """How many shares a batch has."""
+        return self.size // self.context
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def over_context(self, values: Tensor) -> Tensor:
+        """The sum over those that share a clip."""
+        values = values.clone()
+        dist.all_reduce(values, group=self.context_group)
+        return values
+
+    def share(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """A module that all train as one: what is called in its place. With "fsdp" its parameters become parts.
+
+        Args:
+            module: on its device, or for "fsdp" anywhere: a block at a time goes there.
+            dtype: to compute in; gradients are summed in float32.
+        """
+        if self.kind == "ddp":
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            lower = None if dtype == torch.float32 else dtype
+            inside = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            self._split(module, inside, MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        return module
+
+    def share_frozen(self, module: nn.Module) -> nn.Module:
+        """A module that none trains, on this process's device: whole, or with "fsdp" this process's part of it."""
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+            self._split(module, policy, policy)
+            return module
+        return module.to(self.device)
+
+    @contextmanager
+    def syncing(self, shared: nn.Module, last: bool) -> Iterator[None]:
+        """Around a backward pass: copies sum their gradients over the team in the last of a step only.
+
+        Parts do in each, for the sum over passes of gradients that are whole would not fit a card.
+        """
+        if self.kind == "ddp" and not last:
+            with shared.no_sync():  # type: ignore[operator]
+                yield
+            return
+        yield
+
+    def _split(self, module: nn.Module, inside: Any, around: Any) -> None:
+        """FSDP2, block by block. Without resharding the root would compute with copies from before its values
+        changed."""
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in cast(nn.ModuleList, module.blocks):
+            fully_shard(block, mesh=mesh, mp_policy=inside, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, mp_policy=around, reshard_after_forward=True)
+
+
+@contextmanager
+def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator[Team]:
+    """This process's team, for the length of the block.
+
+    Args:
+        device: as asked for; on CUDA each process takes the card of its local rank.
+        context: how many processes share a clip's tokens.
+    Raises: UsageError for several processes' options without torchrun, EnvironmentProblem where they do not find
+        each other, or are more than the cards of this machine.
+    """
+    if not dist.is_torchelastic_launched():
+        if parallel != "auto" or context > 1:
+            option = f"--context-parallel {context}" if context > 1 else f"--parallel {parallel}"
+            raise UsageError(
+                f"{option} is for several processes. Start them: torchrun --nproc-per-node 2 -m slagen ..."
+            )
+        yield Team(0, 1, device, "alone")
+        return
+    if device.type == "cuda":
+        _check_cards()
+    started = not dist.is_initialized()
+    if started:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise EnvironmentProblem(f"the processes of torchrun do not find each other: {error}") from error
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", dist.get_node_local_rank(0))
+            torch.cuda.set_device(device)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if size % context:
+            raise UsageError(f"context_parallel is {context}, but must divide the {size} processes.")
+        groups = [dist.new_group(range(i, i + context)) for i in range(0, size, context)] if context > 1 else None
+        own = None if groups is None else groups[rank // context]
+        yield Team(rank, size, device, "fsdp" if parallel == "fsdp" else "ddp", context, own)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def _check_cards() -> None:
+    """Raise EnvironmentProblem, in each process alike, where torchrun started more here than there are cards."""
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_node_local_rank(0) + 1))
+    cards = torch.cuda.device_count()
+    if started > cards:
+        raise EnvironmentProblem(
+            f"torchrun started {counted(started, 'process')} on this machine, but PyTorch sees "
+            f"{counted(cards, 'CUDA device')}, and each process takes one. Try torchrun --nproc-per-node {cards}."
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be in parts over the team, put together on every process."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process; shares its memory."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, other: Tensor) -> Tensor:
+    """This process's part of a tensor as the whole that `other` is a piece of."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(other, DTensor):
+        return part
+    kept: Any = DTensor.from_local(part, other.device_mesh, other.placements, shape=other.shape, stride=other.stride())
+    return kept

@@ -1,0 +1,306 @@
+"""A student that learns what its frozen teacher says: parameters, optimiser, average, and one step of all of it.
+
+Everything random in a step is drawn from its number alone, so a run that goes on from a checkpoint draws what it would
+have drawn, and how many processes share the step changes nothing but the order of sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slagen.config import Loss, Optimizer, TrainingDefaults
+from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.training.data.dataset import Clip, Dataset
+from slagen.training.distributed import Team, own_part, whole
+from slagen.training.metrics import AttentionOutputs, mix, velocity
+
+PROJECTION = ".processor.proj_l."
+MAX_DECAY = 0.999  # of the average
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is trained, every default filled in.
+
+    Args:
+        schedule: steps, learning rate and batches.
+        max_grad_norm: None cuts nothing. dtype: to compute in.
+    """
+
+    schedule: TrainingDefaults
+    loss: Loss
+    layer_loss: float
+    weight_decay: float
+    max_grad_norm: float | None
+    optimizer: Optimizer
+    seed: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured.
+
+    Args:
+        loss: its mean over the clips. error: relative L2 error of the velocity to the teacher's; None where the loss
+            does not ask the teacher.
+        grad_norm: before any cut. lr: of all but `proj_l`. num_tokens: of all clips.
+    """
+
+    loss: float
+    error: float | None
+    grad_norm: float
+    lr: float
+    num_tokens: int
+
+
+class Trainer:
+    """Trains a transformer in place.
+
+    Args:
+        student: float32, with attention installed and `requires_grad` set on what trains; on its device, or for
+            FSDP anywhere. teacher: frozen and shared by the team, or None where the loss needs none.
+    Raises: EnvironmentProblem where the optimiser is not installed.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, data: Dataset, recipe: Recipe, team: Team
+    ) -> None:
+        self.student, self.teacher, self.data, self.recipe, self.team = student, teacher, data, recipe, team
+        self.shared = team.share(student, recipe.dtype)
+        self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.optimizer = self._make_optimizer()
+        self.average = {name: own_part(p.detach()).clone() for name, p in self.named.items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the recipe's dtype."""
+        if self.recipe.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.team.device.type, dtype=self.recipe.dtype)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        recipe, schedule = self.recipe, self.recipe.schedule
+        projections = [p for name, p in self.named.items() if PROJECTION in name]
+        rest = [p for name, p in self.named.items() if PROJECTION not in name]
+        groups: list[dict[str, Any]] = [
+            {"params": params, "factor": factor}
+            for params, factor in ((rest, 1.0), (projections, schedule.proj_multiplier)) if params
+        ]  # fmt: skip
+        options: dict[str, Any] = {
+            "lr": schedule.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": recipe.weight_decay
+        }  # fmt: skip
+        if recipe.optimizer == "adamw8bit":
+            return optimizer_8bit()(groups, **options)
+        return torch.optim.AdamW(groups, **options, foreach=True)
+
+    def learning_rate(self, step: int) -> float:
+        """At a step, from 0: it rises over the warm-up, stays, and falls over the last part of the steps."""
+        s = self.recipe.schedule
+        warmup = min(s.warmup_steps, s.steps // 10)
+        rate = min(1.0, (step + 1) / (warmup + 1))
+        if s.decay > 0:
+            rate *= min(1.0, (s.steps - step) / (s.decay * s.steps))
+        return s.lr * rate
+
+    def step(self, number: int) -> StepResult:
+        """Train on the clips of step `number`, from 0. Raises SlagenError, with nothing changed, for a loss or a
+        gradient that is not finite."""
+        recipe, team = self.recipe, self.team
+        batch = recipe.schedule.batch_size
+        clips = self._clips(number)
+        parts = team.data_size
+        shares = [self._pieces([(i, clips[i]) for i in range(part, batch, parts)]) for part in range(parts)]
+        pieces, passes = shares[team.data_rank], max(map(len, shares))
+        levels = self._levels(number)
+        rate = self.learning_rate(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(4, dtype=torch.float64, device=team.device)  # loss, ||difference||^2, ||teacher||^2, tokens
+        for j in range(passes):  # as many on every process, for FSDP's sake; what is too many counts nothing
+            piece, counts = pieces[min(j, len(pieces) - 1)], float(j < len(pieces))
+            x, noise, text = self._inputs(number, piece)
+            level = torch.tensor([levels[i] for i, _ in piece], device=team.device)
+            noisy = mix(x, noise, level.view(-1, 1, 1, 1, 1))
+            with team.syncing(self.shared, last=j == passes - 1):
+                loss, difference, scale = self._loss(noisy, level, text, noise - x)
+                # DDP and FSDP take the mean over all processes, so each gives its part of the sum times their number;
+                # those that share a clip's tokens each have the gradients of their own
+                (loss.sum() * (counts * team.size / batch)).backward()
+            tokens = difference.new_tensor(float(x[0, 0].numel() * len(piece)))
+            sums += counts * torch.stack([loss.detach().sum().double(), difference, scale, tokens])
+        team.total(sums).div_(team.context)  # those that share a clip all have its loss
+        loss_sum, difference_sum, scale_sum, latents = sums.tolist()
+        parameters = list(self.named.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        norm_value = float(whole(norm))
+        for what, value in (("loss", loss_sum / batch), ("gradient", norm_value)):
+            if not math.isfinite(value):
+                names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
+                raise SlagenError(
+                    f"the {what} of step {number + 1} is {value}, on clips of {names}. Nothing of it was kept: "
+                    "the last checkpoint stays. Begin anew with a lower --lr and --restart."
+                )
+        if recipe.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)
+        self.optimizer.step()
+        self._update_average(number)
+        error = math.sqrt(difference_sum / scale_sum) if scale_sum > 0 else None
+        return StepResult(loss_sum / batch, error, norm_value, rate, int(latents) // self._patch())
+
+    def _loss(self, noisy: Tensor, level: Tensor, text: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each clip (B,), and the squares that the error to the teacher is made of."""
+        zero = torch.zeros((), dtype=torch.float64, device=noisy.device)
+        if self.recipe.loss == "flow":
+            with self.autocast():
+                found = velocity(self.shared, noisy, level, text).float()
+            return (found - flow).square().mean((1, 2, 3, 4)), zero, zero
+        assert self.teacher is not None
+        layered = self.recipe.layer_loss > 0
+        with (
+            self.autocast(),
+            AttentionOutputs(self.teacher) if layered else nullcontext() as expected_layers,
+            AttentionOutputs(self.student) if layered else nullcontext() as found_layers,
+        ):
+            with torch.no_grad():
+                expected = velocity(self.teacher, noisy, level, text).float()
+            found = velocity(self.shared, noisy, level, text).float()
+        loss = (found - expected).square().mean((1, 2, 3, 4))
+        difference = (found.detach() - expected).double().square().sum()
+        if expected_layers is not None and found_layers is not None:
+            pairs = list(zip(expected_layers.tensors, found_layers.tensors, strict=True))
+            for e, f in pairs:
+                e, f = e.float(), f.float()
+                wrong, right = (f - e).square().sum((1, 2)), e.square().sum((1, 2))
+                if self.team.context_group is not None:  # each has some of the tokens
+                    right = self.team.over_context(right)
+                    wrong = wrong + (self.team.over_context(wrong.detach()) - wrong.detach())
+                loss = loss + self.recipe.layer_loss / len(pairs) * wrong / right.clamp_min(1e-12)
+        return loss, difference, expected.double().square().sum()
+
+    def _clips(self, number: int) -> list[Clip]:
+        """The clips of a step: every epoch goes through all of them in an order of its own."""
+        clips, batch = self.data.training, self.recipe.schedule.batch_size
+        found, orders = [], {}
+        for place in range(number * batch, (number + 1) * batch):
+            epoch, index = divmod(place, len(clips))
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(_mix_seed(self.recipe.seed, 1, epoch))
+                orders[epoch] = torch.randperm(len(clips), generator=generator).tolist()
+            found.append(clips[orders[epoch][index]])
+        return found
+
+    def _levels(self, number: int) -> list[float]:
+        """Noise levels of a step's clips, t = sigma / (1 + sigma), log sigma normal; one from each equal part of it."""
+        s = self.recipe.schedule
+        generator = torch.Generator().manual_seed(_mix_seed(self.recipe.seed, 2, number))
+        order = torch.randperm(s.batch_size, generator=generator).double()
+        u = (order + torch.rand(s.batch_size, generator=generator, dtype=torch.float64)) / s.batch_size
+        normal = torch.special.ndtri(u.clamp(1e-5, 1 - 1e-5))
+        return torch.sigmoid(s.log_sigma_mean + s.log_sigma_std * normal).float().tolist()
+
+    def _pieces(self, clips: list[tuple[int, Clip]]) -> list[list[tuple[int, Clip]]]:
+        """Clips of one shape together, at most a micro-batch of them."""
+        size, by_shape = self.recipe.schedule.micro_batch, dict[tuple[int, ...], list[tuple[int, Clip]]]()
+        for item in clips:
+            by_shape.setdefault(item[1].shape, []).append(item)
+        return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
+
+    def _inputs(self, number: int, piece: list[tuple[int, Clip]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, noise and text of some clips, on the device; the text of every so many is the negative prompt."""
+        examples = [self.data.example(clip) for _, clip in piece]
+        schedule = self.recipe.schedule
+        places = [number * schedule.batch_size + i for i, _ in piece]
+        texts = [
+            self.data.negative_text() if _is_dropped(place, schedule.caption_dropout) else e.text
+            for place, e in zip(places, examples, strict=True)
+        ]
+        noise = [
+            torch.randn(clip.shape, generator=torch.Generator().manual_seed(_mix_seed(self.recipe.seed, 3, number, i)))
+            for i, clip in piece
+        ]
+        stacks = ([e.latents for e in examples], noise, texts)
+        x, n, text = (torch.stack(stack).to(self.team.device) for stack in stacks)
+        return x, n, text
+
+    def _patch(self) -> int:
+        return math.prod(self.student.config.patch_size)  # type: ignore[union-attr, arg-type]
+
+    @torch.no_grad()
+    def _update_average(self, number: int) -> None:
+        decay = min(MAX_DECAY, (1 + number) / (10 + number))
+        parts = [own_part(p.detach()) for p in self.named.values()]
+        torch._foreach_lerp_(list(self.average.values()), parts, 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student has its average weights, for the length of the block."""
+        kept = {name: own_part(p.detach()).clone() for name, p in self.named.items()}
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.named.items():
+            own_part(p.detach()).copy_(values[name])
+
+
+def optimizer_8bit() -> Any:
+    """AdamW with its state in 8 bits. Raises EnvironmentProblem where bitsandbytes is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "--optimizer adamw8bit needs bitsandbytes. Install it: pip install 'slagen[adamw8bit]'"
+        ) from error
+    return AdamW8bit
+
+
+def _is_dropped(place: int, fraction: float) -> bool:
+    """Whether the caption of the clip at a place, from 0, in all that are trained on is left out: evenly spread."""
+    return math.floor((place + 1) * fraction) > math.floor(place * fraction)
+
+
+def _mix_seed(*parts: int) -> int:
+    """One seed of several numbers, the same on every machine (FNV-1a over their bytes)."""
+    value = 0xCBF29CE484222325
+    for part in parts:
+        for byte in part.to_bytes(8, "little"):
+            value = ((value ^ byte) * 0x100000001B3) % 2**64
+    return value % 2**63
+
+
+def memory_plan(
+    student: nn.Module, teacher: nn.Module, recipe: Recipe, num_tokens: int, parts: int, recomputes: bool
+) -> str:
+    """How much memory each process will need, in words: an estimate from sizes, before anything is allocated.
+
+    Args:
+        num_tokens: of the longest clip. parts: processes that student and teacher are split over.
+        recomputes: whether activations are recomputed in the backward pass.
+    """
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in student.parameters()) - trained
+    state = 2 if recipe.optimizer == "adamw8bit" else 8
+    weights = (4 * frozen + (4 + 4 + 4 + state) * trained) / parts  # value, gradient, average, optimiser
+    other = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    config: Any = student.config
+    width, bytes_each = config.num_attention_heads * config.attention_head_dim, recipe.dtype.itemsize
+    block = num_tokens * (14 * width + 3 * config.ffn_dim) * bytes_each  # what one block keeps for its backward pass
+    kept = num_tokens * width * 4 * config.num_layers + block if recomputes else block * config.num_layers
+    gib = [size / 2**30 for size in (weights, other / parts, kept * recipe.schedule.micro_batch)]
+    student_gib, teacher_gib, activations_gib = gib
+    return (
+        f"{trained / 1e6:.1f} M of {(trained + frozen) / 1e6:.1f} M parameters train; memory about {sum(gib):.1f} GiB: "
+        f"{student_gib:.1f} student, optimiser and average, {teacher_gib:.1f} teacher, {activations_gib:.1f} "
+        f"activations of {num_tokens} tokens"
+    )

@@ -1,0 +1,357 @@
+"""SLA weights on disk: strict, self-describing, never silently incomplete."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from slagen.attention.sla.functional import Branches
+from slagen.config import Backend, SLAConfig
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.formats.reading import PICKLE_SUFFIXES
+from slagen.formats.sla import SLAMetadata, check_contents, gaps, with_contents
+from slagen.formats.transformer import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
+from slagen.io.files import kind_of_path, writing
+from slagen.io.paths import check_utf8
+from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
+from slagen.wan.presets import SLA_FILE
+from slagen.wan.processor import install, installation, remove
+from slagen.wan.saved import tell_settings
+
+
+def weights_hash(transformer: WanTransformer3DModel) -> str:
+    """SHA-256 of a transformer's tensors by name, rounded to bfloat16 so that the load dtype does not matter."""
+    return _hash(transformer.state_dict())
+
+
+def _hash(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_sla_file(path: Path) -> Path:
+    """The SLA file that a path names: itself, or `sla.safetensors` in a folder. Raises WeightsError."""
+    if path.is_dir():
+        path = path / SLA_FILE
+        if not path.is_file():
+            raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
+    if not path.is_file():
+        raise WeightsError(f"{path} {kind_of_path(path)}. Give a {SLA_FILE}, or a folder with one, with --weights.")
+    if path.suffix in PICKLE_SUFFIXES:
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."
+        )
+    return path
+
+
+def read_metadata(path: str | Path) -> SLAMetadata:
+    """What an SLA file, or the one in a folder, says of itself; its tensors are not read. Raises as `read_sla`."""
+    return _read(path, with_tensors=False)[0]
+
+
+def read_sla(path: str | Path) -> tuple[SLAMetadata, dict[str, Tensor]]:
+    """Read an SLA file or the one in a folder. Raises WeightsError if it is missing, broken or no SLA file."""
+    return _read(path, with_tensors=True)
+
+
+def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, Tensor]]:
+    file = find_sla_file(Path(path))
+    check_utf8(file)
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = SLAMetadata.from_strings(handle.metadata(), file)
+            names = handle.keys() if with_tensors else []
+            tensors = {name: handle.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
+    if with_tensors:
+        check_contents(metadata, tensors, file)
+    return metadata, tensors
+
+
+def load_sla(
+    pipe: Any,
+    path: str | Path,
+    *,
+    config: SLAConfig | None = None,
+    backend: Backend = "auto",
+    branches: Branches = "both",
+    allow_untrained: bool = False,
+    other_blocks: bool = False,
+    base_hash: str | None = None,
+) -> SLAMetadata:
+    """Install SLA in a Wan pipeline with the weights of a file; `remove_sla` undoes it.
+
+    Args:
+        pipe: a WanPipeline, or its transformer. What slagen had installed in it before is removed first.
+        path: an `sla.safetensors`, a folder with one, or the folder that diffusers saved this very model in, with SLA
+            inside.
+        config: instead of the file's, for another sparsity; domain and feature map must be the file's.
+        backend, branches: as in `sparse_linear_attention`.
+        allow_untrained: accept layers whose `proj_l` is all zero.
+        other_blocks: accept block sizes that are not the file's.
+        base_hash: `weights_hash` of the transformer, where the caller has it already.
+    Returns: what the file says of itself.
+    Raises: WeightsError, before anything is changed, if the file is broken, made for another base, does not hold the
+        very tensors that it was written with, lacks a `proj_l`, or holds a tensor that the model has not, or in another
+        shape, or with values that are not finite; UsageError if a LoRA is loaded or fused, hooks offload the
+        transformer's layers, or its weights are quantised.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    metadata, tensors = _read_saved(Path(path)) or read_sla(path)
+    config = config or metadata.config
+    _check_same_form(config, metadata.config, path, other_blocks)
+    refuse_adapters(pipe, "loaded")
+    refuse_offloaded(transformer, "loaded")
+    if base_hash is None:
+        refuse_rounded(transformer, "loaded")
+    remove(transformer)
+    found = base_hash or weights_hash(transformer)
+    if found != metadata.base_hash:
+        raise WeightsError(
+            f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
+            f"weights {found[:12]}, as another model has, or the same with a LoRA fused into it. "
+            "Give that model with --model, or weights made for this one with --weights."
+        )
+    install(transformer, config, backend=backend, branches=branches)
+    missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
+    try:
+        _fill(transformer, tensors, path, allow_untrained, missing)
+    except SlagenError:
+        remove(transformer)
+        raise
+    tell_settings(transformer, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
+    return metadata
+
+
+def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
+    """The SLA weights inside a model that diffusers saved; None where a path names anything else."""
+    if not path.is_dir() or (path / SLA_FILE).is_file() or not (path / "transformer").is_dir():
+        return None
+    found = peek(path)
+    if found.untold:
+        raise WeightsError(f"{path} {UNTOLD}")
+    if found.sla is None:
+        return None
+    checkpoint = read_checkpoint(path)
+    assert isinstance(checkpoint, Checkpoint)
+    family = "rcm" if found.sampler == "rcm" else "flow"
+    base = _hash(checkpoint.tensors)
+    return SLAMetadata(found.sla, path.name, base, found.trained, 0, family), checkpoint.projections
+
+
+def install_projections(
+    pipe: Any,
+    path: str | Path,
+    config: SLAConfig,
+    *,
+    backend: Backend = "auto",
+    branches: Branches = "both",
+    allow_untrained: bool = False,
+) -> None:
+    """Install SLA with the `proj_l` that a transformer's own file holds, or SimpleTuner's side file.
+
+    Raises: WeightsError if there is none, or it does not fit; the pipeline is as before then.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    found = read_checkpoint(Path(path), projections_only=True)
+    if isinstance(found, Checkpoint):
+        tensors = found.projections
+    else:
+        layers = range(transformer.config.num_layers)
+        tensors = {f"blocks.{i}.attn1.processor.proj_l.{name}": x for i in layers for name, x in _pair(found)}
+    install(transformer, config, backend=backend, branches=branches)
+    try:
+        _fill(transformer, tensors, path, allow_untrained, [])
+    except SlagenError:
+        remove(transformer)
+        raise
+    told = peek(Path(path))
+    tell_settings(transformer, told.sla or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
+
+
+def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
+    return [("weight", side.weight), ("bias", side.bias)]
+
+
+def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str, Tensor] | None = None) -> Path:
+    """Write the SLA weights of a pipeline: every `proj_l`, and every tensor that differs from the base.
+
+    Args:
+        pipe: a WanPipeline with SLA installed, or its transformer.
+        path: a file, or a folder that gets `sla.safetensors`.
+        metadata: what the file will say of itself.
+        base: the base's transformer tensors by name; None means that only `proj_l` and what `load_sla` put aside
+            can differ from it, which is checked.
+    Returns: the file's path.
+    Raises: UsageError if no SLA is installed, the base is not the one that the metadata names, a LoRA is loaded or
+        fused, or hooks offload the transformer's layers.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    refuse_adapters(pipe, "saved")
+    refuse_offloaded(transformer, "saved")
+    record = installation(transformer)
+    state = transformer.state_dict()
+    if record is None or not any(_is_projection(name) for name in state):
+        raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
+    if base is None:
+        base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not _is_projection(name)}
+    if _hash(base) != metadata.base_hash:
+        raise UsageError(
+            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so what was trained "
+            "cannot be told from it. Give the tensors from before training as base."
+        )
+    kept = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if _is_projection(name) or (name in base and not torch.equal(tensor.cpu(), base[name].to(tensor.dtype)))
+    }
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        file = file / SLA_FILE
+    write_sla(kept, file, metadata)
+    return file
+
+
+def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | None) -> None:
+    """Write an SLA file, whole or not at all: every `proj_l`, and what else was trained, by the model's names.
+
+    A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
+    B A, to the file's own `X.weight` where it has one. Without metadata it is a plain transformer file. Raises
+    SlagenError where the disk does not take it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with writing(file) as part:
+            save_file(kept, part, metadata=None if metadata is None else with_contents(metadata, kept).to_strings())
+    except (OSError, SafetensorError) as error:
+        raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
+
+
+LORA_TARGETS = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+
+
+def add_lora(transformer: WanTransformer3DModel, rank: int, seed: int) -> None:
+    """Put fresh low-rank changes, which change nothing yet, beside the linear layers of self-attention.
+
+    Raises: EnvironmentProblem where peft is not installed.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(lora_config(rank))
+
+
+def lora_config(rank: int = 1) -> Any:
+    """What `add_lora` tells peft. Raises EnvironmentProblem where that is not installed."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EnvironmentProblem("--train lora needs peft. Install it: pip install 'slagen[finetune]'") from error
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+
+
+def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trained parameters as an SLA file keeps them: `proj_l` in float32, all else in float16; peft's names plain."""
+    return {plain_name(name): x.float() if _is_projection(name) else x.half() for name, x in named.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model's files, of the one that it has beside low-rank changes."""
+    for old, new in ((".base_layer.", "."), (".lora_A.default.", ".lora_A."), (".lora_B.default.", ".lora_B.")):
+        name = name.replace(old, new)
+    return name
+
+
+def apply_sla(
+    pipe: Any, config: SLAConfig | None = None, *, backend: Backend = "auto", branches: Branches = "both"
+) -> None:
+    """Install SLA with an untrained (zero) `proj_l` in a Wan pipeline: sparse attention, until it is fine-tuned.
+
+    Args:
+        pipe: a WanPipeline, or its transformer, without SLA in it.
+        config: how to divide the work; None is `SLAConfig()`.
+    Raises: UsageError if SLA is installed already, the model is no Wan, or hooks offload its layers.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
+    install(transformer, config or SLAConfig(), backend=backend, branches=branches)
+    tell_settings(transformer, config or SLAConfig(), "flow", "" if branches == "both" else branches)
+
+
+def remove_sla(pipe: Any) -> None:
+    """Take SLA out of a Wan pipeline and put the base weights and processors back. Without SLA, do nothing."""
+    remove(getattr(pipe, "transformer", pipe))
+
+
+def _is_projection(name: str) -> bool:
+    return ".processor.proj_l." in name
+
+
+def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, other_blocks: bool) -> None:
+    for name in ("linear_domain", "feature_map", *(() if other_blocks else ("block_m", "block_n"))):
+        if getattr(config, name) != getattr(trained, name):
+            raise WeightsError(
+                f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
+                "weights do not suit another. Leave the setting out."
+            )
+
+
+def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+    """Low-rank changes added to the weights that they change, the file's own or the model's. Raises WeightsError where
+    they do not fit."""
+    changed = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    for name, down in tensors.items():
+        if ".lora_A." not in name:
+            continue
+        target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
+        base = tensors.get(target, state.get(target))
+        if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
+            raise WeightsError(f"{path} does not fit: {name} has no partner or no layer of its size to change.")
+        product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
+        changed[target] = base.to(product.device, torch.float32) + product
+    return changed
+
+
+def _fill(
+    transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool,
+    missing: list[str],
+) -> None:  # fmt: skip
+    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are told."""
+    state = transformer.state_dict()
+    faults = number_faults(tensors)
+    tensors = _multiply_out(tensors, state, path)
+    missing += [name for name in state if _is_projection(name) and name not in tensors and name not in missing]
+    faults += [f"{name} is missing" for name in missing]
+    for name, tensor in tensors.items():
+        if name not in state:
+            faults.append(f"{name} is not in the model")
+        elif tensor.shape != state[name].shape:
+            faults.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(state[name].shape)}")
+    if faults:
+        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise WeightsError(f"{path} does not fit: {'; '.join(faults[:3])}{more}. Get weights made for this model.")
+    zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
+    if transformer.blocks[0].attn1.processor.branches == "sparse":
+        zero = []  # it is not used
+    if zero and not allow_untrained:
+        raise WeightsError(
+            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear "
+            "branch is untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
+        )
+    record = installation(transformer)
+    assert record is not None
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if not _is_projection(name):
+                record.replaced[name] = state[name].detach().cpu().clone()
+            state[name].copy_(tensor)

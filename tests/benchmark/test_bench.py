@@ -1,0 +1,265 @@
+"""slagen bench: what it measures, what it refuses, and what it writes."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from slagen.attention import sparse_linear_attention
+from slagen.attention.sla import fused
+from slagen.benchmark import run as task
+from slagen.benchmark.methods import Method, Setting
+from slagen.benchmark.run import bench
+from slagen.cli.main import run
+from slagen.config import BenchConfig, SLAConfig, parse_shape
+from slagen.doctor import checks as doctor
+from slagen.errors import EnvironmentProblem, UsageError
+
+QUICK = {"shapes": ("1x2x256x32",), "sparsities": (0.5,), "lengths": (), "seconds": 0.01, "device": "cpu"}
+FIELDS = {
+    "method", "kind", "backend", "shape", "dtype", "sparsity", "correct", "error", "forward_ms", "backward_ms",
+    "training_forward_ms", "parts_ms", "tflops_dense_equivalent", "speedup",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """The ceilings take a second of matrix products each time; here they are not the point."""
+    monkeypatch.setattr(task, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
+
+
+def test_rows_and_files(tmp_path):
+    config = BenchConfig(**QUICK, methods=("sla", "sparse", "sdpa"), backward=True, output=str(tmp_path / "results"))
+    result = bench(config)
+    rows = {row["method"]: row for row in result.content["rows"]}
+    assert list(rows) == ["sla", "sparse", "sdpa"]
+    for row in rows.values():
+        assert row.keys() >= FIELDS
+        assert row["correct"] is True and row["error"] < 1e-5
+        assert row["forward_ms"]["q1"] <= row["forward_ms"]["median"] <= row["forward_ms"]["q3"]
+        assert row["backward_ms"]["repeats"] >= 3
+        flops = 4 * 2 * 256**2 * 32
+        assert row["tflops_dense_equivalent"] == pytest.approx(flops / row["forward_ms"]["median"] / 1e9)
+    assert [rows[name]["kind"] for name in rows] == ["sla", "sparse", "dense"]
+    assert (rows["sla"]["backend"], rows["sla"]["sparsity"], rows["sdpa"]["sparsity"]) == ("torch", 0.5, None)
+    ratio = rows["sdpa"]["forward_ms"]["median"] / rows["sla"]["forward_ms"]["median"]
+    assert rows["sla"]["speedup"] == pytest.approx(ratio) and rows["sdpa"]["speedup"] == 1
+    parts = rows["sla"]["parts_ms"]
+    assert list(parts) == ["block_map", "state", "projection", "fused"]
+    assert all(duration > 0 for duration in parts.values())
+    assert {path.name for path in result.files} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
+    assert json.loads((tmp_path / "results" / "bench.json").read_text()) == result.content
+    table = (tmp_path / "results" / "bench.md").read_text()
+    times = [rows[name]["forward_ms"] for name in ("sla", "sparse", "sdpa")]
+    slower = any(found["q1"] > times[2]["q3"] for found in times)
+    assert "| sla | torch | 0.5 |" in table and ("(slower)" in table) == slower
+    assert (tmp_path / "results" / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_lengths_are_swept_at_one_sparsity():
+    config = BenchConfig(**{**QUICK, "lengths": (128, 512), "sparsities": (0.9, 0.5)}, methods=("sla", "sdpa"))
+    rows = bench(config).content["rows"]
+    assert [(r["method"], r["shape"].split("x")[2], r["sparsity"]) for r in rows] == [
+        ("sla", "256", 0.9), ("sdpa", "256", None), ("sla", "256", 0.5),
+        ("sla", "128", 0.9), ("sdpa", "128", None), ("sla", "512", 0.9), ("sdpa", "512", None),
+    ]  # fmt: skip
+
+
+def test_a_wrong_method_is_reported_and_not_timed(monkeypatch):
+    broken = Method("sdpa", "dense", lambda setting: lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 1.01)
+    monkeypatch.setattr(task, "METHODS", (broken,))
+    row = bench(BenchConfig(**QUICK)).content["rows"][0]
+    assert row["correct"] is False and row["forward_ms"] is None and row["reason"].startswith("wrong: ")
+
+
+def test_what_other_libraries_cannot_do_is_said(monkeypatch):
+    def fail(setting):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", fail),))
+    row = bench(BenchConfig(**QUICK)).content["rows"][0]
+    assert row["reason"] == "not supported here (RuntimeError: no kernel image)" and row["forward_ms"] is None
+
+
+def test_methods_take_turns(monkeypatch):
+    """Ratios are of one state of the machine: no method is timed to its end before another begins."""
+    order = []
+
+    def recorded(name):
+        def attend(q, k, v):
+            order.append(name)
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return Method(name, "dense", lambda setting: attend)
+
+    monkeypatch.setattr(task, "METHODS", (recorded("one"), recorded("two")))
+    rows = bench(BenchConfig(**QUICK)).content["rows"]
+    turns = [len(row["forward_ms"]["turn_medians"]) for row in rows]
+    assert min(turns) >= 3 and len([1 for a, b in itertools.pairwise(order) if a != b]) >= 2 * min(turns) - 1
+
+
+def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
+    def make(setting):
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k, v).detach()
+
+    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", make),))
+    result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
+    row = result.content["rows"][0]
+    assert row["forward_ms"] and row["backward_ms"] is None and row["speedup"] == 1
+    assert row["reason"].startswith("its backward pass: not supported here (RuntimeError: element 0 of tensors")
+    assert f"other: {row['reason']}" in result.verdicts
+
+
+def test_what_fails_at_the_full_length_is_said(monkeypatch):
+    def make(setting):
+        def attend(q, k, v):
+            if q.shape[2] == 256:
+                raise torch.OutOfMemoryError
+            return F.scaled_dot_product_attention(q, k, v)
+
+        return attend
+
+    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", make),))
+    result = bench(BenchConfig(**QUICK))
+    assert result.verdicts[0] == "other: does not fit into this device's memory"
+
+
+def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
+    nothing = Method("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
+    monkeypatch.setattr(task, "METHODS", (nothing,))
+    row = bench(BenchConfig(**QUICK, output=str(tmp_path))).content["rows"][0]
+    assert row["correct"] is False and row["reason"] == "wrong: it gives values that are not finite"
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["error"] is None
+
+
+@pytest.mark.parametrize("domain", ["all", "marginal"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_fused_part_attends(backend, domain):
+    """What is timed as `fused` gives the operator's own output, from what the other parts make."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs triton")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = SLAConfig(0.5, linear_domain=domain, block_m=16, block_n=16)
+    weight, bias = torch.eye(16, device=device), torch.randn(16, device=device)
+    setting = Setting(config, weight, bias, backend, device, torch.float32)
+    inputs = task._draw(1, (1, 1, 50, 16), device, torch.float32)[0]
+    stages = task._triton_stages if backend == "triton" else task._torch_stages
+    q, k, v, _ = inputs
+    with torch.inference_mode():
+        parts = stages(setting, inputs)
+        whole = sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
+        for part in parts.values():
+            part(q, k, v)
+        assert torch.equal(parts["fused"](q, k, v), whole)
+
+
+def test_inputs_exceed_twice_the_cache(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50_000_000))
+    monkeypatch.setattr(task, "_draw", lambda count, sizes, device, dtype: count)
+    for sizes, count in {(1, 12, 32760, 128): 1, (1, 12, 1024, 128): 11, (1, 1, 1024, 64): 255}.items():
+        assert task._inputs(sizes, torch.device("cuda"), torch.bfloat16) == count
+        assert count * 3 * math.prod(sizes) * 2 >= 100_000_000
+
+
+def test_a_backend_that_can_not_take_the_shape_is_said():
+    with pytest.raises(EnvironmentProblem, match="head dimension of 16, 32, 64, 128, 256, not 96"):
+        bench(BenchConfig(**{**QUICK, "shapes": ("1x1x128x96",)}, backend="triton"))
+
+
+def test_break_even_is_where_slower_ends():
+    def row(length, speedup, against="faster"):
+        shape = f"1x1x{length}x64"
+        return {"method": "sla", "sparsity": 0.95, "shape": shape, "speedup": speedup, "against_dense": against}
+
+    rows = [row(1024, 0.5, "slower"), row(2048, 1.1), row(4096, 0.9, "slower"), row(8192, 2.0), row(16384, 4.0)]
+    assert task._break_even(rows, 0.95) == 8192 and task._even(rows, 0.95) is None
+    assert task._break_even(rows[:3], 0.95) is None and task._even(rows[:3], 0.95) is None
+    noisy = [*rows[:2], row(4096, 1.3, "within the noise")]
+    assert task._break_even(noisy, 0.95) is None and task._even(noisy, 0.95) == 4096
+
+
+def test_model_is_timed_dense_and_with_sla():
+    config = BenchConfig(model="tiny-wan", steps=1, sparsities=(0.9,), block_m=16, block_n=16, device="cpu")
+    rows = bench(config).content["models"]
+    assert [(row["attention"], row["backend"], row["sparsity"]) for row in rows] == [
+        ("dense", "sdpa", None),
+        ("sla", "torch", 0.9),
+    ]
+    for row in rows:
+        assert 0 < row["attention_share"] < 1 and row["step_ms"]["median"] > row["attention_ms"]["median"] > 0
+    assert rows[0]["speedup"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"shapes": ("wan",)}, "wan-1.3b-480p.*Try --shape 1x12x8192x128"),
+        ({"shapes": ("1x12x0x128",)}, "Try --shape"),
+        ({"sparsities": (1.0,)}, "sparsity is 1.0"),
+        ({"block_m": 48}, "block_m is 48"),
+        ({"seconds": 0.0}, "Try --seconds 2"),
+        ({"model": "tiny-wan", "random_init": "wan-1.3b"}, "Give one of them"),
+        ({"lengths": (0,)}, "at least 1 token"),
+        ({"steps": 0}, "Try --steps 1"),
+    ],
+    ids=["shape", "zero", "sparsity", "block", "seconds", "two-models", "length", "steps"],
+)
+def test_bad_settings(fields, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        BenchConfig(**fields)
+
+
+def test_unknown_and_missing_methods():
+    with pytest.raises(UsageError, match="must be one of sla, sparse, sdpa"):
+        bench(BenchConfig(**QUICK, methods=("fast",)))
+    with pytest.raises(EnvironmentProblem, match="flash-attn does not run here: is not installed"):
+        bench(BenchConfig(**QUICK, methods=("flash-attn",)))
+
+
+def test_shapes_have_names():
+    assert parse_shape("wan-1.3b-480p") == (1, 12, 32760, 128)
+    assert parse_shape(" 1X2x3x16 ") == (1, 2, 3, 16)
+
+
+def test_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # results go into outputs/bench there
+    options = ["--shape", "1x1x128x16", "--method", "sla", "--method", "sdpa", "--sparsity", "0.5", "--seconds", "0.01"]
+    assert run(["bench", *options, "--device", "cpu", "--no-length-sweep", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in content["rows"]] == ["sla", "sdpa"]
+    assert content["machine"]["type"] == "cpu"
+    assert sorted(file.suffix for file in Path("outputs/bench").iterdir()) == [".json", ".md", ".png", ".svg"]
+    assert run(["bench", "--shape", "what"]) == 2
+
+
+def test_triton_without_a_gpu(monkeypatch, capsys):
+    from slagen.kernels import resources
+
+    monkeypatch.setattr(resources, "interpreting", lambda: False)
+    options = ["--device", "cpu", "--backend", "triton"]
+    assert run(["bench", "--shape", "1x1x128x16", *options]) == 4
+    assert run(["generate", "a red circle moving right", *options]) == 4
+    assert "Triton needs a CUDA device" in capsys.readouterr().err
+
+
+def test_doctor_finds_no_gpu_without_failing(capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+
+    def small_proof(q, config):  # the same, of a size that the interpreter takes seconds for
+        return fused.prove(q[..., :16], dataclasses.replace(config, block_m=16, block_n=16))
+
+    monkeypatch.setattr(doctor, "prove", small_proof)
+    assert run(["doctor", "--json"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["gpu"]["status"] == "note" and found["gpu"]["fix"]
+    assert found["bundled model"]["status"] == "ok"
+    assert found["kernels"]["status"] == "ok" and "agree with the reference" in found["kernels"]["found"]
+    assert run(["doctor", "--require-gpu"]) == 4
+    assert "--require-gpu was given" in capsys.readouterr().err

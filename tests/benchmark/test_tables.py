@@ -1,0 +1,241 @@
+"""What bench, doctor and models print: whole at 80 columns, without blanks at the ends of lines, and said once."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+
+from slagen.benchmark import run as task
+from slagen.benchmark import tables
+from slagen.benchmark.methods import METHODS, Method
+from slagen.cli import console
+from slagen.config import BenchConfig
+from slagen.doctor.checks import Finding
+from slagen.generation.estimate import models
+
+WIDTH = 80
+MEDIANS = "Times are medians; their quartiles and repeats are in the files and in --json."
+
+
+@pytest.fixture(params=["terminal", "pipe"])
+def stdout(request, monkeypatch, capsys):
+    """What was printed, on a terminal of 80 columns and where stdout is none."""
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    if request.param == "terminal":
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")  # no colours
+
+    def read():
+        lines = capsys.readouterr().out.splitlines()
+        assert request.param == "terminal" or all(row == row.rstrip() for row in lines)
+        return lines
+
+    return read
+
+
+def bench_row(method, **changes):
+    """A row of content as `bench` makes them, of a method that takes its longest numbers."""
+    backend = "triton" if method.name in ("sla", "sparse") else method.name
+    times = {"median": 0.0123456, "q1": 0.01, "q3": 0.02, "repeats": 100, "turn_medians": [0.01, 0.02]}
+    return {
+        "method": method.name, "kind": method.kind, "backend": backend, "shape": "1x12x32760x128", "sparsity": 0.95,
+        "correct": True, "reason": None, "forward_ms": times, "backward_ms": {**times, "median": 123456.7},
+        "tflops_dense_equivalent": 0.00123456, "speedup": 0.85, "against_dense": tables.SLOWER,
+    } | changes  # fmt: skip
+
+
+def bench_result(rows, models=(), **content):
+    machine = {"name": "Some card", "matmul_tflops": 700.0, "copy_gb_s": 3000.0}
+    found = {"machine": machine, "rows": rows, "models": list(models), "break_even_tokens": {}, **content}
+    return tables.BenchResult(found)
+
+
+def test_bench_is_whole_at_80_columns(stdout):
+    """Every method, backend and speed-up; a heading for each shape. In a terminal of 80 they came out as `s…`."""
+    rows = [bench_row(method, shape=shape) for shape in ("1x12x1024x128", "1x12x32760x128") for method in METHODS]
+    rows.append(bench_row(METHODS[0], forward_ms=None, correct=False, reason="wrong: its error is 0.1, the limit 0.01"))
+    console.show_bench(bench_result(rows), False)
+    lines = stdout()
+    assert all(len(row) <= WIDTH for row in lines[: lines.index(MEDIANS)]) and "…" not in "".join(lines)
+    assert [row for row in lines if row in ("1x12x1024x128", "1x12x32760x128")] == ["1x12x1024x128", "1x12x32760x128"]
+    shown = [row.split() for row in lines]
+    for row in rows[:-1]:
+        backend = ["triton"] if row["backend"] == "triton" else []
+        times = ["0.95", "0.0123", "123457", "0.00123", "0.85x", *["(slower)"] * (row["kind"] != "dense")]
+        assert shown.count([row["method"], *backend, *times]) == 2
+    assert ["sla", "triton", "0.95", "wrong"] in shown
+    assert "sla is wrong: its error is 0.1, the limit 0.01" in lines
+
+
+def test_bench_of_models_is_whole_at_80_columns(stdout):
+    row = {
+        "model": "turbowan2.1-t2v-1.3b-480p", "size": "832x480", "num_frames": 81, "attention": "sla",
+        "backend": "sdpa-flash", "compiled": True, "sparsity": 0.95, "attention_share": None, "speedup": 0.97,
+        "against_dense": tables.EVEN, "step_ms": {"median": 12345.6, "q1": 12000.0, "q3": 13000.0, "repeats": 4},
+    }  # fmt: skip
+    plain = {**row, "attention": "dense", "compiled": False, "attention_share": 0.75, "speedup": 1.0}
+    result = bench_result([], [plain, row])
+    console.show_bench(result, False)
+    lines = stdout()
+    assert all(len(row) <= WIDTH for row in lines)
+    assert "turbowan2.1-t2v-1.3b-480p 832x480, 81 frames" in lines
+    shown = [row.split() for row in lines]
+    assert ["sla", "sdpa-flash,", "compiled", "0.95", "12346", "0.97x", "(noise)"] in shown
+    assert ["dense", "sdpa-flash", "0.95", "12346", "75%", "1.00x"] in shown
+    assert "12000-1.3e+04" not in "".join(lines) and "(1.2e+04-1.3e+04)" in result.tables[1][1][0][4]
+
+
+def test_kernels_are_whole_at_80_columns(stdout):
+    """The main kernels at heads of 128, and what breaks a limit; the rest is counted, and in the JSON."""
+    content = json.loads((Path(__file__).parents[1] / "kernels" / "kernel_costs.json").read_text())
+    broken = [row for row in content["kernels"] if row["target"] == "sm_120" and row["kernel"] != "attend"][:7]
+    for row in broken:
+        row["faults"] = ["8 bytes spilled"]
+    console.show_kernels(content, False)
+    lines = stdout()
+    sentences = ("one call at", f"{len(content['kernels'])} kernels are shown")
+    assert all(len(row) <= WIDTH or any(text in row for text in sentences) for row in lines)
+    assert "…" not in "".join(lines)
+    shown = [row.split() for row in lines]
+    for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
+        assert len([row for row in lines if row.startswith(f"{target}, ")]) == 1
+    assert shown.count(list(console.MAIN_KERNELS)) == 6
+    main = [row for row in content["kernels"] if row["kernel"] in console.MAIN_KERNELS and row["head_dim"] == 128]
+    for name, key in (("registers", "registers"), ("instructions", "instructions"), ("at once", "programs_per_sm")):
+        for target in ("sm_80", "sm_120"):
+            values = [str(row[key]) for row in main if row["target"] == target]
+            assert [*name.split(), *values] in shown
+    for row in broken:
+        assert f"{row['kernel']}, D = {row['head_dim']}: 8 bytes spilled" in lines
+        assert any(row["kernel"] in cells for cells in shown)
+    count = len(main) + len([row for row in broken if row not in main])
+    assert f"{count} of {len(content['kernels'])} kernels are shown" in "\n".join(lines) and "--json" in "\n".join(
+        lines
+    )
+
+
+def test_presets_are_whole_at_80_columns(stdout):
+    rows = models()
+    console.show_models(rows, False)
+    text = "\n".join(stdout())
+    assert max(map(len, text.splitlines())) <= WIDTH and "…" not in text
+    for row in rows:
+        assert row["name"] in text and (row["weights"] or row["base"] or "this installation") in text
+
+
+def test_findings_are_whole_and_end_without_blanks(stdout):
+    """A pipe got lines of 132 columns, padded with blanks."""
+    words = " ".join(f"word{number}" for number in range(40))
+    console.show_findings([Finding("kernels 0", "problem", words, "apt install gcc"), Finding("gpu", "ok", "x")], False)
+    lines = stdout()
+    assert " ".join(" ".join(lines).split()) == f"problem kernels 0 {words} apt install gcc ok gpu x"
+
+
+def test_selftest_says_a_thing_once(stdout, tmp_path):
+    """Twelve checks of the kernels that end alike said one sentence twelve times."""
+    agree, rest = "all agree", {"status": "ok", "seconds": 0.5}
+    checks = [
+        {"name": f"triton {dtype}, head dimension {size}, domain {domain}", "detail": agree, **rest}
+        for dtype in ("fp16", "bf16", "fp32") for size in (64, 128) for domain in ("all", "marginal")
+    ]  # fmt: skip
+    checks[7] |= {"status": "failed", "detail": "dq is wrong"}
+    checks.append({"name": "generate", "detail": "4 steps", **rest})
+    console.show_selftest({"checks": checks}, tmp_path / "file.json", False)
+    text = " ".join(" ".join(stdout()).split())
+    assert text.count(agree) == 3 and text.count("dq is wrong") == 1 and text.count("generate") == 1
+    for dtype, counts in (("fp16", "2.0 s 4 checks"), ("bf16", "1.5 s 3 checks"), ("fp32", "2.0 s 4 checks")):
+        assert f"ok triton {dtype} {counts}: {agree}" in text
+    assert "failed triton bf16, head dimension 128" in text and text.count("marginal") == 1
+
+
+# Verdicts
+
+
+def times(median, q1=None, q3=None):
+    return {"median": median, "q1": q1 or median, "q3": q3 or median, "repeats": 9, "turn_medians": [median] * 5}
+
+
+@pytest.mark.parametrize(
+    ("sla", "said", "mark"),
+    [
+        pytest.param(times(1.0), "SLA is faster than dense attention from 256 tokens on", "2.00x", id="faster"),
+        pytest.param(times(4.0), tables.NEVER, "0.50x (slower)", id="slower"),
+        pytest.param(times(1.9, 1.5, 2.1), "no verdict: at 256 tokens the quartiles", "1.05x (noise)", id="noise"),
+        pytest.param(
+            times(2.1, 1.9, 2.5), "no verdict: at 256 tokens the quartiles", "0.95x (noise)", id="noise-below"
+        ),
+    ],
+)
+def test_no_verdict_within_the_noise(sla, said, mark):
+    """A speed-up of 1.06x was a verdict where the medians of turns lay 93 % apart."""
+    dense = bench_row(METHODS[2], shape="1x2x256x64", forward_ms=times(2.0), sparsity=None, backward_ms=None)
+    row = bench_row(METHODS[0], shape="1x2x256x64", forward_ms=sla, backward_ms=None)
+    task._compare([row, dense])
+    rows = [row, dense]
+    result = bench_result(
+        rows, break_even_tokens={"1x2x256x64": task._break_even(rows, 0.95)},
+        even_tokens={"1x2x256x64": task._even(rows, 0.95)},
+    )  # fmt: skip
+    assert result.verdicts[-1].startswith(f"1x2x256x64: {said}")
+    assert result.verdicts[-2].endswith("between turns; where quartiles overlap, a difference is noise")
+    assert tables.cells(row)[-1] == mark and result.speedups == [f"{mark} at 1x2x256x64"]
+
+
+def quick(monkeypatch, methods, **changes):
+    """A bench of an instant: its content, and the notes."""
+    notes = []
+    monkeypatch.setattr(task, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
+    monkeypatch.setattr(task, "METHODS", methods)
+    monkeypatch.setattr(task, "_parts", lambda *given: None)
+    config = BenchConfig(
+        **{"shapes": ("1x1x128x16",), "lengths": (), "seconds": 0.001, "device": "cpu", "sparsities": (0.5,), **changes}
+    )
+    return task.bench(config, notes.append), notes
+
+
+def dense(name, **options):
+    return Method(name, "dense", lambda setting: F.scaled_dot_product_attention, **options)
+
+
+@pytest.mark.parametrize(
+    ("sparsities", "kept", "groups"),
+    [
+        pytest.param((0.5, 0.8, 0.9, 0.97), [0.5, 0.8], [(0.8, [0.9, 0.97])], id="first-stands"),
+        pytest.param((0.8, 0.9, 0.95, 0.97), [0.95], [(0.95, [0.8, 0.9, 0.97])], id="swept-stands"),
+        pytest.param((0.9, 0.9), [0.9], [], id="twice"),
+        pytest.param((0.0, 0.5, 0.75), [0.0, 0.5, 0.75], [], id="none"),
+    ],
+)
+def test_sparsities_that_keep_the_same_are_measured_once(monkeypatch, sparsities, kept, groups):
+    """At 8 blocks 0.9, 0.95 and 0.97 all keep one: the table showed noise between identical methods."""
+    sparse = Method("sparse", "sparse", METHODS[1].build)
+    result, notes = quick(monkeypatch, (sparse,), shapes=("1x1x512x16",), sparsities=sparsities)
+    assert [row["sparsity"] for row in result.content["rows"]] == kept
+    assert [(group["sparsity"], group["also"]) for group in result.content["same_top_k"]] == groups
+    assert len([text for text in result.verdicts if "of 8 key blocks" in text]) == len(groups)
+    assert not [text for text in notes if "of 8 key blocks" in text]  # the result says it
+
+
+def test_one_line_for_all_that_are_not_installed(monkeypatch):
+    """There was one for each method and sparsity, of which nothing came."""
+    missing = tuple(dense(f"other-{number}", package=f"no_such_package_{number}") for number in range(3))
+    result, notes = quick(monkeypatch, (dense("sdpa"), *missing), sparsities=(0.0, 0.5))
+    assert notes == ["sdpa, 128 tokens"]
+    assert "other-0, other-1, other-2: not installed" in result.verdicts
+    assert len([text for text in result.verdicts if "installed" in text]) == 1
+
+
+def test_nothing_is_said_of_sla_where_it_was_not_measured(monkeypatch):
+    """It was slower than dense attention then."""
+    result, _ = quick(monkeypatch, (dense("sdpa"),))
+    assert not [text for text in result.verdicts if "SLA" in text]
+
+
+def test_a_plain_table_with_headers_of_two_lines():
+    table = console.plain.Table()
+    table.add_column("a\nms")
+    table.add_column("long", justify="right")
+    table.add_row("x", 7)
+    table.add_row(console.plain.Text("1\n2"), "")
+    assert str(table) == "a   long\nms\nx      7\n1\n2"

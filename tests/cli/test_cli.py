@@ -1,0 +1,262 @@
+"""The command line: what it hands to the task, what it says, and how it exits."""
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from wan_models import save_pipeline
+
+import slagen
+from slagen.cli.main import app, run
+from slagen.config import GenerateConfig
+from slagen.errors import SlagenError, WeightsError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Replace the task; collects the configs it is called with."""
+    import slagen.generation.generate as task
+
+    configs: list[GenerateConfig] = []
+
+    def stub(config, on_event):
+        configs.append(config)
+        return task.GenerateResult([])
+
+    monkeypatch.setattr(task, "generate", stub)
+    monkeypatch.setattr("slagen.cli.console.show_videos", lambda result, as_json: None)
+    return configs
+
+
+def test_no_flag_is_needed(seen):
+    assert run(["generate", "a red circle"]) == 0
+    assert seen == [GenerateConfig("a red circle")]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("generate --prompts p.txt --dry-run", "Give one prompt"),
+        ("generate --prompts p.txt --overwrite", "Leave --overwrite out"),
+        (
+            "finetune --model tiny-wan --lr 1 --json data videos --output o",
+            "--model, --lr, --json before data",
+        ),
+        ("generate a --size 0x480", "Try --size 832x480"),
+        ("bench --device cpu --output {file}/bench", "Not a directory"),
+        ("merge {file} {file}/x.safetensors --diff-base {file} --diff-target {file}", ""),
+    ],
+)
+def test_what_would_have_no_effect_or_no_place_is_refused(tmp_path, capsys, command, message):
+    (tmp_path / "file").write_text("")
+    assert run(command.format(file=tmp_path / "file").split()) in (1, 2, 5)
+    told = " ".join(capsys.readouterr().err.split())
+    assert message in told and "a bug in slagen" not in told
+
+
+def test_every_option_reaches_the_config(seen):
+    options = """--negative-prompt blur --model m --weights w --allow-untrained --attention sparse --backend torch
+        --sparsity 0.9 --steps 7 --guidance-scale 2.5 --flow-shift 4 --seed 11 --num-frames 17 --size 128x64 --fps 9
+        --num-videos 2 --dtype bf16 --device cpu --timing step --save-latents --output o --overwrite"""
+    assert run(["generate", "--prompt", "x", *options.split()]) == 0
+    assert seen == [
+        GenerateConfig(
+            "x", model="m", weights="w", allow_untrained=True, attention="sparse", backend="torch", sparsity=0.9,
+            negative_prompt="blur", width=128, height=64, num_frames=17, fps=9, steps=7, guidance_scale=2.5,
+            flow_shift=4.0, seed=11, num_videos=2, dtype="bf16", device="cpu", timing="step", output="o",
+            save_latents=True, overwrite=True,
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--sla_topk 0.1", "sla_topk", 0.1),
+        ("--topk 0.1", "sla_topk", 0.1),
+        ("--num_inference_steps 9", "steps", 9),
+        ("--sample_steps 9", "steps", 9),
+        ("--num_steps 9", "steps", 9),
+        ("--frame_num 17", "num_frames", 17),
+        ("--sample_guide_scale 3", "guidance_scale", 3.0),
+        ("--sample_shift 8", "flow_shift", 8.0),
+        ("--base_seed 5", "seed", 5),
+        ("--attn_mode dense", "attention", "dense"),
+        ("--ckpt_dir x", "model", "x"),
+        ("--dit_path x", "weights", "x"),
+        ("--save_file x.mp4", "output", "x.mp4"),
+        ("--size 64*32", "width", 64),
+        ("--seed -1", "seed", None),
+        ("-n dull", "negative_prompt", "dull"),
+    ],
+)
+def test_the_peers_spellings(seen, words, field, value):
+    assert run(["generate", "x", *words.split()]) == 0
+    assert getattr(seen[0], field) == value
+
+
+def test_the_peers_spellings_stay_out_of_the_help(capsys):
+    run(["generate", "--help"])
+    text = capsys.readouterr().out
+    assert "--sparsity" in text and "--num-inference-steps" not in text and "frame_num" not in text
+
+
+def test_the_prompt_from_stdin(seen, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a blue star\n"))
+    assert run(["generate", "-"]) == 0
+    assert seen[0].prompt == "a blue star"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "x", "--prompt", "y"], "given twice"),
+        (["generate", "   "], "prompt is empty"),
+        (["generate", "x", "--sparsity", "1.5"], "sparsity is 1.5"),
+        (["generate", "x", "--sparsity", "nan"], "sparsity is nan"),
+        (["generate", "x", "--num-frames", "80"], "--num-frames 81"),
+        (["generate", "x", "--size", "big"], "--size 832x480"),
+        (["generate", "x", "--sparsity", "0.9", "--sla-topk", "0.1"], "Give one of them"),
+        (["generate", "x", "--attention", "flash"], "flash"),
+        (["generate", "x", "--sparsty", "0.9"], "--sparsity"),
+        (["generate", "x", "--steps", "many"], "--steps"),
+        (["generat", "x"], "generate"),
+        (["generate", "--steps", "5"], "no prompt is given"),
+    ],
+)
+def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in re.sub(r"\s+", " ", err) and out == "" and "Traceback" not in err
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("generate x --seed abc", "--seed is 'abc', but must be a whole number. See slagen generate --help."),
+        ("generate x --cfg much", "--guidance-scale is 'much', but must be a number. See slagen generate --help."),
+        ("generate x --backend fast",
+         "--backend is 'fast', but must be one of auto, reference, torch, triton. See slagen generate --help."),
+        ("generat x", "No such command 'generat'. Did you mean 'generate'? See slagen --help."),
+        ("generate x --sed 3",
+         "No such option: --sed. Did you mean --seed or --size or --steps? See slagen generate --help."),
+        ("generate x --seed", "Option '--seed' requires an argument. See slagen generate --help."),
+        ("generate a b", "There are more arguments than are taken: b. Put a prompt of several words in quotes."),
+        ("models x", "There are more arguments than are taken: x. See slagen models --help."),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_told_in_plain_sentences_that_end_once(capsys, command, told):
+    """A parser's words leaked ("Value error, 'x' is not one of ...", "unable to parse string"), and "?. See"."""
+    assert run(command.split()) == 2
+    assert re.sub(r"\s+", " ", capsys.readouterr().err).strip() == f"error: {told}"
+
+
+def test_the_output_of_a_batch_is_a_folder(capsys):
+    run(["batch", "--help"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "--output <str> The folder of the videos" in shown and "ends in .mp4" not in shown
+
+
+@pytest.mark.parametrize(("error", "code"), [(SlagenError("a"), 1), (WeightsError("b"), 5), (KeyError("c"), 1)])
+def test_errors_become_a_line_and_a_code(monkeypatch, capsys, error, code):
+    def fail(config, on_event):
+        raise error
+
+    monkeypatch.setattr("slagen.generation.generate.generate", fail)
+    assert run(["generate", "x"]) == code
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("SLAGEN_DEBUG", "1")
+    assert run(["generate", "x"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    def interrupt(config, on_event):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slagen.generation.generate.generate", interrupt)
+    assert run(["generate", "x"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"slagen {slagen.__version__}\n"
+
+
+def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
+    folder = save_pipeline(tmp_path / "pipe")
+    flags = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--allow-untrained", "--seed", "3",
+             "-n", "a " * 600]  # fmt: skip
+    arguments = ["generate", "a red [circle]", "--model", str(folder), *flags, "-o", str(tmp_path / "o")]
+    assert run(arguments) == 0
+    out, err = capsys.readouterr()
+    path = Path(out.strip())
+    assert re.fullmatch(r"0001-a-red-circle-s3-[0-9a-f]{8}\.mp4", path.name) and path.is_file()
+    assert "runs dense" in err and "peak memory" in err
+    assert "the negative prompt 'a a" in err and "has 601 tokens, of which the model reads the first 512" in err
+    assert run(arguments) == 2  # the same name again
+    assert run([*arguments, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["prompt"] == "a red [circle]"
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_the_installed_command(tmp_path):
+    """A real SIGINT while it denoises: one line, exit 130, no file under a final name."""
+    folder = save_pipeline(tmp_path / "pipe")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slagen", "generate", "a red circle", "--model", str(folder), "--size", "512x512",
+         "--num-frames", "33", "--steps", "500", "--allow-untrained", "-o", str(tmp_path / "o")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        # a shell that runs the tests in the background has its children ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "key blocks" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+    assert not list((tmp_path / "o").iterdir())
+
+
+def test_the_readme_names_only_commands_and_options_that_exist():
+    import typer
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    lines = [
+        line.strip()
+        for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S)
+        for line in block.splitlines()
+    ]
+    found = set()
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if "slagen" not in words[:6] or words[words.index("slagen") + 1].startswith("-"):
+            continue
+        name, *rest = words[words.index("slagen") + 1 :]
+        command = commands[name]
+        if rest and rest[0] in getattr(command, "commands", {}):
+            command = command.commands[rest.pop(0)]
+        found.add(name)
+        options = {o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        given = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+        assert given <= options, line
+    assert found == set(commands)

@@ -1,0 +1,246 @@
+"""Everything that is printed: what people and foreign files put into it is shown, and obeyed by nothing."""
+
+import importlib.util
+import inspect
+import io
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from test_text import HARMFUL, HARMLESS, is_harmless
+
+from slagen.cli import console
+from slagen.config import GenerateConfig
+from slagen.errors import SlagenError
+from slagen.generation import estimate as plan
+
+HOSTILE = f"[red]a[/red] [/] [link=x] {HARMLESS} {HARMFUL}\nerror: forged"
+
+
+def poisoned(content, keep=("status", "kind")):
+    """The same content with hostile text in every string, and in every key that is none of slagen's own."""
+    if isinstance(content, dict):
+        return {key: value if key in keep else poisoned(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return type(content)(map(poisoned, content))
+    if isinstance(content, Path):
+        return Path(str(content) + HOSTILE.replace("\0", ""))
+    return content + HOSTILE if isinstance(content, str) else content
+
+
+REPORT = {
+    "attention": {"mode": "sla", "tokens": 9, "fractions": {"critical": 0.1}, "key_blocks": 9, "block_n": 64,
+                  "critical": 1, "marginal": 8, "negligible": 0, "backend": "torch"},
+    "cost": {"attention_tflop": 1.0, "dense_attention_tflop": 2.0, "flops_speedup": 1.5, "amdahl_ceiling": 3.0,
+             "achieved_share_of_ceiling": 0.5, "measured_attention_share": 0.3},
+    "stages_s": {"load": 1.0}, "timing": {"level": "layer", "overhead_share": 0.1}, "peak_memory_gib": 1.0,
+    "weights": {"used": "SLA", "model": "m"}, "settings": {"seed": 3, "prompt": "p"}, "latents_hash": "ab",
+    "steps": [{"step": 0, "timestep": 1.0, "latency_ms": 1.0, "attention_ms": 1.0, "attention_conditional_ms": 1.0,
+               "attention_unconditional_ms": None, "attention_share": 0.1}] * 13,
+}  # fmt: skip
+KERNELS = {
+    "kernels": [{
+        "kernel": "k", "target": "sm_90", "head_dim": 128, "config": {"tile_m": 64, "tile_n": 64, "num_warps": 4,
+        "num_stages": 3}, "shared_bytes": 1, "shared_limit": 2048, "registers": 1, "spill_bytes": 0, "mma": "wgmma",
+        "programs_per_sm": 1, "instructions": 1, "row_instructions": 0, "round_instructions": 3, "copies_in_flight": 2,
+        "faults": ["fault"],
+    }],
+    "operator": {"shape": "s", "dtype": "d", "sparsity": 0.9, "linear_domain": "all", "launches": 6, "card": "H",
+                 "estimate_ms": {"total": 1.0}, "bounds_ms": {"k": {"launches": 1, "tensor": 1.0, "issue": 1.0,
+                 "l2": 1.0, "dram": 1.0, "estimate": 1.0}}},
+}  # fmt: skip
+BENCH = {"machine": {"name": "cpu", "matmul_tflops": 1.0, "copy_gb_s": 1.0}}
+PLAN = plan.plan(GenerateConfig("x", model="wan2.1-t2v-1.3b"))
+SHOWN = {  # the arguments of every function that shows something, but for as_json
+    "show_finetune": lambda: [SimpleNamespace(**poisoned({"teacher_error_before": 1.0, "teacher_error_after": 0.5,
+                              "page": Path("p"), "weights": Path("w")}))],
+    "show_data": lambda: [SimpleNamespace(training=[1], held_out=[2], folder=poisoned(Path("f")), hash="h")],
+    "show_videos": lambda: [SimpleNamespace(videos=[SimpleNamespace(path=poisoned(Path("v")),
+                            report_path=poisoned(Path("r")), report=poisoned(REPORT))])],
+    "show_report": lambda: [poisoned(REPORT)],
+    "show_batch": lambda: [SimpleNamespace(**poisoned({"folder": Path("f"), "made": ["m"], "kept": ["k"], "elsewhere":
+                           ["e"], "failed": [("n", "why")], "interrupted": False, "page": Path("p")}))],
+    "show_bench": lambda: [SimpleNamespace(content=poisoned(BENCH), files=poisoned([Path("f")]),
+                           short_tables=[(HOSTILE, ("a", "b"), poisoned([["1", "2"]]), [HOSTILE])],
+                           verdicts=poisoned(["v"]))],
+    "show_findings": lambda: [[SimpleNamespace(**poisoned({"name": "n", "status": "ok", "found": "f", "fix": "x"}))]],
+    "show_selftest": lambda: [poisoned({"checks": [{"status": "failed", "name": "n", "seconds": 1.0, "detail": "d"}]}),
+                              poisoned(Path("p"))],
+    "show_kernels": lambda: [poisoned(KERNELS)],
+    "show_plan": lambda: [poisoned(PLAN)],
+    "show_models": lambda: [poisoned(plan.models())],
+    "show_info": lambda: [{HOSTILE: HOSTILE, "a": {HOSTILE: [HOSTILE, 1]}, HOSTILE + "x": [{"b": 1}], "n": 1000,
+                           "proj_l_norms": [1.0]}],
+    "show_replay": lambda: [{"hashes": {HOSTILE: {"before": HOSTILE, "now": HOSTILE, "same": False}},
+                             "versions_changed": {HOSTILE: [HOSTILE, None]}}],
+    "show_error": lambda: [HOSTILE],
+}  # fmt: skip
+
+
+@pytest.fixture(params=["rich", "plain"])
+def shower(request, monkeypatch):
+    """console.py with rich, and as it is on machines that lack it."""
+    if request.param == "rich":
+        return console
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    spec = importlib.util.spec_from_file_location("plain_console", console.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def streams(monkeypatch, encoding="utf-8"):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=how) for how in ("strict", "backslashreplace"))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+
+    def written():
+        out.flush()
+        err.flush()
+        return tuple(stream.buffer.getvalue().decode(encoding) for stream in (out, err))
+
+    return written
+
+
+def test_every_function_that_shows_something_is_tried():
+    assert set(SHOWN) == {name for name, _ in inspect.getmembers(console, inspect.isfunction) if name[:5] == "show_"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+@pytest.mark.parametrize("name", SHOWN)
+def test_text_is_shown_and_obeyed_by_nothing(monkeypatch, shower, name, encoding):
+    show, arguments = getattr(shower, name), SHOWN[name]()
+    written = streams(monkeypatch, encoding)
+    show(*arguments, False) if "as_json" in inspect.signature(show).parameters else show(*arguments)
+    text = "".join(written())
+    assert is_harmless(text)
+    plain = re.sub(r"\s+", "", text)  # cells are wrapped
+    if name not in ("show_models", "show_replay", "show_data"):  # where long cells are cut
+        assert "\\x1b]52;c;" in plain and "[/red]" in plain
+    if encoding == "utf-8" and name not in ("show_models", "show_replay", "show_data"):
+        assert "👩\u200d🚀" in plain and "[bold]x[/]:smile:" in plain
+    if name != "show_error":
+        assert not re.search("^error:", text, re.M)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", [name for name in SHOWN if name not in ("show_report", "show_error")])
+def test_json_says_the_same(monkeypatch, name, encoding):
+    arguments = SHOWN[name]()
+    written = streams(monkeypatch, encoding)
+    getattr(console, name)(*arguments, True)
+    out, err = written()
+    assert is_harmless(out + err)
+    content = json.loads(out)
+    assert content == arguments[0] if name in ("show_info", "show_replay", "show_kernels") else content
+    if name != "show_data":
+        assert any(HOSTILE.replace("\0", "") in text.replace("\0", "") for text in strings_of(content))
+
+
+def strings_of(content):
+    if isinstance(content, dict):
+        content = [*content, *content.values()]
+    return [content] if isinstance(content, str) else [s for x in content for s in strings_of(x)] if isinstance(
+        content, list) else []  # fmt: skip
+
+
+EVENTS = ("note", "warning", "plan", "clip", "job")
+
+
+def test_events_on_a_pipe(monkeypatch, shower):
+    written = streams(monkeypatch)
+    with shower.GenerateProgress() as progress:
+        for kind in EVENTS:
+            progress(SimpleNamespace(kind=kind, text=HOSTILE, worker=1, num_steps=0, step=None))
+        progress(SimpleNamespace(kind="stage", text="load", worker=1, num_steps=0, step=None))
+    text = "".join(written())
+    assert is_harmless(text) and text.count("[/red]") == len(EVENTS) and text.count("🦊") == len(EVENTS)
+
+
+def test_events_on_a_terminal(monkeypatch):
+    """The live line is drawn by escape sequences, rich's own; nothing of a prompt is one."""
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "stderr", console.Console(file=screen, force_terminal=True, width=300))
+    with console.GenerateProgress() as progress:
+        for kind in EVENTS:
+            progress(SimpleNamespace(kind=kind, text=HOSTILE, worker=0, num_steps=0, step=None))
+            progress(SimpleNamespace(kind="stage", text="load", worker=0, num_steps=0, step=None))
+            progress._progress.refresh()
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "")
+    assert is_harmless(text) and "loading the model" in text and "[/red]" in text
+
+
+def commands(group, path=()):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        yield (*path, name), command
+
+
+ARGUMENTS = {
+    ("generate",): ["x"], ("batch",): ["f.txt"], ("plan",): ["x"], ("bench",): [], ("models",): [],
+    ("info",): ["none"], ("replay",): ["none"], ("convert",): ["none", "b"], ("doctor",): ["--selftest"],
+    ("merge",): ["none", "b.safetensors", "--diff-base", "c", "--diff-target", "d"], ("finetune",): ["--data", "d"],
+    ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"],
+}  # fmt: skip
+TASKS = ("generate.generate", "batch.batch", "finetune.finetune", "dataset.prepare", "bench.bench", "selftest.selftest",
+         "cluster.batch_on_ray")  # fmt: skip
+
+
+def fail_with_everything(*arguments, **options):
+    """A task that fails, and tells all that it was given."""
+
+    def texts(value):
+        parts = vars(value).values() if hasattr(value, "__dict__") else value if isinstance(value, tuple) else ()
+        return [value] if isinstance(value, str) else [text for part in parts for text in texts(part)]
+
+    raise SlagenError("; ".join(text for value in arguments for text in texts(value)))
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE.replace("\0", ""), "y" * 5000], ids=["hostile", "long"])
+def test_every_argument_of_every_command(tmp_path, monkeypatch, hostile):
+    """One message with at most a line of the argument, whatever it is and whoever refuses it."""
+    from slagen.cli.main import app, run
+
+    for task in TASKS:
+        monkeypatch.setattr(f"slagen.{task}", fail_with_everything)
+    monkeypatch.chdir(tmp_path)
+    every, seen, tried = 1 if os.environ.get("SLAGEN_SOAK_ARGUMENTS") else 12, 0, 0
+    for path, command in commands(typer.main.get_command(app)):
+        places = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+        for parameter in command.params:
+            seen += 1
+            if seen % every and parameter not in places:
+                continue
+            words = list(ARGUMENTS[path])
+            if parameter in places:
+                words[places.index(parameter) : places.index(parameter) + 1] = [hostile]
+            else:
+                is_flag = getattr(parameter, "is_flag", False)
+                words += [f"{parameter.opts[0]}={hostile}"] if is_flag else [parameter.opts[0], hostile]
+            written = streams(monkeypatch)
+            code = run([*path, *words])
+            text = "".join(written())
+            where = (path, parameter.opts, text[:500])
+            assert code in (0, 1, 2, 4, 5) and is_harmless(text) and "a bug in slagen" not in text, where
+            if code:
+                assert len(text) < 1200 and text.count("\n") == 1 and text.startswith("error: "), where
+            tried += 1
+    assert tried >= 20
+
+
+def test_tracebacks(monkeypatch):
+    from slagen.cli.main import run
+
+    def fail(config, on_event):
+        raise SlagenError(HOSTILE)
+
+    monkeypatch.setattr("slagen.generation.generate.generate", fail)
+    monkeypatch.setenv("SLAGEN_DEBUG", "1")
+    written = streams(monkeypatch)
+    assert run(["generate", "x"]) == 1
+    assert is_harmless(written()[1]) and "Traceback" in written()[1]

@@ -1,0 +1,183 @@
+"""slagen plan, models, info, convert and merge: numbers by closed form, and the commands themselves."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from public_forms import SIZES, projections, turbo
+from wan_models import build_transformer, save_pipeline
+
+from slagen.cli.main import run
+from slagen.config import GenerateConfig
+from slagen.errors import UsageError
+from slagen.generation import estimate as planning
+from slagen.wan.presets import PRESETS, WAN_1_3B, WAN_14B
+
+
+def plan(**settings):
+    return planning.plan(GenerateConfig(prompt="a red fox", **settings))
+
+
+def test_the_published_case():
+    content = plan(model="wan2.1-t2v-1.3b", width=832, height=480, num_frames=81, sparsity=0.95)
+    assert (content["tokens"], content["key_blocks"], content["tail_tokens"], content["topk_blocks"]) == (
+        32760,
+        512,
+        56,
+        25,
+    )
+    flops = content["flops"]
+    assert flops["dense_forward"] / 1e12 == pytest.approx(283.0, rel=0.01)
+    assert flops["dense_attention"] / 1e12 == pytest.approx(197.8, rel=0.01)
+    assert flops["sla_forward"] / 1e12 == pytest.approx(96.0, rel=0.01)
+    assert content["amdahl_ceiling"] == pytest.approx(3.32, rel=0.01)
+    assert content["forward_passes"] == 100
+    assert any("never tuned" in text for text in content["notes"])
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "dense", "limit"),
+    [
+        ("wan2.1-t2v-1.3b", (1280, 720), 1249.8, 6.36),
+        ("wan2.1-t2v-14b", (832, 480), 1678.4, 2.10),
+        ("wan2.1-t2v-14b", (1280, 720), 6523.4, 3.54),
+    ],
+    ids=["1.3b-720p", "14b-480p", "14b-720p"],
+)
+def test_flops_of_the_other_sizes(model, size, dense, limit):
+    content = plan(model=model, width=size[0], height=size[1])
+    assert content["flops"]["dense_forward"] / 1e12 == pytest.approx(dense, rel=0.01)
+    assert content["amdahl_ceiling"] == pytest.approx(limit, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_frames", "tokens", "blocks", "tail"),
+    [((832, 448), 77, 29120, 455, 0), ((1280, 720), 81, 75600, 1182, 16), ((832, 480), 1, 1560, 25, 24)],
+    ids=["full-tail", "720p", "image"],
+)
+def test_tokens_and_tails(size, num_frames, tokens, blocks, tail):
+    content = plan(model="turbowan2.1-t2v-1.3b-480p", width=size[0], height=size[1], num_frames=num_frames)
+    assert (content["tokens"], content["key_blocks"], content["tail_tokens"]) == (tokens, blocks, tail)
+    assert content["topk_blocks"] == blocks // 10 and content["forward_passes"] == 4
+
+
+def test_parameters_are_counted_exactly():
+    assert planning.transformer_parameters(WAN_1_3B) == 1_418_996_800
+    assert planning.transformer_parameters(WAN_14B) == 14_288_491_584
+    small = build_transformer(num_heads=2, head_dim=64, num_layers=3)
+    counted = sum(p.numel() for p in small.parameters())
+    sizes = planning.ModelShape(num_layers=3, num_heads=2, head_dim=64, ffn_dim=64, text_tokens=8)
+    by_formula = planning.transformer_parameters(sizes, text_dim=32, channels=4)
+    assert by_formula - counted == (256 - 32) * 128  # this one embeds time in 32 frequencies, Wan in 256
+
+
+def test_the_bundled_model_is_planned_as_it_runs():
+    content = plan()
+    assert (content["tokens"], content["key_blocks"], content["topk_blocks"]) == (320, 20, 1)
+    assert content["trained_sparsity"] == 0.95 and not content["downloads"] and not content["notes"]
+    assert any("trained at sparsity 0.95" in text for text in plan(sparsity=0.8)["notes"])
+    (note,) = plan(width=256, height=256, num_frames=33)["notes"]
+    assert "this clip is 256x256 with 33 frames. Try --size 128x128 --num-frames 17" in note
+
+
+def test_a_top_k_counts_as_published_and_a_sparsity_as_ours(capsys):
+    """int(0.29 * 100) is 28 in floating point, and 1 - 0.71 of 100 are 29."""
+    by_topk, by_sparsity = plan(num_frames=97, sla_topk=0.29), plan(num_frames=97, sparsity=0.71)
+    assert (by_topk["key_blocks"], by_topk["topk_blocks"], by_sparsity["topk_blocks"]) == (100, 28, 29)
+    assert by_topk["settings"]["sla_topk"] == 0.29 and by_sparsity["settings"]["sla_topk"] is None
+    for option, words in (
+        ("--sla-topk 0.29", "sla-topk 0.29 -> top-k 28 of 100"),
+        ("--sparsity 0.71", "sparsity 0.71 -> top-k 29 of"),
+    ):
+        assert run(["plan", "--num-frames", "97", *option.split()]) == 0
+        assert words in capsys.readouterr().out
+
+
+def test_blocks_that_are_not_those_of_the_training():
+    """TurboDiffusion runs 128 x 64; weights made with other blocks take them, and what was trained is told."""
+    content = plan(model="turbowan2.1-t2v-1.3b-480p", block_m=128)
+    assert (content["query_blocks"], content["key_blocks"], content["topk_blocks"]) == (256, 512, 51)
+    (note,) = content["notes"]
+    assert note == "the weights were trained with blocks of 64x64 tokens, not 128x64"
+    assert not plan(model="turbowan2.1-t2v-1.3b-480p", block_m=64, block_n=64)["notes"]
+    content = plan(block_n=32)
+    assert (content["key_blocks"], content["settings"]["block_m"], content["settings"]["block_n"]) == (10, 16, 32)
+
+
+def test_what_is_asked_for_is_planned():
+    dense = plan(model="wan2.1-t2v-1.3b", attention="dense")
+    assert dense["settings"]["sparsity"] is None and dense["kept_fraction"] == 1.0
+    assert dense["topk_blocks"] == dense["key_blocks"] and not any("--allow" in text for text in dense["notes"])
+    (note,) = plan(model="wan2.1-t2v-1.3b")["notes"]
+    assert "wants --weights, or --allow-untrained" in note
+    (note,) = plan(model="wan2.1-t2v-1.3b", allow_untrained=True)["notes"]
+    assert "the video will be poor" in note
+
+
+def test_bad_plans():
+    with pytest.raises(UsageError, match="Try --model wan2.1-t2v-14b"):
+        plan(model="wan2.1-t2v-14")
+    with pytest.raises(UsageError, match="Try --size 832x480"):
+        plan(model="wan2.1-t2v-1.3b", width=830, height=480)
+    with pytest.raises(UsageError, match="no folder here, and a model of the hub cannot be planned"):
+        plan(model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+
+
+def test_a_preset_is_planned_without_torch():
+    code = (
+        "import sys; from slagen.cli.main import run; "
+        "code = run(['plan', '--model', 'wan2.1-t2v-1.3b', '--json']); "
+        "assert code == 0 and not {'torch', 'diffusers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 32760
+
+
+def test_dry_run_names_the_file(capsys, tmp_path):
+    options = ["--seed", "7", "--output", str(tmp_path / "x"), "--dry-run", "--json"]
+    assert run(["generate", "a red circle moving right", *options]) == 0
+    (name,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert name == str(tmp_path / "x" / "0001-a-red-circle-moving-right-s7-<hash>.mp4") and not list(tmp_path.iterdir())
+    assert run(["generate", "a red circle", "--attention", "dense", "--dry-run"]) == 0
+    assert "dense: every key block" in capsys.readouterr().out
+    assert run(["plan", "--model", "turbowan2.1-t2v-14b-720p"]) == 0
+    shown = capsys.readouterr().out
+    assert "top-k 118 of 1182 key blocks" in shown and "TurboDiffusion/TurboWan2.1-T2V-14B-720P" in shown
+
+
+def test_models_are_listed(capsys):
+    assert run(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["tiny-wan", *PRESETS]
+    turbo_row = rows["turbowan2.1-t2v-1.3b-480p"]
+    assert (turbo_row["sampler"], turbo_row["steps"], turbo_row["guidance_scale"]) == ("rcm", 4, 1.0)
+    assert turbo_row["sla"]["sparsity"] == 0.9 and rows["tiny-wan"]["sla"]["sparsity"] == 0.95
+    assert run(["models"]) == 0
+    assert "turbowan2.1-t2v-1.3b-480p" in capsys.readouterr().out
+
+
+def test_convert_info_and_merge_by_command(capsys, tmp_path):
+    base = save_pipeline(tmp_path / "base", **SIZES)
+    state = build_transformer(**SIZES).state_dict()
+    file = tmp_path / "turbo.pth"
+    torch.save(turbo(state, projections()), file)
+    assert run(["info", str(file), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["kind"], about["layout"], about["layers"], about["width"]) == ("transformer", "wan", 2, 128)
+    assert about["sampler"] == "rcm" and len(about["proj_l_norms"]) == 2 and about["trained"] and not about["faults"]
+    assert run(["convert", str(file), str(tmp_path / "out"), "--model", str(base)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "model_index.json", "slagen.json", "sla.safetensors", "transformer", "vae", "text_encoder", "tokenizer",
+        "scheduler",
+    }  # fmt: skip
+    assert run(["info", str(tmp_path / "out")]) == 0
+    assert "proj_l norms by layer" in capsys.readouterr().out
+    assert run(["convert", str(file), str(tmp_path / "out")]) == 2
+    merged = str(tmp_path / "merged.safetensors")
+    assert run(["merge", str(file), merged, "--diff-base", str(file), "--diff-target", str(file)]) == 0
+    assert run(["info", str(tmp_path / "missing.pth")]) == 5
+    assert "does not exist" in capsys.readouterr().err

@@ -1,0 +1,100 @@
+"""Costs and times in the report, against numbers worked out elsewhere."""
+
+import json
+import time
+
+import pytest
+
+from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.attention.sla.cost import block_counts, sla_attention_flops
+from slagen.config import SLAConfig
+from slagen.generation.report import (
+    cost_section,
+    layer_section,
+    step_section,
+    timing_section,
+)
+from slagen.io.files import write_json
+from slagen.timing import SpanClock, StepRecorder, StepTimes
+
+WAN_1_3B = ModelShape(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, text_tokens=512)
+
+
+def test_flops_of_wan_1_3b_at_480p():
+    """197.8 TFLOP of dense attention in a forward of 283.0, counted by PyTorch's FlopCounterMode on meta tensors."""
+    dense, other = dense_attention_flops(WAN_1_3B, 32760), other_flops(WAN_1_3B, 32760)
+    assert dense / 1e12 == pytest.approx(197.8, abs=0.05)
+    assert (dense + other) / 1e12 == pytest.approx(283.0, abs=0.1)
+
+
+def test_sla_flops_and_amdahl():
+    config = SLAConfig(sparsity=0.95)
+    assert block_counts(config, 32760) == {
+        "query_blocks": 512, "key_blocks": 512, "critical": 25, "negligible": 0, "marginal": 487,
+    }  # fmt: skip
+    flops = sla_attention_flops(WAN_1_3B, 32760, config)
+    assert flops / 1e12 == pytest.approx(10.8, abs=0.1)
+    cost = cost_section(WAN_1_3B, 32760, 100, flops, [])
+    assert cost["amdahl_ceiling"] == pytest.approx(3.32, abs=0.01)
+    assert cost["flops_speedup"] == pytest.approx(2.95, abs=0.02)
+    assert cost["dense_attention_tflop"] == pytest.approx(19780, rel=1e-3)
+    assert cost["achieved_share_of_ceiling"] == pytest.approx(2.95 / 3.32, abs=0.01)
+    assert cost["measured_attention_share"] is None and cost["remaining_time_ceiling"] is None
+
+
+def test_branches_cost_less_than_both():
+    config = SLAConfig()
+    both = sla_attention_flops(WAN_1_3B, 32760, config)
+    sparse = sla_attention_flops(WAN_1_3B, 32760, config, linear=False)
+    linear = sla_attention_flops(WAN_1_3B, 32760, config, sparse=False)
+    assert max(sparse, linear) < both < sparse + linear
+
+
+def test_the_recorder_adds_up():
+    recorder = StepRecorder("cpu", "layer")
+    recorder.begin_step()
+    for _ in range(2):
+        recorder.begin_pass()
+        for layer in range(3):
+            with recorder.attention(layer):
+                time.sleep(0.002)
+    step = recorder.end_step(999.0)
+    assert len(step.attention_ms) == 2 and all(6 <= ms < 60 for ms in step.attention_ms)
+    assert sum(step.layers_ms) == pytest.approx(sum(step.attention_ms))
+    assert sum(step.attention_ms) <= step.latency_ms
+    row = step_section([step])[0]
+    assert row["attention_conditional_ms"] + row["attention_unconditional_ms"] == pytest.approx(row["attention_ms"])
+    assert [r["layer"] for r in layer_section(recorder.steps)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("level", "layers", "timed"), [("step", 0, True), ("off", 0, False)])
+def test_coarser_timing(level, layers, timed):
+    recorder = StepRecorder("cpu", level)
+    recorder.begin_step()
+    recorder.begin_pass()
+    with recorder.attention(0):
+        pass
+    step = recorder.end_step(1.0)
+    assert len(step.layers_ms) == layers
+    assert (step.latency_ms is not None) == timed and (step.attention_share is not None) == timed
+    assert step_section([step])[0]["timestep"] == 1.0
+    assert layer_section([step]) == []
+    assert (timing_section(level, [step], 0.001)["spans"] > 0) == timed
+
+
+def test_a_span_costs_microseconds():
+    assert 0 < SpanClock("cpu").cost_ms() < 0.5
+
+
+def test_overhead_is_spans_times_their_cost():
+    step = StepTimes(0, 1.0, latency_ms=100.0, attention_ms=[10.0], num_spans=9)
+    assert timing_section("layer", [step], 0.1)["overhead_share"] == pytest.approx(10 * 0.1 / 100)
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
