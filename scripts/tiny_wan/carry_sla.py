@@ -14,8 +14,8 @@ from pathlib import Path
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from slagen.formats.model_files import SLA_FILE
 from slagen.wan.install import read_sla, weights_hash
-from slagen.wan.presets import SLA_FILE
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from slagen.attention.sla.config import (
@@ -21,6 +20,7 @@ from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.io.paths import check_folder, check_output
 from slagen.io.text import check_prompt, counted
+from slagen.timing import Timing
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
 
@@ -36,24 +36,6 @@ MAX_TRAINING = {
     "held_out": 1_000_000,
 }  # fmt: skip
 MAX_ELEMENTS = 2**34  # of q, k and v in a bench
-
-
-def user_path(text: str | Path) -> Path:
-    """A path as a person writes it, `~` being their home. Raises UsageError for what no path can be."""
-    try:
-        path = Path(text).expanduser()
-        path.exists()
-    except RuntimeError:
-        name = str(text).split("/")[0]
-        raise UsageError(
-            f"{shown(str(text))} begins with {shown(name)}, but this machine has no such user. Write the path out; a "
-            f"file of that name is ./{name}."
-        ) from None
-    except OSError as error:
-        raise UsageError(f"{shown(str(text))} is no path that can be looked at ({error.strerror}).") from None
-    if "\0" in str(text):
-        raise UsageError(f"{shown(str(text))} holds a NUL byte, which no path can. Leave it out.")
-    return path
 
 
 def _check_count(name: str, value: object) -> None:
@@ -232,7 +214,6 @@ class ModelDefaults:
 
 
 Attention = Literal["sla", "sparse", "linear", "dense"]
-Timing = Literal["off", "step", "layer"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from slagen.config import Timing
+Timing = Literal["off", "step", "layer"]
+
 
 MIN_REPEATS, MAX_REPEATS, TURNS = 3, 100, 5  # of one measurement
 

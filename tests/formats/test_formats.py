@@ -17,6 +17,7 @@ from wan_models import build_pipeline, build_transformer, save_pipeline
 from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.kinds import identify
+from slagen.formats.published import TURBO_SLA
 from slagen.formats.transformer import peek, read_checkpoint
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
@@ -24,7 +25,7 @@ from slagen.wan.convert import convert, info, merge
 from slagen.wan.install import install_projections, read_metadata
 from slagen.wan.loading import build_transformer as load
 from slagen.wan.loading import load_transformer, load_vae
-from slagen.wan.presets import TURBO_SLA, describe_folder
+from slagen.wan.presets import describe_folder
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.model_files import read_header
+from slagen.formats.published import TURBO_SLA
 from slagen.formats.transformer import peek, read_checkpoint
 from slagen.generation.resolve import make_plan
 from slagen.wan.convert import convert, info, merge
 from slagen.wan.install import SLAMetadata, load_sla, read_metadata, save_sla, weights_hash
 from slagen.wan.loading import build_transformer as load
 from slagen.wan.loading import load_vae
-from slagen.wan.presets import TURBO_SLA, bundled_folder, describe_folder, read_sla_config
+from slagen.wan.presets import bundled_folder, describe_folder, read_sla_config
 from slagen.wan.processor import installation, remove
 
 QUIET = ["--device", "cpu"]

@@ -260,9 +260,9 @@ def ffmpeg(monkeypatch):
 @pytest.mark.parametrize("program", ["/nowhere/ffmpeg", "/bin/false", "/bin/true", "/", "ffmpeg-of-nobody"])
 def test_a_broken_ffmpeg_is_found_before_anything_is_loaded(toy, video, tmp_path, capsys, monkeypatch, ffmpeg, program):
     """It came up after sampling, was blamed on the disk's free space, and nothing was kept."""
-    for place in ("slagen.generation.generate.Session", "slagen.generation.decode.load_pipeline", "slagen.training.finetune.find_weights",
-                  "slagen.batch.run.find_weights"):  # fmt: skip
-        monkeypatch.setattr(place, lambda *a, **k: pytest.fail("a model is looked for"))
+    for place in ("generation.generate.Session", "generation.decode.load_pipeline", "training.finetune.find_weights",
+                  "batch.run.find_weights"):  # fmt: skip
+        monkeypatch.setattr(f"slagen.{place}", lambda *a, **k: pytest.fail("a model is looked for"))
     (tmp_path / "p.txt").write_text("a red circle")
     ffmpeg(program)
     for command in (

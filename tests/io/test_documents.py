@@ -18,7 +18,7 @@ from slagen.batch.manifest import Manifest, Wanted
 from slagen.batch.run import write_page
 from slagen.cli.main import run
 from slagen.cli.usage import explain
-from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults, user_path
+from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.model_files import read_header
 from slagen.formats.reading import read_tensors
@@ -27,6 +27,7 @@ from slagen.generation.latents import read_latents
 from slagen.io.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json, read_lines
 from slagen.io.files import file_hash
 from slagen.io.forms import Fault, check, one_of, sha256, shown, whole
+from slagen.io.paths import user_path
 from slagen.video import write_mp4
 from slagen.wan.install import find_sla_file
 from slagen.wan.presets import bundled_folder, describe_folder

@@ -5,10 +5,10 @@ A place is a file, a function and a piece of its source: a comparison with a dev
 code has a place that BRANCHES lacks, when BRANCHES has one that the code lacks, and when a test named here is none;
 conftest.py fails a test named here that did not run every line of its places.
 
-To add an entry: run `pytest tests/kernels/test_cuda_branches.py`; it prints the lines that are missing. Write a test that makes
-the place run on a CPU (`fake_cuda.py` has a card) and asserts what comes of it, and put its name in the entry. A test
-of another file is "test_file.py::test_name". A test in this table has no parameters, for each run must reach every
-line; it is traced, so it runs no kernel in the interpreter, which would take minutes then.
+To add an entry: run `pytest tests/kernels/test_cuda_branches.py`; it prints the lines that are missing. Write a test
+that makes the place run on a CPU (`fake_cuda.py` has a card) and asserts what comes of it, and put its name in the
+entry. A test of another file is "test_file.py::test_name". A test in this table has no parameters, for each run must
+reach every line; it is traced, so it runs no kernel in the interpreter, which would take minutes then.
 """
 
 import ast

@@ -9,8 +9,6 @@ a job that is "running" without a holder was interrupted.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from slagen.errors import SlagenError
 from slagen.io.documents import parse_json
-from slagen.io.files import append, file_hash, open_regular
+from slagen.io.files import append, digest, file_hash, open_regular
 from slagen.io.forms import Fault, check, matching, one_of, sha256, whole
 from slagen.io.text import to_json
 
@@ -79,12 +77,6 @@ class Wanted:
     seed: int | None
     slug: str
     id: str = ""
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of JSON content, whatever the order of its keys."""
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()  # a path need not be text
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

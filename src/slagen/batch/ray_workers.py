@@ -25,10 +25,11 @@ from typing import Any
 from slagen import __version__
 from slagen.batch.manifest import Manifest
 from slagen.batch.run import BatchResult, share, signals, try_page
-from slagen.config import BatchConfig, user_path
+from slagen.config import BatchConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import prompts
 from slagen.generation.generate import Event
+from slagen.io.paths import user_path
 from slagen.io.text import counted, quote
 from slagen.wan.presets import PRESETS
 

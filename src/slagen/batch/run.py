@@ -27,8 +27,8 @@ from filelock import BaseFileLock, FileLock
 
 from slagen.attention.cost import dense_attention_flops, other_flops
 from slagen.attention.sla.cost import sla_attention_flops
-from slagen.batch.manifest import LOCKS, Job, Manifest, Wanted, digest
-from slagen.config import BatchConfig, GenerateConfig, user_path
+from slagen.batch.manifest import LOCKS, Job, Manifest, Wanted
+from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
 from slagen.generation import prompts
 from slagen.generation.embeddings import Embeddings, component_files, file_hashes
@@ -39,8 +39,8 @@ from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
 from slagen.html import Card, contact_sheet
 from slagen.interrupts import ENDING, stopping
 from slagen.io.documents import read_json
-from slagen.io.files import delete, sweep, write_bytes, write_json, write_text
-from slagen.io.paths import is_video
+from slagen.io.files import delete, digest, sweep, write_bytes, write_json, write_text
+from slagen.io.paths import is_video, user_path
 from slagen.io.text import counted
 from slagen.machine import describe_device
 from slagen.video import check_ffmpeg, make_thumbnail

@@ -29,10 +29,11 @@ from slagen.attention.sla.backends import check_kernels, pick_backend
 from slagen.attention.sla.functional import choose_backend, sparse_linear_attention
 from slagen.benchmark.methods import METHODS, Attend, Method, NotHere, Setting
 from slagen.benchmark.tables import EVEN, FASTER, BenchResult, beside, markdown
-from slagen.config import BenchConfig, ModelDefaults, parse_shape, user_path
+from slagen.config import BenchConfig, ModelDefaults, parse_shape
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import report
 from slagen.io.files import check_writable, reserved, staging, write_json, write_text
+from slagen.io.paths import user_path
 from slagen.io.text import counted, quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 

@@ -30,17 +30,16 @@ from slagen.config import (
     Parallel,
     RandomInit,
     Sampler,
-    Timing,
     Trained,
     TunedAttention,
-    user_path,
 )
 from slagen.errors import EnvironmentProblem, GateError, UsageError
 from slagen.interrupts import ENDING
 from slagen.io.documents import decode
 from slagen.io.forms import Fault
-from slagen.io.paths import check_folder, is_video
+from slagen.io.paths import check_folder, is_video, user_path
 from slagen.io.text import LONG_DASH, MAX_PROMPT, cut, escaped, quote
+from slagen.timing import Timing
 
 # Other tools' spellings of our options; they work, and stay out of the help. Underscores count as dashes.
 ALIASES = {

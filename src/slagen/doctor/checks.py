@@ -178,7 +178,10 @@ COMPILE = (
     "import json, sys; from slagen.kernels.inspection import kernel_costs\n"
     "print(json.dumps(kernel_costs(tuple(map(int, sys.argv[1:])), json.load(sys.stdin))))"
 )
-OPERATOR = "import json, sys; from slagen.doctor.checks import operator_call; print(json.dumps(operator_call(json.load(sys.stdin))))"
+OPERATOR = (
+    "import json, sys; from slagen.doctor.checks import operator_call; "
+    "print(json.dumps(operator_call(json.load(sys.stdin))))"
+)
 MOST_LAUNCHES = 8  # of a call without gradients, domain "all": at 4,096 tokens the host is the limit
 WAN_480P = (1, 12, 32760, 128)  # B, H, L, D of Wan2.1-1.3B, 832x480, 81 frames
 

@@ -23,11 +23,12 @@ from slagen import machine
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla import fused
 from slagen.attention.sla.functional import choose_backend
-from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig, user_path
+from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 from slagen.generation import report
 from slagen.io.files import scratch, write_json
+from slagen.io.paths import user_path
 from slagen.io.text import quote
 
 SCHEMA_VERSION = 1

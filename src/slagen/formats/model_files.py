@@ -189,3 +189,6 @@ def read_strings(path: Path, text: str, form: Any) -> Any:
         return parse_json(text, form)
     except Fault as fault:
         raise WeightsError(f"{path} has metadata that slagen cannot read: {fault}. Get the file again.") from fault
+
+
+SLA_FILE = "sla.safetensors"

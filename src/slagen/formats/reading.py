@@ -17,11 +17,10 @@ from torch import Tensor
 from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.formats.bounds import check_pickle
 from slagen.formats.gguf_files import read_gguf
-from slagen.formats.model_files import check_content, check_no_shard, read_shards
+from slagen.formats.model_files import SLA_FILE, check_content, check_no_shard, read_shards
 from slagen.formats.quantised import NOT_READ
 from slagen.io.files import kind_of_path
 from slagen.io.paths import check_utf8
-from slagen.wan.presets import SLA_FILE
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from slagen.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
-from slagen.formats.model_files import read_strings
+from slagen.formats.model_files import SLA_FILE, read_strings
 from slagen.io.forms import one_of, sha256
-from slagen.wan.presets import SLA_FILE
 
 FORMAT_VERSION = 2
 UNLISTED = 1  # the version that does not list its tensors

@@ -29,12 +29,12 @@ from slagen.formats.names import (
     other_parts,
     transformers,
 )
+from slagen.formats.published import TURBO_SLA, preset_of_width
 from slagen.formats.quantised import FLOATS, multiply_out
 from slagen.formats.reading import component_files, read_tensors, transformer_folder
 from slagen.io import documents
 from slagen.io.forms import Fault, check
 from slagen.io.text import counted, cut
-from slagen.wan.presets import TURBO_SLA, preset_of_width
 
 
 @dataclass

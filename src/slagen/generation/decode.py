@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from slagen import machine
-from slagen.config import user_path
 from slagen.errors import UsageError, WeightsError
 from slagen.generation import memory, report
 from slagen.generation.generate import CPU, Event, GenerateResult, Video
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.io.files import check_writable, reserved, staging, write_json
+from slagen.io.paths import user_path
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.install import weights_hash
 from slagen.wan.loading import check_told_model, decode_latents, load_pipeline, resolve_model

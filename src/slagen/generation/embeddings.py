@@ -13,13 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slagen.batch.manifest import digest
-from slagen.config import BatchConfig, user_path
+from slagen.config import BatchConfig
 from slagen.errors import SlagenError, WeightsError
 from slagen.generation.generate import Session, texts_of
 from slagen.generation.resolve import Plan
 from slagen.io.documents import read_json
-from slagen.io.files import file_hash, sweep, write_json, writing
+from slagen.io.files import digest, file_hash, sweep, write_json, writing
+from slagen.io.paths import user_path
 
 SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
 

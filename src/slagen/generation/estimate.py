@@ -9,14 +9,14 @@ from typing import Any
 from slagen.attention import cost
 from slagen.attention.cost import ModelShape
 from slagen.attention.sla.cost import block_counts, sla_attention_flops
-from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
+from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
 from slagen.errors import UsageError
+from slagen.formats.model_files import SLA_FILE
 from slagen.generation import memory
-from slagen.io.paths import is_video
+from slagen.io.paths import is_video, user_path
 from slagen.wan.presets import (
     BUNDLED,
     PRESETS,
-    SLA_FILE,
     Preset,
     bundled_folder,
     describe_folder,

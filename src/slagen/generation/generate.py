@@ -27,13 +27,13 @@ from slagen.attention import cost
 from slagen.attention.sla.backends import check_kernels
 from slagen.attention.sla.cost import block_counts, sla_attention_flops
 from slagen.attention.sla.functional import Branches
-from slagen.config import GenerateConfig, user_path
+from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.generation import memory, report
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.io.files import check_writable, file_hash, reserved, staging, write_json
-from slagen.io.paths import is_video
+from slagen.io.paths import is_video, user_path
 from slagen.io.text import counted, quote
 from slagen.timing import StepRecorder, StepTimes
 from slagen.video import check_ffmpeg, encode_mp4, not_written

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from slagen.config import GenerateConfig, user_path
+from slagen.config import GenerateConfig
 from slagen.errors import UsageError
 from slagen.io.documents import Entries, decode, parse_json, parse_yaml, size_of
 from slagen.io.forms import Fault, shown
+from slagen.io.paths import user_path
 from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
 from slagen.io.text import LONG_DASH, cut
 

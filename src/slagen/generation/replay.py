@@ -6,14 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slagen.config import GenerateConfig, user_path
+from slagen.config import GenerateConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.model_files import SLA_FILE
 from slagen.generation import report
 from slagen.generation.generate import Event, generate
 from slagen.generation.provenance import describe
 from slagen.io.files import file_hash, scratch
+from slagen.io.paths import user_path
 from slagen.wan.loading import check_told_model
-from slagen.wan.presets import BUNDLED, PRESETS, SLA_FILE, bundled_folder, is_hub_id
+from slagen.wan.presets import BUNDLED, PRESETS, bundled_folder, is_hub_id
 
 AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same name
     "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "block_m",

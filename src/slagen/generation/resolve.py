@@ -17,14 +17,16 @@ import torch
 from slagen import machine
 from slagen.attention.sla.backends import pick_backend
 from slagen.attention.sla.cost import block_counts
-from slagen.config import GenerateConfig, ModelDefaults, SLAConfig, user_path
+from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.model_files import SLA_FILE
 from slagen.formats.transformer import UNTOLD, Found, peek
 from slagen.generation import report
+from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.wan.install import read_metadata
 from slagen.wan.loading import resolve_model
-from slagen.wan.presets import SLA_FILE, ModelSource
+from slagen.wan.presets import ModelSource
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from slagen.errors import UsageError
+from slagen.io.forms import shown
 from slagen.io.text import line, quote
 
 VIDEO = ".mp4"
@@ -51,3 +52,21 @@ def _suffix(text: str) -> str:
     """The suffix that a file's kind is told by, in lower case; empty for `day:1`, `v1.2` and `outputs/`."""
     match = re.search(r"\.[a-z][a-z0-9]{0,11}$", os.path.basename(text), re.IGNORECASE)
     return match[0].lower() if match else ""
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a person writes it, `~` being their home. Raises UsageError for what no path can be."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except RuntimeError:
+        name = str(text).split("/")[0]
+        raise UsageError(
+            f"{shown(str(text))} begins with {shown(name)}, but this machine has no such user. Write the path out; a "
+            f"file of that name is ./{name}."
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{shown(str(text))} is no path that can be looked at ({error.strerror}).") from None
+    if "\0" in str(text):
+        raise UsageError(f"{shown(str(text))} holds a NUL byte, which no path can. Leave it out.")
+    return path

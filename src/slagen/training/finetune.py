@@ -21,15 +21,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from slagen.attention.sla.backends import check_kernels, pick_backend
-from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults, user_path
+from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.formats.model_files import SLA_FILE
 from slagen.generation.embeddings import file_hashes, files_in
 from slagen.generation.generate import BRANCHES, Event, Session
 from slagen.generation.report import versions
 from slagen.generation.resolve import find_weights, make_plan
 from slagen.interrupts import stopping
 from slagen.io.files import append, delete, sweep, write_json, writing
-from slagen.io.paths import check_utf8
+from slagen.io.paths import check_utf8, user_path
 from slagen.io.text import counted
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
@@ -55,7 +56,6 @@ from slagen.wan.install import (
     write_sla,
 )
 from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
-from slagen.wan.presets import SLA_FILE
 from slagen.wan.processor import install, installation
 from slagen.wan.sequence_parallel import split_tokens
 

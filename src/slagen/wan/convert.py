@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slagen.attention.cost import ModelShape
-from slagen.config import ModelDefaults, user_path
+from slagen.config import ModelDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.bounds import is_finite
 from slagen.formats.kinds import REFUSALS, identify
-from slagen.formats.model_files import read_header, read_json
+from slagen.formats.model_files import SLA_FILE, read_header, read_json
 from slagen.formats.names import transformers
+from slagen.formats.published import preset_of_width
 from slagen.formats.reading import gguf_kinds, read_tensors
 from slagen.formats.transformer import (
     SETTINGS_METADATA,
@@ -38,18 +39,16 @@ from slagen.formats.transformer import (
     read_checkpoint,
 )
 from slagen.io.files import file_hash, reserved, write_json, writing
-from slagen.io.paths import check_folder, check_utf8
+from slagen.io.paths import check_folder, check_utf8, user_path
 from slagen.io.text import counted, quote
 from slagen.wan.install import SLAMetadata, read_metadata, save_sla, weights_hash
 from slagen.wan.loading import build_transformer, load_vae, wan_config
 from slagen.wan.presets import (
     BUNDLED,
-    SLA_FILE,
     WAN_1_3B,
     ModelSource,
     bundled_folder,
     describe_folder,
-    preset_of_width,
 )
 from slagen.wan.processor import install
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from slagen.attention.sla.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.formats.model_files import SLA_FILE
 from slagen.formats.reading import PICKLE_SUFFIXES
 from slagen.formats.sla import SLAMetadata, check_contents, gaps, with_contents
 from slagen.formats.transformer import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
 from slagen.io.files import kind_of_path, writing
 from slagen.io.paths import check_utf8
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
-from slagen.wan.presets import SLA_FILE
 from slagen.wan.processor import install, installation, remove
 from slagen.wan.saved import tell_settings
 

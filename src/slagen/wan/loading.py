@@ -26,7 +26,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 from slagen.attention.cost import ModelShape
-from slagen.config import Sampler, user_path
+from slagen.config import Sampler
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.bounds import is_finite
 from slagen.formats.gguf_files import check_values
@@ -36,7 +36,7 @@ from slagen.formats.names import rename_vae
 from slagen.formats.reading import component_files, read_component, read_tensors
 from slagen.formats.transformer import Checkpoint, check_fit, read_checkpoint
 from slagen.io.files import scratch
-from slagen.io.paths import check_utf8
+from slagen.io.paths import check_utf8, user_path
 from slagen.wan.hub import OnNote, closed_hub, fetch_pipeline, fetch_weights, is_cached
 from slagen.wan.presets import (
     BUNDLED,

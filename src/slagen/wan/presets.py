@@ -12,11 +12,11 @@ from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.formats.model_files import SETTINGS_KEY, check_parts, read_header, read_json, read_strings
+from slagen.formats.published import TURBO_SLA
 from slagen.io.files import kind_of_path
 from slagen.io.text import quote
 
 BUNDLED = "tiny-wan"
-SLA_FILE = "sla.safetensors"
 
 # The negative prompt of the original Wan2.1 repository (wan/configs/shared_config.py): overexposed, static, blurred
 # details, subtitles, worst quality, JPEG artefacts, ugly, extra fingers, deformed, crowded, walking backwards.
@@ -27,8 +27,6 @@ WAN_NEGATIVE_PROMPT = (
 )
 WAN_1_3B = ModelShape(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, text_tokens=512)
 WAN_14B = ModelShape(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824, text_tokens=512)
-# TurboDiffusion's training; its files do not state it.
-TURBO_SLA = SLAConfig(sparsity=0.9, linear_domain="all", feature_map="softmax", block_m=64, block_n=64)
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,6 @@ def bundled_folder() -> Path:
         if (folder / "model_index.json").is_file():
             return folder
     raise EnvironmentProblem(f"the bundled model {BUNDLED} is missing from this installation. Install slagen again.")
-
-
-def preset_of_width(width: int) -> str | None:
-    """The first preset whose transformer has layers of some width."""
-    return next((p.name for p in PRESETS.values() if p.shape.num_heads * p.shape.head_dim == width), None)
 
 
 def is_hub_id(name: str) -> bool:

@@ -23,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from slagen.batch.manifest import digest
-from slagen.config import DataConfig, GenerateConfig, user_path
+from slagen.config import DataConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats import reading
 from slagen.formats.model_files import read_header
@@ -34,9 +33,9 @@ from slagen.generation.generate import Event, Session, texts_of
 from slagen.generation.resolve import Weights, find_weights, make_plan
 from slagen.io import forms
 from slagen.io.documents import parse_json, read_bytes, read_lines
-from slagen.io.files import append, delete, sweep, write_json, writing
+from slagen.io.files import append, delete, digest, sweep, write_json, writing
 from slagen.io.forms import Fault, Kind, check
-from slagen.io.paths import check_utf8
+from slagen.io.paths import check_utf8, user_path
 from slagen.io.text import counted, quote
 from slagen.training.data.videos import Cut, plan_cuts, read_cut, read_footage, tell
 from slagen.training.metrics import Example

@@ -1,0 +1,12 @@
+"""What is known of published weights that their files do not say. No torch here."""
+
+from slagen.attention.sla.config import SLAConfig
+
+# TurboDiffusion's training.
+TURBO_SLA = SLAConfig(sparsity=0.9, linear_domain="all", feature_map="softmax", block_m=64, block_n=64)
+_MODEL_OF_WIDTH = {1536: "wan2.1-t2v-1.3b", 5120: "wan2.1-t2v-14b"}
+
+
+def preset_of_width(width: int) -> str | None:
+    """The preset of Wan2.1's own transformer whose layers have a width."""
+    return _MODEL_OF_WIDTH.get(width)
