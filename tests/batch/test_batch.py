@@ -239,6 +239,7 @@ def test_a_batch_makes_what_generate_makes(toy, tmp_path):
     assert json.loads((tmp_path / "out" / name).with_suffix(".json").read_text())["latents_hash"] == one["latents_hash"]
 
 
+@pytest.mark.slow
 def test_leftovers_of_the_dead_go_and_others_stay(toy, tmp_path):
     lines = ["a red circle --seed 1", "a circle --seed 2"]
     config = settings(toy, tmp_path, lines)
