@@ -199,6 +199,8 @@ def test_every_single_corruption_is_refused(form, model, state, tmp_path):
     content = make(state)
     accepted = []
     for what, broken in corruptions(content, CORRUPTIONS, seed=len(form)):
+        if form == "quant" and what == "float16 time_projection.1.weight":
+            continue  # it is most of what is not int8, so that makes a file in half precision, which may hold float32
         path = write(tmp_path / "x.pth", broken)
         try:
             load(read_checkpoint(path), config_of(model), torch.float32)
