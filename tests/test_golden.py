@@ -28,13 +28,14 @@ from slagen.batch import ray_workers as cluster
 from slagen.batch import run as batch
 from slagen.benchmark import run as bench
 from slagen.cli import main as cli
-from slagen.cli.main import ALIASES, run
+from slagen.cli.main import run
 from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
 from slagen.generation import decode, generate, replay
 from slagen.generation import estimate as plan
 from slagen.generation.embeddings import tensor_hash
+from slagen.generation.peers import NAMES
 from slagen.training import finetune
 from slagen.training.data import dataset
 from slagen.wan import convert
@@ -172,7 +173,7 @@ def test_every_option_and_alias_is_in_a_golden_command_line():
         given = {word.partition("=")[0] for line in words if line[: len(start)] == start for word in line}
         assert set(names) <= given, f"{command}: add a line with {sorted(set(names) - given)}. {HOW}"
     given = {word.lstrip("-").replace("_", "-").partition("=")[0] for line in words for word in line}
-    assert not ALIASES.keys() - given, f"add a line with {sorted(ALIASES.keys() - given)}. {HOW}"
+    assert not NAMES.keys() - given, f"add a line with {sorted(NAMES.keys() - given)}. {HOW}"
 
 
 def helps(command: Any, words: tuple[str, ...] = ()):

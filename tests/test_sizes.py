@@ -24,11 +24,6 @@ LARGE_FILES = {
     "generation/generate.py",
 }
 LARGE_FUNCTIONS = {
-    "cli/main.py:batch",
-    "cli/main.py:bench",
-    "cli/main.py:finetune",
-    "cli/main.py:generate",
-    "cli/main.py:plan",
     "config.py:GenerateConfig.__post_init__",
     "training/data/dataset.py:_encoded",
     "training/finetune.py:_Run.__init__",

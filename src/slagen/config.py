@@ -19,7 +19,8 @@ from slagen.attention.sla.config import (
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.io.paths import check_folder, check_output
-from slagen.io.text import check_prompt, counted
+from slagen.io.text import check_prompt, counted, quote
+from slagen.settings import option
 from slagen.timing import Timing
 
 Sampler = Literal["unipc", "euler", "dpm++", "rcm"]
@@ -216,8 +217,25 @@ class ModelDefaults:
 Attention = Literal["sla", "sparse", "linear", "dense"]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
+VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
+DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Machine"
+WHAT, HOW = "What to measure", "How to measure"
+
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
+
+
+def drawn_seed(seed: int) -> int | None:
+    """A seed as it is typed, -1 being none: one is drawn."""
+    return None if seed == -1 else seed
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) from "i/n". Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if match is None:
+        raise UsageError(f"shard is {quote(text)}, but must be i/n, such as 1/4 on the first of four machines.")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
@@ -252,36 +270,71 @@ class GenerateConfig:
     """
 
     prompt: str
-    model: str | None = None
-    weights: str | None = None
-    vae: str | None = None
-    local_files_only: bool = False
-    allow_untrained: bool = False
-    attention: Attention = "sla"
-    backend: Backend = "auto"
-    sparsity: float | None = None
-    sla_topk: float | None = None
-    block_m: int | None = None
-    block_n: int | None = None
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    flow_shift: float | None = None
-    sampler: Sampler | None = None
-    sigma_max: float | None = None
-    ode: bool = False
-    seed: int | None = None
-    num_videos: int = 1
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    timing: Timing = "layer"
-    output: str = "outputs"
-    save_latents: bool = False
-    overwrite: bool = False
+    negative_prompt: str | None = option(None, "What to steer away from.", panel=VIDEO, short="-n", prompt_line=True)
+    model: str | None = option(
+        None,
+        "A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with a CUDA "
+        "device, tiny-wan (bundled) without.",
+        panel=VIDEO, short="-m", in_key=False,
+    )  # fmt: skip
+    width: int | None = option(
+        None, "Width x height in pixels, such as 832x480, or 480p or 720p.", panel=VIDEO, metavar="WxH", is_size=True,
+        prompt_line=True,
+    )  # fmt: skip
+    height: int | None = option(None, "In pixels.", panel=VIDEO, hidden=True, prompt_line=True)
+    num_frames: int | None = option(None, "Video frames, 4k + 1.", panel=VIDEO, prompt_line=True)
+    fps: int | None = option(None, "Frames per second.", panel=VIDEO, prompt_line=True)
+    num_videos: int = option(1, "How many videos; seeds count up.", panel=VIDEO, prompt_line=True, pixels=False)
+    steps: int | None = option(None, "Denoising steps.", panel=SAMPLING, prompt_line=True)
+    guidance_scale: float | None = option(
+        None, "Weight of the prompt; 1 skips the unconditional pass.", panel=SAMPLING, prompt_line=True
+    )
+    flow_shift: float | None = option(
+        None, "Timestep shift of the flow-matching schedule.", panel=SAMPLING, prompt_line=True
+    )
+    sampler: Sampler | None = option(
+        None, "unipc, euler, dpm++ or rcm. Default: what the weights are for.", panel=SAMPLING
+    )
+    sigma_max: float | None = option(None, "First noise level of rcm, 80 unless given.", panel=SAMPLING)
+    ode: bool = option(False, "Deterministic (ODE) rCM sampling.", panel=SAMPLING)
+    seed: int | None = option(
+        None, "Same seed, same video. Random (-1) unless given.", panel=SAMPLING, read=drawn_seed, prompt_line=True,
+        in_key=False,
+    )  # fmt: skip
+    dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, in_key=False)
+    attention: Attention = option(
+        "sla", "sla; sparse or linear: one branch of it, if so trained; dense: the base model with full attention.",
+        panel=ATTENTION,
+    )  # fmt: skip
+    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=ATTENTION)
+    sparsity: float | None = option(
+        None, "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.", panel=ATTENTION,
+        prompt_line=True,
+    )  # fmt: skip
+    sla_topk: float | None = option(
+        None,
+        "Fraction of key blocks attended exactly (1 - sparsity), counted as in the published code: "
+        "int(fraction x blocks).",
+        panel=ATTENTION, prompt_line=True,
+    )  # fmt: skip
+    block_m: int | None = option(
+        None, "Query rows of a block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION
+    )
+    block_n: int | None = option(None, "Key columns of a block. Default: as trained.", panel=ATTENTION)
+    weights: str | None = option(
+        None, "SLA weights, or a whole transformer in any public form. Default: the model's own.", panel=ATTENTION,
+        metavar="FILE_OR_FOLDER", in_key=False,
+    )  # fmt: skip
+    vae: str | None = option(
+        None, "Another VAE, such as Wan2.1_VAE.pth.", panel=VIDEO, metavar="FILE_OR_FOLDER", in_key=False
+    )
+    local_files_only: bool = option(False, "Download nothing.", panel=VIDEO, pixels=False)
+    allow_untrained: bool = option(False, "Run SLA whose weights are missing or zero.", panel=ATTENTION, in_key=False)
+    output: str = option("outputs", "A folder, or a file that ends in .mp4.", panel=OUTPUT, short="-o", pixels=False)
+    overwrite: bool = option(False, "Replace files that exist.", panel=OUTPUT, pixels=False)
+    save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
+    timing: Timing = option("layer", "layer, step or off: how finely attention is timed.", panel=OUTPUT, pixels=False)
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -379,12 +432,19 @@ class BatchConfig:
 
     prompts: str
     generate: GenerateConfig
-    retry_failed: bool = False
-    shard: tuple[int, int] | None = None
-    cache_dir: str = CACHE
-    no_cache: bool = False
-    ray_address: str | None = None
-    ray_workers: int | None = None
+    retry_failed: bool = option(False, "Try again what failed before.")
+    shard: tuple[int, int] | None = option(
+        None, "i/n: every n-th job from the i-th on, for n machines.", metavar="I/N", kind=str, read=parse_shard
+    )
+    cache_dir: str = option(CACHE, "Where prompt embeddings and hashes are kept.")
+    no_cache: bool = option(False, "Keep no embeddings.")
+    ray_address: str | None = option(
+        None,
+        "Share the work on the Ray cluster at this address; if it wants a token, give that in RAY_AUTH_TOKEN, or its "
+        "file in RAY_AUTH_TOKEN_PATH.",
+        metavar="HOST:PORT",
+    )
+    ray_workers: int | None = option(None, "Models in memory at once. Default: one a GPU, or one a machine without.")
 
     def __post_init__(self) -> None:
         if self.ray_workers is not None and (not 1 <= self.ray_workers <= MAX_VIDEOS or self.ray_address is None):
@@ -426,27 +486,47 @@ class BenchConfig:
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
 
-    shapes: tuple[str, ...] = ("wan-1.3b-480p",)
-    sparsities: tuple[float, ...] = ()
-    methods: tuple[str, ...] = ()
-    backend: Backend = "auto"
-    linear_domain: LinearDomain = "all"
-    feature_map: FeatureMap = "softmax"
-    block_m: int = 64
-    block_n: int = 64
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    backward: bool | None = None
-    lengths: tuple[int, ...] | None = None
-    seconds: float = 2.0
-    model: str | None = None
-    random_init: RandomInit | None = None
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    steps: int = 4
-    compile: bool = False
-    output: str | None = None
+    shapes: tuple[str, ...] = option(
+        ("wan-1.3b-480p",),
+        f"{', '.join(SHAPES)}, or batch x heads x tokens x head dimension, such as 1x12x8192x128. May be repeated. "
+        "Default: wan-1.3b-480p.",
+        panel=WHAT, name="shape",
+    )  # fmt: skip
+    sparsities: tuple[float, ...] = option(
+        (), "May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; for a model 0.95.", panel=WHAT, name="sparsity"
+    )
+    methods: tuple[str, ...] = option(
+        (),
+        "sla, sparse, sdpa, sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math, flash-attn, sage, flashinfer, flex, "
+        "cudnn-blocks, flashinfer-blocks or sla-public. May be repeated. Default: all.",
+        panel=WHAT, name="method",
+    )  # fmt: skip
+    lengths: tuple[int, ...] | None = option(
+        None,
+        "Tokens, for the length sweep; may be repeated. Default: doubling from 1,024 up to the shape's.",
+        panel=WHAT, name="length",
+    )  # fmt: skip
+    model: str | None = option(
+        None, "Time this model's denoising loop: a preset, folder or hub id.", panel=WHAT, short="-m"
+    )
+    random_init: RandomInit | None = option(
+        None, "The same for a random Wan of true size: wan-1.3b or wan-14b.", panel=WHAT
+    )
+    width: int | None = option(None, "Width x height of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
+    height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)
+    num_frames: int | None = option(None, "Video frames of the loop.", panel=WHAT)
+    steps: int = option(4, "Denoising steps of the loop.", panel=WHAT)
+    compile: bool = option(False, "Time the loop with torch.compile as well.", panel=WHAT)
+    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=HOW)
+    linear_domain: LinearDomain = option("all", "What the linear branch sees: all or marginal.", panel=HOW)
+    feature_map: FeatureMap = option("softmax", "softmax, elu or relu.", panel=HOW)
+    block_m: int = option(64, "Query rows of a block.", panel=HOW)
+    block_n: int = option(64, "Key columns of a block.", panel=HOW)
+    dtype: Dtype = option("auto", "auto: bf16 on CUDA, fp32 on a CPU.", panel=HOW)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW)
+    backward: bool | None = option(None, "Time the backward pass too. Default: on CUDA.", panel=HOW)
+    seconds: float = option(2.0, "Time for each measurement.", panel=HOW)
+    output: str | None = option(None, "A folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")
 
     def __post_init__(self) -> None:
         check_folder("output", self.output or "")
@@ -515,14 +595,20 @@ class DataConfig:
     Raises: UsageError if a value is out of range, or no data or two kinds of it are given.
     """
 
-    path: str | None = None
-    self_generate: str | None = None
-    clips_per_prompt: int | None = None
-    held_out: int | None = None
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
+    path: str | None = option(
+        None, "Videos with captions (see finetune data), or prepared.", panel=DATA, name="data", metavar="PATH"
+    )
+    self_generate: str | None = option(
+        None, "No videos: a prompt file, of which the dense model makes clips.", panel=DATA, metavar="FILE"
+    )
+    clips_per_prompt: int | None = option(
+        None, "How many clips of each, unless its line has --num-videos; one more is held out. Default: 4.", panel=DATA
+    )
+    held_out: int | None = option(None, "Videos to hold out. Default: a tenth, from 1 to 16.", panel=DATA)
+    width: int | None = option(None, "Clips of this area, width x height.", panel=DATA, metavar="WxH", is_size=True)
+    height: int | None = option(None, "In pixels.", panel=DATA, hidden=True)
+    num_frames: int | None = option(None, "The longest clip, 4k + 1.", panel=DATA)
+    fps: int | None = option(None, "Frames per second of clips.", panel=DATA)
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.self_generate is None):
@@ -568,45 +654,68 @@ class FinetuneConfig:
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
 
-    data: DataConfig
-    model: str | None = None
-    weights: str | None = None
-    from_dense: bool = False
-    local_files_only: bool = False
-    output: str = "finetuned"
-    attention: TunedAttention = "sla"
-    sparsity: float | None = None
-    negligible: float | None = None
-    linear_domain: LinearDomain | None = None
-    feature_map: FeatureMap | None = None
-    block_m: int | None = None
-    block_n: int | None = None
-    anneal_from: float | None = None
-    loss: Loss = "distill"
-    layer_loss: float = 0.0
-    train: Trained = "all"
-    lora_rank: int | None = None
-    steps: int | None = None
-    lr: float | None = None
-    proj_multiplier: float | None = None
-    warmup_steps: int | None = None
-    batch_size: int | None = None
-    micro_batch: int | None = None
-    caption_dropout: float | None = None
-    weight_decay: float = 0.01
-    max_grad_norm: float | None = None
-    optimizer: Optimizer = "adamw"
-    checkpointing: bool | None = None
-    seed: int = 0
-    dtype: Dtype = "auto"
-    device: str = "auto"
-    backend: Backend = "auto"
-    parallel: Parallel = "auto"
-    context_parallel: int = 1
-    save_every: int | None = None
-    validate_every: int | None = None
-    restart: bool = False
-    tensorboard: bool = False
+    data: DataConfig = option(dataclasses.MISSING, in_key=False)
+    model: str | None = option(
+        None, "A preset, folder or hub id. Default: wan2.1-t2v-1.3b with a CUDA device, tiny-wan (bundled) without.",
+        panel=MODEL, short="-m",
+    )  # fmt: skip
+    weights: str | None = option(
+        None, "SLA weights to start from, or a transformer.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
+    )
+    from_dense: bool = option(False, "Begin with dense weights and a fresh proj_l.", panel=MODEL)
+    local_files_only: bool = option(False, "Download nothing.", panel=MODEL, pixels=False)
+    attention: TunedAttention = option(
+        "sla", "sla; to compare: sparse or linear, one branch of it, or dense.", panel=MODEL
+    )
+    sparsity: float | None = option(None, "Default: as the model's SLA has it, or 0.95.", panel=MODEL)
+    negligible: float | None = option(None, "Fraction of blocks neither branch sees.", panel=MODEL)
+    linear_domain: LinearDomain | None = option(None, "What the linear branch sees: all or marginal.", panel=MODEL)
+    feature_map: FeatureMap | None = option(None, "softmax, elu or relu.", panel=MODEL)
+    block_m: int | None = option(None, "Query rows of a block.", panel=MODEL)
+    block_n: int | None = option(None, "Key columns of a block.", panel=MODEL)
+    anneal_from: float | None = option(None, "Sparsity to begin with; it rises over half of the steps.", panel=MODEL)
+    loss: Loss = option("distill", "distill: the dense model's velocity; flow: the data's.", panel=TRAINING)
+    layer_loss: float = option(0.0, "Weight of each layer's attention error.", panel=TRAINING)
+    train: Trained = option("all", "all, attn, proj or lora (and proj_l).", panel=TRAINING)
+    lora_rank: int | None = option(None, "Rank of lora. Default: 32.", panel=TRAINING)
+    steps: int | None = option(None, "Optimiser steps. Default, as of the six below: the model's own.", panel=TRAINING)
+    lr: float | None = option(None, "Learning rate.", panel=TRAINING)
+    proj_multiplier: float | None = option(None, "Factor on it for proj_l.", panel=TRAINING)
+    warmup_steps: int | None = option(None, "Steps it rises over, at most a tenth.", panel=TRAINING)
+    batch_size: int | None = option(None, "Clips a step, over all processes.", panel=TRAINING)
+    micro_batch: int | None = option(None, "Clips at a time on one device.", panel=TRAINING, pixels=False)
+    caption_dropout: float | None = option(
+        None, "Fraction trained on the negative prompt, for guidance.", panel=TRAINING
+    )
+    weight_decay: float = option(0.01, "Of AdamW.", panel=TRAINING)
+    max_grad_norm: float | None = option(None, "Clip gradients to this norm. Default: no clipping.", panel=TRAINING)
+    optimizer: Optimizer = option("adamw", "adamw or adamw8bit (not with fsdp).", panel=TRAINING)
+    checkpointing: bool | None = option(
+        None, "Recompute activations, to save memory. Default: on CUDA.", panel=MACHINE, pixels=False
+    )
+    seed: int = option(0, "Of noise, order, and which clips are held out.", panel=TRAINING)
+    dtype: Dtype = option(
+        "auto", "To compute in: auto (bf16 on CUDA that has it, else fp32), bf16 or fp32.", panel=MACHINE
+    )
+    device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, pixels=False)
+    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=MACHINE)
+    parallel: Parallel = option(
+        "auto", "Under torchrun: ddp copies the model, fsdp splits it.", panel=MACHINE, pixels=False
+    )
+    context_parallel: int = option(
+        1, "Under torchrun: processes that share a clip's tokens.", panel=MACHINE, pixels=False
+    )
+    save_every: int | None = option(
+        None, "Steps between checkpoints. Default: a tenth, at least 10.", panel=OUTPUT, pixels=False
+    )
+    validate_every: int | None = option(
+        None, "Steps between validations with clips. Default: half.", panel=OUTPUT, pixels=False
+    )
+    restart: bool = option(False, "Begin anew in a folder with a checkpoint.", panel=OUTPUT, pixels=False)
+    tensorboard: bool = option(False, "Write event files too.", panel=OUTPUT, pixels=False)
+    output: str = option(
+        "finetuned", "A folder for weights, checkpoints, log and page.", panel=OUTPUT, short="-o", pixels=False
+    )
 
     def __post_init__(self) -> None:
         check_folder("output", self.output)

@@ -43,12 +43,10 @@ from slagen.io.files import delete, digest, sweep, write_bytes, write_json, writ
 from slagen.io.paths import is_video, user_path
 from slagen.io.text import counted
 from slagen.machine import describe_device
+from slagen.settings import names_where
 from slagen.video import check_ffmpeg, make_thumbnail
 
-NOT_PIXELS = {  # settings that change no pixel, the seed, which is kept apart, and paths, whose contents are hashed
-    "output", "overwrite", "save_latents", "timing", "num_videos", "seed", "device", "allow_untrained", "model",
-    "weights", "vae",
-}  # fmt: skip
+NOT_IN_KEY = names_where(GenerateConfig, lambda option: not (option.pixels and option.in_key))
 POLL_S = 0.5
 MAX_TIMES = 200  # kinds of videos whose times are kept
 PAGE = "index.html"
@@ -232,7 +230,7 @@ def _queue(
     """The job of every plan, queued where it is new; a plan that is there twice with one seed counts once."""
     wanted = []
     for plan, name in plans:
-        settings = {key: value for key, value in plan.settings.items() if key not in NOT_PIXELS}
+        settings = {key: value for key, value in plan.settings.items() if key not in NOT_IN_KEY}
         settings |= {"backend": plan.backend, "weights_hash": identity}
         wanted.append(Wanted(settings, plan.config.seed, plan.config.slug, name))
     tasks: dict[str, Task] = {}

@@ -13,35 +13,25 @@ from typing import Any, BinaryIO
 
 from slagen.config import GenerateConfig
 from slagen.errors import UsageError
+from slagen.generation import peers
+from slagen.generation.sizes import clip_size
 from slagen.io.documents import Entries, decode, parse_json, parse_yaml, size_of
 from slagen.io.forms import Fault, shown
 from slagen.io.paths import user_path
 from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
 from slagen.io.text import LONG_DASH, cut
+from slagen.settings import settings_of
 
 MAX_FILE = 16 * 2**20
 MAX_PROMPTS = 100_000
 MAX_FAULTS = 1000  # after which no more are looked for
-FIELDS = {  # what may differ within one loaded model: option -> field of GenerateConfig and its type
-    "seed": ("seed", int), "size": ("size", str), "width": ("width", int), "height": ("height", int),
-    "num-frames": ("num_frames", int), "steps": ("steps", int), "guidance-scale": ("guidance_scale", float),
-    "flow-shift": ("flow_shift", float), "fps": ("fps", int), "negative-prompt": ("negative_prompt", str),
-    "sparsity": ("sparsity", float), "sla-topk": ("sla_topk", float), "num-videos": ("num_videos", int),
-    "id": ("id", str),
-}  # fmt: skip
-SHORT = {  # musubi's and kohya's, and other tools' names
-    "w": "width", "h": "height", "f": "num-frames", "d": "seed", "s": "steps", "g": "guidance-scale",
-    "l": "guidance-scale", "fs": "flow-shift", "n": "negative-prompt",
-    "frames": "num-frames", "frame-num": "num-frames", "video-length": "num-frames",
-    "num-inference-steps": "steps", "sample-steps": "steps", "infer-steps": "steps", "num-steps": "steps",
-    "guidance": "guidance-scale", "cfg": "guidance-scale", "sample-guide-scale": "guidance-scale",
-    "shift": "flow-shift", "sample-shift": "flow-shift", "base-seed": "seed", "negative": "negative-prompt",
-    "topk": "sla-topk", "num-samples": "num-videos", "num-videos-per-prompt": "num-videos",
-}  # fmt: skip
-ELSEWHERE = {
-    *(name.replace("_", "-") for name in GenerateConfig.__dataclass_fields__), "timing", "overwrite", "json",
-    "attn-mode", "model-path", "ckpt-dir", "dit", "vae-path", "output-path", "save-path",
-} - {*FIELDS, "prompt"}  # fmt: skip
+SETTINGS = {setting.field: setting for setting in settings_of(GenerateConfig)}
+SIZES = ("size", "width", "height", "resolution", "aspect_ratio")
+TYPES = {  # of what a line may say beside its prompt, by option: all that may differ within one loaded model
+    **{"size": str, "resolution": str, "aspect-ratio": str, "id": str},
+    **{setting.name: setting.kind for setting in SETTINGS.values() if setting.about.prompt_line},
+}
+ELSEWHERE = {*(setting.name for setting in SETTINGS.values()), *peers.NAMES.values(), "json"} - {*TYPES, "prompt"}
 
 
 @dataclass(frozen=True)
@@ -159,7 +149,7 @@ def check_dashes(line: str) -> None:
     for match in re.finditer(rf"(?:^|(?<=\s))((?:{LONG_DASH}|-)+)([A-Za-z][\w-]*)(?=\s|[=:]|$)", line):
         dash, name = match.groups()
         plain = _plain(name)
-        known = plain in FIELDS or plain in ELSEWHERE
+        known = plain in TYPES or plain in ELSEWHERE
         if dash == "--" or not known or (len(name) == 1 and not re.match(r"\s*[=:]?\s*\d", line[match.end() :])):
             continue
         raise _Fault(
@@ -188,21 +178,24 @@ def _text_line(line: str) -> dict[str, Any]:
 def _option(name: str, column: int | None = None) -> str:
     """An option's name as we spell it."""
     plain = _plain(name)
-    if plain in FIELDS:
+    if plain in TYPES:
         return plain
     if plain in ELSEWHERE:
         raise _Fault(f"--{cut(name)} is the same for all prompts and belongs on the command line", column)
-    raise _Fault(f"--{cut(name)} is unknown; a line takes {', '.join('--' + option for option in FIELDS)}", column)
+    reason = peers.why_not(plain)
+    if reason is not None:
+        raise _Fault(reason.removesuffix("."), column)
+    raise _Fault(f"--{cut(name)} is unknown; a line takes {', '.join('--' + option for option in TYPES)}", column)
 
 
 def _plain(name: str) -> str:
     name = plain_name(name)
-    return SHORT.get(name, name)
+    return peers.LETTERS.get(name, peers.normalize(name))
 
 
 def _convert(option: str, value: Any, column: int | None = None) -> Any:
     """A value of an option's type, from text or from JSON."""
-    kind = FIELDS[option][1]
+    kind = TYPES[option]
     if kind is str:
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise _Fault(f"--{option} is {shown(value)}, but must be text", column)
@@ -313,17 +306,17 @@ def _request(entry: dict[str, Any], where: str) -> Request:
     name = entry.pop("id", "")
     if name and not re.fullmatch(r"[\w][\w.-]{0,79}", name):
         raise _Fault(f"id is {shown(name)}, but must be letters, digits, dots, dashes and underscores, at most 80")
-    fields = {FIELDS[option][0]: value for option, value in entry.items()}
-    size = fields.pop("size", None)
-    if size is not None:
-        match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", size)
-        if match is None or "width" in fields or "height" in fields:
-            raise _Fault(
-                f"--size is {shown(size)}, but must be width x height in pixels, and said once. Try --size 832x480"
-            )
-        fields["width"], fields["height"] = int(match[1]), int(match[2])
-    if fields.get("seed") == -1:
-        del fields["seed"]
+    fields = {option.replace("-", "_"): value for option, value in entry.items()}
+    try:
+        size = clip_size(**{key: fields.pop(key) for key in SIZES if key in fields})
+    except UsageError as error:
+        raise _Fault(str(error)) from None
+    if size != (None, None):
+        fields["width"], fields["height"] = size
+    for key, read in [(key, SETTINGS[key].about.read) for key in fields]:
+        if read is not None and (value := read(fields[key])) != fields[key]:
+            fields[key] = value
+    fields = {key: value for key, value in fields.items() if value is not None}
     try:
         config = GenerateConfig(prompt=prompt, **fields)
     except UsageError as error:

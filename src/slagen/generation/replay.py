@@ -14,14 +14,13 @@ from slagen.generation.generate import Event, generate
 from slagen.generation.provenance import describe
 from slagen.io.files import file_hash, scratch
 from slagen.io.paths import user_path
+from slagen.settings import names_where
 from slagen.wan.loading import check_told_model
 from slagen.wan.presets import BUNDLED, PRESETS, bundled_folder, is_hub_id
 
-AS_THEY_ARE = (  # settings that are fields of GenerateConfig under the same name
-    "prompt", "negative_prompt", "model", "weights", "vae", "allow_untrained", "attention", "backend", "block_m",
-    "block_n", "num_frames", "fps", "steps", "guidance_scale", "sampler", "flow_shift", "sigma_max", "seed", "dtype",
-    "device",
-)  # fmt: skip
+AS_THEY_ARE = names_where(GenerateConfig, lambda option: option.pixels) - {  # told under the same name
+    "width", "height", "sparsity", "sla_topk", "ode",
+}  # fmt: skip
 
 
 def replay(

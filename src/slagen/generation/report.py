@@ -9,13 +9,15 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.config import GenerateConfig
 from slagen.io.files import file_hash
 from slagen.io.text import to_json
+from slagen.settings import names_where
 from slagen.timing import StepTimes
 
 SCHEMA_VERSION = 1
 COMMENT_BYTES = 32 * 1024
-AROUND = ("output", "overwrite", "save_latents", "timing", "num_videos")  # settings that are about other files
+AROUND = names_where(GenerateConfig, lambda option: not option.pixels)  # settings that are not of the video
 PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 
 

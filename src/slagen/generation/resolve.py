@@ -24,11 +24,14 @@ from slagen.formats.transformer import UNTOLD, Found, peek
 from slagen.generation import report
 from slagen.io.paths import user_path
 from slagen.io.text import counted
+from slagen.settings import changed
 from slagen.wan.install import read_metadata
 from slagen.wan.loading import resolve_model
 from slagen.wan.presets import ModelSource
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
+
+TOLD_APART = ("width", "height", "block_m", "block_n")  # of the settings: as a size; where they are not as trained
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Plan:
         sparsity = None if self.sla is None else self.sla.sparsity
         complement = None if sparsity is None else round(1 - sparsity, 12)
         sizes = [(name, getattr(self.sla, name, None)) for name in ("block_m", "block_n")]
-        return {
+        told: dict[str, Any] = {
             "prompt": c.prompt,
             "negative_prompt": c.negative_prompt,
             "model": c.model or weights.source.name,
@@ -106,6 +109,8 @@ class Plan:
             "save_latents": c.save_latents,
             "overwrite": c.overwrite,
         }
+        # What has come since counts only where it is not at its default, so that a batch begun without it goes on.
+        return {**{name: value for name, value in changed(c).items() if name not in {*told, *TOLD_APART}}, **told}
 
     @property
     def told(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from slagen.io.files import append, delete, sweep, write_json, writing
 from slagen.io.paths import check_utf8, user_path
 from slagen.io.text import counted
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
+from slagen.settings import names_where, settings_of
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
 from slagen.training.data import dataset
 from slagen.training.data.dataset import Clip, Dataset
@@ -66,10 +67,8 @@ DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step mo
 LORA_RANK = 32
 MAX_HELD_OUT = 16  # clips that an error is measured on
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
-ANYTIME = {  # settings that change nothing of what is learnt
-    "output", "restart", "save_every", "validate_every", "tensorboard", "device", "parallel", "context_parallel",
-    "micro_batch", "checkpointing", "local_files_only", "data", "weights",  # whose hash counts, not their path
-}  # fmt: skip
+ANYTIME = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))  # learns the same
+DEFAULTS = {setting.field: setting.default for setting in settings_of(FinetuneConfig)}
 
 
 @dataclass(frozen=True)
@@ -717,7 +716,9 @@ def _compare(before: Any, now: dict[str, Any], folder: Path, but: tuple[str, ...
     """Raise UsageError where a run would go on with other settings than it began with, some of them apart."""
     if not isinstance(before, dict):
         raise UsageError(f"{folder} holds a checkpoint without settings. Begin anew with --restart.")
-    changed = [name for name in sorted({*before, *now} - {*but}) if before.get(name) != now.get(name)]
+    names = sorted({*before, *now} - {*but})
+    before = {**{name: DEFAULTS.get(name) for name in now}, **before}  # an older checkpoint lacks what is new
+    changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
         told = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
         raise UsageError(

@@ -1,0 +1,129 @@
+"""The options of a command, built for Typer from the fields of its configs; no option is written a second time."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import GenericAlias
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+
+from slagen.generation.sizes import clip_size
+from slagen.settings import Setting, settings_of
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Those options of a config that a command has.
+
+    Args:
+        config: the dataclass. only: its fields, by name, in the order of the config; empty takes all that have a help.
+        without: fields to leave out.
+        help: another help for a field. defaults: another default.
+    """
+
+    config: type
+    only: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    help: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> list[Setting]:
+        """The fields that the command has."""
+        every = [setting for setting in settings_of(self.config) if setting.about.help]
+        return [s for s in every if s.field not in self.without and (not self.only or s.field in self.only)]
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """A parameter of Typer's for each option."""
+        found = []
+        for setting in self.settings():
+            help, default = self.help.get(setting.field, setting.about.help), self.default(setting)
+            if setting.about.is_size:
+                found.append(_parameter("size", str, None, _option(setting, help, "--size")))
+                for name in ("resolution", "aspect_ratio"):
+                    spelling = f"--{name.replace('_', '-')}"
+                    found.append(_parameter(name, str, None, typer.Option(spelling, hidden=True)))
+                hidden = typer.Option("--width", hidden=True)
+                found.append(_parameter(setting.field, setting.kind, default, hidden))
+            else:
+                found.append(_parameter(setting.field, _kind(setting), default, _option(setting, help)))
+        return found
+
+    def default(self, setting: Setting) -> Any:
+        """What an option is where it is not given; None for one that may be repeated."""
+        return None if _is_list(setting) else self.defaults.get(setting.field, setting.default)
+
+    def read(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Take the config's values out of what Typer parsed. Raises UsageError."""
+        values = {setting.field: given.pop(setting.field) for setting in self.settings()}
+        for setting in self.settings():
+            value, read = values[setting.field], setting.about.read
+            if _is_list(setting):
+                if value:
+                    values[setting.field] = tuple(value)
+                else:
+                    del values[setting.field]  # the config's own default
+            elif read is not None and value is not None:
+                values[setting.field] = read(value)
+            if setting.about.is_size:
+                names = ("size", "resolution", "aspect_ratio")
+                asked = {name: given.pop(name) for name in names}
+                values["width"], values["height"] = clip_size(width=value, height=values["height"], **asked)
+        return values
+
+
+def takes(**slots: Fields | type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of configs.
+
+    Args:
+        slots: for a parameter of the command, the config (or `Fields` of one) whose options stand in its place; it is
+            called with a dict of the values of these fields.
+    """
+    fields = {name: slot if isinstance(slot, Fields) else Fields(slot) for name, slot in slots.items()}
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(function, eval_str=True).parameters.values():
+            if parameter.name in fields:
+                parameters += fields[parameter.name].parameters()
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            values = {name: slot.read(given) for name, slot in fields.items()}
+            function(**given, **values)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, kind: Any, default: Any, about: Any) -> inspect.Parameter:
+    annotation: Any = Annotated[kind if default is not None else kind | None, about]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _option(setting: Setting, help: str, name: str = "") -> Any:
+    """What Typer is told of an option: its spellings, help, panel and metavar."""
+    about, name = setting.about, name or f"--{setting.name}"
+    if setting.kind is bool and setting.default is None:
+        name = f"{name}/--no-{setting.name}"
+    names = [name, about.short] if about.short else [name]
+    return typer.Option(
+        *names, help=help, rich_help_panel=about.panel or None, metavar=about.metavar, hidden=about.hidden
+    )
+
+
+def _kind(setting: Setting) -> Any:
+    if setting.about.kind is not None:
+        return setting.about.kind
+    return GenericAlias(list, get_args(setting.kind)[:1]) if _is_list(setting) else setting.kind
+
+
+def _is_list(setting: Setting) -> bool:
+    """Whether it may be repeated."""
+    return get_origin(setting.kind) is tuple and setting.about.read is None

@@ -1,0 +1,204 @@
+"""What other tools call our options and their values, and one line on why an option of theirs is not here.
+
+The tools: Wan2.1's generate.py, TurboDiffusion, FastVideo, musubi-tuner's wan_generate_video.py, LightX2V, diffusers.
+A command line is translated before it is parsed; names work in a prompt file too. None of it is in the help.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from slagen.errors import UsageError
+from slagen.io.text import cut, quote
+
+# Their names for our options. Underscores count as dashes.
+NAMES = {
+    "num-inference-steps": "steps", "sample-steps": "steps", "infer-steps": "steps", "num-steps": "steps",
+    "sample-guide-scale": "guidance-scale", "guidance": "guidance-scale", "cfg": "guidance-scale",
+    "sample-shift": "flow-shift", "shift": "flow-shift",
+    "frame-num": "num-frames", "video-length": "num-frames", "frames": "num-frames",
+    "base-seed": "seed", "negative": "negative-prompt",
+    "num-videos-per-prompt": "num-videos", "num-samples": "num-videos",
+    "topk": "sla-topk",
+    "attention-backend": "attention", "attention-type": "attention", "attn-mode": "attention",
+    "model-path": "model", "ckpt-dir": "model", "task": "model",
+    "dit-path": "weights", "dit": "weights", "sla-weights": "weights",
+    "sample-solver": "sampler", "scheduler": "sampler", "vae-path": "vae",
+    "save-file": "output", "save-path": "output", "output-path": "output", "save-result-path": "output",
+    "from-file": "prompts", "prompt-txt": "prompts",
+}  # fmt: skip
+# musubi's and kohya's letters, which a line of a prompt file takes too.
+LETTERS = {
+    "w": "width", "h": "height", "f": "num-frames", "d": "seed", "s": "steps", "g": "guidance-scale",
+    "l": "guidance-scale", "fs": "flow-shift", "n": "negative-prompt",
+}  # fmt: skip
+HEIGHT_FIRST = ("video-size", "target-shape")  # musubi's and LightX2V's, with two values: height and width
+
+_ATTENTION = {"sagesla": "sla", "original": "dense", "sla_attn": "sla", "sage_sla_attn": "sla"}
+_DENSE = dict.fromkeys(
+    ("torch", "sdpa", "flash", "flash2", "flash3", "xformers", "sageattn", "torch_sdpa", "flash_attn", "sage_attn"),
+    "dense",
+)
+_SAMPLERS = {
+    "unipcmultistepscheduler": "unipc", "flowunipcmultistepscheduler": "unipc", "flow_unipc": "unipc",
+    "flowmatcheulerdiscretescheduler": "euler", "flowmatchdiscretescheduler": "euler", "vanilla": "euler",
+    "dpmsolvermultistepscheduler": "dpm++", "flowdpmsolvermultistepscheduler": "dpm++", "dpmpp": "dpm++",
+}  # fmt: skip
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
+# Wan's --task, and TurboDiffusion's names of models.
+TASKS = {"t2v-1.3b": "wan2.1-t2v-1.3b", "t2v-14b": "wan2.1-t2v-14b"}
+MODELS = {"Wan2.1-1.3B": "wan2.1-t2v-1.3b", "Wan2.1-14B": "wan2.1-t2v-14b"}
+# Their values, in small letters, by the spelling of the option that they are given with.
+VALUES = {
+    "attention": _ATTENTION, "attention-type": _ATTENTION, "attention-backend": _ATTENTION | _DENSE,
+    "attn-mode": _ATTENTION | _DENSE, "sampler": _SAMPLERS, "sample-solver": _SAMPLERS, "scheduler": _SAMPLERS,
+    "dtype": _DTYPES,
+}  # fmt: skip
+
+_IMAGE = "image-to-video is not supported yet"
+_VIDEO = "video-to-video and control videos are not supported yet"
+_LORA = "LoRA weights are not supported yet in generation; slagen merge adds what a tuning changed to a whole model"
+_MEMORY = "slagen moves parts to the GPU one at a time by itself where they do not fit together"
+_GPUS = "one video is made on one GPU; slagen batch --ray shares many videos among all GPUs"
+_FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files are read as they are with --weights"
+_REWRITE = "slagen does not rewrite prompts; give the full prompt"
+_TEXT = "the text encoder belongs to the model's folder, which --model names"
+_LAYER = "skip-layer guidance is not supported"
+_CACHE = "caching of steps is not supported; every step is computed"
+_CFG = "guidance is the same in every step, as --guidance-scale says"
+_ONLY = "slagen makes videos from text only, so there is nothing to choose"
+# Their options that slagen has not, and why, in one line.
+REFUSED = {
+    **dict.fromkeys(
+        ("image", "image-path", "images", "first-frame", "last-frame", "last-frame-path", "end-image-path", "clip",
+         "one-frame-inference", "control-image-path", "i", "ei", "adaptive-resolution"), _IMAGE),
+    **dict.fromkeys(
+        ("video-path", "src-video", "src-mask", "src-ref-images", "control-path", "cn", "pose", "audio-path"), _VIDEO),
+    **dict.fromkeys(
+        ("lora-weight", "lora-weights", "lora-multiplier", "lora-path", "lora-nickname", "lora-configs",
+         "lora-weight-high-noise", "lora-multiplier-high-noise", "include-patterns", "exclude-patterns", "lycoris",
+         "save-merged-model"), _LORA),
+    **dict.fromkeys(
+        ("offload-model", "blocks-to-swap", "cpu-offload", "dit-cpu-offload", "dit-layerwise-offload",
+         "text-encoder-cpu-offload", "vae-cpu-offload", "image-encoder-cpu-offload", "pin-cpu-memory", "t5-cpu",
+         "vae-cache-cpu", "offload-inactive-dit", "lazy-loading"), _MEMORY),
+    **dict.fromkeys(
+        ("ulysses-size", "ring-size", "t5-fsdp", "dit-fsdp", "num-gpus", "sp-size", "tp-size", "hsdp-shard-dim",
+         "hsdp-replicate-dim", "use-fsdp-inference", "distributed-executor-backend", "master-port"), _GPUS),
+    **dict.fromkeys(("fp8", "fp8-scaled", "fp8-fast", "fp8-t5", "vae-dtype", "convert-model-dtype"), _FP8),
+    "quant-linear": "a quantised file, such as -quant.pth, is recognised by itself",
+    "default-norm": "the norms of the original model always run",
+    **dict.fromkeys(
+        ("use-prompt-extend", "prompt-extend-method", "prompt-extend-model", "prompt-extend-target-lang",
+         "use-prompt-enhancer"), _REWRITE),
+    **dict.fromkeys(("t5", "text-encoder-path", "t5-tokenizer-path", "override-text-encoder-safetensors"), _TEXT),
+    **dict.fromkeys(("slg-layers", "slg-scale", "slg-start", "slg-end", "slg-mode"), _LAYER),
+    **dict.fromkeys(("teacache-thresh", "enable-teacache", "use-teacache", "feature-caching"), _CACHE),
+    **dict.fromkeys(
+        ("cfg-skip-mode", "cfg-apply-ratio", "guidance-scale-high-noise", "timestep-boundary", "boundary",
+         "boundary-ratio", "dit-high-noise", "high-noise-model-path", "low-noise-model-path"),
+        f"Wan2.2 with its two transformers is not supported, and {_CFG}"),
+    **dict.fromkeys(("workload-type", "mode", "inference-mode", "model-cls", "pipeline-config"), _ONLY),
+    **dict.fromkeys(("config-json", "config"), "settings are given as options, or with a prompt file (--prompts)"),
+    **dict.fromkeys(
+        ("enable-torch-compile", "torch-compile-kwargs", "compile", "compile-args"),
+        "videos are made without torch.compile; slagen bench --compile measures what it would give"),
+    "vsa-sparsity": "VSA is another method; SLA's sparsity is --sparsity",
+    "output-type": "the output is an MP4; --save-latents writes the final latents too",
+    "interactive": "there is no interactive mode; slagen batch - reads prompts from stdin",
+    "latent-path": "slagen decode FILE makes the video of saved latents",
+    "no-metadata": "a video always says how it was made",
+    "trim-tail-frames": "no frame is cut; give fewer with --num-frames",
+    "trust-remote-code": "slagen runs no code of a model's repository",
+}  # fmt: skip
+
+
+def normalize(name: str) -> str:
+    """An option's name, without its leading dashes, as we spell it: dashes for underscores, our name for another's."""
+    name = name.replace("_", "-")
+    return NAMES.get(name.lower(), name)
+
+
+def why_not(name: str) -> str | None:
+    """What to say of another tool's option that slagen has not; None where it is no such option."""
+    reason = REFUSED.get(name.replace("_", "-").lower())
+    return None if reason is None else f"--{cut(name)} is an option of other tools that slagen does not have: {reason}."
+
+
+def translate(
+    arguments: list[str], takes_value: Mapping[str, bool], note: Callable[[str], None], *, is_group: bool = False
+) -> list[str]:
+    """A command's arguments with other tools' names and values in our words.
+
+    Args:
+        takes_value: for each spelling of the command's own options, dashes included, whether a value follows it.
+        note: told what is not as another tool has it.
+        is_group: what follows the first word that is no option belongs to another command.
+    Raises: UsageError for an option that slagen has not, and for two spellings of one option.
+    """
+    found, left = list[str](), list(arguments)
+    given: dict[str, str] = {}  # the spelling of each of our options
+    task: str | None = None
+    while left:
+        token = left.pop(0)
+        if token == "--" or (is_group and not token.startswith("-")):
+            left.insert(0, token)
+            break
+        if not token.startswith("--"):
+            found.append(token)
+            if takes_value.get(token) and left:
+                found.append(left.pop(0))
+            continue
+        typed, equals, value = token[2:].partition("=")
+        theirs, ours = typed.replace("_", "-").lower(), f"--{normalize(typed)}"
+        if theirs in HEIGHT_FIRST and "--height" in takes_value:
+            left = _height_first(typed, [value, *left] if equals else left)
+            continue
+        if ours not in takes_value:
+            if "--steps" in takes_value and (reason := why_not(typed)) is not None:
+                raise UsageError(reason)
+            found.append(token)
+            continue
+        if not equals and not (takes_value[ours] and left):
+            found.append(ours)
+            continue
+        value = value if equals else left.pop(0)
+        if theirs == "task":
+            task = _of_task(value)
+            continue
+        if given.setdefault(ours, theirs) != theirs:
+            raise UsageError(f"--{given[ours]} and --{theirs} are the same option. Give one of them.")
+        value = _in_our_words(theirs, value, note) if takes_value[ours] else value
+        found += [f"{ours}={value}"] if equals else [ours, value]
+    if task is not None and "--model" not in given:  # which says where that model lies
+        found = ["--model", task, *found]
+    return found + left
+
+
+def _height_first(name: str, values: list[str]) -> list[str]:
+    """The arguments behind an option with height and width, with our options for these."""
+    if len(values) < 2 or not (values[0].isdecimal() and values[1].isdecimal()):
+        raise UsageError(f"--{cut(name)} takes two numbers, height and width. Or give --size 832x480, width first.")
+    return ["--height", values[0], "--width", values[1], *values[2:]]
+
+
+def _of_task(value: str) -> str | None:
+    """The model of Wan's --task; None for LightX2V's t2v, which leaves it to --model. Raises UsageError."""
+    small = value.strip().lower()
+    if small in TASKS or small == "t2v":
+        return TASKS.get(small)
+    if small.startswith(("i2v", "flf2v", "ti2v")):
+        raise UsageError(f"task is {quote(value)}, but {_IMAGE}.")
+    raise UsageError(f"task is {quote(value)}, but must be {' or '.join(TASKS)}. Or give --model.")
+
+
+def _in_our_words(theirs: str, value: str, note: Callable[[str], None]) -> str:
+    """A value of an option that is spelt as another tool has it."""
+    small = value.strip().lower()
+    if theirs == "model" and value in MODELS and not Path(value).exists():
+        return MODELS[value]
+    if theirs not in VALUES:
+        return value
+    ours = VALUES[theirs].get(small, small)
+    if "sage" in small and ours != small:
+        note(f"{small} runs {ours}: SageAttention is not used")
+    return ours

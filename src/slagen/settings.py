@@ -1,0 +1,92 @@
+"""An option is a field: what a config's field says of itself for the command line, prompt files and manifests."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+KEY = "option"  # of a field's metadata
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field tells of itself.
+
+    Args:
+        help: one or two sentences for `--help`; empty: the command line does not set it.
+        panel: the heading of the help that it stands under; empty for the first one.
+        name: its spelling, where that is not the field's name with dashes.
+        short: a second spelling with one dash.
+        metavar: what stands for its value in the help.
+        hidden: understood, but not shown in the help.
+        is_size: it is shown as --size WxH, and --width, --height, --resolution and --aspect-ratio are understood.
+        kind: type of what is typed, where that is not the field's.
+        read: from what is typed to the field's value. Raises UsageError.
+        prompt_line: a line of a prompt file may set it.
+        pixels: its value changes the video (of a training: the weights).
+        in_key: its value, if it changes the video, is a part of a manifest's key; not where something else stands for
+            it there, as the hash of a file for its path.
+    """
+
+    help: str = ""
+    panel: str = ""
+    name: str = ""
+    short: str = ""
+    metavar: str | None = None
+    hidden: bool = False
+    is_size: bool = False
+    kind: type | None = None
+    read: Callable[[Any], Any] | None = None
+    prompt_line: bool = False
+    pixels: bool = True
+    in_key: bool = True
+
+
+def option(default: Any, help: str = "", **about: Any) -> Any:
+    """A field of a config with its default, and what `Option` says of it."""
+    return dataclasses.field(default=default, metadata={KEY: Option(help, **about)})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a config with what it tells of itself; `kind`: its type, without None where it may be None."""
+
+    field: str
+    default: Any
+    kind: Any
+    about: Option
+
+    @property
+    def name(self) -> str:
+        """As it is typed, without the two dashes."""
+        return self.about.name or self.field.replace("_", "-")
+
+
+def settings_of(config: type) -> list[Setting]:
+    """Every field of a config, in order."""
+    hints = get_type_hints(config)
+    return [
+        Setting(field.name, field.default, _plain(hints[field.name]), field.metadata.get(KEY, Option()))
+        for field in dataclasses.fields(config)
+    ]
+
+
+def _plain(kind: Any) -> Any:
+    """A type without None: int of `int | None`."""
+    kinds = [part for part in get_args(kind) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 and type(None) in get_args(kind) else kind
+
+
+def names_where(config: type, holds: Callable[[Option], bool]) -> set[str]:
+    """The fields of a config whose option is such."""
+    return {setting.field for setting in settings_of(config) if holds(setting.about)}
+
+
+def changed(values: Any) -> dict[str, Any]:
+    """The fields of a config that count in a key and differ from their defaults, so that a new option counts in no
+    key until it is used."""
+    return {
+        setting.field: getattr(values, setting.field)
+        for setting in settings_of(type(values))
+        if setting.about.pixels and setting.about.in_key and getattr(values, setting.field) != setting.default
+    }

@@ -1,0 +1,234 @@
+"""Options are fields: one place for each, other tools' words understood, and those that slagen lacks answered."""
+
+import dataclasses
+import importlib
+import sys
+
+import pytest
+
+from slagen import config
+from slagen.config import GenerateConfig
+from slagen.errors import UsageError
+from slagen.generation import peers, sizes
+from slagen.settings import changed, option, settings_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy(GenerateConfig):
+    """What one more line in config.py makes of GenerateConfig."""
+
+    sparkle: int = option(0, "How much the video sparkles.", panel=config.VIDEO, prompt_line=True)
+
+
+READERS = (
+    "cli.main", "generation.prompts", "generation.report", "generation.resolve", "generation.replay", "batch.run",
+)  # fmt: skip
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The modules that read GenerateConfig's fields, as they are where it has one more."""
+    found = {name: importlib.import_module(f"slagen.{name}") for name in READERS}  # to be put back
+    monkeypatch.setattr(config, "GenerateConfig", Toy)
+    for name, module in found.items():
+        package, _, leaf = name.rpartition(".")
+        monkeypatch.delitem(sys.modules, module.__name__)
+        monkeypatch.delattr(importlib.import_module(f"slagen.{package}"), leaf)
+    return lambda name: importlib.import_module(f"slagen.{name}")
+
+
+def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatch):
+    """In the help, on the command line, in a prompt file, in replay's list; in a job's key only where it is used."""
+    cli = toy("cli.main")
+    assert cli.run(["generate", "--help"]) == 0
+    assert "How much the video sparkles." in capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr("slagen.generation.generate.generate", lambda wanted, on_event: seen.append(wanted))
+    monkeypatch.setattr("slagen.cli.console.show_videos", lambda result, as_json: None)
+    assert cli.run(["generate", "x", "--sparkle", "3"]) == 0
+    assert seen == [Toy("x", sparkle=3)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle --sparkle 2")
+    [request] = toy("generation.prompts").read_prompts(str(file))
+    assert request.fields == {"sparkle": 2}
+    assert "sparkle" in toy("generation.replay").AS_THEY_ARE
+    resolve, not_in_key = toy("generation.resolve"), toy("batch.run").NOT_IN_KEY
+    for value in (0, 3):
+        plan = resolve.make_plan(Toy("a red circle", seed=1, model="tiny-wan", device="cpu", sparkle=value))
+        counted = {name: setting for name, setting in plan.settings.items() if name not in not_in_key}
+        assert counted.get("sparkle") == (value or None)
+
+
+def test_a_new_option_does_not_stop_a_training_that_was_begun_without_it(monkeypatch, tmp_path):
+    from slagen.training import finetune
+
+    monkeypatch.setitem(finetune.DEFAULTS, "sparkle", 0)
+    finetune._compare({"lr": 1.0}, {"lr": 1.0, "sparkle": 0}, tmp_path, but=())
+    with pytest.raises(UsageError, match="sparkle was 0 and is 3"):
+        finetune._compare({"lr": 1.0}, {"lr": 1.0, "sparkle": 3}, tmp_path, but=())
+
+
+def test_every_field_of_a_config_has_a_help_or_is_no_option():
+    without = {
+        (kind.__name__, setting.field)
+        for kind in (config.GenerateConfig, config.BatchConfig, config.BenchConfig, config.DataConfig,
+                     config.FinetuneConfig)
+        for setting in settings_of(kind) if not setting.about.help
+    }  # fmt: skip
+    assert without == {
+        ("GenerateConfig", "prompt"), ("BatchConfig", "prompts"), ("BatchConfig", "generate"),
+        ("FinetuneConfig", "data"),
+    }  # fmt: skip
+
+
+def test_what_counts_in_a_key():
+    assert changed(GenerateConfig("x", seed=3, output="o", steps=4, timing="off")).keys() == {"prompt", "steps"}
+
+
+SIZES = [
+    ({}, (None, None)),
+    ({"size": "832x480"}, (832, 480)),
+    ({"size": " 832 * 480 "}, (832, 480)),
+    ({"size": "480p"}, (832, 480)),
+    ({"size": "720P", "aspect_ratio": "9:16"}, (720, 1280)),
+    ({"resolution": "480", "aspect_ratio": "1:1"}, (640, 640)),
+    ({"resolution": "720p", "aspect_ratio": "4,3"}, (960, 720)),
+    ({"width": 64, "height": 32}, (64, 32)),
+    ({"width": 64}, (64, None)),  # which the config refuses
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), SIZES, ids=lambda value: str(value))
+def test_sizes(given, wanted):
+    assert sizes.clip_size(**given) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"size": "832x480", "width": 832}, "--size and --width and --height each say"),
+        ({"size": "480p", "resolution": "480p"}, "--size and --resolution each say"),
+        ({"aspect_ratio": "16:9"}, "Add --resolution"),
+        ({"size": "832x480", "aspect_ratio": "16:9"}, "Add --resolution"),
+        ({"resolution": "1080p"}, "must be 480p or 720p"),
+        ({"resolution": "480p", "aspect_ratio": "21:9"}, "must be one of 16:9"),
+        ({"size": "big"}, "Try --size 832x480"),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_refused(given, words):
+    with pytest.raises(UsageError, match=words):
+        sizes.clip_size(**given)
+
+
+def test_sizes_are_such_as_wan_makes():
+    """Multiples of 16, landscape and portrait the same, and the ratio and area that the name says."""
+    for tier, by_ratio in sizes.RESOLUTIONS.items():
+        for ratio, (width, height) in by_ratio.items():
+            x, y = map(int, ratio.split(":"))
+            assert width % 16 == height % 16 == 0 and abs(width / height - x / y) < 0.05
+            assert by_ratio[f"{y}:{x}"] == (height, width)
+            assert min(width, height) >= int(tier[:-1])
+
+
+TAKEN = {"--steps": True, "--seed": True, "--model": True, "--attention": True, "--height": True, "--width": True,
+         "--sampler": True, "--dtype": True, "--prompt": True, "-p": True, "--ode": False}  # fmt: skip
+
+
+def translated(line: str, **options) -> tuple[list[str], list[str]]:
+    notes: list[str] = []
+    return peers.translate(line.split(), TAKEN, notes.append, **options), notes
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("--num_steps 4 x", "--steps 4 x"),
+        ("--num_steps=4", "--steps=4"),
+        ("--seed -1 x", "--seed -1 x"),
+        ("x -- --num_steps 4", "x -- --num_steps 4"),
+        ("--prompt --image x", "--prompt --image x"),
+        ("-p --image", "-p --image"),
+        ("--ode --attention_type Original", "--ode --attention dense"),
+        ("--scheduler UniPC", "--sampler unipc"),
+        ("--dtype BFloat16", "--dtype bf16"),
+        ("--video_size 480 832 x", "--height 480 --width 832 x"),
+        ("--target_shape=480 832", "--height 480 --width 832"),
+        ("--task t2v-1.3B x", "--model wan2.1-t2v-1.3b x"),
+        ("--task t2v --model_path folder", "--model folder"),
+        ("--task t2v-14B --ckpt_dir folder", "--model folder"),
+        ("--model Wan2.1-14B", "--model wan2.1-t2v-14b"),
+        ("--steps", "--steps"),
+        ("--unheard-of 3", "--unheard-of 3"),
+    ],
+)
+def test_translation(line, wanted):
+    assert translated(line) == (wanted.split(), [])
+
+
+def test_sageattention_is_not_claimed():
+    assert translated("--attention_type sagesla") == (
+        ["--attention", "sla"],
+        ["sagesla runs sla: SageAttention is not used"],
+    )
+
+
+def test_a_group_leaves_what_is_behind_its_command():
+    assert translated("--num_steps 4 data --image x", is_group=True)[0] == ["--steps", "4", "data", "--image", "x"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--image a.png", "--image is an option of other tools .* image-to-video is not supported yet"),
+        ("--Offload_Model True", "moves parts to the GPU one at a time"),
+        ("--lora_weight=a", "LoRA weights are not supported"),
+        ("--steps 3 --infer_steps 4", "--steps and --infer-steps are the same option"),
+        ("--task i2v-14B", "image-to-video is not supported yet"),
+        ("--task s2v", "t2v-1.3b or t2v-14b"),
+        ("--video_size 480", "takes two numbers"),
+    ],
+)
+def test_what_is_refused_with_the_reason(line, words):
+    with pytest.raises(UsageError, match=words):
+        translated(line)
+
+
+def test_a_name_means_one_thing():
+    """No refused name is one that is understood, and every name leads to an option of generate."""
+    own = {setting.name for setting in settings_of(GenerateConfig)} | {"prompts"}
+    assert not peers.REFUSED.keys() & ({*peers.NAMES, *peers.LETTERS, *peers.HEIGHT_FIRST} | own)
+    assert {*peers.NAMES.values(), *peers.LETTERS.values()} <= own
+    assert all("." not in reason[-1:] and "\n" not in reason for reason in peers.REFUSED.values())
+
+
+@pytest.mark.parametrize("command", ["generate x", "batch p.txt", "plan x", "bench", "finetune"])
+def test_no_wrong_guess(capsys, command):
+    from slagen.cli.main import run
+
+    assert run([*command.split(), "--ulysses_size", "8"]) == 2
+    err = capsys.readouterr().err
+    assert "one video is made on one GPU" in " ".join(err.split()) and "Did you mean" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("a --w 832 --h 480", {"width": 832, "height": 480}),
+        ("a --resolution 480p --aspect_ratio 9:16", {"width": 480, "height": 832}),
+        ("a --size 720p", {"width": 1280, "height": 720}),
+        ("a --seed -1", {}),
+        ("a --image x", "image-to-video is not supported yet"),
+        ("a --size 480p --w 832 --h 480", "each say how large"),
+    ],
+)
+def test_lines_of_a_prompt_file(tmp_path, line, fields):
+    from slagen.generation.prompts import read_prompts
+
+    file = tmp_path / "p.txt"
+    file.write_text(line)
+    if isinstance(fields, str):
+        with pytest.raises(UsageError, match=fields):
+            read_prompts(str(file))
+    else:
+        assert read_prompts(str(file))[0].fields == fields
