@@ -23,6 +23,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 
+from slagen.attention import registry
 from slagen.batch import manifest
 from slagen.batch import ray_workers as cluster
 from slagen.batch import run as batch
@@ -49,9 +50,9 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 
 TASKS = (
     (generate, "generate"), (batch, "batch"), (cluster, "batch_on_ray"), (plan, "plan"), (plan, "models"),
-    (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"), (convert, "merge"),
-    (finetune, "finetune"), (dataset, "prepare"), (bench, "bench"), (doctor, "examine"), (doctor, "kernel_costs"),
-    (selftest, "claim"),
+    (registry, "describe"), (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
+    (convert, "merge"), (finetune, "finetune"), (dataset, "prepare"), (bench, "bench"), (doctor, "examine"),
+    (doctor, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 
 

@@ -31,7 +31,6 @@ LARGE_FUNCTIONS = {
     "kernels/backward.py:sla_backward",
     "kernels/forward.py:sla_forward",
     "generation/estimate.py:plan",
-    "generation/resolve.py:make_plan",
 }
 LARGE_CLASSES = {
     "training/finetune.py:_Run",

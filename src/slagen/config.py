@@ -5,8 +5,9 @@ import math
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from slagen.attention import registry
 from slagen.attention.sla.config import (
     BLOCK_SIZES,
     Backend,
@@ -214,7 +215,12 @@ class ModelDefaults:
         )
 
 
-Attention = Literal["sla", "sparse", "linear", "dense"]
+# Literals made of the registry's names, for the command line; the configs ask the registry itself.
+if TYPE_CHECKING:
+    Attention: TypeAlias = str
+    AttentionBackend: TypeAlias = str
+else:
+    Attention, AttentionBackend = Literal[registry.names()], Literal[registry.backend_names()]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
@@ -247,8 +253,9 @@ class GenerateConfig:
         model: preset, folder or hub id; None is TurboWan 1.3B on CUDA and the bundled model elsewhere.
         weights: SLA weights or a whole transformer, a file or folder of any public form; None takes the model's own.
         allow_untrained: accept SLA weights that are missing or all zero: sparse attention without its linear branch.
-        attention: "sla"; "sparse" or "linear" for one of its branches; "dense" for the base model with full attention.
-        backend: which implementation of SLA.
+        attention: a method's name; see `slagen methods`.
+        backend: which of the method's implementations.
+        attention_options: (name, value) of options that only this method has.
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
         sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
             the two; see `SLAConfig.with_topk`.
@@ -307,7 +314,9 @@ class GenerateConfig:
         "sla", "sla; sparse or linear: one branch of it, if so trained; dense: the base model with full attention.",
         panel=ATTENTION,
     )  # fmt: skip
-    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=ATTENTION)
+    backend: AttentionBackend = option(
+        "auto", "Which of the method's implementations; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
+    )
     sparsity: float | None = option(
         None, "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.", panel=ATTENTION,
         prompt_line=True,
@@ -322,6 +331,7 @@ class GenerateConfig:
         None, "Query rows of a block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION
     )
     block_n: int | None = option(None, "Key columns of a block. Default: as trained.", panel=ATTENTION)
+    attention_options: tuple[tuple[str, Any], ...] = ()
     weights: str | None = option(
         None, "SLA weights, or a whole transformer in any public form. Default: the model's own.", panel=ATTENTION,
         metavar="FILE_OR_FOLDER", in_key=False,
@@ -396,17 +406,37 @@ class GenerateConfig:
                 f"2**63 - 1. Try --seed {MAX_SEED - self.num_videos + 1}."
             )
         for name, choices in (
-            ("attention", Attention), ("backend", Backend), ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
+            ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
         ):  # fmt: skip
             value = getattr(self, name)
             if value not in get_args(choices) and (name, value) != ("sampler", None):
                 raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
-        if self.attention == "dense" and (self.sparsity is not None or self.sla_topk is not None):
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Raise UsageError for a method that there is not, and for what it does not take."""
+        method = registry.get(self.attention)
+        if method.family == "dense" and (self.sparsity is not None or self.sla_topk is not None):
             raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
-        if self.attention == "dense" and (self.block_m is not None or self.block_n is not None):
+        if method.family == "dense" and (self.block_m is not None or self.block_n is not None):
             raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
-        if self.attention == "dense" and self.backend != "auto":
-            raise UsageError(f"--backend {self.backend} is for SLA, but the attention is dense. Leave --backend out.")
+        for name, value in self.attention_settings.items():
+            if value is not None and name not in method.option_names:
+                taken = ", ".join(method.option_names) or "none"
+                raise UsageError(f"{name} is no option of {method.name} attention (it has: {taken}). Leave it out.")
+        method.config(**dict(self.attention_options))  # it checks what is out of range
+        method.check_backend(self.backend)
+
+    @property
+    def attention_settings(self) -> dict[str, Any]:
+        """What is asked for of the attention method, by option; None where nothing is."""
+        own = {name: getattr(self, name) for name in ("sparsity", "sla_topk", "block_m", "block_n")}
+        return {**own, **dict(self.attention_options)}
+
+    def with_dense_attention(self) -> "GenerateConfig":
+        """The same with dense attention, without the options of another method."""
+        none = dict.fromkeys(("sparsity", "sla_topk", "block_m", "block_n"))
+        return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
 
     @property
     def slug(self) -> str:
@@ -576,7 +606,6 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
 
 
 Loss = Literal["distill", "flow"]
-TunedAttention = Literal["sla", "sparse", "linear", "dense"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Parallel = Literal["auto", "ddp", "fsdp"]
@@ -664,9 +693,7 @@ class FinetuneConfig:
     )
     from_dense: bool = option(False, "Begin with dense weights and a fresh proj_l.", panel=MODEL)
     local_files_only: bool = option(False, "Download nothing.", panel=MODEL, pixels=False)
-    attention: TunedAttention = option(
-        "sla", "sla; to compare: sparse or linear, one branch of it, or dense.", panel=MODEL
-    )
+    attention: Attention = option("sla", "sla; to compare: sparse or linear, one branch of it, or dense.", panel=MODEL)
     sparsity: float | None = option(None, "Default: as the model's SLA has it, or 0.95.", panel=MODEL)
     negligible: float | None = option(None, "Fraction of blocks neither branch sees.", panel=MODEL)
     linear_domain: LinearDomain | None = option(None, "What the linear branch sees: all or marginal.", panel=MODEL)
@@ -719,7 +746,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_folder("output", self.output)
-        for name, kinds in (("attention", TunedAttention), ("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
+        for name, kinds in (("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
                             ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
                 raise UsageError(
@@ -745,21 +772,26 @@ class FinetuneConfig:
         for name in ("block_m", "block_n"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), BLOCK_SIZES)
-        if self.attention == "dense" and (self.loss != "flow" or self.train not in ("all", "attn")):
+        method = registry.get(self.attention)
+        is_dense = method.family == "dense"
+        if not is_dense and method.config is not SLAConfig:
+            raise UsageError(f"{method.name} attention cannot be fine-tuned yet. Try --attention sla.")
+        if is_dense and (self.loss != "flow" or self.train not in ("all", "attn")):
             raise UsageError(
                 "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
             )
         for name in ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n", "anneal_from"):
-            if self.attention == "dense" and getattr(self, name) is not None:
+            if is_dense and getattr(self, name) is not None:
                 raise UsageError(
                     f"{name} is for SLA, but the attention is dense. Leave --{name.replace('_', '-')} out."
                 )
         if self.lora_rank is not None and self.train != "lora":
             raise UsageError(f"--lora-rank is for --train lora, but this is {self.train}. Leave it out.")
-        if self.proj_multiplier is not None and self.attention in ("sparse", "dense"):
+        learns = any(group.used for group in method.parameters)
+        if self.proj_multiplier is not None and not learns:
             raise UsageError(f"{self.attention} attention has no proj_l for --proj-multiplier. Leave it out.")
-        if self.attention == "sparse" and self.train == "proj":
-            raise UsageError("--train proj with --attention sparse leaves nothing to train. Try --train attn.")
+        if not learns and not is_dense and self.train == "proj":
+            raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
         if self.layer_loss > 0 and self.loss == "flow":
             raise UsageError("--layer-loss compares with the dense teacher, which --loss flow has not. Leave one out.")
         if self.dtype == "fp16":

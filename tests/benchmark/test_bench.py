@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slagen.attention import sparse_linear_attention
+from slagen.attention import SparseLinearAttention, registry, sparse_linear_attention
 from slagen.attention.sla import fused
 from slagen.benchmark import run as task
-from slagen.benchmark.methods import Method, Setting
+from slagen.benchmark.methods import Method
 from slagen.benchmark.run import bench
 from slagen.cli.main import run
 from slagen.config import BenchConfig, SLAConfig, parse_shape
@@ -73,7 +73,7 @@ def test_lengths_are_swept_at_one_sparsity():
 
 def test_a_wrong_method_is_reported_and_not_timed(monkeypatch):
     broken = Method("sdpa", "dense", lambda setting: lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 1.01)
-    monkeypatch.setattr(task, "METHODS", (broken,))
+    monkeypatch.setattr(task, "all_methods", lambda: (broken,))
     row = bench(BenchConfig(**QUICK)).content["rows"][0]
     assert row["correct"] is False and row["forward_ms"] is None and row["reason"].startswith("wrong: ")
 
@@ -82,7 +82,7 @@ def test_what_other_libraries_cannot_do_is_said(monkeypatch):
     def fail(setting):
         raise RuntimeError("no kernel image\nfor this device")
 
-    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", fail),))
+    monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", fail),))
     row = bench(BenchConfig(**QUICK)).content["rows"][0]
     assert row["reason"] == "not supported here (RuntimeError: no kernel image)" and row["forward_ms"] is None
 
@@ -98,7 +98,7 @@ def test_methods_take_turns(monkeypatch):
 
         return Method(name, "dense", lambda setting: attend)
 
-    monkeypatch.setattr(task, "METHODS", (recorded("one"), recorded("two")))
+    monkeypatch.setattr(task, "all_methods", lambda: (recorded("one"), recorded("two")))
     rows = bench(BenchConfig(**QUICK)).content["rows"]
     turns = [len(row["forward_ms"]["turn_medians"]) for row in rows]
     assert min(turns) >= 3 and len([1 for a, b in itertools.pairwise(order) if a != b]) >= 2 * min(turns) - 1
@@ -108,7 +108,7 @@ def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
     def make(setting):
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v).detach()
 
-    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", make),))
+    monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", make),))
     result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
     row = result.content["rows"][0]
     assert row["forward_ms"] and row["backward_ms"] is None and row["speedup"] == 1
@@ -125,14 +125,14 @@ def test_what_fails_at_the_full_length_is_said(monkeypatch):
 
         return attend
 
-    monkeypatch.setattr(task, "METHODS", (Method("other", "dense", make),))
+    monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", make),))
     result = bench(BenchConfig(**QUICK))
     assert result.verdicts[0] == "other: does not fit into this device's memory"
 
 
 def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
     nothing = Method("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
-    monkeypatch.setattr(task, "METHODS", (nothing,))
+    monkeypatch.setattr(task, "all_methods", lambda: (nothing,))
     row = bench(BenchConfig(**QUICK, output=str(tmp_path))).content["rows"][0]
     assert row["correct"] is False and row["reason"] == "wrong: it gives values that are not finite"
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["error"] is None
@@ -147,12 +147,12 @@ def test_the_fused_part_attends(backend, domain):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = SLAConfig(0.5, linear_domain=domain, block_m=16, block_n=16)
     weight, bias = torch.eye(16, device=device), torch.randn(16, device=device)
-    setting = Setting(config, weight, bias, backend, device, torch.float32)
-    inputs = task._draw(1, (1, 1, 50, 16), device, torch.float32)[0]
-    stages = task._triton_stages if backend == "triton" else task._torch_stages
-    q, k, v, _ = inputs
+    module = SparseLinearAttention(16, config, backend=backend, device=device).requires_grad_(False)
+    module.proj_l.weight.copy_(weight)
+    module.proj_l.bias.copy_(bias)
+    q, k, v, _ = task._draw(1, (1, 1, 50, 16), device, torch.float32)[0]
     with torch.inference_mode():
-        parts = stages(setting, inputs)
+        parts = registry.get("sla").parts(module, q, k, v)
         whole = sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
         for part in parts.values():
             part(q, k, v)
@@ -216,7 +216,7 @@ def test_bad_settings(fields, complaint):
 
 
 def test_unknown_and_missing_methods():
-    with pytest.raises(UsageError, match="must be one of sla, sparse, sdpa"):
+    with pytest.raises(UsageError, match="must be one of sla, sparse, linear, sdpa"):
         bench(BenchConfig(**QUICK, methods=("fast",)))
     with pytest.raises(EnvironmentProblem, match="flash-attn does not run here: is not installed"):
         bench(BenchConfig(**QUICK, methods=("flash-attn",)))

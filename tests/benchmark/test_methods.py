@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.benchmark import methods
-from slagen.benchmark.methods import METHODS, NotHere, Setting
+from slagen.benchmark.methods import NotHere, Setting, all_methods
 from slagen.config import SLAConfig
 
 CUDNN = """
@@ -96,7 +96,7 @@ def draw(length=333, batch=2):
 
 
 def make(name, config):
-    return next(method for method in METHODS if method.name == name).make(setting(config))
+    return next(method for method in all_methods() if method.name == name).make(setting(config))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=BLOCKS)

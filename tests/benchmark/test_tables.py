@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from slagen.benchmark import run as task
 from slagen.benchmark import tables
-from slagen.benchmark.methods import METHODS, Method
+from slagen.benchmark.methods import Method, all_methods
 from slagen.cli import console
 from slagen.config import BenchConfig
 from slagen.doctor.checks import Finding
@@ -16,6 +16,8 @@ from slagen.generation.estimate import models
 
 WIDTH = 80
 MEDIANS = "Times are medians; their quartiles and repeats are in the files and in --json."
+
+METHODS = all_methods()
 
 
 @pytest.fixture(params=["terminal", "pipe"])
@@ -169,7 +171,14 @@ def times(median, q1=None, q3=None):
 )
 def test_no_verdict_within_the_noise(sla, said, mark):
     """A speed-up of 1.06x was a verdict where the medians of turns lay 93 % apart."""
-    dense = bench_row(METHODS[2], shape="1x2x256x64", forward_ms=times(2.0), sparsity=None, backward_ms=None)
+    sdpa = next(method for method in METHODS if method.name == "sdpa")
+    dense = bench_row(
+        sdpa,
+        shape="1x2x256x64",
+        forward_ms=times(2.0),
+        sparsity=None,
+        backward_ms=None,
+    )
     row = bench_row(METHODS[0], shape="1x2x256x64", forward_ms=sla, backward_ms=None)
     task._compare([row, dense])
     rows = [row, dense]
@@ -186,7 +195,7 @@ def quick(monkeypatch, methods, **changes):
     """A bench of an instant: its content, and the notes."""
     notes = []
     monkeypatch.setattr(task, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
-    monkeypatch.setattr(task, "METHODS", methods)
+    monkeypatch.setattr(task, "all_methods", lambda: methods)
     monkeypatch.setattr(task, "_parts", lambda *given: None)
     config = BenchConfig(
         **{"shapes": ("1x1x128x16",), "lengths": (), "seconds": 0.001, "device": "cpu", "sparsities": (0.5,), **changes}
@@ -209,7 +218,7 @@ def dense(name, **options):
 )
 def test_sparsities_that_keep_the_same_are_measured_once(monkeypatch, sparsities, kept, groups):
     """At 8 blocks 0.9, 0.95 and 0.97 all keep one: the table showed noise between identical methods."""
-    sparse = Method("sparse", "sparse", METHODS[1].build)
+    sparse = next(method for method in METHODS if method.name == "sparse")
     result, notes = quick(monkeypatch, (sparse,), shapes=("1x1x512x16",), sparsities=sparsities)
     assert [row["sparsity"] for row in result.content["rows"]] == kept
     assert [(group["sparsity"], group["also"]) for group in result.content["same_top_k"]] == groups

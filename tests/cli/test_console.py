@@ -13,6 +13,7 @@ import pytest
 import typer
 from test_text import HARMFUL, HARMLESS, is_harmless
 
+from slagen.attention import registry
 from slagen.cli import console
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError
@@ -73,6 +74,7 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     "show_kernels": lambda: [poisoned(KERNELS)],
     "show_plan": lambda: [poisoned(PLAN)],
     "show_models": lambda: [poisoned(plan.models())],
+    "show_methods": lambda: [poisoned(registry.describe())],
     "show_info": lambda: [{HOSTILE: HOSTILE, "a": {HOSTILE: [HOSTILE, 1]}, HOSTILE + "x": [{"b": 1}], "n": 1000,
                            "proj_l_norms": [1.0]}],
     "show_replay": lambda: [{"hashes": {HOSTILE: {"before": HOSTILE, "now": HOSTILE, "same": False}},

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_cuda import CARD, FakeCard, fake_card
-from torch.nn.attention import SDPBackend
 
 from slagen import machine, timing
+from slagen.attention.dense.kernels import dense_kernel
 from slagen.benchmark import methods
 from slagen.benchmark import run as bench
 from slagen.cli.main import run
@@ -342,7 +342,7 @@ def row_of(method, shape):
 
 def test_a_row_on_a_card(card, monkeypatch):
     """The backward is timed there; inputs are enough to leave the second-level cache."""
-    sdpa = next(method for method in bench.METHODS if method.name == "sdpa")
+    sdpa = next(method for method in bench.all_methods() if method.name == "sdpa")
     row = row_of(sdpa, "1x1x64x16")
     assert row["reason"] is None and row["forward_ms"]["median"] == row["backward_ms"]["median"] == card.step_ms
     assert row["training_forward_ms"]["median"] == card.step_ms
@@ -362,12 +362,11 @@ def test_flex_gets_tiles_on_a_card():
 
 def test_dense_backends_need_a_card(card):
     q = torch.randn(1, 1, 8, 16, device="cuda")
-    setting = bench.Setting(BenchConfig().sla(0.5), q, q, "auto", CARD, torch.float32)
-    attend = methods._sdpa(SDPBackend.MATH)(setting)
+    attend = dense_kernel("sdpa-math", CARD)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     torch.testing.assert_close(attend(q, q, q).cpu(), expected.cpu())
     with pytest.raises(bench.NotHere, match="needs a CUDA device"):
-        methods._sdpa(SDPBackend.MATH)(bench.Setting(BenchConfig().sla(0.5), q, q, "auto", CPU, torch.float32))
+        dense_kernel("sdpa-math", CPU)
 
 
 def test_selftest_benches_wan_on_a_card(monkeypatch):

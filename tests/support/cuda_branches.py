@@ -156,6 +156,7 @@ def reached(name: str) -> Iterator[None]:
 
 # file::function -> {test: pieces of source}
 BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention/dense/kernels.py::_sdpa": {"test_dense_backends_need_a_card": ("device.type != 'cuda'",)},
     "attention/sla/functional.py::choose_backend": {
         "test_cuda_kernels.py::test_auto_is_triton_on_a_card": ("q.is_cuda",)
     },
@@ -250,7 +251,6 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_device_and_dtype": ("device.type != 'cuda'", "torch.cuda.device", "torch.cuda.is_bf16_supported")
     },
     "benchmark/methods.py::_flex_tiles": {"test_flex_gets_tiles_on_a_card": ("setting.device.type != 'cuda'",)},
-    "benchmark/methods.py::_sdpa.make": {"test_dense_backends_need_a_card": ("setting.device.type != 'cuda'",)},
     "training/distributed.py::Team.share": {"test_each_process_takes_its_card": ("self.device.type == 'cuda'",)},
     "training/distributed.py::_check_cards": {"test_more_processes_than_cards": ("torch.cuda.device_count",)},
     "training/distributed.py::join": {

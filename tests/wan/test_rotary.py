@@ -14,7 +14,9 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from slagen.attention.sla import functional  # noqa: E402
+from slagen.attention import registry
+from slagen.attention.protocol import Layer  # noqa: E402
+from slagen.attention.sla import functional
 from slagen.attention.sla.block_map import block_map  # noqa: E402
 from slagen.config import SLAConfig  # noqa: E402
 from slagen.kernels import rotary as rotary_kernel  # noqa: E402
@@ -22,7 +24,7 @@ from slagen.kernels import selection  # noqa: E402
 from slagen.kernels.launches import launches  # noqa: E402
 from slagen.wan import processor as processor_module  # noqa: E402
 from slagen.wan import rotary  # noqa: E402
-from slagen.wan.processor import SLAProcessor, install  # noqa: E402
+from slagen.wan.processor import install, make_processor  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [
@@ -380,7 +382,8 @@ def layer_launches(config, monkeypatch, change=lambda processor: None, length=15
     monkeypatch.setattr(rotary, "_is_proven", lambda x: True)
     attn, tables = make_attention(2, 32, torch.float16), make_tables(length, 32)
     attn.to_out[1] = torch.nn.Identity()  # in place of the dropout, which is none
-    processor = SLAProcessor(32, config, 0, backend="triton").requires_grad_(False)
+    layer = Layer(0, 1, num_heads=2, head_dim=32)
+    processor = make_processor(registry.get("sla"), config, layer, backend="triton").requires_grad_(False)
     change(processor)
     with torch.inference_mode():
         found = launches(lambda: processor(attn, torch.empty(1, length, 32, dtype=torch.float16), rotary_emb=tables))

@@ -10,12 +10,13 @@ from transformers import UMT5EncoderModel
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 import slagen
+from slagen.attention import SparseLinearAttention
 from slagen.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.timing import StepRecorder
 from slagen.wan.install import SLAMetadata, load_sla, read_sla, save_sla, weights_hash, write_sla
 from slagen.wan.loading import EMBEDDINGS, load_pipeline, load_text_encoder, resolve_model
-from slagen.wan.processor import SLAProcessor, attach_recorder, install, processors
+from slagen.wan.processor import attach_recorder, install, processors
 
 CONFIG = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_only_self_attention_is_touched_and_remove_restores_it():
     own = [block.attn1.processor for block in pipe.transformer.blocks]
     slagen.apply_sla(pipe, CONFIG)
     assert [block.attn2.processor for block in pipe.transformer.blocks] == cross
-    assert all(isinstance(p, SLAProcessor) for p in processors(pipe.transformer))
+    assert all(isinstance(p, SparseLinearAttention) for p in processors(pipe.transformer))
     assert len(set(pipe.transformer.state_dict()) - names) == 4  # weight and bias of two layers
     assert not torch.equal(run(pipe), dense)
     slagen.remove_sla(pipe)

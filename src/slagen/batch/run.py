@@ -25,8 +25,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock
 
-from slagen.attention.cost import dense_attention_flops, other_flops
-from slagen.attention.sla.cost import sla_attention_flops
+from slagen.attention.cost import other_flops
 from slagen.batch.manifest import LOCKS, Job, Manifest, Wanted
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
@@ -192,7 +191,7 @@ def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weigh
         try:
             config = prompts.apply(base, request)
             plan = make_plan(config, weights)
-            if (plan.sla is None) != (weights.sla is None):
+            if plan.config.attention != config.attention:
                 raise UsageError(
                     f"{plan.num_tokens} tokens are too few for SLA, which the rest runs with. Make it larger, or apart."
                 )
@@ -534,10 +533,7 @@ class _Run:
 def _work(task: Task) -> int:
     """The FLOPs of a video's denoising, by which its time is foretold."""
     plan, shape = task.plan, task.plan.weights.source.shape
-    if plan.sla is None:
-        attention = dense_attention_flops(shape, plan.num_tokens)
-    else:
-        attention = sla_attention_flops(shape, plan.num_tokens, plan.sla)
+    attention = plan.method.cost(plan.attention, shape, plan.num_tokens)
     passes = (plan.config.steps or 1) * (2 if (plan.config.guidance_scale or 0) > 1 else 1)
     return passes * (attention + other_flops(shape, plan.num_tokens))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,24 +11,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from slagen.attention import protocol, registry
+from slagen.attention.dense.kernels import dense_kernel
+from slagen.attention.dense.method import DENSE
+from slagen.attention.protocol import Attend, Grid, Inputs, Layer, StepContext, Unavailable
 from slagen.attention.sla.block_map import CRITICAL, block_map, block_scores
-from slagen.attention.sla.functional import sparse_linear_attention
 from slagen.config import SLAConfig
 
-MATH_LIMIT_GIB = 16.0  # scores of PyTorch's math backend are not asked for beyond this
-
-Attend = Callable[[Tensor, Tensor, Tensor], Any]  # q, k, v -> o, or what a stage makes of them
-
-
-class NotHere(Exception):
-    """A method that this machine can not run, and why."""
+NotHere = Unavailable
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is made for: SLA's form and weights, and where it runs."""
+    """What a method is made for: SLA's form and weights, which rivals of SLA take too, and where it runs."""
 
     config: SLAConfig
     weight: Tensor
@@ -35,6 +32,12 @@ class Setting:
     backend: Any
     device: torch.device
     dtype: torch.dtype
+    num_heads: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings by name, of which a method takes those that it knows."""
+        return dataclasses.asdict(self.config)
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,34 @@ class Method:
     """One way to attend.
 
     Args:
+        kind: "sla", "sparse" or "dense": whose definition it is held against, where it has none of its own.
         error_limit: the largest error to the reference, in units of the largest output.
         package: what it is imported from, where that need not be installed.
+        record: of slagen's own method; None for another's.
     """
 
     name: str
-    kind: str  # "sla", "sparse" or "dense"
+    kind: str
     build: Callable[[Setting], Attend]
     backward: bool = True
     error_limit: float | None = None
     package: str | None = None
+    record: protocol.Method | None = None
 
     @property
     def absent(self) -> bool:
         """Whether the package that it takes is not installed."""
         return self.package is not None and importlib.util.find_spec(self.package) is None
+
+    @property
+    def takes_sparsity(self) -> bool:
+        """Whether its work depends on the sparsity."""
+        return self.kind != "dense" if self.record is None else "sparsity" in self.record.option_names
+
+    @property
+    def unasked(self) -> bool:
+        """Whether it runs where no method is named."""
+        return self.record is None or self.record.benched
 
     def make(self, setting: Setting) -> Attend:
         """Raises NotHere where this machine can not run it."""
@@ -64,39 +80,54 @@ class Method:
             raise NotHere("is not installed")
         return self.build(setting)
 
-
-def _sla(setting: Setting) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sparse_linear_attention(q, k, v, setting.config, setting.weight, setting.bias, backend=setting.backend)
-
-    return attend
-
-
-def _sparse(setting: Setting) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sparse_linear_attention(q, k, v, setting.config, backend=setting.backend, branches="sparse")
-
-    return attend
+    def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What it is to compute, by the definition."""
+        if self.record is not None:
+            module, inputs = build_module(self.record, setting, q.shape[2])
+            parameters = {name: x.to(q.dtype) for name, x in module.state_dict().items()}
+            return self.record.reference(module.config, q, k, v, parameters, inputs)
+        parameters = {"proj_l.weight": setting.weight, "proj_l.bias": setting.bias}
+        record = registry.get(self.kind)
+        config = setting.config if record.config is SLAConfig else record.config()
+        return record.reference(config, q, k, v, parameters, None)
 
 
-def _sdpa(backend: SDPBackend | None) -> Callable[[Setting], Attend]:
-    def make(setting: Setting) -> Attend:
-        if backend is None:
-            return F.scaled_dot_product_attention
-        if setting.device.type != "cuda":
-            raise NotHere("needs a CUDA device")
+def build_module(record: protocol.Method, setting: Setting, num_tokens: int) -> tuple[Any, Inputs]:
+    """A method's module at a setting, its parameters drawn, and what it is told at each call."""
+    config = record.configure(record.config(), record.own(setting.options), num_tokens)
+    layer = Layer(0, 1, setting.num_heads, setting.weight.shape[0])
+    names = [backend.name for backend in record.backends]
+    backend = setting.backend if setting.backend in names else "auto"
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode(False):  # a backward pass may follow
+        module: Any = record.build(config, layer, backend, setting.device)
+        for parameter in module.requires_grad_(False).parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn.mul_(parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else drawn)
+    context = StepContext(position=torch.full((2,), -1)) if record.needs.context else StepContext()
+    return module, Inputs(layer, context)
+
+
+def _own(record: protocol.Method) -> Callable[[Setting], Attend]:
+    def build(setting: Setting) -> Attend:
+        made: list[tuple[Any, Inputs]] = []
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if backend == SDPBackend.MATH:
-                gib = q.shape[0] * q.shape[1] * q.shape[2] ** 2 * 4 / 2**30
-                if gib > MATH_LIMIT_GIB:
-                    raise NotHere(f"its scores take {gib:.0f} GiB")
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v)
+            if not made:
+                made.append(build_module(record, setting, q.shape[2]))
+            module, inputs = made[0]
+            if record.needs.context:
+                inputs.context.passes = 0
+                inputs.context.begin_pass(Grid(1, 1, q.shape[2]))
+            return module(q, k, v, inputs)  # type: ignore[no-any-return]
 
         return attend
 
-    return make
+    return build
+
+
+def _dense(name: str) -> Callable[[Setting], Attend]:
+    return lambda setting: dense_kernel(name, setting.device)
 
 
 def select(q: Tensor, k: Tensor, config: SLAConfig) -> Tensor:
@@ -196,29 +227,6 @@ def _flashinfer_blocks(setting: Setting) -> Attend:
     return attend
 
 
-def _flashinfer(setting: Setting) -> Attend:
-    from flashinfer import single_prefill_with_kv_cache
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        sequences = zip(q.transpose(1, 2), k, v, strict=True)  # queries (L, H, D), keys and values (H, L, D)
-        o = [single_prefill_with_kv_cache(*sequence, kv_layout="HND") for sequence in sequences]
-        return torch.stack(o).transpose(1, 2)
-
-    return attend
-
-
-def _flash_attn(setting: Setting) -> Attend:
-    from flash_attn import flash_attn_func
-
-    return lambda q, k, v: flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-def _sage(setting: Setting) -> Attend:
-    from sageattention import sageattn
-
-    return lambda q, k, v: sageattn(q, k, v, tensor_layout="HND", is_causal=False)
-
-
 def _public_sla(setting: Setting) -> Attend:
     from sparse_linear_attention import SparseLinearAttention
 
@@ -235,19 +243,20 @@ def _public_sla(setting: Setting) -> Attend:
     return module
 
 
-METHODS = (
-    Method("sla", "sla", _sla),
-    Method("sparse", "sparse", _sparse),
-    Method("sdpa", "dense", _sdpa(None)),
-    Method("sdpa-flash", "dense", _sdpa(SDPBackend.FLASH_ATTENTION)),
-    Method("sdpa-cudnn", "dense", _sdpa(SDPBackend.CUDNN_ATTENTION)),
-    Method("sdpa-efficient", "dense", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
-    Method("sdpa-math", "dense", _sdpa(SDPBackend.MATH)),
-    Method("flash-attn", "dense", _flash_attn, package="flash_attn"),
-    Method("sage", "dense", _sage, backward=False, error_limit=0.1, package="sageattention"),  # INT8
-    Method("flashinfer", "dense", _flashinfer, backward=False, package="flashinfer"),
+RIVALS = (
     Method("flex", "sparse", _flex),
     Method("cudnn-blocks", "sparse", _cudnn_blocks, backward=False, package="cudnn"),
     Method("flashinfer-blocks", "sparse", _flashinfer_blocks, backward=False, package="flashinfer"),
     Method("sla-public", "sla", _public_sla, package="sparse_linear_attention"),
 )
+
+
+def all_methods() -> tuple[Method, ...]:
+    """slagen's own methods, dense attention by each of its backends, and other libraries' sparse attention."""
+    records = [registry.get(name) for name in registry.names()]
+    own = [Method(each.name, each.family, _own(each), record=each) for each in records if each.family != "dense"]
+    dense = [
+        Method(each.name, "dense", _dense(each.name), each.backward, each.error_limit, each.package)
+        for each in DENSE.backends if each.name != "auto"
+    ]  # fmt: skip
+    return (*own, *dense, *RIVALS)

@@ -10,6 +10,7 @@ it needs. SLA's time counts everything: block map, state, both branches, project
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import math
@@ -20,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine, packages
 from slagen.attention.sla.backends import check_kernels, pick_backend
-from slagen.attention.sla.functional import choose_backend, sparse_linear_attention
-from slagen.benchmark.methods import METHODS, Attend, Method, NotHere, Setting
+from slagen.attention.sla.functional import choose_backend
+from slagen.benchmark.methods import Attend, Method, NotHere, Setting, all_methods, build_module
 from slagen.benchmark.tables import EVEN, FASTER, BenchResult, beside, markdown
-from slagen.config import BenchConfig, ModelDefaults, parse_shape
+from slagen.config import BenchConfig, ModelDefaults, SLAConfig, parse_shape
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import report
 from slagen.io.files import check_writable, reserved, staging, write_json, write_text
@@ -39,7 +39,6 @@ from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 JSON_FILE = "bench.json"
-OURS = ("sla", "sparse")  # the methods of slagen's own backends
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 
 
@@ -57,11 +56,11 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     """
     device = machine.pick_device(config.device)
     dtype = machine.pick_dtype(config.dtype, device)
-    known = {method.name: method for method in METHODS}
+    known = {method.name: method for method in all_methods()}
     for name in config.methods:
         if name not in known:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
-    methods = [known[name] for name in config.methods] or list(METHODS)
+    methods = [known[name] for name in config.methods] or [method for method in known.values() if method.unasked]
     _check_present(config, methods)
     folder = user_path(config.output or "")
     if config.output is None:
@@ -81,7 +80,7 @@ def _rows(
         importlib.import_module("slagen.wan.loading")  # what is not installed is told before the measurement
     for head_dim in {parse_shape(shape)[3] for shape in config.shapes}:
         backend = pick_backend(config.backend, head_dim, device, dtype)
-        if any(method.name in OURS for method in methods) and not (config.model or config.random_init):
+        if any(_has_kernels(method) for method in methods) and not (config.model or config.random_init):
             check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
     content: dict[str, Any] = {
         "machine": {
@@ -139,7 +138,7 @@ def _bench_shape(
     entries: dict[tuple[Any, ...], Entry] = {}
     compared = []
     for tokens, sparsity in plans:
-        keys = [(method.name, tokens, None if method.kind == "dense" else sparsity) for method in methods]
+        keys = [(method.name, tokens, sparsity if method.takes_sparsity else None) for method in methods]
         for key, method in zip(keys, methods, strict=True):
             if key not in entries:  # dense rows do not depend on the sparsity
                 sizes = (batch, num_heads, tokens, head_dim)
@@ -184,11 +183,11 @@ def _entry(
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(head_dim, head_dim, generator=generator).mul_(head_dim**-0.5).to(device)
     bias = torch.randn(head_dim, generator=generator).to(device)
-    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype)
+    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1])
     row: dict[str, Any] = {
         "method": method.name, "kind": method.kind, "backend": _backend_name(method, setting, head_dim),
         "shape": "x".join(map(str, sizes)), "dtype": str(dtype).removeprefix("torch."),
-        "sparsity": None if method.kind == "dense" else sparsity, "correct": None, "error": None, "reason": None,
+        "sparsity": sparsity if method.takes_sparsity else None, "correct": None, "error": None, "reason": None,
         "compile_s": None, "forward_ms": None, "training_forward_ms": None, "backward_ms": None, "parts_ms": None,
         "tflops_dense_equivalent": None, "speedup": None, "against_dense": None, "speedup_forward_backward": None,
     }  # fmt: skip
@@ -214,8 +213,8 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
                     entry.timers[name].turn()
     for entry in entries:
         _fill_in(entry)
-        if entry.method.name == "sla" and entry.row["forward_ms"]:
-            entry.row["parts_ms"] = _parts(entry.setting, inputs, config.seconds)
+        if entry.method.record is not None and entry.method.record.parts is not None and entry.row["forward_ms"]:
+            entry.row["parts_ms"] = _parts(entry, inputs, config.seconds)
 
 
 def _prepare(
@@ -258,7 +257,7 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
     except SlagenError:
         raise
     except Exception as error:  # another library's failure is a result here, and is shown
-        if entry.method.name in OURS:
+        if entry.method.record is not None:
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
@@ -283,10 +282,14 @@ def _fill_in(entry: Entry) -> None:
 
 
 def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
-    if method.name not in OURS:
+    record = method.record
+    if record is None or setting.backend not in [backend.name for backend in record.backends]:
         return method.name
-    probe = torch.empty(1, 1, 1, head_dim, dtype=setting.dtype, device=setting.device)
-    return choose_backend(probe, setting.backend)
+    return record.pick_backend(setting.backend, head_dim, setting.device, setting.dtype)
+
+
+def _has_kernels(method: Method) -> bool:
+    return method.record is not None and method.record.config is SLAConfig
 
 
 def _inputs(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
@@ -305,16 +308,13 @@ def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> f
     """The largest error to the float64 reference on a short sequence, in units of the largest output."""
     sizes = (1, SHORT_HEADS, SHORT_LENGTH, head_dim)
     q, k, v, _ = _draw(1, sizes, setting.device, setting.dtype)[0]
+    if method.record is not None:  # what a module learned for each head is of so many heads
+        setting = dataclasses.replace(setting, num_heads=SHORT_HEADS)
+        attend = method.make(setting)
     with torch.inference_mode():
         actual = attend(q, k, v).double()
         wide = q.double(), k.double(), v.double()
-        if method.kind == "dense":
-            exact = F.scaled_dot_product_attention(*wide)
-        elif method.kind == "sparse":
-            exact = sparse_linear_attention(*wide, setting.config, backend="reference", branches="sparse")
-        else:
-            weight, bias = setting.weight.double(), setting.bias.double()
-            exact = sparse_linear_attention(*wide, setting.config, weight, bias, backend="reference")
+        exact = method.exact(setting, *wide)
         return ((actual - exact).abs().max() / exact.abs().max()).item()
 
 
@@ -350,111 +350,15 @@ def _alone(attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.devic
     return timer.times("forward")["median"]
 
 
-def _parts(setting: Setting, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
-    """Where SLA's forward time goes, each part timed alone: block map, state, projection, and what attends.
-
-    They need not add up to the whole: alone, a part finds its inputs where the part before it left them long ago.
-    """
-    stages = _triton_stages if choose_backend(inputs[0][0], setting.backend) == "triton" else _torch_stages
+def _parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
+    """Where a method's forward time goes, each part timed alone, so that they need not add up to the whole: a part
+    finds its inputs where the part before it left them long ago."""
+    record = entry.method.record
+    assert record is not None and record.parts is not None
     with torch.inference_mode():
-        made = stages(setting, inputs[0])
-    return {name: _alone(stage, inputs, setting.device, seconds / 4) for name, stage in made.items()}
-
-
-def _triton_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
-    """The stages of `sla_forward`, each on what the stages before it make of the first inputs.
-
-    `state` holds the pooling of the keys, which shares its pass over them. In the domain "marginal" `state` sums the
-    states of each row's blocks too, and the weight is multiplied into them there, so there is no projection.
-    """
-    from slagen.attention.sla.reference import EPSILON
-    from slagen.kernels.forward import attend
-    from slagen.kernels.selection import pool, select
-    from slagen.kernels.states import combine, key_states, mix, precision, projects, state_dtype
-
-    config, (q, k, v, _) = setting.config, inputs
-    marginal, (length, head_dim) = config.linear_domain == "marginal", q.shape[2:]
-    num_columns = config.num_blocks(length)[1]
-    topk, num_negligible = config.num_critical(num_columns), config.num_negligible(num_columns)
-    weight = setting.weight.to(state_dtype(q)) if marginal and projects(q) else None
-
-    def sums(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return key_states(k, v, config.block_n, config.feature_map, marginal, weight, pool=True)
-
-    def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return select(torch.bmm(pool(q, config.block_m), means.mT), topk, num_negligible, classes=marginal)
-
-    def state(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        _, states, zs = sums(k, v)
-        if not marginal:
-            return states, zs
-        mixed, z = mix(states, zs, classes, None, q.dtype, precision(q))
-        return mixed if projects(q) else mixed @ setting.weight.to(q.dtype).mT, z
-
-    def project(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return combine(states, zs, setting.weight, length, q.dtype, False)[:2]
-
-    def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = torch.empty_like(q)
-        attend(
-            q, k, v, o, z.new_empty(0), kv_indices, folded, z, setting.bias, block_m=config.block_m,
-            block_n=config.block_n, num_critical=topk, linear=True, marginal=marginal,
-            feature_map=config.feature_map, eps=EPSILON[config.linear_domain] / (1 if marginal else length),
-            scale=head_dim**-0.5, sparse=True,
-        )  # fmt: skip
-        return o
-
-    means = sums(k, v)[0]
-    kv_indices, classes = block_map(q, k, v)
-    states, zs = state(q, k, v)
-    stages: dict[str, Attend] = {"block_map": block_map, "state": state}
-    if not marginal:
-        stages["projection"] = project
-    folded, z = (states, zs) if marginal else project(q, k, v)
-    return {**stages, "fused": fused}
-
-
-def _torch_stages(setting: Setting, inputs: tuple[Tensor, ...]) -> dict[str, Attend]:
-    """As `_triton_stages`; in the domain "marginal" every row is projected, after it has attended."""
-    from slagen.attention.sla import blockwise
-
-    config, (q, k, v, _) = setting.config, inputs
-    length, head_dim = q.shape[2:]
-
-    def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor | None]:
-        return blockwise._select(q, k, config, sparse=True, linear=True)
-
-    def states(k: Tensor, v: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, tuple[Tensor, Tensor]]]:
-        for heads in blockwise.head_groups(q):
-            k_j, v_j = (blockwise.to_blocks(x[heads], config.block_n) for x in (k, v))
-            yield heads, k_j, v_j, blockwise.key_states(k_j, v_j, config, length)
-
-    def state(q: Tensor, k: Tensor, v: Tensor) -> None:
-        for _ in states(k, v):
-            pass
-
-    def project(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return projected @ setting.weight.mT
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        o = torch.empty_like(q)
-        for heads, k_j, v_j, sums in prepared:
-            for run, tokens in blockwise._query_runs(q, config):
-                q_i = blockwise.to_blocks(q[heads][:, :, tokens], config.block_m)
-                o_i = torch.empty_like(q_i)
-                indices = blockwise._rows(kv_indices, heads, run)
-                blockwise._sparse_forward(q_i * head_dim**-0.5, k_j, v_j, indices, length, o_i)
-                domain_i = None if domain is None else blockwise._rows(domain, heads, run)
-                o_i += blockwise._linear_rows(q_i, *sums, domain_i, config)[-1].view(o_i.shape)
-                o_i += setting.bias
-                blockwise._from_blocks(o_i, o[heads][:, :, tokens])
-        return o
-
-    prepared = list(states(k, v))
-    kv_indices, domain = block_map(q, k, v)
-    rows = length if config.linear_domain == "marginal" else head_dim
-    projected = torch.randn(*q.shape[:2], rows, head_dim, device=q.device)
-    return {"block_map": block_map, "state": state, "projection": project, "fused": attend}
+        module, _ = build_module(record, entry.setting, entry.sizes[2])
+        made = record.parts(module, *inputs[0][:3])
+    return {name: _alone(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}
 
 
 def _compare(rows: list[dict[str, Any]]) -> None:

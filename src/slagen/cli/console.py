@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 import time
 from importlib.util import find_spec
 from itertools import groupby
@@ -409,6 +410,15 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
     settings, memory = content["settings"], content["memory_gib"]
     tera = {name: flops / 1e12 for name, flops in content["flops"].items()}
     tail = f", the last with {counted(content['tail_tokens'], 'token')}" if content["tail_tokens"] else ""
+    blocks = (
+        ""
+        if content["key_blocks"] is None
+        else (
+            f": {counted(content['query_blocks'], 'query block')} of {settings['block_m']}, "
+            f"{counted(content['key_blocks'], 'key block')} of {settings['block_n']}{tail}"
+        )
+    )
+    of = "SLA" if content["flops_of"] == "sla" else content["flops_of"]
     rows = [
         ("model", content["model"]),
         ("video", f"{settings['width']}x{settings['height']}, {counted(settings['num_frames'], 'frame')}, "
@@ -416,13 +426,10 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
         ("sampling", f"{counted(settings['steps'], 'step')} of {settings['sampler']}, "
                      f"guidance {settings['guidance_scale']:g}: "
                      f"{counted(content['forward_passes'], 'forward pass')}"),
-        ("tokens", f"{content['tokens']}: {counted(content['query_blocks'], 'query block')} of {settings['block_m']}, "
-                   f"{counted(content['key_blocks'], 'key block')} of {settings['block_n']}{tail}"),
-        ("attention", "dense: every key block" if settings["sparsity"] is None else
-                      f"{_kept(settings)} -> top-k {content['topk_blocks']} of "
-                      f"{counted(content['key_blocks'], 'key block')} (kept {content['kept_fraction']:.2%})"),
+        ("tokens", f"{content['tokens']}{blocks}"),
+        ("attention", _planned_attention(content)),
         ("TFLOP a forward", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
-                            f"SLA {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
+                            f"{of} {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
         ("fewer FLOPs", f"{content['flops_speedup']:.2f}x; free attention would be {content['amdahl_ceiling']:.2f}x "
                         "(Amdahl)"),
         *_memory_rows(content["device"], memory),
@@ -435,6 +442,19 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
     write_table(table)
     for text in content["notes"]:
         note(text)
+
+
+def _planned_attention(content: dict[str, Any]) -> str:
+    """What a plan says is kept of all query-key pairs."""
+    settings = content["settings"]
+    if settings["attention"] == "dense":
+        return "dense: every key block"
+    if content["topk_blocks"] is None:
+        return f"{settings['attention']}: {content['kept_fraction']:.2%} of all query-key pairs exactly"
+    return (
+        f"{_kept(settings)} -> top-k {content['topk_blocks']} of {counted(content['key_blocks'], 'key block')} "
+        f"(kept {content['kept_fraction']:.2%})"
+    )
 
 
 def _memory_rows(device: str | None, memory: dict[str, Any]) -> list[tuple[str, str]]:
@@ -471,6 +491,25 @@ def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
             said.append(f"SLA trained at sparsity {sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}")
         said.append(f"from {row['weights'] or row['base'] or 'this installation'}")
         table.add_row(row["name"], _text("\n".join(map(line, said))))
+    write_table(table)
+
+
+def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the attention methods: a table on stdout, or JSON alone."""
+    if as_json:
+        write_json(rows)
+        return
+    table = _table(show_header=False)
+    for row in rows:
+        known = {"needs_training": "training", "needs_weights": "weights", "needs_gpu": "a CUDA device"}
+        needs = [text for name, text in known.items() if row[name]]
+        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}"]
+        said += [f"options: {options}"] if options else []
+        if len(row["backends"]) > 1:
+            said.append(f"backends: {', '.join(row['backends'])}")
+        wrapped = [part for text in said for part in textwrap.wrap(line(text), 70, break_on_hyphens=False)]
+        table.add_row(row["name"], _text("\n".join(wrapped)))
     write_table(table)
 
 

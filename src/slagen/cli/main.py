@@ -238,8 +238,8 @@ def _run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> No
 PLANNED = Fields(
     GenerateConfig,
     only=(
-        "model", "width", "height", "num_frames", "fps", "num_videos", "steps", "guidance_scale", "seed", "sparsity",
-        "sla_topk", "block_m", "block_n", "weights", "output",
+        "model", "width", "height", "num_frames", "fps", "num_videos", "steps", "guidance_scale", "seed",
+        "attention", "sparsity", "sla_topk", "block_m", "block_n", "weights", "output",
     ),
     help={
         "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.", "seed": "For the names.",
@@ -283,6 +283,20 @@ def models(
     from slagen.generation import estimate as planning
 
     console.show_models(planning.models(), as_json)
+
+
+@app.command(cls=_Command, context_settings=CONTEXT)
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
+) -> None:
+    """List the attention methods: what each does, what it needs, and its options with their defaults.
+
+    Example: slagen methods
+    """
+    from slagen.attention import registry
+    from slagen.cli import console
+
+    console.show_methods(registry.describe(), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)

@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from slagen.attention import cost
+from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
-from slagen.attention.sla.cost import block_counts, sla_attention_flops
-from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
+from slagen.config import GenerateConfig, ModelDefaults
 from slagen.errors import UsageError
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation import memory
@@ -51,26 +50,28 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         nearest = "x".join(str(max(step, round(size / step) * step)) for size in (width, height))
         raise UsageError(f"size is {width}x{height}, but must be multiples of {step} pixels. Try --size {nearest}.")
     tokens = num_tokens(width, height, num_frames, grid, factor)
-    sla = (trained or SLAConfig()).asked(config, tokens)
-    counts = block_counts(sla, tokens)
+    method = registry.get(config.attention)
+    is_dense = method.family == "dense"
+    method = registry.get("sla") if is_dense else method  # what SLA would take is said beside dense attention
+    base = trained if method.needs.weights and trained is not None else method.config()
+    attention = method.configure(base, method.own(config.attention_settings), tokens)
+    about = method.describe(attention, tokens)
     shape = dataclasses.replace(shape, text_tokens=defaults.max_sequence_length)
     dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
-    attention = sla_attention_flops(shape, tokens, sla)
+    flops = method.cost(attention, shape, tokens)
     steps = config.steps or defaults.steps
     guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
     passes = steps * (2 if guidance > 1 else 1)
-    is_dense = config.attention == "dense"
-    topk = counts["key_blocks"] if is_dense else counts["critical"]
     notes = []
     if is_dense:
         notes.append("attention is dense: what SLA would take is said beside it")
-    elif trained is None and config.weights is None:
+    elif method.needs.weights and trained is None and config.weights is None:
         notes.append(
             "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
             "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
         )  # fmt: skip
-    elif trained is not None:
-        notes += sla.differences(trained)
+    elif method.needs.weights and trained is not None:
+        notes += attention.differences(trained)
     off_size = defaults.size_warning(preset.name, width, height, num_frames)
     if off_size is not None:
         notes.append(off_size)
@@ -81,24 +82,26 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         "settings": {
             **sizes, "fps": config.fps or defaults.fps, "steps": steps, "guidance_scale": guidance,
             "sampler": config.sampler or defaults.sampler, "attention": config.attention,
-            "sparsity": None if is_dense else sla.sparsity, "sla_topk": config.sla_topk, "block_m": sla.block_m,
-            "block_n": sla.block_n, "linear_domain": sla.linear_domain, "feature_map": sla.feature_map,
+            "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
+            **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
+            **dict(config.attention_options),
         },
         "trained_sparsity": None if trained is None else trained.sparsity,
         "tokens": tokens,
-        "query_blocks": counts["query_blocks"],
-        "key_blocks": counts["key_blocks"],
-        "tail_tokens": tokens % sla.block_n,
-        "topk_blocks": topk,
-        "kept_fraction": topk / counts["key_blocks"],
+        "query_blocks": about.get("query_blocks"),
+        "key_blocks": about.get("key_blocks"),
+        "tail_tokens": tokens % about["block_n"] if "block_n" in about else None,
+        "topk_blocks": about.get("key_blocks" if is_dense else "critical"),
+        "kept_fraction": 1.0 if is_dense else method.density(attention, tokens),
         "flops": {
-            "dense_forward": dense + other, "sla_forward": attention + other, "dense_attention": dense,
-            "sla_attention": attention, "other": other,
+            "dense_forward": dense + other, "sla_forward": flops + other, "dense_attention": dense,
+            "sla_attention": flops, "other": other,
         },
-        "flops_speedup": (dense + other) / (attention + other),
+        "flops_of": method.name,
+        "flops_speedup": (dense + other) / (flops + other),
         "amdahl_ceiling": (dense + other) / other,
         "forward_passes": passes,
-        "total_flops": {"dense": passes * (dense + other), "sla": passes * (attention + other)},
+        "total_flops": {"dense": passes * (dense + other), "sla": passes * (flops + other)},
         "device": device,
         "memory_gib": {
             **_memory(shape, tokens, width, height, folder),

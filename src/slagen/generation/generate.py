@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -11,7 +12,6 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from slagen import machine
-from slagen.attention import cost
-from slagen.attention.sla.backends import check_kernels
-from slagen.attention.sla.cost import block_counts, sla_attention_flops
-from slagen.attention.sla.functional import Branches
+from slagen.attention.sla.method import branches_of
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.generation import memory, report
@@ -39,11 +36,10 @@ from slagen.timing import StepRecorder, StepTimes
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.install import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
-from slagen.wan.processor import attach_recorder, install, processors
+from slagen.wan.processor import attach_recorder, denoising, install_method, processors
 from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
 
 CPU = torch.device("cpu")
-BRANCHES: dict[str, Branches] = {"sparse": "sparse", "linear": "linear"}  # of --attention; all else runs both
 
 
 @dataclass(frozen=True)
@@ -186,8 +182,9 @@ class Session:
             self.pipe, self.about = pipe, {"model": plan.weights.source.name}
             return
         weights, vae = plan.weights, plan.config.vae
-        if plan.sla is not None:
-            check_kernels(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.sla)
+        method = plan.method
+        if plan.backend is not None and method.check is not None:
+            method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
         self.pipe = load_pipeline(
             weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder,
@@ -227,9 +224,8 @@ class Session:
         c, pipe = plan.config, self.pipe
         assert c.sampler is not None and c.flow_shift is not None and c.steps
         set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
-        for processor in processors(pipe.transformer):
-            if plan.sla is not None:
-                processor.config = plan.sla
+        for processor in processors(pipe.transformer) if plan.attention is not None else []:
+            processor.config = plan.attention
         on_event(Event("stage", "denoise", num_steps=c.steps))
         latents, recorder = _denoise(pipe, plan, embeds, on_event)
         if not torch.isfinite(latents).all():
@@ -352,12 +348,15 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
         "model": source.name, "model_file": None if source.weights is None else report.shareable(str(source.weights)),
         "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
     }  # fmt: skip
-    branches = BRANCHES.get(config.attention, "both")
-    if plan.sla is None:
-        install(pipe.transformer, None)
-        return {**found, "used": "base" if source.weights is None else "the same weights, full attention"}
+    method = plan.method
+    if not method.needs.weights:
+        install_method(pipe.transformer, method, plan.attention, backend=config.backend)
+        attention = "full" if method.family == "dense" else method.name
+        return {**found, "used": "base" if source.weights is None else f"the same weights, {attention} attention"}
+    branches = branches_of(method)
+    assert plan.sla is not None
     if weights.sla_path is None:
-        apply_sla(pipe, plan.sla, backend=config.backend, branches=branches)
+        apply_sla(pipe, plan.sla, backend=config.backend, branches=branches)  # type: ignore[arg-type]
         return {**found, "used": "base with untrained SLA"}
     options: dict[str, Any] = {
         "backend": config.backend, "branches": branches, "allow_untrained": config.allow_untrained,
@@ -384,6 +383,7 @@ def _denoise(
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         step = recorder.end_step(float(timestep))
+        end_step()
         on_event(Event("step", "denoise", step, config.steps or 0))
         return {}
 
@@ -395,7 +395,9 @@ def _denoise(
         pipe.scheduler.generator = generator
         shape = (1, pipe.transformer.config.in_channels, frames, height, width)
         embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(detach)
+        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0))
         recorder.begin_step()
         output = pipe(
             **embeds, height=config.height, width=config.width, num_frames=config.num_frames,
@@ -403,26 +405,19 @@ def _denoise(
             output_type="latent", callback_on_step_end=after_step,
             max_sequence_length=plan.weights.source.defaults.max_sequence_length,
         )  # fmt: skip
-    finally:
-        detach()
     return output.frames, recorder
 
 
 def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> dict[str, Any]:
     """The report of a video, whose file may not be there yet."""
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
-    config, sla, steps = plan.config, plan.sla, recorder.steps
+    config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
-    attention: dict[str, Any] = {"mode": config.attention, "tokens": plan.num_tokens}
-    if sla is None:
-        flops = cost.dense_attention_flops(shape, plan.num_tokens)
-    else:
-        counts = block_counts(sla, plan.num_tokens)
-        fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
-        attention |= {**sla.to_dict(), **counts, "fractions": fractions, "backend": plan.backend}
-        flops = sla_attention_flops(
-            shape, plan.num_tokens, sla, sparse=config.attention != "linear", linear=config.attention != "sparse"
-        )
+    attention = {
+        "mode": config.attention, "tokens": plan.num_tokens, **method.describe(plan.attention, plan.num_tokens),
+        **({} if plan.backend is None else {"backend": plan.backend}),
+    }  # fmt: skip
+    flops = method.cost(plan.attention, shape, plan.num_tokens)
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return {
         "schema_version": report.SCHEMA_VERSION,
@@ -444,7 +439,7 @@ def _report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> 
     }  # fmt: skip
 
 
-@contextmanager
+@contextlib.contextmanager
 def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
     """The final paths of all videos, which no other run writes meanwhile.
 

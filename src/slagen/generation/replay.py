@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slagen.attention import registry
 from slagen.config import GenerateConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
@@ -56,8 +57,9 @@ def replay(
         settings["weights"] = _checked(weights, told) if weights else _find_weights(path, told, settings["model"])
         fields = {name: settings[name] for name in AS_THEY_ARE if settings.get(name) is not None}
         width, height = (int(size) for size in settings["size"].split("x"))
-        if settings["attention"] in ("sla", "sparse", "linear"):
+        if "sparsity" in registry.get(settings["attention"]).option_names:
             fields["sparsity"] = settings["sparsity"]
+        fields["attention_options"] = tuple(settings.get("attention_options", {}).items())
         with scratch() as folder:
             config = GenerateConfig(
                 **fields, width=width, height=height, ode=bool(settings.get("ode")),

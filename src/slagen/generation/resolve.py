@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from slagen import machine
-from slagen.attention.sla.backends import pick_backend
-from slagen.attention.sla.cost import block_counts
+from slagen.attention import registry
+from slagen.attention.protocol import Method
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
@@ -64,11 +64,21 @@ class Plan:
 
     config: GenerateConfig
     weights: Weights
-    sla: SLAConfig | None  # with this video's sparsity; None runs dense
+    attention: Any  # the attention method's config, with this video's options; None leaves what is installed as it is
     num_tokens: int
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    backend: str | None = None  # what SLA will run on; None where the attention is dense
+    backend: str | None = None  # what the attention will run on; None is PyTorch's choice for dense attention
+
+    @property
+    def method(self) -> Method:
+        """The attention method that runs."""
+        return registry.get(self.config.attention)
+
+    @property
+    def sla(self) -> SLAConfig | None:
+        """The config where the method is SLA, or a branch of it."""
+        return self.attention if isinstance(self.attention, SLAConfig) else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -89,6 +99,7 @@ class Plan:
             "backend": c.backend,
             "sparsity": sparsity,
             "sla_topk": complement if c.sla_topk is None else c.sla_topk,
+            **({"attention_options": dict(c.attention_options)} if c.attention_options else {}),
             # Only where they are not the weights' own, so that a batch goes on where it was begun without them.
             **{name: size for name, size in sizes if size != getattr(weights.sla, name, None) and size is not None},
             "size": f"{c.width}x{c.height}",
@@ -146,7 +157,7 @@ def find_weights(
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
         notes += found.notes
     sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
-    if config.attention == "dense" and source.weights is not None:
+    if registry.get(config.attention).family == "dense" and source.weights is not None:
         notes.append(
             f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
         )
@@ -163,7 +174,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         weights: as `find_weights` found them, where the caller has them already.
     """
     weights = weights or find_weights(config)
-    source, sla = weights.source, weights.sla
+    source, method = weights.source, registry.get(config.attention)
     notes, warnings = list(weights.notes), list[str]()
     defaults = _defaults(source.defaults, weights.distilled)
     config = _plan_sampler(config, defaults, weights.distilled, warnings)
@@ -196,30 +207,26 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if off_size is not None:
         warnings.append(off_size)
     num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
-    if sla is not None:
-        trained, sla = sla, sla.asked(config, num_tokens)
-        if weights.sla_path is not None:
-            warnings += sla.differences(trained)
-        counts = block_counts(sla, num_tokens)
-        if counts["key_blocks"] < 2:
-            sla = None
-            config = dataclasses.replace(
-                config, attention="dense", backend="auto", sparsity=None, sla_topk=None, block_m=None, block_n=None
-            )
-            warnings.append(
-                f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so nothing can be left out: this clip "
-                "runs dense"
-            )
-        elif config.attention != "linear":
-            notes.append(
-                f"{f'sparsity {sla.sparsity:g}' if config.sla_topk is None else f'sla-topk {config.sla_topk:g}'} -> "
-                f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
-            )
+    options = method.own(config.attention_settings)
+    attention = method.configure(weights.sla or method.config(), options, num_tokens)
+    if weights.sla is not None and weights.sla_path is not None:
+        warnings += attention.differences(weights.sla)
+    if not method.applies(attention, num_tokens):
+        method = registry.get("dense")
+        attention, options = method.config(), {}
+        config = config.with_dense_attention()
+        warnings.append(
+            f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so nothing can be left out: this clip "
+            "runs dense"
+        )
+    elif (note := method.note(attention, options, num_tokens)) is not None:
+        notes.append(note)
     backend = None
-    if sla is not None:
-        backend = pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
-        notes.append(f"SLA runs on the {backend} backend")
-    return Plan(config, weights, sla, num_tokens, notes, warnings, backend)
+    if method.family != "dense" or config.backend != "auto":
+        backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
+        name = "SLA" if weights.sla is not None else f"{method.name} attention"
+        notes.append(f"{name} runs on the {backend} backend")
+    return Plan(config, weights, attention, num_tokens, notes, warnings, backend)
 
 
 def _look_at(path: Path) -> Found:
@@ -294,10 +301,11 @@ def _plan_attention(
         that is a file of slagen's own, and whether the weights in all are distilled for rCM.
     Raises: WeightsError where SLA is asked for and there are no weights for it, or ones of one branch alone.
     """
+    method = registry.get(config.attention)
     path, alone = None, True
     if found is not None and found.kind in ("sla", "side-file"):
-        if config.attention == "dense":
-            raise UsageError("dense attention takes no SLA weights. Leave --weights out.")
+        if not method.needs.weights:
+            raise UsageError(f"{method.name} attention takes no SLA weights. Leave --weights out.")
         path, alone = user_path(config.weights or ""), found.kind == "sla"
     elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
         path = source.folder / SLA_FILE
@@ -319,7 +327,7 @@ def _plan_attention(
         distilled = inside is not None and inside.sampler == "rcm"
     else:
         distilled = source.defaults.sampler == "rcm"
-    if config.attention == "dense":
+    if not method.needs.weights:
         return None, None, True, distilled
     if inside is not None and inside.untold:
         raise WeightsError(f"{source.weights or source.folder} {UNTOLD}")

@@ -20,12 +20,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slagen.attention.sla.backends import check_kernels, pick_backend
+from slagen.attention import registry
+from slagen.attention.registry import parameter_group
+from slagen.attention.sla.method import branches_of
 from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation.embeddings import file_hashes, files_in
-from slagen.generation.generate import BRANCHES, Event, Session
+from slagen.generation.generate import Event, Session
 from slagen.generation.report import versions
 from slagen.generation.resolve import find_weights, make_plan
 from slagen.interrupts import stopping
@@ -40,7 +42,7 @@ from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, join, own_part, whole
 from slagen.training.log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
 from slagen.training.metrics import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
-from slagen.training.trainer import PROJECTION, Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
+from slagen.training.trainer import Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
 from slagen.video import check_ffmpeg, read_mp4, write_mp4
 from slagen.wan.install import (
     SLAMetadata,
@@ -177,10 +179,12 @@ class _Run:
         self, config: FinetuneConfig, folder: Path, team: Team, tell: Callable[[Event | Progress], None]
     ) -> None:
         self.config, self.folder, self.team, self.tell = config, folder, team, tell
+        self.method = registry.get(config.attention)
+        self.is_dense = self.method.family == "dense"
         base = GenerateConfig(
             "-", model=default_model(config.model, str(team.device)),
             weights=config.weights, local_files_only=config.local_files_only,
-            allow_untrained=True, attention="dense" if config.attention == "dense" else "sla",
+            allow_untrained=True, attention="dense" if self.is_dense else "sla",
             device=str(team.device), dtype=config.dtype, backend=config.backend,
         )  # fmt: skip
         self.base = base
@@ -191,7 +195,7 @@ class _Run:
             )
         if self.weights.source.weights is None:
             self.base = dataclasses.replace(base, weights=None)  # SLA weights are no concern of the dense model's
-        if not config.from_dense and config.attention != "dense" and self.weights.sla_path is None:
+        if not config.from_dense and not self.is_dense and self.weights.sla_path is None:
             raise WeightsError(
                 f"{self.weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some "
                 "with --weights."
@@ -218,9 +222,10 @@ class _Run:
             raise UsageError(
                 f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads."
             )
-        if config.attention != "dense":
+        if not self.is_dense:
             about = self.weights.source.head_dim, team.device, dtype
-            check_kernels(pick_backend(config.backend, *about), *about, self.sla)
+            assert self.method.check is not None
+            self.method.check(self.method.pick_backend(config.backend, *about), *about, self.sla)
         if config.train == "lora":
             lora_config()
         if config.optimizer == "adamw8bit":
@@ -389,7 +394,7 @@ class _Run:
 
     def _check_tokens(self) -> None:
         least = min(map(self._tokens, [*self.data.training, *self.data.held_out]))
-        if self.config.attention != "dense" and self.sla.num_blocks(least)[1] < 2:
+        if not self.is_dense and not self.method.applies(self.sla, least):
             raise UsageError(
                 f"a clip has {counted(least, 'token')}, fewer than 2 key blocks of {self.sla.block_n}, so nothing can "
                 "be left out. Give larger or longer clips, or a smaller --block-n."
@@ -411,15 +416,15 @@ class _Run:
         student = load_transformer(source, torch.float32)
         self.base_hash = weights_hash(student)
         self.steps_before = 0
-        branches = BRANCHES.get(config.attention, "both")
-        if config.attention == "dense":
+        method, branches = self.method, branches_of(self.method)
+        if self.is_dense:
             install(student, None)
         elif config.from_dense or self.weights.sla_path is None:
             apply_sla(student, self.sla, backend=config.backend, branches=branches)
-            if config.attention == "linear":  # O^l itself, to begin with
-                for name, parameter in student.named_parameters():
-                    if name.endswith(f"{PROJECTION}weight"):
-                        torch.nn.init.eye_(parameter)
+            for name, parameter in student.named_parameters():
+                group = method.group(name)
+                if group is not None and group.identity and parameter.ndim == 2:  # O^l itself, to begin with
+                    torch.nn.init.eye_(parameter)
         elif self.weights.sla_alone:
             self.steps_before = read_metadata(self.weights.sla_path).steps
             load_sla(
@@ -434,11 +439,12 @@ class _Run:
         if config.train == "lora":
             add_lora(student, config.lora_rank or LORA_RANK, config.seed)
         for name, parameter in student.named_parameters():
-            projection = PROJECTION in name
+            group = method.group(name)
             trained = {
-                "all": True, "attn": ".attn1." in name, "proj": projection, "lora": projection or ".lora_" in name,
+                "all": True, "attn": ".attn1." in name, "proj": group is not None,
+                "lora": group is not None or ".lora_" in name,
             }[config.train]  # fmt: skip
-            parameter.requires_grad_(trained and not (projection and config.attention == "sparse"))
+            parameter.requires_grad_(trained and (group is None or group.used))
         if self._recomputes():
             student.enable_gradient_checkpointing()
         teacher = load_transformer(source, self.recipe.dtype)
@@ -497,7 +503,7 @@ class _Run:
         """One line of the log, and of TensorBoard's."""
         norms = [
             float(whole(p.detach()).norm()) for name, p in self.student.named_parameters()
-            if name.endswith(f"{PROJECTION}weight")
+            if parameter_group(name) is not None and name.endswith(".weight")
         ]  # fmt: skip
         if not self.team.first:
             return
@@ -596,7 +602,7 @@ class _Run:
             self.base, prompt=clip.caption, seed=seed, width=width * grid, height=height * grid,
             num_frames=(frames - 1) * source.temporal_factor + 1, timing="off",
         )  # fmt: skip
-        plan = dataclasses.replace(make_plan(config, self.weights), sla=None)
+        plan = dataclasses.replace(make_plan(config, self.weights), attention=None)
         texts: list[Tensor] = [self.data.example(clip).text, self.data.negative_text()]
         names = ("prompt_embeds", "negative_prompt_embeds")
         embeds: dict[str, Tensor | None] = {
@@ -620,7 +626,7 @@ class _Run:
     def _finish(self, spent: float) -> FinetuneResult:
         """Round the average weights, measure those, write them, and the page."""
         steps, trainer = self.schedule.steps, self.trainer
-        dense = self.config.attention == "dense"
+        dense = self.is_dense
         file = self.folder / (TRANSFORMER_FILE if dense else SLA_FILE)
         given = self.config.weights and user_path(self.config.weights)
         own_base = not dense and given == self.weights.source.weights is not None
@@ -631,7 +637,7 @@ class _Run:
         with trainer.averaged(), torch.no_grad():
             wanted = {name: p for name, p in self.student.named_parameters() if self._is_written(name)}
             for name, parameter in wanted.items():
-                if PROJECTION not in name:
+                if parameter_group(name) is None:
                     part = own_part(parameter)
                     part.copy_(part.half().float())  # as they are stored
             after, layers = self._error(), self._layers()
@@ -672,7 +678,7 @@ class _Run:
 
     def _write_page(self, result: FinetuneResult, layers: list[float]) -> None:
         before, after = result.teacher_error_before, result.teacher_error_after
-        sparsity = "" if self.config.attention == "dense" else f", sparsity {self.sla.sparsity:g}"
+        sparsity = "" if self.is_dense else f", sparsity {self.sla.sparsity:g}"
         facts = {
             "model": self.weights.source.name, "attention": self.config.attention + sparsity,
             "trained": self.config.train, "loss": self.config.loss, "steps": str(self.schedule.steps),
@@ -689,8 +695,8 @@ class _Run:
         """Whether a parameter goes into the result: what was trained, now or before, and for a control all of it."""
         record = installation(self.student)
         before = {} if record is None else record.replaced
-        is_changed = name in self.trainer.named or PROJECTION in name or plain_name(name) in before
-        return is_changed or self.config.attention == "dense"
+        is_changed = name in self.trainer.named or parameter_group(name) is not None or plain_name(name) in before
+        return is_changed or self.is_dense
 
     def _write_base(self) -> None:
         """The transformer that SLA was trained on, beside SLA's weights, where no model's name stands for it."""

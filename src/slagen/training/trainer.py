@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slagen.attention.registry import parameter_group
 from slagen.config import Loss, Optimizer, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, own_part, whole
 from slagen.training.metrics import AttentionOutputs, mix, velocity
 
-PROJECTION = ".processor.proj_l."
 MAX_DECAY = 0.999  # of the average
 
 
@@ -87,8 +87,8 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         recipe, schedule = self.recipe, self.recipe.schedule
-        projections = [p for name, p in self.named.items() if PROJECTION in name]
-        rest = [p for name, p in self.named.items() if PROJECTION not in name]
+        projections = [p for name, p in self.named.items() if parameter_group(name) is not None]
+        rest = [p for name, p in self.named.items() if parameter_group(name) is None]
         groups: list[dict[str, Any]] = [
             {"params": params, "factor": factor}
             for params, factor in ((rest, 1.0), (projections, schedule.proj_multiplier)) if params

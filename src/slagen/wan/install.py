@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from slagen.attention.registry import parameter_group
 from slagen.attention.sla.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
@@ -294,7 +295,7 @@ def remove_sla(pipe: Any) -> None:
 
 
 def _is_projection(name: str) -> bool:
-    return ".processor.proj_l." in name
+    return parameter_group(name) is not None
 
 
 def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, other_blocks: bool) -> None:
@@ -341,8 +342,8 @@ def _fill(
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise WeightsError(f"{path} does not fit: {'; '.join(faults[:3])}{more}. Get weights made for this model.")
     zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
-    if transformer.blocks[0].attn1.processor.branches == "sparse":
-        zero = []  # it is not used
+    method = transformer.blocks[0].attn1.processor.method
+    zero = [name for name in zero if method.group(name).used]
     if zero and not allow_untrained:
         raise WeightsError(
             f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear "

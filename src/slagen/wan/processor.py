@@ -1,19 +1,22 @@
-"""SLA inside `blocks[i].attn1` of a diffusers Wan transformer: install it, remove it again."""
+"""An attention method inside `blocks[i].attn1` of a diffusers Wan transformer: install it, remove it again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformer3DModel, _get_qkv_projections
 from torch import Tensor, nn
 
-from slagen.attention import SparseLinearAttention
+from slagen.attention import registry
+from slagen.attention.protocol import Grid, Inputs, Layer, Method, StepContext
+from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
-from slagen.config import Backend, SLAConfig
 from slagen.errors import UsageError
 from slagen.timing import StepRecorder
 from slagen.wan.guards import refuse_fused, refuse_offloaded
@@ -41,14 +44,21 @@ def _self_attention(
 
 
 class _Processor:
-    """A diffusers attention processor for one Wan self-attention layer; a subclass has the attention itself."""
+    """A diffusers attention processor for one Wan self-attention layer, on top of the class of a method's module."""
 
     _attention_backend = None  # diffusers sets both on every processor that has them
     _parallel_config = None
-    layer: int  # index of the block, for the recorder
-    backend: Backend
+    base: Any  # the module's own class
+    config: Any  # of the method
+    method: Method
+    place: Layer
+    context: StepContext
+    rotary_backend: Backend = "auto"  # of the norm and rotation around the attention
     recorder: StepRecorder | None = None  # `attach_recorder` gives one
     token_group: Any = None  # the processes that share a clip's tokens, see context.py
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _bare_processor, (self.base,), self.__dict__
 
     def __call__(
         self,
@@ -59,78 +69,67 @@ class _Processor:
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
         _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
+            if self.token_group is not None:
+                q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
+                return to_tokens(self._timed(q, k, v, Inputs(self.place, self.context)), self.token_group)
+            return self._timed(q, k, v, Inputs(self.place, self.context, hidden_states, means))
+
         # Of a process's own tokens no blocks can be formed: they are those of the whole clip.
         blocks = None if self.token_group is not None else self._blocks(hidden_states.shape[1])
-        return _self_attention(attn, hidden_states, rotary_emb, self._attend, self.backend, blocks)
+        return _self_attention(attn, hidden_states, rotary_emb, attend, self.rotary_backend, blocks)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
-        if self.token_group is not None:
-            q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
-            return to_tokens(self._timed(q, k, v, None), self.token_group)
-        return self._timed(q, k, v, means)
-
-    def _timed(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
-        if self.recorder is None:
-            return self._operator(q, k, v, means)
-        with self.recorder.attention(self.layer):
-            return self._operator(q, k, v, means)
-
-    def _blocks(self, length: int) -> tuple[int, int] | None:
-        """The sizes of blocks whose means `_operator` can use."""
-        return None
-
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
-        """Attention of q, k, v, each (B, H, L, D), with the means of their blocks where they are known."""
-        raise NotImplementedError
-
-
-class SLAProcessor(_Processor, SparseLinearAttention):
-    """Sparse-linear attention in one layer. Holds that layer's `proj_l`.
-
-    A sequence of fewer than two key blocks has nothing to choose from and is attended densely.
-
-    Args:
-        head_dim: D of the layer.
-        config: how SLA divides the work.
-        layer: index of the block.
-        backend, branches: as in `sparse_linear_attention`.
-        device: where `proj_l` is made.
-    """
-
-    def __init__(
-        self,
-        head_dim: int,
-        config: SLAConfig,
-        layer: int,
-        *,
-        backend: Backend = "auto",
-        branches: Branches = "both",
-        device: torch.device | str | None = None,
-    ) -> None:
-        SparseLinearAttention.__init__(self, head_dim, config, backend=backend, branches=branches, device=device)
-        self.layer = layer
-
-    def _blocks(self, length: int) -> tuple[int, int] | None:
-        chooses = self.branches != "linear" or self.config.linear_domain == "marginal"
-        if not chooses or self.config.num_blocks(length)[1] < 2:
+    def _blocks(self, num_tokens: int) -> tuple[int, int] | None:
+        """The sizes of blocks whose means the method takes."""
+        block_sizes = getattr(self, "block_sizes", None)
+        if block_sizes is None or not self.method.applies(self.config, num_tokens):
             return None
-        return self.config.block_m, self.config.block_n
+        return block_sizes(num_tokens)  # type: ignore[no-any-return]
 
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
-        if self.config.num_blocks(q.shape[2])[1] < 2:
+    def _timed(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        if self.recorder is None:
+            return self._operator(q, k, v, inputs)
+        with self.recorder.attention(self.place.index):
+            return self._operator(q, k, v, inputs)
+
+    def _operator(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Attention of q, k, v, each (B, H, L, D). What has nothing to choose from is attended densely."""
+        if not self.method.applies(self.config, q.shape[2]):
             return F.scaled_dot_product_attention(q, k, v)
         # Called as a module, so that hooks on it run; `__call__` itself is what diffusers calls a processor by.
-        return nn.Module.__call__(self, q, k, v, **({} if means is None else {"block_means": means}))  # type: ignore[no-any-return]
+        return nn.Module.__call__(self, q, k, v, inputs)  # type: ignore[arg-type, no-any-return]
 
 
-class DenseProcessor(_Processor):
-    """Full attention with the same spans around it, and the same norm and rotation: what SLA is compared with."""
+@functools.cache
+def processor_class(base: Any) -> Any:
+    """The class of a processor that is a module of class `base` besides, and keeps the names of its parameters."""
+    return type(f"{base.__name__}Processor", (_Processor, base), {"__module__": __name__, "base": base})
 
-    def __init__(self, layer: int, backend: Backend = "auto") -> None:
-        self.layer, self.backend = layer, backend
 
-    def _operator(self, q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
+def _bare_processor(base: type[nn.Module]) -> Any:
+    kind = processor_class(base)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+def make_processor(
+    method: Method,
+    config: Any,
+    layer: Layer,
+    *,
+    backend: str = "auto",
+    context: StepContext | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """The processor of one layer: the module that a method builds, which diffusers can call.
+
+    Raises: Unavailable where the method or its backend can not run here.
+    """
+    module: Any = method.build(config, layer, backend, device)
+    module.__class__ = processor_class(type(module))  # type: ignore[arg-type]
+    module.method, module.place, module.context = method, layer, context or StepContext()
+    module.rotary_backend = backend if backend in get_args(Backend) else "auto"
+    return module
 
 
 def _refuse_what_sla_lacks(encoder_hidden_states: Any, attention_mask: Any, parallel_config: Any) -> None:
@@ -149,6 +148,8 @@ class Installation:
 
     processors: list[Any]
     replaced: dict[str, Tensor] = field(default_factory=dict)  # base tensors that SLA weights overwrote, on the CPU
+    context: StepContext = field(default_factory=StepContext)
+    hooks: list[Any] = field(default_factory=list)
 
 
 def installation(transformer: WanTransformer3DModel) -> Installation | None:
@@ -163,28 +164,80 @@ def install(
     backend: Backend = "auto",
     branches: Branches = "both",
 ) -> None:
+    """Put SLA with a fresh (zero) `proj_l`, or dense attention, into every `blocks[i].attn1`.
+
+    Args:
+        config: for SLA; None for dense attention.
+        backend: of SLA, and of the norm and rotation around either attention.
+        branches: as in `sparse_linear_attention`.
+    Raises: as `install_method`.
+    """
+    if config is not None:
+        return install_method(transformer, registry.of_branches(branches), config, backend=backend)
+    dense = registry.get("dense")
+    install_method(transformer, dense, dense.config())
+    for processor in processors(transformer):
+        processor.rotary_backend = backend
+
+
+def install_method(transformer: WanTransformer3DModel, method: Method, config: Any, *, backend: str = "auto") -> None:
     """Put one processor into every `blocks[i].attn1`; cross-attention stays as it is.
 
     Args:
-        transformer: a Wan transformer without SLA in it.
-        config: for SLA with a fresh (zero) `proj_l` in each layer; None for timed full attention.
-        backend: of SLA, and of the norm and rotation around either attention.
-        branches: as in `sparse_linear_attention`.
-    Raises: UsageError if SLA is installed already, the model has no such layers, or hooks offload them.
+        transformer: a Wan transformer without slagen's attention in it.
+        config: of the method. backend: one of its own.
+    Raises: UsageError if attention is installed already, the model has no such layers, or hooks offload them.
     """
     if installation(transformer) is not None:
         raise UsageError("this transformer has slagen's attention installed already. Call remove_sla(pipe) first.")
     layers = self_attention_layers(transformer)
     refuse_offloaded(transformer, "put in")
-    transformer._slagen_installation = Installation([attn.processor for attn in layers])  # type: ignore[assignment]
+    record = Installation([attn.processor for attn in layers])
+    transformer._slagen_installation = record  # type: ignore[assignment]
     for index, attn in enumerate(layers):
-        if config is None:
-            attn.set_processor(DenseProcessor(index, backend))
-            continue
-        head_dim = attn.inner_dim // attn.heads
+        layer = Layer(index, len(layers), attn.heads, attn.inner_dim // attn.heads)
         device = next(attn.parameters()).device
-        processor = SLAProcessor(head_dim, config, index, backend=backend, branches=branches, device=device)
+        processor = make_processor(method, config, layer, backend=backend, context=record.context, device=device)
         attn.set_processor(processor.train(attn.training))
+    if method.needs.context:
+        record.hooks = _follow(transformer, record.context)
+
+
+def _follow(transformer: WanTransformer3DModel, context: StepContext) -> list[Any]:
+    """Have a transformer's forward passes noted in a context. Returns the hooks' handles."""
+    context.position = torch.full((2,), -1)
+    return [
+        transformer.register_forward_pre_hook(_PassHook(context), with_kwargs=True),
+        transformer.condition_embedder.register_forward_hook(_TimeHook(context)),
+    ]
+
+
+@dataclass
+class _PassHook:
+    """Notes that a forward pass begins. An object, so that a copy of the transformer has its own context."""
+
+    context: StepContext
+
+    @torch.compiler.disable
+    def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        latents = args[0] if args else kwargs["hidden_states"]  # (B, C, T, h, w)
+        sizes = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
+        self.context.begin_pass(Grid(*(size // part for size, part in sizes)))
+        for processor in processors(transformer):
+            begin_pass = getattr(processor, "begin_pass", None)
+            if begin_pass is not None:
+                begin_pass(self.context)
+
+
+@dataclass
+class _TimeHook:
+    """Notes the time embedding of a forward pass."""
+
+    context: StepContext
+
+    @torch.compiler.disable
+    def __call__(self, embedder: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        self.context.time_embedding = output[0]
 
 
 def remove(transformer: WanTransformer3DModel) -> None:
@@ -200,6 +253,8 @@ def remove(transformer: WanTransformer3DModel) -> None:
         refuse_fused(transformer, "taken out")
     for attn, processor in zip(self_attention_layers(transformer), record.processors, strict=True):
         attn.set_processor(processor)
+    for hook in record.hooks:
+        hook.remove()
     with torch.no_grad():
         state = {name.replace(".base_layer.", "."): x for name, x in transformer.state_dict().items()}  # beside a LoRA
         for name, tensor in record.replaced.items():
@@ -235,3 +290,17 @@ def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) 
             processor.recorder = None
 
     return detach
+
+
+@contextmanager
+def denoising(transformer: WanTransformer3DModel, num_steps: int) -> Iterator[Callable[[], None]]:
+    """Tell the installed attention that a clip of so many steps is denoised meanwhile; the value ends a step."""
+    record = installation(transformer)
+    if record is None:
+        yield lambda: None
+        return
+    record.context.begin_clip(num_steps)
+    try:
+        yield record.context.end_step
+    finally:
+        record.context.end_clip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -73,13 +74,12 @@ class SLAConfig:
             return config
         return dataclasses.replace(self, sparsity=1 - count / num_key_blocks)
 
-    def asked(self, wanted: Any, length: int) -> SLAConfig:
-        """The same with the blocks and the sparsity or top-k that are asked for, for a clip of `length` tokens."""
-        given = {name: getattr(wanted, name) for name in ("block_m", "block_n", "sparsity")}
-        config = dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
-        if wanted.sla_topk is None:
-            return config
-        return config.with_topk(wanted.sla_topk, config.num_blocks(length)[1])
+    def with_options(self, options: Mapping[str, Any], length: int) -> SLAConfig:
+        """The same with the fields and the top-k (`sla_topk`) that are asked for, for a clip of `length` tokens."""
+        given = {name: value for name, value in options.items() if value is not None}
+        topk = given.pop("sla_topk", None)
+        config = dataclasses.replace(self, **given)
+        return config if topk is None else config.with_topk(topk, config.num_blocks(length)[1])
 
     def differences(self, trained: SLAConfig) -> list[str]:
         """What to tell of weights that were trained with another sparsity or other blocks."""

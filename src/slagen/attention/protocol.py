@@ -1,0 +1,285 @@
+"""What an attention method is: its record, and what its module is told at each call. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from slagen.errors import UsageError
+from slagen.io.forms import shown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from slagen.attention.cost import ModelShape
+
+Attend = Callable[..., Any]  # q, k, v, each (B, H, L, D) -> o (B, H, L, D), or what a timed part makes of them
+Family = Literal["dense", "sparse", "sla"]
+
+
+class Unavailable(Exception):
+    """A method or one of its backends does not run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How the tokens of a clip are arranged: latent frames, rows and columns, the columns counting fastest."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens of the sequence."""
+        return self.num_frames * self.height * self.width
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The self-attention layer that a module is built for.
+
+    Args:
+        index: of the transformer block, from 0. count: blocks of the transformer.
+        num_heads: H. head_dim: D; the hidden states have H * D channels.
+    """
+
+    index: int
+    count: int
+    num_heads: int
+    head_dim: int
+
+
+@dataclass
+class StepContext:
+    """Where in the denoising of a clip a forward pass stands: one mutable object, which all layers share.
+
+    Whoever runs the denoising loop calls `begin_clip` and `end_step`; a hook on the transformer calls `begin_pass`. All
+    of this happens outside compiled code. What compiled code reads here as a Python number it is compiled for anew
+    when that changes; a module whose computation depends on the step reads `position`, or decides in `begin_pass`.
+
+    Args:
+        step, num_steps: of the denoising, from 0; None outside a denoising loop, as in training.
+        passes: forward passes of this step that have begun.
+        grid: how the tokens are arranged; None where no method asks for it.
+        time_embedding: (B, H * D), of the transformer's own embedder; None where no method asks for it.
+        position: int64 (2,) on the CPU: the step, -1 outside a loop, and 1 in a conditional pass, 0 otherwise.
+        memory: what layers remember, by layer and by whether the pass is conditional; a new clip empties it.
+    """
+
+    step: int | None = None
+    num_steps: int | None = None
+    passes: int = 0
+    grid: Grid | None = None
+    time_embedding: Tensor | None = None
+    position: Tensor | None = None
+    memory: dict[tuple[int, bool], dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether this is the pass with the prompt; with guidance, the second pass of each step is without."""
+        return self.passes <= 1
+
+    def begin_clip(self, num_steps: int) -> None:
+        """A denoising loop of `num_steps` begins: nothing is remembered of the clip before."""
+        self.step, self.num_steps, self.passes = 0, num_steps, 0
+        self.memory.clear()
+
+    def end_step(self) -> None:
+        """A denoising step has ended, and the next begins."""
+        self.step, self.passes = (self.step or 0) + 1, 0
+
+    def end_clip(self) -> None:
+        """The denoising loop has ended."""
+        self.step = self.num_steps = self.time_embedding = None
+        self.passes = 0
+        self.memory.clear()
+
+    def begin_pass(self, grid: Grid | None = None) -> None:
+        """A forward pass begins, over tokens that are arranged in `grid`."""
+        self.passes += 1
+        self.grid = grid
+        if self.position is not None:
+            self.position[0] = -1 if self.step is None else self.step
+            self.position[1] = int(self.conditional)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method's module is told at each call, beside q, k and v.
+
+    Args:
+        layer: the layer it stands in.
+        context: where in the denoising it is called.
+        hidden_states: (B, L, H * D), what q, k and v were projected from; None where there is none, as in a bench.
+        block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, of the sizes that
+            the module's `block_sizes` names; None where they would cost something.
+    """
+
+    layer: Layer
+    context: StepContext
+    hidden_states: Tensor | None = None
+    block_means: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What this layer remembers of the passes of this kind in this clip; whatever is put in stays."""
+        return self.context.memory.setdefault((self.layer.index, self.context.conditional), {})
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method takes before it gives good videos.
+
+    Args:
+        training: the model must be fine-tuned with it. weights: a file with what it learned must be there.
+        gpu: a CUDA device.
+        context: the grid, step and time embedding of `StepContext`, which hooks on the transformer fill in.
+    """
+
+    training: bool = False
+    weights: bool = False
+    gpu: bool = False
+    context: bool = False
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that a method adds to each self-attention layer, as training and files know them.
+
+    Args:
+        name: attribute of the module; the keys in files are `blocks.{i}.attn1.processor.{name}.*`.
+        multiplier: field of TrainingDefaults with the factor on the learning rate; None is 1.
+        used: whether this method's output depends on them; what is not used is kept, but not trained.
+        identity: whether a matrix starts as the identity in training; otherwise as the module makes it.
+    """
+
+    name: str
+    multiplier: str | None = None
+    used: bool = True
+    identity: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of a method, by the name that `--backend` takes.
+
+    Args:
+        package: what it is imported from, where that need not be installed.
+        backward: whether gradients pass through it.
+        error_limit: its largest error to the reference, in units of the largest output; None is that of the dtype.
+    """
+
+    name: str
+    package: str | None = None
+    backward: bool = True
+    error_limit: float | None = None
+
+
+def _own_fields(config: Any, num_tokens: int) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _with_options(config: Any, options: Mapping[str, Any], num_tokens: int) -> Any:
+    return dataclasses.replace(config, **options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An attention method. `registry.py` holds them all.
+
+    Args:
+        name: what `--attention` takes. summary: one line. family: whose numbers it stands beside in a table.
+        config: a torch-free frozen dataclass whose fields are its options, each with a default; it raises UsageError
+            for what is out of range.
+        needs: what it takes.
+        cost: (config, shape, num_tokens) -> FLOPs of self-attention in one forward pass of one sample, all layers.
+        build: (config, layer, backend, device) -> a module with `config`, which may be replaced between clips, and
+            `forward(q, k, v, inputs)`: (B, H, L, D) each, and Inputs -> o (B, H, L, D). It may have
+            `block_sizes(num_tokens)`, the query rows and key columns of the blocks whose means it takes, or None, and
+            `begin_pass(context)`, which is called outside compiled code before each forward pass.
+        reference: (config, q, k, v, parameters, inputs) -> o by the definition, in float64 for float64; `parameters`
+            is the module's state.
+        backends: its implementations; the first is "auto".
+        choose_backend: (name, head_dim, device, dtype) -> the one that runs. Raises EnvironmentProblem where a named
+            one can not; None takes the name as it is.
+        check: (backend, head_dim, device, dtype, config): try the kernels. Raises EnvironmentProblem.
+        parts: (module, q, k, v) -> what a forward pass consists of, each to be timed alone; None times none.
+        parameters: what it adds to the model.
+        options: names beside the config's fields that `configure` understands.
+        configure: (config, options by name, num_tokens) -> the config for a clip of so many tokens.
+        describe: (config, num_tokens) -> what the report says of it.
+        applies: (config, num_tokens) -> whether there is anything to leave out; otherwise the clip runs dense.
+        density: (config, num_tokens) -> the fraction of all query-key pairs that is attended exactly.
+        note: (config, options, num_tokens) -> one line on what a clip will run with, or None.
+        benched: whether `slagen bench` runs it unasked.
+    """
+
+    name: str
+    summary: str
+    config: type[Any]
+    cost: Callable[[Any, ModelShape, int], int]
+    build: Callable[[Any, Layer, str, torch.device | str | None], nn.Module]
+    reference: Callable[[Any, Tensor, Tensor, Tensor, Mapping[str, Tensor], Inputs | None], Tensor]
+    family: Family = "sparse"
+    kind: str = "method"
+    needs: Needs = Needs()
+    backends: tuple[Backend, ...] = (Backend("auto"),)
+    choose_backend: Callable[[str, int, torch.device, torch.dtype], str] | None = None
+    check: Callable[[str, int, torch.device, torch.dtype, Any], None] | None = None
+    parts: Callable[[Any, Tensor, Tensor, Tensor], dict[str, Attend]] | None = None
+    parameters: tuple[ParameterGroup, ...] = ()
+    options: tuple[str, ...] = ()
+    configure: Callable[[Any, Mapping[str, Any], int], Any] = _with_options
+    describe: Callable[[Any, int], dict[str, Any]] = _own_fields
+    applies: Callable[[Any, int], bool] = lambda config, num_tokens: True
+    density: Callable[[Any, int], float] = lambda config, num_tokens: 1.0
+    note: Callable[[Any, Mapping[str, Any], int], str | None] = lambda config, options, num_tokens: None
+    benched: bool = True
+
+    def __deepcopy__(self, memo: Any) -> Method:
+        return self  # a record: copies of a transformer share it
+
+    @property
+    def option_names(self) -> tuple[str, ...]:
+        """The options that it takes."""
+        return (*(each.name for each in dataclasses.fields(self.config)), *self.options)
+
+    def group(self, key: str) -> ParameterGroup | None:
+        """The group of a transformer's parameter, by its key; None for one that is not this method's."""
+        return next((group for group in self.parameters if f".processor.{group.name}." in key), None)
+
+    def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some options that are its own and given."""
+        return {name: value for name, value in options.items() if value is not None and name in self.option_names}
+
+    def check_backend(self, name: str) -> None:
+        """Raise UsageError unless it has a backend of that name."""
+        names = [backend.name for backend in self.backends]
+        if name in names:
+            return
+        if names == ["auto"]:
+            raise UsageError(f"{self.name} attention has one implementation only. Leave --backend out.")
+        raise UsageError(
+            f"backend is {shown(name)}, but {self.name} attention has {', '.join(names)}. Leave --backend out for auto."
+        )
+
+    def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+        """The backend that runs. Raises EnvironmentProblem where a named one can not."""
+        return name if self.choose_backend is None else self.choose_backend(name, head_dim, device, dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `slagen methods --json` says of it."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "summary": self.summary,
+            "needs_training": self.needs.training,
+            "needs_weights": self.needs.weights,
+            "needs_gpu": self.needs.gpu,
+            "options": {each.name: each.default for each in dataclasses.fields(self.config)},
+            "backends": [backend.name for backend in self.backends],
+        }

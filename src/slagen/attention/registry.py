@@ -1,0 +1,62 @@
+"""Every attention method by name. A new one is its own module, and one line here. No torch here."""
+
+from __future__ import annotations
+
+import copyreg
+from typing import Any
+
+from slagen.attention.dense.method import DENSE
+from slagen.attention.protocol import Method, ParameterGroup
+from slagen.attention.sla.method import LINEAR, SLA, SPARSE
+from slagen.errors import UsageError
+from slagen.io.forms import shown
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Add a method. Raises ValueError if its name is taken."""
+    if method.name in METHODS:
+        raise ValueError(f"an attention method {method.name!r} is registered already. Give another name.")
+    METHODS[method.name] = method
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods, as `--attention` takes them."""
+    return tuple(METHODS)
+
+
+def get(name: str) -> Method:
+    """The method of a name. Raises UsageError for one that there is not."""
+    if name not in METHODS:
+        raise UsageError(f"attention is {shown(name)}, but must be one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+copyreg.pickle(Method, lambda method: (get, (method.name,)))  # a pickled transformer names its method
+
+
+def describe() -> list[dict[str, Any]]:
+    """Every method, as `slagen methods` lists it."""
+    return [method.to_dict() for method in METHODS.values()]
+
+
+def of_branches(branches: str) -> Method:
+    """The method of SLA that computes "both" branches, "sparse" or "linear"."""
+    return get("sla" if branches == "both" else branches)
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names of all methods' backends, once each."""
+    return tuple(dict.fromkeys(backend.name for method in METHODS.values() for backend in method.backends))
+
+
+def parameter_group(key: str) -> ParameterGroup | None:
+    """The group that a transformer's parameter belongs to, by its key; None for the model's own."""
+    return next((group for method in METHODS.values() if (group := method.group(key)) is not None), None)
+
+
+register(SLA)
+register(SPARSE)
+register(LINEAR)
+register(DENSE)

@@ -1,0 +1,125 @@
+"""The methods `sla`, and its branches `sparse` and `linear` alone. No torch here."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from slagen.attention.cost import ModelShape
+from slagen.attention.protocol import Backend, Inputs, Layer, Method, Needs, ParameterGroup
+from slagen.attention.sla import config as settings
+from slagen.attention.sla.config import SLAConfig
+from slagen.attention.sla.cost import block_counts, sla_attention_flops
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from slagen.attention.sla.functional import Branches
+
+
+def _build(
+    branches: Branches, config: SLAConfig, layer: Layer, backend: str, device: torch.device | str | None
+) -> nn.Module:
+    from slagen.attention.sla.layer import SLA
+
+    return SLA(layer.head_dim, config, backend=backend, branches=branches, device=device)  # type: ignore[arg-type]
+
+
+def _cost(branches: Branches, config: SLAConfig, shape: ModelShape, num_tokens: int) -> int:
+    return sla_attention_flops(shape, num_tokens, config, sparse=branches != "linear", linear=branches != "sparse")
+
+
+def _reference(
+    branches: Branches, config: SLAConfig, q: Tensor, k: Tensor, v: Tensor, parameters: Mapping[str, Tensor],
+    inputs: Inputs | None,
+) -> Tensor:  # fmt: skip
+    from slagen.attention.sla.functional import sparse_linear_attention
+
+    weight, bias = parameters["proj_l.weight"].to(q.dtype), parameters["proj_l.bias"].to(q.dtype)
+    return sparse_linear_attention(q, k, v, config, weight, bias, backend="reference", branches=branches)
+
+
+def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    from slagen.attention.sla.backends import pick_backend
+
+    return pick_backend(name, head_dim, device, dtype)  # type: ignore[arg-type]
+
+
+def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLAConfig) -> None:
+    from slagen.attention.sla.backends import check_kernels
+
+    check_kernels(backend, head_dim, device, dtype, config)
+
+
+def _parts(module: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    from slagen.attention.sla.stages import stages
+
+    return stages(module, q, k, v)
+
+
+def _configure(config: SLAConfig, options: Mapping[str, Any], num_tokens: int) -> SLAConfig:
+    return config.with_options(options, num_tokens)
+
+
+def _describe(config: SLAConfig, num_tokens: int) -> dict[str, Any]:
+    counts = block_counts(config, num_tokens)
+    fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
+    return {**config.to_dict(), **counts, "fractions": fractions}
+
+
+def _applies(config: SLAConfig, num_tokens: int) -> bool:
+    return config.num_blocks(num_tokens)[1] >= 2
+
+
+def _density(config: SLAConfig, num_tokens: int) -> float:
+    counts = block_counts(config, num_tokens)
+    return counts["critical"] / counts["key_blocks"]
+
+
+def _note(config: SLAConfig, options: Mapping[str, Any], num_tokens: int) -> str:
+    counts, topk = block_counts(config, num_tokens), options.get("sla_topk")
+    asked = f"sparsity {config.sparsity:g}" if topk is None else f"sla-topk {topk:g}"
+    return f"{asked} -> {counts['critical']} of {counts['key_blocks']} key blocks per query block"
+
+
+def _method(name: str, summary: str, branches: Branches, projection: ParameterGroup, **others: Any) -> Method:
+    return Method(
+        name=name,
+        summary=summary,
+        config=SLAConfig,
+        needs=Needs(training=True, weights=True),
+        cost=functools.partial(_cost, branches),
+        build=functools.partial(_build, branches),
+        reference=functools.partial(_reference, branches),
+        backends=tuple(map(Backend, get_args(settings.Backend))),
+        choose_backend=_choose_backend,
+        check=_check,
+        parameters=(projection,),
+        options=("sla_topk",),
+        configure=_configure,
+        describe=_describe,
+        applies=_applies,
+        density=_density,
+        **{"note": _note, **others},
+    )
+
+
+def branches_of(method: Method) -> Branches:
+    """The branches that a method of SLA computes."""
+    return "both" if method.name == "sla" else method.name  # type: ignore[return-value]
+
+
+SLA = _method(
+    "sla", "exact attention to the key blocks of highest score, linear attention for the rest", "both",
+    ParameterGroup("proj_l", "proj_multiplier"), family="sla", parts=_parts,
+)  # fmt: skip
+SPARSE = _method(
+    "sparse", "the sparse branch of sla alone", "sparse", ParameterGroup("proj_l", "proj_multiplier", used=False),
+    family="sparse",
+)  # fmt: skip
+LINEAR = _method(
+    "linear", "the linear branch of sla alone", "linear", ParameterGroup("proj_l", "proj_multiplier", identity=True),
+    family="sla", note=lambda config, options, num_tokens: None, benched=False,
+)  # fmt: skip

@@ -1,0 +1,228 @@
+"""A method is one module and one line: a toy method runs through everything without another change."""
+
+import copy
+import json
+import pickle
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from wan_models import build_pipeline, run, save_pipeline
+
+from slagen.attention import registry
+from slagen.attention.protocol import Grid, Layer, Method, Needs, StepContext
+from slagen.benchmark.run import bench
+from slagen.cli.main import run as slagen
+from slagen.config import BenchConfig, GenerateConfig
+from slagen.errors import UsageError
+from slagen.generation.estimate import plan
+from slagen.generation.generate import generate
+from slagen.wan.processor import denoising, install, install_method, make_processor, processors, remove
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Each token attends to those at most `window` frames away."""
+
+    window: int = 1
+
+    def __post_init__(self):
+        if self.window < 0:
+            raise UsageError(f"window is {self.window}, but must be 0 or above. Try 1.")
+
+
+def mask_of(config, grid):
+    frames = torch.arange(grid.num_frames).repeat_interleave(grid.height * grid.width)
+    return (frames[:, None] - frames).abs() <= config.window
+
+
+class Window(nn.Module):
+    """Notes what it is told at each call."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.seen = []
+
+    def forward(self, q, k, v, inputs):
+        context = inputs.context
+        count = inputs.memory["calls"] = inputs.memory.get("calls", 0) + 1
+        channels = None if inputs.hidden_states is None else tuple(inputs.hidden_states.shape)
+        time = None if context.time_embedding is None else tuple(context.time_embedding.shape)
+        self.seen.append((context.step, context.num_steps, context.conditional, context.grid, channels, time, count))
+        return F.scaled_dot_product_attention(q, k, v, mask_of(self.config, context.grid))
+
+
+TOY = Method(
+    name="window",
+    summary="a toy that attends to the frames nearby",
+    config=WindowConfig,
+    needs=Needs(context=True),
+    cost=lambda config, shape, num_tokens: 4 * num_tokens * shape.head_dim * shape.num_heads * shape.num_layers,
+    build=lambda config, layer, backend, device: Window(config),
+    reference=lambda config, q, k, v, parameters, inputs: F.scaled_dot_product_attention(
+        q, k, v, mask_of(config, inputs.context.grid or Grid(1, 1, q.shape[2]))
+    ),
+    density=lambda config, num_tokens: 0.5,
+)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    registry.register(TOY)
+    return TOY
+
+
+def settings(model, tmp_path, **changes):
+    return GenerateConfig(
+        **{"prompt": "a red circle", "model": str(model), "width": 64, "height": 64, "num_frames": 9, "steps": 2,
+           "seed": 1, "guidance_scale": 3.0, "dtype": "fp32", "device": "cpu", "attention": "window",
+           "output": str(tmp_path / "toy.mp4"), **changes}
+    )  # fmt: skip
+
+
+def test_generate_and_report(toy, tmp_path):
+    model = save_pipeline(tmp_path / "model")
+    config = settings(model, tmp_path, attention_options=(("window", 0),))
+    made = generate(config).videos[0].report
+    assert made["attention"] == {"mode": "window", "tokens": 48, "window": 0, "backend": "auto"}
+    assert made["settings"]["attention_options"] == {"window": 0}
+    assert made["cost"]["attention_tflop"] * 1e12 == 4 * (4 * 48 * 16 * 2 * 2)
+    dense = generate(settings(model, tmp_path, attention="dense", output=str(tmp_path / "dense.mp4"))).videos[0].report
+    whole = settings(model, tmp_path, attention_options=(("window", 2),), output=str(tmp_path / "whole.mp4"))
+    assert made["latents_hash"] != dense["latents_hash"]
+    assert "attention_options" not in dense["settings"]
+    assert generate(whole).videos[0].report["attention"]["window"] == 2
+
+
+def test_what_a_module_is_told(toy):
+    """Grid, step, pass, hidden states and time embedding; memory lasts a clip, for each layer and kind of pass."""
+    pipe = build_pipeline()
+    install_method(pipe.transformer, toy, WindowConfig())
+    for _ in range(2):
+        with denoising(pipe.transformer, 2) as end_step:
+            pipe.set_progress_bar_config(disable=True)
+            pipe(
+                prompt="a red circle", height=64, width=64, num_frames=9, num_inference_steps=2, guidance_scale=3.0,
+                max_sequence_length=8, output_type="latent", callback_on_step_end=lambda *_: end_step() or {},
+            )  # fmt: skip
+    grid, hidden, time = Grid(3, 4, 4), (1, 48, 32), (1, 32)
+    clip = [
+        (step, 2, conditional, grid, hidden, time, step + 1) for step in (0, 1) for conditional in (True, False)
+    ]  # fmt: skip
+    assert [processor.seen for processor in processors(pipe.transformer)] == [clip + clip] * 2
+    assert pipe.transformer._slagen_installation.context.memory == {}
+    remove(pipe.transformer)
+    assert not pipe.transformer._forward_pre_hooks and not pipe.transformer.condition_embedder._forward_hooks
+
+
+def test_every_key_in_the_window_is_dense(toy):
+    dense, window = build_pipeline(), build_pipeline()
+    install(dense.transformer, None)
+    install_method(window.transformer, toy, WindowConfig(2))
+    torch.testing.assert_close(run(window), run(dense))
+
+
+def test_bench_and_plan(toy, capsys):
+    config = BenchConfig(
+        shapes=("1x1x64x16",), methods=("window",), lengths=(), seconds=0.001, device="cpu", sparsities=(0.5,)
+    )
+    (row,) = bench(config).content["rows"]
+    assert row["correct"] and row["kind"] == "sparse" and row["sparsity"] is None and row["forward_ms"]["median"] > 0
+    content = plan(GenerateConfig("a", model="wan2.1-t2v-1.3b", attention="window"))
+    assert content["flops"]["sla_attention"] == 4 * content["tokens"] * 128 * 12 * 30
+    assert content["flops_of"] == "window" and content["kept_fraction"] == 0.5 and content["key_blocks"] is None
+    from slagen.cli import console
+
+    console.show_plan(content, False)
+    assert "window: 50.00% of all query-key pairs exactly" in " ".join(capsys.readouterr().out.split())
+
+
+def test_slagen_methods(toy, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert slagen(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert re.search(r"window\s+a toy that attends to the frames nearby\s+needs nothing\s+options: window 1", out)
+    assert slagen(["methods", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["sla", "sparse", "linear", "dense", "window"]
+    assert rows["sla"]["needs_training"] and rows["sla"]["needs_weights"] and rows["sla"]["kind"] == "method"
+    assert rows["window"]["options"] == {"window": 1} and not rows["window"]["needs_training"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attention": "fast"}, "attention is 'fast', but must be one of sla, sparse, linear, dense, window"),
+        ({"sparsity": 0.5}, r"sparsity is no option of window attention \(it has: window\)"),
+        ({"attention": "sla", "attention_options": (("window", 1),)}, "window is no option of sla attention"),
+        ({"attention_options": (("window", -1),)}, "window is -1, but must be 0 or above"),
+        ({"backend": "triton"}, "window attention has one implementation only"),
+        ({"attention": "dense", "backend": "triton"}, "backend is 'triton', but dense attention has auto, sdpa,"),
+        ({"attention": "sla", "backend": "sdpa"}, "sla attention has auto, reference, torch, triton"),
+    ],
+)
+def test_what_a_method_does_not_take(toy, tmp_path, changes, said):
+    with pytest.raises(UsageError, match=said):
+        settings("m", tmp_path, **changes)
+
+
+def test_a_name_is_taken_once(toy):
+    with pytest.raises(ValueError, match="'window' is registered already"):
+        registry.register(TOY)
+
+
+def test_steps_compile_nothing_anew(toy):
+    """However many steps there are, also where the attention reads the step."""
+
+    class Gated(Window):
+        def forward(self, q, k, v, inputs):
+            gate = 1 + inputs.context.position[0] * 0.01  # a tensor
+            return F.scaled_dot_product_attention(q, k, v) * gate.to(q.dtype)
+
+    pipe = build_pipeline()
+    gated = Method(**{**vars(TOY), "name": "gated", "build": lambda config, *_: Gated(config)})
+    install_method(pipe.transformer, gated, WindowConfig())
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(module, example):
+        compiled.append(module)
+        return module.forward
+
+    pipe.transformer.compile_repeated_blocks(dynamic=False, backend=backend, fullgraph=True)
+    counts = []
+    for steps in (1, 5):
+        with denoising(pipe.transformer, steps) as end_step:
+            pipe.set_progress_bar_config(disable=True)
+            pipe(
+                prompt="a red circle", height=64, width=64, num_frames=9, num_inference_steps=steps,
+                guidance_scale=3.0, max_sequence_length=8, output_type="latent",
+                callback_on_step_end=lambda *_: end_step() or {},
+            )  # fmt: skip
+        counts.append(len(compiled))
+    assert counts[0] == counts[1] > 0
+
+
+def test_copies_have_their_own_context(toy):
+    pipe = build_pipeline()
+    install_method(pipe.transformer, toy, WindowConfig())
+    twin = copy.deepcopy(pipe.transformer)
+    with denoising(twin, 7):
+        contexts = [processors(model)[0].context for model in (pipe.transformer, twin)]
+        assert [context.num_steps for context in contexts] == [None, 7]
+        assert all(processor.context is contexts[1] for processor in processors(twin))
+
+
+@pytest.mark.parametrize("name", ["sla", "dense"])
+def test_processors_are_pickled(name):
+    method = registry.get(name)
+    processor = make_processor(method, method.config(), Layer(0, 1, 2, 16), context=StepContext())
+    again = pickle.loads(pickle.dumps(processor))
+    assert type(again) is type(processor) and again.method is method
+    assert list(again.state_dict()) == (["proj_l.weight", "proj_l.bias"] if name == "sla" else [])
