@@ -8,14 +8,18 @@ runs counts. With u half the dtype's eps, and r uniform in [-1, 1]:
 
     a result x          + u x r
     a sum x of n terms  + u sqrt(n (x^2 / 3 + sum terms^2 / 6)) r, with the u of float32, in which sums are held
+    an exponent's shift m, a number a row: weights x (1 + u m r) in the backward pass, with the u of float32
 
 Each addition rounds the sum so far. In a random order the square of that is, on average over the n additions, the
-bracket: also where the terms cancel, for which the error of one run says nothing.
+bracket: also where the terms cancel, for which the error of one run says nothing. The shift is what a backward pass
+that keeps no weights makes them anew with: the row's log-sum-exp, rounded, as in FlashAttention; in the forward pass it
+stands above and below the line.
 """
 
 import functools
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,6 +129,11 @@ class Rounding:
         size = (n * (x[one] ** 2 / 3 + a[one] ** 2 @ b[one] ** 2 / 6)).sqrt()
         return torch.addcmul(x, size.expand_as(x), self._uniform(x), value=self.sum_unit)
 
+    def again(self, weights: Tensor, shift: Tensor) -> Tensor:
+        """Weights e^(s - shift) as the backward pass makes them anew; a row's shift, (..., 1), was rounded for it."""
+        size = shift.abs().expand(weights.shape[0], *shift.shape[1:])
+        return weights * (self._uniform(size) * size).mul(self.sum_unit).add_(1)
+
     def _uniform(self, x: Tensor) -> Tensor:
         numbers = uniform_numbers()
         start = self.random.randrange(len(numbers) - x.numel())
@@ -144,8 +153,8 @@ def plain_attention(inputs: Sequence[Tensor], config: SLAConfig, rounding: Round
     def rounded(x: Tensor) -> Tensor:
         return Rounded.apply(x, rounding)
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return Product.apply(a, b, rounding, True)
+    def product(a: Tensor, b: Tensor, shift: Tensor | None = None) -> Tensor:
+        return Product.apply(a, b, rounding, True, shift)
 
     def exponentials(x: Tensor) -> Tensor:
         return rounding.single(x - x.detach().amax(-1, keepdim=True)).exp()
@@ -154,11 +163,11 @@ def plain_attention(inputs: Sequence[Tensor], config: SLAConfig, rounding: Round
         if config.feature_map != "softmax":
             return rounded(feature_map(x, config.feature_map))
         e = exponentials(x)  # one operation, which works in float32
-        return rounded(e / Product.apply(e, torch.ones_like(e[..., :1, :].mT), rounding, False))
+        return rounded(e / Product.apply(e, torch.ones_like(e[..., :1, :].mT), rounding, False, None))
 
-    def mean(w: Tensor, eps: float) -> Tensor:
+    def mean(w: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
         """Of v, and of eps times 0; 0 where all weights are 0."""
-        sums = product(w, torch.cat([v, torch.ones_like(v[..., :1])], -1))
+        sums = product(w, torch.cat([v, torch.ones_like(v[..., :1])], -1), shift)
         denominator = sums[..., -1:] + eps
         empty = denominator == 0
         return rounded((sums[..., :-1] / denominator.masked_fill(empty, 1)).masked_fill(empty, 0))
@@ -168,8 +177,8 @@ def plain_attention(inputs: Sequence[Tensor], config: SLAConfig, rounding: Round
     classes = classes.repeat_interleave(config.block_n, 3)[..., : q.shape[-2]]
     o = torch.zeros_like(q)
     if branches != "linear":
-        s = rounded(product(q, k.mT) * q.shape[-1] ** -0.5)
-        o = mean(rounded(exponentials(s.masked_fill(classes != CRITICAL, -torch.inf))), 0.0)
+        s = rounded(product(q, k.mT) * q.shape[-1] ** -0.5).masked_fill(classes != CRITICAL, -torch.inf)
+        o = mean(rounded(exponentials(s)), 0.0, shift=s.detach().amax(-1, keepdim=True))
     if not proj or branches == "sparse":
         return o
     w = product(phi(q), phi(k).mT)
@@ -196,15 +205,20 @@ class Rounded(torch.autograd.Function):
 
 
 class Product(torch.autograd.Function):
-    """a @ b, and its gradients, each a sum; rounded to the dtype, or not where it is part of one operation."""
+    """a @ b, and its gradients, each a sum; rounded to the dtype, or not where it is part of one operation.
+
+    With a shift, a holds weights that the backward pass recomputes: for b's gradient, and where they multiply a's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, rounding: Rounding, final: bool) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, rounding: Rounding, final: bool, shift: Tensor | None) -> Tensor:
         ctx.save_for_backward(a, b)
         ctx.rounding, ctx.finish = rounding, rounding.result if final else torch.clone
+        ctx.again = partial(rounding.again, shift=shift) if shift is not None else torch.clone
         return ctx.finish(rounding.sum(a, b))
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        return ctx.finish(ctx.rounding.sum(dx, b.mT)), ctx.finish(ctx.rounding.sum(a.mT, dx)), None, None
+        da = ctx.again(ctx.finish(ctx.rounding.sum(dx, b.mT)))
+        return da, ctx.finish(ctx.rounding.sum(ctx.again(a).mT, dx)), None, None, None
