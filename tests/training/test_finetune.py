@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from train_together import train
 from wan_models import build_pipeline, save_pipeline
 
+from slagen.attention.registry import parameter_group
 from slagen.cli.main import run
 from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
@@ -35,7 +36,7 @@ from slagen.training.distributed import Team
 from slagen.training.finetune import finetune
 from slagen.training.log import read_log
 from slagen.training.metrics import layer_errors, noise_levels, velocity_error
-from slagen.training.trainer import PROJECTION, Trainer
+from slagen.training.trainer import Trainer
 from slagen.wan.install import load_sla, read_sla, remove_sla
 from slagen.wan.loading import load_transformer
 from slagen.wan.presets import describe_folder
@@ -320,7 +321,7 @@ def changed(folder, model):
     tensors = weights(folder)
     kinds = {"proj": False, "attn": False, "rest": False}
     for name, tensor in tensors.items():
-        if PROJECTION in name:
+        if parameter_group(name) is not None:
             kinds["proj"] |= bool(tensor.any())
         elif ".lora_" not in name and not torch.equal(tensor.float(), base[name].half().float()):
             kinds["attn" if ".attn1." in name else "rest"] = True
