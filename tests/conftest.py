@@ -13,6 +13,8 @@ import pytest
 import torch
 from cuda_branches import reached
 
+from slagen.errors import for_the_command_line
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     with contextlib.suppress(ImportError):  # Triton is for Linux; tests that need it say so
@@ -33,6 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device and a CUDA build of torch"))
+
+
+@pytest.fixture(autouse=True)
+def messages_name_options() -> Iterator[None]:
+    """Errors as the command line words them; `in_python` is tested in test_errors.py."""
+    with for_the_command_line():
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,68 @@
-"""What can go wrong, in words the user can act on, and the exit code it ends with."""
+"""What can go wrong, in words the user can act on, and the exit code it ends with.
+
+Messages are written for the command line, `Try --num-frames 81`; a caller in Python reads `Try num_frames=81`.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+FLAGS = {
+    "overwrite", "allow-untrained", "ode", "save-latents", "local-files-only", "from-dense", "restart", "retry-failed",
+    "no-cache", "compile", "backward", "checkpointing", "tensorboard",
+}  # fmt: skip
+# Words behind an option that are not its value.
+NO_VALUES = {
+    "adds", "and", "are", "begins", "both", "compares", "for", "gives", "has", "holds", "in", "is", "makes", "measures",
+    "names", "needs", "or", "out", "says", "takes", "to", "tries", "wants", "was", "where", "with", "writes", "wrote",
+}  # fmt: skip
+_SPELLINGS = re.compile(
+    r"(?P<kept>\b(?:pip install|torchrun|ray start|slagen [a-z]+)\b.*?(?=\.\s|$)|(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w))"
+    r"|(?P<before>\bwith )?(?<![\w-])--(?P<name>[a-z][a-z0-9-]*)"
+    r"(?: (?P<value>'[^']*'|\"[^\"]*\"|[^\s,;()]+?(?=[.,;:)]*(?:\s|$))))?"
+)
+
+
+def in_python(text: str) -> str:
+    """A message that names options, with the arguments of a call in their place; commands and quotes stay."""
+    return re.sub(r"(=(?:'[^']*'|[\w.]+)) (?=[a-z_]+=)", r"\1, ", _SPELLINGS.sub(_as_argument, text))
+
+
+def _as_argument(match: re.Match[str]) -> str:
+    if match["kept"] is not None:
+        return match["kept"]
+    before, name, value = match["before"] or "", match["name"].replace("-", "_"), match["value"]
+    behind = ""
+    if value is not None and (value in NO_VALUES or value.startswith("--")):
+        behind, value = f" {in_python(value)}", None
+    if name == "size":
+        width, _, height = (value or "").partition("x")
+        return f"{before}{f'width={width}, height={height}' if height else 'width and height'}{behind}"
+    if value is not None:
+        plain = re.fullmatch(r"-?\d[\d.e+-]*|[A-Z_]+|'.*'|\".*\"", value, re.DOTALL) is not None
+        return f"{before}{name}={value if plain else repr(value)}"
+    if before:
+        return f"{before}{name}={'True' if match['name'] in FLAGS else ''}{behind}"
+    return f"{name}{behind}"
+
+
+class _Reader:
+    at_command_line = False
+
+
+@contextmanager
+def for_the_command_line() -> Iterator[None]:
+    """In here errors name options; outside of it, where slagen is called from Python, arguments."""
+    before, _Reader.at_command_line = _Reader.at_command_line, True
+    try:
+        yield
+    finally:
+        _Reader.at_command_line = before
+
+
+def worded(text: str) -> str:
+    """A message that names options as its reader types them."""
+    return text if _Reader.at_command_line else in_python(text)
 
 
 class SlagenError(Exception):
@@ -15,7 +79,7 @@ class SlagenError(Exception):
         self.message = "\n".join(text.replace("\n", "\\n") for text in lines)
 
     def __str__(self) -> str:
-        return self.message
+        return worded(self.message)
 
 
 class UsageError(SlagenError):

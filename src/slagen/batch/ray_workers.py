@@ -26,7 +26,7 @@ from slagen import __version__
 from slagen.batch.manifest import Manifest
 from slagen.batch.run import BatchResult, share, signals, try_page
 from slagen.config import BatchConfig
-from slagen.errors import EnvironmentProblem, SlagenError, UsageError
+from slagen.errors import EnvironmentProblem, SlagenError, UsageError, for_the_command_line
 from slagen.generation import prompts
 from slagen.generation.generate import Event
 from slagen.io.paths import user_path
@@ -175,7 +175,8 @@ class Worker:
     def make(self) -> BatchResult | SlagenError:
         """Share in the work until all of it is done; an expected error is given back, as Ray would wrap it."""
         try:
-            return share(self.config, self.requests, self.stopping, self._tell, self.name)
+            with for_the_command_line():
+                return share(self.config, self.requests, self.stopping, self._tell, self.name)
         except SlagenError as error:
             return error
 

@@ -24,7 +24,7 @@ from slagen.config import (
     FinetuneConfig,
     GenerateConfig,
 )
-from slagen.errors import EnvironmentProblem, GateError, UsageError
+from slagen.errors import EnvironmentProblem, GateError, UsageError, for_the_command_line
 from slagen.generation import peers
 from slagen.interrupts import ENDING
 from slagen.io.documents import decode
@@ -677,6 +677,11 @@ def run(arguments: list[str], *, own_process: bool = False) -> int:
     Args:
         own_process: the process ends with the command, so that nothing need be imported that it does not use.
     """
+    with for_the_command_line():
+        return _run(arguments, own_process)
+
+
+def _run(arguments: list[str], own_process: bool) -> int:
     try:
         code = app(arguments, prog_name="slagen", obj={"own_process": own_process}, standalone_mode=False)
     except SystemExit as stop:
