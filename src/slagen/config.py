@@ -200,6 +200,13 @@ class ModelDefaults:
         words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", prompt.lower())
         return [word for word in dict.fromkeys(words) if word not in self.vocabulary]
 
+    def tell_unknown(self, name: str, words: list[str]) -> str:
+        """What to tell about words of a prompt that the model `name` has never seen."""
+        return (
+            f"{name} does not know {', '.join(map(repr, words))} and will guess; it knows prompts like "
+            f'"{self.example_prompt}"'
+        )
+
     def size_warning(self, name: str, width: int, height: int, num_frames: int) -> str | None:
         """What to tell about a clip of a size that the model `name` was not trained at; None where it was, or may be.
 

@@ -104,6 +104,10 @@ class WeightsError(SlagenError):
     exit_code = 5
 
 
+class MissingPath(UsageError, WeightsError):
+    """A path was given where nothing lies: wrong usage, whatever should have lain there."""
+
+
 class GateError(SlagenError):
     """The work was done, and shows what should not be: a replay that differs, a kernel over a card's limit."""
 
@@ -119,7 +123,8 @@ def no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
-LESS = {"finetune": "--micro-batch 1, data of fewer frames, ", "convert": "", "merge": "", "info": "", "doctor": ""}
+LESS = {"finetune": "--micro-batch 1, data of fewer frames, ",  # by command; of others a smaller video
+        **dict.fromkeys(("convert", "merge", "info", "doctor", "decode", "replay"), "")}  # fmt: skip
 
 
 def of_memory(error: BaseException, command: str = "generate") -> str:

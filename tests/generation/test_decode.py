@@ -13,7 +13,7 @@ from wan_models import save_pipeline
 from slagen import video as mp4
 from slagen.cli.main import run
 from slagen.config import GenerateConfig
-from slagen.errors import SlagenError, WeightsError
+from slagen.errors import SlagenError, WeightsError, of_memory
 from slagen.generation import latents as kept
 from slagen.generation.generate import generate
 from slagen.generation.replay import describe
@@ -45,6 +45,31 @@ def test_latents_become_the_same_video(toy, video, tmp_path, capsys):
     assert report["settings"] == video.report["settings"] and report["weights"] == video.report["weights"]
     assert report["video"] == {**video.report["video"], "file": "again.mp4"}
     assert read_comment(output) == read_comment(video.path)
+
+
+def test_a_black_video_is_told_as_generate_tells_it(toy, video, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "slagen.generation.decode.decode_latents", lambda vae, latents: torch.zeros(9, 128, 128, 3).byte()
+    )
+    assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 0
+    assert "every pixel of the video of seed 3 has the RGB 0, 0, 0" in capsys.readouterr().err
+
+
+def test_what_takes_less_memory_is_what_decode_has(toy, video, tmp_path, monkeypatch, capsys):
+    """It advised --size and --num-frames, which decode has not."""
+    monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
+    assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Close other programs, or take --device cuda" in told and "--size" not in told and "--num-frames" not in told
+    assert of_memory(MemoryError(), "decode") == "the memory ran out. Try to close other programs."
+
+
+def test_info_shows_latents_and_how_to_decode_them(video, capsys):
+    """It called them "neither" with a hint of weights."""
+    assert run(["info", str(video.latents_path), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["kind"] == "latents" and about["decode"] == f"slagen decode {video.latents_path}"
+    assert about["settings"]["prompt"] == "a red circle" and about["latents_hash"] == video.report["latents_hash"]
 
 
 @pytest.fixture
@@ -240,7 +265,7 @@ def test_what_decode_is_not_given(toy, video, tmp_path, capsys):
     cut.write_bytes(video.latents_path.read_bytes()[:-9])
     for arguments, code, words in (
         ([str(cut)], 5, "broken or truncated"),
-        ([str(tmp_path / "none")], 5, "does not exist"),
+        ([str(tmp_path / "none")], 2, "does not exist"),
         ([path], 2, "is not found. Give it with --model"),
         ([path, *model], 2, "exists. Choose another --output, or replace it with --overwrite"),
         ([path, *model, "-o", "x.gif"], 2, "must be a file that ends in .mp4"),

@@ -1,6 +1,7 @@
 """slagen plan, models, info, convert and merge: numbers by closed form, and the commands themselves."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,13 +12,15 @@ from wan_models import build_transformer, save_pipeline
 
 from slagen.cli.main import run
 from slagen.config import GenerateConfig
-from slagen.errors import UsageError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generation import estimate as planning
-from slagen.wan.presets import PRESETS, WAN_1_3B, WAN_14B
+from slagen.generation.generate import _claimed_paths
+from slagen.generation.resolve import make_plan
+from slagen.wan.presets import PRESETS, WAN_1_3B, WAN_14B, bundled_folder
 
 
 def plan(**settings):
-    return planning.plan(GenerateConfig(prompt="a red fox", **settings))
+    return planning.plan(GenerateConfig(prompt=settings.pop("prompt", "a red circle"), **settings))
 
 
 def test_the_published_case():
@@ -116,6 +119,54 @@ def test_what_is_asked_for_is_planned():
     assert "the video will be poor" in note
 
 
+def test_what_generate_refuses_a_plan_refuses_with_the_same_line(tmp_path):
+    """Missing or broken weights, a video that exists and a sampler of other weights were planned all the same."""
+    broken, there = tmp_path / "broken.safetensors", tmp_path / "v.mp4"
+    broken.write_bytes(b"x" * 99)
+    there.touch()
+    sla = tmp_path / "sla.safetensors"
+    shutil.copy(bundled_folder() / "sla.safetensors", sla)
+    for settings in (
+        {"weights": str(tmp_path / "none")}, {"weights": str(broken)}, {"sampler": "rcm"},
+        {"sampler": "rcm", "weights": str(sla)}, {"output": str(there), "seed": 1},
+        {"output": str(tmp_path / "w.mp4"), "num_videos": 2, "seed": 1},
+    ):  # fmt: skip
+        config = GenerateConfig("a red circle", model="tiny-wan", device="cpu", **settings)
+        with pytest.raises(SlagenError) as planned:
+            planning.plan(config, "cpu")
+        with pytest.raises(SlagenError) as refused, _claimed_paths(make_plan(config)):
+            pass
+        assert str(planned.value) == str(refused.value)
+        assert planned.value.exit_code == refused.value.exit_code in (2, 5)
+    plan(output=str(there), overwrite=True)
+    with pytest.raises(WeightsError, match="are distilled for rcm"):
+        plan(model="turbowan2.1-t2v-1.3b-480p", sampler="unipc")
+
+
+def test_what_generate_warns_of_a_plan_notes(monkeypatch):
+    """Words that the bundled model does not know, and memory that this machine has not."""
+    (note,) = plan(prompt="a red fox")["notes"]
+    assert note == make_plan(GenerateConfig("a red fox", model="tiny-wan", device="cpu")).warnings[0]
+    assert "does not know 'fox'" in note and not plan(prompt="prompt")["notes"]
+    monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
+    (note,) = planning.plan(GenerateConfig("a red circle"), "cpu")["notes"]
+    assert "of memory on a CPU" in note and "0.0 GiB is left" in note
+
+
+def test_a_plan_without_a_card_speaks_of_ram(monkeypatch, capsys):
+    """It said "24.0 GiB on the GPU" where there was none."""
+    for card, model, gpu in (
+        (False, "tiny-wan", None),
+        (False, "wan2.1-t2v-1.3b", "on a GPU"),
+        (True, "tiny-wan", "on a GPU"),
+    ):
+        monkeypatch.setattr("slagen.generation.memory.has_card", lambda card=card: card)
+        assert run(["plan", "--model", model]) == 0
+        told = capsys.readouterr().out
+        assert told.index("GiB of RAM on a CPU") < (told.index(gpu) if gpu else len(told)) and "the GPU" not in told
+        assert gpu or "GPU" not in told
+
+
 def test_bad_plans():
     with pytest.raises(UsageError, match="Try --model wan2.1-t2v-14b"):
         plan(model="wan2.1-t2v-14")
@@ -179,5 +230,5 @@ def test_convert_info_and_merge_by_command(capsys, tmp_path):
     assert run(["convert", str(file), str(tmp_path / "out")]) == 2
     merged = str(tmp_path / "merged.safetensors")
     assert run(["merge", str(file), merged, "--diff-base", str(file), "--diff-target", str(file)]) == 0
-    assert run(["info", str(tmp_path / "missing.pth")]) == 5
+    assert run(["info", str(tmp_path / "missing.pth")]) == 2
     assert "does not exist" in capsys.readouterr().err

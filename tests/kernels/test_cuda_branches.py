@@ -24,7 +24,7 @@ from slagen.config import BenchConfig, FinetuneConfig, GenerateConfig
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
-from slagen.generation import generate, resolve
+from slagen.generation import decode, generate, memory, resolve
 from slagen.training import distributed as parallel
 from slagen.training import finetune
 from slagen.wan import loading, processor
@@ -223,6 +223,20 @@ def test_more_processes_than_cards(card, monkeypatch):
 
 def out_of_memory(*args, **options):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_decode_out_of_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(decode, "decode_latents", out_of_memory)
+    told = {"settings": {}, "stages_s": {}}
+    with pytest.raises(SlagenError, match="the GPU ran out of memory. Try --device cpu"):
+        decode._write(told, torch.zeros(1), None, torch.device("cpu"), tmp_path, tmp_path, False, lambda event: None)
+
+
+def test_a_card_is_found_without_torch(monkeypatch):
+    monkeypatch.setattr(memory.Path, "exists", lambda path: False)
+    for found in ("/usr/bin/nvidia-smi", None):
+        monkeypatch.setattr(memory.shutil, "which", lambda name, found=found: found)
+        assert memory.has_card() == (found is not None)
 
 
 def test_generate_out_of_memory(monkeypatch):

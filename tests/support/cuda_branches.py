@@ -211,6 +211,10 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "generation/generate.py::free_memory": {
         "test_memory_is_given_back": ("torch.cuda.is_available", "torch.cuda.empty_cache")
     },
+    "generation/decode.py::_write": {"test_decode_out_of_memory": ("torch.OutOfMemoryError",)},
+    "generation/memory.py::has_card": {
+        "test_a_card_is_found_without_torch": ("shutil.which('nvidia-smi') is not None",)
+    },
     "generation/generate.py::generate": {"test_generate_out_of_memory": ("torch.OutOfMemoryError",)},
     "kernels/failures.py::launching": {
         "test_cuda_kernels.py::test_what_a_launch_raises": ("torch.OutOfMemoryError", "TritonError")

@@ -19,6 +19,7 @@ from slagen.formats.reading import component_files
 from slagen.formats.sla import FORMAT_VERSION, tensors_hash
 from slagen.generation.generate import Session
 from slagen.generation.resolve import find_weights
+from slagen.wan.convert import info as describe
 from slagen.wan.hub import closed_hub
 from slagen.wan.install import SLAMetadata, load_sla, read_sla, save_sla, weights_hash
 from slagen.wan.loading import (
@@ -121,6 +122,7 @@ def test_sla_weights_without_a_list_load_with_a_note(components, folder):
     try:
         save_file(tensors, file, metadata=metadata)
         assert load().tensors is None
+        assert "tensors_hash" not in describe(str(file))["metadata"]
         assert any("list of tensors" in note for note in find_weights(config).notes)
         assert not any("list of tensors" in note for note in find_weights(GenerateConfig("-", device="cpu")).notes)
     finally:

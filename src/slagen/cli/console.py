@@ -469,11 +469,11 @@ def _memory_rows(device: str | None, memory: dict[str, Any]) -> list[tuple[str, 
     parts = memory["stages"].items()
     stages = ", ".join(f"{name} {stage['weights']:.1f} + {stage['activations']:.1f}" for name, stage in parts)
     on_card = (
-        f"about {memory['gpu_peak_all_resident']:.1f} GiB on the GPU with all parts there, "
+        f"about {memory['gpu_peak_all_resident']:.1f} GiB on {'the' if device else 'a'} GPU with all parts there, "
         f"{memory['gpu_peak_offloaded']:.1f} one at a time; host {memory['host']:.1f}"
     )
     rows = [("memory", on_card), ("by stage, GiB", f"weights + activations: {stages} (estimates)")]
-    return rows if device is not None else [*rows[:1], ("", on_cpu), *rows[1:]]
+    return rows if device is not None else [("memory", on_cpu), ("", on_card), *rows[1:]]
 
 
 def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -267,8 +267,11 @@ def plan(
     config = GenerateConfig(prompt=words, **settings)
     from slagen.cli import console
     from slagen.generation import estimate as planning
+    from slagen.generation import memory
+    from slagen.wan.presets import BUNDLED
 
-    console.show_plan(planning.plan(config), as_json)
+    here = None if memory.has_card() or model not in (None, BUNDLED) else "cpu"
+    console.show_plan(planning.plan(config, here), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -309,10 +312,12 @@ def info(
     Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
     """
     from slagen.cli import console
+    from slagen.generation import latents
     from slagen.generation import replay as past
     from slagen.wan import convert as task
 
-    console.show_info(past.describe(user_path(path)) or task.info(path), as_json)
+    place = user_path(path)
+    console.show_info(past.describe(place) or latents.describe_latents(place) or task.info(path), as_json)
 
 
 @app.command("decode", cls=_Command, context_settings=CONTEXT)

@@ -19,7 +19,7 @@ from slagen.formats.bounds import check_pickle
 from slagen.formats.gguf_files import read_gguf
 from slagen.formats.model_files import SLA_FILE, check_content, check_no_shard, read_shards
 from slagen.formats.quantised import NOT_READ
-from slagen.io.files import kind_of_path
+from slagen.io.files import no_file
 from slagen.io.paths import check_utf8
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
@@ -42,7 +42,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise WeightsError(f"{path} {kind_of_path(path)}. Give a weight file or folder.")
+        raise no_file(path, "Give a weight file or folder.")
     check_no_shard(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, wanted)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from slagen import machine
-from slagen.errors import UsageError, WeightsError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generation import memory, report
-from slagen.generation.generate import CPU, Event, GenerateResult, Video
+from slagen.generation.generate import CPU, Event, GenerateResult, Video, warn_of_one_colour
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.io.files import check_writable, reserved, staging, write_json
 from slagen.io.paths import user_path
@@ -23,6 +23,8 @@ from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.install import weights_hash
 from slagen.wan.loading import check_told_model, decode_latents, load_pipeline, resolve_model
 from slagen.wan.presets import ModelSource
+
+LESS = "Close other programs, or take --device cuda where there is a card"  # of this machine's memory
 
 
 def decode(
@@ -47,8 +49,10 @@ def decode(
     source = _find_model(path, model or told["settings"]["model"], local_files_only, on_event)
     size = _check_shape(path, latents, told["settings"], source)
     place, own = machine.pick_device(device), vae or told["settings"].get("vae")
-    if place == CPU and (text := memory.check(memory.need(source, *size, 4, parts=("vae",)), *size)) is not None:
-        on_event(Event("warning", text))
+    if place == CPU:
+        needed = memory.need(source, *size, 4, parts=("vae",))
+        if (text := memory.check(needed, *size, advice=LESS)) is not None:
+            on_event(Event("warning", text))
     with reserved(target, target.with_suffix(".json")):
         for file in (target, target.with_suffix(".json")):
             if file.is_dir() or (os.path.lexists(file) and not overwrite):
@@ -74,9 +78,13 @@ def _write(
     settings, stages = told["settings"], {name: s for name, s in told["stages_s"].items() if name != "total"}
     on_event(Event("stage", "decode"))
     began = time.perf_counter()
-    with torch.inference_mode():
-        frames = decode_latents(decoder, latents.to(place)).numpy()
+    try:
+        with torch.inference_mode():
+            frames = decode_latents(decoder, latents.to(place)).numpy()
+    except torch.OutOfMemoryError as error:
+        raise SlagenError("the GPU ran out of memory. Try --device cpu.") from error
     stages["decode"] = time.perf_counter() - began
+    warn_of_one_colour(frames, settings["seed"], on_event)
     on_event(Event("stage", "write"))
     began = time.perf_counter()
     frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.config import GenerateConfig, ModelDefaults
-from slagen.errors import UsageError
-from slagen.formats.model_files import SLA_FILE
+from slagen.errors import SlagenError, UsageError
+from slagen.formats.model_files import SLA_FILE, read_header, read_strings
 from slagen.generation import memory
+from slagen.io.files import no_file
 from slagen.io.paths import is_video, user_path
 from slagen.wan.presets import (
     BUNDLED,
     PRESETS,
     Preset,
     bundled_folder,
+    check_sampler,
     describe_folder,
     is_hub_id,
     num_tokens,
@@ -29,6 +32,7 @@ from slagen.wan.presets import (
 TEXT_ENCODER_PARAMETERS = 5_680_000_000
 VAE_PARAMETERS = 126_900_000
 GIB = 2**30
+NO_PROMPT = "prompt"  # where only the rest of a run is planned
 
 
 def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
@@ -59,9 +63,13 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     shape = dataclasses.replace(shape, text_tokens=defaults.max_sequence_length)
     dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
     flops = method.cost(attention, shape, tokens)
+    distilled = _distilled(config, defaults)
+    if distilled is not None and config.sampler is not None:
+        check_sampler(config.sampler, distilled)
     steps = config.steps or defaults.steps
     guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
     passes = steps * (2 if guidance > 1 else 1)
+    _check_outputs(config)
     notes = []
     if is_dense:
         notes.append("attention is dense: what SLA would take is said beside it")
@@ -72,11 +80,17 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         )  # fmt: skip
     elif method.needs.weights and trained is not None:
         notes += attention.differences(trained)
+    unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
+    if unknown:
+        notes.append(defaults.tell_unknown(preset.name if preset is not None else str(folder), unknown))
     off_size = defaults.size_warning(preset.name, width, height, num_frames)
     if off_size is not None:
         notes.append(off_size)
     if num_frames > 81 and preset is not None and preset.base is not None:
         notes.append(f"Wan2.1 was trained on 81 frames, and grows worse beyond; this is {num_frames}")
+    cpu = _cpu_need(config, shape, tokens, width, height, num_frames, folder)
+    if device == "cpu" and (lack := _lack(cpu, width, height, num_frames)) is not None:
+        notes.append(lack)
     return {
         "model": preset.name if preset is not None else str(folder),
         "settings": {
@@ -105,12 +119,50 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         "device": device,
         "memory_gib": {
             **_memory(shape, tokens, width, height, folder),
-            "cpu": _cpu_memory(config, shape, tokens, width, height, num_frames, folder),
+            "cpu": {
+                "weights": cpu.weights / GIB, "denoise": cpu.denoise / GIB, "decode": cpu.decode / GIB,
+                "peak": cpu.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
+            },
         },
         "downloads": _downloads(preset, shape),
         "outputs": _outputs(config),
         "notes": notes,
     }  # fmt: skip
+
+
+def _check_outputs(config: GenerateConfig) -> None:
+    """Raise UsageError for one video's file that `generate` would not write."""
+    output = user_path(config.output)
+    if not is_video(config.output):
+        return
+    if config.num_videos > 1:
+        raise UsageError(f"{output} is one file, but --num-videos is {config.num_videos}. Give a folder with --output.")
+    for file in (output, output.with_suffix(".json")):
+        if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
+            raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
+
+
+def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool | None:
+    """Whether weights are distilled for rcm; None where only their tensors tell."""
+    if config.weights is None:
+        return defaults.sampler == "rcm"
+    file = user_path(config.weights)
+    file = file / SLA_FILE if file.is_dir() else file
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    told = read_header(file).get("__metadata__", {}).get("slagen")
+    return None if told is None else read_strings(file, told, {"sampler_family?": str}).get("sampler_family") == "rcm"
+
+
+def _check_weights(weights: Path | None) -> None:
+    """Raise for weights that `generate` would refuse, as far as a safetensors header tells."""
+    if weights is None:
+        return
+    if not weights.exists():
+        raise no_file(weights, "Give a weight file or folder.")
+    for file in [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")):
+        if file.suffix == ".safetensors":
+            read_header(file)
 
 
 def _model(config: GenerateConfig) -> tuple:
@@ -119,6 +171,7 @@ def _model(config: GenerateConfig) -> tuple:
     preset = PRESETS.get(name)
     weights = None if config.weights is None else user_path(config.weights)
     trained = None
+    _check_weights(weights)
     if weights is not None:
         file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
         known = file.suffix == ".safetensors" and file.is_file()
@@ -153,8 +206,7 @@ def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: in
 
 def _memory(shape: ModelShape, tokens: int, width: int, height: int, folder: Path | None) -> dict[str, Any]:
     """Estimates for bf16 on a card: weights (of a folder: its files), and what a stage needs beside them."""
-    channels = shape.num_heads * shape.head_dim
-    hidden = tokens * (4 * channels + 2 * (6 * channels + 2 * shape.ffn_dim))  # float32 residual; q, k, v, o, ...; ffn
+    hidden = memory.denoising(shape, tokens, 2)
     decode = 4 * 4 * (96 * 4 * height * width)  # four float32 activations of the widest layer, for four frames
     if folder is None:
         weights = {
@@ -177,22 +229,25 @@ def _memory(shape: ModelShape, tokens: int, width: int, height: int, folder: Pat
     }
 
 
-def _cpu_memory(
+def _lack(needed: memory.Need, width: int, height: int, num_frames: int) -> str | None:
+    """What `generate` would say of a CPU's memory, a warning or its refusal; None where the run fits."""
+    try:
+        return memory.check(needed, width, height, num_frames)
+    except SlagenError as error:
+        return str(error)
+
+
+def _cpu_need(
     config: GenerateConfig, shape: ModelShape, tokens: int, width: int, height: int, num_frames: int,
     folder: Path | None,
-) -> dict[str, float]:  # fmt: skip
-    """Estimates of the host's memory for a run on a CPU, where everything is loaded at once, and what is left of it."""
+) -> memory.Need:  # fmt: skip
+    """Estimates of the host's memory for a run on a CPU, where everything is loaded at once."""
     item_bytes = 2 if config.dtype in ("bf16", "fp16") else 4
     if folder is None:
         weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(shape)) + 4 * VAE_PARAMETERS
         stages = memory.activations(shape, tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
-        needed = memory.Need(weights, 0, *stages)
-    else:
-        needed = memory.need(describe_folder(folder, ""), width, height, num_frames, item_bytes)
-    return {
-        "weights": needed.weights / GIB, "denoise": needed.denoise / GIB, "decode": needed.decode / GIB,
-        "peak": needed.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
-    }  # fmt: skip
+        return memory.Need(weights, 0, *stages)
+    return memory.need(describe_folder(folder, ""), width, height, num_frames, item_bytes)
 
 
 def _downloads(preset: Preset | None, shape: ModelShape) -> list[dict[str, Any]]:

@@ -252,10 +252,15 @@ class Session:
         began = time.perf_counter()
         frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
-        if (frames == frames[0, 0, 0]).all():
-            colour = ", ".join(map(str, frames[0, 0, 0]))
-            on_event(Event("warning", f"every pixel of the video of seed {plan.config.seed} has the RGB {colour}"))
+        warn_of_one_colour(frames, plan.config.seed or 0, on_event)
         return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about, self.pipe.vae)
+
+
+def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:
+    """Tell that frames (F, H, W, 3) uint8 show nothing, where they do not."""
+    if (frames == frames[0, 0, 0]).all():
+        colour = ", ".join(map(str, frames[0, 0, 0]))
+        on_event(Event("warning", f"every pixel of the video of seed {seed} has the RGB {colour}"))
 
 
 def texts_of(plan: Plan) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from slagen.errors import WeightsError
 from slagen.formats.model_files import read_header, read_strings
-from slagen.io.files import kind_of_path, writing
+from slagen.io.files import no_file, writing
 from slagen.io.forms import Kind, matching, sha256, whole
 from slagen.io.text import to_json
 
@@ -106,7 +107,7 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
     Raises: WeightsError for a file that holds something else, is damaged, or does not say how it was made.
     """
     if not path.is_file():
-        raise WeightsError(f"{path} {kind_of_path(path)}. Give a file that ends in {SUFFIX}.")
+        raise no_file(path, f"Give a file that ends in {SUFFIX}.")
     header = read_header(path)
     about = header.pop("__metadata__", {})
     if set(header) != {NAME}:
@@ -136,6 +137,23 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
     if latents_hash(latents) != content["report"]["latents_hash"]:
         raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
     return latents, content["vae_hash"], content["report"]
+
+
+def describe_latents(path: Path) -> dict[str, Any] | None:
+    """What a file of latents says of itself, and how to make its video; None for a file of anything else.
+
+    Raises: as `read_latents`.
+    """
+    if not path.is_file() or not path.name.endswith(".safetensors"):
+        return None
+    if METADATA not in read_header(path).get("__metadata__", {}):
+        return None
+    latents, vae_hash, report = read_latents(path)
+    return {
+        "path": str(path), "kind": "latents", "meaning": "a video before its VAE decodes it",
+        "decode": f"slagen decode {shlex.quote(str(path))}", "shape": list(latents.shape), "vae_hash": vae_hash,
+        "latents_hash": report["latents_hash"], "settings": report["settings"],
+    }  # fmt: skip
 
 
 def latents_hash(latents: Tensor) -> str:

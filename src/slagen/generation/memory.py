@@ -8,6 +8,7 @@ less and 0.1 GiB more from 512x512 on, with SLA and with full attention alike, f
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,12 +90,22 @@ def activations(
     Args:
         vae: its config. pixels: of a frame.
     """
-    channels = shape.num_heads * shape.head_dim
-    token = 8 * channels + item_bytes * (9 * channels + 3 * shape.ffn_dim)  # residual in float32; q, k, v, ...; ffn
+    denoise = denoising(shape, tokens, item_bytes)
     last = (vae.get("decoder_base_dim") or vae.get("base_dim") or 96) / (vae.get("patch_size") or 1) ** 2
     decode = DECODER_BYTES + int(pixels * (DECODER_COPIES * 4 * 4 * last + FRAME_BYTES * num_frames))
     part = SURELY_MEASURED if vae.get("is_residual") else SURELY
-    return tokens * token, decode, int(max(tokens * token / 2, part * decode))
+    return denoise, decode, int(max(denoise / 2, part * decode))
+
+
+def denoising(shape: ModelShape, tokens: int, item_bytes: int) -> int:
+    """What denoising takes beside the weights, in bytes, on a CPU or a card."""
+    channels = shape.num_heads * shape.head_dim
+    return tokens * (8 * channels + item_bytes * (9 * channels + 3 * shape.ffn_dim))  # float32 residual; q, k, v; ffn
+
+
+def has_card() -> bool:
+    """Whether NVIDIA's driver is on this machine; without torch, which only tells what it can use."""
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
 def _in_memory(file: Path, item_bytes: int) -> tuple[int, int]:
@@ -114,9 +125,11 @@ def _in_memory(file: Path, item_bytes: int) -> tuple[int, int]:
     return whole, fresh
 
 
-def check(needed: Need, width: int, height: int, num_frames: int) -> str | None:
+def check(needed: Need, width: int, height: int, num_frames: int, advice: str | None = None) -> str | None:
     """Look whether a run fits: a warning where it may not, None where it does.
 
+    Args:
+        advice: what takes less; None: a smaller video, or another dtype.
     Raises: SlagenError where it surely does not, before anything is loaded.
     """
     left, limit = memory_left()
@@ -125,10 +138,12 @@ def check(needed: Need, width: int, height: int, num_frames: int) -> str | None:
     text = (
         f"{width}x{height} with {counted(num_frames, 'frame')} takes about {needed.likely / GIB:.1f} GiB of memory "
         f"on a CPU (weights {needed.weights / GIB:.1f}, denoising {needed.denoise / GIB:.1f}, decoding "
-        f"{needed.decode / GIB:.1f}), and {max(0, left) / GIB:.1f} GiB is left of {limit}. Try a smaller --size"
+        f"{needed.decode / GIB:.1f}), and {max(0, left) / GIB:.1f} GiB is left of {limit}."
     )
-    text += " or fewer --num-frames" if num_frames > 1 else ""
-    text += ", or --dtype bf16" if needed.fresh > needed.decode else ""
+    if advice is None:
+        advice = "Try a smaller --size" + (" or fewer --num-frames" if num_frames > 1 else "")
+        advice += ", or --dtype bf16" if needed.fresh > needed.decode else ""
+    text += f" {advice}"
     if needed.surely > left:
         raise SlagenError(f"{text}.")
     return f"{text}, if it fails"

@@ -27,7 +27,7 @@ from slagen.io.text import counted
 from slagen.settings import changed
 from slagen.wan.install import read_metadata
 from slagen.wan.loading import resolve_model
-from slagen.wan.presets import ModelSource
+from slagen.wan.presets import ModelSource, check_sampler
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 
@@ -199,10 +199,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         warnings.append(off_steps)
     unknown = defaults.unknown_words(config.prompt)
     if unknown:
-        warnings.append(
-            f"{source.name} does not know {', '.join(map(repr, unknown))} and will guess; "
-            f'it knows prompts like "{defaults.example_prompt}"'
-        )
+        warnings.append(defaults.tell_unknown(source.name, unknown))
     off_size = defaults.size_warning(source.name, config.width, config.height, config.num_frames)
     if off_size is not None:
         warnings.append(off_size)
@@ -250,15 +247,7 @@ def _plan_sampler(
 ) -> GenerateConfig:
     """Choose the sampler that the weights are made for. Raises WeightsError if another is asked for."""
     sampler = config.sampler or defaults.sampler
-    if distilled and sampler != "rcm":
-        raise WeightsError(
-            f"--sampler is {sampler}, but these weights are distilled for rcm and make noise with any other. "
-            "Leave --sampler out."
-        )
-    if not distilled and sampler == "rcm":
-        raise WeightsError(
-            "--sampler is rcm, but these weights are not distilled for it and make noise with it. Leave --sampler out."
-        )
+    check_sampler(sampler, distilled)
     if sampler == "rcm":
         if config.flow_shift is not None:
             raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")

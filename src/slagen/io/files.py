@@ -30,7 +30,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from slagen.errors import SlagenError
+from slagen.errors import MissingPath, SlagenError, WeightsError
 from slagen.io.text import to_json
 
 NEW, READY, OLD, LOCK = "new", "ready", "old", "lock"
@@ -159,6 +159,12 @@ def kind_of_path(path: Path) -> str:
         return f"cannot be looked at ({error.strerror})"
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
     return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}"
+
+
+def no_file(path: Path, advice: str) -> WeightsError:
+    """The error for a path that was given and holds no file; where nothing lies at all, it is wrong usage."""
+    kind = WeightsError if path.exists() else MissingPath
+    return kind(f"{path} {kind_of_path(path)}. {advice}")
 
 
 def write_json(path: Path, content: dict[str, Any], *, replace: bool = True) -> None:

@@ -381,7 +381,8 @@ def _describe_pipeline(folder: Path) -> dict[str, Any]:
 def _describe_sla(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     metadata = read_metadata(path)
     norms = _norms({name: x for name, x in tensors.items() if ".proj_l." in name})
-    about = {name: value for name, value in vars(metadata).items() if name not in ("config", "tensors")}
+    untold = {"config", "tensors"} if metadata.tensors is not None else {"config", "tensors", "tensors_hash"}
+    about = {name: value for name, value in vars(metadata).items() if name not in untold}
     return {
         "base_model": about.pop("base_model"), "trained_with": metadata.config.to_dict(), "metadata": about,
         "layers": len(norms), "proj_l_norms": norms, "trained": bool(norms) and min(norms) > 0,

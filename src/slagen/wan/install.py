@@ -20,7 +20,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.formats.reading import PICKLE_SUFFIXES
 from slagen.formats.sla import SLAMetadata, check_contents, gaps, with_contents
 from slagen.formats.transformer import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
-from slagen.io.files import kind_of_path, writing
+from slagen.io.files import no_file, writing
 from slagen.io.paths import check_utf8
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.processor import install, installation, remove
@@ -47,7 +47,7 @@ def find_sla_file(path: Path) -> Path:
         if not path.is_file():
             raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
     if not path.is_file():
-        raise WeightsError(f"{path} {kind_of_path(path)}. Give a {SLA_FILE}, or a folder with one, with --weights.")
+        raise no_file(path, f"Give a {SLA_FILE}, or a folder with one, with --weights.")
     if path.suffix in PICKLE_SUFFIXES:
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."

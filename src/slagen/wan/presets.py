@@ -178,6 +178,19 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
     )  # fmt: skip
 
 
+def check_sampler(sampler: str, distilled: bool) -> None:
+    """Raise WeightsError for a sampler that weights are not made for: rcm for all but those distilled for it."""
+    if distilled and sampler != "rcm":
+        raise WeightsError(
+            f"--sampler is {sampler}, but these weights are distilled for rcm and make noise with any other. "
+            "Leave --sampler out."
+        )
+    if not distilled and sampler == "rcm":
+        raise WeightsError(
+            "--sampler is rcm, but these weights are not distilled for it and make noise with it. Leave --sampler out."
+        )
+
+
 def read_sla_config(path: Path) -> SLAConfig | None:
     """What SLA weights were trained with: an SLA file's metadata say it, or the config.json in a folder where diffusers
     saved them inside a model; None where neither does."""
