@@ -13,6 +13,8 @@ from wan_models import build_transformer, save_pipeline
 from slagen.cli.main import run
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.formats.model_files import read_header
+from slagen.formats.names import is_untuned
 from slagen.generation import estimate as planning
 from slagen.generation.generate import _claimed_paths
 from slagen.generation.resolve import make_plan
@@ -141,6 +143,29 @@ def test_what_generate_refuses_a_plan_refuses_with_the_same_line(tmp_path):
     plan(output=str(there), overwrite=True)
     with pytest.raises(WeightsError, match="are distilled for rcm"):
         plan(model="turbowan2.1-t2v-1.3b-480p", sampler="unipc")
+
+
+def test_weights_never_tuned_are_refused_where_their_headers_tell(tmp_path):
+    """A plan noted it, and generate ended with 5. A preset's weights are not here, so that it stays a note there."""
+    model = save_pipeline(tmp_path / "pipe", **SIZES)
+    file = tmp_path / "wan.safetensors"
+    shutil.copy(model / "transformer" / "diffusion_pytorch_model.safetensors", file)
+    for settings in ({"model": str(model)}, {"weights": str(file), "model": str(model)}):
+        with pytest.raises(WeightsError) as planned:
+            plan(**settings)
+        with pytest.raises(WeightsError) as refused:
+            make_plan(GenerateConfig("a red circle", device="cpu", **settings))
+        assert str(planned.value) == str(refused.value) and "never tuned for SLA" in str(refused.value)
+        plan(attention="dense", **settings)
+        notes = plan(allow_untrained=True, **settings)["notes"]
+        assert ("the video will be poor" in " ".join(notes)) == ("weights" not in settings)
+    shutil.copy(bundled_folder() / "sla.safetensors", model)
+    assert plan(model=str(model))["trained_sparsity"] == 0.95
+    names = read_header(file).keys() - {"__metadata__"}
+    assert is_untuned(names) and is_untuned([f"model.diffusion_model.{name}" for name in names])
+    for other in ("blocks.0.attn1.processor.proj_l.weight", "blocks.0.attn1.to_q.lora_A.weight"):
+        assert not is_untuned({*names, other})
+    assert not is_untuned([])
 
 
 def test_what_generate_warns_of_a_plan_notes(monkeypatch):

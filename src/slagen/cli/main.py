@@ -239,7 +239,7 @@ PLANNED = Fields(
     GenerateConfig,
     only=(
         "model", "width", "height", "num_frames", "fps", "num_videos", "steps", "guidance_scale", "seed",
-        "attention", "sparsity", "sla_topk", "block_m", "block_n", "weights", "output",
+        "attention", "sparsity", "sla_topk", "block_m", "block_n", "weights", "allow_untrained", "output",
     ),
     help={
         "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.", "seed": "For the names.",
@@ -267,11 +267,8 @@ def plan(
     config = GenerateConfig(prompt=words, **settings)
     from slagen.cli import console
     from slagen.generation import estimate as planning
-    from slagen.generation import memory
-    from slagen.wan.presets import BUNDLED
 
-    here = None if memory.has_card() or model not in (None, BUNDLED) else "cpu"
-    console.show_plan(planning.plan(config, here), as_json)
+    console.show_plan(planning.plan(config), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # names are told without torch
+    from torch import Tensor
 
 # An all-in-one file's parts beside the transformer, and what training code leaves inside names.
 _OTHER_PARTS = re.compile(
@@ -79,6 +81,13 @@ PROJECTION = re.compile(
     r"blocks\.(\d+)\.(self_attn\.attn_op\.local_attn|attn1\.attn_op\.local_attn|attn1\.attn_impl|attn1\.processor)"
     rf"\.proj_l{_END}"
 )
+
+
+def is_untuned(names: Collection[str]) -> bool:
+    """Whether tensors' names are surely those of a Wan transformer alone, without SLA weights and in no 8-bit form."""
+    found = list(transformers(names).values())
+    plain = inside(names, found[0], found).values() if len(found) == 1 else ()
+    return bool(plain) and any(all(map(rename, plain)) for rename in LAYOUTS.values())
 
 
 def _renamer(table: list[tuple[str, str]]) -> Callable[[str], str | None]:

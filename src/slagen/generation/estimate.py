@@ -11,7 +11,8 @@ from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.config import GenerateConfig, ModelDefaults
 from slagen.errors import SlagenError, UsageError
-from slagen.formats.model_files import SLA_FILE, read_header, read_strings
+from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE, check_no_shard, read_header, read_strings
+from slagen.formats.names import is_untuned
 from slagen.generation import memory
 from slagen.io.files import no_file
 from slagen.io.paths import is_video, user_path
@@ -23,6 +24,7 @@ from slagen.wan.presets import (
     check_sampler,
     describe_folder,
     is_hub_id,
+    never_tuned,
     num_tokens,
     read_sla_config,
     unknown_model,
@@ -40,13 +42,16 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
 
     Args:
         config: a model that is None is the bundled one.
-        device: the kind it will run on, if that is known.
+        device: the kind it will run on; None: not known, but the CPU for the bundled model where there is no card.
     Returns: a dict, ready for JSON: settings; tokens, blocks, tail; FLOPs of one transformer forward of one sample
         without guidance, 2 for each multiply-add, with SLA and without; memory and downloads, estimated from
         parameters; notes. With dense attention the sparsity is None and every key block is kept.
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
+    if device is None and config.model in (None, BUNDLED) and not memory.has_card():
+        device = "cpu"
     preset, defaults, shape, grid, factor, trained, folder = _model(config)
+    called = preset.name if folder is None else folder.resolve().name  # as in what `generate` tells
     sizes = {name: getattr(config, name) or getattr(defaults, name) for name in ("width", "height", "num_frames")}
     width, height, num_frames = sizes.values()
     step = max(16, grid)
@@ -70,6 +75,9 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
     passes = steps * (2 if guidance > 1 else 1)
     _check_outputs(config)
+    untuned = method.needs.weights and not (is_dense or config.allow_untrained)
+    if untuned and _is_untuned(folder if config.weights is None else config.weights):
+        raise never_tuned(called)
     notes = []
     if is_dense:
         notes.append("attention is dense: what SLA would take is said beside it")
@@ -82,8 +90,8 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         notes += attention.differences(trained)
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
-        notes.append(defaults.tell_unknown(preset.name if preset is not None else str(folder), unknown))
-    off_size = defaults.size_warning(preset.name, width, height, num_frames)
+        notes.append(defaults.tell_unknown(called, unknown))
+    off_size = defaults.size_warning(called, width, height, num_frames)
     if off_size is not None:
         notes.append(off_size)
     if num_frames > 81 and preset is not None and preset.base is not None:
@@ -160,9 +168,26 @@ def _check_weights(weights: Path | None) -> None:
         return
     if not weights.exists():
         raise no_file(weights, "Give a weight file or folder.")
+    if weights.is_file():
+        check_no_shard(weights)
     for file in [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")):
         if file.suffix == ".safetensors":
             read_header(file)
+
+
+def _is_untuned(place: Path | str | None) -> bool:
+    """Whether the headers of a weight file or a folder show a transformer, and no SLA weights in it or beside it."""
+    if place is None or (user_path(place) / SLA_FILE).is_file():
+        return False
+    place = user_path(place)
+    inner = place / "transformer" if (place / "transformer").is_dir() else place
+    names = set[str]()
+    for file in sorted(inner.glob("*.safetensors")) if inner.is_dir() else [inner]:
+        header = read_header(file) if file.suffix == ".safetensors" else {}
+        if SETTINGS_KEY in header.pop("__metadata__", {}):
+            return False
+        names |= header.keys()
+    return is_untuned(names)
 
 
 def _model(config: GenerateConfig) -> tuple:

@@ -27,7 +27,7 @@ from slagen.io.text import counted
 from slagen.settings import changed
 from slagen.wan.install import read_metadata
 from slagen.wan.loading import resolve_model
-from slagen.wan.presets import ModelSource, check_sampler
+from slagen.wan.presets import ModelSource, check_sampler, never_tuned
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 
@@ -322,11 +322,7 @@ def _plan_attention(
         raise WeightsError(f"{source.weights or source.folder} {UNTOLD}")
     if path is None:
         if not config.allow_untrained:
-            raise WeightsError(
-                f"{source.name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply "
-                "lost, and the video is poor. Give SLA weights with --weights, run these as they are with "
-                "--attention dense, or go on with --allow-untrained."
-            )
+            raise never_tuned(source.name)
         return SLAConfig(), None, True, distilled
     trained = metadata.trained if metadata is not None else "" if inside is None else inside.trained
     branch = trained.rpartition(", ")[2]

@@ -191,6 +191,15 @@ def check_sampler(sampler: str, distilled: bool) -> None:
         )
 
 
+def never_tuned(name: str) -> WeightsError:
+    """The error for SLA asked of a model that has no weights for it."""
+    return WeightsError(
+        f"{name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply lost, and the "
+        "video is poor. Give SLA weights with --weights, run these as they are with --attention dense, or go on with "
+        "--allow-untrained."
+    )
+
+
 def read_sla_config(path: Path) -> SLAConfig | None:
     """What SLA weights were trained with: an SLA file's metadata say it, or the config.json in a folder where diffusers
     saved them inside a model; None where neither does."""
