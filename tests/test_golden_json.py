@@ -12,8 +12,8 @@ from test_golden import compare
 from wan_models import save_pipeline
 
 from slagen.benchmark import run as bench
-from slagen.cli import console
 from slagen.cli.main import run
+from slagen.cli.output.finetune import show_data
 from slagen.doctor import checks as doctor
 from slagen.training.data.dataset import Dataset
 from slagen.wan.presets import bundled_folder
@@ -97,7 +97,7 @@ def test_json_of_a_training(toy, tmp_path, capsys):
     options += ["--self-generate", str(tmp_path / "prompts.txt"), "--device", "cpu", "--validate-every", "1000"]
     found = {"finetune": form(answer(capsys, "finetune", *options, "--output", str(tmp_path / "out")))}
     found["info of its weights"] = form(answer(capsys, "info", str(tmp_path / "out" / "sla.safetensors")))
-    console.show_data(Dataset(tmp_path / "out" / "data"), True)
+    show_data(Dataset(tmp_path / "out" / "data"), True)
     found["finetune data"] = form(json.loads(capsys.readouterr().out))
     compare("json_finetune.json", {**found, **lines(tmp_path / "out" / "log.jsonl", "event")})
 

@@ -17,7 +17,6 @@ LARGE_FILES = {
     "benchmark/run.py",
     "cli/main.py",
     "config.py",
-    "cli/console.py",
     "training/data/dataset.py",
     "io/files.py",
     "training/finetune.py",

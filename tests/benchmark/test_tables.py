@@ -1,6 +1,7 @@
 """What bench, doctor and models print: whole at 80 columns, without blanks at the ends of lines, and said once."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import torch.nn.functional as F
 from slagen.benchmark import run as task
 from slagen.benchmark import tables
 from slagen.benchmark.methods import Method, all_methods
-from slagen.cli import console
+from slagen.cli.output.bench import show_bench
+from slagen.cli.output.doctor import show_findings, show_selftest
+from slagen.cli.output.kernels import MAIN_KERNELS, show_kernels
+from slagen.cli.output.weights import show_models
+from slagen.cli.table import Cell, Table
 from slagen.config import BenchConfig
 from slagen.doctor.checks import Finding
 from slagen.generation.estimate import models
@@ -25,12 +30,12 @@ def stdout(request, monkeypatch, capsys):
     """What was printed, on a terminal of 80 columns and where stdout is none."""
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     if request.param == "terminal":
-        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         monkeypatch.setenv("TERM", "dumb")  # no colours
 
     def read():
         lines = capsys.readouterr().out.splitlines()
-        assert request.param == "terminal" or all(row == row.rstrip() for row in lines)
+        assert all(row == row.rstrip() for row in lines)
         return lines
 
     return read
@@ -57,7 +62,7 @@ def test_bench_is_whole_at_80_columns(stdout):
     """Every method, backend and speed-up; a heading for each shape. In a terminal of 80 they came out as `s…`."""
     rows = [bench_row(method, shape=shape) for shape in ("1x12x1024x128", "1x12x32760x128") for method in METHODS]
     rows.append(bench_row(METHODS[0], forward_ms=None, correct=False, reason="wrong: its error is 0.1, the limit 0.01"))
-    console.show_bench(bench_result(rows), False)
+    show_bench(bench_result(rows), False)
     lines = stdout()
     assert all(len(row) <= WIDTH for row in lines[: lines.index(MEDIANS)]) and "…" not in "".join(lines)
     assert [row for row in lines if row in ("1x12x1024x128", "1x12x32760x128")] == ["1x12x1024x128", "1x12x32760x128"]
@@ -78,7 +83,7 @@ def test_bench_of_models_is_whole_at_80_columns(stdout):
     }  # fmt: skip
     plain = {**row, "attention": "dense", "compiled": False, "attention_share": 0.75, "speedup": 1.0}
     result = bench_result([], [plain, row])
-    console.show_bench(result, False)
+    show_bench(result, False)
     lines = stdout()
     assert all(len(row) <= WIDTH for row in lines)
     assert "turbowan2.1-t2v-1.3b-480p 832x480, 81 frames" in lines
@@ -94,7 +99,7 @@ def test_kernels_are_whole_at_80_columns(stdout):
     broken = [row for row in content["kernels"] if row["target"] == "sm_120" and row["kernel"] != "attend"][:7]
     for row in broken:
         row["faults"] = ["8 bytes spilled"]
-    console.show_kernels(content, False)
+    show_kernels(content, False)
     lines = stdout()
     sentences = ("one call at", f"{len(content['kernels'])} kernels are shown")
     assert all(len(row) <= WIDTH or any(text in row for text in sentences) for row in lines)
@@ -102,8 +107,8 @@ def test_kernels_are_whole_at_80_columns(stdout):
     shown = [row.split() for row in lines]
     for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
         assert len([row for row in lines if row.startswith(f"{target}, ")]) == 1
-    assert shown.count(list(console.MAIN_KERNELS)) == 6
-    main = [row for row in content["kernels"] if row["kernel"] in console.MAIN_KERNELS and row["head_dim"] == 128]
+    assert shown.count(list(MAIN_KERNELS)) == 6
+    main = [row for row in content["kernels"] if row["kernel"] in MAIN_KERNELS and row["head_dim"] == 128]
     for name, key in (("registers", "registers"), ("instructions", "instructions"), ("at once", "programs_per_sm")):
         for target in ("sm_80", "sm_120"):
             values = [str(row[key]) for row in main if row["target"] == target]
@@ -119,7 +124,7 @@ def test_kernels_are_whole_at_80_columns(stdout):
 
 def test_presets_are_whole_at_80_columns(stdout):
     rows = models()
-    console.show_models(rows, False)
+    show_models(rows, False)
     text = "\n".join(stdout())
     assert max(map(len, text.splitlines())) <= WIDTH and "…" not in text
     for row in rows:
@@ -129,7 +134,7 @@ def test_presets_are_whole_at_80_columns(stdout):
 def test_findings_are_whole_and_end_without_blanks(stdout):
     """A pipe got lines of 132 columns, padded with blanks."""
     words = " ".join(f"word{number}" for number in range(40))
-    console.show_findings([Finding("kernels 0", "problem", words, "apt install gcc"), Finding("gpu", "ok", "x")], False)
+    show_findings([Finding("kernels 0", "problem", words, "apt install gcc"), Finding("gpu", "ok", "x")], False)
     lines = stdout()
     assert " ".join(" ".join(lines).split()) == f"problem kernels 0 {words} apt install gcc ok gpu x"
 
@@ -143,7 +148,7 @@ def test_selftest_says_a_thing_once(stdout, tmp_path):
     ]  # fmt: skip
     checks[7] |= {"status": "failed", "detail": "dq is wrong"}
     checks.append({"name": "generate", "detail": "4 steps", **rest})
-    console.show_selftest({"checks": checks}, tmp_path / "file.json", False)
+    show_selftest({"checks": checks}, tmp_path / "file.json", False)
     text = " ".join(" ".join(stdout()).split())
     assert text.count(agree) == 3 and text.count("dq is wrong") == 1 and text.count("generate") == 1
     for dtype, counts in (("fp16", "2.0 s 4 checks"), ("bf16", "1.5 s 3 checks"), ("fp32", "2.0 s 4 checks")):
@@ -242,9 +247,7 @@ def test_nothing_is_said_of_sla_where_it_was_not_measured(monkeypatch):
 
 
 def test_a_plain_table_with_headers_of_two_lines():
-    table = console.plain.Table()
-    table.add_column("a\nms")
-    table.add_column("long", justify="right")
+    table = Table("a\nms", "long", right=True)
     table.add_row("x", 7)
-    table.add_row(console.plain.Text("1\n2"), "")
+    table.add_row(Cell("1\n2"), "")
     assert str(table) == "a   long\nms\nx      7\n1\n2"

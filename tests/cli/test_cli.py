@@ -34,7 +34,7 @@ def seen(monkeypatch):
         return task.GenerateResult([])
 
     monkeypatch.setattr(task, "generate", stub)
-    monkeypatch.setattr("slagen.cli.console.show_videos", lambda result, as_json: None)
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
     return configs
 
 
@@ -147,7 +147,8 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
         ("generate x --seed abc", "--seed is 'abc', but must be a whole number. See slagen generate --help."),
         ("generate x --cfg much", "--guidance-scale is 'much', but must be a number. See slagen generate --help."),
         ("generate x --backend fast",
-         "--backend is 'fast', but must be one of auto, reference, torch, triton. See slagen generate --help."),
+         "--backend is 'fast', but must be one of auto, reference, torch, triton, sdpa, sdpa-flash, sdpa-cudnn, "
+         "sdpa-efficient, sdpa-math, flash-attn, sage, flashinfer. See slagen generate --help."),
         ("generat x", "No such command 'generat'. Did you mean 'generate'? See slagen --help."),
         ("generate x --sed 3",
          "No such option: --sed. Did you mean --seed or --size or --steps? See slagen generate --help."),

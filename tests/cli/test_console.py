@@ -1,10 +1,12 @@
 """Everything that is printed: what people and foreign files put into it is shown, and obeyed by nothing."""
 
+import importlib
 import importlib.util
 import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ import typer
 from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen.attention import registry
-from slagen.cli import console
+from slagen.cli import console, output, plain, progress
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
@@ -83,16 +85,49 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
 }  # fmt: skip
 
 
+MODULES = [
+    console,
+    *(importlib.import_module(f"slagen.cli.output.{m.name}") for m in pkgutil.iter_modules(output.__path__)),
+]
+SHOWING = {
+    name: function for module in MODULES for name, function in inspect.getmembers(module, inspect.isfunction)
+    if name[:5] == "show_"
+}  # fmt: skip
+
+
+def use_plain(monkeypatch):
+    """Print as machines without rich do."""
+    monkeypatch.setattr(console, "Console", plain.Console)
+    monkeypatch.setattr(console, "Text", plain.Text)
+    monkeypatch.setattr(console, "stderr", plain.Console(stderr=True))
+    monkeypatch.setattr(progress, "LiveTasks", plain.Progress)
+
+
 @pytest.fixture(params=["rich", "plain"])
-def shower(request, monkeypatch):
-    """console.py with rich, and as it is on machines that lack it."""
-    if request.param == "rich":
-        return console
+def printer(request, monkeypatch):
+    """What prints: rich, or what stands in for it on machines that lack it."""
+    if request.param == "plain":
+        use_plain(monkeypatch)
+
+
+@pytest.mark.parametrize("module", [console, progress])
+def test_without_rich_all_names_are_plain(monkeypatch, module):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    spec = importlib.util.spec_from_file_location("plain_console", console.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    spec = importlib.util.spec_from_file_location("without_rich", module.__file__)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    assert getattr(loaded, "Console", plain.Console) is plain.Console
+    assert getattr(loaded, "LiveTasks", plain.Progress) is plain.Progress
+    assert "rich" not in {getattr(value, "__module__", "").split(".")[0] for value in vars(loaded).values()}
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
 
 
 def streams(monkeypatch, encoding="utf-8"):
@@ -109,13 +144,28 @@ def streams(monkeypatch, encoding="utf-8"):
 
 
 def test_every_function_that_shows_something_is_tried():
-    assert set(SHOWN) == {name for name, _ in inspect.getmembers(console, inspect.isfunction) if name[:5] == "show_"}
+    assert set(SHOWN) == set(SHOWING)
+
+
+class Harmless:
+    """The arguments of SHOWN without what is hostile in them."""
+
+    def __getitem__(self, name):
+        def arguments():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setitem(globals(), "HOSTILE", "")
+                return SHOWN[name]()
+
+        return arguments
+
+
+HARMLESSLY = Harmless()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
 @pytest.mark.parametrize("name", SHOWN)
-def test_text_is_shown_and_obeyed_by_nothing(monkeypatch, shower, name, encoding):
-    show, arguments = getattr(shower, name), SHOWN[name]()
+def test_text_is_shown_and_obeyed_by_nothing(monkeypatch, printer, name, encoding):
+    show, arguments = SHOWING[name], SHOWN[name]()
     written = streams(monkeypatch, encoding)
     show(*arguments, False) if "as_json" in inspect.signature(show).parameters else show(*arguments)
     text = "".join(written())
@@ -134,7 +184,7 @@ def test_text_is_shown_and_obeyed_by_nothing(monkeypatch, shower, name, encoding
 def test_json_says_the_same(monkeypatch, name, encoding):
     arguments = SHOWN[name]()
     written = streams(monkeypatch, encoding)
-    getattr(console, name)(*arguments, True)
+    SHOWING[name](*arguments, True)
     out, err = written()
     assert is_harmless(out + err)
     content = json.loads(out)
@@ -153,27 +203,75 @@ def strings_of(content):
 EVENTS = ("note", "warning", "plan", "clip", "job")
 
 
-def test_events_on_a_pipe(monkeypatch, shower):
+def test_events_on_a_pipe(monkeypatch, printer):
     written = streams(monkeypatch)
-    with shower.GenerateProgress() as progress:
+    with progress.GenerateProgress() as show:
         for kind in EVENTS:
-            progress(SimpleNamespace(kind=kind, text=HOSTILE, worker=1, num_steps=0, step=None))
-        progress(SimpleNamespace(kind="stage", text="load", worker=1, num_steps=0, step=None))
+            show(SimpleNamespace(kind=kind, text=HOSTILE, worker=1, num_steps=0, step=None))
+        show(SimpleNamespace(kind="stage", text="load", worker=1, num_steps=0, step=None))
     text = "".join(written())
     assert is_harmless(text) and text.count("[/red]") == len(EVENTS) and text.count("🦊") == len(EVENTS)
 
 
 def test_events_on_a_terminal(monkeypatch):
     """The live line is drawn by escape sequences, rich's own; nothing of a prompt is one."""
-    screen = io.StringIO()
+    screen = Screen()
+    monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(console, "stderr", console.Console(file=screen, force_terminal=True, width=300))
-    with console.GenerateProgress() as progress:
+    with progress.GenerateProgress() as show:
         for kind in EVENTS:
-            progress(SimpleNamespace(kind=kind, text=HOSTILE, worker=0, num_steps=0, step=None))
-            progress(SimpleNamespace(kind="stage", text="load", worker=0, num_steps=0, step=None))
-            progress._progress.refresh()
+            show(SimpleNamespace(kind=kind, text=HOSTILE, worker=0, num_steps=0, step=None))
+            show(SimpleNamespace(kind="stage", text="load", worker=0, num_steps=0, step=None))
+            show._progress.refresh()
     text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", screen.getvalue()).replace("\r", "")
     assert is_harmless(text) and "loading the model" in text and "[/red]" in text
+
+
+WORDS = "".join(f"word{number} " for number in range(40)) + "/a/path/" + "of-many-letters/" * 8 + " and more words"
+
+
+def shown(monkeypatch, columns, show):
+    """The lines that a terminal of so many columns is given, on both streams."""
+    screens = Screen(), Screen()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")  # no colours
+    monkeypatch.setattr("sys.stdout", screens[0])
+    monkeypatch.setattr("sys.stderr", screens[1])
+    show()
+    return "".join(screen.getvalue() for screen in screens).splitlines()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("show", [console.show_error, console.note, console.log, console.write_sentence])
+def test_messages_are_wrapped_between_words(monkeypatch, printer, columns, show):
+    """A terminal broke them within a word; a path is left whole."""
+    lines = shown(monkeypatch, columns, lambda: show(WORDS))
+    words = " ".join(lines).split()
+    assert words[-len(WORDS.split()) :] == WORDS.split()
+    assert all(len(text) <= columns for text in lines if "/" not in text) and len(lines) > 300 // columns
+
+
+@pytest.mark.parametrize("show", [console.show_error, console.note, console.log, console.write_sentence])
+def test_messages_for_a_pipe_are_one_line(monkeypatch, printer, show):
+    """So that grep finds them, however many columns a terminal has or COLUMNS says."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    written = streams(monkeypatch)
+    show(WORDS)
+    assert "".join(written()).count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("name", [name for name in SHOWN if name not in ("show_error", "show_data")])
+def test_tables_are_whole_at_any_width(monkeypatch, printer, name, columns):
+    """No line is longer than the terminal but for a word that is; nothing is left out, and no word is broken."""
+    show, arguments = SHOWING[name], HARMLESSLY[name]()
+    arguments += [False] if "as_json" in inspect.signature(show).parameters else []
+    lines = shown(monkeypatch, columns, lambda: show(*arguments))
+    whole = shown(monkeypatch, 1000, lambda: show(*arguments))
+    assert set(" ".join(lines).split()) == set(" ".join(whole).split())
+    for text in lines:
+        assert len(text) <= columns or max(map(len, text.split())) > columns - 2, (text, lines)
 
 
 def commands(group, path=()):
@@ -187,10 +285,12 @@ ARGUMENTS = {
     ("generate",): ["x"], ("batch",): ["f.txt"], ("plan",): ["x"], ("bench",): [], ("models",): [],
     ("info",): ["none"], ("replay",): ["none"], ("convert",): ["none", "b"], ("doctor",): ["--selftest"],
     ("merge",): ["none", "b.safetensors", "--diff-base", "c", "--diff-target", "d"], ("finetune",): ["--data", "d"],
-    ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"],
+    ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"], ("methods",): [],
 }  # fmt: skip
-TASKS = ("generate.generate", "batch.batch", "finetune.finetune", "dataset.prepare", "bench.bench", "selftest.selftest",
-         "cluster.batch_on_ray")  # fmt: skip
+TASKS = (
+    "generation.generate.generate", "generation.decode.decode", "batch.run.batch", "batch.ray_workers.batch_on_ray",
+    "training.finetune.finetune", "training.data.dataset.prepare", "benchmark.run.bench", "doctor.selftest.selftest",
+)  # fmt: skip
 
 
 def fail_with_everything(*arguments, **options):

@@ -44,7 +44,7 @@ def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatc
     assert "How much the video sparkles." in capsys.readouterr().out
     seen = []
     monkeypatch.setattr("slagen.generation.generate.generate", lambda wanted, on_event: seen.append(wanted))
-    monkeypatch.setattr("slagen.cli.console.show_videos", lambda result, as_json: None)
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
     assert cli.run(["generate", "x", "--sparkle", "3"]) == 0
     assert seen == [Toy("x", sparkle=3)]
     file = tmp_path / "prompts.txt"
@@ -76,8 +76,8 @@ def test_every_field_of_a_config_has_a_help_or_is_no_option():
         for setting in settings_of(kind) if not setting.about.help
     }  # fmt: skip
     assert without == {
-        ("GenerateConfig", "prompt"), ("BatchConfig", "prompts"), ("BatchConfig", "generate"),
-        ("FinetuneConfig", "data"),
+        ("GenerateConfig", "prompt"), ("GenerateConfig", "attention_options"), ("BatchConfig", "prompts"),
+        ("BatchConfig", "generate"), ("FinetuneConfig", "data"),
     }  # fmt: skip
 
 

@@ -74,10 +74,10 @@ def test_what_nohup_ignores_stays_ignored():
 def test_a_hang_up_ends_the_command_with_130(tmp_path):
     code = """
 import os, signal, sys
-from slagen import cli, prompts
-cli.read_prompt = lambda *a: os.kill(os.getpid(), signal.SIGHUP)
+from slagen.cli import main
+main.read_prompt = lambda *a: os.kill(os.getpid(), signal.SIGHUP)
 sys.argv = ["slagen", "generate", "x"]
-cli.main()
+main.main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 130, done.stderr

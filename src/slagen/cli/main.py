@@ -148,17 +148,13 @@ def generate(
 
     Example: slagen generate "a red circle moving right" --seed 7 --output circle.mp4
     """
-    if prompts is not None and (words is not None or prompt is not None):
-        raise UsageError("both a prompt and --prompts are given. Give one of them.")
-    if prompts is not None and dry_run:
-        raise UsageError("--dry-run plans one video, and --prompts names many. Give one prompt.")
-    if prompts is not None and settings["overwrite"]:
-        raise UsageError(
-            "--prompts makes what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
-        )
+    if prompts is not None:
+        _check_prompts(words, prompt, dry_run, settings["overwrite"])
     text = read_prompt(words, prompt) if prompts is None else "-"
     config = GenerateConfig(prompt=text, **settings)
-    from slagen.cli import console
+    from slagen.cli.output.generate import show_videos
+    from slagen.cli.output.plan import show_plan
+    from slagen.cli.progress import GenerateProgress
 
     if dry_run:
         from slagen.generation import estimate as planning
@@ -170,17 +166,29 @@ def generate(
         if config.model is None:
             config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
 
-        console.show_plan(planning.plan(config, kind), as_json)
+        show_plan(planning.plan(config, kind), as_json)
         return
     if prompts is not None:
         _run_batch(context, BatchConfig(prompts, config), as_json)
         return
-    with console.GenerateProgress() as progress:
+    with GenerateProgress() as progress:
         _start_quickly(context, config.weights)
         from slagen.generation import generate as task
 
         result = task.generate(config, progress)
-    console.show_videos(result, as_json)
+    show_videos(result, as_json)
+
+
+def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwrite: bool) -> None:
+    """Raise UsageError for what does not go with --prompts."""
+    if words is not None or prompt is not None:
+        raise UsageError("both a prompt and --prompts are given. Give one of them.")
+    if dry_run:
+        raise UsageError("--dry-run plans one video, and --prompts names many. Give one prompt.")
+    if overwrite:
+        raise UsageError(
+            "--prompts makes what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
+        )
 
 
 @app.command(cls=_Command, no_args_is_help=True, context_settings=CONTEXT)
@@ -218,9 +226,10 @@ def batch(
 
 
 def _run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> None:
-    from slagen.cli import console
+    from slagen.cli.output.batch import show_batch
+    from slagen.cli.progress import GenerateProgress
 
-    with console.GenerateProgress() as progress:
+    with GenerateProgress() as progress:
         if config.ray_address is None:
             _start_quickly(context, config.generate.weights)
             from slagen.batch.run import batch as task
@@ -228,7 +237,7 @@ def _run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> No
             from slagen.batch.ray_workers import batch_on_ray as task
 
         result = task(config, progress)
-    console.show_batch(result, as_json)
+    show_batch(result, as_json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)
     if result.failed:
@@ -265,10 +274,10 @@ def plan(
     Example: slagen plan --model wan2.1-t2v-1.3b --size 832x480 --num-frames 81 --sparsity 0.95
     """
     config = GenerateConfig(prompt=words, **settings)
-    from slagen.cli import console
+    from slagen.cli.output.plan import show_plan
     from slagen.generation import estimate as planning
 
-    console.show_plan(planning.plan(config), as_json)
+    show_plan(planning.plan(config), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -279,10 +288,10 @@ def models(
 
     Example: slagen models
     """
-    from slagen.cli import console
+    from slagen.cli.output.weights import show_models
     from slagen.generation import estimate as planning
 
-    console.show_models(planning.models(), as_json)
+    show_models(planning.models(), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -294,9 +303,9 @@ def methods(
     Example: slagen methods
     """
     from slagen.attention import registry
-    from slagen.cli import console
+    from slagen.cli.output.weights import show_methods
 
-    console.show_methods(registry.describe(), as_json)
+    show_methods(registry.describe(), as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -308,13 +317,13 @@ def info(
 
     Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
     """
-    from slagen.cli import console
+    from slagen.cli.output.weights import show_info
     from slagen.generation import latents
     from slagen.generation import replay as past
     from slagen.wan import convert as task
 
     place = user_path(path)
-    console.show_info(past.describe(place) or latents.describe_latents(place) or task.info(path), as_json)
+    show_info(past.describe(place) or latents.describe_latents(place) or task.info(path), as_json)
 
 
 @app.command("decode", cls=_Command, context_settings=CONTEXT)
@@ -339,14 +348,15 @@ def decode_latents(
 
     Example: slagen decode outputs/circle.latents.safetensors --output circle.mp4
     """
-    from slagen.cli import console
+    from slagen.cli.output.generate import show_videos
+    from slagen.cli.progress import GenerateProgress
 
-    with console.GenerateProgress() as progress:
+    with GenerateProgress() as progress:
         _start_quickly(context, None)
         from slagen.generation import decode as task
 
         result = task.decode(path, output, model=model, on_event=progress, **settings)
-    console.show_videos(result, as_json)
+    show_videos(result, as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -374,14 +384,15 @@ def replay(
     """
     if output is not None and not is_video(output):
         raise UsageError(f"output is {quote(output)}, but must be a file that ends in .mp4.")
-    from slagen.cli import console
+    from slagen.cli.output.generate import show_replay
+    from slagen.cli.progress import GenerateProgress
 
-    with console.GenerateProgress() as progress:
+    with GenerateProgress() as progress:
         _start_quickly(context, "*.gguf")  # it may be
         from slagen.generation import replay as task
 
         result = task.replay(path, output, progress, model=model, weights=weights, **settings)
-    console.show_replay(result, as_json)
+    show_replay(result, as_json)
     if not result["same"]:
         raise GateError("the video is not the same. What differs is above.")
 
@@ -476,14 +487,15 @@ def finetune(
             )
         return
     config = FinetuneConfig(DataConfig(**clips), **settings)
-    from slagen.cli import console
+    from slagen.cli.output.finetune import show_finetune
+    from slagen.cli.progress import GenerateProgress
 
-    with console.GenerateProgress() as progress:
+    with GenerateProgress() as progress:
         from slagen.training import finetune as task
 
         result = task.finetune(config, progress)
     if result.rank == 0:
-        console.show_finetune(result, as_json)
+        show_finetune(result, as_json)
 
 
 @tuning.command("data", cls=_Command, context_settings=CONTEXT)
@@ -513,16 +525,17 @@ def finetune_data(
     """
     check_folder("output", output)
     config = DataConfig(path, **clips)
-    from slagen.cli import console
+    from slagen.cli.output.finetune import show_data
+    from slagen.cli.progress import GenerateProgress
 
-    with console.GenerateProgress() as progress:
+    with GenerateProgress() as progress:
         from slagen.training.data import dataset as task
         from slagen.training.finetune import default_model
 
         seed, device = settings.pop("seed"), settings["device"]
         base = GenerateConfig("-", **{**settings, "model": default_model(settings["model"], device)})
         data = task.prepare(config, base, user_path(output), user_path(CACHE), seed, progress)
-    console.show_data(data, as_json)
+    show_data(data, as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -549,9 +562,10 @@ def bench(
     config = BenchConfig(**settings)
     from slagen.benchmark import run as task
     from slagen.cli import console
+    from slagen.cli.output.bench import show_bench
 
     result = task.bench(config, console.note)
-    console.show_bench(result, as_json)
+    show_bench(result, as_json)
 
 
 @app.command(cls=_Command, context_settings=CONTEXT)
@@ -587,6 +601,8 @@ def doctor(
     Example: slagen doctor --selftest
     """
     from slagen.cli import console
+    from slagen.cli.output.doctor import show_findings, show_selftest
+    from slagen.cli.output.kernels import show_kernels
     from slagen.doctor import checks as task
 
     if kernels and selftest:
@@ -599,16 +615,16 @@ def doctor(
         path = trials.claim(output)
         content = trials.selftest(console.note)
         trials.write(content, path)
-        console.show_selftest(content, path, as_json)
+        show_selftest(content, path, as_json)
         trials.check(content)
         return
     if kernels:
         content = task.kernel_costs(console.note)
-        console.show_kernels(content, as_json)
+        show_kernels(content, as_json)
         task.check_kernels(content)
         return
     findings = task.examine()
-    console.show_findings(findings, as_json)
+    show_findings(findings, as_json)
     if require_gpu:
         task.check_gpu(findings)
 

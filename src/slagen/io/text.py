@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from typing import Any
 
 from slagen.errors import UsageError
@@ -43,6 +44,37 @@ def message(text: str) -> str:
     """A message as it may be shown; of a line that is too long the middle is left out, for its end says what to do."""
     lines = escaped(text).split("\n")
     return "\n".join(row if len(row) <= MAX_LINE else f"{row[: MAX_LINE - 250]} [...] {row[-243:]}" for row in lines)
+
+
+def columns_of(text: str) -> int:
+    """Columns that text of one line takes in a terminal: wide characters, as of Chinese, take two."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+
+
+def wrapped(text: str, width: int | None) -> list[str]:
+    """Lines of at most so many columns, broken between words; a longer word, such as a path, is left whole.
+
+    Args:
+        width: None breaks at line feeds only.
+    """
+    if width is None:
+        return text.split("\n")
+    lines: list[str] = []
+    for row in text.split("\n"):
+        current, taken = "", 0
+        for index, word in enumerate(row.split(" ")):
+            more = columns_of(word)
+            if index and taken + 1 + more > width and current.strip():
+                lines.append(current.rstrip())
+                current, taken = word, more
+            else:
+                current = f"{current} {word}" if index else word
+                taken += more + (index > 0)
+        lines.append(current.rstrip())
+    return lines
 
 
 def encodable(text: str, encoding: str | None) -> str:

@@ -1,0 +1,32 @@
+"""What `finetune` and `finetune data` print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slagen.cli.console import log, write, write_json
+from slagen.io.text import counted
+
+
+def show_finetune(result: Any, as_json: bool) -> None:
+    """Print what a training came to: the weights' path on stdout and the rest on stderr, or JSON alone."""
+    if as_json:
+        content = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in vars(result).items()
+        }
+        write_json(content)
+        return
+    before, after = result.teacher_error_before, result.teacher_error_after
+    log(f"error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after")
+    log(f"curves and clips: {result.page}")
+    write(str(result.weights))
+
+
+def show_data(data: Any, as_json: bool) -> None:
+    """Print what a prepared set holds: its folder on stdout and counts on stderr, or JSON alone."""
+    counts = {"training": len(data.training), "held_out": len(data.held_out)}
+    if as_json:
+        write_json({"folder": str(data.folder), "hash": data.hash, **counts})
+        return
+    log(f"{counted(counts['training'], 'clip')} to train on, {counts['held_out']} held out")
+    write(str(data.folder))

@@ -1,0 +1,86 @@
+"""What `generate`, `decode` and `replay` print: a report's steps and totals, paths, and a comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slagen.cli.console import log, log_table, write, write_json, write_table
+from slagen.cli.table import Cell, Table
+from slagen.io.text import counted
+
+
+def show_videos(result: Any, as_json: bool) -> None:
+    """Print what `generate` made: tables on stderr and one path a line on stdout, or JSON alone on stdout."""
+    if as_json:
+        rows = [{"video": str(v.path), "report": str(v.report_path), **v.report} for v in result.videos]
+        write_json(rows if len(rows) > 1 else rows[0])
+        return
+    for video in result.videos:
+        show_report(video.report)
+        write(str(video.path))
+
+
+def show_report(content: dict[str, Any]) -> None:
+    """A report as a table of steps, and lines for the totals, on stderr."""
+    attention, cost, stages = content["attention"], content["cost"], content["stages_s"]
+    if content["timing"]["level"] != "off":
+        log_table(_step_table(content["steps"]))
+    what = f"{attention['mode']} attention, {counted(attention['tokens'], 'token')}"
+    if "critical" in attention:
+        fractions = attention["fractions"]
+        what += (
+            f", {counted(attention['key_blocks'], 'key block')} of {attention['block_n']}: "
+            f"{attention['critical']} critical ({fractions['critical']:.1%}), "
+            f"{attention['marginal']} marginal, {attention['negligible']} negligible; {attention['backend']} backend"
+        )
+    log(what)
+    log(f"weights: {content['weights']['used']}, model {content['weights']['model']}")
+    log(
+        f"attention FLOPs: {cost['attention_tflop']:.3g} T instead of {cost['dense_attention_tflop']:.3g} T dense; "
+        f"forward {cost['flops_speedup']:.2f}x fewer, {cost['achieved_share_of_ceiling']:.0%} of the "
+        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl)"
+    )
+    if cost["measured_attention_share"] is not None:
+        log(
+            f"attention time: {cost['measured_attention_share']:.1%} of the steps; timing itself cost "
+            f"{content['timing']['overhead_share']:.2%}"
+        )
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
+    log(f"seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB")
+    log(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}")
+
+
+def _step_table(steps: list[dict[str, Any]]) -> Table:
+    table = Table("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share", right=True)
+    shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]
+    for step in shown:
+        if len(steps) > 12 and step is steps[-5]:
+            table.add_row("...")
+        table.add_row(
+            str(step["step"] + 1), f"{step['timestep']:g}", _ms(step["latency_ms"]), _ms(step["attention_ms"]),
+            _ms(step["attention_conditional_ms"]), _ms(step["attention_unconditional_ms"]),
+            "" if step["attention_share"] is None else f"{step['attention_share']:.0%}",
+        )  # fmt: skip
+    return table
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def show_replay(content: dict[str, Any], as_json: bool) -> None:
+    """Print whether a video came out the same: a table on stdout, or JSON alone."""
+    if as_json:
+        write_json(content)
+        return
+    table = Table("", "before", "now", "")
+    for name, row in content["hashes"].items():
+        table.add_row(
+            name,
+            str(row["before"])[:16],
+            str(row["now"])[:16],
+            "same" if row["same"] else Cell("different", "bold red"),
+        )
+    for name, (before, now) in content["versions_changed"].items():
+        table.add_row(name, str(before), str(now), "changed")
+    write_table(table)

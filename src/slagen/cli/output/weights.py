@@ -1,0 +1,70 @@
+"""What `models`, `methods` and `info` print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slagen.cli.console import write_json, write_table
+from slagen.cli.table import Cell, Table
+from slagen.io.text import counted, line
+
+
+def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the presets: a table on stdout, or JSON alone."""
+    if as_json:
+        write_json(rows)
+        return
+    table = Table()
+    for row in rows:
+        sampler = f"{row['steps']} x {row['sampler']}"
+        sampler += "" if row["flow_shift"] is None else f", shift {row['flow_shift']:g}"
+        sla = row["sla"]
+        said = [f"{row['size']}, {counted(row['num_frames'], 'frame')}; {sampler}, guidance {row['guidance_scale']:g}"]
+        if sla is not None:
+            said.append(f"SLA trained at sparsity {sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}")
+        said.append(f"from {row['weights'] or row['base'] or 'this installation'}")
+        table.add_row(row["name"], Cell("\n".join(map(line, said))))
+    write_table(table)
+
+
+def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Print the attention methods: a table on stdout, or JSON alone."""
+    if as_json:
+        write_json(rows)
+        return
+    table = Table()
+    for row in rows:
+        known = {"needs_training": "training", "needs_weights": "weights", "needs_gpu": "a CUDA device"}
+        needs = [text for name, text in known.items() if row[name]]
+        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}"]
+        said += [f"options: {options}"] if options else []
+        if len(row["backends"]) > 1:
+            said.append(f"backends: {', '.join(row['backends'])}")
+        table.add_row(row["name"], Cell("\n".join(map(line, said))))
+    write_table(table)
+
+
+def show_info(content: dict[str, Any], as_json: bool) -> None:
+    """Print what a weight file is: a table on stdout, or JSON alone."""
+    if as_json:
+        write_json(content)
+        return
+    table = Table()
+    _add_rows(table, content, "")
+    write_table(table)
+
+
+def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _add_rows(table, value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            table.add_row(Cell(line(prefix + name), "dim"), f"{counted(len(value), 'item')} (--json shows them)")
+        elif name == "proj_l_norms":
+            norms = ", ".join(f"{norm:.3g}" for norm in value) or "none"
+            table.add_row(Cell(line(f"{prefix}proj_l norms by layer"), "dim"), norms)
+        else:
+            plain = isinstance(value, bool) or not isinstance(value, int) or name == "seed"  # a seed is typed again
+            text = str(value) if plain else f"{value:,}"
+            table.add_row(Cell(line(prefix + name), "dim"), text)
