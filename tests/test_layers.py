@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     {"errors", "packages", "interrupts"},
     {"io"},
-    {"machine", "timing", "plot", "html", "video", "settings"},
+    {"machine", "timing", "plot", "html", "video", "settings", "events"},
     {"kernels"},
     {"attention"},
     {"config"},

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from slagen import events
 from slagen.cli.main import run
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError
@@ -97,7 +98,7 @@ def test_memory_that_runs_out_is_one_message_that_names_the_stage(monkeypatch, c
     from slagen.generation import generate as task
 
     def fail(config, on_event):
-        on_event(task.Event("stage", stage))
+        on_event(events.Event("stage", stage))
         raise ERRORS[name].with_traceback(None)
 
     monkeypatch.setattr(task, "generate", fail)
@@ -149,7 +150,7 @@ def test_limits_of_the_shell():
     """In a process of its own, which needs no torch."""
     import sys
 
-    code = "from slagen import memory; left, limit = memory.memory_left(); print(left < 2**30, limit)"
+    code = "from slagen.generation import memory; left, limit = memory.memory_left(); print(left < 2**30, limit)"
     for option in ("v", "d"):
         line = f"ulimit -{option} 1048576; exec {sys.executable} -c '{code}'"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)

@@ -27,8 +27,8 @@ from slagen.batch.manifest import Manifest
 from slagen.batch.run import BatchResult, share, signals, try_page
 from slagen.config import BatchConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, for_the_command_line
+from slagen.events import Event
 from slagen.generation import prompts
-from slagen.generation.generate import Event
 from slagen.io.paths import user_path
 from slagen.io.text import counted, quote
 from slagen.wan.presets import PRESETS

@@ -29,12 +29,14 @@ from slagen.attention.cost import other_flops
 from slagen.batch.manifest import LOCKS, Job, Manifest, Wanted
 from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
+from slagen.events import Event
 from slagen.generation import prompts
 from slagen.generation.embeddings import Embeddings, component_files, file_hashes
-from slagen.generation.generate import Event, Sample, Session, Video, check_memory, free_memory, save
+from slagen.generation.generate import Sample, Session, check_memory, free_memory, save
 from slagen.generation.latents import latents_beside
 from slagen.generation.provenance import restored_report
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
+from slagen.generation.result import Video
 from slagen.html import Card, contact_sheet
 from slagen.interrupts import ENDING, stopping
 from slagen.io.documents import read_json

@@ -14,9 +14,11 @@ import torch
 
 from slagen import machine
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.events import Event
 from slagen.generation import memory, report
-from slagen.generation.generate import CPU, Event, GenerateResult, Video, warn_of_one_colour
+from slagen.generation.generate import CPU, warn_of_one_colour
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
+from slagen.generation.result import GenerateResult, Video
 from slagen.io.files import check_writable, reserved, staging, write_json
 from slagen.io.paths import user_path
 from slagen.video import check_ffmpeg, encode_mp4, not_written

@@ -26,13 +26,15 @@ from slagen import machine
 from slagen.attention.sla.method import branches_of
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError
+from slagen.events import Event
 from slagen.generation import memory, report
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.resolve import SIGMA_MAX, Plan, find_weights, make_plan
+from slagen.generation.result import GenerateResult, Video
 from slagen.io.files import check_writable, file_hash, reserved, staging, write_json
 from slagen.io.paths import is_video, user_path
 from slagen.io.text import counted, quote
-from slagen.timing import StepRecorder, StepTimes
+from slagen.timing import StepRecorder
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.install import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
 from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
@@ -40,34 +42,6 @@ from slagen.wan.processor import attach_recorder, denoising, install_method, pro
 from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a run tells while it goes on: a stage or a clip begins, a step has ended, or what the user should know."""
-
-    kind: str  # "stage", "step", "note" or "warning"; of many videos or clips also "plan", "job" and "clip"
-    text: str = ""
-    step: StepTimes | None = None
-    num_steps: int = 0
-    worker: int = 0  # whose event it is, where several work
-
-
-@dataclass(frozen=True)
-class Video:
-    """One finished video: its file, its report (file and content), and its latents' file if they were kept."""
-
-    path: Path
-    report_path: Path
-    report: dict[str, Any]
-    latents_path: Path | None = None
-
-
-@dataclass(frozen=True)
-class GenerateResult:
-    """What a call of `generate` made, in the order of the seeds."""
-
-    videos: list[Video]
 
 
 def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda event: None) -> GenerateResult:

@@ -25,9 +25,10 @@ from slagen.attention.registry import parameter_group
 from slagen.attention.sla.method import branches_of
 from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation.embeddings import file_hashes, files_in
-from slagen.generation.generate import Event, Session
+from slagen.generation.generate import Session
 from slagen.generation.report import versions
 from slagen.generation.resolve import find_weights, make_plan
 from slagen.interrupts import stopping

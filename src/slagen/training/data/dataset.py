@@ -25,11 +25,12 @@ from torch import Tensor
 
 from slagen.config import DataConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.events import Event
 from slagen.formats import reading
 from slagen.formats.model_files import read_header
 from slagen.generation import prompts
 from slagen.generation.embeddings import component_files, content_hashes, file_hashes, tensor_hash
-from slagen.generation.generate import Event, Session, texts_of
+from slagen.generation.generate import Session, texts_of
 from slagen.generation.resolve import Weights, find_weights, make_plan
 from slagen.io import forms
 from slagen.io.documents import parse_json, read_bytes, read_lines
