@@ -35,7 +35,8 @@ from slagen.generation.embeddings import content_hashes
 from slagen.generation.prompts import read_prompts
 from slagen.generation.report import comment
 from slagen.training.checkpoints import HASHES, read_latest
-from slagen.training.data.dataset import INDEX_FILE, SET_FILE, Dataset, Store
+from slagen.training.data.dataset import Dataset
+from slagen.training.data.store import INDEX_FILE, SET_FILE, Store
 from slagen.training.data.videos import read_footage
 from slagen.training.log import read_log, validated
 from slagen.video import write_mp4

@@ -38,7 +38,7 @@ from slagen.generation import estimate as plan
 from slagen.generation.embeddings import tensor_hash
 from slagen.generation.peers import NAMES
 from slagen.training import finetune
-from slagen.training.data import dataset
+from slagen.training.data import prepare
 from slagen.wan import convert
 from slagen.wan.install import read_sla, weights_hash, write_sla
 from slagen.wan.loading import load_transformer
@@ -51,7 +51,7 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 TASKS = (
     (generate, "generate"), (batch, "batch"), (cluster, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
-    (convert, "merge"), (finetune, "finetune"), (dataset, "prepare"), (bench, "bench"), (doctor, "examine"),
+    (convert, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (doctor, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 

@@ -169,7 +169,7 @@ def test_a_prompt_behind_two_hyphens(monkeypatch):
 def test_where_a_text_is_cut_is_told():
     from wan_models import build_pipeline
 
-    from slagen.training.data.dataset import _encode_texts
+    from slagen.training.data.encode import encode_texts
     from slagen.wan.texts import tell_cut
 
     tokenizer = build_pipeline().tokenizer
@@ -184,7 +184,7 @@ def test_where_a_text_is_cut_is_told():
     store = SimpleNamespace(add=lambda *parts: None, flush=lambda: None)
     texts = {f"{i} " + "circle " * 20: str(i) for i in range(12)}
     source = SimpleNamespace(defaults=SimpleNamespace(max_sequence_length=8))
-    _encode_texts(pipe, list(texts), texts, store, source, events.append)
+    encode_texts(pipe, list(texts), texts, store, source, events.append)
     warned = [event.text for event in events if event.kind == "warning"]
     assert len(warned) == 10 and "has 22 tokens" in warned[0] and warned[-1].endswith("(12 texts are cut)")
 

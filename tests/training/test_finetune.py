@@ -31,6 +31,8 @@ from slagen.training import finetune as task
 from slagen.training import log as training_log
 from slagen.training import trainer
 from slagen.training.checkpoints import read_latest
+from slagen.training.data import dataset, encode
+from slagen.training.data import prepare as preparing
 from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import Team
 from slagen.training.finetune import finetune
@@ -255,14 +257,12 @@ def test_other_settings_are_refused(toy, tmp_path):
 
 
 def test_other_data_are_refused_before_they_are_made(toy, tmp_path, monkeypatch):
-    from slagen.training.data import dataset
-
     model, _ = toy
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     config = settings(model, tmp_path / "out", self_generate=tmp_path / "prompts.txt", steps=1)
     finetune(config)
     before = (tmp_path / "out" / "data" / "dataset.json").read_bytes()
-    monkeypatch.setattr(dataset, "prepare", lambda *_: pytest.fail("prepared"))
+    monkeypatch.setattr(preparing, "prepare", lambda *_: pytest.fail("prepared"))
     assert config.data.clips_per_prompt == 3
     more = dataclasses.replace(config.data, clips_per_prompt=4)
     for other, name in ((dataclasses.replace(config, data=more), "clips_per_prompt"),
@@ -732,8 +732,6 @@ def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
     needs("av", "slagen[finetune]")
     from test_footage import write_video
 
-    from slagen.training.data import dataset
-
     model, _ = toy
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -741,8 +739,8 @@ def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
         write_video(raw / f"{number}.mp4", [60 * number, 40], [0, 2000], (64, 64))
         (raw / f"{number}.txt").write_text("a red circle")
     encoded = []
-    real = dataset.encode_video
-    monkeypatch.setattr(dataset, "encode_video", lambda vae, frames: encoded.append(frames.shape) or real(vae, frames))
+    real = encode.encode_video
+    monkeypatch.setattr(encode, "encode_video", lambda vae, frames: encoded.append(frames.shape) or real(vae, frames))
     command = ["finetune", "data", str(raw), "--output", str(tmp_path / "data"), "--model", str(model), "--size",
                "64x64", "--num-frames", "9", "--device", "cpu", "--json"]  # fmt: skip
     assert run(command) == 0
@@ -760,12 +758,10 @@ def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
 
 
 def prepare(model, path, output, held_out=None, dtype="fp32"):
-    from slagen.training.data import dataset
-
     config = DataConfig(str(path), held_out=held_out, width=64, height=64, num_frames=9)
     base = GenerateConfig("-", model=str(model), device="cpu", dtype=dtype)
     told = []
-    return dataset.prepare(config, base, output, output.parent / "cache", 0, told.append), told
+    return preparing.prepare(config, base, output, output.parent / "cache", 0, told.append), told
 
 
 def test_what_a_data_set_may_be(toy, tmp_path):
@@ -820,8 +816,6 @@ def test_all_faults_come_before_the_first_clip_is_encoded(toy, tmp_path, monkeyp
     needs("av", "slagen[finetune]")
     from test_footage import write_ramp
 
-    from slagen.training.data import dataset
-
     model, _ = toy
     raw, data = tmp_path / "raw", tmp_path / "data"
     raw.mkdir()
@@ -838,13 +832,13 @@ def test_all_faults_come_before_the_first_clip_is_encoded(toy, tmp_path, monkeyp
     made, _ = prepare(model, raw, data)
     assert len(made.training) == 2
     (raw / "0.txt").write_text("a star")
-    monkeypatch.setattr(dataset, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(preparing, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(model, raw, data)
     assert not dataset.is_prepared(data)
     monkeypatch.undo()
     (data / "decoded.txt").write_bytes(b"\xff\x00 damaged")
-    monkeypatch.setattr(dataset, "encode_video", lambda vae, frames: torch.full((16, 3, 8, 8), torch.nan))
+    monkeypatch.setattr(encode, "encode_video", lambda vae, frames: torch.full((16, 3, 8, 8), torch.nan))
     write_ramp(raw / "1.mp4", step=4, size=(64, 64))
     with pytest.raises(SlagenError, match="1.mp4 becomes numbers that are not finite"):
         prepare(model, raw, data)

@@ -12,7 +12,8 @@ from conftest import needs
 from PIL import Image
 
 from slagen.errors import EnvironmentProblem, UsageError
-from slagen.training.data.videos import Cut, Footage, plan_cuts, read_cut, read_footage
+from slagen.training.data.clips import Cut, plan_cuts, read_cut
+from slagen.training.data.videos import Footage, read_footage
 
 av = needs("av", "slagen[finetune]")
 FULL = Cut(64, 48, 17, 8)
@@ -167,7 +168,7 @@ def test_a_damaged_video_is_refused_and_does_not_hang(tmp_path):
     (tmp_path / "a.mp4").write_bytes(content)
     code = (
         "import sys; from pathlib import Path; from slagen.errors import UsageError\n"
-        "from slagen.training.data.videos import Cut, read_cut\n"
+        "from slagen.training.data.clips import Cut, read_cut\n"
         "for _ in range(5):\n"
         "    try: read_cut(Path(sys.argv[1]), Cut(64, 48, 57, 16))\n"
         "    except UsageError as error: print(error)\n"

@@ -529,12 +529,12 @@ def finetune_data(
     from slagen.cli.progress import GenerateProgress
 
     with GenerateProgress() as progress:
-        from slagen.training.data import dataset as task
+        from slagen.training.data import prepare
         from slagen.training.finetune import default_model
 
         seed, device = settings.pop("seed"), settings["device"]
         base = GenerateConfig("-", **{**settings, "model": default_model(settings["model"], device)})
-        data = task.prepare(config, base, user_path(output), user_path(CACHE), seed, progress)
+        data = prepare.prepare(config, base, user_path(output), user_path(CACHE), seed, progress)
     show_data(data, as_json)
 
 

@@ -38,7 +38,7 @@ from slagen.io.text import counted
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.settings import names_where, settings_of
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
-from slagen.training.data import dataset
+from slagen.training.data import dataset, prepare
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, join, own_part, whole
 from slagen.training.log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
@@ -357,7 +357,7 @@ class _Run:
             return dataset.open_dataset(user_path(data.path), source, cache)
         folder = self.folder / "data"
         if self.team.first:
-            dataset.prepare(data, self.base, folder, cache, self.config.seed, self.tell)
+            prepare.prepare(data, self.base, folder, cache, self.config.seed, self.tell)
         self.team.wait()
         return dataset.open_dataset(folder, source, cache)
 

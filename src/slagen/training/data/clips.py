@@ -1,0 +1,202 @@
+"""Choose the size and length of each video's clip, and decode it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slagen.errors import EnvironmentProblem, UsageError
+from slagen.io.text import counted
+from slagen.training.data.deinterlace import is_interlaced, whole_frames
+from slagen.training.data.videos import Footage
+
+RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
+LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
+MIN_FRAMES = 5  # unless still pictures are asked for
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of a video that becomes a clip: its beginning, resampled in time, scaled and cropped around the middle.
+
+    Args:
+        width, height: in pixels. num_frames: 4k + 1. fps: of the clip.
+        interlaced: the video's frames are two fields of different moments, of which whole frames are made.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    interlaced: bool = False
+
+
+def tell(faults: list[str]) -> None:
+    """Raise UsageError with all that is wrong with a data set, if anything is."""
+    if faults:
+        count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UsageError(f"the data set has {count}:", *faults)
+
+
+def plan_cuts(
+    footage: list[Footage], full: Cut, grid: int, faults: Sequence[str] = (),
+    on_look: Callable[[int], None] = lambda number: None,
+) -> list[Cut]:  # fmt: skip
+    """Look at every video and choose the form of its clip: the nearest of a few sizes, the longest of a few lengths.
+
+    Args:
+        full: the largest area and length. grid: width and height are multiples of this.
+        faults: of the set, known before. on_look: told of each video's number before it is looked at.
+    Raises: UsageError with those, and every video that cannot be read, has no pictures, or is too short.
+    """
+    sizes = _sizes(full, grid)
+    fewest = min(full.num_frames, MIN_FRAMES)
+    lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
+    found, cuts = list(faults), []
+    for number, item in enumerate(footage):
+        on_look(number)
+        try:
+            duration, unit, width, height, interlaced = _probe(item.path, full.num_frames / full.fps + 1)
+        except _Unreadable as error:
+            found.append(f"{item.where}: {item.path.name} {error}")
+            continue
+        frames = math.floor((duration + _slack(unit, full)) * full.fps) + 1
+        length = next((length for length in lengths if length <= frames), None)
+        if length is None:
+            least = (lengths[-1] - 1) / full.fps
+            found.append(
+                f"{item.where}: {item.path.name} is {duration:.2f} s long, but at least {least:.2f} s are needed"
+            )
+            continue
+        best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+        cuts.append(Cut(*best, length, full.fps, interlaced))
+    tell(found)
+    return cuts
+
+
+def _slack(unit: float, cut: Cut) -> float:
+    """How far a timestamp may be off, in seconds: containers round it to units of theirs, Matroska to milliseconds."""
+    return min(unit, 0.25 / cut.fps) + 1e-6
+
+
+def _sizes(full: Cut, grid: int) -> list[tuple[int, int]]:
+    """Sizes of about one area: the model's own, that upside down, and a few ratios between."""
+    sizes = [(full.width, full.height), (full.height, full.width)]
+    for ratio in RATIOS:
+        width = int(math.sqrt(full.width * full.height * ratio) / grid + 1e-6) * grid
+        height = int(full.width * full.height / max(width, 1) / grid + 1e-6) * grid
+        if width and height:
+            sizes.append((width, min(height, round(width / ratio / grid) * grid or grid)))
+    return list(dict.fromkeys(sizes))
+
+
+class _Unreadable(Exception):
+    """Why a video cannot be used."""
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise EnvironmentProblem("reading videos needs PyAV. Install it: pip install 'slagen[finetune]'") from error
+    return av
+
+
+def _open(path: Path) -> Any:
+    """A container of a kind that holds its own pictures."""
+    return _av().open(str(path.absolute()), metadata_errors="replace", options={"format_whitelist": FORMATS})
+
+
+def _shape(stream: Any, frame: Any) -> tuple[float, float, int]:
+    """Width and height as they are to be seen, in pixels, and by how many quarters of a turn to the left they are."""
+    turns = round(frame.rotation / 90) % 4
+    width, height = frame.width * float(stream.sample_aspect_ratio or 1), float(frame.height)
+    return (height, width, turns) if turns % 2 else (width, height, turns)
+
+
+def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]:
+    """Seconds from the first frame to the last, or `enough`, and of a unit of time; width and height of one frame, and
+    whether the first few are interlaced."""
+    av = _av()
+    try:
+        with _open(path) as container:
+            if not container.streams.video:
+                raise _Unreadable("has sound but no pictures")
+            stream = container.streams.video[0]
+            frames = container.decode(stream)
+            frame = next(frames, None)
+            if frame is None:
+                raise _Unreadable("holds no frame")
+            width, height, _ = _shape(stream, frame)
+            interlaced = frame.interlaced_frame or is_interlaced(frames)
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            packets = (packet for packet in container.demux(stream) if not packet.is_discard)
+            unit = float(stream.time_base)
+            first = last = frame.pts  # what lies before the first frame that can be decoded is never shown
+            for packet in packets:
+                if packet.pts is not None:
+                    first = packet.pts if first is None else first
+                    last = packet.pts if last is None else max(last, packet.pts)
+                    if (last - first) * unit > enough:
+                        break
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise _Unreadable(f"cannot be decoded ({error})") from error
+    duration = (last - first) * unit if first is not None and last is not None else 0.0
+    return duration, unit, width, height, interlaced
+
+
+def read_cut(path: Path, cut: Cut) -> np.ndarray:
+    """A clip of a video: at each of its times, the frame that is shown then by the video's own timestamps.
+
+    Returns: (num_frames, height, width, 3) uint8 RGB.
+    Raises: UsageError where the video ends too soon or cannot be decoded.
+    """
+    av = _av()
+    picked: list[np.ndarray] = []
+    shown: Any = None
+    start = last = math.nan
+    try:
+        with _open(path) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            slack = _slack(float(stream.time_base), cut)
+            for frame, time in whole_frames(container, stream):
+                start = time if shown is None else start
+                if shown is not None and time < last:
+                    raise UsageError(
+                        f"{path} has timestamps that go back. Write it anew: ffmpeg -i {path.name} new.mp4"
+                    )
+                while shown is not None and len(picked) < cut.num_frames:
+                    if len(picked) / cut.fps + start >= time - slack:
+                        break
+                    picked.append(_fit(shown, stream, cut))
+                shown, last = frame, time
+                if len(picked) == cut.num_frames:
+                    break
+            while shown is not None and len(picked) < cut.num_frames:
+                if len(picked) / cut.fps + start > last + slack:
+                    break
+                picked.append(_fit(shown, stream, cut))
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise UsageError(f"{path} cannot be decoded ({error}).") from error
+    if len(picked) < cut.num_frames:
+        raise UsageError(
+            f"{path} gives {counted(len(picked), 'frame')} at {cut.fps} a second, but {cut.num_frames} are needed."
+        )
+    return np.stack(picked)
+
+
+def _fit(frame: Any, stream: Any, cut: Cut) -> np.ndarray:
+    """A frame as it is to be seen, scaled to cover the clip's size, and cropped around its middle."""
+    width, height, turns = _shape(stream, frame)
+    factor = max(cut.width / width, cut.height / height)
+    size = max(cut.width, round(width * factor)), max(cut.height, round(height * factor))
+    lying = size[::-1] if turns % 2 else size
+    picture = frame.to_ndarray(format="rgb24", width=lying[0], height=lying[1], interpolation="BICUBIC")
+    left, top = (size[0] - cut.width) // 2, (size[1] - cut.height) // 2
+    return np.ascontiguousarray(np.rot90(picture, turns)[top : top + cut.height, left : left + cut.width])

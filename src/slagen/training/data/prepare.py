@@ -1,0 +1,75 @@
+"""Prepare a data set for training: encode its videos or generate them, into a folder that can be resumed."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from slagen.config import DataConfig, GenerateConfig
+from slagen.errors import SlagenError, UsageError
+from slagen.events import Event
+from slagen.generation.resolve import Weights, find_weights
+from slagen.io.files import write_json
+from slagen.io.paths import check_utf8, user_path
+from slagen.training.data.dataset import VERSION, Dataset, encoder_identity
+from slagen.training.data.encode import encode_videos
+from slagen.training.data.self_generate import generate_clips
+from slagen.training.data.store import SET_FILE, Store
+
+
+def prepare(
+    config: DataConfig, base: GenerateConfig, folder: Path, cache: Path, seed: int, on_event: Callable[[Event], None]
+) -> Dataset:
+    """Encode a set of videos, or have the dense model make one, into a folder; what is there already is kept.
+
+    Args:
+        base: model, device and dtype; its weights, if any, are a whole transformer.
+        seed: which clips are held out, and with what noise own ones are made.
+    Raises: UsageError with every fault of the set, WeightsError for a broken model.
+    """
+    if base.dtype == "fp16":
+        raise UsageError("small numbers are lost in fp16. Try --dtype bf16, or fp32.")
+    weights = find_weights(
+        dataclasses.replace(base, attention="dense", backend="auto"),
+        lambda text: on_event(Event("note", text)), transformer=config.self_generate is not None,
+    )  # fmt: skip
+    if weights.dtype == torch.float16:  # picked for a card without bf16
+        weights = dataclasses.replace(weights, dtype=torch.float32)
+    check_utf8(folder)
+    raw = None if config.path is None else user_path(config.path)
+    if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
+        raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            return _prepare(config, base, weights, folder, cache, seed, on_event)
+    except Timeout as error:
+        raise SlagenError(f"another slagen prepares {folder}. Wait for it, or give another --output.") from error
+    except OSError as error:
+        raise SlagenError(
+            f"{error.filename or folder}: {error.strerror or error}. Mend that and start again."
+        ) from error
+
+
+def _prepare(
+    config: DataConfig, base: GenerateConfig, weights: Weights, folder: Path, cache: Path, seed: int,
+    on_event: Callable[[Event], None],
+) -> Dataset:  # fmt: skip
+    make = generate_clips if config.self_generate is not None else encode_videos
+    store = Store(folder)
+    store.sweep()
+    store.drop_changed()
+    clips, negative, fps = make(config, base, weights, store, cache, seed, on_event)
+    store.flush()
+    content = {
+        "version": VERSION, "identity": encoder_identity(weights.source, cache), "model": weights.source.name,
+        "negative": negative, "negative_prompt": weights.source.defaults.negative_prompt, "fps": fps,
+        "clips": [dataclasses.asdict(clip) for clip in clips],
+    }  # fmt: skip
+    try:
+        write_json(folder / SET_FILE, content)
+    except OSError as error:
+        raise SlagenError(f"{folder / SET_FILE} cannot be written ({error}). Free some space.") from error
+    return Dataset(folder)
