@@ -37,7 +37,7 @@ DOORS = {
     "matplotlib": {"plot"},
     "ray": {"batch"},
     "av": {"training"},
-    "peft": {"wan"},
+    "peft": {"training"},
     "PIL": {"training"},
     "bitsandbytes": {"training"},
     "jinja2": {"html"},

@@ -8,6 +8,7 @@ import pytest
 
 from slagen.html import Card, contact_sheet
 from slagen.training import log as training_log
+from slagen.training.page import write_page
 from slagen.video import make_thumbnail, write_mp4
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -43,7 +44,7 @@ def training(tmp_path):
     for step in range(1, 21):
         add("step", {"step": step, "loss": 1 / step, "error": 0.5, "grad_norm": 1.0, "proj_norms": [step, 2 * step]})
     layers = {"before": [0.5, 0.6], "after": [0.2, 0.3]}
-    return training_log.write_page(tmp_path, "a <run>", {"steps": "20"}, layers, PROMPTS[:2])
+    return write_page(tmp_path, "a <run>", {"steps": "20"}, layers, PROMPTS[:2])
 
 
 @pytest.fixture(params=[sheet])

@@ -99,63 +99,16 @@ class Card:
     @property
     def thumbnail(self) -> str:
         """The small MP4 as a data URI."""
-        return "" if self.video is None else _data_uri(self.video)
+        return "" if self.video is None else data_uri(self.video)
 
 
 def contact_sheet(title: str, cards: list[Card]) -> str:
     """The HTML of a page with a playing thumbnail of every video, sortable."""
-    return _render(SHEET, title=title, rows=cards, orders=ORDERS)
+    return render(SHEET, title=title, rows=cards, orders=ORDERS)
 
 
-TRAINING = (
-    HEAD
-    + """\
-  h1 { font-size: 1.2rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-  dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0; }
-  dt { opacity: .7; } dd { margin: 0; }
-  section { display: grid; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); gap: 1rem; }
-  section svg { width: 100%; height: auto; background: white; border-radius: .5rem; }
-  figcaption { padding: .5rem .7rem; overflow-wrap: anywhere; }
-</style>
-<h1>{{ title }}</h1>
-<dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
-<h2>Curves</h2>
-<section>{% for chart in charts %}<div>{{ chart|safe }}</div>{% endfor %}</section>
-<h2>Dense beside what was tuned, the same prompts and seeds</h2>
-<section>
-{% for pair in pairs %}
-  <figure>
-    <video src="{{ pair.source }}" autoplay loop muted playsinline></video>
-    <figcaption>step {{ pair.step }}: {{ pair.caption }} (<a href="./{{ pair.file|urlencode }}">file</a>)</figcaption>
-  </figure>
-{% endfor %}
-</section>
-</html>
-"""
-)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A side-by-side clip of a training: after which step, of what prompt, as a small MP4, and its file."""
-
-    step: int
-    caption: str
-    video: bytes
-    file: str
-
-    @property
-    def source(self) -> str:
-        """The small MP4 as a data URI."""
-        return _data_uri(self.video)
-
-
-def training_page(title: str, facts: dict[str, str], charts: list[str], pairs: list[Pair]) -> str:
-    """The HTML of a page on a training: facts, curves (SVG elements), and clips."""
-    return _render(TRAINING, title=title, facts=facts, charts=charts, pairs=pairs)
-
-
-def _render(page: str, **content: Any) -> str:
+def render(page: str, **content: Any) -> str:
+    """The HTML of a Jinja template; every text in it is escaped."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "finalize": _harmless}
     return Environment(**options).from_string(page).render(**content)
 
@@ -164,5 +117,6 @@ def _harmless(value: Any) -> Any:
     return escaped(value) if type(value) is str else value
 
 
-def _data_uri(video: bytes) -> str:
+def data_uri(video: bytes) -> str:
+    """An MP4 as a data URI."""
     return "data:video/mp4;base64," + base64.b64encode(video).decode()

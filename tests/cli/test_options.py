@@ -11,6 +11,7 @@ from slagen.config import GenerateConfig
 from slagen.errors import UsageError
 from slagen.generation import peers, sizes
 from slagen.settings import changed, option, settings_of
+from slagen.training import resume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,10 @@ def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatc
 
 
 def test_a_new_option_does_not_stop_a_training_that_was_begun_without_it(monkeypatch, tmp_path):
-    from slagen.training import finetune
-
-    monkeypatch.setitem(finetune.DEFAULTS, "sparkle", 0)
-    finetune._compare({"lr": 1.0}, {"lr": 1.0, "sparkle": 0}, tmp_path, but=())
+    monkeypatch.setitem(resume.DEFAULTS, "sparkle", 0)
+    resume.compare_settings({"lr": 1.0}, {"lr": 1.0, "sparkle": 0}, tmp_path, but=())
     with pytest.raises(UsageError, match="sparkle was 0 and is 3"):
-        finetune._compare({"lr": 1.0}, {"lr": 1.0, "sparkle": 3}, tmp_path, but=())
+        resume.compare_settings({"lr": 1.0}, {"lr": 1.0, "sparkle": 3}, tmp_path, but=())
 
 
 def test_every_field_of_a_config_has_a_help_or_is_no_option():

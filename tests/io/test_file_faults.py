@@ -200,7 +200,7 @@ def bench(request, toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batch, "POLL_S", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "root" / "tmp"))
     monkeypatch.setenv("HOME", str(tmp_path / "root" / "home"))
-    monkeypatch.setattr("slagen.training.log.draw_chart", lambda chart: "<svg></svg>")  # matplotlib keeps files there
+    monkeypatch.setattr("slagen.training.page.draw_chart", lambda chart: "<svg></svg>")  # matplotlib keeps files there
     return Bench(COMMANDS[request.param], toy, tmp_path, capsys)
 
 

@@ -26,7 +26,7 @@ from slagen.doctor import selftest
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import decode, generate, memory, resolve
 from slagen.training import distributed as parallel
-from slagen.training import finetune
+from slagen.training import finetune, setup
 from slagen.wan import loading, processor
 from slagen.wan.presets import BUNDLED, CUDA_DEFAULT, PRESETS
 
@@ -159,8 +159,8 @@ def test_the_model_of_a_card(card, monkeypatch):
     monkeypatch.setattr(resolve, "resolve_model", lambda *args, **options: bundled)
     assert resolve.find_weights(GenerateConfig("-", device="cuda")).notes == ()
     assert "no CUDA device" in resolve.find_weights(GenerateConfig("-", device="cpu")).notes[0]
-    assert finetune.default_model(None, "auto") == finetune.DEFAULT_ON_CUDA == "wan2.1-t2v-1.3b"
-    assert finetune.default_model(None, "cpu") is None
+    assert setup.default_model(None, "auto") == setup.DEFAULT_ON_CUDA == "wan2.1-t2v-1.3b"
+    assert setup.default_model(None, "cpu") is None
 
 
 def test_a_plan_for_a_card_that_is_not_here(capsys):

@@ -204,7 +204,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "training/finetune.py::_Run._recomputes": {
         "test_a_card_recomputes_activations": ("self.team.device.type == 'cuda'",)
     },
-    "training/finetune.py::default_model": {
+    "training/setup.py::default_model": {
         "test_the_model_of_a_card": ("pick_device(device).type == 'cuda'", "DEFAULT_ON_CUDA")
     },
     "training/finetune.py::finetune": {"test_finetune_out_of_memory": ("torch.OutOfMemoryError",)},

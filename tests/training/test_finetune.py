@@ -28,8 +28,7 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.generation.resolve import find_weights
 from slagen.interrupts import stopping
 from slagen.training import finetune as task
-from slagen.training import log as training_log
-from slagen.training import trainer
+from slagen.training import output_folder, page, trainer
 from slagen.training.checkpoints import read_latest
 from slagen.training.data import dataset, encode
 from slagen.training.data import prepare as preparing
@@ -64,8 +63,8 @@ def plain_pictures(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "write_mp4", keep)
         patch.setattr(task, "read_mp4", np.load)
-        patch.setattr(training_log, "draw_chart", lambda chart: "<svg></svg>")
-        patch.setattr(training_log, "make_thumbnail", lambda path, width: b"")
+        patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
+        patch.setattr(page, "make_thumbnail", lambda path, width: b"")
         yield
 
 
@@ -123,8 +122,8 @@ def test_it_learns_and_writes_what_it_measured(toy, tmp_path, true_pictures):
     assert [line["step"] for line in steps] == list(range(1, 31))
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and len(line["proj_norms"]) == 2 for line in steps)
     assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0, 10, 20, 30]
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert page.count("<svg") == 5 and page.count("data:video/mp4;base64,") == 8 and "a red circle" in page
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert html.count("<svg") == 5 and html.count("data:video/mp4;base64,") == 8 and "a red circle" in html
     assert sum(isinstance(event, task.Progress) for event in said) == 30
     metadata, _ = read_sla(result.weights)
     assert (metadata.steps, metadata.trained, metadata.config.sparsity) == (30, "all", 0.6)
@@ -645,7 +644,7 @@ def test_a_disk_too_small_is_told_before_the_first_step(toy, tmp_path, monkeypat
 
 def test_two_runs_in_one_folder(toy, tmp_path):
     model, data = toy
-    with task._only_one(tmp_path / "out"), pytest.raises(SlagenError, match="is at work in"):
+    with output_folder.hold_folder(tmp_path / "out"), pytest.raises(SlagenError, match="is at work in"):
         finetune(settings(model, tmp_path / "out", data=data))
     (tmp_path / "file").write_text("")
     with pytest.raises(SlagenError, match="takes no files") as caught:
@@ -979,7 +978,8 @@ def test_the_1_3b_is_planned_to_fit_on_80_gb():
     from diffusers import WanTransformer3DModel
 
     from slagen.config import TrainingDefaults
-    from slagen.training.trainer import Recipe, memory_plan
+    from slagen.training.models import memory_plan
+    from slagen.training.trainer import Recipe
     from slagen.wan.loading import RANDOM_INIT, wan_config
 
     with torch.device("meta"):

@@ -16,7 +16,7 @@ UNUSED = (
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own, with these arguments to the command."""
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "support")])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300,
@@ -108,7 +108,7 @@ def test_a_library_leaves_nothing_out():
 from slagen.cli.main import run
 assert run(["generate", "x", "--model", "./nowhere"]) == 2
 from wan_models import build_transformer
-from slagen.wan.install import add_lora
+from slagen.training.lora import add_lora
 model = build_transformer()
 add_lora(model, 2, 0)
 print(sum(".lora_A." in name for name, _ in model.named_parameters()))

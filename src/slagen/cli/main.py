@@ -530,7 +530,7 @@ def finetune_data(
 
     with GenerateProgress() as progress:
         from slagen.training.data import prepare
-        from slagen.training.finetune import default_model
+        from slagen.training.setup import default_model
 
         seed, device = settings.pop("seed"), settings["device"]
         base = GenerateConfig("-", **{**settings, "model": default_model(settings["model"], device)})

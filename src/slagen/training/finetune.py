@@ -9,21 +9,20 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
 from slagen.attention import registry
 from slagen.attention.registry import parameter_group
 from slagen.attention.sla.method import branches_of
-from slagen.config import CACHE, FinetuneConfig, GenerateConfig, TrainingDefaults
+from slagen.config import CACHE, FinetuneConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
@@ -36,23 +35,29 @@ from slagen.io.files import append, delete, sweep, write_json, writing
 from slagen.io.paths import check_utf8, user_path
 from slagen.io.text import counted
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
-from slagen.settings import names_where, settings_of
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
+from slagen.training.comparison import side_by_side
 from slagen.training.data import dataset, prepare
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, join, own_part, whole
-from slagen.training.log import CLIPS, LOG, PAGE, add_line, cut_log, validated, write_page
-from slagen.training.metrics import LEVELS, layer_errors, noise_levels, side_by_side, velocity_error
-from slagen.training.trainer import Recipe, StepResult, Trainer, memory_plan, optimizer_8bit
+from slagen.training.log import CLIPS, LOG, add_line, cut_log, validated
+from slagen.training.loop import tensorboard_writer
+from slagen.training.lora import LORA_RANK, add_lora, lora_config
+from slagen.training.metrics import LEVELS, layer_errors, noise_levels, velocity_error
+from slagen.training.models import memory_plan
+from slagen.training.output_folder import MARK, RESULT, TENSORBOARD, TRANSFORMER_FILE, hold_folder
+from slagen.training.page import PAGE, write_page
+from slagen.training.result import FinetuneResult
+from slagen.training.resume import ANYTIME, compare_settings
+from slagen.training.setup import default_model, training_schedule
+from slagen.training.trainer import Recipe, StepResult, Trainer, optimizer_8bit
 from slagen.video import check_ffmpeg, read_mp4, write_mp4
 from slagen.wan.install import (
     SLAMetadata,
-    add_lora,
     apply_sla,
     find_sla_file,
     install_projections,
     load_sla,
-    lora_config,
     plain_name,
     read_metadata,
     trained_tensors,
@@ -63,38 +68,8 @@ from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
 from slagen.wan.processor import install, installation
 from slagen.wan.sequence_parallel import split_tokens
 
-RESULT, TENSORBOARD = "result.json", "tensorboard"
-TRANSFORMER_FILE = "transformer.safetensors"
-MARK = ".slagen-finetune"  # in a folder that a run here writes to
-DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
-LORA_RANK = 32
 MAX_HELD_OUT = 16  # clips that an error is measured on
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
-ANYTIME = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))  # learns the same
-DEFAULTS = {setting.field: setting.default for setting in settings_of(FinetuneConfig)}
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a training came to.
-
-    Args:
-        output: the folder. weights: what `slagen generate --weights` takes: the file, or the folder where the
-            transformer that was trained is no model's own and so lies beside it.
-        teacher_error_before, teacher_error_after: relative L2 error of the velocity to the dense teacher's, on clips
-            that were never trained on, without guidance; after: of the very weights that were written.
-        steps: of the optimiser, in all. seconds: of training, in all. page: curves and clips.
-        rank: of the process that says so, under torchrun.
-    """
-
-    output: Path
-    weights: Path
-    steps: int
-    teacher_error_before: float
-    teacher_error_after: float
-    seconds: float
-    page: Path
-    rank: int = 0
 
 
 @dataclass
@@ -134,7 +109,7 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
         tell = on_event if team.first else lambda event: None
         run = _Run(config, folder, team, tell)
-        with _only_one(folder) if team.first else nullcontext():
+        with hold_folder(folder) if team.first else nullcontext():
             try:
                 return run.run()
             except torch.OutOfMemoryError as error:
@@ -147,28 +122,6 @@ def finetune(config: FinetuneConfig, on_event: Tell = lambda event: None) -> Fin
                     f"{error.filename or folder}: {error.strerror or error}. Mend that, start again, and it goes on "
                     "from its last checkpoint."
                 ) from error
-
-
-def default_model(name: str | None, device: str) -> str | None:
-    """The model that is trained where none is named: generate's own, but on CUDA."""
-    return name or (DEFAULT_ON_CUDA if pick_device(device).type == "cuda" else None)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the output folder. Raises SlagenError where another run has it, or it takes no files."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise SlagenError(f"another slagen finetune is at work in {folder}. Give another --output.") from error
-    except OSError as error:
-        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Stopped(Exception):
@@ -211,7 +164,7 @@ class _Run:
                 f"anneal_from is {config.anneal_from:g}, but sparsity rises from there to {self.sla.sparsity:g}. "
                 "Give less."
             )
-        self.schedule = _schedule(config, self.weights.source.defaults.training)
+        self.schedule = training_schedule(config, self.weights.source.defaults.training)
         if self.schedule.batch_size % team.data_size:
             raise UsageError(
                 f"batch_size is {self.schedule.batch_size}, but {team.data_size} processes share it. Give a multiple."
@@ -254,12 +207,12 @@ class _Run:
         self._check_foreign()
         self.settings = self._settings()
         if found is not None:  # before data are made, and after
-            _compare(found[1].get("settings"), self.settings, self.folder, but=("data", "data_options"))
+            compare_settings(found[1].get("settings"), self.settings, self.folder, but=("data", "data_options"))
             self._compare_data_options(found[1]["settings"].get("data_options"))
         self.data = self._data()
         self.settings["data"] = self.data.hash
         if found is not None:
-            _compare(found[1].get("settings"), self.settings, self.folder, but=("data_options",))
+            compare_settings(found[1].get("settings"), self.settings, self.folder, but=("data_options",))
         self._check_tokens()
         self.tell(Event("stage", "load"))
         self.student, self.teacher = self._models()
@@ -344,7 +297,7 @@ class _Run:
         """Raise UsageError for data that are sure to be others, before they are made; their hash decides in the end."""
         now = self.settings["data_options"]
         both = {name for name, value in (before or {}).items() if value is not None and now.get(name) is not None}
-        _compare({name: before[name] for name in both}, {name: now[name] for name in both}, self.folder, but=())
+        compare_settings({name: before[name] for name in both}, {name: now[name] for name in both}, self.folder, but=())
 
     def _data(self) -> Dataset:
         """The prepared data, prepared by the first process where it is raw."""
@@ -464,7 +417,7 @@ class _Run:
         text = "a checkpoint after this step, then the end; press Ctrl-C again to stop now"
         with (
             stopping(self.stop, lambda: self.tell(Event("warning", text)), repeated_s=0 if team.size == 1 else 5),
-            _tensorboard(self.folder, self.config.tensorboard and team.first, step, self.tell) as board,
+            tensorboard_writer(self.folder, self.config.tensorboard and team.first, step, self.tell) as board,
         ):
             while step < steps:
                 if team.agree(self.stop.is_set()):  # during a validation
@@ -711,40 +664,3 @@ class _Run:
 
     def _trained(self) -> str:
         return self.config.train if self.config.attention == "sla" else f"{self.config.train}, {self.config.attention}"
-
-
-def _schedule(config: FinetuneConfig, defaults: TrainingDefaults) -> TrainingDefaults:
-    """The model's own numbers, with what the user said in their place."""
-    names = ("steps", "lr", "proj_multiplier", "warmup_steps", "batch_size", "micro_batch", "caption_dropout")
-    return dataclasses.replace(defaults, **{n: getattr(config, n) for n in names if getattr(config, n) is not None})
-
-
-def _compare(before: Any, now: dict[str, Any], folder: Path, but: tuple[str, ...]) -> None:
-    """Raise UsageError where a run would go on with other settings than it began with, some of them apart."""
-    if not isinstance(before, dict):
-        raise UsageError(f"{folder} holds a checkpoint without settings. Begin anew with --restart.")
-    names = sorted({*before, *now} - {*but})
-    before = {**{name: DEFAULTS.get(name) for name in now}, **before}  # an older checkpoint lacks what is new
-    changed = [name for name in names if before.get(name) != now.get(name)]
-    if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
-        raise UsageError(
-            f"{folder} holds a run with other settings: {told}. Give the same ones, another --output, or begin anew "
-            "with --restart."
-        )
-
-
-@contextmanager
-def _tensorboard(folder: Path, wanted: bool, step: int, tell: Callable[[Event], None]) -> Iterator[Any]:
-    """A writer of event files after a step, or None; where TensorBoard is not installed, one line says so."""
-    if not wanted:
-        yield None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        tell(Event("warning", "no TensorBoard files: it is not installed (pip install 'slagen[tensorboard]')"))
-        yield None
-        return
-    with SummaryWriter(folder / TENSORBOARD, purge_step=step + 1) as board:
-        yield board

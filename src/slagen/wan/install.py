@@ -15,7 +15,7 @@ from torch import Tensor
 from slagen.attention.registry import parameter_group
 from slagen.attention.sla.functional import Branches
 from slagen.config import Backend, SLAConfig
-from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.reading import PICKLE_SUFFIXES
 from slagen.formats.sla import SLAMetadata, check_contents, gaps, with_contents
@@ -238,28 +238,6 @@ def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | No
             save_file(kept, part, metadata=None if metadata is None else with_contents(metadata, kept).to_strings())
     except (OSError, SafetensorError) as error:
         raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
-
-
-LORA_TARGETS = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
-
-
-def add_lora(transformer: WanTransformer3DModel, rank: int, seed: int) -> None:
-    """Put fresh low-rank changes, which change nothing yet, beside the linear layers of self-attention.
-
-    Raises: EnvironmentProblem where peft is not installed.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformer.add_adapter(lora_config(rank))
-
-
-def lora_config(rank: int = 1) -> Any:
-    """What `add_lora` tells peft. Raises EnvironmentProblem where that is not installed."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise EnvironmentProblem("--train lora needs peft. Install it: pip install 'slagen[finetune]'") from error
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
 
 
 def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:

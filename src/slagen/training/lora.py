@@ -1,0 +1,31 @@
+"""Low-rank adapters (LoRA) on self-attention, by peft."""
+
+from typing import Any
+
+import torch
+
+from slagen.errors import EnvironmentProblem
+
+LORA_TARGETS = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+
+
+def add_lora(transformer: Any, rank: int, seed: int) -> None:
+    """Put fresh low-rank changes, which change nothing yet, beside the linear layers of self-attention.
+
+    Raises: EnvironmentProblem where peft is not installed.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer.add_adapter(lora_config(rank))
+
+
+def lora_config(rank: int = 1) -> Any:
+    """What `add_lora` tells peft. Raises EnvironmentProblem where that is not installed."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise EnvironmentProblem("--train lora needs peft. Install it: pip install 'slagen[finetune]'") from error
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS)
+
+
+LORA_RANK = 32
