@@ -20,7 +20,8 @@ from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.config import SLAConfig
 from slagen.io.files import write_json
 from slagen.machine import cpu_name
-from slagen.wan.loading import load_pipeline, resolve_model
+from slagen.wan.loading import load_pipeline
+from slagen.wan.models import resolve_model
 from slagen.wan.processor import install, processors
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from slagen.batch.manifest import digest
 from slagen.config import DataConfig, FinetuneConfig, GenerateConfig
+from slagen.formats.sla import read_sla, write_sla
 from slagen.generation.embeddings import tensor_hash
 from slagen.generation.generate import generate
 from slagen.training.finetune import finetune
-from slagen.wan.install import read_sla, write_sla
-from slagen.wan.presets import bundled_folder
+from slagen.wan.folder import bundled_folder
 
 RUNS: dict[str, dict[str, Any]] = {
     "sla": {}, "sla, reference": {"backend": "reference"}, "sla, blocks of 32": {"block_m": 32, "block_n": 32},

@@ -30,6 +30,7 @@ from slagen.batch.run import Times, write_page
 from slagen.cli.main import run
 from slagen.config import SLAConfig
 from slagen.errors import GateError, SlagenError, UsageError, WeightsError
+from slagen.formats.sla import read_sla
 from slagen.generation import provenance as told
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.prompts import read_prompts
@@ -40,9 +41,8 @@ from slagen.training.data.store import INDEX_FILE, SET_FILE, Store
 from slagen.training.data.videos import read_footage
 from slagen.training.log import read_log, validated
 from slagen.video import write_mp4
-from slagen.wan.install import read_sla
+from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.loading import load_pipeline
-from slagen.wan.presets import bundled_folder, describe_folder
 
 gguf = needs("gguf", "slagen[gguf]")
 COUNT = int(os.environ.get("SLAGEN_SOAK_DAMAGED", 0))  # of the long proof

@@ -11,7 +11,8 @@ import slagen
 from slagen import config, errors
 from slagen.errors import UsageError, for_the_command_line, in_python
 from slagen.settings import settings_of
-from slagen.wan.presets import BUNDLED, PRESETS
+from slagen.wan.folder import BUNDLED
+from slagen.wan.presets import PRESETS
 
 ROOT = Path(slagen.__file__).parent
 CONFIGS = (config.GenerateConfig, config.FinetuneConfig, config.BatchConfig, config.BenchConfig, config.DataConfig)

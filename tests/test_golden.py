@@ -33,6 +33,7 @@ from slagen.cli.main import run
 from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
+from slagen.formats.sla import read_sla, weights_hash, write_sla
 from slagen.generation import decode, generate, replay
 from slagen.generation import estimate as plan
 from slagen.generation.embeddings import tensor_hash
@@ -40,9 +41,8 @@ from slagen.generation.peers import NAMES
 from slagen.training import finetune
 from slagen.training.data import prepare
 from slagen.wan import convert
-from slagen.wan.install import read_sla, weights_hash, write_sla
-from slagen.wan.loading import load_transformer
-from slagen.wan.presets import bundled_folder, describe_folder
+from slagen.wan.folder import bundled_folder, describe_folder
+from slagen.wan.transformer import load_transformer
 
 GOLDEN = Path(__file__).parent / "golden"
 RENEW = os.environ.get("SLAGEN_GOLDEN") == "renew"

@@ -16,7 +16,7 @@ from slagen.cli.main import run
 from slagen.cli.output.finetune import show_data
 from slagen.doctor import checks as doctor
 from slagen.training.data.dataset import Dataset
-from slagen.wan.presets import bundled_folder
+from slagen.wan.folder import bundled_folder
 
 ANY_NAMES = {"versions", "versions_changed", "break_even_tokens", "even_tokens"}  # of packages, of shapes
 VIDEO = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--device", "cpu"]

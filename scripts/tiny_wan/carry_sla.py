@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from slagen.formats.model_files import SLA_FILE
-from slagen.wan.install import read_sla, weights_hash
+from slagen.formats.sla import read_sla, weights_hash
 
 
 def main() -> None:

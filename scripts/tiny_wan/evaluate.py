@@ -15,10 +15,14 @@ from checker import check
 from encode import held_out_scenes
 from scenes import SHAPES, SIZES, Size, caption
 
+from slagen.formats.sla import read_sla
 from slagen.generation.report import versions
 from slagen.machine import DTYPES, describe_device
-from slagen.wan.install import apply_sla, load_sla, read_sla, remove_sla
-from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
+from slagen.wan.install import apply_sla, load_sla, remove_sla
+from slagen.wan.loading import load_pipeline
+from slagen.wan.models import resolve_model
+from slagen.wan.samplers import set_sampler
+from slagen.wan.vae import decode_latents
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ("dense", "critical only, untuned", "SLA tuned")

@@ -95,7 +95,10 @@ def adherence(run: Run) -> dict:
     from slagen.formats.transformer import read_checkpoint
     from slagen.machine import describe_device
     from slagen.wan.install import apply_sla, load_sla
-    from slagen.wan.loading import decode_latents, load_pipeline, resolve_model, set_sampler
+    from slagen.wan.loading import load_pipeline
+    from slagen.wan.models import resolve_model
+    from slagen.wan.samplers import set_sampler
+    from slagen.wan.vae import decode_latents
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = resolve_model("tiny-wan", device.type)

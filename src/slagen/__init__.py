@@ -17,7 +17,7 @@ _HOMES = {
     "load_sla": "slagen.wan.install",
     "save_sla": "slagen.wan.install",
     "remove_sla": "slagen.wan.install",
-    "SLAMetadata": "slagen.wan.install",
+    "SLAMetadata": "slagen.formats.sla",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -16,9 +16,10 @@ from wan_models import build_transformer
 from slagen.cli.main import _Help, app, run
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.gguf_files import SCALES, check_values
+from slagen.formats.merge import merge
+from slagen.formats.peek import peek
 from slagen.formats.reading import read_tensors
-from slagen.formats.transformer import peek, read_checkpoint
-from slagen.wan.convert import merge
+from slagen.formats.transformer import read_checkpoint
 
 
 def pickled(name, tmp_path):

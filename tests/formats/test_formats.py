@@ -17,15 +17,20 @@ from wan_models import build_pipeline, build_transformer, save_pipeline
 from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.kinds import identify
+from slagen.formats.merge import merge
+from slagen.formats.peek import peek
 from slagen.formats.published import TURBO_SLA
-from slagen.formats.transformer import peek, read_checkpoint
+from slagen.formats.sla import read_metadata
+from slagen.formats.transformer import read_checkpoint
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
-from slagen.wan.convert import convert, info, merge
-from slagen.wan.install import install_projections, read_metadata
-from slagen.wan.loading import build_transformer as load
-from slagen.wan.loading import load_transformer, load_vae
-from slagen.wan.presets import describe_folder
+from slagen.wan.convert import convert
+from slagen.wan.folder import describe_folder
+from slagen.wan.info import info
+from slagen.wan.install import install_projections
+from slagen.wan.transformer import build_transformer as load
+from slagen.wan.transformer import load_transformer
+from slagen.wan.vae import load_vae
 
 
 @pytest.fixture(scope="module")

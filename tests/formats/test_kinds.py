@@ -13,17 +13,22 @@ import slagen
 from slagen.cli.main import run
 from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.headers import read_header
 from slagen.formats.kinds import REFUSALS, identify
-from slagen.formats.model_files import read_header
+from slagen.formats.merge import merge
+from slagen.formats.peek import peek
 from slagen.formats.published import TURBO_SLA
-from slagen.formats.transformer import peek, read_checkpoint
+from slagen.formats.sla import SLAMetadata, read_metadata, weights_hash
+from slagen.formats.sla_settings import read_sla_config
+from slagen.formats.transformer import read_checkpoint
 from slagen.generation.resolve import make_plan
-from slagen.wan.convert import convert, info, merge
-from slagen.wan.install import SLAMetadata, load_sla, read_metadata, save_sla, weights_hash
-from slagen.wan.loading import build_transformer as load
-from slagen.wan.loading import load_vae
-from slagen.wan.presets import bundled_folder, describe_folder, read_sla_config
+from slagen.wan.convert import convert
+from slagen.wan.folder import bundled_folder, describe_folder
+from slagen.wan.info import info
+from slagen.wan.install import load_sla, save_sla
 from slagen.wan.processor import installation, remove
+from slagen.wan.transformer import build_transformer as load
+from slagen.wan.vae import load_vae
 
 QUIET = ["--device", "cpu"]
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

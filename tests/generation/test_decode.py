@@ -177,7 +177,7 @@ def test_a_hub_model_that_only_a_file_names_is_not_fetched(video, tmp_path, caps
         raise SlagenError("fetched")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("slagen.wan.loading.fetch_pipeline", fetch)
+    monkeypatch.setattr("slagen.wan.models.fetch_pipeline", fetch)
     if command == "decode":
         path = changed(
             video, tmp_path / "x.safetensors", about=lambda c: c["report"]["settings"].update(model="evil/m")
@@ -189,7 +189,7 @@ def test_a_hub_model_that_only_a_file_names_is_not_fetched(video, tmp_path, caps
     told = " ".join(capsys.readouterr().err.split())
     assert "was made with the hub model evil/m; give --model evil/m to fetch it" in told and not fetched
     assert run([command, str(path), "--model", "evil/m", "--local-files-only"]) == 1
-    monkeypatch.setattr("slagen.wan.loading.is_cached", lambda repo_id: True)
+    monkeypatch.setattr("slagen.wan.models.is_cached", lambda repo_id: True)
     assert run([command, str(path)]) == 1
     assert fetched == [("evil/m", True), ("evil/m", False)]
 

@@ -240,7 +240,7 @@ def test_words_the_bundled_model_does_not_know_are_named(tmp_path):
 
 
 def test_the_bundled_model_is_small_and_whole():
-    from slagen.wan.loading import bundled_folder
+    from slagen.wan.folder import bundled_folder
 
     folder = bundled_folder()
     assert sum(f.stat().st_size for f in Path(folder).rglob("*")) <= 30 * 2**20

@@ -13,7 +13,7 @@ from slagen.errors import SlagenError
 from slagen.generation import estimate as planning
 from slagen.generation import memory
 from slagen.generation.resolve import make_plan
-from slagen.wan.presets import bundled_folder, describe_folder
+from slagen.wan.folder import bundled_folder, describe_folder
 
 MEASURED = {  # GiB from the loaded bundled model to the peak, fp32, one thread, AMD EPYC, 2026-11-25: SLA and dense
     (128, 128, 17): (0.166, 0.169), (256, 256, 17): (0.359, 0.471), (512, 512, 17): (0.727, 0.711),

@@ -13,12 +13,13 @@ from wan_models import build_transformer, save_pipeline
 from slagen.cli.main import run
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.formats.model_files import read_header
+from slagen.formats.headers import read_header
 from slagen.formats.names import is_untuned
 from slagen.generation import estimate as planning
 from slagen.generation.generate import _claimed_paths
 from slagen.generation.resolve import make_plan
-from slagen.wan.presets import PRESETS, WAN_1_3B, WAN_14B, bundled_folder
+from slagen.wan.folder import bundled_folder
+from slagen.wan.presets import PRESETS, WAN_1_3B, WAN_14B
 
 
 def plan(**settings):

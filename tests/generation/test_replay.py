@@ -131,7 +131,7 @@ def test_the_bundled_weights_of_another_installation(monkeypatch, tmp_path):
     import hashlib
 
     from slagen.generation.replay import _find_weights
-    from slagen.wan.presets import bundled_folder
+    from slagen.wan.folder import bundled_folder
 
     own = hashlib.sha256((bundled_folder() / "sla.safetensors").read_bytes()).hexdigest()
     elsewhere = "/home/alice/slagen/weights/tiny-wan/sla.safetensors"

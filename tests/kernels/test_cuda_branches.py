@@ -27,8 +27,9 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import decode, generate, memory, resolve
 from slagen.training import distributed as parallel
 from slagen.training import finetune, setup
-from slagen.wan import loading, processor
-from slagen.wan.presets import BUNDLED, CUDA_DEFAULT, PRESETS
+from slagen.wan import loading, models, processor
+from slagen.wan.folder import BUNDLED
+from slagen.wan.presets import CUDA_DEFAULT, PRESETS
 
 if torch.cuda.is_available():
     pytest.skip("needs a machine without CUDA, where a fake takes its place", allow_module_level=True)
@@ -150,12 +151,12 @@ def test_memory_is_given_back(card):
 def test_the_model_of_a_card(card, monkeypatch):
     """Where none is named: one that a card runs; nothing on a card is said of a bundled model."""
     asked = []
-    monkeypatch.setattr(loading, "fetch_weights", lambda weights, **options: asked.append(weights))
-    monkeypatch.setattr(loading, "fetch_pipeline", lambda base, **options: loading.bundled_folder())
-    source = loading.resolve_model(None, "cuda")
+    monkeypatch.setattr(models, "fetch_weights", lambda weights, **options: asked.append(weights))
+    monkeypatch.setattr(models, "fetch_pipeline", lambda base, **options: models.bundled_folder())
+    source = models.resolve_model(None, "cuda")
     assert source.name == CUDA_DEFAULT and asked == [PRESETS[CUDA_DEFAULT].weights]
-    assert loading.resolve_model(None, "cpu").name == BUNDLED
-    bundled = loading.resolve_model(None, "cpu")
+    assert models.resolve_model(None, "cpu").name == BUNDLED
+    bundled = models.resolve_model(None, "cpu")
     monkeypatch.setattr(resolve, "resolve_model", lambda *args, **options: bundled)
     assert resolve.find_weights(GenerateConfig("-", device="cuda")).notes == ()
     assert "no CUDA device" in resolve.find_weights(GenerateConfig("-", device="cpu")).notes[0]
@@ -411,7 +412,7 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     config = SimpleNamespace(attention_head_dim=16)
     pipe = SimpleNamespace(transformer=SimpleNamespace(config=config))
     source = SimpleNamespace(name="toy", defaults=None)
-    monkeypatch.setattr(loading, "resolve_model", lambda *args, **options: source)
+    monkeypatch.setattr(models, "resolve_model", lambda *args, **options: source)
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
     for name in ("install", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)

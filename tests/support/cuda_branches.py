@@ -283,7 +283,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "wan/loading.py::place": {
         "test_parts_move_one_at_a_time_to_a_small_card": ("device.type != 'cuda'", "torch.cuda.mem_get_info")
     },
-    "wan/loading.py::resolve_model": {"test_the_model_of_a_card": ("device_type == 'cuda'", "CUDA_DEFAULT")},
+    "wan/models.py::resolve_model": {"test_the_model_of_a_card": ("device_type == 'cuda'", "CUDA_DEFAULT")},
     "wan/rotary.py::_is_proven": {
         "test_rotary.py::test_nothing_is_tried_while_a_graph_is_captured": (
             "x.is_cuda",

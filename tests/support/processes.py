@@ -25,7 +25,7 @@ def start(task: Callable[..., Any], arguments: list[Any], output: Path, **enviro
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_run, args=(task, arguments, str(output), environment))
     with pytest.MonkeyPatch.context() as patch:  # the first process of all imports what is preloaded
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent / "src"), str(HERE)]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parents[1] / "src"), str(HERE)]))
         patch.setenv("OMP_NUM_THREADS", "1")
         process.start()
     return process

@@ -11,11 +11,11 @@ from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import join, whole
 from slagen.training.metrics import velocity_error
 from slagen.training.trainer import Recipe, Trainer
+from slagen.wan.folder import describe_folder
 from slagen.wan.install import apply_sla
-from slagen.wan.loading import load_transformer
-from slagen.wan.presets import describe_folder
 from slagen.wan.processor import install
 from slagen.wan.sequence_parallel import split_tokens
+from slagen.wan.transformer import load_transformer
 
 SLA = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
 SCHEDULE = TrainingDefaults(

@@ -25,6 +25,7 @@ from slagen.attention.registry import parameter_group
 from slagen.cli.main import run
 from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.formats.sla import read_sla
 from slagen.generation.resolve import find_weights
 from slagen.interrupts import stopping
 from slagen.training import finetune as task
@@ -38,10 +39,10 @@ from slagen.training.finetune import finetune
 from slagen.training.log import read_log
 from slagen.training.metrics import layer_errors, noise_levels, velocity_error
 from slagen.training.trainer import Trainer
-from slagen.wan.install import load_sla, read_sla, remove_sla
-from slagen.wan.loading import load_transformer
-from slagen.wan.presets import describe_folder
+from slagen.wan.folder import describe_folder
+from slagen.wan.install import load_sla, remove_sla
 from slagen.wan.processor import install
+from slagen.wan.transformer import load_transformer
 
 pytestmark = pytest.mark.slow
 
@@ -980,7 +981,7 @@ def test_the_1_3b_is_planned_to_fit_on_80_gb():
     from slagen.config import TrainingDefaults
     from slagen.training.models import memory_plan
     from slagen.training.trainer import Recipe
-    from slagen.wan.loading import RANDOM_INIT, wan_config
+    from slagen.wan.transformer import RANDOM_INIT, wan_config
 
     with torch.device("meta"):
         student = WanTransformer3DModel(**wan_config(RANDOM_INIT["wan-1.3b"]))

@@ -8,7 +8,8 @@ from wan_models import build_pipeline, build_transformer, run
 import slagen
 from slagen.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
-from slagen.wan.install import SLAMetadata, load_sla, save_sla, weights_hash
+from slagen.formats.sla import SLAMetadata, weights_hash
+from slagen.wan.install import load_sla, save_sla
 from slagen.wan.processor import processors
 
 accelerate = pytest.importorskip("accelerate")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from wan_models import build_pipeline
 
-from slagen.wan.loading import set_sampler
 from slagen.wan.rcm import RCMScheduler
+from slagen.wan.samplers import set_sampler
 
 ANGLES = (1.5, 1.4, 1.0)
 

@@ -15,22 +15,19 @@ from wan_models import build_pipeline, build_transformer, save_pipeline
 import slagen
 from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import SlagenError, WeightsError
-from slagen.formats.reading import component_files
-from slagen.formats.sla import FORMAT_VERSION, tensors_hash
+from slagen.formats.folders import component_files
+from slagen.formats.sla import FORMAT_VERSION, SLAMetadata, read_sla, tensors_hash, weights_hash
 from slagen.generation.generate import Session
 from slagen.generation.resolve import find_weights
-from slagen.wan.convert import info as describe
+from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.hub import closed_hub
-from slagen.wan.install import SLAMetadata, load_sla, read_sla, save_sla, weights_hash
-from slagen.wan.loading import (
-    decode_latents,
-    load_pipeline,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    resolve_model,
-)
-from slagen.wan.presets import bundled_folder, describe_folder
+from slagen.wan.info import info as describe
+from slagen.wan.install import load_sla, save_sla
+from slagen.wan.loading import load_pipeline
+from slagen.wan.models import resolve_model
+from slagen.wan.text_encoder import load_text_encoder
+from slagen.wan.transformer import load_transformer
+from slagen.wan.vae import decode_latents, load_vae
 
 CPU = torch.device("cpu")
 

@@ -13,10 +13,13 @@ import slagen
 from slagen.attention import SparseLinearAttention
 from slagen.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.sla import SLAMetadata, read_sla, weights_hash, write_sla
 from slagen.timing import StepRecorder
-from slagen.wan.install import SLAMetadata, load_sla, read_sla, save_sla, weights_hash, write_sla
-from slagen.wan.loading import EMBEDDINGS, load_pipeline, load_text_encoder, resolve_model
+from slagen.wan.install import load_sla, save_sla
+from slagen.wan.loading import load_pipeline
+from slagen.wan.models import resolve_model
 from slagen.wan.processor import attach_recorder, install, processors
+from slagen.wan.text_encoder import EMBEDDINGS, load_text_encoder
 
 CONFIG = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
 CPU = torch.device("cpu")

@@ -421,7 +421,8 @@ def _models(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The denoising loop, dense with each dense backend of PyTorch and with SLA at each sparsity, as config says."""
-    from slagen.wan.loading import load_pipeline, random_pipeline, resolve_model
+    from slagen.wan.loading import load_pipeline, random_pipeline
+    from slagen.wan.models import resolve_model
     from slagen.wan.processor import install, remove
 
     name: str

@@ -320,7 +320,7 @@ def info(
     from slagen.cli.output.weights import show_info
     from slagen.generation import latents
     from slagen.generation import replay as past
-    from slagen.wan import convert as task
+    from slagen.wan import info as task
 
     place = user_path(path)
     show_info(past.describe(place) or latents.describe_latents(place) or task.info(path), as_json)
@@ -443,7 +443,7 @@ def merge(
     Example: slagen merge rcm.pth merged.safetensors --diff-base wan.safetensors --diff-target wan-sla.pth
     """
     from slagen.cli import console
-    from slagen.wan import convert as task
+    from slagen.formats import merge as task
 
     made = task.merge(
         base,

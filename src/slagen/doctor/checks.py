@@ -137,7 +137,8 @@ def _kernels_on(device: torch.device) -> Finding:
 def _bundled_model() -> Finding:
     """Load the bundled model, which also checks that its UMT5 embedding is tied."""
     try:
-        from slagen.wan.loading import load_pipeline, resolve_model
+        from slagen.wan.loading import load_pipeline
+        from slagen.wan.models import resolve_model
 
         source = resolve_model("tiny-wan", "cpu")
         pipe = load_pipeline(source, torch.device("cpu"), torch.float32)

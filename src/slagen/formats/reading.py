@@ -16,15 +16,15 @@ from torch import Tensor
 
 from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.formats.bounds import check_pickle
+from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.gguf_files import read_gguf
-from slagen.formats.model_files import SLA_FILE, check_content, check_no_shard, read_shards
+from slagen.formats.headers import check_content, check_no_shard
 from slagen.formats.quantised import NOT_READ
 from slagen.io.files import no_file
 from slagen.io.paths import check_utf8
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}
-USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 TRAINING_STATE = ("optim", "scheduler", "lr_scheduler", "scaler", "grad_scaler", "critic", "fake_score")  # left alone
 DEPTH = 8  # of dictionaries in a pickle; real ones have two or three
 
@@ -78,34 +78,6 @@ def read_component(folder: Path) -> dict[str, Any]:
                 raise WeightsError(f"{folder} holds {name} in two of its shards. Get the model again.")
             tensors[name] = tensor
     return tensors
-
-
-def transformer_folder(folder: Path) -> Path:
-    """A pipeline's transformer folder, or the folder itself. Raises WeightsError for a pipeline that has two."""
-    if (folder / "transformer_2").is_dir():
-        raise WeightsError(
-            f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video, which has one."
-        )
-    return folder / "transformer" if (folder / "transformer").is_dir() else folder
-
-
-def component_files(folder: Path) -> list[Path]:
-    """The safetensors of one component, from its index where there is one. Raises WeightsError."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SLA_FILE]
-        usual = [file for file in files if file.name in USUAL_NAMES]
-        if len(usual or files) == 1:  # beside the usual name may lie the same weights in another precision
-            return usual or files
-        what = "no safetensors" if not files else f"{len(files)} safetensors and no index"
-        pickles = sorted(folder.glob("*.bin")) if not files else []
-        why = f" ({pickles[0].name} is a pickle, which can run code)" if pickles else ""
-        raise WeightsError(f"{folder} holds {what}{why}. Get the model's safetensors: one file, or all of its shards.")
-    shards = read_shards(indices[0])
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise WeightsError(f"{folder} lacks the shard {missing[0]}. Get the model again.")
-    return shards
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:

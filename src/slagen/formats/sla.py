@@ -1,4 +1,4 @@
-"""What an SLA file says of itself, and whether it still holds what it was written with."""
+"""SLA weight files (`sla.safetensors`): read, checked and written, with the metadata that describe them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from slagen.attention.registry import parameter_group
 from slagen.config import SLAConfig
-from slagen.errors import UsageError, WeightsError
-from slagen.formats.model_files import SLA_FILE, read_strings
+from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.formats.headers import read_strings
+from slagen.formats.model_files import SLA_FILE
+from slagen.formats.reading import PICKLE_SUFFIXES
+from slagen.io.files import no_file, writing
 from slagen.io.forms import one_of, sha256
+from slagen.io.paths import check_utf8
 
 FORMAT_VERSION = 2
 UNLISTED = 1  # the version that does not list its tensors
@@ -129,3 +136,90 @@ def gaps(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     whole = sum(name in tensors for name in state) > 0.9 * len(state)
     wanted = state if whole else [name for names in usual for name in names]
     return [name for name in wanted if name not in tensors]
+
+
+def weights_hash(transformer: nn.Module) -> str:
+    """SHA-256 of a transformer's tensors by name, rounded to bfloat16 so that the load dtype does not matter."""
+    return state_hash(transformer.state_dict())
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """`weights_hash` of a transformer with these tensors by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def find_sla_file(path: Path) -> Path:
+    """The SLA file that a path names: itself, or `sla.safetensors` in a folder. Raises WeightsError."""
+    if path.is_dir():
+        path = path / SLA_FILE
+        if not path.is_file():
+            raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
+    if not path.is_file():
+        raise no_file(path, f"Give a {SLA_FILE}, or a folder with one, with --weights.")
+    if path.suffix in PICKLE_SUFFIXES:
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."
+        )
+    return path
+
+
+def read_metadata(path: str | Path) -> SLAMetadata:
+    """What an SLA file, or the one in a folder, says of itself; its tensors are not read. Raises as `read_sla`."""
+    return _read(path, with_tensors=False)[0]
+
+
+def read_sla(path: str | Path) -> tuple[SLAMetadata, dict[str, Tensor]]:
+    """Read an SLA file or the one in a folder. Raises WeightsError if it is missing, broken or no SLA file."""
+    return _read(path, with_tensors=True)
+
+
+def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, Tensor]]:
+    file = find_sla_file(Path(path))
+    check_utf8(file)
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata = SLAMetadata.from_strings(handle.metadata(), file)
+            names = handle.keys() if with_tensors else []
+            tensors = {name: handle.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
+    if with_tensors:
+        check_contents(metadata, tensors, file)
+    return metadata, tensors
+
+
+def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | None) -> None:
+    """Write an SLA file, whole or not at all: every `proj_l`, and what else was trained, by the model's names.
+
+    A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
+    B A, to the file's own `X.weight` where it has one. Without metadata it is a plain transformer file. Raises
+    SlagenError where the disk does not take it.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with writing(file) as part:
+            save_file(kept, part, metadata=None if metadata is None else with_contents(metadata, kept).to_strings())
+    except (OSError, SafetensorError) as error:
+        raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
+
+
+def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Trained parameters as an SLA file keeps them: `proj_l` in float32, all else in float16; peft's names plain."""
+    return {plain_name(name): x.float() if is_projection(name) else x.half() for name, x in named.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model's files, of the one that it has beside low-rank changes."""
+    for old, new in ((".base_layer.", "."), (".lora_A.default.", ".lora_A."), (".lora_B.default.", ".lora_B.")):
+        name = name.replace(old, new)
+    return name
+
+
+def is_projection(name: str) -> bool:
+    """Whether a parameter was learned by an attention method, such as `proj_l` of SLA; others are the model's own."""
+    return parameter_group(name) is not None

@@ -15,6 +15,7 @@ import torch
 from slagen import machine
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
+from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.generate import CPU, warn_of_one_colour
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
@@ -22,9 +23,10 @@ from slagen.generation.result import GenerateResult, Video
 from slagen.io.files import check_writable, reserved, staging, write_json
 from slagen.io.paths import user_path
 from slagen.video import check_ffmpeg, encode_mp4, not_written
-from slagen.wan.install import weights_hash
-from slagen.wan.loading import check_told_model, decode_latents, load_pipeline, resolve_model
-from slagen.wan.presets import ModelSource
+from slagen.wan.folder import ModelSource
+from slagen.wan.loading import load_pipeline
+from slagen.wan.models import check_told_model, resolve_model
+from slagen.wan.vae import decode_latents
 
 LESS = "Close other programs, or take --device cuda where there is a card"  # of this machine's memory
 

@@ -11,24 +11,15 @@ from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.config import GenerateConfig, ModelDefaults
 from slagen.errors import SlagenError, UsageError
-from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE, check_no_shard, read_header, read_strings
+from slagen.formats.headers import check_no_shard, read_header, read_strings
+from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.names import is_untuned
+from slagen.formats.sla_settings import read_sla_config
 from slagen.generation import memory
 from slagen.io.files import no_file
 from slagen.io.paths import is_video, user_path
-from slagen.wan.presets import (
-    BUNDLED,
-    PRESETS,
-    Preset,
-    bundled_folder,
-    check_sampler,
-    describe_folder,
-    is_hub_id,
-    never_tuned,
-    num_tokens,
-    read_sla_config,
-    unknown_model,
-)
+from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, is_hub_id, num_tokens
+from slagen.wan.presets import PRESETS, Preset, check_sampler, never_tuned, unknown_model
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
 TEXT_ENCODER_PARAMETERS = 5_680_000_000

@@ -27,6 +27,7 @@ from slagen.attention.sla.method import branches_of
 from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
+from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import memory, report
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.resolve import SIGMA_MAX, Plan, find_weights, make_plan
@@ -36,10 +37,12 @@ from slagen.io.paths import is_video, user_path
 from slagen.io.text import counted, quote
 from slagen.timing import StepRecorder
 from slagen.video import check_ffmpeg, encode_mp4, not_written
-from slagen.wan.install import SLAMetadata, apply_sla, find_sla_file, install_projections, load_sla, weights_hash
-from slagen.wan.loading import decode_latents, load_pipeline, set_sampler
+from slagen.wan.install import apply_sla, install_projections, load_sla
+from slagen.wan.loading import load_pipeline
 from slagen.wan.processor import attach_recorder, denoising, install_method, processors
+from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
+from slagen.wan.vae import decode_latents
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from slagen.errors import WeightsError
-from slagen.formats.model_files import read_header, read_strings
+from slagen.formats.headers import read_header, read_strings
 from slagen.io.files import no_file, writing
 from slagen.io.forms import Kind, matching, sha256, whole
 from slagen.io.text import to_json

@@ -19,9 +19,10 @@ import psutil
 
 from slagen.attention.cost import ModelShape
 from slagen.errors import SlagenError, WeightsError
-from slagen.formats.model_files import read_header, read_json
+from slagen.formats.headers import read_header
+from slagen.formats.model_files import read_json
 from slagen.io.text import counted
-from slagen.wan.presets import ModelSource
+from slagen.wan.folder import ModelSource
 
 GIB = 2**30
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

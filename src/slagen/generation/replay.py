@@ -17,8 +17,9 @@ from slagen.generation.provenance import describe
 from slagen.io.files import file_hash, scratch
 from slagen.io.paths import user_path
 from slagen.settings import names_where
-from slagen.wan.loading import check_told_model
-from slagen.wan.presets import BUNDLED, PRESETS, bundled_folder, is_hub_id
+from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
+from slagen.wan.models import check_told_model
+from slagen.wan.presets import PRESETS
 
 AS_THEY_ARE = names_where(GenerateConfig, lambda option: option.pixels) - {  # told under the same name
     "width", "height", "sparsity", "sla_topk", "ode",

@@ -20,14 +20,15 @@ from slagen.attention.protocol import Method
 from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.transformer import UNTOLD, Found, peek
+from slagen.formats.peek import UNTOLD, Found, peek
+from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
-from slagen.wan.install import read_metadata
-from slagen.wan.loading import resolve_model
-from slagen.wan.presets import ModelSource, check_sampler, never_tuned
+from slagen.wan.folder import ModelSource
+from slagen.wan.models import resolve_model
+from slagen.wan.presets import check_sampler, never_tuned
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 

@@ -26,6 +26,15 @@ from slagen.config import CACHE, FinetuneConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
+from slagen.formats.sla import (
+    SLAMetadata,
+    find_sla_file,
+    plain_name,
+    read_metadata,
+    trained_tensors,
+    weights_hash,
+    write_sla,
+)
 from slagen.generation.embeddings import file_hashes, files_in
 from slagen.generation.generate import Session
 from slagen.generation.report import versions
@@ -52,21 +61,12 @@ from slagen.training.resume import ANYTIME, compare_settings
 from slagen.training.setup import default_model, training_schedule
 from slagen.training.trainer import Recipe, StepResult, Trainer, optimizer_8bit
 from slagen.video import check_ffmpeg, read_mp4, write_mp4
-from slagen.wan.install import (
-    SLAMetadata,
-    apply_sla,
-    find_sla_file,
-    install_projections,
-    load_sla,
-    plain_name,
-    read_metadata,
-    trained_tensors,
-    weights_hash,
-    write_sla,
-)
-from slagen.wan.loading import decode_latents, load_pipeline, load_transformer
+from slagen.wan.install import apply_sla, install_projections, load_sla
+from slagen.wan.loading import load_pipeline
 from slagen.wan.processor import install, installation
 from slagen.wan.sequence_parallel import split_tokens
+from slagen.wan.transformer import load_transformer
+from slagen.wan.vae import decode_latents
 
 MAX_HELD_OUT = 16  # clips that an error is measured on
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips

@@ -1,56 +1,38 @@
-"""convert, merge and info: weight files of any public form -> a folder that slagen and diffusers read, or words."""
+"""`slagen convert`: a weight file of any public form as a folder that slagen and diffusers read."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
-import re
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.formats.bounds import is_finite
-from slagen.formats.kinds import REFUSALS, identify
-from slagen.formats.model_files import SLA_FILE, read_header, read_json
-from slagen.formats.names import transformers
+from slagen.formats.checkpoint import Checkpoint
+from slagen.formats.kinds import identify
+from slagen.formats.model_files import SLA_FILE, read_json
+from slagen.formats.peek import UNTOLD, peek
 from slagen.formats.published import preset_of_width
-from slagen.formats.reading import gguf_kinds, read_tensors
-from slagen.formats.transformer import (
-    SETTINGS_METADATA,
-    UNTOLD,
-    Checkpoint,
-    Found,
-    SideFile,
-    check_fit,
-    peek,
-    read_checkpoint,
-)
+from slagen.formats.reading import read_tensors
+from slagen.formats.sla import SLAMetadata, weights_hash
+from slagen.formats.transformer import read_checkpoint
 from slagen.io.files import file_hash, reserved, write_json, writing
 from slagen.io.paths import check_folder, check_utf8, user_path
 from slagen.io.text import counted, quote
-from slagen.wan.install import SLAMetadata, read_metadata, save_sla, weights_hash
-from slagen.wan.loading import build_transformer, load_vae, wan_config
-from slagen.wan.presets import (
-    BUNDLED,
-    WAN_1_3B,
-    ModelSource,
-    bundled_folder,
-    describe_folder,
-)
+from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder
+from slagen.wan.install import save_sla
+from slagen.wan.presets import WAN_1_3B
 from slagen.wan.processor import install
+from slagen.wan.transformer import build_transformer, wan_config
+from slagen.wan.vae import load_vae
 
 PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 MAX_SHARD = "5GB"
@@ -219,177 +201,3 @@ def _digest(path: Path) -> str:
     for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
         digest.update(bytes.fromhex(file_hash(file)))
     return digest.hexdigest()
-
-
-def merge(
-    base: str, output: str, *, diff_base: str, diff_target: str, weight: float = 1.0, overwrite: bool = False,
-    on_note: Callable[[str], None] = lambda text: None,
-) -> Path:  # fmt: skip
-    """Add what a tuning changed to another model: W = W_base + w (W_target - W_diffbase), tensor by tensor in float32.
-
-    Args:
-        base: transformer that gets the change, such as a step-distilled one.
-        output: a .safetensors file, in diffusers' names, in the base's dtypes.
-        diff_base, diff_target: the transformer before and after tuning. What only the target has (`proj_l`) is copied;
-            what either lacks, or has in another shape, stays the base's.
-        weight: w.
-    Raises: WeightsError if a file is no transformer; UsageError for an output that exists, or a weight that is not
-        finite or takes a sum beyond its dtype.
-    Source: TurboDiffusion's merge script, github.com/thu-ml/TurboDiffusion.
-    """
-    if not math.isfinite(weight):
-        raise UsageError(f"weight is {weight}, but must be a finite number. Try --weight 1.")
-    target = user_path(output)
-    check_utf8(target)
-    if target.suffix != ".safetensors":
-        raise UsageError(
-            f"the output is {target}, but must be a .safetensors file. Try {target.with_suffix('.safetensors')}."
-        )
-    with reserved(target):
-        if target.is_dir() or (os.path.lexists(target) and not overwrite):
-            raise UsageError(f"{target} exists. Choose another output, or replace a file with --overwrite.")
-        tensors, told = _merged(base, diff_base, diff_target, weight, on_note)
-        try:
-            with writing(target, replace=overwrite) as part:
-                save_file(tensors, part, metadata=told)
-        except (OSError, SafetensorError) as error:
-            raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
-    return target
-
-
-def _merged(
-    base: str, diff_base: str, diff_target: str, weight: float, on_note: Callable[[str], None]
-) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """The merged tensors, and the metadata that tell what their SLA weights were trained with."""
-    paths = [user_path(name) for name in (base, diff_base, diff_target)]
-    start, before, after = ({**c.tensors, **c.projections} for c in map(_whole, paths))
-    told = _settings_of(peek(paths[0]), peek(paths[2]))
-    merged: dict[str, Tensor] = {}
-    kept = []
-    for name, tensor in start.items():
-        old, new = before.get(name), after.get(name)
-        if old is None or new is None or not old.shape == new.shape == tensor.shape:
-            merged[name] = tensor
-            kept.append(name)
-            continue
-        merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
-        if not is_finite(merged[name]):
-            raise UsageError(f"with a weight of {weight:g} {name} is beyond {tensor.dtype}. Try --weight 1.")
-    copied = [name for name in after if name not in start]
-    merged |= {name: after[name] for name in copied}
-    on_note(
-        f"{counted(len(start) - len(kept), 'tensor')} changed, {len(kept)} kept as in the base, "
-        f"{len(copied)} only the target's"
-    )
-    return {name: tensor.contiguous() for name, tensor in merged.items()}, told
-
-
-def _settings_of(base: Found, target: Found) -> dict[str, str] | None:
-    """The metadata that tell what a merged transformer's SLA weights were trained with; None where it has none."""
-    found = target if target.sla is not None else base
-    if found.sla is None:
-        return None
-    family = "rcm" if "rcm" in (base.sampler, target.sampler) else "flow"
-    settings = {"config": found.sla.to_dict(), "sampler_family": family, "trained": found.trained}
-    return {SETTINGS_METADATA: json.dumps(settings, sort_keys=True)}
-
-
-def _whole(path: Path) -> Checkpoint:
-    """A transformer that is whole in itself: as many tensors in every layer, none of them strange."""
-    checkpoint = read_checkpoint(path, torch.float32)
-    if not isinstance(checkpoint, Checkpoint):
-        raise WeightsError(f"{path} holds SLA weights alone. Give a whole transformer.")
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    roles = {re.sub(r"^blocks\.\d+\.", "", name) for name in shapes if name.startswith("blocks.")}
-    for layer in range(checkpoint.num_layers):
-        for role in roles:
-            shapes.setdefault(f"blocks.{layer}.{role}", torch.Size())
-    weights = [x for name, x in checkpoint.projections.items() if name.endswith("weight")]
-    check_fit(checkpoint, shapes, checkpoint.num_layers, weights[0].shape[0] if weights else 0)
-    return checkpoint
-
-
-def info(path_text: str) -> dict[str, Any]:
-    """Say what a weight file or folder is: its form, sizes and dtypes, and the norm of every layer's `proj_l`.
-
-    Raises: WeightsError if it is broken, or nothing that slagen knows.
-    """
-    path = user_path(path_text)
-    if path.is_dir() and (path / "model_index.json").is_file():
-        return _describe_pipeline(path)
-    if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
-        path = path / SLA_FILE
-    content = read_tensors(path)
-    kind = identify(content)
-    if path.suffix == ".safetensors" and "slagen" in read_header(path).get("__metadata__", {}):
-        kind = "sla"  # which may hold every tensor of a transformer, and low-rank changes
-    about: dict[str, Any] = {"path": str(path), "kind": kind}
-    tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
-    dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors.values()]
-    dtypes = gguf_kinds(path) if path.suffix == ".gguf" else dtypes
-    about |= {
-        "tensors": len(tensors), "parameters": sum(x.numel() for x in tensors.values()),
-        "dtypes": dict(Counter(dtypes)),
-    }  # fmt: skip
-    if kind == "sla":
-        return about | _describe_sla(path, tensors)
-    if kind == "side-file":
-        side = read_checkpoint(path)
-        assert isinstance(side, SideFile)
-        norms = [side.weight.norm().item()]
-        return about | {"trained_with": side.config.to_dict(), "proj_l_norms": norms, "trained": norms[0] > 0}
-    if kind != "transformer":
-        return about | {"meaning": f"this {REFUSALS[kind]}"}
-    parts = list(transformers(content))
-    if len(parts) > 1:
-        return about | {"parts": parts}
-    about |= _describe_transformer(path, not FLOAT_KINDS.issuperset(dtypes))
-    if (path / SLA_FILE).is_file():
-        about["sla_file"] = info(str(path / SLA_FILE))
-    return about
-
-
-FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
-
-
-def _describe_transformer(path: Path, quantised: bool) -> dict[str, Any]:
-    checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
-    assert isinstance(checkpoint, Checkpoint)
-    norms = _norms(checkpoint.projections)
-    about: dict[str, Any] = {
-        "layout": checkpoint.layout, "layers": checkpoint.num_layers, "width": checkpoint.width,
-        "quantised": quantised, "sampler": found.sampler or "unipc", "sla": bool(norms), "proj_l_norms": norms,
-        "trained": bool(norms) and min(norms) > 0, "faults": checkpoint.faults,
-    }  # fmt: skip
-    if found.sla is not None:
-        about["trained_with"] = found.sla.to_dict()
-    notes = [*found.notes, *([f"this {UNTOLD}"] if found.untold else [])]
-    if found.few_steps:
-        notes.append(f"the name or metadata say {found.few_steps!r}: it may be distilled to few steps without guidance")
-    return about | ({"notes": notes} if notes else {})
-
-
-def _describe_pipeline(folder: Path) -> dict[str, Any]:
-    source = describe_folder(folder, folder.resolve().name)
-    about: dict[str, Any] = {"path": str(folder), "kind": "pipeline", **vars(source.shape)}
-    about["transformer"] = info(str(folder / "transformer"))
-    if (folder / SLA_FILE).is_file():
-        about["sla_file"] = info(str(folder / SLA_FILE))
-    return about
-
-
-def _describe_sla(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    metadata = read_metadata(path)
-    norms = _norms({name: x for name, x in tensors.items() if ".proj_l." in name})
-    untold = {"config", "tensors"} if metadata.tensors is not None else {"config", "tensors", "tensors_hash"}
-    about = {name: value for name, value in vars(metadata).items() if name not in untold}
-    return {
-        "base_model": about.pop("base_model"), "trained_with": metadata.config.to_dict(), "metadata": about,
-        "layers": len(norms), "proj_l_norms": norms, "trained": bool(norms) and min(norms) > 0,
-    }  # fmt: skip
-
-
-def _norms(projections: dict[str, Tensor]) -> list[float]:
-    """The Frobenius norm of each layer's `proj_l` weight, in the layers' order."""
-    weights = {int(name.split(".")[1]): x for name, x in projections.items() if name.endswith("proj_l.weight")}
-    return [weights[layer].float().norm().item() for layer in sorted(weights)]

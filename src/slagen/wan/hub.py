@@ -25,7 +25,7 @@ from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.io.text import counted, quote
-from slagen.wan.presets import BUNDLED
+from slagen.wan.folder import BUNDLED
 
 PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]

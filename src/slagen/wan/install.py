@@ -1,83 +1,35 @@
-"""SLA weights on disk: strict, self-describing, never silently incomplete."""
+"""SLA in a Wan pipeline: install it fresh or with the weights of a file, save what was trained, remove it."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from slagen.attention.registry import parameter_group
 from slagen.attention.sla.functional import Branches
 from slagen.config import Backend, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
+from slagen.formats.checkpoint import Checkpoint
+from slagen.formats.checks import number_faults
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.reading import PICKLE_SUFFIXES
-from slagen.formats.sla import SLAMetadata, check_contents, gaps, with_contents
-from slagen.formats.transformer import UNTOLD, Checkpoint, SideFile, number_faults, peek, read_checkpoint
-from slagen.io.files import no_file, writing
-from slagen.io.paths import check_utf8
+from slagen.formats.peek import UNTOLD, peek
+from slagen.formats.side_file import SideFile
+from slagen.formats.sla import (
+    SLAMetadata,
+    gaps,
+    is_projection,
+    read_sla,
+    state_hash,
+    weights_hash,
+    write_sla,
+)
+from slagen.formats.transformer import read_checkpoint
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.processor import install, installation, remove
 from slagen.wan.saved import tell_settings
-
-
-def weights_hash(transformer: WanTransformer3DModel) -> str:
-    """SHA-256 of a transformer's tensors by name, rounded to bfloat16 so that the load dtype does not matter."""
-    return _hash(transformer.state_dict())
-
-
-def _hash(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def find_sla_file(path: Path) -> Path:
-    """The SLA file that a path names: itself, or `sla.safetensors` in a folder. Raises WeightsError."""
-    if path.is_dir():
-        path = path / SLA_FILE
-        if not path.is_file():
-            raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
-    if not path.is_file():
-        raise no_file(path, f"Give a {SLA_FILE}, or a folder with one, with --weights.")
-    if path.suffix in PICKLE_SUFFIXES:
-        raise WeightsError(
-            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."
-        )
-    return path
-
-
-def read_metadata(path: str | Path) -> SLAMetadata:
-    """What an SLA file, or the one in a folder, says of itself; its tensors are not read. Raises as `read_sla`."""
-    return _read(path, with_tensors=False)[0]
-
-
-def read_sla(path: str | Path) -> tuple[SLAMetadata, dict[str, Tensor]]:
-    """Read an SLA file or the one in a folder. Raises WeightsError if it is missing, broken or no SLA file."""
-    return _read(path, with_tensors=True)
-
-
-def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, Tensor]]:
-    file = find_sla_file(Path(path))
-    check_utf8(file)
-    try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = SLAMetadata.from_strings(handle.metadata(), file)
-            names = handle.keys() if with_tensors else []
-            tensors = {name: handle.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
-    if with_tensors:
-        check_contents(metadata, tensors, file)
-    return metadata, tensors
 
 
 def load_sla(
@@ -147,7 +99,7 @@ def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
     checkpoint = read_checkpoint(path)
     assert isinstance(checkpoint, Checkpoint)
     family = "rcm" if found.sampler == "rcm" else "flow"
-    base = _hash(checkpoint.tensors)
+    base = state_hash(checkpoint.tensors)
     return SLAMetadata(found.sla, path.name, base, found.trained, 0, family), checkpoint.projections
 
 
@@ -203,11 +155,11 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
     refuse_offloaded(transformer, "saved")
     record = installation(transformer)
     state = transformer.state_dict()
-    if record is None or not any(_is_projection(name) for name in state):
+    if record is None or not any(is_projection(name) for name in state):
         raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
     if base is None:
-        base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not _is_projection(name)}
-    if _hash(base) != metadata.base_hash:
+        base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
+    if state_hash(base) != metadata.base_hash:
         raise UsageError(
             f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so what was trained "
             "cannot be told from it. Give the tensors from before training as base."
@@ -215,41 +167,13 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
     kept = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in state.items()
-        if _is_projection(name) or (name in base and not torch.equal(tensor.cpu(), base[name].to(tensor.dtype)))
+        if is_projection(name) or (name in base and not torch.equal(tensor.cpu(), base[name].to(tensor.dtype)))
     }
     file = Path(path)
     if file.suffix != ".safetensors":
         file = file / SLA_FILE
     write_sla(kept, file, metadata)
     return file
-
-
-def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | None) -> None:
-    """Write an SLA file, whole or not at all: every `proj_l`, and what else was trained, by the model's names.
-
-    A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
-    B A, to the file's own `X.weight` where it has one. Without metadata it is a plain transformer file. Raises
-    SlagenError where the disk does not take it.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        with writing(file) as part:
-            save_file(kept, part, metadata=None if metadata is None else with_contents(metadata, kept).to_strings())
-    except (OSError, SafetensorError) as error:
-        raise SlagenError(f"{file} could not be written ({error}). Free some space, or give another folder.") from error
-
-
-def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Trained parameters as an SLA file keeps them: `proj_l` in float32, all else in float16; peft's names plain."""
-    return {plain_name(name): x.float() if _is_projection(name) else x.half() for name, x in named.items()}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model's files, of the one that it has beside low-rank changes."""
-    for old, new in ((".base_layer.", "."), (".lora_A.default.", ".lora_A."), (".lora_B.default.", ".lora_B.")):
-        name = name.replace(old, new)
-    return name
 
 
 def apply_sla(
@@ -270,10 +194,6 @@ def apply_sla(
 def remove_sla(pipe: Any) -> None:
     """Take SLA out of a Wan pipeline and put the base weights and processors back. Without SLA, do nothing."""
     remove(getattr(pipe, "transformer", pipe))
-
-
-def _is_projection(name: str) -> bool:
-    return parameter_group(name) is not None
 
 
 def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, other_blocks: bool) -> None:
@@ -309,7 +229,7 @@ def _fill(
     state = transformer.state_dict()
     faults = number_faults(tensors)
     tensors = _multiply_out(tensors, state, path)
-    missing += [name for name in state if _is_projection(name) and name not in tensors and name not in missing]
+    missing += [name for name in state if is_projection(name) and name not in tensors and name not in missing]
     faults += [f"{name} is missing" for name in missing]
     for name, tensor in tensors.items():
         if name not in state:
@@ -331,6 +251,6 @@ def _fill(
     assert record is not None
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if not _is_projection(name):
+            if not is_projection(name):
                 record.replaced[name] = state[name].detach().cpu().clone()
             state[name].copy_(tensor)

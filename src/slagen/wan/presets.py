@@ -1,22 +1,17 @@
-"""Which models there are, and what a model's folder says of itself. No torch and no network, for `slagen plan`."""
+"""The models that have a name: where their files are on the hub, their sizes and default settings. No torch here."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from slagen.attention.cost import ModelShape
 from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
-from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
-from slagen.formats.model_files import SETTINGS_KEY, check_parts, read_header, read_json, read_strings
+from slagen.errors import UsageError, WeightsError
 from slagen.formats.published import TURBO_SLA
-from slagen.io.files import kind_of_path
 from slagen.io.text import quote
-
-BUNDLED = "tiny-wan"
+from slagen.wan.folder import BUNDLED
 
 # The negative prompt of the original Wan2.1 repository (wan/configs/shared_config.py): overexposed, static, blurred
 # details, subtitles, worst quality, JPEG artefacts, ugly, extra fingers, deformed, crowded, walking backwards.
@@ -71,57 +66,6 @@ PRESETS = {
 CUDA_DEFAULT = "turbowan2.1-t2v-1.3b-480p"  # the only public SLA weights of a size that every card runs
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model lies, what to call it, and the settings it was made for.
-
-    Args:
-        folder: in diffusers layout; its transformer may hold a config alone where `weights` replaces it.
-        weights: a transformer file to use instead of the folder's.
-        patch_size: latent frames, rows and columns of a token. spatial_factor: pixels a latent row or column.
-        spatial_grid: height and width must be multiples of this many pixels.
-        temporal_factor: video frames a latent frame.
-    """
-
-    folder: Path
-    name: str
-    defaults: ModelDefaults
-    shape: ModelShape
-    spatial_grid: int = 16
-    temporal_factor: int = 4
-    weights: Path | None = None
-    patch_size: tuple[int, ...] = (1, 2, 2)
-    spatial_factor: int = 8
-
-    @property
-    def head_dim(self) -> int:
-        return self.shape.head_dim
-
-    def num_tokens(self, width: int, height: int, num_frames: int) -> int:
-        """L, the length of the self-attention sequence; sizes in pixels and video frames."""
-        return num_tokens(width, height, num_frames, self.spatial_grid, self.temporal_factor)
-
-
-def num_tokens(width: int, height: int, num_frames: int, spatial_grid: int = 16, temporal_factor: int = 4) -> int:
-    """L, the length of the self-attention sequence; sizes in pixels and video frames."""
-    frames = (num_frames - 1) // temporal_factor + 1
-    return frames * (width // spatial_grid) * (height // spatial_grid)
-
-
-def bundled_folder() -> Path:
-    """The model that travels with slagen: inside the package when installed, in weights/ in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "weights" / BUNDLED, package.parents[1] / "weights" / BUNDLED):
-        if (folder / "model_index.json").is_file():
-            return folder
-    raise EnvironmentProblem(f"the bundled model {BUNDLED} is missing from this installation. Install slagen again.")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/name."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
-
-
 def unknown_model(model: str) -> UsageError:
     """The error for a name that is no preset, folder or hub id, with the nearest name there is."""
     known = [BUNDLED, *PRESETS]
@@ -130,52 +74,6 @@ def unknown_model(model: str) -> UsageError:
         f"model {quote(model)} is no preset, folder or hub id. Presets: {', '.join(known)}. "
         f"Try --model {(close or known)[0]}."
     )
-
-
-def describe_folder(folder: Path, name: str) -> ModelSource:
-    """Read a pipeline folder's small files. Raises WeightsError if it is no Wan2.1 text-to-video pipeline."""
-    if not folder.is_dir():
-        raise WeightsError(
-            f"{folder} {kind_of_path(folder)}, but a model is a folder with a model_index.json in it. Give a diffusers "
-            "Wan2.1 folder with --model; one transformer file goes with --weights."
-        )
-    if not (folder / "model_index.json").is_file() and list(folder.glob("models_t5*.pth")):
-        raise WeightsError(
-            f"{folder} is Wan2.1 in its original layout, whose T5 text encoder diffusers does not read. Give "
-            f"--model wan2.1-t2v-1.3b (or -14b), and the transformer in this folder with --weights."
-        )
-    index = read_json(folder / "model_index.json", folder)
-    kind = index["_class_name"]
-    if kind != "WanPipeline":
-        raise WeightsError(f"{folder} holds a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder.")
-    if index.get("expand_timesteps"):
-        raise WeightsError(f"{folder} is Wan2.2 TI2V-5B, which has a VAE of its own. slagen runs Wan2.1 text-to-video.")
-    if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
-        raise WeightsError(f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video.")
-    transformer = read_json(folder / "transformer" / "config.json", folder)
-    vae = read_json(folder / "vae" / "config.json", folder)
-    check_parts(folder, ("text_encoder", "scheduler"))
-    if transformer.get("image_dim") is not None or transformer.get("in_channels") != transformer.get("out_channels"):
-        raise WeightsError(f"{folder} is an image-to-video model. slagen runs Wan2.1 text-to-video.")
-    defaults, place = ModelDefaults(), folder / "slagen.json"
-    own: dict[str, object] = (transformer.get(SETTINGS_KEY) or {}).get("defaults") or {}
-    if place.is_file() or own:
-        try:
-            defaults = ModelDefaults.from_dict(read_json(place, folder) if place.is_file() else own)
-        except WeightsError:
-            raise
-        except SlagenError as error:
-            raise WeightsError(f"{place if place.is_file() else folder / 'transformer'}: {error}") from error
-    patch = tuple(transformer.get("patch_size", (1, 2, 2)))
-    factor = vae.get("scale_factor_spatial", 8)
-    shape = ModelShape(
-        transformer.get("num_layers", 30), transformer.get("num_attention_heads", 12),
-        transformer.get("attention_head_dim", 128), transformer.get("ffn_dim", 8960), defaults.max_sequence_length,
-    )  # fmt: skip
-    return ModelSource(
-        folder, name, defaults, shape, factor * max(patch[1:]), vae.get("scale_factor_temporal", 4),
-        patch_size=patch, spatial_factor=factor,
-    )  # fmt: skip
 
 
 def check_sampler(sampler: str, distilled: bool) -> None:
@@ -198,17 +96,3 @@ def never_tuned(name: str) -> WeightsError:
         "video is poor. Give SLA weights with --weights, run these as they are with --attention dense, or go on with "
         "--allow-untrained."
     )
-
-
-def read_sla_config(path: Path) -> SLAConfig | None:
-    """What SLA weights were trained with: an SLA file's metadata say it, or the config.json in a folder where diffusers
-    saved them inside a model; None where neither does."""
-    try:
-        if path.is_dir():
-            inner = path / "transformer"
-            told = read_json(inner / "config.json", inner)[SETTINGS_KEY]
-        else:
-            told = read_strings(path, read_header(path)["__metadata__"]["slagen"], {"config": dict})
-        return SLAConfig.from_dict(told["config"])
-    except (KeyError, UsageError):
-        return None

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from slagen.errors import WeightsError
-from slagen.formats import reading
+from slagen.formats import folders
 from slagen.generation.embeddings import component_files, file_hashes
 from slagen.io import forms
 from slagen.io.documents import parse_json, read_bytes
@@ -23,7 +23,7 @@ from slagen.io.files import digest
 from slagen.io.forms import Fault, Kind, check
 from slagen.training.data.store import AGAIN, INDEX_FILE, SET_FILE, SHAPE, Store
 from slagen.training.metrics import Example
-from slagen.wan.presets import ModelSource
+from slagen.wan.folder import ModelSource
 
 VERSION = 1
 
@@ -108,7 +108,7 @@ def transformer_files(source: ModelSource) -> list[Path]:
     path = source.weights or source.folder
     if path.is_file():
         return [path]
-    return reading.component_files(path / "transformer" if (path / "transformer").is_dir() else path)
+    return folders.component_files(path / "transformer" if (path / "transformer").is_dir() else path)
 
 
 def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:

@@ -19,9 +19,10 @@ from slagen.training.data.clips import Cut, plan_cuts, read_cut, tell
 from slagen.training.data.dataset import Clip, encoder_identity
 from slagen.training.data.store import DECODED_FILE, Store
 from slagen.training.data.videos import read_footage
-from slagen.wan.loading import encode_video, load_pipeline
-from slagen.wan.presets import ModelSource
+from slagen.wan.folder import ModelSource
+from slagen.wan.loading import load_pipeline
 from slagen.wan.texts import tell_cut
+from slagen.wan.vae import encode_video
 
 MAX_TOLD = 10  # texts that are cut
 Made = tuple[list[Clip], str, int]

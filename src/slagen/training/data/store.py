@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from slagen.errors import SlagenError, WeightsError
-from slagen.formats.model_files import read_header
+from slagen.formats.headers import read_header
 from slagen.generation.embeddings import tensor_hash
 from slagen.io import forms
 from slagen.io.documents import read_lines

@@ -1,0 +1,100 @@
+"""Whether a checkpoint fits a model: every tensor there once, in the model's shape, finite and of the usual dtype."""
+
+import re
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from slagen.errors import WeightsError
+from slagen.formats.bounds import is_finite
+from slagen.formats.checkpoint import Checkpoint
+from slagen.formats.published import preset_of_width
+from slagen.formats.quantised import FLOATS
+from slagen.io.text import counted, cut
+
+
+def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers: int, head_dim: int) -> None:
+    """Hold a checkpoint against a model: every tensor there once, of the model's shape, of the usual kind of number.
+
+    TurboDiffusion's patch embedding, a matrix in its files, is given its five dimensions here.
+
+    Args:
+        shapes: of the model's tensors, by name.
+    Raises: WeightsError with the list of all that is wrong.
+    """
+    tensors, faults = checkpoint.tensors, list(checkpoint.faults)
+    width = shapes.get("patch_embedding.bias", torch.Size((checkpoint.width,)))[0]
+    if checkpoint.width and checkpoint.width != width:
+        raise WeightsError(
+            f"{checkpoint.path} is a transformer of {counted(checkpoint.num_layers, 'layer')} of width "
+            f"{checkpoint.width}, but the model is one of {counted(num_layers, 'layer')} of width "
+            f"{width}. Give its own model: --model {preset_of_width(checkpoint.width) or 'FOLDER'}."
+        )
+    name = "patch_embedding.weight"
+    flat = tensors.get(name)
+    if checkpoint.layout == "wan" and flat is not None and flat.ndim == 2 and name in shapes:
+        shape = shapes[name]
+        if tuple(flat.shape) == (shape[0], shape[1:].numel()):
+            tensors[name] = flat.reshape(shape)
+    expected = dict(shapes)
+    if checkpoint.projections:
+        for layer in range(num_layers):
+            prefix = f"blocks.{layer}.attn1.processor.proj_l."
+            expected |= {prefix + "weight": torch.Size((head_dim, head_dim)), prefix + "bias": torch.Size((head_dim,))}
+    held = {**tensors, **checkpoint.projections}
+    faults += [f"{name} is missing" for name in expected if name not in held]
+    faults += [f"{name} is unexpected" for name in held if name not in expected]
+    faults += [
+        f"{name} has the shape {tuple(tensor.shape)}, but must have {tuple(expected[name])}"
+        for name, tensor in held.items()
+        if name in expected and tensor.shape != expected[name]
+    ]
+    faults += number_faults(held, checkpoint.forms)
+    if faults:
+        more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise WeightsError(
+            f"{checkpoint.path} does not fit, and would make noise ({len(faults)} faulty): "
+            f"{'; '.join(cut(fault, 300) for fault in faults[:8])}"
+            f"{more}. Get the file again, or the model it belongs to."
+        )
+    zero = [name for name, x in checkpoint.projections.items() if name.endswith("weight") and not x.any()]
+    if zero and len(zero) < num_layers:
+        raise WeightsError(
+            f"{checkpoint.path} has an all-zero {zero[0]} beside trained ones, so a part of it was lost. Get it again."
+        )
+
+
+def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = None) -> list[str]:
+    """Tensors that are no finite floating-point numbers, or not of the kind that the same tensor of other blocks is.
+
+    Args:
+        forms: of those that were of 8 bits in the file: what they are here says nothing of it.
+    """
+    faults: list[str] = []
+    kinds: dict[str, dict[torch.dtype, list[str]]] = {}
+    sizes: Counter[torch.dtype] = Counter()
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (*FLOATS, torch.float64):
+            faults.append(f"{name} is {tensor.dtype}, but must be bfloat16, float16, float32 or float64")
+            continue
+        wide = tensor.dtype == torch.float64  # to be rounded to float32 at most
+        if not tensor.is_meta and not is_finite(tensor.float() if wide else tensor):
+            faults.append(f"{name} has values that are not finite numbers")
+        if forms and name in forms:
+            continue
+        role = re.sub(r"\.\d+(?=\.)", ".*", name)
+        kinds.setdefault(role, {}).setdefault(tensor.dtype, []).append(name)
+        sizes[tensor.dtype] += 0 if "proj_l" in name else tensor.numel()
+    for found in kinds.values():
+        rarest = min(found, key=lambda dtype: len(found[dtype]))
+        if len(found) > 1:
+            faults.append(f"{found[rarest][0]} is {rarest}, unlike in other blocks")
+    if any(form.startswith("float8") for form in (forms or {}).values()):
+        del sizes[torch.float32]  # what was kept out of fp8 is float32 and one kind in half precision, more of either
+    main = sizes.most_common(1)[0][0] if sizes else torch.float32
+    for role, found in kinds.items():  # a file in half precision may keep some in float32, but nothing else is mixed
+        for dtype in set(found) - {main, torch.float32}:
+            if "proj_l" not in role or main in FLOATS[:2]:
+                faults.append(f"{found[dtype][0]} is {dtype}, but the rest is {main}")
+    return faults

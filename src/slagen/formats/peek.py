@@ -1,0 +1,93 @@
+"""What a weight file is, from its names and metadata, without reading its tensors."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slagen.config import Sampler, SLAConfig
+from slagen.errors import WeightsError
+from slagen.formats.folders import component_files, transformer_folder
+from slagen.formats.headers import check_no_shard, read_header
+from slagen.formats.kinds import REFUSALS, hints, identify
+from slagen.formats.names import OWN_SPELLING, PROJECTION, other_parts
+from slagen.formats.published import TURBO_SLA
+from slagen.formats.reading import read_tensors
+from slagen.formats.side_file import read_side_file
+from slagen.formats.sla_settings import read_settings
+from slagen.formats.transformer import tensors_of_one
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a weight file is, without its tensors being read.
+
+    Args:
+        kind: as `identify` says it.
+        sla: what its SLA weights were trained with; None without any, or where metadata says it.
+        sampler: the sampler that it is distilled for; None for any flow-matching one.
+        trained: what was trained, as an SLA file says it; "" where that is not told.
+        untold: it holds SLA weights, and nothing says what they were trained with.
+        notes: what else to know of it.
+        few_steps: the word in its name or metadata that says it is distilled to few steps; "" where none does.
+    """
+
+    kind: str
+    sla: SLAConfig | None = None
+    sampler: Sampler | None = None
+    trained: str = ""
+    untold: bool = False
+    notes: tuple[str, ...] = ()
+    few_steps: str = ""
+
+
+UNTOLD = (
+    "holds SLA weights that diffusers saved, but nothing says what they were trained with. Give the sla.safetensors "
+    "that they came from, or save them again with this slagen, which writes it into config.json: load_sla(pipe, FILE), "
+    "pipe.save_pretrained(FOLDER)."
+)
+
+
+def peek(path: Path, part: str | None = None) -> Found:
+    """Look at a weight file's names. Raises WeightsError if it is nothing that can be run.
+
+    Args:
+        part: which transformer, where the file holds several.
+    """
+    metadata: dict[str, Any] = {}
+    if path.suffix == ".safetensors" and path.is_file():
+        check_no_shard(path)
+        content: dict[str, Any] = read_header(path)
+        metadata = content.pop("__metadata__", None) or {}
+        if "slagen" in metadata:
+            return Found("sla")  # with every tensor that was trained, which may be all of a transformer's
+        content |= read_tensors(path, lambda name: name.endswith(".comfy_quant"))
+    else:
+        content = read_headers(path) if path.is_dir() else read_tensors(path)
+    kind = identify(content)
+    if kind == "side-file":
+        return Found(kind, sla=read_side_file(path, content).config)
+    if kind not in ("transformer", "sla"):
+        raise WeightsError(f"{path} {REFUSALS[kind]}")
+    values, _ = tensors_of_one(path, content, part)
+    notes, few_steps = hints(path, metadata)
+    left = other_parts(content)
+    if left:
+        notes.append(f"{path.name} holds more than a transformer ({', '.join(left)}), of which nothing else is used")
+    found = Found(kind, notes=tuple(notes), few_steps=few_steps)
+    spellings = {match[2] for name in values if (match := PROJECTION.fullmatch(name))}
+    if OWN_SPELLING in spellings:
+        told = read_settings(path, metadata)
+        return dataclasses.replace(found, untold=told is None, **(told or {}))
+    if kind == "transformer" and spellings:
+        return dataclasses.replace(found, sla=TURBO_SLA, sampler="rcm")
+    return found
+
+
+def read_headers(folder: Path) -> dict[str, Any]:
+    """The tensors of a folder's transformer as the headers of its files tell of them."""
+    entries: dict[str, Any] = {}
+    for file in component_files(transformer_folder(folder)):
+        entries |= read_header(file)
+    entries.pop("__metadata__", None)
+    return entries
