@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen import __version__
+from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import sparse_linear_attention
-from slagen.config import Backend, SLAConfig
 from slagen.machine import cpu_name
 
 NUM_HEADS, HEAD_DIM = 12, 128

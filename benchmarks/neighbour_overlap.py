@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention.sla.block_map import block_scores, critical_indices
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.io.files import write_json
 from slagen.machine import cpu_name
 from slagen.wan.loading import load_pipeline

@@ -82,8 +82,8 @@ def sweep(path: Path, head_dim: int, block_m: int, candidates: dict[str, list[tu
     """
     import torch
 
+    from slagen.attention.sla.config import SLAConfig
     from slagen.attention.sla.fused import verify
-    from slagen.config import SLAConfig
     from slagen.kernels import resources
 
     began, partial = time.monotonic(), path.with_suffix(".part")

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from slagen.config import ModelDefaults, SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError, WeightsError
+from slagen.wan.defaults import ModelDefaults
 
 
 def test_exit_codes_are_those_documented():

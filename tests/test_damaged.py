@@ -25,10 +25,10 @@ from damaged_files import damaged
 from safetensors.torch import save_file
 from wan_models import save_pipeline
 
+from slagen.attention.sla.config import SLAConfig
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.batch.run import Times, write_page
 from slagen.cli.main import run
-from slagen.config import SLAConfig
 from slagen.errors import GateError, SlagenError, UsageError, WeightsError
 from slagen.formats.sla import read_sla
 from slagen.generation import provenance as told

@@ -8,14 +8,18 @@ from typing import get_args
 import pytest
 
 import slagen
-from slagen import config, errors
+from slagen import errors
+from slagen.batch.config import BatchConfig
+from slagen.benchmark.config import BenchConfig
 from slagen.errors import UsageError, for_the_command_line, in_python
+from slagen.generation.config import GenerateConfig
 from slagen.settings import settings_of
+from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import PRESETS
 
 ROOT = Path(slagen.__file__).parent
-CONFIGS = (config.GenerateConfig, config.FinetuneConfig, config.BatchConfig, config.BenchConfig, config.DataConfig)
+CONFIGS = (GenerateConfig, FinetuneConfig, BatchConfig, BenchConfig, DataConfig)
 
 
 @pytest.mark.parametrize(

@@ -24,21 +24,25 @@ import typer
 from safetensors.torch import load_file
 
 from slagen.attention import registry
+from slagen.attention.sla.config import SLAConfig
 from slagen.batch import manifest
 from slagen.batch import ray_workers as cluster
 from slagen.batch import run as batch
+from slagen.batch.config import BatchConfig
 from slagen.benchmark import run as bench
+from slagen.benchmark.config import BenchConfig
 from slagen.cli import main as cli
 from slagen.cli.main import run
-from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
 from slagen.formats.sla import read_sla, weights_hash, write_sla
 from slagen.generation import decode, generate, replay
 from slagen.generation import estimate as plan
+from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import tensor_hash
 from slagen.generation.peers import NAMES
 from slagen.training import finetune
+from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.data import prepare
 from slagen.wan import convert
 from slagen.wan.folder import bundled_folder, describe_folder

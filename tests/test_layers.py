@@ -19,7 +19,6 @@ FLOORS = (
     {"machine", "timing", "plot", "html", "video", "settings", "events"},
     {"kernels"},
     {"attention"},
-    {"config"},
     {"formats"},
     {"wan"},
     {"generation"},
@@ -169,7 +168,7 @@ def test_kernels_and_tasks_are_imported_when_needed():
             assert not {m for m in modules if m.split(".")[1] in {"kernels", "wan", "doctor"}}, name(file)
 
 
-@pytest.mark.parametrize("module", ["slagen", "slagen.config", "slagen.cli.main"])
+@pytest.mark.parametrize("module", ["slagen", "slagen.generation.config", "slagen.training.config", "slagen.cli.main"])
 def test_import_costs_no_torch(module):
     if module == "slagen.cli.main":
         pytest.importorskip("typer", reason="needs typer")

@@ -16,13 +16,12 @@ LARGE_FILES = {
     "batch/run.py",
     "benchmark/run.py",
     "cli/main.py",
-    "config.py",
     "io/files.py",
     "training/finetune.py",
     "generation/generate.py",
 }
 LARGE_FUNCTIONS = {
-    "config.py:GenerateConfig.__post_init__",
+    "generation/config.py:GenerateConfig.__post_init__",
     "training/data/encode.py:encode_videos",
     "training/finetune.py:_Run.__init__",
     "training/finetune.py:_Run.run",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from slagen.config import GenerateConfig
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.video import read_mp4
 

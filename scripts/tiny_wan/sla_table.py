@@ -91,7 +91,7 @@ def adherence(run: Run) -> dict:
     from diffusers import WanPipeline
     from evaluate import ATTRIBUTES, held_out, sample
 
-    from slagen.config import SLAConfig
+    from slagen.attention.sla.config import SLAConfig
     from slagen.formats.transformer import read_checkpoint
     from slagen.machine import describe_device
     from slagen.wan.install import apply_sla, load_sla

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "SLAConfig": "slagen.attention.sla.config",
-    "GenerateConfig": "slagen.config",
+    "GenerateConfig": "slagen.generation.config",
     "SlagenError": "slagen.errors",
     "sparse_linear_attention": "slagen.attention",
     "SparseLinearAttention": "slagen.attention",

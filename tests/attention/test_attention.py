@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from slagen.attention import SparseLinearAttention, sparse_linear_attention
 from slagen.attention.sla import blockwise
 from slagen.attention.sla.block_map import block_map, block_scores
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 
 BACKENDS = ["reference", "torch"]
 FEATURE_MAPS = ["softmax", "elu", "relu"]

@@ -7,7 +7,7 @@ import torch
 from numerics import assert_within_budget, make_proj, make_qkv, results
 
 from slagen.attention import sparse_linear_attention
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 
 SHAPE = (1, 1, 150, 32)
 SMALL = (1, 1, 80, 16)  # for the interpreter, but for the outlier channels that are judged by their own limit

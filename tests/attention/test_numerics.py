@@ -6,7 +6,7 @@ from numerics import Rounding, assert_within_budget, make_proj, make_qkv, plain_
 
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla import reference
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 
 CONFIG = SLAConfig(0.6, block_m=32, block_n=16)
 SHAPE = (1, 2, 75, 16)

@@ -14,10 +14,11 @@ from wan_models import build_pipeline, run, save_pipeline
 
 from slagen.attention import registry
 from slagen.attention.protocol import Grid, Layer, Method, Needs, StepContext
+from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.run import bench
 from slagen.cli.main import run as slagen
-from slagen.config import BenchConfig, GenerateConfig
 from slagen.errors import UsageError
+from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
 from slagen.wan.processor import denoising, install, install_method, make_processor, processors, remove

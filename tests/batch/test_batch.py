@@ -17,11 +17,12 @@ import torch
 from processes import start
 from wan_models import save_pipeline
 
+from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.batch.run import Times, _forecast, _Run, batch
 from slagen.cli.main import run
-from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError
+from slagen.generation.config import GenerateConfig
 from slagen.generation.replay import replay
 from slagen.generation.resolve import make_plan
 from slagen.video import read_mp4, write_mp4

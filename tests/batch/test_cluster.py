@@ -18,11 +18,12 @@ from test_batch import check_consistent, command, environment, made, settings
 from wan_models import save_pipeline
 
 from slagen.batch import ray_workers as cluster
+from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.cli.main import run
-from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import prompts
+from slagen.generation.config import GenerateConfig
 
 
 @pytest.fixture(scope="module")

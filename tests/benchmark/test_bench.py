@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 from slagen.attention import SparseLinearAttention, registry, sparse_linear_attention
 from slagen.attention.sla import fused
+from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import run as task
+from slagen.benchmark.config import BenchConfig, parse_shape
 from slagen.benchmark.methods import Method
 from slagen.benchmark.run import bench
 from slagen.cli.main import run
-from slagen.config import BenchConfig, SLAConfig, parse_shape
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, UsageError
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla.block_map import block_scores, critical_indices
+from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import methods
 from slagen.benchmark.methods import NotHere, Setting, all_methods
-from slagen.config import SLAConfig
 
 CUDNN = """
     import torch, torch.nn.functional as F

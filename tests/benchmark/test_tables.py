@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from slagen.benchmark import run as task
 from slagen.benchmark import tables
+from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import Method, all_methods
 from slagen.cli.output.bench import show_bench
 from slagen.cli.output.doctor import show_findings, show_selftest
 from slagen.cli.output.kernels import MAIN_KERNELS, show_kernels
 from slagen.cli.output.weights import show_models
 from slagen.cli.table import Cell, Table
-from slagen.config import BenchConfig
 from slagen.doctor.checks import Finding
 from slagen.generation.estimate import models
 

@@ -16,8 +16,8 @@ from wan_models import save_pipeline
 
 import slagen
 from slagen.cli.main import app, run
-from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, WeightsError
+from slagen.generation.config import GenerateConfig
 
 ROOT = Path(__file__).parents[2]
 

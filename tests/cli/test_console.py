@@ -17,9 +17,9 @@ from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen.attention import registry
 from slagen.cli import console, output, plain, progress
-from slagen.config import GenerateConfig
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
+from slagen.generation.config import GenerateConfig
 
 HOSTILE = f"[red]a[/red] [/] [link=x] {HARMLESS} {HARMFUL}\nerror: forged"
 

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 
-from slagen import config
-from slagen.config import GenerateConfig
+from slagen.batch.config import BatchConfig
+from slagen.benchmark.config import BenchConfig
 from slagen.errors import UsageError
-from slagen.generation import peers, sizes
+from slagen.generation import config, peers, sizes
+from slagen.generation.config import GenerateConfig
 from slagen.settings import changed, option, settings_of
 from slagen.training import resume
+from slagen.training.config import DataConfig, FinetuneConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +72,7 @@ def test_a_new_option_does_not_stop_a_training_that_was_begun_without_it(monkeyp
 def test_every_field_of_a_config_has_a_help_or_is_no_option():
     without = {
         (kind.__name__, setting.field)
-        for kind in (config.GenerateConfig, config.BatchConfig, config.BenchConfig, config.DataConfig,
-                     config.FinetuneConfig)
+        for kind in (GenerateConfig, BatchConfig, BenchConfig, DataConfig, FinetuneConfig)
         for setting in settings_of(kind) if not setting.about.help
     }  # fmt: skip
     assert without == {

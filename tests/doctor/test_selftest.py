@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from slagen.benchmark.config import BenchConfig
 from slagen.cli.main import run
-from slagen.config import BenchConfig
 from slagen.doctor import selftest
 from slagen.doctor.checks import Finding
 from slagen.errors import EnvironmentProblem

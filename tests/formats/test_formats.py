@@ -14,7 +14,7 @@ from public_forms import SIZES, fastvideo, projections, quantised, spell, turbo,
 from safetensors.torch import save_file
 from wan_models import build_pipeline, build_transformer, save_pipeline
 
-from slagen.config import GenerateConfig, SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.kinds import identify
 from slagen.formats.merge import merge
@@ -22,6 +22,7 @@ from slagen.formats.peek import peek
 from slagen.formats.published import TURBO_SLA
 from slagen.formats.sla import read_metadata
 from slagen.formats.transformer import read_checkpoint
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
 from slagen.wan.convert import convert

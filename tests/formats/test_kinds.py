@@ -10,8 +10,8 @@ from test_formats import base, config_of, corruptions, model, run_long, state, w
 from wan_models import build_pipeline, build_transformer
 
 import slagen
+from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run
-from slagen.config import GenerateConfig, SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.headers import read_header
 from slagen.formats.kinds import REFUSALS, identify
@@ -21,6 +21,7 @@ from slagen.formats.published import TURBO_SLA
 from slagen.formats.sla import SLAMetadata, read_metadata, weights_hash
 from slagen.formats.sla_settings import read_sla_config
 from slagen.formats.transformer import read_checkpoint
+from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import make_plan
 from slagen.wan.convert import convert
 from slagen.wan.folder import bundled_folder, describe_folder

@@ -12,9 +12,9 @@ from wan_models import save_pipeline
 
 from slagen import video as mp4
 from slagen.cli.main import run
-from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, WeightsError, of_memory
 from slagen.generation import latents as kept
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.replay import describe
 from slagen.video import check_ffmpeg, read_comment

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from wan_models import save_pipeline
 
 from slagen.cli.main import run
-from slagen.config import GenerateConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
 from slagen.machine import pick_device

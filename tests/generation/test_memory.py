@@ -8,10 +8,10 @@ import torch
 
 from slagen import events
 from slagen.cli.main import run
-from slagen.config import GenerateConfig
 from slagen.errors import SlagenError
 from slagen.generation import estimate as planning
 from slagen.generation import memory
+from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import make_plan
 from slagen.wan.folder import bundled_folder, describe_folder
 

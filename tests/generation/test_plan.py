@@ -11,11 +11,11 @@ from public_forms import SIZES, projections, turbo
 from wan_models import build_transformer, save_pipeline
 
 from slagen.cli.main import run
-from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_header
 from slagen.formats.names import is_untuned
 from slagen.generation import estimate as planning
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import _claimed_paths
 from slagen.generation.resolve import make_plan
 from slagen.wan.folder import bundled_folder

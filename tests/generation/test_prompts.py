@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from slagen.config import GenerateConfig
 from slagen.errors import UsageError
+from slagen.generation.config import GenerateConfig
 from slagen.generation.prompts import apply, read_prompts
 
 

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from wan_models import save_pipeline
 
 from slagen.cli.main import run
-from slagen.config import GenerateConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.replay import describe, replay
 from slagen.video import is_mp4, other_kind, read_comment, write_mp4

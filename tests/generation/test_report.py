@@ -6,8 +6,8 @@ import time
 import pytest
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.cost import block_counts, sla_attention_flops
-from slagen.config import SLAConfig
 from slagen.generation.report import (
     cost_section,
     layer_section,

@@ -14,22 +14,26 @@ import torch
 from safetensors.torch import save_file
 
 import slagen
+from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.batch.run import write_page
+from slagen.benchmark.config import BenchConfig
 from slagen.cli.main import run
 from slagen.cli.usage import explain
-from slagen.config import BatchConfig, BenchConfig, DataConfig, FinetuneConfig, GenerateConfig, ModelDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_header
 from slagen.formats.peek import peek
 from slagen.formats.reading import read_tensors
 from slagen.formats.sla import find_sla_file
+from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import read_latents
 from slagen.io.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json, read_lines
 from slagen.io.files import file_hash
 from slagen.io.forms import Fault, check, one_of, sha256, shown, whole
 from slagen.io.paths import user_path
+from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.video import write_mp4
+from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import bundled_folder, describe_folder
 
 

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from slagen.benchmark.config import BenchConfig
 from slagen.cli.main import run
-from slagen.config import BenchConfig, DataConfig, FinetuneConfig, GenerateConfig
 from slagen.errors import UsageError
+from slagen.generation.config import GenerateConfig
 from slagen.io.text import check_prompt, counted, cut, encodable, escaped, line, message, quote, to_json
+from slagen.training.config import DataConfig, FinetuneConfig
 
 HARMLESS = "é e\u0301 狐 🦊 👩\u200d🚀 🏳\ufe0f\u200d🌈 ฉัน สวัสดี ﺍلعربية \u3000 [bold]x[/] :smile: \\"
 HARMFUL = "\x00\x07\x08\t\r\x1b]52;c;aGk=\x07\x1b[31m\x7f\x85\u061c\u200f\u202e\u2066\u2028\u2029\ufeff\ud83d \udcff"

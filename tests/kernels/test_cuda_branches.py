@@ -19,14 +19,16 @@ from slagen import machine, timing
 from slagen.attention.dense.kernels import dense_kernel
 from slagen.benchmark import methods
 from slagen.benchmark import run as bench
+from slagen.benchmark.config import BenchConfig
 from slagen.cli.main import run
-from slagen.config import BenchConfig, FinetuneConfig, GenerateConfig
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import decode, generate, memory, resolve
+from slagen.generation.config import GenerateConfig
 from slagen.training import distributed as parallel
 from slagen.training import finetune, setup
+from slagen.training.config import FinetuneConfig
 from slagen.wan import loading, models, processor
 from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import CUDA_DEFAULT, PRESETS

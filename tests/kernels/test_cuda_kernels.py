@@ -18,11 +18,11 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from slagen.attention import sparse_linear_attention  # noqa: E402
 from slagen.attention.sla import fused
+from slagen.attention.sla.config import SLAConfig  # noqa: E402
 from slagen.attention.sla.functional import choose_backend  # noqa: E402
 from slagen.attention.sla.reference import reference_attention  # noqa: E402
 from slagen.benchmark import run as bench
 from slagen.cli.main import run  # noqa: E402
-from slagen.config import SLAConfig  # noqa: E402
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, KernelProblem  # noqa: E402
 from slagen.generation import generate  # noqa: E402

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from slagen.attention import sparse_linear_attention  # noqa: E402
-from slagen.config import SLAConfig  # noqa: E402
+from slagen.attention.sla.config import SLAConfig  # noqa: E402
 from slagen.doctor import checks as doctor  # noqa: E402
 from slagen.errors import GateError  # noqa: E402
 from slagen.kernels import roofline, sass  # noqa: E402

@@ -12,8 +12,8 @@ from slagen import kernels  # noqa: E402
 from slagen.attention import sparse_linear_attention  # noqa: E402
 from slagen.attention.sla import fused
 from slagen.attention.sla.block_map import block_map, block_scores, critical_indices  # noqa: E402
+from slagen.attention.sla.config import SLAConfig  # noqa: E402
 from slagen.attention.sla.functional import choose_backend  # noqa: E402
-from slagen.config import SLAConfig  # noqa: E402
 from slagen.kernels import forward, resources, selection, states  # noqa: E402
 
 pytestmark = pytest.mark.slow

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla.block_map import CRITICAL, MARGINAL, block_map, block_scores
+from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.reference import EPSILON, feature_map
-from slagen.config import SLAConfig
 
 DRAWS = 16
 NAMES = ("o", "dq", "dk", "dv", "dweight", "dbias")

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from slagen.config import SLAConfig, TrainingDefaults
+from slagen.attention.sla.config import SLAConfig
 from slagen.training.checkpoints import load_state, read_latest, save_state
 from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import join, whole
 from slagen.training.metrics import velocity_error
 from slagen.training.trainer import Recipe, Trainer
+from slagen.wan.defaults import TrainingDefaults
 from slagen.wan.folder import describe_folder
 from slagen.wan.install import apply_sla
 from slagen.wan.processor import install

@@ -22,15 +22,17 @@ from train_together import train
 from wan_models import build_pipeline, save_pipeline
 
 from slagen.attention.registry import parameter_group
+from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run
-from slagen.config import DataConfig, FinetuneConfig, GenerateConfig, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.sla import read_sla
+from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
 from slagen.interrupts import stopping
 from slagen.training import finetune as task
 from slagen.training import output_folder, page, trainer
 from slagen.training.checkpoints import read_latest
+from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.data import dataset, encode
 from slagen.training.data import prepare as preparing
 from slagen.training.data.dataset import Dataset
@@ -978,9 +980,9 @@ def test_the_1_3b_is_planned_to_fit_on_80_gb():
     """480p, 81 frames, one clip at a time: 32,760 tokens; the parts it is made of are counted, not measured."""
     from diffusers import WanTransformer3DModel
 
-    from slagen.config import TrainingDefaults
     from slagen.training.models import memory_plan
     from slagen.training.trainer import Recipe
+    from slagen.wan.defaults import TrainingDefaults
     from slagen.wan.transformer import RANDOM_INIT, wan_config
 
     with torch.device("meta"):

@@ -6,7 +6,7 @@ from diffusers.hooks import apply_group_offloading
 from wan_models import build_pipeline, build_transformer, run
 
 import slagen
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.sla import SLAMetadata, weights_hash
 from slagen.wan.install import load_sla, save_sla

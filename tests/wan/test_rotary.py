@@ -18,7 +18,7 @@ from slagen.attention import registry
 from slagen.attention.protocol import Layer  # noqa: E402
 from slagen.attention.sla import functional
 from slagen.attention.sla.block_map import block_map  # noqa: E402
-from slagen.config import SLAConfig  # noqa: E402
+from slagen.attention.sla.config import SLAConfig  # noqa: E402
 from slagen.kernels import rotary as rotary_kernel  # noqa: E402
 from slagen.kernels import selection  # noqa: E402
 from slagen.kernels.launches import launches  # noqa: E402

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from wan_models import build_pipeline, build_transformer, save_pipeline
 
 import slagen
-from slagen.config import GenerateConfig, SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, WeightsError
 from slagen.formats.folders import component_files
 from slagen.formats.sla import FORMAT_VERSION, SLAMetadata, read_sla, tensors_hash, weights_hash
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import Session
 from slagen.generation.resolve import find_weights
 from slagen.wan.folder import bundled_folder, describe_folder

@@ -11,7 +11,7 @@ from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 import slagen
 from slagen.attention import SparseLinearAttention
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.sla import SLAMetadata, read_sla, weights_hash, write_sla
 from slagen.timing import StepRecorder

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from slagen import __version__
+from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import Manifest
 from slagen.batch.run import BatchResult, share, signals, try_page
-from slagen.config import BatchConfig
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, for_the_command_line
 from slagen.events import Event
 from slagen.generation import prompts

@@ -26,11 +26,12 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock
 
 from slagen.attention.cost import other_flops
+from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import LOCKS, Job, Manifest, Wanted
-from slagen.config import BatchConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError, no_memory, of_memory
 from slagen.events import Event
 from slagen.generation import prompts
+from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import Embeddings, component_files, file_hashes
 from slagen.generation.generate import Sample, Session, check_memory, free_memory, save
 from slagen.generation.latents import latents_beside
@@ -421,7 +422,7 @@ class _Run:
 
     def run(self) -> None:
         """Make what is to do, and wait for what others hold."""
-        embeddings = Embeddings(self.config, self.todo[0].plan)
+        embeddings = Embeddings(self.todo[0].plan, self.config.cache_dir, not self.config.no_cache)
         missing = [task for task in self.todo if not embeddings.has(task.plan)]
         self.on_event(Event("stage", "load"))
         session = Session(self.todo[0].plan, text_encoder=bool(missing))

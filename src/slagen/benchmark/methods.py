@@ -17,7 +17,7 @@ from slagen.attention.dense.kernels import dense_kernel
 from slagen.attention.dense.method import DENSE
 from slagen.attention.protocol import Attend, Grid, Inputs, Layer, StepContext, Unavailable
 from slagen.attention.sla.block_map import CRITICAL, block_map, block_scores
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 
 NotHere = Unavailable
 

@@ -26,16 +26,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine, packages
 from slagen.attention.sla.backends import check_kernels, pick_backend
+from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.functional import choose_backend
+from slagen.benchmark.config import BenchConfig, parse_shape
 from slagen.benchmark.methods import Attend, Method, NotHere, Setting, all_methods, build_module
 from slagen.benchmark.tables import EVEN, FASTER, BenchResult, beside, markdown
-from slagen.config import BenchConfig, ModelDefaults, SLAConfig, parse_shape
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import report
 from slagen.io.files import check_writable, reserved, staging, write_json, write_text
 from slagen.io.paths import user_path
 from slagen.io.text import counted, quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
+from slagen.wan.defaults import ModelDefaults
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 JSON_FILE = "bench.json"

@@ -12,25 +12,19 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from slagen import __version__
+from slagen.batch.config import BatchConfig
+from slagen.benchmark.config import BenchConfig
 from slagen.cli import streams
 from slagen.cli.options import Fields, takes
-from slagen.config import (
-    CACHE,
-    OUTPUT,
-    VIDEO,
-    BatchConfig,
-    BenchConfig,
-    DataConfig,
-    FinetuneConfig,
-    GenerateConfig,
-)
 from slagen.errors import EnvironmentProblem, GateError, UsageError, for_the_command_line
 from slagen.generation import peers
+from slagen.generation.config import CACHE, OUTPUT, VIDEO, GenerateConfig
 from slagen.interrupts import ENDING
 from slagen.io.documents import decode
 from slagen.io.forms import Fault
 from slagen.io.paths import check_folder, is_video, user_path
 from slagen.io.text import LONG_DASH, MAX_PROMPT, cut, escaped, quote
+from slagen.training.config import DataConfig, FinetuneConfig
 
 PARTLY_FAILED, INTERRUPTED = 3, 130
 

@@ -19,8 +19,8 @@ import torch
 
 from slagen import packages
 from slagen.attention import sparse_linear_attention
+from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.fused import prove, unsupported
-from slagen.config import SLAConfig
 from slagen.errors import EnvironmentProblem, GateError, SlagenError
 from slagen.machine import pick_dtype
 

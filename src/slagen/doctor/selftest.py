@@ -22,11 +22,13 @@ import torch
 from slagen import machine
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla import fused
+from slagen.attention.sla.config import Backend, LinearDomain, SLAConfig
 from slagen.attention.sla.functional import choose_backend
-from slagen.config import Backend, BenchConfig, GenerateConfig, LinearDomain, SLAConfig
+from slagen.benchmark.config import BenchConfig
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 from slagen.generation import report
+from slagen.generation.config import GenerateConfig
 from slagen.io.files import scratch, write_json
 from slagen.io.paths import user_path
 from slagen.io.text import quote

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slagen.config import Sampler, SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import WeightsError
 from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.headers import check_no_shard, read_header
 from slagen.formats.kinds import REFUSALS, hints, identify
 from slagen.formats.names import OWN_SPELLING, PROJECTION, other_parts
-from slagen.formats.published import TURBO_SLA
+from slagen.formats.published import TURBO_SLA, Sampler
 from slagen.formats.reading import read_tensors
 from slagen.formats.side_file import read_side_file
 from slagen.formats.sla_settings import read_settings

@@ -1,5 +1,7 @@
 """What is known of published weights that their files do not say. No torch here."""
 
+from typing import Literal
+
 from slagen.attention.sla.config import SLAConfig
 
 # TurboDiffusion's training.
@@ -10,3 +12,6 @@ _MODEL_OF_WIDTH = {1536: "wan2.1-t2v-1.3b", 5120: "wan2.1-t2v-14b"}
 def preset_of_width(width: int) -> str | None:
     """The preset of Wan2.1's own transformer whose layers have a width."""
     return _MODEL_OF_WIDTH.get(width)
+
+
+Sampler = Literal["unipc", "euler", "dpm++", "rcm"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.checks import number_faults
 from slagen.io.forms import Fault, check

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slagen.attention.registry import parameter_group
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
 from slagen.formats.model_files import SLA_FILE

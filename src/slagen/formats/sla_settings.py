@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.folders import transformer_folder
 from slagen.formats.headers import read_header, read_strings

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slagen.config import BatchConfig
 from slagen.errors import SlagenError, WeightsError
 from slagen.generation.generate import Session, texts_of
 from slagen.generation.resolve import Plan
@@ -25,15 +24,15 @@ SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
 
 
 class Embeddings:
-    """Prompts as the text encoder gives them, in memory and, unless the config says no, on disk.
+    """Prompts as the text encoder gives them, in memory and, if asked, on disk.
 
     A file is named by a hash of the encoder's and tokenizer's files, the text, its length and dtype: it is never stale.
     """
 
-    def __init__(self, config: BatchConfig, plan: Plan) -> None:
+    def __init__(self, plan: Plan, cache_dir: str, on_disk: bool) -> None:
         weights = plan.weights
-        self.cache = user_path(config.cache_dir)
-        self.folder = None if config.no_cache else self.cache / "embeddings"
+        self.cache = user_path(cache_dir)
+        self.folder = self.cache / "embeddings" if on_disk else None
         if self.folder is not None:
             sweep(self.folder)
         files = component_files(weights.source.folder, ("text_encoder", "tokenizer"))

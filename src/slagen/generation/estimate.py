@@ -9,15 +9,16 @@ from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
-from slagen.config import GenerateConfig, ModelDefaults
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import check_no_shard, read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_sla_config
 from slagen.generation import memory
+from slagen.generation.config import GenerateConfig
 from slagen.io.files import no_file
 from slagen.io.paths import is_video, user_path
+from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, is_hub_id, num_tokens
 from slagen.wan.presets import PRESETS, Preset, check_sampler, never_tuned, unknown_model
 

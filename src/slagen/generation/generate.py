@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 
 from slagen import machine
 from slagen.attention.sla.method import branches_of
-from slagen.config import GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import memory, report
+from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.resolve import SIGMA_MAX, Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from slagen.config import GenerateConfig
 from slagen.errors import UsageError
 from slagen.generation import peers
+from slagen.generation.config import GenerateConfig
 from slagen.generation.sizes import clip_size
 from slagen.io.documents import Entries, decode, parse_json, parse_yaml, size_of
 from slagen.io.forms import Fault, shown

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from slagen.attention import registry
-from slagen.config import GenerateConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation import report
+from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.provenance import describe
 from slagen.io.files import file_hash, scratch

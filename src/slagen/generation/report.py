@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
-from slagen.config import GenerateConfig
+from slagen.generation.config import GenerateConfig
 from slagen.io.files import file_hash
 from slagen.io.text import to_json
 from slagen.settings import names_where

@@ -17,15 +17,17 @@ import torch
 from slagen import machine
 from slagen.attention import registry
 from slagen.attention.protocol import Method
-from slagen.config import GenerateConfig, ModelDefaults, SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.peek import UNTOLD, Found, peek
 from slagen.formats.sla import read_metadata
 from slagen.generation import report
+from slagen.generation.config import GenerateConfig
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
+from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import ModelSource
 from slagen.wan.models import resolve_model
 from slagen.wan.presets import check_sampler, never_tuned

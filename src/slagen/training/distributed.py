@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from slagen.config import Parallel
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.io.text import counted
+from slagen.training.config import Parallel
 
 TIMEOUT = timedelta(days=1)  # others wait while the first prepares data
 

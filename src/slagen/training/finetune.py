@@ -22,7 +22,6 @@ from torch import Tensor
 from slagen.attention import registry
 from slagen.attention.registry import parameter_group
 from slagen.attention.sla.method import branches_of
-from slagen.config import CACHE, FinetuneConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
@@ -35,6 +34,7 @@ from slagen.formats.sla import (
     weights_hash,
     write_sla,
 )
+from slagen.generation.config import CACHE, GenerateConfig
 from slagen.generation.embeddings import file_hashes, files_in
 from slagen.generation.generate import Session
 from slagen.generation.report import versions
@@ -46,6 +46,7 @@ from slagen.io.text import counted
 from slagen.machine import peak_memory_gib, pick_device, pick_dtype
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints, load_state, read_latest, save_state
 from slagen.training.comparison import side_by_side
+from slagen.training.config import FinetuneConfig
 from slagen.training.data import dataset, prepare
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, join, own_part, whole

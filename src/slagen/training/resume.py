@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from slagen.config import FinetuneConfig
 from slagen.errors import UsageError
 from slagen.settings import names_where, settings_of
+from slagen.training.config import FinetuneConfig
 
 ANYTIME = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))  # learns the same
 DEFAULTS = {setting.field: setting.default for setting in settings_of(FinetuneConfig)}

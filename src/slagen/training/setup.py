@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from slagen.config import FinetuneConfig, TrainingDefaults
 from slagen.machine import pick_device
+from slagen.training.config import FinetuneConfig
+from slagen.wan.defaults import TrainingDefaults
 
 DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
 

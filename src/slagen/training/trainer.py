@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from slagen.attention.registry import parameter_group
-from slagen.config import Loss, Optimizer, TrainingDefaults
 from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.training.config import Loss, Optimizer
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, own_part, whole
 from slagen.training.metrics import AttentionOutputs, mix, velocity
+from slagen.wan.defaults import TrainingDefaults
 
 MAX_DECAY = 0.999  # of the average
 

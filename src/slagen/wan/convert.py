@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 
 from slagen.attention.cost import ModelShape
-from slagen.config import ModelDefaults
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import identify
@@ -27,6 +26,7 @@ from slagen.formats.transformer import read_checkpoint
 from slagen.io.files import file_hash, reserved, write_json, writing
 from slagen.io.paths import check_folder, check_utf8, user_path
 from slagen.io.text import counted, quote
+from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder
 from slagen.wan.install import save_sla
 from slagen.wan.presets import WAN_1_3B

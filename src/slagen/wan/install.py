@@ -9,8 +9,8 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
-from slagen.config import Backend, SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import number_faults

@@ -7,10 +7,11 @@ import difflib
 from dataclasses import dataclass
 
 from slagen.attention.cost import ModelShape
-from slagen.config import ModelDefaults, SLAConfig, TrainingDefaults
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.published import TURBO_SLA
 from slagen.io.text import quote
+from slagen.wan.defaults import ModelDefaults, TrainingDefaults
 from slagen.wan.folder import BUNDLED
 
 # The negative prompt of the original Wan2.1 repository (wan/configs/shared_config.py): overexposed, static, blurred

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 
+from slagen.attention.sla.config import Backend
 from slagen.attention.sla.fused import unsupported
-from slagen.config import Backend
 
 Rotary = tuple[Tensor, Tensor]
 BlockMeans = tuple[Tensor, Tensor]

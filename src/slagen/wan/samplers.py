@@ -4,7 +4,7 @@ from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 
-from slagen.config import Sampler
+from slagen.formats.published import Sampler
 from slagen.wan.rcm import RCMScheduler
 
 

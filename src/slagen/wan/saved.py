@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 from diffusers.configuration_utils import FrozenDict
 
-from slagen.config import SLAConfig
+from slagen.attention.sla.config import SLAConfig
 from slagen.formats.model_files import SETTINGS_KEY, read_json
 
 

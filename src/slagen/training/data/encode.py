@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from slagen.config import DataConfig, GenerateConfig
 from slagen.errors import UsageError
 from slagen.events import Event
+from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.resolve import Weights
 from slagen.io.files import append, digest
 from slagen.io.paths import user_path
 from slagen.io.text import counted, quote
+from slagen.training.config import DataConfig
 from slagen.training.data.clips import Cut, plan_cuts, read_cut, tell
 from slagen.training.data.dataset import Clip, encoder_identity
 from slagen.training.data.store import DECODED_FILE, Store

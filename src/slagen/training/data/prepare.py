@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from slagen.config import DataConfig, GenerateConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
+from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import Weights, find_weights
 from slagen.io.files import write_json
 from slagen.io.paths import check_utf8, user_path
+from slagen.training.config import DataConfig
 from slagen.training.data.dataset import VERSION, Dataset, encoder_identity
 from slagen.training.data.encode import encode_videos
 from slagen.training.data.self_generate import generate_clips

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from slagen.config import DataConfig, GenerateConfig
 from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.generation import prompts
+from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import file_hashes
 from slagen.generation.generate import Session, texts_of
 from slagen.generation.resolve import Weights, make_plan
 from slagen.io.files import digest
+from slagen.training.config import DataConfig
 from slagen.training.data.clips import tell
 from slagen.training.data.dataset import Clip, encoder_identity, transformer_files
 from slagen.training.data.encode import Made, encode_texts, text_name

@@ -1,0 +1,56 @@
+"""BatchConfig: the settings of one call of `slagen batch`. No torch here."""
+
+import re
+from dataclasses import dataclass
+
+from slagen.errors import UsageError
+from slagen.generation.config import CACHE, GenerateConfig
+from slagen.io.text import quote
+from slagen.settings import option
+from slagen.wan.defaults import MAX_VIDEOS
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) from "i/n". Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
+    if match is None:
+        raise UsageError(f"shard is {quote(text)}, but must be i/n, such as 1/4 on the first of four machines.")
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """One call of `slagen batch`.
+
+    Args:
+        prompts: a prompt file, or "-" for stdin.
+        generate: the settings of every prompt that says nothing else; its own prompt is not used.
+        retry_failed: try again what failed before.
+        shard: (i, n): make each n-th job alone, from the i-th on, 1 being the first.
+        cache_dir: where hashes and prompt embeddings are kept. no_cache: keep no embeddings.
+        ray_address: of a Ray cluster that shares the work; "local" starts one on this machine, None uses no Ray.
+        ray_workers: how many of its actors; None is one for each GPU, or for each machine where there is none.
+    Raises: UsageError for a shard that is none, or workers without Ray.
+    """
+
+    prompts: str
+    generate: GenerateConfig
+    retry_failed: bool = option(False, "Try again what failed before.")
+    shard: tuple[int, int] | None = option(
+        None, "i/n: every n-th job from the i-th on, for n machines.", metavar="I/N", kind=str, read=parse_shard
+    )
+    cache_dir: str = option(CACHE, "Where prompt embeddings and hashes are kept.")
+    no_cache: bool = option(False, "Keep no embeddings.")
+    ray_address: str | None = option(
+        None,
+        "Share the work on the Ray cluster at this address; if it wants a token, give that in RAY_AUTH_TOKEN, or its "
+        "file in RAY_AUTH_TOKEN_PATH.",
+        metavar="HOST:PORT",
+    )
+    ray_workers: int | None = option(None, "Models in memory at once. Default: one a GPU, or one a machine without.")
+
+    def __post_init__(self) -> None:
+        if self.ray_workers is not None and (not 1 <= self.ray_workers <= MAX_VIDEOS or self.ray_address is None):
+            raise UsageError(f"ray_workers is {self.ray_workers}, but must be from 1 to {MAX_VIDEOS}, and needs --ray.")
+        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
+            raise UsageError(f"shard is {self.shard[0]}/{self.shard[1]}, but must be i/n from 1/n to n/n. Try 1/2.")

@@ -1,0 +1,135 @@
+"""BenchConfig: the settings of one call of `slagen bench`, and the shapes it knows by name. No torch here."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
+from slagen.errors import UsageError
+from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
+from slagen.io.forms import shown
+from slagen.io.paths import check_folder
+from slagen.settings import option
+
+MAX_ELEMENTS = 2**34  # of q, k and v in a bench
+WHAT, HOW = "What to measure", "How to measure"
+# Self-attention calls of real models: batch, heads, tokens, head dimension.
+SHAPES = {
+    "wan-1.3b-480p": (1, 12, 32760, 128),  # 832x480, 81 frames
+    "wan-1.3b-720p": (1, 12, 75600, 128),  # 1280x720, 81 frames
+    "wan-14b-480p": (1, 40, 32760, 128),
+    "wan-14b-720p": (1, 40, 75600, 128),
+    "tiny-wan": (1, 4, 320, 64),
+}
+RandomInit = Literal["wan-1.3b", "wan-14b"]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """One call of `slagen bench`.
+
+    Args:
+        shapes: names of SHAPES, or "BxHxLxD". Not used with `model` or `random_init`.
+        sparsities: which to measure; empty sweeps 0.8, 0.9, 0.95 and 0.97 for a shape, and 0.95 for a model.
+        methods: names of `slagen.benchmark.run.METHODS`; empty is all that run here.
+        backend: which implementation of SLA.
+        linear_domain, feature_map, block_m, block_n: as in SLAConfig.
+        dtype: "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda" or "cuda:N".
+        backward: also time the backward pass; None does on CUDA.
+        lengths: token counts of the length sweep; None doubles from 1,024 up to the shape's, () sweeps none.
+        seconds: time for each measurement, at least three repeats.
+        model: time the denoising loop of this preset, folder or hub id instead.
+        random_init: the same for a randomly initialised Wan of this size.
+        width, height, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
+        compile: run the denoising loop once more with every block of the transformer compiled.
+        output: a folder for bench.json, bench.md, bench.png and bench.svg; None writes nothing.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    shapes: tuple[str, ...] = option(
+        ("wan-1.3b-480p",),
+        f"{', '.join(SHAPES)}, or batch x heads x tokens x head dimension, such as 1x12x8192x128. May be repeated. "
+        "Default: wan-1.3b-480p.",
+        panel=WHAT, name="shape",
+    )  # fmt: skip
+    sparsities: tuple[float, ...] = option(
+        (), "May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; for a model 0.95.", panel=WHAT, name="sparsity"
+    )
+    methods: tuple[str, ...] = option(
+        (),
+        "sla, sparse, sdpa, sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math, flash-attn, sage, flashinfer, flex, "
+        "cudnn-blocks, flashinfer-blocks or sla-public. May be repeated. Default: all.",
+        panel=WHAT, name="method",
+    )  # fmt: skip
+    lengths: tuple[int, ...] | None = option(
+        None,
+        "Tokens, for the length sweep; may be repeated. Default: doubling from 1,024 up to the shape's.",
+        panel=WHAT, name="length",
+    )  # fmt: skip
+    model: str | None = option(
+        None, "Time this model's denoising loop: a preset, folder or hub id.", panel=WHAT, short="-m"
+    )
+    random_init: RandomInit | None = option(
+        None, "The same for a random Wan of true size: wan-1.3b or wan-14b.", panel=WHAT
+    )
+    width: int | None = option(None, "Width x height of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
+    height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)
+    num_frames: int | None = option(None, "Video frames of the loop.", panel=WHAT)
+    steps: int = option(4, "Denoising steps of the loop.", panel=WHAT)
+    compile: bool = option(False, "Time the loop with torch.compile as well.", panel=WHAT)
+    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=HOW)
+    linear_domain: LinearDomain = option("all", "What the linear branch sees: all or marginal.", panel=HOW)
+    feature_map: FeatureMap = option("softmax", "softmax, elu or relu.", panel=HOW)
+    block_m: int = option(64, "Query rows of a block.", panel=HOW)
+    block_n: int = option(64, "Key columns of a block.", panel=HOW)
+    dtype: Dtype = option("auto", "auto: bf16 on CUDA, fp32 on a CPU.", panel=HOW)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW)
+    backward: bool | None = option(None, "Time the backward pass too. Default: on CUDA.", panel=HOW)
+    seconds: float = option(2.0, "Time for each measurement.", panel=HOW)
+    output: str | None = option(None, "A folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")
+
+    def __post_init__(self) -> None:
+        check_folder("output", self.output or "")
+        if self.model is not None and self.random_init is not None:
+            raise UsageError("--model and --random-init both say which model to time. Give one of them.")
+        for shape in self.shapes:
+            self._check_room(shape)
+        for sparsity in self.sparsities or (0.95,):
+            self.sla(sparsity)  # checks the fraction and the blocks
+        if not 0 < self.seconds <= 3600:
+            raise UsageError(f"seconds is {self.seconds}, but must be above 0, and at most 3600. Try --seconds 2.")
+        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
+
+    def _check_room(self, shape: str) -> None:
+        """Raise UsageError for lengths that no machine holds."""
+        batch, num_heads, length, head_dim = parse_shape(shape)
+        for tokens in (length, *(self.lengths or ())):
+            if not 1 <= tokens <= MAX_ELEMENTS // (batch * num_heads * head_dim):
+                raise UsageError(
+                    f"{batch} x {num_heads} x {shown(tokens)} x {head_dim} is more than {MAX_ELEMENTS:,} numbers, or "
+                    "none: a sequence has at least 1 token. Try --length 4096."
+                )
+
+    def sla(self, sparsity: float) -> SLAConfig:
+        """The attention that is measured at one sparsity."""
+        return SLAConfig(
+            sparsity=sparsity,
+            linear_domain=self.linear_domain,
+            feature_map=self.feature_map,
+            block_m=self.block_m,
+            block_n=self.block_n,
+        )
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """(B, H, L, D) of a name in SHAPES or of "BxHxLxD". Raises UsageError."""
+    if text in SHAPES:
+        return SHAPES[text]
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,7})x(\d{1,4})", text.strip().lower())
+    sizes = tuple(int(number) for number in match.groups()) if match else ()
+    if len(sizes) != 4 or 0 in sizes:
+        raise UsageError(
+            f"shape is {shown(text)}, but must be one of {', '.join(SHAPES)}, or batch x heads x tokens x head "
+            "dimension. Try --shape 1x12x8192x128."
+        )
+    return sizes  # type: ignore[return-value]

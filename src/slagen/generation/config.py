@@ -1,0 +1,236 @@
+"""GenerateConfig: the settings of one call of `slagen generate`, checked where it is made. No torch here."""
+
+import dataclasses
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from slagen.attention import registry
+from slagen.attention.sla.config import BLOCK_SIZES, check_choice, check_fraction
+from slagen.errors import UsageError
+from slagen.formats.published import Sampler
+from slagen.io.forms import shown
+from slagen.io.paths import check_output
+from slagen.io.text import check_prompt
+from slagen.settings import option
+from slagen.timing import Timing
+from slagen.wan.defaults import MAX_OF_A_CLIP, MAX_STRENGTH, MIN_STRENGTH
+
+MIN_TOPK = 1e-9  # of the key blocks: far less than one block of any clip
+# Literals made of the registry's names, for the command line; the configs ask the registry itself.
+if TYPE_CHECKING:
+    Attention: TypeAlias = str
+    AttentionBackend: TypeAlias = str
+else:
+    Attention, AttentionBackend = Literal[registry.names()], Literal[registry.backend_names()]
+Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
+CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
+MAX_SEED = 2**63 - 1
+
+
+def drawn_seed(seed: int) -> int | None:
+    """A seed as it is typed, -1 being none: one is drawn."""
+    return None if seed == -1 else seed
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """One call of `slagen generate`. What is None is the model's own default.
+
+    Args:
+        prompt: what the video shows.
+        model: preset, folder or hub id; None is TurboWan 1.3B on CUDA and the bundled model elsewhere.
+        weights: SLA weights or a whole transformer, a file or folder of any public form; None takes the model's own.
+        allow_untrained: accept SLA weights that are missing or all zero: sparse attention without its linear branch.
+        attention: a method's name; see `slagen methods`.
+        backend: which of the method's implementations.
+        attention_options: (name, value) of options that only this method has.
+        sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
+        sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
+            the two; see `SLAConfig.with_topk`.
+        block_m, block_n: query rows and key columns of a block; None is what the weights were trained with.
+        negative_prompt: what to steer away from.
+        width, height: in pixels. num_frames: video frames, 4k + 1. fps: frames a second.
+        steps: denoising steps. guidance_scale, flow_shift, sampler: see ModelDefaults.
+        sigma_max, ode: first noise level of the rcm sampler, and its form without fresh noise.
+        vae: another VAE's file or folder, in the original or in diffusers' names.
+        local_files_only: download nothing.
+        seed: from 0 to 2**63 - 1; None draws one. The i-th video of a call has seed + i.
+        num_videos: how many videos to make of the prompt.
+        dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        timing: "layer" times attention by layer, "step" by step only, "off" not at all.
+        output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
+        save_latents: also write the final latents, as safetensors. overwrite: replace files that are there.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    prompt: str
+    negative_prompt: str | None = option(None, "What to steer away from.", panel=VIDEO, short="-n", prompt_line=True)
+    model: str | None = option(
+        None,
+        "A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with a CUDA "
+        "device, tiny-wan (bundled) without.",
+        panel=VIDEO, short="-m", in_key=False,
+    )  # fmt: skip
+    width: int | None = option(
+        None, "Width x height in pixels, such as 832x480, or 480p or 720p.", panel=VIDEO, metavar="WxH", is_size=True,
+        prompt_line=True,
+    )  # fmt: skip
+    height: int | None = option(None, "In pixels.", panel=VIDEO, hidden=True, prompt_line=True)
+    num_frames: int | None = option(None, "Video frames, 4k + 1.", panel=VIDEO, prompt_line=True)
+    fps: int | None = option(None, "Frames per second.", panel=VIDEO, prompt_line=True)
+    num_videos: int = option(1, "How many videos; seeds count up.", panel=VIDEO, prompt_line=True, pixels=False)
+    steps: int | None = option(None, "Denoising steps.", panel=SAMPLING, prompt_line=True)
+    guidance_scale: float | None = option(
+        None, "Weight of the prompt; 1 skips the unconditional pass.", panel=SAMPLING, prompt_line=True
+    )
+    flow_shift: float | None = option(
+        None, "Timestep shift of the flow-matching schedule.", panel=SAMPLING, prompt_line=True
+    )
+    sampler: Sampler | None = option(
+        None, "unipc, euler, dpm++ or rcm. Default: what the weights are for.", panel=SAMPLING
+    )
+    sigma_max: float | None = option(None, "First noise level of rcm, 80 unless given.", panel=SAMPLING)
+    ode: bool = option(False, "Deterministic (ODE) rCM sampling.", panel=SAMPLING)
+    seed: int | None = option(
+        None, "Same seed, same video. Random (-1) unless given.", panel=SAMPLING, read=drawn_seed, prompt_line=True,
+        in_key=False,
+    )  # fmt: skip
+    dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, in_key=False)
+    attention: Attention = option(
+        "sla", "sla; sparse or linear: one branch of it, if so trained; dense: the base model with full attention.",
+        panel=ATTENTION,
+    )  # fmt: skip
+    backend: AttentionBackend = option(
+        "auto", "Which of the method's implementations; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
+    )
+    sparsity: float | None = option(
+        None, "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.", panel=ATTENTION,
+        prompt_line=True,
+    )  # fmt: skip
+    sla_topk: float | None = option(
+        None,
+        "Fraction of key blocks attended exactly (1 - sparsity), counted as in the published code: "
+        "int(fraction x blocks).",
+        panel=ATTENTION, prompt_line=True,
+    )  # fmt: skip
+    block_m: int | None = option(
+        None, "Query rows of a block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION
+    )
+    block_n: int | None = option(None, "Key columns of a block. Default: as trained.", panel=ATTENTION)
+    attention_options: tuple[tuple[str, Any], ...] = ()
+    weights: str | None = option(
+        None, "SLA weights, or a whole transformer in any public form. Default: the model's own.", panel=ATTENTION,
+        metavar="FILE_OR_FOLDER", in_key=False,
+    )  # fmt: skip
+    vae: str | None = option(
+        None, "Another VAE, such as Wan2.1_VAE.pth.", panel=VIDEO, metavar="FILE_OR_FOLDER", in_key=False
+    )
+    local_files_only: bool = option(False, "Download nothing.", panel=VIDEO, pixels=False)
+    allow_untrained: bool = option(False, "Run SLA whose weights are missing or zero.", panel=ATTENTION, in_key=False)
+    output: str = option("outputs", "A folder, or a file that ends in .mp4.", panel=OUTPUT, short="-o", pixels=False)
+    overwrite: bool = option(False, "Replace files that exist.", panel=OUTPUT, pixels=False)
+    save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
+    timing: Timing = option("layer", "layer, step or off: how finely attention is timed.", panel=OUTPUT, pixels=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise UsageError(
+                'the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".'
+            )
+        check_prompt("prompt", self.prompt)
+        check_prompt("negative prompt", self.negative_prompt or "")
+        check_output(self.output)
+        if self.sparsity is not None and self.sla_topk is not None:
+            raise UsageError(
+                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both say how many blocks are kept. "
+                "Give one of them."
+            )
+        if self.sparsity is not None:
+            check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
+        if self.sla_topk is not None and not MIN_TOPK <= self.sla_topk <= 1:
+            raise UsageError(f"sla_topk is {self.sla_topk}, but must be from {MIN_TOPK:g} to 1. Try --sla-topk 0.05.")
+        for name in ("block_m", "block_n"):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), BLOCK_SIZES)
+        for name in ("width", "height", "num_frames", "fps", "steps", "num_videos", "seed"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise UsageError(f"{name} is {shown(value)}, but must be a whole number.")
+        for name, most in MAX_OF_A_CLIP.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                known = {"num_frames": "--num-frames 81", "fps": "--fps 16", "num_videos": "--num-videos 4"}
+                advice = known.get(name, "--size 832x480")
+                raise UsageError(f"{name} is {shown(value)}, but must be at most {most:,}. Try {advice}.")
+        if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
+            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
+            raise UsageError(
+                f"num_frames is {shown(self.num_frames)}, but Wan decodes 4k + 1 frames. Try --num-frames {nearest}."
+            )
+        for name in ("width", "height", "fps", "steps", "num_videos"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                example = "--size 832x480" if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
+                raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
+        if self.steps is not None and self.steps > 1000:
+            raise UsageError(f"steps is {self.steps}, but the sampler has 1000 time steps. Try --steps 50.")
+        if (self.width is None) != (self.height is None):
+            raise UsageError("only one of width and height is given. Give both: --size 832x480.")
+        for name, example in (("guidance_scale", "5"), ("flow_shift", "3"), ("sigma_max", "80")):
+            value = getattr(self, name)
+            least = 0.0 if name == "guidance_scale" else MIN_STRENGTH
+            if value is not None and not least <= value <= MAX_STRENGTH:
+                raise UsageError(
+                    f"{name} is {shown(value)}, but must be from {least:g} to {MAX_STRENGTH:g}. "
+                    f"Try --{name.replace('_', '-')} {example}."
+                )
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+        if self.seed is not None and self.seed > MAX_SEED - self.num_videos + 1:
+            raise UsageError(
+                f"seed is {self.seed} and num_videos is {self.num_videos}, but the last video's seed must be at most "
+                f"2**63 - 1. Try --seed {MAX_SEED - self.num_videos + 1}."
+            )
+        for name, choices in (
+            ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in get_args(choices) and (name, value) != ("sampler", None):
+                raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        """Raise UsageError for a method that there is not, and for what it does not take."""
+        method = registry.get(self.attention)
+        if method.family == "dense" and (self.sparsity is not None or self.sla_topk is not None):
+            raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
+        if method.family == "dense" and (self.block_m is not None or self.block_n is not None):
+            raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
+        for name, value in self.attention_settings.items():
+            if value is not None and name not in method.option_names:
+                taken = ", ".join(method.option_names) or "none"
+                raise UsageError(f"{name} is no option of {method.name} attention (it has: {taken}). Leave it out.")
+        method.config(**dict(self.attention_options))  # it checks what is out of range
+        method.check_backend(self.backend)
+
+    @property
+    def attention_settings(self) -> dict[str, Any]:
+        """What is asked for of the attention method, by option; None where nothing is."""
+        own = {name: getattr(self, name) for name in ("sparsity", "sla_topk", "block_m", "block_n")}
+        return {**own, **dict(self.attention_options)}
+
+    def with_dense_attention(self) -> "GenerateConfig":
+        """The same with dense attention, without the options of another method."""
+        none = dict.fromkeys(("sparsity", "sla_topk", "block_m", "block_n"))
+        return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
+
+    @property
+    def slug(self) -> str:
+        """The prompt as a part of a file name."""
+        plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
+        return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"

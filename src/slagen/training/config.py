@@ -1,0 +1,236 @@
+"""FinetuneConfig and DataConfig: the settings of one call of `slagen finetune`. No torch here."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from slagen.attention import registry
+from slagen.attention.sla.config import (
+    BLOCK_SIZES,
+    Backend,
+    FeatureMap,
+    LinearDomain,
+    SLAConfig,
+    check_choice,
+    check_fraction,
+)
+from slagen.errors import UsageError
+from slagen.generation.config import MAX_SEED, OUTPUT, Attention, Dtype, GenerateConfig
+from slagen.io.forms import shown
+from slagen.io.paths import check_folder
+from slagen.settings import option
+from slagen.wan.defaults import MAX_STRENGTH, MAX_TRAINING
+
+
+def _check_count(name: str, value: object) -> None:
+    most = MAX_TRAINING[name]
+    if value is not None and (type(value) is not int or not 1 <= value <= most):
+        raise UsageError(
+            f"{name} is {shown(value)}, but must be at least 1, and at most {most:,}. Try --{name.replace('_', '-')} 1."
+        )
+
+
+DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Machine"
+Loss = Literal["distill", "flow"]
+Trained = Literal["all", "attn", "proj", "lora"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Parallel = Literal["auto", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which clips to train on, and in what form.
+
+    Args:
+        path: raw or prepared data; None where the model makes its own.
+        self_generate: a prompt file whose videos the dense model makes, to be distilled on.
+        clips_per_prompt: how many clips of each such prompt to train on, 4 unless given; one more is held out.
+        held_out: clips of a data set that are never trained on; None is a tenth, from 1 to 16.
+        width, height, num_frames, fps: the size of clips, whose area and length no clip exceeds; None is the model's.
+    Raises: UsageError if a value is out of range, or no data or two kinds of it are given.
+    """
+
+    path: str | None = option(
+        None, "Videos with captions (see finetune data), or prepared.", panel=DATA, name="data", metavar="PATH"
+    )
+    self_generate: str | None = option(
+        None, "No videos: a prompt file, of which the dense model makes clips.", panel=DATA, metavar="FILE"
+    )
+    clips_per_prompt: int | None = option(
+        None, "How many clips of each, unless its line has --num-videos; one more is held out. Default: 4.", panel=DATA
+    )
+    held_out: int | None = option(None, "Videos to hold out. Default: a tenth, from 1 to 16.", panel=DATA)
+    width: int | None = option(None, "Clips of this area, width x height.", panel=DATA, metavar="WxH", is_size=True)
+    height: int | None = option(None, "In pixels.", panel=DATA, hidden=True)
+    num_frames: int | None = option(None, "The longest clip, 4k + 1.", panel=DATA)
+    fps: int | None = option(None, "Frames per second of clips.", panel=DATA)
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.self_generate is None):
+            raise UsageError("give either --data FOLDER with videos, or --self-generate FILE with prompts.")
+        for name in ("clips_per_prompt", "held_out"):
+            _check_count(name, getattr(self, name))
+        if self.held_out is not None and self.self_generate is not None:
+            raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
+        if self.clips_per_prompt is not None and self.path is not None:
+            raise UsageError("--clips-per-prompt is for --self-generate; of videos every one is a clip. Leave it out.")
+        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, fps=self.fps)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One call of `slagen finetune`. What is None is the model's own default.
+
+    Args:
+        data: what to train on.
+        model: preset, folder or hub id; None is Wan2.1 1.3B on CUDA and the bundled model elsewhere.
+        weights: SLA weights to go on from, or a whole transformer; None takes the model's own.
+        from_dense: begin with the model's dense weights and a fresh `proj_l`.
+        output: a folder for `sla.safetensors`, checkpoints, log, clips and page, and for the transformer where
+            `weights` is a whole one of your own.
+        attention: "sla", or one of its branches alone; "dense" for a control that is tuned as long.
+        sparsity, and the five after it: as in SLAConfig; None is what the weights were trained with, or SLAConfig's.
+        anneal_from: sparsity to begin with; it rises to `sparsity` over the first half of the steps.
+        loss: "distill" is the squared difference of the student's velocity from the frozen dense model's on the same
+            noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
+        train: "all" of the transformer, "attn": its self-attention, "proj": `proj_l` alone, or "lora": low-rank
+            changes of self-attention, of rank `lora_rank` (None is 32), and `proj_l`.
+        steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch, caption_dropout: see TrainingDefaults.
+        weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
+        optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
+        checkpointing: recompute activations in the backward pass; None does on CUDA.
+        seed: of noise and order. dtype: to compute in; weights stay in float32. device, backend: as in GenerateConfig.
+        parallel: how the processes of torchrun share the model: "ddp" copies it, "fsdp" splits it; "auto" copies.
+        context_parallel: processes that share one clip's tokens.
+        save_every, validate_every: steps between checkpoints, and between validations with clips; None is a tenth of
+            all steps, at least 10, for the first, and half of them for the second.
+        restart: begin anew although the output folder holds a checkpoint.
+        tensorboard: also write TensorBoard's event files.
+    Raises: UsageError if a value is out of range, or the values do not go together.
+    """
+
+    data: DataConfig = option(dataclasses.MISSING, in_key=False)
+    model: str | None = option(
+        None, "A preset, folder or hub id. Default: wan2.1-t2v-1.3b with a CUDA device, tiny-wan (bundled) without.",
+        panel=MODEL, short="-m",
+    )  # fmt: skip
+    weights: str | None = option(
+        None, "SLA weights to start from, or a transformer.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
+    )
+    from_dense: bool = option(False, "Begin with dense weights and a fresh proj_l.", panel=MODEL)
+    local_files_only: bool = option(False, "Download nothing.", panel=MODEL, pixels=False)
+    attention: Attention = option("sla", "sla; to compare: sparse or linear, one branch of it, or dense.", panel=MODEL)
+    sparsity: float | None = option(None, "Default: as the model's SLA has it, or 0.95.", panel=MODEL)
+    negligible: float | None = option(None, "Fraction of blocks neither branch sees.", panel=MODEL)
+    linear_domain: LinearDomain | None = option(None, "What the linear branch sees: all or marginal.", panel=MODEL)
+    feature_map: FeatureMap | None = option(None, "softmax, elu or relu.", panel=MODEL)
+    block_m: int | None = option(None, "Query rows of a block.", panel=MODEL)
+    block_n: int | None = option(None, "Key columns of a block.", panel=MODEL)
+    anneal_from: float | None = option(None, "Sparsity to begin with; it rises over half of the steps.", panel=MODEL)
+    loss: Loss = option("distill", "distill: the dense model's velocity; flow: the data's.", panel=TRAINING)
+    layer_loss: float = option(0.0, "Weight of each layer's attention error.", panel=TRAINING)
+    train: Trained = option("all", "all, attn, proj or lora (and proj_l).", panel=TRAINING)
+    lora_rank: int | None = option(None, "Rank of lora. Default: 32.", panel=TRAINING)
+    steps: int | None = option(None, "Optimiser steps. Default, as of the six below: the model's own.", panel=TRAINING)
+    lr: float | None = option(None, "Learning rate.", panel=TRAINING)
+    proj_multiplier: float | None = option(None, "Factor on it for proj_l.", panel=TRAINING)
+    warmup_steps: int | None = option(None, "Steps it rises over, at most a tenth.", panel=TRAINING)
+    batch_size: int | None = option(None, "Clips a step, over all processes.", panel=TRAINING)
+    micro_batch: int | None = option(None, "Clips at a time on one device.", panel=TRAINING, pixels=False)
+    caption_dropout: float | None = option(
+        None, "Fraction trained on the negative prompt, for guidance.", panel=TRAINING
+    )
+    weight_decay: float = option(0.01, "Of AdamW.", panel=TRAINING)
+    max_grad_norm: float | None = option(None, "Clip gradients to this norm. Default: no clipping.", panel=TRAINING)
+    optimizer: Optimizer = option("adamw", "adamw or adamw8bit (not with fsdp).", panel=TRAINING)
+    checkpointing: bool | None = option(
+        None, "Recompute activations, to save memory. Default: on CUDA.", panel=MACHINE, pixels=False
+    )
+    seed: int = option(0, "Of noise, order, and which clips are held out.", panel=TRAINING)
+    dtype: Dtype = option(
+        "auto", "To compute in: auto (bf16 on CUDA that has it, else fp32), bf16 or fp32.", panel=MACHINE
+    )
+    device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, pixels=False)
+    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=MACHINE)
+    parallel: Parallel = option(
+        "auto", "Under torchrun: ddp copies the model, fsdp splits it.", panel=MACHINE, pixels=False
+    )
+    context_parallel: int = option(
+        1, "Under torchrun: processes that share a clip's tokens.", panel=MACHINE, pixels=False
+    )
+    save_every: int | None = option(
+        None, "Steps between checkpoints. Default: a tenth, at least 10.", panel=OUTPUT, pixels=False
+    )
+    validate_every: int | None = option(
+        None, "Steps between validations with clips. Default: half.", panel=OUTPUT, pixels=False
+    )
+    restart: bool = option(False, "Begin anew in a folder with a checkpoint.", panel=OUTPUT, pixels=False)
+    tensorboard: bool = option(False, "Write event files too.", panel=OUTPUT, pixels=False)
+    output: str = option(
+        "finetuned", "A folder for weights, checkpoints, log and page.", panel=OUTPUT, short="-o", pixels=False
+    )
+
+    def __post_init__(self) -> None:
+        check_folder("output", self.output)
+        for name, kinds in (("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
+                            ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
+            if getattr(self, name) not in get_args(kinds):
+                raise UsageError(
+                    f"{name} is {shown(getattr(self, name))}, but must be one of {', '.join(get_args(kinds))}."
+                )
+        for name in ("steps", "batch_size", "micro_batch", "lora_rank", "context_parallel", "save_every",
+                     "validate_every"):  # fmt: skip
+            _check_count(name, getattr(self, name))
+        for name in ("lr", "proj_multiplier", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} is {value}, but must be above 0. The model's own runs when it is left out.")
+        for name in ("weight_decay", "layer_loss", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_TRAINING.get(name, MAX_STRENGTH):
+                raise UsageError(
+                    f"{name} is {shown(value)}, but must be 0 or above, and no more than a training can have. Leave it "
+                    "out for the default."
+                )
+        for name, example in (("sparsity", 0.95), ("negligible", 0.1), ("anneal_from", 0.5), ("caption_dropout", 0.1)):
+            if getattr(self, name) is not None:
+                check_fraction(name, getattr(self, name), f"Try --{name.replace('_', '-')} {example}.")
+        for name in ("block_m", "block_n"):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), BLOCK_SIZES)
+        method = registry.get(self.attention)
+        is_dense = method.family == "dense"
+        if not is_dense and method.config is not SLAConfig:
+            raise UsageError(f"{method.name} attention cannot be fine-tuned yet. Try --attention sla.")
+        if is_dense and (self.loss != "flow" or self.train not in ("all", "attn")):
+            raise UsageError(
+                "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
+            )
+        for name in ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n", "anneal_from"):
+            if is_dense and getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is for SLA, but the attention is dense. Leave --{name.replace('_', '-')} out."
+                )
+        if self.lora_rank is not None and self.train != "lora":
+            raise UsageError(f"--lora-rank is for --train lora, but this is {self.train}. Leave it out.")
+        learns = any(group.used for group in method.parameters)
+        if self.proj_multiplier is not None and not learns:
+            raise UsageError(f"{self.attention} attention has no proj_l for --proj-multiplier. Leave it out.")
+        if not learns and not is_dense and self.train == "proj":
+            raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
+        if self.layer_loss > 0 and self.loss == "flow":
+            raise UsageError("--layer-loss compares with the dense teacher, which --loss flow has not. Leave one out.")
+        if self.dtype == "fp16":
+            raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+
+    def sla(self, trained: SLAConfig | None) -> SLAConfig:
+        """The attention that is trained: what is asked for, in place of what the weights were made with."""
+        names = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        base = trained or SLAConfig()
+        if given.get("linear_domain") == "all" and "negligible" not in given:
+            base = dataclasses.replace(base, negligible=0.0)
+        return dataclasses.replace(base, **given)
