@@ -12,6 +12,7 @@ import pytest
 from slagen import packages
 from slagen.cli import plain
 from slagen.cli.main import run
+from slagen.cli.table import Cell, Table
 
 SOURCE = Path(__file__).parent.parent / "src"
 MISSING = (
@@ -179,12 +180,10 @@ def test_other_failures_are_not_explained_away():
 
 
 def test_plain_tables(capsys):
-    table = plain.Table(box=None)
-    table.add_column("name", no_wrap=True)
-    table.add_column("found")
-    table.add_row(plain.Text("problem", "bold red"), plain.Text("no [dim]\npip install 'x[y]'\x1b"))
+    table = Table("name", "found")
+    table.add_row(Cell("problem", "bold red"), Cell("no [dim]\npip install 'x[y]'\x1b"))
     table.add_row("…")
-    plain.Console(highlight=False).print(table)
+    plain.Console(highlight=False).print(str(table))
     assert capsys.readouterr().out.splitlines() == [
         "name     found",
         "problem  no [dim]",

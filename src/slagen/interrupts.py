@@ -12,6 +12,7 @@ from typing import Any
 
 # What asks a process to end: SIGTERM, and SIGHUP, which a terminal or a connection sends when it goes.
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+INTERRUPTED = 130  # the exit code after these and after Ctrl-C
 
 
 @contextmanager

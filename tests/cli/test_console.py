@@ -289,7 +289,7 @@ ARGUMENTS = {
 }  # fmt: skip
 TASKS = (
     "generation.generate.generate", "generation.decode.decode", "batch.run.batch", "batch.ray_workers.batch_on_ray",
-    "training.finetune.finetune", "training.data.dataset.prepare", "benchmark.run.bench", "doctor.selftest.selftest",
+    "training.finetune.finetune", "training.data.prepare.prepare", "benchmark.run.bench", "doctor.selftest.selftest",
 )  # fmt: skip
 
 

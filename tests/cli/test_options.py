@@ -24,7 +24,8 @@ class Toy(GenerateConfig):
 
 
 READERS = (
-    "cli.main", "generation.prompts", "generation.report", "generation.resolve", "generation.replay", "batch.run",
+    "cli.main", "cli.app", "cli.generate", "cli.batch", "cli.info", "cli.finetune", "generation.prompts",
+    "generation.report", "generation.resolve", "generation.replay", "batch.run",
 )  # fmt: skip
 
 

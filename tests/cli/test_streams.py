@@ -74,8 +74,8 @@ def test_what_nohup_ignores_stays_ignored():
 def test_a_hang_up_ends_the_command_with_130(tmp_path):
     code = """
 import os, signal, sys
-from slagen.cli import main
-main.read_prompt = lambda *a: os.kill(os.getpid(), signal.SIGHUP)
+from slagen.cli import generate, main
+generate.read_prompt = lambda *a: os.kill(os.getpid(), signal.SIGHUP)
 sys.argv = ["slagen", "generate", "x"]
 main.main()
 """
@@ -85,7 +85,9 @@ main.main()
 
 def test_python_without_docstrings(monkeypatch, capsys):
     """diffusers fails as it is imported, in pages."""
-    monkeypatch.setattr("slagen.cli.main.sys", SimpleNamespace(**{**vars(sys), "flags": SimpleNamespace(optimize=2)}))
+    monkeypatch.setattr(
+        "slagen.cli.startup.sys", SimpleNamespace(**{**vars(sys), "flags": SimpleNamespace(optimize=2)})
+    )
     assert run(["generate", "a red circle"]) == 4
     told = " ".join(capsys.readouterr().err.split())
     assert "-OO or PYTHONOPTIMIZE=2" in told and "a bug in slagen" not in told

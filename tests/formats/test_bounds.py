@@ -13,7 +13,8 @@ from conftest import needs
 from safetensors.torch import save_file
 from wan_models import build_transformer
 
-from slagen.cli.main import _Help, app, run
+from slagen.cli.main import app, run
+from slagen.cli.parsing import Help
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.gguf_files import SCALES, check_values
 from slagen.formats.merge import merge
@@ -183,7 +184,7 @@ def test_every_number_of_every_command_is_looked_at():
     """The check sits in the class of all commands, so none can be forgotten."""
     group = typer.main.get_command(app)
     commands = [group, *group.commands.values(), *group.commands["finetune"].commands.values()]
-    assert len(commands) > 12 and all(isinstance(command, _Help) for command in commands)
+    assert len(commands) > 12 and all(isinstance(command, Help) for command in commands)
 
 
 @pytest.mark.parametrize("weight", [torch.nan, torch.inf, -torch.inf, 1e38])

@@ -182,7 +182,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "benchmark/run.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
     "benchmark/run.py::_models": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
     "benchmark/run.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
-    "cli/main.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
+    "cli/generate.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
     "batch/ray_workers.py::_Driver._resources": {
         "test_cluster.py::test_workers_fit_the_machines": ("'GPU'", "'num_gpus'")
     },

@@ -1,0 +1,66 @@
+"""The command `batch`: a video of every prompt in a file."""
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from slagen.batch.config import BatchConfig
+from slagen.cli.options import Fields, takes
+from slagen.cli.startup import start_quickly
+from slagen.generation.config import GenerateConfig
+from slagen.interrupts import INTERRUPTED
+
+PARTLY_FAILED = 3  # the exit code where some videos of a batch failed
+
+
+@takes(
+    sharing=BatchConfig,
+    settings=Fields(GenerateConfig, without=("num_videos", "overwrite"), help={"output": "The folder of the videos."}),
+)
+def batch(
+    context: typer.Context,
+    *,
+    prompts: Annotated[
+        str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv, .tsv or .yaml; - reads text from stdin.")
+    ],
+    sharing: dict[str, Any],
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Share the work on Ray: at RAY_ADDRESS, or started on this machine, where nobody else reaches it.",
+        ),
+    ] = False,
+    settings: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Make a video of every prompt in a file; run it again to go on after anything.
+
+    A line of text is a prompt, and what differs: a red circle --seed 7 --size 128x128 --steps 8 --id circle
+
+    Example: slagen batch prompts.txt --output outputs
+    """
+    if ray and sharing["ray_address"] is None:
+        sharing["ray_address"] = os.environ.get("RAY_ADDRESS") or "local"
+    config = BatchConfig(prompts, GenerateConfig(prompt="-", **settings), **sharing)
+    run_batch(context, config, as_json)
+
+
+def run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> None:
+    from slagen.cli.output.batch import show_batch
+    from slagen.cli.progress import GenerateProgress
+
+    with GenerateProgress() as progress:
+        if config.ray_address is None:
+            start_quickly(context, config.generate.weights)
+            from slagen.batch.run import batch as task
+        else:
+            from slagen.batch.ray_workers import batch_on_ray as task
+
+        result = task(config, progress)
+    show_batch(result, as_json)
+    if result.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if result.failed:
+        raise typer.Exit(PARTLY_FAILED)

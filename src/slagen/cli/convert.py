@@ -1,0 +1,63 @@
+"""The commands that write weights in another form: `convert` and `merge`."""
+
+from typing import Annotated, Literal
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A transformer in any public form, or the original VAE.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The folder of the pipeline it belongs to, whose text encoder, tokenizer and VAE are taken along.",
+        ),
+    ] = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    part: Annotated[
+        str | None, typer.Option(help="Which transformer, of a file that holds several, such as generator_ema.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+) -> None:
+    """Write weights of any public form as a diffusers folder with sla.safetensors beside its transformer.
+
+    Example: slagen convert TurboWan2.1-T2V-1.3B-480P.pth turbo --model Wan2.1-T2V-1.3B-Diffusers
+    """
+    from slagen import machine
+    from slagen.cli import console
+    from slagen.wan import convert as task
+
+    made = task.convert(
+        source, output, base=model, dtype=machine.DTYPES[dtype], overwrite=overwrite, part=part, on_note=console.note
+    )
+    console.write(str(made))
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The transformer that gets the change.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to make.")],
+    diff_base: Annotated[str, typer.Option(help="The transformer before tuning.")],
+    diff_target: Annotated[str, typer.Option(help="The transformer after tuning.")],
+    weight: Annotated[float, typer.Option(help="How much of the change is added.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Add what a tuning changed to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).
+
+    Example: slagen merge rcm.pth merged.safetensors --diff-base wan.safetensors --diff-target wan-sla.pth
+    """
+    from slagen.cli import console
+    from slagen.formats import merge as task
+
+    made = task.merge(
+        base,
+        output,
+        diff_base=diff_base,
+        diff_target=diff_target,
+        weight=weight,
+        overwrite=overwrite,
+        on_note=console.note,
+    )
+    console.write(str(made))

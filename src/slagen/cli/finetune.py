@@ -1,0 +1,91 @@
+"""The commands `finetune` and `finetune data`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from slagen.cli.options import Fields, takes
+from slagen.cli.parsing import CONTEXT, Command, Group
+from slagen.errors import UsageError
+from slagen.generation.config import CACHE, OUTPUT, GenerateConfig
+from slagen.io.paths import check_folder, user_path
+from slagen.training.config import DataConfig, FinetuneConfig
+
+tuning = typer.Typer(name="finetune", cls=Group, no_args_is_help=True, context_settings=CONTEXT, rich_markup_mode=None)
+
+
+@tuning.callback(invoke_without_command=True)
+@takes(clips=DataConfig, settings=FinetuneConfig)
+def finetune(
+    context: typer.Context,
+    *,
+    clips: dict[str, Any],
+    settings: dict[str, Any],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Fine-tune a Wan model with sparse-linear attention; run the same command again to resume.
+
+    Example: slagen finetune --model tiny-wan --from-dense --self-generate prompts.txt --sparsity 0.95 --steps 60
+    """
+    if context.invoked_subcommand is not None:
+        sources = {p.opts[0]: context.get_parameter_source(p.name) for p in context.command.params if p.name}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            options = ", ".join(given)
+            raise UsageError(
+                f"{options} before {context.invoked_subcommand} has no effect there. Put what it takes behind it: "
+                f"slagen finetune {context.invoked_subcommand} --help."
+            )
+        return
+    config = FinetuneConfig(DataConfig(**clips), **settings)
+    from slagen.cli.output.finetune import show_finetune
+    from slagen.cli.progress import GenerateProgress
+
+    with GenerateProgress() as progress:
+        from slagen.training import finetune as task
+
+        result = task.finetune(config, progress)
+    if result.rank == 0:
+        show_finetune(result, as_json)
+
+
+@tuning.command("data", cls=Command, context_settings=CONTEXT)
+@takes(
+    clips=Fields(DataConfig, only=("held_out", "width", "height", "num_frames", "fps")),
+    settings=Fields(FinetuneConfig, only=("model", "seed", "dtype", "device")),
+)
+def finetune_data(
+    *,
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="Videos with a .txt beside each; or a .csv, .json or .jsonl with the keys video and prompt "
+            "(DiffSynth), file_name and text (Hugging Face), video_path and caption (musubi) or path and cap "
+            "(FastVideo).",
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to make.")],
+    clips: dict[str, Any],
+    settings: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Encode videos and captions for finetune --data, once; what is there already is kept.
+
+    Example: slagen finetune data videos --output prepared --model wan2.1-t2v-1.3b
+    """
+    check_folder("output", output)
+    config = DataConfig(path, **clips)
+    from slagen.cli.output.finetune import show_data
+    from slagen.cli.progress import GenerateProgress
+
+    with GenerateProgress() as progress:
+        from slagen.training.data import prepare
+        from slagen.training.setup import default_model
+
+        seed, device = settings.pop("seed"), settings["device"]
+        base = GenerateConfig("-", **{**settings, "model": default_model(settings["model"], device)})
+        data = prepare.prepare(config, base, user_path(output), user_path(CACHE), seed, progress)
+    show_data(data, as_json)

@@ -1,0 +1,185 @@
+"""The commands that make one video: `generate`, `decode` and `replay`."""
+
+import dataclasses
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from slagen.batch.config import BatchConfig
+from slagen.cli.batch import run_batch
+from slagen.cli.options import Fields, takes
+from slagen.cli.startup import start_quickly
+from slagen.errors import GateError, UsageError
+from slagen.generation.config import OUTPUT, VIDEO, GenerateConfig
+from slagen.io.documents import decode
+from slagen.io.forms import Fault
+from slagen.io.paths import is_video
+from slagen.io.text import LONG_DASH, MAX_PROMPT, quote
+
+
+@takes(settings=GenerateConfig)
+def generate(
+    context: typer.Context,
+    *,
+    words: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="What the video shows; - reads it from stdin.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt, instead of the argument.", rich_help_panel=VIDEO)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="A file of prompts: the same as slagen batch FILE.", rich_help_panel=VIDEO, metavar="FILE"),
+    ] = None,
+    settings: dict[str, Any],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate the run, as slagen plan does.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Make a video of a prompt, and beside it a report of where every step's attention time went.
+
+    Example: slagen generate "a red circle moving right" --seed 7 --output circle.mp4
+    """
+    if prompts is not None:
+        _check_prompts(words, prompt, dry_run, settings["overwrite"])
+    text = read_prompt(words, prompt) if prompts is None else "-"
+    config = GenerateConfig(prompt=text, **settings)
+    from slagen.cli.output.generate import show_videos
+    from slagen.cli.output.plan import show_plan
+    from slagen.cli.progress import GenerateProgress
+
+    if dry_run:
+        from slagen.generation import estimate as planning
+        from slagen.machine import pick_device
+        from slagen.wan.presets import CUDA_DEFAULT
+
+        device = config.device
+        kind = pick_device(device).type if device == "auto" else device.partition(":")[0]  # a plan needs no such device
+        if config.model is None:
+            config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
+
+        show_plan(planning.plan(config, kind), as_json)
+        return
+    if prompts is not None:
+        run_batch(context, BatchConfig(prompts, config), as_json)
+        return
+    with GenerateProgress() as progress:
+        start_quickly(context, config.weights)
+        from slagen.generation import generate as task
+
+        result = task.generate(config, progress)
+    show_videos(result, as_json)
+
+
+def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwrite: bool) -> None:
+    """Raise UsageError for what does not go with --prompts."""
+    if words is not None or prompt is not None:
+        raise UsageError("both a prompt and --prompts are given. Give one of them.")
+    if dry_run:
+        raise UsageError("--dry-run plans one video, and --prompts names many. Give one prompt.")
+    if overwrite:
+        raise UsageError(
+            "--prompts makes what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
+        )
+
+
+def read_prompt(words: str | None, option: str | None) -> str:
+    """The prompt from the argument, the option or stdin. Raises UsageError if two or none are given."""
+    if words is not None and option is not None:
+        raise UsageError("the prompt is given twice, as an argument and with --prompt. Give one of them.")
+    text = words if words is not None else option
+    if text is None:
+        raise UsageError('no prompt is given. Try slagen generate "a red circle moving right".')
+    if text == "-":
+        try:
+            text = decode(read_stdin(8 * MAX_PROMPT))  # more is too long in any script
+        except Fault as fault:
+            raise UsageError(f"stdin{fault.place}: {fault}. Give the prompt as plain UTF-8 text.") from None
+    elif re.match(LONG_DASH, text):
+        from slagen.generation.prompts import check_dashes
+
+        check_dashes(text[:80])
+    return text.strip()
+
+
+def read_stdin(most: int) -> bytes:
+    """At most so many bytes of stdin. Raises UsageError where it is closed."""
+    if sys.stdin is None:
+        raise UsageError("stdin is closed. Give the prompt as an argument.")
+    stream = getattr(sys.stdin, "buffer", None)
+    return stream.read(most) if stream is not None else sys.stdin.read(most).encode("utf-8", "surrogatepass")
+
+
+@takes(settings=Fields(GenerateConfig, only=("device", "vae", "local_files_only", "overwrite")))
+def decode_latents(
+    context: typer.Context,
+    *,
+    path: Annotated[
+        str, typer.Argument(metavar="LATENTS", help="What --save-latents wrote, or was kept where no video could be.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="The video. Default: LATENTS with .mp4 at its end.", metavar="FILE"),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model it was made with, if it lies elsewhere now.")
+    ] = None,
+    settings: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:
+    """Make the video of saved latents, with the report and the metadata that it would have had; nothing is sampled.
+
+    Example: slagen decode outputs/circle.latents.safetensors --output circle.mp4
+    """
+    from slagen.cli.output.generate import show_videos
+    from slagen.cli.progress import GenerateProgress
+
+    with GenerateProgress() as progress:
+        start_quickly(context, None)
+        from slagen.generation import decode as task
+
+        result = task.decode(path, output, model=model, on_event=progress, **settings)
+    show_videos(result, as_json)
+
+
+@takes(settings=Fields(GenerateConfig, only=("vae", "local_files_only")))
+def replay(
+    context: typer.Context,
+    *,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen made, or its .json.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Keep the new video here.", metavar="FILE")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model it was made with, if it lies elsewhere now.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="The weights, if they lie elsewhere now.", metavar="FILE_OR_FOLDER"),
+    ] = None,
+    settings: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
+) -> None:
+    """Make a video again and compare latents, frames and file; exit code 6 where they differ.
+
+    Example: slagen replay outputs/0001-a-red-circle-moving-right-s7-12345678.json
+    """
+    if output is not None and not is_video(output):
+        raise UsageError(f"output is {quote(output)}, but must be a file that ends in .mp4.")
+    from slagen.cli.output.generate import show_replay
+    from slagen.cli.progress import GenerateProgress
+
+    with GenerateProgress() as progress:
+        start_quickly(context, "*.gguf")  # it may be
+        from slagen.generation import replay as task
+
+        result = task.replay(path, output, progress, model=model, weights=weights, **settings)
+    show_replay(result, as_json)
+    if not result["same"]:
+        raise GateError("the video is not the same. What differs is above.")

@@ -1,0 +1,86 @@
+"""The commands that report and make nothing: `plan`, `models`, `methods` and `info`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from slagen.cli.options import Fields, takes
+from slagen.generation.config import OUTPUT, GenerateConfig
+from slagen.io.paths import user_path
+
+PLANNED = Fields(
+    GenerateConfig,
+    only=(
+        "model", "width", "height", "num_frames", "fps", "num_videos", "steps", "guidance_scale", "seed",
+        "attention", "sparsity", "sla_topk", "block_m", "block_n", "weights", "allow_untrained", "output",
+    ),
+    help={
+        "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.", "seed": "For the names.",
+        "num_videos": "How many videos.", "guidance_scale": "Weight of the prompt; above 1 doubles the passes.",
+    },
+)  # fmt: skip
+
+
+@takes(settings=PLANNED)
+def plan(
+    *,
+    settings: dict[str, Any],
+    words: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What the video shows, for its name.", show_default=False)
+    ] = "prompt",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan as JSON on stdout.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Estimate tokens, blocks, FLOPs, memory and downloads of a run, before any file is fetched or read.
+
+    Example: slagen plan --model wan2.1-t2v-1.3b --size 832x480 --num-frames 81 --sparsity 0.95
+    """
+    config = GenerateConfig(prompt=words, **settings)
+    from slagen.cli.output.plan import show_plan
+    from slagen.generation import estimate as planning
+
+    show_plan(planning.plan(config), as_json)
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
+) -> None:
+    """List the presets: where their weights come from, and the settings they are made for.
+
+    Example: slagen models
+    """
+    from slagen.cli.output.weights import show_models
+    from slagen.generation import estimate as planning
+
+    show_models(planning.models(), as_json)
+
+
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
+) -> None:
+    """List the attention methods: what each does, what it needs, and its options with their defaults.
+
+    Example: slagen methods
+    """
+    from slagen.attention import registry
+    from slagen.cli.output.weights import show_methods
+
+    show_methods(registry.describe(), as_json)
+
+
+def info(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A weight file or folder, a video, or its .json.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
+) -> None:
+    """Inspect a checkpoint, and whether its SLA was trained; or a generated video, and how it was made.
+
+    Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
+    """
+    from slagen.cli.output.weights import show_info
+    from slagen.generation import latents
+    from slagen.generation import replay as past
+    from slagen.wan import info as task
+
+    place = user_path(path)
+    show_info(past.describe(place) or latents.describe_latents(place) or task.info(path), as_json)

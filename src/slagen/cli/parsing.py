@@ -1,0 +1,68 @@
+"""How a command's arguments are parsed and its help is laid out."""
+
+from typing import Any, cast
+
+from typer.core import TyperCommand, TyperGroup
+
+from slagen.errors import UsageError
+from slagen.generation import peers
+from slagen.io.text import cut
+
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Help:
+    """Help in plain text, with the options by panel: rich takes longer to import than all the rest of it.
+
+    Other tools' spellings are put into ours before anything is parsed. And no option takes what Python calls a number
+    but no setting is: nan, inf, or more digits than 64 bits hold.
+    """
+
+    def parse_args(self, context: Any, args: list[str]) -> list[str]:
+        takes_value = {
+            name: not (getattr(parameter, "is_flag", False) or getattr(parameter, "count", False))
+            for parameter in self.get_params(context)  # type: ignore[attr-defined]
+            for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        args = peers.translate(args, takes_value, _note, is_group=isinstance(self, TyperGroup))
+        return cast(list[str], super().parse_args(context, args))  # type: ignore[misc]
+
+    def invoke(self, context: Any) -> Any:
+        for parameter in self.params:  # type: ignore[attr-defined]
+            value = context.params.get(parameter.name)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int | float) and not -(2**63) <= number < 2**63:  # nan fails here too
+                    raise UsageError(
+                        f"{parameter.opts[0]} is {cut(str(number), 40)}, which is no number for a setting. "
+                        f"See {context.command_path} --help."
+                    )
+        return super().invoke(context)  # type: ignore[misc]
+
+    def format_options(self, context: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(context):  # type: ignore[attr-defined]
+            record = parameter.get_help_record(context)
+            if record is not None:
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(record)
+        if isinstance(self, TyperGroup):
+            commands = [self.commands[name] for name in self.list_commands(context)]
+            panels["Commands"] = [(c.name or "", (c.help or "").split("\n\n")[0].replace("\n", " ")) for c in commands]
+        for name, records in panels.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+class Command(Help, TyperCommand):
+    pass
+
+
+class Group(Help, TyperGroup):
+    pass
+
+
+def _note(text: str) -> None:
+    from slagen.cli import console
+
+    console.note(text)
