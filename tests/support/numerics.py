@@ -4,7 +4,7 @@ A kernel may be at most twice as far from the float64 reference as the same math
 dtype, plus one rounding step. How far plain PyTorch is depends on the order in which the host's BLAS adds, and for few
 numbers it can be next to nothing by luck. So it is not run but drawn, alike on every host: the maths in float64, with
 every operation's result moved by as much as rounding moves it (Monte Carlo arithmetic). The largest error of DRAWS such
-runs counts. With u half the dtype's eps, and r uniform in [-1, 1]:
+runs counts, and of more where there are few rows. With u half the dtype's eps, and r uniform in [-1, 1]:
 
     a result x          + u x r
     a sum x of n terms  + u sqrt(n (x^2 / 3 + sum terms^2 / 6)) r, with the u of float32, in which sums are held
@@ -31,6 +31,7 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.reference import EPSILON, feature_map
 
 DRAWS = 16
+ROWS = 256  # of all draws together: the largest error of a few is small by luck
 NAMES = ("o", "dq", "dk", "dv", "dweight", "dbias")
 
 
@@ -91,7 +92,8 @@ def assert_within_budget(
         return plain_attention(x, config, Rounding(dtype), branches)
 
     exact = results(reference, wide, wide_do)
-    drawn = results(plain, [x.expand(DRAWS, *x.shape) for x in wide], wide_do.expand(DRAWS, *do.shape))
+    draws = max(DRAWS, ROWS // do[..., 0].numel())
+    drawn = results(plain, [x.expand(draws, *x.shape) for x in wide], wide_do.expand(draws, *do.shape))
     assert actual[0].dtype == inputs[0].dtype, f"o: {actual[0].dtype}, not {inputs[0].dtype}"
     for name, a, d, e in zip(NAMES[: len(exact)], actual, drawn, exact, strict=True):
         assert_no_worse(name, a, d, e)
@@ -124,9 +126,15 @@ class Rounding:
 
     def sum(self, a: Tensor, b: Tensor) -> Tensor:
         """a @ b, not yet rounded to the dtype."""
-        x, n = a @ b, a.shape[-1]
         one = slice(0, 1)  # the draws differ by roundings, which change next to nothing of how large those are
-        size = (n * (x[one] ** 2 / 3 + a[one] ** 2 @ b[one] ** 2 / 6)).sqrt()
+        return self._of_terms(a @ b, a[one] ** 2 @ b[one] ** 2, a.shape[-1])
+
+    def row_sum(self, terms: Tensor) -> Tensor:
+        """The sums of rows, (..., 1), not yet rounded to the dtype."""
+        return self._of_terms(terms.sum(-1, keepdim=True), (terms**2).sum(-1, keepdim=True), terms.shape[-1])
+
+    def _of_terms(self, x: Tensor, squares: Tensor, n: int) -> Tensor:
+        size = (n * (x[: len(squares)] ** 2 / 3 + squares / 6)).sqrt()
         return torch.addcmul(x, size.expand_as(x), self._uniform(x), value=self.sum_unit)
 
     def again(self, weights: Tensor, shift: Tensor) -> Tensor:
@@ -170,7 +178,9 @@ def plain_attention(inputs: Sequence[Tensor], config: SLAConfig, rounding: Round
         sums = product(w, torch.cat([v, torch.ones_like(v[..., :1])], -1), shift)
         denominator = sums[..., -1:] + eps
         empty = denominator == 0
-        return rounded((sums[..., :-1] / denominator.masked_fill(empty, 1)).masked_fill(empty, 0))
+        return rounded(
+            Quotient.apply(sums[..., :-1], denominator.masked_fill(empty, 1), rounding).masked_fill(empty, 0)
+        )
 
     classes = block_map(block_scores(q[0], k[0], config), config)
     classes = classes.repeat_interleave(config.block_m, 2)[:, :, : q.shape[-2]]
@@ -222,3 +232,18 @@ class Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         da = ctx.again(ctx.finish(ctx.rounding.sum(dx, b.mT)))
         return da, ctx.finish(ctx.rounding.sum(ctx.again(a).mT, dx)), None, None, None
+
+
+class Quotient(torch.autograd.Function):
+    """Rows (..., D) over a number each, (..., 1), whose gradient is a sum over the row, FlashAttention's delta."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, rounding: Rounding) -> Tensor:
+        ctx.rounding = rounding
+        ctx.save_for_backward(a, b)
+        return a / b
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        return dx / b, -ctx.rounding.row_sum(dx * a / b) / b, None
