@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -78,17 +80,26 @@ def has_workers(process):
     return False
 
 
+def of_the_living(ask: Callable[[], Any]) -> Any:
+    """What a process answers; nothing where it has ended meanwhile, as Ray's helpers do."""
+    try:
+        return ask()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def check_that_nobody_else_gets_in(process):
     """Every socket of Ray is on the loopback interface or in a folder of our own, and a call needs the token.
 
     Ray listened on all interfaces, and a second process ran a function in it. Returns the folder.
     """
     processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    listening = [c.laddr for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    sockets = [c for p in processes for c in of_the_living(lambda p=p: p.net_connections("inet"))]
+    listening = [c.laddr for c in sockets if c.status == psutil.CONN_LISTEN]
     assert listening and {address.ip.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
-    server = next(p for p in processes if "gcs_server" in p.name())
+    server = next(p for p in processes if "gcs_server" in of_the_living(p.name))
     token = server.environ()["RAY_AUTH_TOKEN"]
-    assert len(token) == 64 and not any(token in part for p in processes for part in p.cmdline())
+    assert len(token) == 64 and not any(token in part for p in processes for part in of_the_living(p.cmdline))
     port = next(c.laddr.port for c in server.net_connections("inet") if c.status == psutil.CONN_LISTEN)
     grpc = pytest.importorskip("grpc", reason="needs grpcio, which comes with slagen[tensorboard]")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
