@@ -17,7 +17,6 @@ LARGE_FILES = {
     "benchmark/run.py",
     "io/files.py",
     "training/finetune.py",
-    "generation/generate.py",
 }
 LARGE_FUNCTIONS = {
     "generation/config.py:GenerateConfig.__post_init__",

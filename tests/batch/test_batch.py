@@ -22,6 +22,7 @@ from slagen.batch.manifest import Manifest, Wanted
 from slagen.batch.run import Times, _forecast, _Run, batch
 from slagen.cli.main import run
 from slagen.errors import SlagenError, UsageError
+from slagen.generation import session
 from slagen.generation.config import GenerateConfig
 from slagen.generation.replay import replay
 from slagen.generation.resolve import make_plan
@@ -169,20 +170,18 @@ def test_a_report_that_cannot_be_made_again_is_told(toy, tmp_path):
 
 
 def test_one_failure_does_not_stop_the_rest(toy, tmp_path, monkeypatch):
-    from slagen.generation import generate as task
-
     lines = ["a red circle --seed 1", "a circle --seed 2", "red --seed 3"]
-    real = task._denoise
+    real = session._denoise
 
     def fail(pipe, plan, *rest):
         if plan.config.seed == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(pipe, plan, *rest)
 
-    monkeypatch.setattr(task, "_denoise", fail)
+    monkeypatch.setattr(session, "_denoise", fail)
     result = batch(settings(toy, tmp_path, lines))
     assert len(result.made) == 2 and [reason for _, reason in result.failed] == ["CUDA out of memory"]
-    monkeypatch.setattr(task, "_denoise", real)
+    monkeypatch.setattr(session, "_denoise", real)
     again = batch(settings(toy, tmp_path, lines))
     assert not again.made and "--retry-failed" in again.failed[0][1]
     third = batch(settings(toy, tmp_path, lines, retry_failed=True))
@@ -201,16 +200,14 @@ def test_shards_divide_the_work(toy, tmp_path):
 def test_known_prompts_need_no_text_encoder(toy, tmp_path, monkeypatch):
     lines = ["a red circle --seed 4", "a circle --seed 5"]
     first = batch(settings(toy, tmp_path, lines))
-    from slagen.generation import generate as task
-
     loaded = []
-    real = task.load_pipeline
+    real = session.load_pipeline
 
     def watch(*arguments, text_encoder):
         loaded.append(text_encoder)
         return real(*arguments, text_encoder=text_encoder)
 
-    monkeypatch.setattr(task, "load_pipeline", watch)
+    monkeypatch.setattr(session, "load_pipeline", watch)
     second = batch(settings(toy, tmp_path, lines, output="again"))
     assert loaded == [False]
     hashes = [

@@ -24,7 +24,7 @@ from slagen.cli.main import run
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
-from slagen.generation import decode, generate, memory, resolve
+from slagen.generation import decode, generate, memory, resolve, session
 from slagen.generation.config import GenerateConfig
 from slagen.training import distributed as parallel
 from slagen.training import finetune, setup
@@ -143,7 +143,7 @@ def test_spans_on_a_card(card):
 
 
 def test_memory_is_given_back(card):
-    generate.free_memory()
+    session.free_memory()
     assert card.calls == [("empty_cache",)]
 
 

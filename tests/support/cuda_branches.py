@@ -208,7 +208,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_model_of_a_card": ("pick_device(device).type == 'cuda'", "DEFAULT_ON_CUDA")
     },
     "training/finetune.py::finetune": {"test_finetune_out_of_memory": ("torch.OutOfMemoryError",)},
-    "generation/generate.py::free_memory": {
+    "generation/session.py::free_memory": {
         "test_memory_is_given_back": ("torch.cuda.is_available", "torch.cuda.empty_cache")
     },
     "generation/decode.py::_write": {"test_decode_out_of_memory": ("torch.OutOfMemoryError",)},

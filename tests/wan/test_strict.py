@@ -18,8 +18,8 @@ from slagen.errors import SlagenError, WeightsError
 from slagen.formats.folders import component_files
 from slagen.formats.sla import FORMAT_VERSION, SLAMetadata, read_sla, tensors_hash, weights_hash
 from slagen.generation.config import GenerateConfig
-from slagen.generation.generate import Session
 from slagen.generation.resolve import find_weights
+from slagen.generation.session import Session
 from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.hub import closed_hub
 from slagen.wan.info import info as describe

@@ -33,11 +33,12 @@ from slagen.events import Event
 from slagen.generation import prompts
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import Embeddings, component_files, file_hashes
-from slagen.generation.generate import Sample, Session, check_memory, free_memory, save
+from slagen.generation.generate import check_memory, save
 from slagen.generation.latents import latents_beside
 from slagen.generation.provenance import restored_report
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
 from slagen.generation.result import Video
+from slagen.generation.session import Sample, Session, free_memory
 from slagen.html import Card, contact_sheet
 from slagen.interrupts import ENDING, stopping
 from slagen.io.documents import read_json

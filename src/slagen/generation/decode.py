@@ -17,9 +17,10 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
-from slagen.generation.generate import CPU, warn_of_one_colour
+from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
+from slagen.generation.session import warn_of_one_colour
 from slagen.io.files import check_writable, reserved, staging, write_json
 from slagen.io.paths import user_path
 from slagen.video import check_ffmpeg, encode_mp4, not_written

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slagen.errors import SlagenError, WeightsError
-from slagen.generation.generate import Session, texts_of
 from slagen.generation.resolve import Plan
+from slagen.generation.session import Session, texts_of
 from slagen.io.documents import read_json
 from slagen.io.files import digest, file_hash, sweep, write_json, writing
 from slagen.io.paths import user_path

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import time
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.generation.config import GenerateConfig
@@ -14,6 +18,9 @@ from slagen.io.files import file_hash
 from slagen.io.text import to_json
 from slagen.settings import names_where
 from slagen.timing import StepTimes
+
+if TYPE_CHECKING:
+    from slagen.generation.session import Sample
 
 SCHEMA_VERSION = 1
 COMMENT_BYTES = 32 * 1024
@@ -146,3 +153,36 @@ def comment(
             kept[f"{name}_sha256"] = hashlib.sha256(kept.pop(name).encode()).hexdigest()
             text = to_json(content)
     return text
+
+
+def video_report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> dict[str, Any]:
+    """The report of a video, whose file may not be there yet."""
+    from slagen import machine  # with torch, which nothing else here needs
+
+    plan, stages, recorder = sample.plan, sample.stages, sample.recorder
+    config, method, steps = plan.config, plan.method, recorder.steps
+    shape = plan.weights.source.shape
+    attention = {
+        "mode": config.attention, "tokens": plan.num_tokens, **method.describe(plan.attention, plan.num_tokens),
+        **({} if plan.backend is None else {"backend": plan.backend}),
+    }  # fmt: skip
+    flops = method.cost(plan.attention, shape, plan.num_tokens)
+    passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "video": video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
+        "settings": plan.told,
+        "versions": versions(),
+        "device": machine.describe_device(plan.weights.device),
+        "weights": sample.weights,
+        "latents_hash": latents_hash,
+        "attention": attention,
+        "stages_s": {**stages, "total": sum(stages.values())},
+        "since_process_start_s": time.time() - psutil.Process().create_time(),
+        "peak_memory_gib": machine.peak_memory_gib(plan.weights.device),
+        "steps": step_section(steps),
+        "layers": layer_section(steps),
+        "cost": cost_section(shape, plan.num_tokens, passes, flops, steps),
+        "timing": timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
+    }  # fmt: skip

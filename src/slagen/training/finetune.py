@@ -36,9 +36,9 @@ from slagen.formats.sla import (
 )
 from slagen.generation.config import CACHE, GenerateConfig
 from slagen.generation.embeddings import file_hashes, files_in
-from slagen.generation.generate import Session
 from slagen.generation.report import versions
 from slagen.generation.resolve import find_weights, make_plan
+from slagen.generation.session import Session
 from slagen.interrupts import stopping
 from slagen.io.files import append, delete, sweep, write_json, writing
 from slagen.io.paths import check_utf8, user_path

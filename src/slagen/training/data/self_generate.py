@@ -9,8 +9,8 @@ from slagen.events import Event
 from slagen.generation import prompts
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import file_hashes
-from slagen.generation.generate import Session, texts_of
 from slagen.generation.resolve import Weights, make_plan
+from slagen.generation.session import Session, texts_of
 from slagen.io.files import digest
 from slagen.training.config import DataConfig
 from slagen.training.data.clips import tell

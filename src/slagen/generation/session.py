@@ -1,0 +1,228 @@
+"""A model in memory that denoises and decodes the videos of many plans."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from slagen.attention.sla.method import branches_of
+from slagen.errors import SlagenError
+from slagen.events import Event
+from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
+from slagen.generation import report
+from slagen.generation.resolve import SIGMA_MAX, Plan
+from slagen.io.files import file_hash
+from slagen.io.paths import user_path
+from slagen.io.text import quote
+from slagen.timing import StepRecorder
+from slagen.wan.install import apply_sla, install_projections, load_sla
+from slagen.wan.loading import load_pipeline
+from slagen.wan.processor import attach_recorder, denoising, install_method, processors
+from slagen.wan.samplers import set_sampler
+from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
+from slagen.wan.vae import decode_latents
+
+
+@dataclass
+class Sample:
+    """One video, sampled and decoded but not written.
+
+    Args:
+        plan: what it was made with.
+        frames: (F, H, W, 3) uint8.
+        latents: (1, C, T, h, w) float32 on the CPU.
+        recorder: its steps.
+        stages: seconds of each stage so far.
+        weights: what the report says of them.
+        vae: what decoded it.
+    """
+
+    plan: Plan
+    frames: np.ndarray
+    latents: torch.Tensor
+    recorder: StepRecorder
+    stages: dict[str, float]
+    weights: dict[str, Any]
+    vae: Any = None
+
+
+class Session:
+    """A model in memory that makes the videos of every plan with the same weights and attention.
+
+    Args:
+        plan: the first of them, which says what to load.
+        text_encoder: False where all prompts are encoded already.
+        pipe: a pipeline with the plan's attention in it already; None loads one.
+    Raises: WeightsError where weights are broken or do not fit, EnvironmentProblem where the kernels do not run.
+    """
+
+    def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
+        self.tokenizer = None if pipe is None else pipe.tokenizer
+        if pipe is not None:
+            self.pipe, self.about = pipe, {"model": plan.weights.source.name}
+            return
+        weights, vae = plan.weights, plan.config.vae
+        method = plan.method
+        if plan.backend is not None and method.check is not None:
+            method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
+        self.pipe = load_pipeline(
+            weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
+            text_encoder=text_encoder,
+        )  # fmt: skip
+        self.tokenizer = self.pipe.tokenizer
+        self.about = _install_attention(self.pipe, plan)
+
+    @torch.inference_mode()
+    def encode(self, plan: Plan) -> dict[str, torch.Tensor | None]:
+        """The embeddings of a plan's prompt and, where it is guided, its negative prompt."""
+        prompt, negative = self.pipe.encode_prompt(
+            prompt=plan.config.prompt, negative_prompt=plan.config.negative_prompt,
+            do_classifier_free_guidance=(plan.config.guidance_scale or 0) > 1,
+            max_sequence_length=plan.weights.source.defaults.max_sequence_length, device=self.pipe._execution_device,
+        )  # fmt: skip
+        return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
+
+    def cuts(self, plan: Plan) -> list[str]:
+        """What to tell of a plan's prompt and negative prompt where the text encoder does not read them to the end."""
+        limit = plan.weights.source.defaults.max_sequence_length
+        texts = dict(zip(("prompt", "negative prompt"), texts_of(plan), strict=False))
+        if self.tokenizer is None and any(may_be_cut(text, limit) for text in texts.values()):
+            self.tokenizer = load_tokenizer(plan.weights.source.folder)
+        told = {name: tell_cut(self.tokenizer, text, limit) for name, text in texts.items()}
+        return [f"the {name} {quote(texts[name])} {cut}" for name, cut in told.items() if cut]
+
+    def release_text_encoder(self) -> None:
+        """Give its memory back: every prompt is encoded."""
+        self.pipe.text_encoder = self.pipe.tokenizer = None
+        free_memory()
+
+    @torch.no_grad()
+    def denoise(
+        self, plan: Plan, embeds: dict[str, torch.Tensor | None], on_event: Callable[[Event], None]
+    ) -> tuple[torch.Tensor, StepRecorder]:
+        """One video's final latents, (1, C, T, h, w), and its steps. Raises SlagenError where they are not finite."""
+        c, pipe = plan.config, self.pipe
+        assert c.sampler is not None and c.flow_shift is not None and c.steps
+        set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
+        for processor in processors(pipe.transformer) if plan.attention is not None else []:
+            processor.config = plan.attention
+        on_event(Event("stage", "denoise", num_steps=c.steps))
+        latents, recorder = _denoise(pipe, plan, embeds, on_event)
+        if not torch.isfinite(latents).all():
+            raise SlagenError(
+                f"the latents of seed {c.seed} are not finite, so no video was written. "
+                "Try --dtype fp32, or --backend reference to see whether a kernel is at fault."
+            )
+        return latents, recorder
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        plan: Plan,
+        embeds: dict[str, torch.Tensor | None],
+        stages: dict[str, float],
+        on_event: Callable[[Event], None],
+    ) -> Sample:
+        """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
+        began = time.perf_counter()
+        latents, recorder = self.denoise(plan, embeds, on_event)
+        stages["denoise"] = time.perf_counter() - began
+
+        on_event(Event("stage", "decode"))
+        began = time.perf_counter()
+        frames = decode_latents(self.pipe.vae, latents).numpy()
+        stages["decode"] = time.perf_counter() - began
+        warn_of_one_colour(frames, plan.config.seed or 0, on_event)
+        return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about, self.pipe.vae)
+
+
+def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:
+    """Tell that frames (F, H, W, 3) uint8 show nothing, where they do not."""
+    if (frames == frames[0, 0, 0]).all():
+        colour = ", ".join(map(str, frames[0, 0, 0]))
+        on_event(Event("warning", f"every pixel of the video of seed {seed} has the RGB {colour}"))
+
+
+def texts_of(plan: Plan) -> list[str]:
+    """What the text encoder reads for a plan: the prompt and, where it is guided, the negative prompt."""
+    guided = (plan.config.guidance_scale or 0) > 1
+    return [plan.config.prompt, plan.config.negative_prompt or ""][: 2 if guided else 1]
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that the next video has room for it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
+    """Put the planned attention into the pipeline; returns what the report says of the weights."""
+    weights, source, config = plan.weights, plan.weights.source, plan.config
+    found: dict[str, Any] = {
+        "model": source.name, "model_file": None if source.weights is None else report.shareable(str(source.weights)),
+        "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
+    }  # fmt: skip
+    method = plan.method
+    if not method.needs.weights:
+        install_method(pipe.transformer, method, plan.attention, backend=config.backend)
+        attention = "full" if method.family == "dense" else method.name
+        return {**found, "used": "base" if source.weights is None else f"the same weights, {attention} attention"}
+    branches = branches_of(method)
+    assert plan.sla is not None
+    if weights.sla_path is None:
+        apply_sla(pipe, plan.sla, backend=config.backend, branches=branches)  # type: ignore[arg-type]
+        return {**found, "used": "base with untrained SLA"}
+    options: dict[str, Any] = {
+        "backend": config.backend, "branches": branches, "allow_untrained": config.allow_untrained,
+    }  # fmt: skip
+    if not weights.sla_alone:
+        install_projections(pipe, weights.sla_path, plan.sla, **options)
+        return {**found, "used": "SLA", "sla_file": report.shareable(str(weights.sla_path))}
+    metadata: SLAMetadata = load_sla(
+        pipe, weights.sla_path, config=plan.sla, other_blocks=True, base_hash=found["model_hash"], **options
+    )  # fmt: skip
+    file = find_sla_file(weights.sla_path)
+    return {**found, "used": "SLA", "sla_file": report.shareable(str(file)), "sla_hash": file_hash(file),
+            "trained": metadata.trained, "trained_steps": metadata.steps,
+            "trained_sparsity": metadata.config.sparsity}  # fmt: skip
+
+
+def _denoise(
+    pipe: Any, plan: Plan, embeds: dict[str, Any], on_event: Callable[[Event], None]
+) -> tuple[Any, StepRecorder]:
+    """Run the sampling loop; returns the final latents (1, C, T, h, w) and the recorder with its steps."""
+    config = plan.config
+    recorder = StepRecorder(plan.weights.device.type, config.timing)
+    detach = attach_recorder(pipe.transformer, recorder)
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        step = recorder.end_step(float(timestep))
+        end_step()
+        on_event(Event("step", "denoise", step, config.steps or 0))
+        return {}
+
+    generator = torch.Generator().manual_seed(config.seed)  # type: ignore[arg-type]
+    if config.sampler == "rcm":
+        assert config.width and config.height and config.num_frames
+        frames = (config.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+        height, width = (size // pipe.vae_scale_factor_spatial for size in (config.height, config.width))
+        pipe.scheduler.generator = generator
+        shape = (1, pipe.transformer.config.in_channels, frames, height, width)
+        embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
+    with contextlib.ExitStack() as stack:
+        stack.callback(detach)
+        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0))
+        recorder.begin_step()
+        output = pipe(
+            **embeds, height=config.height, width=config.width, num_frames=config.num_frames,
+            num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=generator,
+            output_type="latent", callback_on_step_end=after_step,
+            max_sequence_length=plan.weights.source.defaults.max_sequence_length,
+        )  # fmt: skip
+    return output.frames, recorder
