@@ -15,7 +15,6 @@ LARGE_FILES = {
     "attention/sla/blockwise.py",
     "batch/run.py",
     "benchmark/run.py",
-    "io/files.py",
     "training/finetune.py",
 }
 LARGE_FUNCTIONS = {

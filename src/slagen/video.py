@@ -16,7 +16,8 @@ import imageio_ffmpeg
 import numpy as np
 
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
-from slagen.io.files import open_regular, scratch, writing
+from slagen.io.files import scratch, writing
+from slagen.io.reading import open_regular
 
 CRF = 16  # x264 constant rate factor: visually lossless
 # Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the

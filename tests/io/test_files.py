@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from slagen.errors import SlagenError
-from slagen.io import files
+from slagen.io import files, locks, stages
 
 
 def in_child(work):
@@ -88,7 +88,7 @@ def test_a_set_that_cannot_be_moved_in_is_taken_back(tmp_path, monkeypatch, numb
         for name in ("rename", "replace"):
             patch.setattr(os, name, failing(getattr(os, name)))
         try:
-            with files.staging(tmp_path) as stage:
+            with stages.staging(tmp_path) as stage:
                 for name in ("v.json", "v.mp4"):
                     (stage.folder / name).write_text("new")
                 stage.publish()
@@ -128,7 +128,7 @@ def test_a_killed_publishing_is_finished_or_undone_by_the_next_run(tmp_path, bef
 
         for name in ("rename", "replace"):
             setattr(os, name, counted(getattr(os, name)))
-        with files.staging(tmp_path) as stage:
+        with stages.staging(tmp_path) as stage:
             (stage.folder / "model").mkdir()
             for name in ("model/only-new", "v.json", "v.mp4"):
                 (stage.folder / name).write_text("new")
@@ -146,7 +146,7 @@ def test_what_belongs_to_what_is_replaced_goes_with_it(tmp_path):
     """A new video whose report could not be written stood beside the old one's."""
     for name in ("v.json", "v.mp4", "w.json"):
         (tmp_path / name).write_text("old")
-    with files.staging(tmp_path) as stage:
+    with stages.staging(tmp_path) as stage:
         (stage.folder / "v.mp4").write_text("new")
         stage.publish(without=("v.json", "v.txt"))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"v.mp4": "new", "w.json": "old"}
@@ -155,7 +155,7 @@ def test_what_belongs_to_what_is_replaced_goes_with_it(tmp_path):
 def test_what_is_there_is_not_replaced_unless_asked(tmp_path):
     """It was looked for first and written later: what came between was lost."""
     (tmp_path / "v.mp4").write_text("theirs")
-    with pytest.raises(FileExistsError), files.staging(tmp_path) as stage:
+    with pytest.raises(FileExistsError), stages.staging(tmp_path) as stage:
         for name in ("v.json", "v.mp4"):
             (stage.folder / name).write_text("ours")
         stage.publish(replace=False)
@@ -166,7 +166,7 @@ def test_what_is_there_is_not_replaced_unless_asked(tmp_path):
         (part / "x").write_text("ours")
     with pytest.raises(FileExistsError), files.writing(tmp_path / "folder", replace=False) as part:
         part.mkdir()
-    with pytest.raises(IsADirectoryError), files.staging(tmp_path) as stage:
+    with pytest.raises(IsADirectoryError), stages.staging(tmp_path) as stage:
         for name in ("folder", "v.mp4"):
             (stage.folder / name).write_text("ours")
         stage.publish()
@@ -179,7 +179,7 @@ def test_disks_without_hard_links_or_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", fail)
     monkeypatch.setattr("fcntl.flock", fail)
-    monkeypatch.setattr(files, "SWEEP_S", 0.01)
+    monkeypatch.setattr(locks, "SWEEP_S", 0.01)
     with files.reserved(tmp_path / "a"):
         files.write_text(tmp_path / "a", "x", replace=False)
     with pytest.raises(FileExistsError):
@@ -206,7 +206,7 @@ def test_a_planted_stage_moves_nothing(tmp_path, name):
     victim, out = tmp_path / "victim", tmp_path / "out"
     victim.mkdir()
     (victim / "thesis.txt").write_text("mine")
-    with files.staging(tmp_path) as stage:
+    with stages.staging(tmp_path) as stage:
         planted = out / stage.root.name
     planted.mkdir(parents=True)
     (planted / name).symlink_to(victim)
@@ -252,7 +252,7 @@ def test_only_what_the_dead_left_is_swept(tmp_path):
 
 
 def test_one_run_has_a_name_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SWEEP_S", 0.01)
+    monkeypatch.setattr(locks, "SWEEP_S", 0.01)
     long = tmp_path / ("x" * 250)
     for path in (tmp_path / "v.mp4", long):
         with files.reserved(path):

@@ -20,8 +20,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from slagen.errors import SlagenError
 from slagen.io.documents import parse_json
-from slagen.io.files import append, digest, file_hash, open_regular
+from slagen.io.files import append
 from slagen.io.forms import Fault, check, matching, one_of, sha256, whole
+from slagen.io.reading import digest, file_hash, open_regular
 from slagen.io.text import to_json
 
 FILE_NAME = "manifest.jsonl"

@@ -42,8 +42,9 @@ from slagen.generation.session import Sample, Session, free_memory
 from slagen.html import Card, contact_sheet
 from slagen.interrupts import ENDING, stopping
 from slagen.io.documents import read_json
-from slagen.io.files import delete, digest, sweep, write_bytes, write_json, write_text
+from slagen.io.files import delete, sweep, write_bytes, write_json, write_text
 from slagen.io.paths import is_video, user_path
+from slagen.io.reading import digest
 from slagen.io.text import counted
 from slagen.machine import describe_device
 from slagen.settings import names_where

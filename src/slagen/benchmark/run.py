@@ -33,8 +33,9 @@ from slagen.benchmark.methods import Attend, Method, NotHere, Setting, all_metho
 from slagen.benchmark.tables import EVEN, FASTER, BenchResult, beside, markdown
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
 from slagen.generation import report
-from slagen.io.files import check_writable, reserved, staging, write_json, write_text
+from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import user_path
+from slagen.io.stages import staging
 from slagen.io.text import counted, quote
 from slagen.timing import TURNS, SpanClock, StepRecorder, Timer, quartiles
 from slagen.wan.defaults import ModelDefaults

@@ -7,8 +7,8 @@ from typing import Any
 
 from slagen.errors import WeightsError
 from slagen.io.documents import parse_json
-from slagen.io.files import open_regular
 from slagen.io.forms import Fault, Kind, check
+from slagen.io.reading import open_regular
 
 MAX_HEADER = 32 * 2**20
 _PLACE = Kind("its first and last byte", (int, int), lambda pair: 0 <= pair[0] <= pair[1] <= 2**60)

@@ -20,8 +20,8 @@ from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.gguf_files import read_gguf
 from slagen.formats.headers import check_content, check_no_shard
 from slagen.formats.quantised import NOT_READ
-from slagen.io.files import no_file
 from slagen.io.paths import check_utf8
+from slagen.io.reading import no_file
 
 SIDE_FILE_KEYS = {"settings", "state", "version"}  # of SimpleTuner's sla_attention.pt
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle"}

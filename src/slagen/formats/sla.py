@@ -21,9 +21,10 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.reading import PICKLE_SUFFIXES
-from slagen.io.files import no_file, writing
+from slagen.io.files import writing
 from slagen.io.forms import one_of, sha256
 from slagen.io.paths import check_utf8
+from slagen.io.reading import no_file
 
 FORMAT_VERSION = 2
 UNLISTED = 1  # the version that does not list its tensors

@@ -21,8 +21,9 @@ from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import warn_of_one_colour
-from slagen.io.files import check_writable, reserved, staging, write_json
+from slagen.io.files import check_writable, reserved, write_json
 from slagen.io.paths import user_path
+from slagen.io.stages import staging
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline

@@ -17,8 +17,9 @@ from slagen.errors import SlagenError, WeightsError
 from slagen.generation.resolve import Plan
 from slagen.generation.session import Session, texts_of
 from slagen.io.documents import read_json
-from slagen.io.files import digest, file_hash, sweep, write_json, writing
+from slagen.io.files import sweep, write_json, writing
 from slagen.io.paths import user_path
+from slagen.io.reading import digest, file_hash
 
 SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
 

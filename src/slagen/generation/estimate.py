@@ -16,8 +16,8 @@ from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_sla_config
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
-from slagen.io.files import no_file
 from slagen.io.paths import is_video, user_path
+from slagen.io.reading import no_file
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, is_hub_id, num_tokens
 from slagen.wan.presets import PRESETS, Preset, check_sampler, never_tuned, unknown_model

@@ -26,8 +26,9 @@ from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, late
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import Sample, Session
-from slagen.io.files import check_writable, reserved, staging, write_json
+from slagen.io.files import check_writable, reserved, write_json
 from slagen.io.paths import is_video, user_path
+from slagen.io.stages import staging
 from slagen.io.text import counted
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 

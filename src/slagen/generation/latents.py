@@ -17,8 +17,9 @@ from torch import Tensor
 
 from slagen.errors import WeightsError
 from slagen.formats.headers import read_header, read_strings
-from slagen.io.files import no_file, writing
+from slagen.io.files import writing
 from slagen.io.forms import Kind, matching, sha256, whole
+from slagen.io.reading import no_file
 from slagen.io.text import to_json
 
 SUFFIX = ".latents.safetensors"

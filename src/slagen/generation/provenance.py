@@ -9,8 +9,8 @@ from typing import Any
 from slagen.errors import WeightsError
 from slagen.generation import report
 from slagen.io.documents import parse_json, read_json
-from slagen.io.files import kind_of_path
 from slagen.io.forms import Fault, matching
+from slagen.io.reading import kind_of_path
 from slagen.video import is_mp4, other_kind, read_comment
 
 SETTINGS = {

@@ -14,8 +14,9 @@ from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.provenance import describe
-from slagen.io.files import file_hash, scratch
+from slagen.io.files import scratch
 from slagen.io.paths import user_path
+from slagen.io.reading import file_hash
 from slagen.settings import names_where
 from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
 from slagen.wan.models import check_told_model

@@ -14,7 +14,7 @@ import psutil
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.generation.config import GenerateConfig
-from slagen.io.files import file_hash
+from slagen.io.reading import file_hash
 from slagen.io.text import to_json
 from slagen.settings import names_where
 from slagen.timing import StepTimes

@@ -16,8 +16,8 @@ from slagen.events import Event
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.resolve import SIGMA_MAX, Plan
-from slagen.io.files import file_hash
 from slagen.io.paths import user_path
+from slagen.io.reading import file_hash
 from slagen.io.text import quote
 from slagen.timing import StepRecorder
 from slagen.wan.install import apply_sla, install_projections, load_sla

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import SlagenError, WeightsError
-from slagen.io.files import open_regular
 from slagen.io.forms import Fault, check, is_of, shown
+from slagen.io.reading import open_regular
 
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64

@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from slagen.errors import SlagenError, WeightsError
 from slagen.io import forms
 from slagen.io.documents import read_json
-from slagen.io.files import delete, file_hash, writing
+from slagen.io.files import delete, writing
+from slagen.io.reading import file_hash
 from slagen.training.distributed import like, own_part, whole
 from slagen.training.trainer import Trainer
 

@@ -23,8 +23,9 @@ from slagen.formats.published import preset_of_width
 from slagen.formats.reading import read_tensors
 from slagen.formats.sla import SLAMetadata, weights_hash
 from slagen.formats.transformer import read_checkpoint
-from slagen.io.files import file_hash, reserved, write_json, writing
+from slagen.io.files import reserved, write_json, writing
 from slagen.io.paths import check_folder, check_utf8, user_path
+from slagen.io.reading import file_hash
 from slagen.io.text import counted, quote
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from slagen.attention.cost import ModelShape
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
 from slagen.formats.model_files import SETTINGS_KEY, check_parts, read_json
-from slagen.io.files import kind_of_path
+from slagen.io.reading import kind_of_path
 from slagen.wan.defaults import ModelDefaults
 
 BUNDLED = "tiny-wan"

@@ -19,8 +19,8 @@ from slagen.formats import folders
 from slagen.generation.embeddings import component_files, file_hashes
 from slagen.io import forms
 from slagen.io.documents import parse_json, read_bytes
-from slagen.io.files import digest
 from slagen.io.forms import Fault, Kind, check
+from slagen.io.reading import digest
 from slagen.training.data.store import AGAIN, INDEX_FILE, SET_FILE, SHAPE, Store
 from slagen.training.metrics import Example
 from slagen.wan.folder import ModelSource

@@ -12,8 +12,9 @@ from slagen.events import Event
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.resolve import Weights
-from slagen.io.files import append, digest
+from slagen.io.files import append
 from slagen.io.paths import user_path
+from slagen.io.reading import digest
 from slagen.io.text import counted, quote
 from slagen.training.config import DataConfig
 from slagen.training.data.clips import Cut, plan_cuts, read_cut, tell

@@ -11,7 +11,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import file_hashes
 from slagen.generation.resolve import Weights, make_plan
 from slagen.generation.session import Session, texts_of
-from slagen.io.files import digest
+from slagen.io.reading import digest
 from slagen.training.config import DataConfig
 from slagen.training.data.clips import tell
 from slagen.training.data.dataset import Clip, encoder_identity, transformer_files

@@ -16,8 +16,9 @@ from slagen.formats.headers import read_header
 from slagen.generation.embeddings import tensor_hash
 from slagen.io import forms
 from slagen.io.documents import read_lines
-from slagen.io.files import append, delete, digest, sweep, writing
+from slagen.io.files import append, delete, sweep, writing
 from slagen.io.forms import Kind
+from slagen.io.reading import digest
 
 SET_FILE, INDEX_FILE, DECODED_FILE = "dataset.json", "tensors.jsonl", "decoded.txt"
 SHARD_BYTES = 256 * 2**20
