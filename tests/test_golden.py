@@ -35,6 +35,7 @@ from slagen.cli import main as cli
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
+from slagen.formats import merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
 from slagen.generation import decode, generate, replay
 from slagen.generation import estimate as plan
@@ -55,7 +56,7 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 TASKS = (
     (generate, "generate"), (batch, "batch"), (cluster, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
-    (convert, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
+    (merge, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (doctor, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 
