@@ -10,7 +10,7 @@ from numerics import NAMES, assert_within_budget, make_proj, make_qkv, results, 
 from torch.autograd import gradcheck
 
 from slagen.attention import SparseLinearAttention, sparse_linear_attention
-from slagen.attention.sla import blockwise
+from slagen.attention.sla import blocks, blockwise_sparse
 from slagen.attention.sla.block_map import block_map, block_scores
 from slagen.attention.sla.config import SLAConfig
 
@@ -35,9 +35,9 @@ DOMAINS = [
 def pieces(request, monkeypatch):
     """Cut short heads, too, into the many runs and chunks of long ones; at length 17, in groups of two heads."""
     if request.param != "whole":
-        monkeypatch.setattr(blockwise, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(blockwise_sparse, "CHUNK_BYTES", 1)
         run_tokens = 32 if request.param == "tiny-pieces" else 34
-        monkeypatch.setattr(blockwise, "RUN_BYTES", run_tokens * 4 * 8)  # D = 8, float32
+        monkeypatch.setattr(blocks, "RUN_BYTES", run_tokens * 4 * 8)  # D = 8, float32
 
 
 # What the reference defines

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention.protocol import Attend
-from slagen.attention.sla import blockwise
+from slagen.attention.sla import blocks, blockwise, blockwise_linear, blockwise_sparse
 from slagen.attention.sla.functional import choose_backend
 from slagen.attention.sla.module import SparseLinearAttention
 from slagen.attention.sla.reference import EPSILON
@@ -84,12 +84,12 @@ def _torch_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor
     length, head_dim = q.shape[2:]
 
     def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor | None]:
-        return blockwise._select(q, k, config, sparse=True, linear=True)
+        return blockwise.select_blocks(q, k, config, sparse=True, linear=True)
 
     def states(k: Tensor, v: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, tuple[Tensor, Tensor]]]:
-        for heads in blockwise.head_groups(q):
-            k_j, v_j = (blockwise.to_blocks(x[heads], config.block_n) for x in (k, v))
-            yield heads, k_j, v_j, blockwise.key_states(k_j, v_j, config, length)
+        for heads in blocks.head_groups(q):
+            k_j, v_j = (blocks.to_blocks(x[heads], config.block_n) for x in (k, v))
+            yield heads, k_j, v_j, blockwise_linear.key_states(k_j, v_j, config, length)
 
     def state(q: Tensor, k: Tensor, v: Tensor) -> None:
         for _ in states(k, v):
@@ -101,15 +101,15 @@ def _torch_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = torch.empty_like(q)
         for heads, k_j, v_j, sums in prepared:
-            for run, tokens in blockwise._query_runs(q, config):
-                q_i = blockwise.to_blocks(q[heads][:, :, tokens], config.block_m)
+            for run, tokens in blocks.query_runs(q, config):
+                q_i = blocks.to_blocks(q[heads][:, :, tokens], config.block_m)
                 o_i = torch.empty_like(q_i)
-                indices = blockwise._rows(kv_indices, heads, run)
-                blockwise._sparse_forward(q_i * head_dim**-0.5, k_j, v_j, indices, length, o_i)
-                domain_i = None if domain is None else blockwise._rows(domain, heads, run)
-                o_i += blockwise._linear_rows(q_i, *sums, domain_i, config)[-1].view(o_i.shape)
+                indices = blocks.rows_of_run(kv_indices, heads, run)
+                blockwise_sparse.sparse_forward(q_i * head_dim**-0.5, k_j, v_j, indices, length, o_i)
+                domain_i = None if domain is None else blocks.rows_of_run(domain, heads, run)
+                o_i += blockwise_linear.linear_rows(q_i, *sums, domain_i, config)[-1].view(o_i.shape)
                 o_i += projection.bias
-                blockwise._from_blocks(o_i, o[heads][:, :, tokens])
+                blocks.from_blocks(o_i, o[heads][:, :, tokens])
         return o
 
     prepared = list(states(k, v))
