@@ -17,6 +17,7 @@ from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen.attention import registry
 from slagen.cli import console, output, plain, progress
+from slagen.cli.main import app, run
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
@@ -274,6 +275,43 @@ def test_tables_are_whole_at_any_width(monkeypatch, printer, name, columns):
         assert len(text) <= columns or max(map(len, text.split())) > columns - 2, (text, lines)
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80, 140])
+def test_the_live_display_cuts_nothing(monkeypatch, columns):
+    """A training's figures were cut off at 80 columns."""
+    screen = Screen()
+    monkeypatch.setattr(
+        console, "stderr", console.Console(file=screen, width=columns, no_color=True, color_system=None)
+    )
+    show = progress.GenerateProgress()
+    show(SimpleNamespace(kind="job", worker=1, text="3 of 20: 0003-a-red-fox-in-the-snow-s7-12345678.mp4"))
+    show(SimpleNamespace(kind="stage", worker=1, text="denoise", num_steps=50))
+    figures = {"loss": 0.01, "error": 0.1, "grad_norm": 0.1, "proj_norms": [0.1, 0.2], "tokens_per_s": 12345.0}
+    show(SimpleNamespace(steps=100, step=7, memory_gib=3.0, left_s=500, **figures))
+    for part in show._progress.get_renderables():
+        console.stderr.print(part)
+    text = screen.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= columns
+    told = " ".join(text.split())
+    assert "12,345 tokens/s, 3.0 GiB, 8.3 min left" in told and "denoising" in told and "7/100" in told
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_help_is_wrapped_between_words(monkeypatch, columns):
+    """It broke turbowan2.1-t2v-1.3b-480p at 40 columns, and tiny-wan at 100."""
+    group = typer.main.get_command(app)
+
+    def texts(width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        for path, command in commands(group):
+            context = typer.Context(command, info_name=path[-1])
+            yield command.get_help(context)
+
+    for text, wide in zip(texts(columns), texts(1000), strict=True):
+        assert text.split() == wide.split()
+        for row in text.splitlines():
+            assert len(row) <= columns or len(row.split()) == 1, row
+
+
 def commands(group, path=()):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -306,8 +344,6 @@ def fail_with_everything(*arguments, **options):
 @pytest.mark.parametrize("hostile", [HOSTILE.replace("\0", ""), "y" * 5000], ids=["hostile", "long"])
 def test_every_argument_of_every_command(tmp_path, monkeypatch, hostile):
     """One message with at most a line of the argument, whatever it is and whoever refuses it."""
-    from slagen.cli.main import app, run
-
     for task in TASKS:
         monkeypatch.setattr(f"slagen.{task}", fail_with_everything)
     monkeypatch.chdir(tmp_path)
@@ -336,8 +372,6 @@ def test_every_argument_of_every_command(tmp_path, monkeypatch, hostile):
 
 
 def test_tracebacks(monkeypatch):
-    from slagen.cli.main import run
-
     def fail(config, on_event):
         raise SlagenError(HOSTILE)
 

@@ -1,14 +1,15 @@
-"""How a command's arguments are parsed and its help is laid out."""
+"""How the arguments of a command are parsed, and what its help has."""
 
 from typing import Any, cast
 
 from typer.core import TyperCommand, TyperGroup
 
+from slagen.cli.help import HelpText
 from slagen.errors import UsageError
 from slagen.generation import peers
 from slagen.io.text import cut
 
-CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 
 
 class Help:
@@ -37,6 +38,11 @@ class Help:
                         f"See {context.command_path} --help."
                     )
         return super().invoke(context)  # type: ignore[misc]
+
+    def get_help(self, context: Any) -> str:
+        text = HelpText()
+        self.format_help(context, text)  # type: ignore[attr-defined]
+        return str(text)
 
     def format_options(self, context: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
