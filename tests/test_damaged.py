@@ -39,7 +39,7 @@ from slagen.training.checkpoints import HASHES, read_latest
 from slagen.training.data.dataset import Dataset
 from slagen.training.data.store import INDEX_FILE, SET_FILE, Store
 from slagen.training.data.videos import read_footage
-from slagen.training.log import read_log, validated
+from slagen.training.log import StepRecord, ValidationRecord, read_log, validated
 from slagen.video import write_mp4
 from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.loading import load_pipeline
@@ -248,8 +248,8 @@ def training_readers(folder: Path) -> dict[str, Reader]:
         "step": 2, "seconds": 1.0, "settings": {"data_options": {}}, "before": {"error": 0.5, "layers": [0.1]},
         "plain": {"x": {"step": 2.0}},
     }))  # fmt: skip
-    step = {"event": "step", "step": 1, "loss": 0.5, "error": None, "grad_norm": 1.0, "proj_norms": [0.1, 0.2]}
-    validation = {"event": "validation", "step": 2, "error": 0.4, "clips": ["step-000002-0.mp4"]}
+    step = StepRecord(1, 2, 0.5, None, 1.0, 1e-5, [0.1, 0.2], 1e3, 0.0, 1.0, 1.0).to_dict()
+    validation = ValidationRecord(2, 0.4, ["step-000002-0.mp4"]).to_dict()
     (run_ / "log.jsonl").write_text("\n".join(map(json.dumps, (step, validation))) + "\n")
 
     def read_state() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slagen.html import Card, contact_sheet
-from slagen.training import log as training_log
+from slagen.training.log import CLIPS, StepRecord, ValidationRecord, add_line
 from slagen.training.page import write_page
 from slagen.video import make_thumbnail, write_mp4
 
@@ -34,15 +34,15 @@ def sheet(tmp_path):
 
 def training(tmp_path):
     """The page of a run of 20 steps, validated before and after, with two prompts."""
-    add = partial(training_log.add_line, tmp_path)
-    (tmp_path / training_log.CLIPS).mkdir()
+    add = partial(add_line, tmp_path)
+    (tmp_path / CLIPS).mkdir()
     for step in (0, 20):
         names = [f"step-{step:06d}-{i}.mp4" for i in range(2)]
         for name in names:
-            write_mp4(np.full((17, 64, 128, 3), 8 * step, np.uint8), tmp_path / training_log.CLIPS / name, 16)
-        add("validation", {"step": step, "error": 0.6 - step / 50, "clips": names})
+            write_mp4(np.full((17, 64, 128, 3), 8 * step, np.uint8), tmp_path / CLIPS / name, 16)
+        add(ValidationRecord(step, 0.6 - step / 50, names))
     for step in range(1, 21):
-        add("step", {"step": step, "loss": 1 / step, "error": 0.5, "grad_norm": 1.0, "proj_norms": [step, 2 * step]})
+        add(StepRecord(step, 20, 1 / step, 0.5, 1.0, 1e-5, [step, 2 * step], 1e3, 0.0, step, 20 - step))
     layers = {"before": [0.5, 0.6], "after": [0.2, 0.3]}
     return write_page(tmp_path, "a <run>", {"steps": "20"}, layers, PROMPTS[:2])
 

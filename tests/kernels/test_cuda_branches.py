@@ -29,6 +29,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.training import distributed as parallel
 from slagen.training import finetune, setup
 from slagen.training.config import FinetuneConfig
+from slagen.training.models import recomputes
 from slagen.wan import loading, models, processor
 from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import CUDA_DEFAULT, PRESETS
@@ -261,18 +262,15 @@ def test_a_card_that_fails_is_no_bug(said, capsys, monkeypatch):
 
 
 def test_finetune_out_of_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(finetune, "_Run", lambda *args: SimpleNamespace(run=out_of_memory))
+    monkeypatch.setattr(finetune, "check_setup", lambda *args: None)
+    monkeypatch.setattr(finetune, "_run", out_of_memory)
     with pytest.raises(SlagenError, match="out of memory. Try --micro-batch 1"):
         finetune.finetune(FinetuneConfig(data=str(tmp_path), output=str(tmp_path / "out"), device="cpu"))
 
 
 def test_a_card_recomputes_activations():
-    def recomputes(device, checkpointing):
-        config = SimpleNamespace(checkpointing=checkpointing)
-        return finetune._Run._recomputes(SimpleNamespace(config=config, team=SimpleNamespace(device=device)))
-
-    assert recomputes(GPU, None) is True and recomputes(CPU, None) is False
-    assert recomputes(GPU, False) is False and recomputes(CPU, True) is True
+    assert recomputes(None, GPU) is True and recomputes(None, CPU) is False
+    assert recomputes(False, GPU) is False and recomputes(True, CPU) is True
 
 
 # doctor

@@ -201,9 +201,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_doctor_tries_the_kernels_of_every_card": ("torch.cuda.device_count", "'cuda'")
     },
     "doctor/checks.py::check_gpu": {"test_doctor_names_every_card": ("finding.name == 'gpu'",)},
-    "training/finetune.py::_Run._recomputes": {
-        "test_a_card_recomputes_activations": ("self.team.device.type == 'cuda'",)
-    },
+    "training/models.py::recomputes": {"test_a_card_recomputes_activations": ("device.type == 'cuda'",)},
     "training/setup.py::default_model": {
         "test_the_model_of_a_card": ("pick_device(device).type == 'cuda'", "DEFAULT_ON_CUDA")
     },

@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import save_file
 
 from slagen.attention.sla.config import SLAConfig
-from slagen.training.checkpoints import load_state, read_latest, save_state
+from slagen.training.checkpoints import RunState, load_state, read_latest, save_state
 from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import join, whole
-from slagen.training.metrics import velocity_error
+from slagen.training.metrics import TeacherErrors, velocity_error
 from slagen.training.trainer import Recipe, Trainer
 from slagen.wan.defaults import TrainingDefaults
 from slagen.wan.folder import describe_folder
@@ -44,12 +44,12 @@ def train(model: str, data: str, out: str, parallel: str, context: str) -> None:
         trainer = build()
         result = trainer.step(0)
         kept = {f"grad/{name}": whole(p.grad) for name, p in trainer.named.items()}
-        save_state(trainer, Path(out), 1, {"settings": {}, "seconds": 0.0, "before": {"error": 0.0, "layers": []}})
+        save_state(trainer, Path(out), RunState(1, 0.0, TeacherErrors(0.0, []), {}))
         team.wait()
         with trainer.averaged():  # a validation in between leaves no trace
             velocity_error(trainer.student, trainer.teacher, [trainer.data.example(trainer.data.held_out[0])], [0.5])
         again = build()  # goes on as if it had never stopped
-        load_state(again, *read_latest(Path(out)))
+        load_state(again, read_latest(Path(out)))
         for one in (trainer, again):
             one.step(1)
         for name, parameter in trainer.named.items():

@@ -29,8 +29,7 @@ from slagen.formats.sla import read_sla
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
 from slagen.interrupts import stopping
-from slagen.training import finetune as task
-from slagen.training import output_folder, page, trainer
+from slagen.training import comparison, loop, output_folder, page, setup, trainer
 from slagen.training.checkpoints import read_latest
 from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.data import dataset, encode
@@ -38,7 +37,7 @@ from slagen.training.data import prepare as preparing
 from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import Team
 from slagen.training.finetune import finetune
-from slagen.training.log import read_log
+from slagen.training.log import StepRecord, ValidationRecord, read_log
 from slagen.training.metrics import layer_errors, noise_levels, velocity_error
 from slagen.training.trainer import Trainer
 from slagen.wan.folder import describe_folder
@@ -64,8 +63,8 @@ def plain_pictures(request):
             np.save(file, frames)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "write_mp4", keep)
-        patch.setattr(task, "read_mp4", np.load)
+        patch.setattr(comparison, "write_mp4", keep)
+        patch.setattr(comparison, "read_mp4", np.load)
         patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
         patch.setattr(page, "make_thumbnail", lambda path, width: b"")
         yield
@@ -103,6 +102,14 @@ def settings(model, output, *, data=None, self_generate=None, **fields):
     return FinetuneConfig(source, model=str(model), output=str(output), **fields)
 
 
+def steps_of(folder):
+    return [record for record in read_log(folder) if isinstance(record, StepRecord)]
+
+
+def validations_of(folder):
+    return [record for record in read_log(folder) if isinstance(record, ValidationRecord)]
+
+
 def weights(folder):
     return read_sla(folder)[1]
 
@@ -121,13 +128,13 @@ def test_it_learns_and_writes_what_it_measured(toy, tmp_path, true_pictures):
     examples = [prepared.example(clip) for clip in prepared.held_out]
     levels = noise_levels(4, 1.5, 1.6)
     assert velocity_error(student, teacher, examples, levels) == pytest.approx(result.teacher_error_after, rel=1e-5)
-    steps = [line for line in read_log(tmp_path / "out") if line["event"] == "step"]
-    assert [line["step"] for line in steps] == list(range(1, 31))
-    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and len(line["proj_norms"]) == 2 for line in steps)
-    assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0, 10, 20, 30]
+    steps = steps_of(tmp_path / "out")
+    assert [line.step for line in steps] == list(range(1, 31))
+    assert all(line.loss > 0 and line.grad_norm > 0 and len(line.proj_norms) == 2 for line in steps)
+    assert [line.step for line in validations_of(tmp_path / "out")] == [0, 10, 20, 30]
     html = (tmp_path / "out" / "index.html").read_text()
     assert html.count("<svg") == 5 and html.count("data:video/mp4;base64,") == 8 and "a red circle" in html
-    assert sum(isinstance(event, task.Progress) for event in said) == 30
+    assert sum(isinstance(event, StepRecord) for event in said) == 30
     metadata, _ = read_sla(result.weights)
     assert (metadata.steps, metadata.trained, metadata.config.sparsity) == (30, "all", 0.6)
 
@@ -168,16 +175,16 @@ def test_going_on_ends_where_one_run_ends(toy, tmp_path):
         def end(event, stop=stop, told=told):
             told.append(event)
             maps = Path("/proc/self/maps")  # a checkpoint that is mapped takes room when it is gone
-            if isinstance(event, task.Progress) and maps.exists():
+            if isinstance(event, StepRecord) and maps.exists():
                 assert "state.safetensors" not in maps.read_text()
-            if isinstance(event, task.Progress) and event.step == stop:
+            if isinstance(event, StepRecord) and event.step == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         config = settings(model, tmp_path / output, data=data, steps=8)
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
                 finetune(config, end)
-            assert read_latest(tmp_path / output)[1]["step"] == stop
+            assert read_latest(tmp_path / output).state.step == stop
         else:
             result = finetune(config, end)
     assert any("going on from step 5 of 8" in getattr(event, "text", "") for event in told)
@@ -186,9 +193,7 @@ def test_going_on_ends_where_one_run_ends(toy, tmp_path):
     assert (result.teacher_error_before, result.teacher_error_after) == (
         whole.teacher_error_before, whole.teacher_error_after,
     )  # fmt: skip
-    losses = [
-        [line["loss"] for line in read_log(tmp_path / name) if line["event"] == "step"] for name in ("whole", "parts")
-    ]
+    losses = [[line.loss for line in steps_of(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
     again = finetune(settings(model, tmp_path / "parts", data=data, steps=8))
     assert again.teacher_error_after == whole.teacher_error_after
@@ -203,13 +208,13 @@ def test_going_on_with_an_optimizer_of_8_bits(toy, tmp_path, monkeypatch):
     finetune(config)
 
     def end(event):
-        if isinstance(event, task.Progress) and event.step == 2:
+        if isinstance(event, StepRecord) and event.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     parts = dataclasses.replace(config, output=str(tmp_path / "parts"))
     with pytest.raises(KeyboardInterrupt):
         finetune(parts, end)
-    path, _ = read_latest(tmp_path / "parts")
+    path = read_latest(tmp_path / "parts").path
     assert torch.uint8 in {tensor.dtype for tensor in load_file(path / "state.safetensors").values()}
     finetune(parts)
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -284,8 +289,8 @@ def test_a_run_without_a_checkpoint_leaves_nothing_to_the_next(toy, tmp_path, mo
             finetune(config)
     (first,) = read_log(tmp_path / "out")
     finetune(dataclasses.replace(config, sparsity=0.1))
-    log = [line for line in read_log(tmp_path / "out") if line["event"] == "validation"]
-    assert [line["step"] for line in log] == [0, 1, 2] and log[0]["error"] != first["error"]
+    log = validations_of(tmp_path / "out")
+    assert [line.step for line in log] == [0, 1, 2] and log[0].error != first.error
 
 
 def test_files_of_others_are_not_written_over(toy, tmp_path):
@@ -305,16 +310,17 @@ def test_what_cannot_train_is_refused(toy, tmp_path, monkeypatch):
     given = find_weights(GenerateConfig("-", model=str(model), attention="dense"))
     source = dataclasses.replace(given.source, weights=tmp_path / "wan.gguf")
     with monkeypatch.context() as patch:
-        patch.setattr(task, "find_weights", lambda *_: dataclasses.replace(given, source=source))
+        patch.setattr(setup, "find_weights", lambda *_: dataclasses.replace(given, source=source))
         with pytest.raises(UsageError, match="wan.gguf is quantised, and trains no further"):
             finetune(settings(model, tmp_path / "out", data=data))
     split = Team(0, 2, torch.device("cpu"), "fsdp")
     with pytest.raises(UsageError, match="Leave --optimizer out"):
-        task._Run(settings(model, tmp_path / "out", data=data, optimizer="adamw8bit"), tmp_path, split, print)
-    run = task._Run(settings(model, tmp_path / "out", data=data), tmp_path, Team(0, 1, split.device, "alone"), print)
-    run.data, run.config = Dataset(data), dataclasses.replace(run.config, context_parallel=5)
+        setup.check_setup(settings(model, tmp_path, data=data, optimizer="adamw8bit"), tmp_path, split, print)
+    alone = Team(0, 1, split.device, "alone")
+    checked = setup.check_setup(settings(model, tmp_path, data=data), tmp_path, alone, print)
+    checked = dataclasses.replace(checked, config=dataclasses.replace(checked.config, context_parallel=5))
     with pytest.raises(UsageError, match="which 5 processes cannot share evenly"):
-        run._check_tokens()
+        setup.check_tokens(checked, Dataset(data))
 
 
 def changed(folder, model):
@@ -527,7 +533,7 @@ def test_a_gradient_that_is_not_finite_stops(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", spoiled)
     with pytest.raises(SlagenError, match="the gradient of step 3 is nan"):
         finetune(config)
-    assert read_latest(tmp_path / "out")[1]["step"] == 2
+    assert read_latest(tmp_path / "out").state.step == 2
     finetune(config)
     whole = finetune(dataclasses.replace(config, output=str(tmp_path / "whole")))
     one, other = weights(tmp_path / "out"), weights(whole.output)
@@ -541,17 +547,14 @@ def test_validations_are_at_the_final_sparsity(toy, tmp_path):
     finetune(config)
 
     def end(event):
-        if isinstance(event, task.Progress) and event.step == 2:
+        if isinstance(event, StepRecord) and event.step == 2:
             raise RuntimeError("the machine is gone")
 
     parts = dataclasses.replace(config, output=str(tmp_path / "parts"), save_every=1)
     with contextlib.suppress(RuntimeError):
         finetune(parts, end)
     finetune(parts)
-    errors = [
-        [line["error"] for line in read_log(tmp_path / name) if line["event"] == "validation"]
-        for name in ("whole", "parts")
-    ]
+    errors = [[line.error for line in validations_of(tmp_path / name)] for name in ("whole", "parts")]
     assert errors[0] == errors[1] and len(errors[0]) == 5
     with pytest.raises(UsageError, match="sparsity rises from there to 0.6"):
         finetune(settings(model, tmp_path / "no", data=data, anneal_from=0.8))
@@ -561,20 +564,20 @@ def test_told_to_stop_in_a_validation(toy, tmp_path, monkeypatch):
     """It ends without the clip and without another step, and the validation is made when it goes on."""
     model, data = toy
     config = settings(model, tmp_path / "out", data=data, steps=4, validate_every=2)
-    sample, asked = task._Run._sample, []
+    sample, asked = comparison.sample, []
 
-    def signalled(self, *arguments):
-        if self.trainer.optimizer.state and not asked:
+    def signalled(run, *arguments):
+        if run.trainer.optimizer.state and not asked:
             asked.append(os.kill(os.getpid(), signal.SIGTERM))
-        return sample(self, *arguments)
+        return sample(run, *arguments)
 
-    monkeypatch.setattr(task._Run, "_sample", signalled)
+    monkeypatch.setattr(comparison, "sample", signalled)
     with pytest.raises(KeyboardInterrupt):
         finetune(config)
-    assert asked and read_latest(tmp_path / "out")[1]["step"] == 2
-    assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0]
+    assert asked and read_latest(tmp_path / "out").state.step == 2
+    assert [line.step for line in validations_of(tmp_path / "out")] == [0]
     finetune(config)
-    assert [line["step"] for line in read_log(tmp_path / "out") if line["event"] == "validation"] == [0, 2, 4]
+    assert [line.step for line in validations_of(tmp_path / "out")] == [0, 2, 4]
 
 
 def test_a_signal_passed_on_is_no_second_one(monkeypatch):
@@ -611,8 +614,8 @@ def test_a_loss_that_is_not_finite_stops(toy, tmp_path):
     config = settings(model, tmp_path / "out", data=data, steps=8, lr=1e30, save_every=1)
     with pytest.raises(SlagenError, match=r"the loss of step \d is (nan|inf), on clips of 'a.*the last checkpoint"):
         finetune(config)
-    path, about = read_latest(tmp_path / "out")
-    assert about["step"] >= 1 and load_file(path / "state.safetensors")
+    latest = read_latest(tmp_path / "out")
+    assert latest.state.step >= 1 and load_file(latest.path / "state.safetensors")
 
 
 def test_weights_that_are_not_finite_are_not_written(toy, tmp_path):
@@ -628,18 +631,18 @@ def test_a_clip_that_fails_at_the_end_costs_no_weights(toy, tmp_path, monkeypatc
     def fail(*_):
         raise SlagenError("the disk is full")
 
-    monkeypatch.setattr(task, "write_mp4", fail)
+    monkeypatch.setattr(comparison, "write_mp4", fail)
     told = []
     config = settings(model, tmp_path / "out", data=data, steps=1)
-    monkeypatch.setattr(task._Run, "_validate_if_due", lambda *_: None)
+    monkeypatch.setattr(loop, "validate_if_due", lambda *_: None)
     result = finetune(config, told.append)
     assert result.weights.is_file() and any("no clips of the last step" in getattr(e, "text", "") for e in told)
 
 
 def test_a_disk_too_small_is_told_before_the_first_step(toy, tmp_path, monkeypatch):
     model, data = toy
-    usage = task.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(task.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
+    usage = output_folder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
     with pytest.raises(SlagenError, match="has 9.3e-05 GiB free, but 3 checkpoints of 0.00.* GiB each must fit"):
         finetune(settings(model, tmp_path / "out", data=data))
     assert not (tmp_path / "out" / "checkpoints").exists()
@@ -663,8 +666,8 @@ def test_two_broken_checkpoints_do_not_cost_the_new_ones(toy, tmp_path):
         (path / "state.json").write_text("{}")
 
     def look(event):
-        if isinstance(event, task.Progress) and event.step > 1:
-            assert read_latest(tmp_path / "out")[1]["step"] == event.step - 1
+        if isinstance(event, StepRecord) and event.step > 1:
+            assert read_latest(tmp_path / "out").state.step == event.step - 1
 
     assert finetune(config, look).steps == 6
 
@@ -673,19 +676,20 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(toy, tmp_path):
     model, data = toy
 
     def end(event):
-        if isinstance(event, task.Progress) and event.step == 4:
+        if isinstance(event, StepRecord) and event.step == 4:
             raise RuntimeError("the machine is gone")
 
     config = settings(model, tmp_path / "out", data=data, steps=6, save_every=1)
     with contextlib.suppress(RuntimeError):
         finetune(config, end)
-    path, about = read_latest(tmp_path / "out")
-    assert about["step"] == 3
+    latest = read_latest(tmp_path / "out")
+    assert latest.state.step == 3
+    path = latest.path
     file = path / "state.safetensors"
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    assert read_latest(tmp_path / "out")[1]["step"] == 2
+    assert read_latest(tmp_path / "out").state.step == 2
     left = path.with_name("step-000077.part")
     left.mkdir()
     told = []

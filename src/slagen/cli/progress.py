@@ -83,7 +83,7 @@ class GenerateProgress:
             error.add_note(f"{STAGE}{self._stage}")
 
     def __call__(self, event: Any) -> None:
-        """Show one `slagen.events.Event`, or a `slagen.training.finetune.Progress`."""
+        """Show one `slagen.events.Event`, or a `slagen.training.log.StepRecord`."""
         if not hasattr(event, "kind"):
             self._show_training_step(event)
         elif event.kind in ("note", "warning"):

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from slagen.errors import SlagenError, WeightsError
+from slagen.generation.report import versions
 from slagen.io import forms
 from slagen.io.documents import read_json
 from slagen.io.files import delete, writing
 from slagen.io.reading import file_hash
 from slagen.training.distributed import like, own_part, whole
+from slagen.training.metrics import TeacherErrors
 from slagen.training.trainer import Trainer
 
 FOLDER = "checkpoints"
@@ -39,11 +42,41 @@ STATE = {  # what `save_state` keeps beside the tensors
 }  # fmt: skip
 
 
-def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any]) -> None:
-    """Write a checkpoint. Every process calls it; the first one writes.
+@dataclass(frozen=True)
+class RunState:
+    """How far a run is, and what it began with.
 
     Args:
-        about: kept beside the tensors, and given back by `read_latest`.
+        step: that was made last. seconds: of training, in all.
+        before: the errors before the first step. settings: all that changes what is learnt.
+    """
+
+    step: int
+    seconds: float
+    before: TeacherErrors
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {**vars(self), "before": self.before.to_dict()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on the disk.
+
+    Args:
+        plain: what is no tensor in the optimiser's state, by parameter.
+    """
+
+    path: Path
+    state: RunState
+    plain: dict[str, dict[str, Any]]
+
+
+def save_state(trainer: Trainer, folder: Path, run: RunState) -> None:
+    """Write a checkpoint. Every process calls it; the first one writes.
+
     Raises: SlagenError where the disk does not take it; the checkpoints before stay.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=trainer.team.size > 1, ignore_frozen_params=True)
@@ -63,18 +96,18 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
             tensors[f"average/{name}"] = average.cpu()
     if not trainer.team.first:
         return
-    final = folder / FOLDER / f"step-{step:06d}"
+    final = folder / FOLDER / f"step-{run.step:06d}"
     try:
         final.parent.mkdir(exist_ok=True)
         with writing(final) as part:
             part.mkdir()
             save_file(_apart(tensors), part / "state.safetensors")
-            content = {**about, "step": step, "plain": plain}
+            content = {**run.to_dict(), "versions": versions(), "plain": plain}
             (part / "state.json").write_text(json.dumps(content, allow_nan=False))
             (part / HASHES).write_text(json.dumps(_hashes(part)))
     except (OSError, SafetensorError) as error:
         raise SlagenError(
-            f"the checkpoint of step {step} could not be written to {folder} ({error}). Free some space and start "
+            f"the checkpoint of step {run.step} could not be written to {folder} ({error}). Free some space and start "
             "again: the run goes on from the checkpoint before."
         ) from error
     found = checkpoints(folder)
@@ -84,12 +117,15 @@ def save_state(trainer: Trainer, folder: Path, step: int, about: dict[str, Any])
             delete(old)
 
 
-def read_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The last whole checkpoint of a run and what was kept beside it; None where there is none."""
+def read_latest(folder: Path) -> Checkpoint | None:
+    """The last whole checkpoint of a run; None where there is none."""
     for path in reversed(checkpoints(folder)):
         try:
             if read_json(path / HASHES, {str: str}) == _hashes(path):
-                return path, read_json(path / "state.json", STATE, most=MAX_STATE)
+                content = read_json(path / "state.json", STATE, most=MAX_STATE)
+                before = TeacherErrors(content["before"]["error"], content["before"]["layers"])
+                state = RunState(content["step"], content["seconds"], before, content["settings"])
+                return Checkpoint(path, state, content["plain"])
         except (OSError, WeightsError):  # it is not whole
             continue
     return None
@@ -133,8 +169,9 @@ def _hashes(path: Path) -> dict[str, str]:
     return {name: file_hash(path / name) for name in ("state.json", "state.safetensors")}
 
 
-def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
+def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Bring a trainer to where a checkpoint was written. Raises WeightsError if it is of another model."""
+    path = checkpoint.path
     try:
         tensors = load_file(path / "state.safetensors")
     except (OSError, SafetensorError) as error:
@@ -144,7 +181,7 @@ def load_state(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
     expected = {f"{kind}/{name}" for name in trainer.named for kind in ("weights", "average")}
     if expected != {name for name in tensors if not name.startswith("optimizer/")}:
         raise WeightsError(f"{path} is of another model, or trains another part of it. Begin anew with --restart.")
-    flat: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in about["plain"].items()}
+    flat: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in checkpoint.plain.items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             parameter, key = name.removeprefix("optimizer/").split("/", 1)

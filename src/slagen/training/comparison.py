@@ -1,9 +1,97 @@
 """Videos of the dense model and the student side by side, for the same prompts and seeds."""
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from slagen.events import Event
+from slagen.generation.resolve import make_plan
+from slagen.generation.session import Session
+from slagen.training.data.dataset import Clip, Dataset
+from slagen.training.log import CLIPS
+from slagen.training.run import Run
+from slagen.video import read_mp4, write_mp4
+from slagen.wan.loading import load_pipeline
+from slagen.wan.vae import decode_latents
+
+SHOWN_PROMPTS = 2  # prompts with side-by-side clips
+
+
+class Stopped(Exception):
+    """A clip was given up, for the run is to end."""
+
+
+def write_clips(run: Run, step: int) -> list[str]:
+    """Write a side-by-side video of each shown prompt after a step; returns their file names, in the first process.
+
+    Raises: Stopped where the run is told to stop meanwhile.
+    """
+    setup, data = run.setup, run.data
+    files = []
+    pipe = load_pipeline(
+        setup.weights.source, setup.team.device, setup.recipe.dtype, text_encoder=False, transformer=False
+    )
+    for number, clip in enumerate(shown_clips(data)):
+        kept = setup.folder / CLIPS / f"dense-{number}.mp4"
+        file = setup.folder / CLIPS / f"step-{step:06d}-{number}.mp4"
+        kept.parent.mkdir(exist_ok=True)
+        there = not setup.team.agree(run.is_first and not kept.is_file())
+        dense = None if there else sample(run, pipe, run.trainer.teacher, clip, number)
+        student = sample(run, pipe, run.trainer.student, clip, number)
+        if run.is_first:
+            if dense is not None:
+                write_mp4(dense, kept, data.fps)
+            labels = ["dense", f"{setup.config.attention}, step {step}"]
+            write_mp4(side_by_side([read_mp4(kept), student], labels), file, data.fps, clip.caption)
+            files.append(file.name)
+    return files
+
+
+def shown_clips(data: Dataset) -> list[Clip]:
+    """The first held-out clips of different prompts."""
+    first: dict[str, Clip] = {}
+    for clip in data.held_out:
+        first.setdefault(clip.caption, clip)
+    return list(first.values())[:SHOWN_PROMPTS]
+
+
+def sample(run: Run, pipe: Any, transformer: Any, clip: Clip, seed: int) -> np.ndarray:
+    """Frames of a clip's prompt, (F, H, W, 3) uint8, as the model's own sampler makes them."""
+    setup, source = run.setup, run.setup.weights.source
+    frames, height, width = clip.shape[1:]
+    grid = source.spatial_factor
+    config = dataclasses.replace(
+        setup.base, prompt=clip.caption, seed=seed, width=width * grid, height=height * grid,
+        num_frames=(frames - 1) * source.temporal_factor + 1, timing="off",
+    )  # fmt: skip
+    plan = dataclasses.replace(make_plan(config, setup.weights), attention=None)
+    texts: list[Tensor] = [run.data.example(clip).text, run.data.negative_text()]
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    embeds: dict[str, Tensor | None] = {
+        name: text[None].to(setup.team.device) for name, text in zip(names, texts, strict=True)
+    }
+
+    def stop_here(event: Event) -> None:
+        if run.stopping():
+            raise Stopped
+
+    pipe.register_modules(transformer=transformer)
+    training = transformer.training
+    transformer.eval()
+    try:
+        with run.trainer.autocast():
+            latents, _ = Session(plan, pipe=pipe).denoise(plan, embeds, stop_here)
+        with torch.no_grad():
+            return decode_latents(pipe.vae, latents).numpy()
+    finally:
+        transformer.train(training)
 
 
 def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:

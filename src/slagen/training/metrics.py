@@ -27,6 +27,18 @@ class Example:
     text: Tensor
 
 
+@dataclass(frozen=True)
+class TeacherErrors:
+    """Relative L2 errors to the dense teacher: of the velocity, and of what self-attention gives in each layer."""
+
+    error: float
+    layers: list[float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {"error": self.error, "layers": self.layers}
+
+
 def noise_levels(count: int, mean: float, std: float) -> list[float]:
     """The middles of `count` equally likely parts of t = sigma / (1 + sigma), log sigma ~ N(mean, std)."""
     normal = NormalDist(mean, std)

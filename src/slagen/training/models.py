@@ -1,10 +1,105 @@
 """The student with its attention installed, its frozen teacher, and how much memory they need."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from slagen.attention.sla.method import branches_of
+from slagen.formats.sla import read_metadata, weights_hash
+from slagen.training.lora import LORA_RANK, add_lora
+from slagen.training.setup import Setup
 from slagen.training.trainer import Recipe
+from slagen.wan.install import apply_sla, install_projections, load_sla
+from slagen.wan.processor import install
+from slagen.wan.sequence_parallel import split_tokens
+from slagen.wan.transformer import load_transformer
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a training begins with.
+
+    Args:
+        student: float32, with its attention installed and `requires_grad` set on what trains.
+        teacher: the same model with dense attention, frozen.
+        base_hash: of the student's weights before SLA was installed.
+        steps_before: that the SLA weights which it begins with were trained for.
+    """
+
+    student: Any
+    teacher: Any
+    base_hash: str
+    steps_before: int
+
+
+def build_models(setup: Setup) -> Models:
+    """Load student and teacher, both still on the CPU. Raises WeightsError for weights that do not fit."""
+    config, source, group = setup.config, setup.weights.source, setup.team.context_group
+    student = load_transformer(source, torch.float32)
+    base_hash = weights_hash(student)
+    steps_before = _install_attention(student, setup, base_hash)
+    if config.train == "lora":
+        add_lora(student, config.lora_rank or LORA_RANK, config.seed)
+    _choose_trained(student, setup)
+    if recomputes(config.checkpointing, setup.team.device):
+        student.enable_gradient_checkpointing()
+    teacher = load_transformer(source, setup.recipe.dtype)
+    install(teacher, None)
+    if group is not None:
+        for transformer in (student, teacher):
+            split_tokens(transformer, group)
+    return Models(student.train(), teacher.requires_grad_(False), base_hash, steps_before)
+
+
+def recomputes(checkpointing: bool | None, device: torch.device) -> bool:
+    """Whether activations are recomputed in the backward pass: as asked for, and on CUDA where nothing is."""
+    return device.type == "cuda" if checkpointing is None else checkpointing
+
+
+def _install_attention(student: Any, setup: Setup, base_hash: str) -> int:
+    """Give the student its attention, fresh or as it was trained; returns the steps that it was trained for."""
+    config, weights = setup.config, setup.weights
+    branches = branches_of(setup.method)
+    if setup.is_dense:
+        install(student, None)
+    elif config.from_dense or weights.sla_path is None:
+        apply_sla(student, setup.sla, backend=config.backend, branches=branches)
+        for name, parameter in student.named_parameters():
+            group = setup.method.group(name)
+            if group is not None and group.identity and parameter.ndim == 2:  # O^l itself, to begin with
+                torch.nn.init.eye_(parameter)
+    elif weights.sla_alone:
+        load_sla(
+            student, weights.sla_path, config=setup.sla, backend=config.backend, branches=branches,
+            allow_untrained=True, base_hash=base_hash,
+        )  # fmt: skip
+        return read_metadata(weights.sla_path).steps
+    else:
+        install_projections(
+            student, weights.sla_path, setup.sla, backend=config.backend, branches=branches, allow_untrained=True
+        )
+    return 0
+
+
+def _choose_trained(student: Any, setup: Setup) -> None:
+    """Set `requires_grad` on the parameters that `--train` asks for."""
+    for name, parameter in student.named_parameters():
+        group = setup.method.group(name)
+        trained = {
+            "all": True, "attn": ".attn1." in name, "proj": group is not None,
+            "lora": group is not None or ".lora_" in name,
+        }[setup.config.train]  # fmt: skip
+        parameter.requires_grad_(trained and (group is None or group.used))
+
+
+def checkpoint_bytes(student: nn.Module, recipe: Recipe) -> int:
+    """The size of a checkpoint: trained weights, their average, and the optimiser's state."""
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return (8 + (2 if recipe.optimizer == "adamw8bit" else 8)) * trained
 
 
 def memory_plan(

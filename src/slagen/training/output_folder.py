@@ -1,12 +1,21 @@
 """The output folder of a training: who holds it, what lies in it, and what may be deleted or overwritten."""
 
+from __future__ import annotations
+
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from slagen.errors import SlagenError
+from slagen.errors import SlagenError, UsageError
+from slagen.formats.model_files import SLA_FILE
+from slagen.generation.embeddings import files_in
+from slagen.io.files import delete, sweep
+from slagen.training.checkpoints import FOLDER, KEPT, checkpoints
+from slagen.training.log import CLIPS, LOG
+from slagen.training.page import PAGE
 
 RESULT, TENSORBOARD = "result.json", "tensorboard"
 TRANSFORMER_FILE = "transformer.safetensors"
@@ -28,3 +37,55 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def sweep_folder(folder: Path) -> None:
+    """Delete the temporary files of killed runs; the caller holds the folder, so no other run is alive in it."""
+    for place in (folder, folder / FOLDER, folder / CLIPS):
+        sweep(place)
+    for left in (folder / FOLDER).glob("step-*.part"):  # as versions before left them
+        delete(left)
+
+
+def clear_folder(folder: Path) -> None:
+    """Delete what a run before left, and nothing else."""
+    paths = [*checkpoints(folder), folder / TENSORBOARD]
+    if (folder / "transformer" / MARK).is_file():
+        paths.append(folder / "transformer")
+    for path in [*paths, *(folder / name for name in (RESULT, PAGE, SLA_FILE, TRANSFORMER_FILE))]:
+        delete(path)
+    clear_log(folder)
+
+
+def clear_log(folder: Path) -> None:
+    """Delete the log and the clips that it speaks of."""
+    clips = [*(folder / CLIPS).glob("step-*.mp4"), *(folder / CLIPS).glob("dense-*.mp4")]
+    for path in [*clips, folder / LOG]:
+        delete(path)
+
+
+def check_foreign(folder: Path) -> None:
+    """Raise UsageError where the result would be written over something that no training here has made."""
+    base = folder / "transformer"
+    ours = any((folder / name).is_file() for name in (MARK, RESULT)) or checkpoints(folder)
+    found = [] if ours else [folder / name for name in (SLA_FILE, TRANSFORMER_FILE)]
+    for path in [*found, *([] if (base / MARK).is_file() else [base])]:
+        if path.exists():
+            raise UsageError(f"{path} is there, and no finetune made it. Give another --output.")
+
+
+def check_disk_space(folder: Path, checkpoint_bytes: int, restart: bool) -> None:
+    """Raise SlagenError where the disk does not hold the checkpoints, and one more while it is written.
+
+    Args:
+        checkpoint_bytes: of each. restart: those that are there will be deleted.
+    """
+    there = checkpoints(folder)
+    free, more = shutil.disk_usage(folder).free, KEPT + 1 - len(there)
+    if restart:
+        free, more = free + sum(f.stat().st_size for path in there for f in files_in(path)), KEPT + 1
+    if free < more * checkpoint_bytes:
+        raise SlagenError(
+            f"{folder} has {free / 2**30:.2g} GiB free, but {more} checkpoints of {checkpoint_bytes / 2**30:.2g} GiB "
+            "each must fit. Free some space, or give another --output."
+        )

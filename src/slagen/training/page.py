@@ -6,7 +6,7 @@ from pathlib import Path
 from slagen.html import HEAD, data_uri, render
 from slagen.io.files import write_text
 from slagen.plot import Chart, Line, draw_chart
-from slagen.training.log import CLIPS, read_log
+from slagen.training.log import CLIPS, StepRecord, ValidationRecord, read_log
 from slagen.video import make_thumbnail
 
 PAGE = "index.html"
@@ -22,20 +22,20 @@ def write_page(
         captions: of the clips `step-NNNNNN-I.mp4`, by I.
     """
     log = read_log(folder)
-    steps = [line for line in log if line["event"] == "step"]
-    checks = [line for line in log if line["event"] == "validation"]
-    layers_seen = min((len(line["proj_norms"]) for line in steps), default=0)
-    x = [line["step"] for line in steps]
-    errors = [(line["step"], line["error"]) for line in steps if line["error"] is not None]
+    steps = [record for record in log if isinstance(record, StepRecord)]
+    checks = [record for record in log if isinstance(record, ValidationRecord)]
+    layers_seen = min((len(record.proj_norms) for record in steps), default=0)
+    x = [record.step for record in steps]
+    errors = [(record.step, record.error) for record in steps if record.error is not None]
     charts = [
-        Chart("loss", "step", [Line("loss", x, [line["loss"] for line in steps])], log=True),
+        Chart("loss", "step", [Line("loss", x, [record.loss for record in steps])], log=True),
         Chart("error to the dense teacher", "step", [
             Line("of the step's clips", [step for step, _ in errors], [error for _, error in errors]),
-            Line("held out, average weights", [c["step"] for c in checks], [c["error"] for c in checks], True),
+            Line("held out, average weights", [c.step for c in checks], [c.error for c in checks], True),
         ], log=True),
-        Chart("gradient norm", "step", [Line("uncut", x, [line["grad_norm"] for line in steps])], log=True),
+        Chart("gradient norm", "step", [Line("uncut", x, [record.grad_norm for record in steps])], log=True),
         Chart("norm of proj_l by layer", "step", [
-            Line(f"layer {i}", x, [line["proj_norms"][i] for line in steps])
+            Line(f"layer {i}", x, [record.proj_norms[i] for record in steps])
             for i in range(layers_seen)
         ]),
         Chart("error of self-attention by layer", "layer", [
@@ -44,11 +44,11 @@ def write_page(
     ]  # fmt: skip
     pairs = []
     for validation in checks:
-        for name in validation["clips"]:
+        for name in validation.clips:
             path, number = folder / CLIPS / name, int(name[:-4].rsplit("-", 1)[1])
             if path.is_file() and number < len(captions):
                 caption = captions[number]
-                pairs.append(Pair(validation["step"], caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
+                pairs.append(Pair(validation.step, caption, make_thumbnail(path, 480), f"{CLIPS}/{name}"))
     write_text(folder / PAGE, training_page(title, facts, [draw_chart(chart) for chart in charts], pairs))
     return folder / PAGE
 

@@ -1,7 +1,35 @@
 """What a training gives back: the weights that it writes, their error, and the page."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from slagen.attention.registry import parameter_group
+from slagen.errors import SlagenError
+from slagen.events import Event
+from slagen.formats.model_files import SLA_FILE
+from slagen.formats.sla import SLAMetadata, plain_name, trained_tensors, write_sla
+from slagen.generation.report import versions
+from slagen.io.files import write_json, writing
+from slagen.io.paths import user_path
+from slagen.training.comparison import shown_clips
+from slagen.training.distributed import own_part, whole
+from slagen.training.metrics import TeacherErrors
+from slagen.training.output_folder import MARK, RESULT, TRANSFORMER_FILE
+from slagen.training.page import PAGE, write_page
+from slagen.training.run import Run, measure
+from slagen.training.setup import Setup
+from slagen.training.validation import validate
+from slagen.wan.processor import installation
+from slagen.wan.transformer import load_transformer
 
 
 @dataclass(frozen=True)
@@ -25,3 +53,122 @@ class FinetuneResult:
     seconds: float
     page: Path
     rank: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, paths as text."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+
+def finish(run: Run, seconds: float) -> FinetuneResult:
+    """Round the average weights, measure those, write them, and the page.
+
+    Raises: SlagenError where they give numbers that are not finite, or the disk does not take them.
+    """
+    setup, steps = run.setup, run.setup.schedule.steps
+    folder, dense = setup.folder, setup.is_dense
+    file = folder / (TRANSFORMER_FILE if dense else SLA_FILE)
+    given = setup.config.weights and user_path(setup.config.weights)
+    own_base = not dense and given == setup.weights.source.weights is not None
+    with run.trainer.averaged(), torch.no_grad():
+        wanted = {name: p for name, p in run.trainer.student.named_parameters() if _is_written(run, name)}
+        _round(wanted)
+        after = measure(run.trainer, run.held_out)
+        if not math.isfinite(after.error):
+            raise SlagenError(
+                f"the weights after step {steps} give numbers that are not finite, so none were written. Begin anew "
+                "with a lower --lr and --restart."
+            )
+        tensors = _gather(wanted, run.is_first)
+        if run.is_first:
+            write_sla(trained_tensors(tensors), file, None if dense else _metadata(run))
+            if own_base:
+                _write_base(setup)
+        try:
+            validate(run, steps)
+        except SlagenError as error:
+            if setup.team.size > 1:  # the others wait for what this one would have done
+                raise
+            setup.emit(Event("warning", f"no clips of the last step: {error}"))
+    result = FinetuneResult(
+        folder, folder if own_base else file, steps, run.before.error, after.error, seconds, folder / PAGE,
+        setup.team.rank,
+    )  # fmt: skip
+    if run.is_first:
+        _write_result(run, result, after)
+    setup.team.wait()
+    return result
+
+
+def _is_written(run: Run, name: str) -> bool:
+    """Whether a parameter goes into the result: what was trained, now or before, and for a control all of it."""
+    record = installation(run.models.student)
+    before = {} if record is None else record.replaced
+    is_changed = name in run.trainer.named or parameter_group(name) is not None or plain_name(name) in before
+    return is_changed or run.setup.is_dense
+
+
+def _round(parameters: Mapping[str, Tensor]) -> None:
+    """Round parameters in place to the float16 that they are stored in."""
+    for name, parameter in parameters.items():
+        if parameter_group(name) is None:
+            part = own_part(parameter)
+            part.copy_(part.half().float())
+
+
+def _gather(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, where they are kept; every process takes part."""
+    tensors = {}
+    for name, parameter in parameters.items():  # one at a time, for they may not all fit a card
+        tensor = whole(parameter)
+        if keep:
+            tensors[name] = tensor.cpu().clone()
+    return tensors
+
+
+def _metadata(run: Run) -> SLAMetadata:
+    setup = run.setup
+    train, attention = setup.config.train, setup.config.attention
+    return SLAMetadata(
+        setup.sla, setup.weights.source.name, run.models.base_hash,
+        train if attention == "sla" else f"{train}, {attention}", run.models.steps_before + setup.schedule.steps,
+        "rcm" if setup.weights.distilled else "flow",
+    )  # fmt: skip
+
+
+def _write_base(setup: Setup) -> None:
+    """The transformer that SLA was trained on, beside SLA's weights, where no model's name stands for it."""
+    final = setup.folder / "transformer"
+    try:
+        with writing(final) as part:
+            load_transformer(setup.weights.source, setup.recipe.dtype).save_pretrained(part)
+            (part / MARK).touch()
+    except (OSError, SafetensorError) as error:
+        raise SlagenError(f"{final} could not be written ({error}). Free some space, and start again.") from error
+
+
+def _write_result(run: Run, result: FinetuneResult, after: TeacherErrors) -> None:
+    """Write result.json, with paths relative to it, and the page."""
+    content = {
+        **result.to_dict(), "output": result.output.name, "weights": result.weights.name, "page": result.page.name,
+        "layer_errors_before": run.before.layers, "layer_errors_after": after.layers, "settings": run.settings,
+        "versions": versions(),
+    }  # fmt: skip
+    write_json(run.setup.folder / RESULT, content)
+    _write_page(run, result, after)
+
+
+def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None:
+    setup, config, source = run.setup, run.setup.config, run.setup.weights.source
+    before, after = result.teacher_error_before, result.teacher_error_after
+    sparsity = "" if setup.is_dense else f", sparsity {setup.sla.sparsity:g}"
+    facts = {
+        "model": source.name, "attention": config.attention + sparsity, "trained": config.train, "loss": config.loss,
+        "steps": str(result.steps),
+        "error to the teacher": f"{before:.4f} before, {after:.4f} after ({1 - after / (before or 1):.0%} less)",
+        "clips": f"{len(run.data.training)} to train on, {len(run.data.held_out)} held out",
+        "time": f"{result.seconds / 60:.1f} min",
+    }  # fmt: skip
+    attention = "SLA" if config.attention == "sla" else f"{config.attention} attention"
+    title = f"{setup.folder.resolve().name}: {source.name} with {attention}"
+    layers = {"before": run.before.layers, "after": errors.layers}
+    write_page(setup.folder, title, facts, layers, [clip.caption for clip in shown_clips(run.data)])

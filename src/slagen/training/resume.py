@@ -1,20 +1,43 @@
 """Compare the settings of a run with those of the checkpoint that it would resume from."""
 
+from __future__ import annotations
+
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from slagen.errors import UsageError
+from slagen.formats.sla import find_sla_file
+from slagen.generation.embeddings import file_hashes
 from slagen.settings import names_where, settings_of
 from slagen.training.config import FinetuneConfig
+from slagen.training.data.dataset import transformer_files
+from slagen.training.lora import LORA_RANK
+from slagen.training.setup import Setup
 
-ANYTIME = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))  # learns the same
+MAY_CHANGE = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))  # learns the same
 DEFAULTS = {setting.field: setting.default for setting in settings_of(FinetuneConfig)}
 
 
-def compare_settings(before: Any, now: dict[str, Any], folder: Path, but: tuple[str, ...]) -> None:
-    """Raise UsageError where a run would go on with other settings than it began with, some of them apart."""
-    if not isinstance(before, dict):
-        raise UsageError(f"{folder} holds a checkpoint without settings. Begin anew with --restart.")
+def run_settings(setup: Setup) -> dict[str, Any]:
+    """All that changes what is learnt, but for the data themselves, as JSON keeps it."""
+    config, source = setup.config, setup.weights.source
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    fields["lora_rank"] = (config.lora_rank or LORA_RANK) if config.train == "lora" else None
+    schedule = {name: value for name, value in dataclasses.asdict(setup.schedule).items() if name not in MAY_CHANGE}
+    files, sla = transformer_files(source), setup.weights.sla_path
+    if sla is not None and not config.from_dense and (setup.weights.sla_alone or sla.is_file()):
+        files.append(find_sla_file(sla) if setup.weights.sla_alone else sla)
+    options = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("path", "self_generate")}
+    return json.loads(json.dumps({
+        **fields, **schedule, **setup.sla.to_dict(), "data_options": options, "dtype": str(setup.recipe.dtype),
+        "model": source.name, "weights_hash": file_hashes(files, setup.cache),
+    }))  # fmt: skip
+
+
+def compare_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, but: tuple[str, ...] = ()) -> None:
+    """Raise UsageError where a run would resume with other settings than it began with, some of them apart."""
     names = sorted({*before, *now} - {*but})
     before = {**{name: DEFAULTS.get(name) for name in now}, **before}  # an older checkpoint lacks what is new
     changed = [name for name in names if before.get(name) != now.get(name)]
@@ -24,3 +47,9 @@ def compare_settings(before: Any, now: dict[str, Any], folder: Path, but: tuple[
             f"{folder} holds a run with other settings: {told}. Give the same ones, another --output, or begin anew "
             "with --restart."
         )
+
+
+def compare_data_options(before: dict[str, Any] | None, now: dict[str, Any], folder: Path) -> None:
+    """Raise UsageError for data that are sure to be others, before they are made; their hash decides in the end."""
+    both = {name for name, value in (before or {}).items() if value is not None and now.get(name) is not None}
+    compare_settings({name: (before or {})[name] for name in both}, {name: now[name] for name in both}, folder)

@@ -1,12 +1,117 @@
 """Check what is asked of a training, and fill in the model's defaults, before data or models are read."""
 
-import dataclasses
+from __future__ import annotations
 
-from slagen.machine import pick_device
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slagen.attention import registry
+from slagen.attention.protocol import Method
+from slagen.attention.sla.config import SLAConfig
+from slagen.errors import UsageError, WeightsError
+from slagen.events import Event
+from slagen.formats.model_files import SLA_FILE
+from slagen.generation.config import CACHE, GenerateConfig
+from slagen.generation.resolve import Weights, find_weights
+from slagen.io.paths import user_path
+from slagen.io.text import counted
+from slagen.machine import pick_device, pick_dtype
 from slagen.training.config import FinetuneConfig
+from slagen.training.data.dataset import Clip, Dataset
+from slagen.training.distributed import Team
+from slagen.training.log import Emit
+from slagen.training.lora import lora_config
+from slagen.training.output_folder import TRANSFORMER_FILE
+from slagen.training.trainer import Recipe, optimizer_8bit
 from slagen.wan.defaults import TrainingDefaults
 
 DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a training is to do, checked and with every default filled in.
+
+    Args:
+        folder: for its output. emit: told of stages, notes, warnings and steps.
+        method: the student's attention. base: how the dense model would generate: model, device, dtype, backend.
+        weights: where the model and its SLA weights lie. sla: how attention is divided at the end.
+        recipe: how the student is trained.
+    """
+
+    config: FinetuneConfig
+    folder: Path
+    team: Team
+    emit: Emit
+    method: Method
+    base: GenerateConfig
+    weights: Weights
+    sla: SLAConfig
+    recipe: Recipe
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the student is a control, with dense attention."""
+        return self.method.family == "dense"
+
+    @property
+    def schedule(self) -> TrainingDefaults:
+        """Steps, learning rate and batches."""
+        return self.recipe.schedule
+
+    @property
+    def cache(self) -> Path:
+        """Where hashes of files are remembered."""
+        return user_path(CACHE)
+
+    def num_tokens(self, clip: Clip) -> int:
+        """Tokens of a clip in self-attention."""
+        patch = self.weights.source.patch_size
+        return math.prod(size // part for size, part in zip(clip.shape[1:], patch, strict=True))
+
+
+def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) -> Setup:
+    """Everything that can be known before data or models are read.
+
+    Raises: UsageError, WeightsError or EnvironmentProblem with what cannot be done.
+    """
+    method = registry.get(config.attention)
+    is_dense = method.family == "dense"
+    base = GenerateConfig(
+        "-", model=default_model(config.model, str(team.device)),
+        weights=config.weights, local_files_only=config.local_files_only,
+        allow_untrained=True, attention="dense" if is_dense else "sla",
+        device=str(team.device), dtype=config.dtype, backend=config.backend,
+    )  # fmt: skip
+    weights = find_weights(base, lambda text: emit(Event("note", text)))
+    _check_weights(config, weights, is_dense)
+    if weights.source.weights is None:
+        base = dataclasses.replace(base, weights=None)  # SLA weights are no concern of the dense model's
+    if config.optimizer == "adamw8bit" and team.kind == "fsdp":
+        raise UsageError("adamw8bit does not know FSDP's parts. Leave --optimizer out, or take --parallel ddp.")
+    sla = config.sla(weights.sla)
+    if config.anneal_from is not None and config.anneal_from > sla.sparsity:
+        raise UsageError(
+            f"anneal_from is {config.anneal_from:g}, but sparsity rises from there to {sla.sparsity:g}. Give less."
+        )
+    recipe = _recipe(config, weights, team)
+    heads = weights.source.shape.num_heads
+    if heads % config.context_parallel:
+        raise UsageError(f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads.")
+    if not is_dense:
+        about = weights.source.head_dim, team.device, recipe.dtype
+        assert method.check is not None
+        method.check(method.pick_backend(config.backend, *about), *about, sla)
+    if config.train == "lora":
+        lora_config()
+    if config.optimizer == "adamw8bit":
+        optimizer_8bit()
+    _check_output(config, folder, weights)
+    return Setup(config, folder, team, emit, method, base, weights, sla, recipe)
 
 
 def default_model(name: str | None, device: str) -> str | None:
@@ -14,7 +119,58 @@ def default_model(name: str | None, device: str) -> str | None:
     return name or (DEFAULT_ON_CUDA if pick_device(device).type == "cuda" else None)
 
 
-def training_schedule(config: FinetuneConfig, defaults: TrainingDefaults) -> TrainingDefaults:
-    """The model's own numbers, with what the user said in their place."""
+def _check_weights(config: FinetuneConfig, weights: Weights, is_dense: bool) -> None:
+    """Raise where the weights that a training begins with are missing, given twice, or cannot be trained."""
+    if config.from_dense and config.weights is not None and weights.source.weights is None:
+        raise UsageError("--from-dense begins without SLA weights, but --weights gives some. Leave one of them out.")
+    if not config.from_dense and not is_dense and weights.sla_path is None:
+        raise WeightsError(
+            f"{weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some with "
+            "--weights."
+        )
+    if (file := weights.source.weights) is not None and file.suffix == ".gguf":
+        raise UsageError(f"{file} is quantised, and trains no further. Give the model in full precision.")
+
+
+def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
+    """The model's own numbers, with what the user said in their place. Raises UsageError for an uneven batch."""
     names = ("steps", "lr", "proj_multiplier", "warmup_steps", "batch_size", "micro_batch", "caption_dropout")
-    return dataclasses.replace(defaults, **{n: getattr(config, n) for n in names if getattr(config, n) is not None})
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    schedule = dataclasses.replace(weights.source.defaults.training, **given)
+    if schedule.batch_size % team.data_size:
+        raise UsageError(
+            f"batch_size is {schedule.batch_size}, but {team.data_size} processes share it. Give a multiple."
+        )
+    dtype = pick_dtype(config.dtype, team.device)
+    return Recipe(
+        schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
+        config.seed, torch.float32 if dtype == torch.float16 else dtype,  # float16 is picked for a card without bf16
+    )  # fmt: skip
+
+
+def _check_output(config: FinetuneConfig, folder: Path, weights: Weights) -> None:
+    """Raise UsageError where the result would be written over the model or the weights that it is made from."""
+    read = [weights.source.folder, config.weights, None if config.from_dense else weights.sla_path]
+    written = [folder, *(folder / name for name in (SLA_FILE, TRANSFORMER_FILE, "transformer"))]
+    if {user_path(p).resolve() for p in read if p is not None} & {path.resolve() for path in written}:
+        raise UsageError(
+            f"model or weights come from {folder}, where the result would be written over them. Give another --output."
+        )
+
+
+def check_tokens(setup: Setup, data: Dataset) -> None:
+    """Raise UsageError where a clip is too short for sparse attention, or its tokens cannot be shared evenly."""
+    clips = [*data.training, *data.held_out]
+    least = min(map(setup.num_tokens, clips))
+    if not setup.is_dense and not setup.method.applies(setup.sla, least):
+        raise UsageError(
+            f"a clip has {counted(least, 'token')}, fewer than 2 key blocks of {setup.sla.block_n}, so nothing can "
+            "be left out. Give larger or longer clips, or a smaller --block-n."
+        )
+    parts = setup.config.context_parallel
+    for clip in clips:
+        if setup.num_tokens(clip) % parts:
+            raise UsageError(
+                f"a clip of {clip.caption[:40]!r} has {setup.num_tokens(clip)} tokens, which {parts} processes cannot "
+                "share evenly. Give another --context-parallel, or data of another size."
+            )

@@ -11,10 +11,7 @@ from slagen.io.text import counted
 def show_finetune(result: Any, as_json: bool) -> None:
     """Print what a training came to: the weights' path on stdout and the rest on stderr, or JSON alone."""
     if as_json:
-        content = {
-            name: value if isinstance(value, int | float) else str(value) for name, value in vars(result).items()
-        }
-        write_json(content)
+        write_json(result.to_dict())
         return
     before, after = result.teacher_error_before, result.teacher_error_after
     log(f"error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after")
