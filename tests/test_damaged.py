@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from wan_models import save_pipeline
 
 from slagen.attention.sla.config import SLAConfig
+from slagen.batch.contact_sheet import write_page
+from slagen.batch.forecast import Times
 from slagen.batch.manifest import Manifest, Wanted
-from slagen.batch.run import Times, write_page
 from slagen.cli.main import run
 from slagen.errors import GateError, SlagenError, UsageError, WeightsError
 from slagen.formats.sla import read_sla

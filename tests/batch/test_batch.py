@@ -18,8 +18,10 @@ from processes import start
 from wan_models import save_pipeline
 
 from slagen.batch.config import BatchConfig
+from slagen.batch.forecast import Times, _forecast
 from slagen.batch.manifest import Manifest, Wanted
-from slagen.batch.run import Times, _forecast, _Run, batch
+from slagen.batch.run import batch
+from slagen.batch.worker import _Run
 from slagen.cli.main import run
 from slagen.errors import SlagenError, UsageError
 from slagen.generation import session
@@ -462,7 +464,7 @@ def test_the_time_left_is_told_by_videos_after_the_first(toy, monkeypatch):
     tasks = jobs_of(toy, 64, 64, 64, 64)
     run_ = _Run(None, None, tasks, None, None, None, "", None)
     clock = iter([100.0, 200.0, 202.0, 204.0])
-    monkeypatch.setattr("slagen.batch.run.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("slagen.batch.worker.time.monotonic", lambda: next(clock))
     told = []
     for done in range(4):
         jobs = {task.job.key: SimpleNamespace(key=task.job.key, state="done" if i < done else "queued", result={})
@@ -499,7 +501,7 @@ def test_a_page_that_cannot_be_written_ends_no_batch(toy, tmp_path, monkeypatch)
     def on_a_full_disk(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("slagen.batch.run.write_text", on_a_full_disk)
+    monkeypatch.setattr("slagen.batch.contact_sheet.write_text", on_a_full_disk)
     events = []
     result = batch(settings(toy, tmp_path, ["a red circle"]), events.append)
     assert len(result.made) == 1 and result.page is None

@@ -19,6 +19,7 @@ import pytest
 from test_batch import check_consistent, command, environment, made, settings
 from wan_models import save_pipeline
 
+from slagen.batch import ray_connection
 from slagen.batch import ray_workers as cluster
 from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import Manifest, Wanted
@@ -178,7 +179,7 @@ def test_what_cannot_start(toy, tmp_path, monkeypatch, capsys):
         assert run(["batch", str(tmp_path / "prompts.txt"), *options]) == code
         assert address in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"), cluster._started("local"):
+    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"), ray_connection._started("local"):
         pass
 
 
@@ -202,7 +203,7 @@ def test_a_token_that_is_missing_or_wrong(monkeypatch, error):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with (
             pytest.raises(EnvironmentProblem, match="the token is missing or wrong") as told,
-            cluster._started(address),
+            ray_connection._started(address),
         ):
             pass
     assert address in str(told.value) and "RAY_AUTH_TOKEN_PATH" in str(told.value)

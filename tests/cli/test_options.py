@@ -25,7 +25,7 @@ class Toy(GenerateConfig):
 
 READERS = (
     "cli.main", "cli.app", "cli.generate", "cli.batch", "cli.info", "cli.finetune", "generation.prompts",
-    "generation.report", "generation.resolve", "generation.replay", "batch.run",
+    "generation.report", "generation.resolve", "generation.replay", "batch.queue",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatc
     [request] = toy("generation.prompts").read_prompts(str(file))
     assert request.fields == {"sparkle": 2}
     assert "sparkle" in toy("generation.replay").AS_THEY_ARE
-    resolve, not_in_key = toy("generation.resolve"), toy("batch.run").NOT_IN_KEY
+    resolve, not_in_key = toy("generation.resolve"), toy("batch.queue").NOT_IN_KEY
     for value in (0, 3):
         plan = resolve.make_plan(Toy("a red circle", seed=1, model="tiny-wan", device="cpu", sparkle=value))
         counted = {name: setting for name, setting in plan.settings.items() if name not in not_in_key}

@@ -58,7 +58,7 @@ def test_what_may_not_fit_is_a_warning_and_what_fits_is_none(monkeypatch):
 
 
 def test_of_a_batch_only_what_does_not_fit_fails(monkeypatch):
-    from slagen.batch.run import _check_memory
+    from slagen.batch.forecast import _check_memory
 
     def task(size):
         config = GenerateConfig("a red circle", model="tiny-wan", device="cpu", width=size, height=size)

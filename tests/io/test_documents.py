@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import slagen
 from slagen.batch.config import BatchConfig
+from slagen.batch.contact_sheet import write_page
 from slagen.batch.manifest import Manifest, Wanted
-from slagen.batch.run import write_page
 from slagen.benchmark.config import BenchConfig
 from slagen.cli.main import run
 from slagen.cli.usage import explain

@@ -19,7 +19,7 @@ import file_faults as faults
 import pytest
 from wan_models import save_pipeline
 
-from slagen.batch import run as batch
+from slagen.batch import worker
 from slagen.cli.main import run
 from slagen.io import files
 
@@ -196,8 +196,8 @@ class Bench:
 
 @pytest.fixture
 def bench(request, toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(batch, "ThreadPoolExecutor", Inline)
-    monkeypatch.setattr(batch, "POLL_S", 0.0)
+    monkeypatch.setattr(worker, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(worker, "POLL_S", 0.0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "root" / "tmp"))
     monkeypatch.setenv("HOME", str(tmp_path / "root" / "home"))
     monkeypatch.setattr("slagen.training.page.draw_chart", lambda chart: "<svg></svg>")  # matplotlib keeps files there

@@ -9,34 +9,31 @@ from __future__ import annotations
 import dataclasses
 import os
 import queue
-import re
-import secrets
-import shutil
 import socket
-import tempfile
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from slagen import __version__
 from slagen.batch.config import BatchConfig
+from slagen.batch.contact_sheet import try_page
 from slagen.batch.manifest import Manifest
-from slagen.batch.run import BatchResult, share, signals, try_page
+from slagen.batch.ray_connection import LOCAL, _started
+from slagen.batch.result import BatchResult
+from slagen.batch.worker import share, signals
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, for_the_command_line
 from slagen.events import Event
 from slagen.generation import prompts
 from slagen.io.paths import user_path
-from slagen.io.text import counted, quote
+from slagen.io.text import counted
 from slagen.wan.presets import PRESETS
 
 POLL_S = 0.5
 MAX_LOSSES = 3  # workers that a job, or that starting, may cost before it is given up
-OBJECT_STORE_BYTES = 100 * 2**20  # nothing but settings and progress travels
-LOCAL = "local"
 
 
 def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None) -> BatchResult:
@@ -69,92 +66,6 @@ def _absolute(config: BatchConfig) -> BatchConfig:
             paths[name] = str(user_path(value).absolute())
     cache = str(user_path(config.cache_dir).absolute())
     return dataclasses.replace(config, generate=dataclasses.replace(base, **paths), cache_dir=cache)
-
-
-@contextmanager
-def _started(address: str) -> Iterator[Any]:
-    """Import Ray and connect, or start it here, without dashboard, usage report or log lines, for the block.
-
-    Whoever reaches an open Ray can run code in it. So one that is started here is this process's alone: it listens on
-    the loopback interface, its sockets and logs lie in a folder that is closed to other users, and every call to it
-    must bear a random token, which only its own processes know.
-    """
-    match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
-    if match is None and address not in (LOCAL, "auto"):
-        raise UsageError(f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to start Ray here.")
-    folder = _own_folder() if address == LOCAL else None
-    try:
-        _set_environment(local=folder is not None)
-        ray = _connect(address, match, folder)
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _own_folder() -> Path:
-    """A folder that no other user enters, which Ray's own, open to all, goes into. A socket's path has 107 bytes."""
-    parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else None)
-    return Path(tempfile.mkdtemp(prefix="slagen-ray-", dir=parent))
-
-
-def _set_environment(*, local: bool) -> None:
-    """What Ray reads when it is imported, and its processes inherit."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if local:
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: all of Ray binds to loopback
-        return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what failed is told below
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever gives a token means it
-
-
-def _connect(address: str, match: re.Match[str] | None, folder: Path | None) -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise EnvironmentProblem("--ray needs Ray. Install it: pip install 'slagen[ray]'") from error
-    if match is not None:  # Ray itself would try for minutes
-        try:
-            socket.create_connection((match[1].strip("[]"), int(match[2])), timeout=10).close()
-        except (OSError, OverflowError) as error:
-            raise _unreached(address, error) from error
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if folder is not None:
-        options |= {
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(folder / "ray"),
-        }
-    try:
-        ray.init(address, **options)
-    except ray.exceptions.AuthenticationError as error:
-        raise _refused(address) from error
-    except (ConnectionError, RuntimeError, ValueError, ImportError, OSError, TimeoutError) as error:
-        if match is not None and isinstance(error, ConnectionError):  # something listens there, as was seen above
-            raise _refused(address) from error
-        raise _unreached(address, error) from error
-    return ray
-
-
-def _refused(address: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"Ray at {quote(address)} answers, but takes no commands from here: the token is missing or wrong, or that is "
-        "no Ray of this version. Give the token that it was started with in RAY_AUTH_TOKEN, or its file in "
-        "RAY_AUTH_TOKEN_PATH."
-    )
-
-
-def _unreached(address: str, error: Exception) -> EnvironmentProblem:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return EnvironmentProblem(
-        f"Ray at {quote(address)} is not reached ({reason}). Start it with ray start --head, or leave the address out."
-    )
 
 
 class Worker:

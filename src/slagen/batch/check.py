@@ -1,0 +1,77 @@
+"""Before a batch starts: verify what is complete, restore lost reports, remove the leftovers of killed runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from slagen.batch.manifest import Job, Manifest
+from slagen.batch.queue import Task
+from slagen.batch.result import BatchResult
+from slagen.errors import SlagenError
+from slagen.events import Event
+from slagen.generation.latents import latents_beside
+from slagen.generation.provenance import restored_report
+from slagen.io.files import delete, sweep, write_json
+
+
+def _sweep(
+    manifest: Manifest, jobs: dict[str, Job], tasks: list[Task], retry_failed: bool, worker: str, result: BatchResult,
+    on_event: Callable[[Event], None],
+) -> list[Task]:  # fmt: skip
+    """Take away what killed runs left, and sort out what is done or failed; the rest is to do."""
+    sweep(manifest.folder)
+    by_stem = {Path(job.name).stem: job for job in jobs.values()}
+    for part in manifest.folder.glob("*.part"):  # as versions before left them
+        stem = re.sub(r"(\.mp4|\.json|\.latents\.safetensors)\.part$", "", part.name)
+        if stem in by_stem and (lock := manifest.claim(by_stem[stem])) is not None:
+            delete(part)
+            lock.release()
+    todo = []
+    for task in tasks:
+        job = jobs[task.job.key]
+        if job.state == "done" and manifest.is_whole(job):
+            result.kept.append(job.name)
+            _restore(manifest, job, on_event)
+        elif job.state == "failed" and str(job.result.get("worker")).split(":")[0] == worker.split(":")[0]:
+            result.failed.append((job.name, str(job.result.get("reason"))))  # by another worker of this very run
+        elif job.state == "failed" and not retry_failed:
+            result.failed.append((job.name, f"{job.result.get('reason')} (before; --retry-failed tries again)"))
+        else:
+            if job.state == "done":
+                on_event(Event("warning", f"{job.name} is gone or changed, and is made again"))
+            todo.append(task)
+    _tell_of_latents(manifest, [task for task in tasks if jobs[task.job.key].name in result.kept], on_event)
+    return todo
+
+
+def _tell_of_latents(manifest: Manifest, kept: list[Task], on_event: Callable[[Event], None]) -> None:
+    """Warn of videos that were made before latents were asked for: a video that is whole is not made again."""
+    videos = [manifest.folder / task.job.name for task in kept if task.plan.config.save_latents]
+    lacking = [video for video in videos if not latents_beside(video)]
+    if lacking:
+        are = "one video is" if len(lacking) == 1 else f"{len(lacking)} videos are"
+        text = (
+            f"{are} there without latents, and not made again for them. To have both, delete such a video "
+            f"(rm {shlex.quote(str(lacking[0]))}) and run this again, or give another --output"
+        )
+        on_event(Event("warning", text))
+
+
+def _restore(manifest: Manifest, job: Job, on_event: Callable[[Event], None]) -> None:
+    """Make the report of a video again where it is gone, from what the video says of itself."""
+    path = manifest.folder / job.name
+    lost = path.with_suffix(".json")
+    lock = None if os.path.lexists(lost) else manifest.claim(job)
+    if lock is None:
+        return
+    try:
+        write_json(lost, restored_report(path, job.settings, job.result))
+        on_event(Event("note", f"{lost.name} was gone, and is made again of what the video says: its times are lost"))
+    except (SlagenError, OSError) as error:
+        on_event(Event("warning", f"{lost.name} is gone; delete {path.name} to have both made again ({error})"))
+    finally:
+        lock.release()

@@ -1,0 +1,70 @@
+"""index.html of a batch: every job of the output folder with a playing thumbnail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from slagen.batch.manifest import LOCKS, Manifest
+from slagen.errors import SlagenError, WeightsError
+from slagen.events import Event
+from slagen.html import Card, contact_sheet
+from slagen.io.documents import read_json
+from slagen.io.files import sweep, write_bytes, write_text
+from slagen.io.reading import digest
+from slagen.io.text import counted
+from slagen.video import make_thumbnail
+
+PAGE = "index.html"
+
+
+def try_page(manifest: Manifest, on_event: Callable[[Event], None]) -> Path | None:
+    """The page of a batch that has ended; where the disk does not take it, a warning and None: the videos are made."""
+    try:
+        return write_page(manifest)
+    except OSError as error:
+        on_event(
+            Event("warning", f"{manifest.folder / PAGE} could not be written ({error}); the videos are not harmed")
+        )
+        return None
+
+
+def write_page(manifest: Manifest) -> Path:
+    """`index.html`: every job of a folder with a playing thumbnail, which is kept under `.slagen` for the next time."""
+    with FileLock(manifest.folder / LOCKS / "page.lock"):  # one of those that share the work at a time
+        return _write_page(manifest)
+
+
+def _write_page(manifest: Manifest) -> Path:
+    thumbnails = manifest.folder / LOCKS / "thumbnails"
+    thumbnails.mkdir(exist_ok=True)
+    sweep(thumbnails)
+    cards = []
+    for job in manifest.read().values():
+        path, attention, video = manifest.folder / job.name, None, None
+        state = job.state if job.state != "failed" else f"failed: {job.result.get('reason')}"
+        if job.state == "done" and path.is_file():
+            small = thumbnails / f"{job.key[:32]}-{digest(job.result['sha256'])[:16]}.mp4"
+            try:
+                if not small.is_file():
+                    write_bytes(small, make_thumbnail(path))
+                video = small.read_bytes()
+                attention = _attention_share(path.with_suffix(".json"))
+            except (SlagenError, OSError) as error:
+                state = f"done, but unreadable: {error}"
+        seconds = job.result.get("seconds")
+        cards.append(Card(job.index, job.name, job.settings["prompt"], job.seed, state, video, seconds, attention))
+    page = manifest.folder / PAGE
+    write_text(page, contact_sheet(f"{manifest.folder.resolve().name}: {counted(len(cards), 'video')}", cards))
+    return page
+
+
+def _attention_share(report: Path) -> float | None:
+    """The share that a report measured; None where it was not, or the report is none."""
+    try:
+        content = read_json(report, {"cost": {"measured_attention_share": float | None}})
+    except WeightsError:
+        return None
+    return content["cost"]["measured_attention_share"]

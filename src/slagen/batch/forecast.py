@@ -1,0 +1,117 @@
+"""Estimate a batch before it starts: its time from earlier runs, its disk space and its memory."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from slagen.attention.cost import other_flops
+from slagen.batch.queue import Task
+from slagen.errors import SlagenError, WeightsError
+from slagen.generation.generate import check_memory
+from slagen.io.documents import read_json
+from slagen.io.files import write_json
+from slagen.io.reading import digest
+from slagen.io.text import counted
+
+MAX_TIMES = 200  # kinds of videos whose times are kept
+
+
+def _check_room(folder: Path, todo: list[Task]) -> None:
+    """Raise SlagenError where the disk does not hold the videos to make, at a quarter of a byte a pixel."""
+    needed = sum(2**20 + _pixels(task) // 4 for task in todo)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise SlagenError(
+            f"{folder} has {free / 2**20:.0f} MiB free, but {counted(len(todo), 'video')} may need "
+            f"{needed / 2**20:.0f} MiB. Free some space, or give another folder with --output."
+        )
+
+
+def _check_memory(todo: list[Task]) -> None:
+    """Raise SlagenError where this machine's memory holds none of the videos; one that it does not hold fails alone."""
+    first = None
+    for task in todo:
+        try:
+            check_memory(task.plan)
+            return
+        except SlagenError as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _pixels(task: Task) -> int:
+    config = task.plan.config
+    return (config.width or 0) * (config.height or 0) * (config.num_frames or 0)
+
+
+def _forecast(folder: Path, tasks: list[Task], todo: list[Task], times: Times) -> str:
+    """How many, how long, how much; how long only where such videos were made here before."""
+    if not todo:
+        return f"{counted(len(tasks), 'video')}, none to make"
+    seconds = times.of(todo)
+    duration = "" if seconds is None else f"time: about {clock(seconds)}; "
+    size = sum(2**20 + _pixels(task) // 4 for task in todo) / 2**20
+    return f"{counted(len(tasks), 'video')}, {len(todo)} to make; {duration}disk: at most {size:.0f} MiB in {folder}"
+
+
+SLOWEST = 1e7  # seconds for a video: slower than any machine, so no measurement
+
+
+class Times:
+    """Seconds that this machine's last videos took, kept in the cache by what their time depends on.
+
+    A video of another size or with other steps tells nothing: decoding and the smallest layers take a share that is
+    another at each, and a forecast by FLOPs alone was several times too long.
+
+    Args:
+        about: the weights and the device.
+    """
+
+    def __init__(self, cache: Path, about: list[str]) -> None:
+        self.store, self.about = cache / "times.json", about
+
+    def of(self, tasks: list[Task]) -> float | None:
+        """Seconds for all of some videos, each by the median of its like; None where one of them has none."""
+        known = self._known()
+        times = [sorted(known.get(self._key(task), [])) for task in tasks]
+        return sum(found[len(found) // 2] for found in times) if all(times) else None
+
+    def add(self, task: Task, seconds: float) -> None:
+        """Remember one more."""
+        known, key = self._known(), self._key(task)
+        try:
+            self.store.parent.mkdir(parents=True, exist_ok=True)
+            others = [item for item in known.items() if item[0] != key][-MAX_TIMES:]
+            write_json(self.store, dict([*others, (key, [*known.get(key, []), seconds][-9:])]))
+        except OSError:
+            pass  # it is a forecast, no more
+
+    def _key(self, task: Task) -> str:
+        plan = task.plan
+        return digest([*self.about, _work(task), _pixels(task), str(plan.weights.dtype), plan.backend])
+
+    def _known(self) -> dict[str, list[float]]:
+        try:
+            content = read_json(self.store, {str: [float]})
+        except WeightsError:
+            return {}
+        return {key: times for key, times in content.items() if all(0 < time < SLOWEST for time in times)}
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _work(task: Task) -> int:
+    """The FLOPs of a video's denoising, by which its time is foretold."""
+    plan, shape = task.plan, task.plan.weights.source.shape
+    attention = plan.method.cost(plan.attention, shape, plan.num_tokens)
+    passes = (plan.config.steps or 1) * (2 if (plan.config.guidance_scale or 0) > 1 else 1)
+    return passes * (attention + other_flops(shape, plan.num_tokens))

@@ -1,0 +1,101 @@
+"""From prompts to jobs: a plan for every video, and its entry in the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slagen.batch.manifest import Job, Manifest, Wanted
+from slagen.errors import SlagenError, UsageError
+from slagen.events import Event
+from slagen.generation import prompts
+from slagen.generation.config import GenerateConfig
+from slagen.generation.embeddings import component_files, file_hashes
+from slagen.generation.resolve import Plan, Weights, make_plan
+from slagen.io.paths import user_path
+from slagen.io.text import counted
+from slagen.settings import names_where
+
+NOT_IN_KEY = names_where(GenerateConfig, lambda option: not (option.pixels and option.in_key))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job and the plan that makes it."""
+
+    job: Job
+    plan: Plan
+
+
+def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:
+    """A plan for every video, its seed None where none is given, and its id. Raises UsageError with every fault."""
+    prompts.check_count(requests, base.num_videos)
+    found, faults = [], []
+    for request in requests:
+        try:
+            config = prompts.apply(base, request)
+            plan = make_plan(config, weights)
+            if plan.config.attention != config.attention:
+                raise UsageError(
+                    f"{plan.num_tokens} tokens are too few for SLA, which the rest runs with. Make it larger, or apart."
+                )
+        except SlagenError as error:
+            faults.append(f"{request.where}: {error}")
+            continue
+        for number in range(config.num_videos):
+            seed = None if config.seed is None else config.seed + number
+            one = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=seed, num_videos=1))
+            name = request.id and (request.id if config.num_videos == 1 else f"{request.id}-{number + 1}")
+            found.append((one, name))
+    if faults:
+        more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
+        raise UsageError(*faults[:10], *more)
+    return found
+
+
+def _warn(plans: list[tuple[Plan, str]], on_event: Callable[[Event], None]) -> None:
+    """What `generate` would warn of for each video alone: the commonest ten, each once."""
+    _tell_often((text for plan, _ in plans for text in plan.warnings), on_event)
+
+
+def _tell_often(texts: Iterable[str], on_event: Callable[[Event], None]) -> None:
+    """Warn of what holds for many videos: the commonest ten, each once."""
+    counts = Counter(texts)
+    for text, count in counts.most_common(10):
+        on_event(Event("warning", text if count == 1 else f"{text} ({counted(count, 'video')})"))
+    if len(counts) > 10:
+        on_event(Event("warning", f"and {counted(len(counts) - 10, 'more warning')}"))
+
+
+def _queue(
+    manifest: Manifest, plans: list[tuple[Plan, str]], identity: str, on_event: Callable[[Event], None]
+) -> list[Task]:
+    """The job of every plan, queued where it is new; a plan that is there twice with one seed counts once."""
+    wanted = []
+    for plan, name in plans:
+        settings = {key: value for key, value in plan.settings.items() if key not in NOT_IN_KEY}
+        settings |= {"backend": plan.backend, "weights_hash": identity}
+        wanted.append(Wanted(settings, plan.config.seed, plan.config.slug, name))
+    tasks: dict[str, Task] = {}
+    for job, (plan, _) in zip(manifest.queue(wanted), plans, strict=True):
+        if job.key in tasks:
+            text = f"{plan.config.prompt!r:.60} is there twice with seed {job.seed}: one video is made"
+            on_event(Event("warning", text))
+        else:
+            config = dataclasses.replace(plan.config, seed=job.seed)
+            tasks[job.key] = Task(job, dataclasses.replace(plan, config=config))
+    return list(tasks.values())
+
+
+def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
+    """A hash of every file whose content changes pixels."""
+    source = weights.source
+    parts = ("text_encoder", "tokenizer", "scheduler") + (() if vae else ("vae",))
+    files = component_files(source.folder, parts if source.weights else (*parts, "transformer"))
+    for path in (source.weights, weights.sla_path, user_path(vae) if vae else None):
+        if path is not None:
+            files += [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+    return file_hashes(list(dict.fromkeys(files)), cache)

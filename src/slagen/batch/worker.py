@@ -1,0 +1,216 @@
+"""run_worker: one process makes every job of a batch that no other process has."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from filelock import BaseFileLock
+
+from slagen.batch.check import _sweep
+from slagen.batch.config import BatchConfig
+from slagen.batch.forecast import Times, _check_memory, _check_room, _forecast, _work, clock
+from slagen.batch.manifest import Job, Manifest
+from slagen.batch.queue import Task, _identity, _plans, _queue, _tell_often, _warn
+from slagen.batch.result import BatchResult
+from slagen.errors import SlagenError, UsageError, no_memory, of_memory
+from slagen.events import Event
+from slagen.generation import prompts
+from slagen.generation.embeddings import Embeddings
+from slagen.generation.generate import check_memory, save
+from slagen.generation.resolve import find_weights
+from slagen.generation.result import Video
+from slagen.generation.session import Sample, Session, free_memory
+from slagen.interrupts import ENDING, stopping
+from slagen.io.paths import is_video, user_path
+from slagen.machine import describe_device
+from slagen.video import check_ffmpeg
+
+POLL_S = 0.5
+
+
+def share(
+    config: BatchConfig, requests: list[prompts.Request], stop: threading.Event, on_event: Callable[[Event], None],
+    worker: str,
+) -> BatchResult:  # fmt: skip
+    """One process's share of a batch: every job that no other process has.
+
+    Args:
+        stop: set it, and the run ends after the video it is at.
+        worker: a name for this process, which the manifest keeps: an id of the run, host and process behind colons.
+    Raises: as `batch`.
+    """
+    folder = user_path(config.generate.output)
+    if is_video(config.generate.output):
+        raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
+    check_ffmpeg()
+    weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
+    plans = _plans(config.generate, requests, weights)
+    _warn(plans, on_event)
+    on_event(Event("stage", "hash"))
+    cache = user_path(config.cache_dir)
+    identity = _identity(weights, config.generate.vae, cache)
+    manifest = Manifest(folder)
+    tasks = _queue(manifest, plans, identity, on_event)
+    if config.shard is not None:
+        part, parts = config.shard
+        tasks = tasks[part - 1 :: parts]
+    jobs = manifest.read()
+    result = BatchResult(folder)
+    todo = _sweep(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
+    _check_room(folder, todo)
+    _check_memory(todo)
+    times = Times(cache, [identity, describe_device(weights.device)["name"]])
+    on_event(Event("plan", _forecast(folder, tasks, todo, times)))
+    if todo:
+        with signals(stop, on_event):
+            _Run(config, manifest, todo, result, stop, on_event, worker, times).run()
+            result.interrupted = stop.is_set()
+    return result
+
+
+@dataclass
+class _Attempt:
+    """One try at a job, from its sampling to its end in the manifest; holds the job's lock."""
+
+    task: Task
+    lock: BaseFileLock
+    id: str
+    video: Future[Video] | None = None
+
+
+class _Run:
+    """One process's share of the work: sampling here, writing in a thread, so that one goes on beside the other."""
+
+    def __init__(
+        self, config: BatchConfig, manifest: Manifest, todo: list[Task], result: BatchResult, stop: threading.Event,
+        on_event: Callable[[Event], None], worker: str, times: Times,
+    ) -> None:  # fmt: skip
+        self.config, self.manifest, self.todo, self.result, self.stop = config, manifest, todo, result, stop
+        self.on_event, self.worker, self.times = on_event, worker, times
+        self.before = {task.job.key: task.job.result for task in todo}
+        self.began: tuple[float, int] | None = None  # when the first video had ended, and the FLOPs until then
+        self.writing: _Attempt | None = None
+
+    def run(self) -> None:
+        """Make what is to do, and wait for what others hold."""
+        embeddings = Embeddings(self.todo[0].plan, self.config.cache_dir, not self.config.no_cache)
+        missing = [task for task in self.todo if not embeddings.has(task.plan)]
+        self.on_event(Event("stage", "load"))
+        session = Session(self.todo[0].plan, text_encoder=bool(missing))
+        if missing:
+            self.on_event(Event("stage", "text"))
+            for task in missing:
+                embeddings.put(task.plan, session.encode(task.plan))
+            session.release_text_encoder()
+        _tell_often((text for task in self.todo for text in session.cuts(task.plan)), self.on_event)
+        waiting = list(self.todo)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:
+            try:
+                while waiting and not self.stop.is_set():
+                    busy = [task for task in waiting if not self._take(task, session, embeddings, writer)]
+                    self._finish()
+                    if len(busy) == len(waiting):
+                        time.sleep(POLL_S)  # others hold them all; who dies lets go
+                    waiting = busy
+            finally:
+                self._finish()  # a video that is being written is as good as done
+
+    def _take(self, task: Task, session: Session, embeddings: Embeddings, writer: ThreadPoolExecutor) -> bool:
+        """Make one video, unless another process has it just now: then False."""
+        if self.stop.is_set():
+            return True
+        lock = self.manifest.claim(task.job)
+        if lock is None:
+            return False
+        kept = False
+        try:
+            jobs = self.manifest.read()
+            now = jobs[task.job.key]
+            if now.state == "done" and self.manifest.is_whole(now):
+                self.result.elsewhere.append(now.name)
+                return True
+            if now.state == "failed" and self._has_ended(now):
+                self.result.failed.append((now.name, str(now.result.get("reason"))))
+                return True
+            attempt = _Attempt(task, lock, uuid.uuid4().hex)
+            running = {"event": "running", "key": now.key, "attempt": attempt.id, "worker": self.worker}
+            self.manifest.append(running)
+            self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt:.60}"))
+            stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
+            sample: Sample | None
+            try:
+                check_memory(task.plan, loaded=True)
+                sample = session.sample(task.plan, embeddings.get(task.plan, session), stages, self.on_event)
+            except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
+                self._fail(attempt, error)
+                sample = None
+            if sample is None:
+                free_memory()  # what ran out of it held it until here
+                return True
+            self._finish()
+            attempt.video, kept = writer.submit(save, sample, self.manifest.folder / task.job.name), True
+            self.writing = attempt
+            return True
+        finally:
+            if not kept:
+                lock.release()
+
+    def _finish(self) -> None:
+        """Wait for the video that is being written, and put its end into the manifest."""
+        if self.writing is None:
+            return
+        attempt, self.writing = self.writing, None
+        task = attempt.task
+        assert attempt.video is not None
+        try:
+            try:
+                video = attempt.video.result()
+            except (SlagenError, RuntimeError, OSError) as error:
+                self._fail(attempt, error)
+                return
+            seconds = video.report["stages_s"]["total"]
+            counts = self.manifest.finish(
+                task.job, attempt.id, event="done", worker=self.worker, seconds=seconds,
+                sha256=video.report["video"]["sha256"], latents_hash=video.report["latents_hash"],
+            )  # fmt: skip
+            (self.result.made if counts else self.result.elsewhere).append(task.job.name)
+            self.times.add(task, seconds)
+        finally:
+            attempt.lock.release()
+
+    def _fail(self, attempt: _Attempt, error: BaseException) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = of_memory(error) if no_memory(error) else reason
+        job = attempt.task.job
+        self.manifest.finish(job, attempt.id, event="failed", worker=self.worker, reason=reason)
+        self.result.failed.append((job.name, reason))
+        self.on_event(Event("warning", f"{job.name} failed: {reason}"))
+
+    def _has_ended(self, job: Job) -> bool:
+        """Whether a job was made, or failed, since this run began, whoever ran it."""
+        return job.state in ("done", "failed") and job.result is not self.before[job.key]
+
+    def _progress(self, jobs: dict[str, Job]) -> str:
+        """How many videos have ended, and the time left by what all who share the work have done since the first, which
+        takes longer: kernels are compiled, and files read."""
+        ended = [task for task in self.todo if self._has_ended(jobs[task.job.key])]
+        left = ""
+        sampled = [*ended, self.writing.task] if self.writing is not None else ended
+        done, everything, now = sum(map(_work, sampled)), sum(map(_work, self.todo)), time.monotonic()
+        if done and self.began is None:
+            self.began = now, done
+        elif self.began is not None and done > self.began[1]:
+            left = f", about {clock((everything - done) * (now - self.began[0]) / (done - self.began[1]))} left"
+        return f"{len(ended)} of {len(self.todo)} done{left}"
+
+
+def signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
+    """SIGINT once: finish the video and stop. SIGINT again, SIGTERM or SIGHUP: stop now."""
+    text = "stopping after this video; press Ctrl-C again to stop now"
+    return stopping(stop, lambda: on_event(Event("warning", text)), at_once=ENDING)
