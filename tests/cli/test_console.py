@@ -302,9 +302,7 @@ def test_help_is_wrapped_between_words(monkeypatch, columns):
 
     def texts(width):
         monkeypatch.setenv("COLUMNS", str(width))
-        for path, command in commands(group):
-            context = typer.Context(command, info_name=path[-1])
-            yield command.get_help(context)
+        return [command.get_help(typer.Context(command, info_name=path[-1])) for path, command in commands(group)]
 
     for text, wide in zip(texts(columns), texts(1000), strict=True):
         assert text.split() == wide.split()

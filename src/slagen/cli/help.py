@@ -46,7 +46,7 @@ class HelpText:
             if lines and columns_of(term) + INDENT <= beside:
                 lines[0] = term + lines[0][len(term) :]
             else:
-                lines = [term, *lines]
+                lines = [*wrapped(term, self._width - self._indent), *lines]
             self._add(lines)
 
     @contextmanager
