@@ -1,14 +1,17 @@
 """A method is one module and one line: a toy method runs through everything without another change."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import re
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import import_anew
 from torch import nn
 from wan_models import build_pipeline, run, save_pipeline
 
@@ -21,6 +24,8 @@ from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
+from slagen.generation.resolve import make_plan
+from slagen.settings import option, settings_of
 from slagen.wan.processor import denoising, install, install_method, make_processor, processors, remove
 
 
@@ -28,7 +33,7 @@ from slagen.wan.processor import denoising, install, install_method, make_proces
 class WindowConfig:
     """Each token attends to those at most `window` frames away."""
 
-    window: int = 1
+    window: int = option(1, "Frames on each side.", prompt_line=True)
 
     def __post_init__(self):
         if self.window < 0:
@@ -137,9 +142,9 @@ def test_bench_and_plan(toy, capsys):
     content = plan(GenerateConfig("a", model="wan2.1-t2v-1.3b", attention="window"))
     assert content["flops"]["sla_attention"] == 4 * content["tokens"] * 128 * 12 * 30
     assert content["flops_of"] == "window" and content["kept_fraction"] == 0.5 and content["key_blocks"] is None
-    from slagen.cli import console
+    from slagen.cli.output.plan import show_plan
 
-    console.show_plan(content, False)
+    show_plan(content, False)
     assert "window: 50.00% of all query-key pairs exactly" in " ".join(capsys.readouterr().out.split())
 
 
@@ -147,13 +152,14 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert slagen(["methods"]) == 0
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 80
     assert re.search(r"window\s+a toy that attends to the frames nearby\s+needs nothing\s+options: window 1", out)
     assert slagen(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == ["sla", "sparse", "linear", "dense", "window"]
     assert rows["sla"]["needs_training"] and rows["sla"]["needs_weights"] and rows["sla"]["kind"] == "method"
     assert rows["window"]["options"] == {"window": 1} and not rows["window"]["needs_training"]
+    assert rows["window"]["flags"] == {"--window": "Frames on each side."} and rows["sla"]["flags"] == {}
+    assert re.search(r"options: window 1\s+--window: Frames on each side\.", out)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +167,10 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     [
         ({"attention": "fast"}, "attention is 'fast', but must be one of sla, sparse, linear, dense, window"),
         ({"sparsity": 0.5}, r"sparsity is no option of window attention \(it has: window\)"),
-        ({"attention": "sla", "attention_options": (("window", 1),)}, "window is no option of sla attention"),
+        (
+            {"attention": "sla", "attention_options": (("window", 1),)},
+            r"window is no option of sla attention \(it has: .*\). Leave it out, or give --attention window",
+        ),
         ({"attention_options": (("window", -1),)}, "window is -1, but must be 0 or above"),
         ({"backend": "triton"}, "window attention has one implementation only"),
         ({"attention": "dense", "backend": "triton"}, "backend is 'triton', but dense attention has auto, sdpa,"),
@@ -171,6 +180,156 @@ def test_slagen_methods(toy, capsys, monkeypatch):
 def test_what_a_method_does_not_take(toy, tmp_path, changes, said):
     with pytest.raises(UsageError, match=said):
         settings("m", tmp_path, **changes)
+
+
+@dataclass(frozen=True)
+class RingsConfig:
+    """Of every kind that an option may be; `window` is an option of two methods."""
+
+    window: int = option(1, "Frames on each side.", prompt_line=True)
+    form: Literal["box", "cone"] = option("box", "box or cone.", prompt_line=True)
+    closed: bool = option(False, "Whether the last frame is next to the first.", prompt_line=True)
+    fade: float = option(0.5, "Weight of the farthest frame.")
+    sparsity: float = option(0.9, "That of generate.")
+    secret: int = 3
+
+
+READERS = (
+    "generation.config", "generation.prompts", "batch.config", "benchmark.config", "cli.options", "cli.generate",
+    "cli.batch", "cli.bench", "cli.info", "cli.app", "cli.main",
+)  # fmt: skip
+
+
+@pytest.fixture
+def anew(toy, monkeypatch):
+    """The modules that read the registry when they are imported, where two more methods are registered."""
+    registry.register(Method(**{**vars(TOY), "name": "rings", "config": RingsConfig}))
+    return import_anew(monkeypatch, *READERS)
+
+
+@pytest.fixture
+def command(anew, monkeypatch):
+    """(arguments) -> the config that the command made, or the exit code of what it refused."""
+    cli, seen = anew("cli.main"), []
+    monkeypatch.setattr("slagen.generation.generate.generate", lambda config, on_event: seen.append(config))
+    monkeypatch.setattr("slagen.benchmark.run.bench", lambda config, on_note: seen.append(config))
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
+    monkeypatch.setattr("slagen.cli.output.bench.show_bench", lambda result, as_json: None)
+    return lambda *arguments: cli.run(list(arguments)) or seen.pop()
+
+
+def test_an_option_of_a_method_is_an_option_of_the_command_line(command, capsys):
+    config = command("generate", "x", "--attention", "window", "--window", "2")
+    assert config.attention == "window" and config.attention_options == (("window", 2),)
+    config = command("generate", "x", "--attention=rings", "--closed", "--form", "cone", "--fade", "1", "--sparsity=.5")
+    assert dict(config.attention_options) == {"form": "cone", "closed": True, "fade": 1.0} and config.sparsity == 0.5
+    assert command("generate", "x", "--attention", "rings").attention_options == ()
+    config = command("bench", "--method", "rings", "--no-closed", "--length-sweep")
+    assert config.attention_options == (("closed", False),)
+    assert command("bench", "--window", "3").attention_options == (("window", 3),)
+    for name in ("generate", "batch", "plan", "bench"):
+        with pytest.raises(IndexError):  # no config is made
+            command(name, "--help")
+        shown = " ".join(capsys.readouterr().out.split())
+        assert shown.count("--window <int> Frames on each side. Of window and rings attention.") == 1, name
+        assert shown.count("--closed / --no-closed") == 1 and "--secret" not in shown, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "x", "--window", "2"], "window is no option of sla attention"),
+        (["generate", "x", "--window", "2"], "give --attention window or --attention rings."),
+        (["generate", "x", "--attention", "window", "--closed"], "closed is no option of window attention"),
+        (["generate", "x", "--attention", "window", "--window", "-1"], "window is -1, but must be 0 or above"),
+        (["generate", "x", "--attention", "window", "--window", "a"], "--window is 'a', but must be a whole number"),
+        (["generate", "x", "--attention", "rings", "--form", "disc"], "--form is 'disc', but must be one of box, cone"),
+        (["plan", "--window", "2"], "window is no option of sla attention"),
+        (
+            ["bench", "--method", "sla", "--window", "2"],
+            "is an option of window or rings, but that is not among",
+        ),
+        (["bench", "--model", "tiny-wan", "--window", "2"], "but a denoising loop is timed with sla"),
+        (["bench", "--method", "window", "--window", "-1"], "window is -1, but must be 0 or above"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_of_another_method_is_refused(command, capsys, arguments, said):
+    assert command(*arguments) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_option_of_a_method_runs_from_the_command_line(anew, tmp_path, capsys):
+    """The same as from Python: plan and video."""
+    cli, model = anew("cli.main"), save_pipeline(tmp_path / "model")
+    video = ["--model", str(model), "--size", "64x64", "--num-frames", "9", "--steps", "1"]
+    chosen = ["--attention", "window", "--window", "0", "--json"]
+    assert cli.run(["plan", *video, *chosen]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["window"] == 0
+    more = ["--seed", "1", "--device", "cpu", "--dtype", "fp32", "--output", str(tmp_path / "toy.mp4")]
+    assert cli.run(["generate", "a red circle", *video, *chosen, *more]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["attention"]["window"] == 0 and told["settings"]["attention_options"] == {"window": 0}
+
+
+def test_an_option_of_a_method_in_a_prompt_file(anew, tmp_path):
+    prompts, config = anew("generation.prompts"), anew("generation.config")
+    file = tmp_path / "p.jsonl"
+    file.write_text(
+        '{"prompt": "a", "window": 2, "closed": true}\n{"prompt": "b", "form": "cone", "seed": 3}\n{"prompt": "c"}'
+    )
+    base = config.GenerateConfig("-", attention="rings", attention_options=(("window", 5), ("fade", 0.1)))
+    made = [prompts.apply(base, request) for request in prompts.read_prompts(str(file))]
+    assert [dict(each.attention_options) for each in made] == [
+        {"window": 2, "fade": 0.1, "closed": True}, {"window": 5, "fade": 0.1, "form": "cone"},
+        {"window": 5, "fade": 0.1},
+    ]  # fmt: skip
+    text = tmp_path / "p.txt"
+    text.write_text("a --window 2 --closed --form cone\nb --closed no --seed 4")
+    first, second = prompts.read_prompts(str(text))
+    assert first.fields == {"attention_options": (("window", 2), ("form", "cone"), ("closed", True))}
+    assert second.fields == {"attention_options": (("closed", False),), "seed": 4}
+    with pytest.raises(UsageError, match="window is no option of sla attention"):
+        prompts.apply(config.GenerateConfig("-"), first)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("a --window -1", "p.txt:1: window is -1, but must be 0 or above"),
+        ("a --window x", "p.txt:1:3: --window is 'x', but must be a whole number"),
+        ("a --closed perhaps", "p.txt:1:3: --closed is 'perhaps', but must be true or false"),
+        ("a --form disc", "p.txt:1:3: --form is 'disc', but must be one of box, cone"),
+        ("a --fade 1", "p.txt:1:3: --fade is the same for all prompts"),
+        ("a --window 1 --sla-topk 0.1", "p.txt:1: sla_topk is no option of"),
+        ("a --window 1 --bits 4", "p.txt:1: window and bits are options of different attention methods"),
+    ],
+)
+def test_an_option_of_a_method_in_a_prompt_file_is_checked(anew, tmp_path, line, said):
+    bits = dataclasses.make_dataclass(
+        "Bits", [("bits", int, option(8, "Of each number.", prompt_line=True))], frozen=True
+    )
+    registry.register(Method(**{**vars(TOY), "name": "few-bits", "config": bits}))
+    file = tmp_path / "p.txt"
+    file.write_text(line)
+    with pytest.raises(UsageError, match=re.escape(said)):
+        anew("generation.prompts").read_prompts(str(file))
+
+
+def test_an_option_at_its_default_is_in_no_key(toy):
+    def told(**changes):
+        config = GenerateConfig("a", seed=1, model="tiny-wan", device="cpu", attention="window", **changes)
+        return make_plan(config).settings
+
+    assert told(attention_options=(("window", 1),)) == told() and "attention_options" not in told()
+    assert told(attention_options=(("window", 2),)) == {**told(), "attention_options": {"window": 2}}
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_options_are_of_kinds_that_the_command_line_reads(name):
+    for setting in settings_of(registry.get(name).config):
+        literal = get_origin(setting.kind) is Literal and all(isinstance(each, str) for each in get_args(setting.kind))
+        assert literal or setting.kind in (int, float, bool, str) or not setting.about.help
 
 
 def test_a_name_is_taken_once(toy):

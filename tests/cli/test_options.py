@@ -1,10 +1,9 @@
 """Options are fields: one place for each, other tools' words understood, and those that slagen lacks answered."""
 
 import dataclasses
-import importlib
-import sys
 
 import pytest
+from fresh import import_anew
 
 from slagen.batch.config import BatchConfig
 from slagen.benchmark.config import BenchConfig
@@ -32,13 +31,9 @@ READERS = (
 @pytest.fixture
 def toy(monkeypatch):
     """The modules that read GenerateConfig's fields, as they are where it has one more."""
-    found = {name: importlib.import_module(f"slagen.{name}") for name in READERS}  # to be put back
+    anew = import_anew(monkeypatch, *READERS)
     monkeypatch.setattr(config, "GenerateConfig", Toy)
-    for name, module in found.items():
-        package, _, leaf = name.rpartition(".")
-        monkeypatch.delitem(sys.modules, module.__name__)
-        monkeypatch.delattr(importlib.import_module(f"slagen.{package}"), leaf)
-    return lambda name: importlib.import_module(f"slagen.{name}")
+    return anew
 
 
 def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatch):
@@ -78,7 +73,7 @@ def test_every_field_of_a_config_has_a_help_or_is_no_option():
     }  # fmt: skip
     assert without == {
         ("GenerateConfig", "prompt"), ("GenerateConfig", "attention_options"), ("BatchConfig", "prompts"),
-        ("BatchConfig", "generate"), ("FinetuneConfig", "data"),
+        ("BatchConfig", "generate"), ("FinetuneConfig", "data"), ("BenchConfig", "attention_options"),
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slagen.errors import UsageError
 from slagen.io.forms import shown
+from slagen.settings import settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +195,9 @@ class Method:
     Args:
         name: what `--attention` takes. summary: one line. family: whose numbers it stands beside in a table.
         config: a torch-free frozen dataclass whose fields are its options, each with a default; it raises UsageError
-            for what is out of range.
+            for what is out of range. A field with a help (`settings.option`) is an option of the command line, of type
+            int, float, bool, str or a Literal of strings; with `prompt_line=True` of prompt files too. A field named
+            as a setting of `generate` is (sparsity, block_m, block_n) takes that.
         needs: what it takes.
         cost: (config, shape, num_tokens) -> FLOPs of self-attention in one forward pass of one sample, all layers.
         build: (config, layer, backend, device) -> a module with `config`, which may be replaced between clips, and
@@ -281,5 +284,6 @@ class Method:
             "needs_weights": self.needs.weights,
             "needs_gpu": self.needs.gpu,
             "options": {each.name: each.default for each in dataclasses.fields(self.config)},
+            "flags": {f"--{each.name}": each.about.help for each in settings_of(self.config) if each.about.help},
             "backends": [backend.name for backend in self.backends],
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 from typing import Any
 
 from slagen.attention.dense.method import DENSE
@@ -10,6 +11,7 @@ from slagen.attention.protocol import Method, ParameterGroup
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
 from slagen.errors import UsageError
 from slagen.io.forms import shown
+from slagen.settings import Setting, settings_of
 
 METHODS: dict[str, Method] = {}
 
@@ -39,6 +41,28 @@ copyreg.pickle(Method, lambda method: (get, (method.name,)))  # a pickled transf
 def describe() -> list[dict[str, Any]]:
     """Every method, as `slagen methods` lists it."""
     return [method.to_dict() for method in METHODS.values()]
+
+
+def with_option(name: str) -> list[str]:
+    """The names of the methods that have an option."""
+    return [method.name for method in METHODS.values() if name in method.option_names]
+
+
+def own_settings(config: type) -> list[Setting]:
+    """The options that methods' configs describe, and a command's own config does not have: each once, None by default.
+
+    Args:
+        config: of the command. A field of a method's config with the name of one of its settings is that setting.
+    """
+    taken = {name for setting in settings_of(config) for name in (setting.field, setting.name)}
+    found: dict[str, Setting] = {}
+    for method in METHODS.values():
+        for setting in settings_of(method.config):
+            if setting.about.help and not {setting.field, setting.name} & taken:
+                help = f"{setting.about.help} Of {' and '.join(with_option(setting.field))} attention."
+                about = dataclasses.replace(setting.about, help=help)
+                found.setdefault(setting.field, dataclasses.replace(setting, default=None, about=about))
+    return list(found.values())
 
 
 def of_branches(branches: str) -> Method:

@@ -2,8 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from slagen.attention import registry
+from slagen.attention.dense.config import BACKENDS
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
 from slagen.errors import UsageError
 from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
@@ -22,6 +24,13 @@ SHAPES = {
     "tiny-wan": (1, 4, 320, 64),
 }
 RandomInit = Literal["wan-1.3b", "wan-14b"]
+RIVALS = ("flex", "cudnn-blocks", "flashinfer-blocks", "sla-public")  # other libraries' sparse attention
+
+
+def _known_methods() -> str:
+    own = [method.name for method in registry.METHODS.values() if method.family != "dense" and method.benched]
+    names = [*own, *(backend.name for backend in BACKENDS if backend.name != "auto"), *RIVALS]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class BenchConfig:
         methods: names of `slagen.benchmark.run.METHODS`; empty is all that run here.
         backend: which implementation of SLA.
         linear_domain, feature_map, block_m, block_n: as in SLAConfig.
+        attention_options: (name, value) of options that only some of the methods have.
         dtype: "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda" or "cuda:N".
         backward: also time the backward pass; None does on CUDA.
         lengths: token counts of the length sweep; None doubles from 1,024 up to the shape's, () sweeps none.
@@ -57,8 +67,7 @@ class BenchConfig:
     )
     methods: tuple[str, ...] = option(
         (),
-        "sla, sparse, sdpa, sdpa-flash, sdpa-cudnn, sdpa-efficient, sdpa-math, flash-attn, sage, flashinfer, flex, "
-        "cudnn-blocks, flashinfer-blocks or sla-public. May be repeated. Default: all.",
+        f"{_known_methods()}. May be repeated. Default: all.",
         panel=WHAT, name="method",
     )  # fmt: skip
     lengths: tuple[int, ...] | None = option(
@@ -82,6 +91,7 @@ class BenchConfig:
     feature_map: FeatureMap = option("softmax", "softmax, elu or relu.", panel=HOW)
     block_m: int = option(64, "Query rows of a block.", panel=HOW)
     block_n: int = option(64, "Key columns of a block.", panel=HOW)
+    attention_options: tuple[tuple[str, Any], ...] = option((), panel=HOW, of_methods=True)
     dtype: Dtype = option("auto", "auto: bf16 on CUDA, fp32 on a CPU.", panel=HOW)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW)
     backward: bool | None = option(None, "Time the backward pass too. Default: on CUDA.", panel=HOW)
@@ -96,9 +106,24 @@ class BenchConfig:
             self._check_room(shape)
         for sparsity in self.sparsities or (0.95,):
             self.sla(sparsity)  # checks the fraction and the blocks
+        self._check_options()
         if not 0 < self.seconds <= 3600:
             raise UsageError(f"seconds is {self.seconds}, but must be above 0, and at most 3600. Try --seconds 2.")
         GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
+
+    def _check_options(self) -> None:
+        """Raise UsageError for an option of a method that is not measured, and for what a method refuses."""
+        loop = self.model is not None or self.random_init is not None
+        names = ("sla",) if loop else self.methods or [each.name for each in registry.METHODS.values() if each.benched]
+        measured = [method for name, method in registry.METHODS.items() if name in names]
+        options = dict(self.attention_options)
+        for name in options:
+            if not any(name in method.option_names for method in measured):
+                others = " or ".join(registry.with_option(name)) or "no method"
+                what = "a denoising loop is timed with sla" if loop else "that is not among the methods measured"
+                raise UsageError(f"{name} is an option of {others}, but {what}. Leave it out.")
+        for method in measured:
+            method.config(**method.own(options))
 
     def _check_room(self, shape: str) -> None:
         """Raise UsageError for lengths that no machine holds."""

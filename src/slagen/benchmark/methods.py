@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,11 @@ NotHere = Unavailable
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is made for: SLA's form and weights, which rivals of SLA take too, and where it runs."""
+    """What a method is made for: SLA's form and weights, which rivals of SLA take too, and where it runs.
+
+    Args:
+        own: options that only some methods have, by name.
+    """
 
     config: SLAConfig
     weight: Tensor
@@ -33,11 +37,12 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     num_heads: int = 1
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
         """The settings by name, of which a method takes those that it knows."""
-        return dataclasses.asdict(self.config)
+        return {**dataclasses.asdict(self.config), **self.own}
 
 
 @dataclass(frozen=True)

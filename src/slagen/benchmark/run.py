@@ -186,7 +186,8 @@ def _entry(
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(head_dim, head_dim, generator=generator).mul_(head_dim**-0.5).to(device)
     bias = torch.randn(head_dim, generator=generator).to(device)
-    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1])
+    own = dict(config.attention_options)
+    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1], own)
     row: dict[str, Any] = {
         "method": method.name, "kind": method.kind, "backend": _backend_name(method, setting, head_dim),
         "shape": "x".join(map(str, sizes)), "dtype": str(dtype).removeprefix("torch."),

@@ -12,7 +12,8 @@ PLANNED = Fields(
     GenerateConfig,
     only=(
         "model", "width", "height", "num_frames", "fps", "num_videos", "steps", "guidance_scale", "seed",
-        "attention", "sparsity", "sla_topk", "block_m", "block_n", "weights", "allow_untrained", "output",
+        "attention", "sparsity", "sla_topk", "block_m", "block_n", "attention_options", "weights",
+        "allow_untrained", "output",
     ),
     help={
         "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.", "seed": "For the names.",

@@ -1,5 +1,6 @@
 """The options of a command, built for Typer from the fields of its configs; no option is written a second time."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
+from slagen.attention import registry
 from slagen.generation.sizes import clip_size
 from slagen.settings import Setting, settings_of
 
@@ -29,10 +31,21 @@ class Fields:
     help: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def settings(self) -> list[Setting]:
-        """The fields that the command has."""
-        every = [setting for setting in settings_of(self.config) if setting.about.help]
+    def _fields(self) -> list[Setting]:
+        every = settings_of(self.config)
         return [s for s in every if s.field not in self.without and (not self.only or s.field in self.only)]
+
+    def settings(self) -> list[Setting]:
+        """The options that the command has, those of attention methods among them."""
+        found: list[Setting] = []
+        for setting in self._fields():
+            if setting.about.of_methods:
+                for own in registry.own_settings(self.config):
+                    about = dataclasses.replace(own.about, panel=setting.about.panel)
+                    found.append(dataclasses.replace(own, about=about))
+            elif setting.about.help:
+                found.append(setting)
+        return found
 
     def parameters(self) -> list[inspect.Parameter]:
         """A parameter of Typer's for each option."""
@@ -70,6 +83,9 @@ class Fields:
                 names = ("size", "resolution", "aspect_ratio")
                 asked = {name: given.pop(name) for name in names}
                 values["width"], values["height"] = clip_size(width=value, height=values["height"], **asked)
+        for holder in (setting for setting in self._fields() if setting.about.of_methods):
+            own = {each.field: values.pop(each.field) for each in registry.own_settings(self.config)}
+            values[holder.field] = tuple((name, value) for name, value in own.items() if value is not None)
         return values
 
 

@@ -122,7 +122,7 @@ class GenerateConfig:
         None, "Query rows of a block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION
     )
     block_n: int | None = option(None, "Key columns of a block. Default: as trained.", panel=ATTENTION)
-    attention_options: tuple[tuple[str, Any], ...] = ()
+    attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     weights: str | None = option(
         None, "SLA weights, or a whole transformer in any public form. Default: the model's own.", panel=ATTENTION,
         metavar="FILE_OR_FOLDER", in_key=False,
@@ -214,7 +214,9 @@ class GenerateConfig:
         for name, value in self.attention_settings.items():
             if value is not None and name not in method.option_names:
                 taken = ", ".join(method.option_names) or "none"
-                raise UsageError(f"{name} is no option of {method.name} attention (it has: {taken}). Leave it out.")
+                others = " or ".join(f"--attention {other}" for other in registry.with_option(name))
+                advice = f"Leave it out, or give {others}." if others else "Leave it out."
+                raise UsageError(f"{name} is no option of {method.name} attention (it has: {taken}). {advice}")
         method.config(**dict(self.attention_options))  # it checks what is out of range
         method.check_backend(self.backend)
 

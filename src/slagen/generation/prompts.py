@@ -9,8 +9,9 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, get_args, get_origin
 
+from slagen.attention import registry
 from slagen.errors import UsageError
 from slagen.generation import peers
 from slagen.generation.config import GenerateConfig
@@ -25,7 +26,8 @@ from slagen.settings import settings_of
 MAX_FILE = 16 * 2**20
 MAX_PROMPTS = 100_000
 MAX_FAULTS = 1000  # after which no more are looked for
-SETTINGS = {setting.field: setting for setting in settings_of(GenerateConfig)}
+OWN = {setting.field: setting for setting in registry.own_settings(GenerateConfig)}  # of attention methods
+SETTINGS = {setting.field: setting for setting in settings_of(GenerateConfig)} | OWN
 SIZES = ("size", "width", "height", "resolution", "aspect_ratio")
 TYPES = {  # of what a line may say beside its prompt, by option: all that may differ within one loaded model
     **{"size": str, "resolution": str, "aspect-ratio": str, "id": str},
@@ -196,6 +198,16 @@ def _plain(name: str) -> str:
 def _convert(option: str, value: Any, column: int | None = None) -> Any:
     """A value of an option's type, from text or from JSON."""
     kind = TYPES[option]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise _Fault(f"--{option} is {shown(value)}, but must be one of {choices}", column)
+        return value
+    if kind is bool:
+        truth = {"true": True, "yes": True, "": True, "false": False, "no": False}.get(str(value).lower())
+        if truth is None:
+            raise _Fault(f"--{option} is {shown(value)}, but must be true or false", column)
+        return truth
     if kind is str:
         if not isinstance(value, str | int | float) or isinstance(value, bool):
             raise _Fault(f"--{option} is {shown(value)}, but must be text", column)
@@ -317,12 +329,30 @@ def _request(entry: dict[str, Any], where: str) -> Request:
         if read is not None and (value := read(fields[key])) != fields[key]:
             fields[key] = value
     fields = {key: value for key, value in fields.items() if value is not None}
+    own = tuple((key, fields.pop(key)) for key in OWN if key in fields)
+    if own:
+        fields["attention_options"] = own
     try:
-        config = GenerateConfig(prompt=prompt, **fields)
+        config = GenerateConfig(prompt=prompt, **fields, **_method_with(own))
     except UsageError as error:
         raise _Fault(str(error)) from None
     fields = {key: getattr(config, key) for key in fields}
     return Request(prompt, fields, name, where)
+
+
+def _method_with(own: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """As fields of GenerateConfig, a method that has such options; none where any will do. Raises UsageError.
+
+    Which one will run, the command line says: `apply` raises where that one has not these options.
+    """
+    names = [name for name, _ in own]
+    fitting = [set(registry.with_option(name)) for name in names]
+    if not fitting:
+        return {}
+    common = [name for name in registry.names() if all(name in methods for methods in fitting)]
+    if not common:
+        raise UsageError(f"{' and '.join(names)} are options of different attention methods. Leave one out")
+    return {"attention": common[0]}
 
 
 def check_count(requests: list[Request], each: int) -> None:
@@ -339,4 +369,8 @@ def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
         fields["sla_topk"] = None
     elif "sla_topk" in fields:
         fields["sparsity"] = None
+    if "attention_options" in fields:
+        fields["attention_options"] = tuple(
+            {**dict(base.attention_options), **dict(fields["attention_options"])}.items()
+        )
     return dataclasses.replace(base, prompt=request.prompt, **fields)

@@ -34,7 +34,8 @@ from slagen.wan.presets import check_sampler, never_tuned
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 
-TOLD_APART = ("width", "height", "block_m", "block_n")  # of the settings: as a size; where they are not as trained
+# Of the settings: as a size; where they are not as trained, or as the method has them.
+TOLD_APART = ("width", "height", "block_m", "block_n", "attention_options")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Plan:
         sparsity = None if self.sla is None else self.sla.sparsity
         complement = None if sparsity is None else round(1 - sparsity, 12)
         sizes = [(name, getattr(self.sla, name, None)) for name in ("block_m", "block_n")]
+        base = weights.sla or self.method.config()
+        own = {name: value for name, value in c.attention_options if value != getattr(base, name, None)}
         told: dict[str, Any] = {
             "prompt": c.prompt,
             "negative_prompt": c.negative_prompt,
@@ -102,7 +105,7 @@ class Plan:
             "backend": c.backend,
             "sparsity": sparsity,
             "sla_topk": complement if c.sla_topk is None else c.sla_topk,
-            **({"attention_options": dict(c.attention_options)} if c.attention_options else {}),
+            **({"attention_options": own} if own else {}),
             # Only where they are not the weights' own, so that a batch goes on where it was begun without them.
             **{name: size for name, size in sizes if size != getattr(weights.sla, name, None) and size is not None},
             "size": f"{c.width}x{c.height}",

@@ -39,6 +39,7 @@ def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
         options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
         said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}"]
         said += [f"options: {options}"] if options else []
+        said += [f"{flag}: {help}" for flag, help in row["flags"].items()]
         if len(row["backends"]) > 1:
             said.append(f"backends: {', '.join(row['backends'])}")
         table.add_row(row["name"], Cell("\n".join(map(line, said))))
