@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +10,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -35,12 +35,20 @@ from slagen.video import check_ffmpeg, encode_mp4, not_written
 CPU = torch.device("cpu")
 
 
-def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda event: None) -> GenerateResult:
+def generate(
+    config: GenerateConfig,
+    on_event: Callable[[Event], None] = lambda event: None,
+    *,
+    from_python: bool = False,
+    write: bool = True,
+) -> GenerateResult:
     """Make the videos that a config asks for.
 
     Args:
         config: what to make.
         on_event: told of every stage, step, note and warning.
+        from_python: hand back the frames too, and do not count the time since the process began.
+        write: False writes no file, wherever the config's output is.
     Returns: the videos, each written with its report.
     Raises: SlagenError of some kind. Videos that were finished before stay.
     """
@@ -48,7 +56,7 @@ def generate(config: GenerateConfig, on_event: Callable[[Event], None] = lambda 
     weights = find_weights(config, lambda text: on_event(Event("note", text)))
     plan = make_plan(config, weights)
     try:
-        return _run(plan, on_event)
+        return GenerateResult(_run(plan, on_event, from_python, write))
     except torch.OutOfMemoryError as error:
         config = plan.config
         raise SlagenError(
@@ -72,19 +80,19 @@ def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 
 
-def _run(plan: Plan, on_event: Callable[[Event], None]) -> GenerateResult:
+def _run(plan: Plan, on_event: Callable[[Event], None], from_python: bool, write: bool) -> list[Video]:
     for text in plan.notes:
         on_event(Event("note", text))
     for text in plan.warnings:
         on_event(Event("warning", text))
     if (doubt := check_memory(plan)) is not None:
         on_event(Event("warning", doubt))
-    with _claimed_paths(plan) as paths:
-        return GenerateResult(_make(plan, paths, on_event))
+    with _claimed_paths(plan) if write else nullcontext() as paths:
+        return _make(plan, paths, on_event, from_python)
 
 
-def _make(plan: Plan, paths: list[Path], on_event: Callable[[Event], None]) -> list[Video]:
-    stages = {"start": time.time() - psutil.Process().create_time()}
+def _make(plan: Plan, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool) -> list[Video]:
+    stages = {"start": 0.0 if from_python else time.time() - psutil.Process().create_time()}
 
     on_event(Event("stage", "load"))
     began = time.perf_counter()
@@ -99,13 +107,27 @@ def _make(plan: Plan, paths: list[Path], on_event: Callable[[Event], None]) -> l
     stages["text"] = time.perf_counter() - began
 
     videos = []
-    for index, path in enumerate(paths):
+    for index in range(plan.config.num_videos):
         config = dataclasses.replace(plan.config, seed=(plan.config.seed or 0) + index)
         one = dataclasses.replace(plan, config=config)
         sample = session.sample(one, embeds, dict(stages), on_event)
-        videos.append(save(sample, path, on_event, replace=config.overwrite))
+        video = _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
+        videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))
         stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared: counted once, with the first video
     return videos
+
+
+def _hashes(sample: Sample) -> dict[str, str]:
+    return {
+        "latents_hash": latents_hash(sample.latents),
+        "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
+    }
+
+
+def _unwritten(sample: Sample) -> Video:
+    """A video that stays in memory; its report names no file."""
+    content = report.video_report(sample, None, **_hashes(sample))
+    return Video(None, None, {**content, "settings": {**content["settings"], "output": None}})
 
 
 def save(
@@ -123,10 +145,7 @@ def save(
     assert config.fps
     on_event(Event("stage", "write"))
     began = time.perf_counter()
-    hashes = {
-        "latents_hash": latents_hash(sample.latents),
-        "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
-    }
+    hashes = _hashes(sample)
     report_path, latents_path = path.with_suffix(".json"), path.with_suffix(SUFFIX)
     lost: dict[Path, Exception] = {}
     try:
@@ -178,7 +197,7 @@ def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]
     return SlagenError(f"{error} What was sampled is kept; this makes the video of it: {command}")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
     """The final paths of all videos, which no other run writes meanwhile.
 

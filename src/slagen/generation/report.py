@@ -119,14 +119,14 @@ def shareable(path: str | None) -> str | None:
     return PureWindowsPath(path).name if "\\" in path and not Path(path).is_absolute() else Path(path).name
 
 
-def video_section(path: Path, shape: tuple[int, ...], fps: int, frames_hash: str) -> dict[str, Any]:
-    """What a report says of a video's file, which may not be there yet. `shape`: (F, H, W, 3)."""
+def video_section(path: Path | None, shape: tuple[int, ...], fps: int, frames_hash: str) -> dict[str, Any]:
+    """What a report says of a video's file, which may not be there yet, or ever. `shape`: (F, H, W, 3)."""
     num_frames, height, width, _ = shape
     about = {
-        "file": path.name, "frames": num_frames, "width": width, "height": height, "fps": fps,
+        "file": None if path is None else path.name, "frames": num_frames, "width": width, "height": height, "fps": fps,
         "duration_s": num_frames / fps, "frames_hash": frames_hash,
     }  # fmt: skip
-    if path.is_file():
+    if path is not None and path.is_file():
         about["sha256"] = file_hash(path)
     return about
 
@@ -155,7 +155,7 @@ def comment(
     return text
 
 
-def video_report(sample: Sample, path: Path, latents_hash: str, frames_hash: str) -> dict[str, Any]:
+def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_hash: str) -> dict[str, Any]:
     """The report of a video, whose file may not be there yet."""
     from slagen import machine  # with torch, which nothing else here needs
 

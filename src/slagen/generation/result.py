@@ -1,22 +1,103 @@
-"""What generate() hands back: the finished videos with their files and reports."""
+"""What generate() hands back: the finished videos with their frames, files and reports."""
 
+from __future__ import annotations
+
+import base64
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from slagen.io.files import scratch
+from slagen.io.text import escaped
+from slagen.video import encode_mp4
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_SHOWN = 12  # videos of one result in a notebook, which keeps all that it shows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Video:
-    """One finished video: its file, its report (file and content), and its latents' file if they were kept."""
+    """One finished video. In a notebook it shows itself.
 
-    path: Path
-    report_path: Path
+    Args:
+        path: its MP4; None where it was not written.
+        report_path: the JSON beside it, None as well then.
+        report: what that says: settings, versions, times, cost.
+        latents_path: of its final latents, where they were saved.
+        frames: (T, H, W, 3) uint8 RGB, as they were before the MP4's lossy encoding; None where the caller is the
+            command line.
+    """
+
+    path: Path | None
+    report_path: Path | None
     report: dict[str, Any]
     latents_path: Path | None = None
+    frames: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        video, place = self.report["video"], "in memory" if self.path is None else repr(str(self.path))
+        return (
+            f"<Video {place}: {video['frames']} frames of {video['width']}x{video['height']} at {video['fps']} fps, "
+            f"seed {self.report['settings']['seed']}, {self.report['stages_s']['total']:.1f} s>"
+        )
+
+    def mp4(self) -> bytes:
+        """The video as an MP4, of its file or, where there is none, encoded from the frames. Raises OSError."""
+        if self.path is not None and self.path.is_file():
+            return self.path.read_bytes()
+        if self.frames is None:
+            raise FileNotFoundError(f"{self.path} is gone, and its frames were not kept")
+        with scratch() as folder:
+            encode_mp4(self.frames, folder / "video.mp4", self.report["video"]["fps"])
+            return (folder / "video.mp4").read_bytes()
+
+    def _repr_html_(self) -> str:
+        video, settings = self.report["video"], self.report["settings"]
+        data = base64.b64encode(self.mp4()).decode()
+        told = f"{settings['prompt']} (seed {settings['seed']})" + ("" if self.path is None else f", {self.path}")
+        return (
+            f'<figure style="margin: 0 1em 1em 0; display: inline-block; max-width: {max(256, video["width"])}px">'
+            f'<video controls autoplay loop muted playsinline style="width: 100%" src="data:video/mp4;base64,{data}">'
+            f"</video><figcaption>{escape(escaped(told))}</figcaption></figure>"
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class GenerateResult:
-    """What a call of `generate` made, in the order of the seeds."""
+    """What one call made: the videos in the order of their seeds. In a notebook it shows them.
+
+    `frames`, `path`, `report` and `latents_path` are those of the first one; see `Video`.
+    """
 
     videos: list[Video]
+
+    @property
+    def frames(self) -> np.ndarray | None:
+        """(T, H, W, 3) uint8 RGB of the first video."""
+        return self.videos[0].frames
+
+    @property
+    def path(self) -> Path | None:
+        """The first video's MP4."""
+        return self.videos[0].path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The first video's report."""
+        return self.videos[0].report
+
+    @property
+    def latents_path(self) -> Path | None:
+        """The file of the first video's final latents, where they were saved."""
+        return self.videos[0].latents_path
+
+    def __repr__(self) -> str:
+        return f"GenerateResult({self.videos!r})"
+
+    def _repr_html_(self) -> str:
+        shown = "".join(video._repr_html_() for video in self.videos[:MAX_SHOWN])
+        more = len(self.videos) - MAX_SHOWN
+        return shown + (f"<p>and {more} more in .videos</p>" if more > 0 else "")
