@@ -17,8 +17,6 @@ LARGE_FILES = {
 LARGE_FUNCTIONS = {
     "generation/config.py:GenerateConfig.__post_init__",
     "training/data/encode.py:encode_videos",
-    "kernels/backward.py:sla_backward",
-    "kernels/forward.py:sla_forward",
     "generation/estimate.py:plan",
 }
 LARGE_CLASSES: set[str] = set()

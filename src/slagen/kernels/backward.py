@@ -288,55 +288,30 @@ def dkv_kernel(
 
 
 def sla_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    kv_indices: Tensor,
-    classes: Tensor,
-    q_indices: Tensor,
-    q_offsets: Tensor,
-    state: Tensor,
-    z: Tensor,
-    *,
-    block_m: int,
-    block_n: int,
-    num_critical: int,
-    num_negligible: int,
-    marginal: bool,
-    feature_map: str,
-    eps: float,
-    scale: float,
-    sparse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, o: Tensor, lse: Tensor,
+    kv_indices: Tensor, classes: Tensor, q_indices: Tensor, q_offsets: Tensor, state: Tensor, z: Tensor, *,
+    block_m: int, block_n: int, num_critical: int, num_negligible: int, marginal: bool, feature_map: str, eps: float,
+    scale: float, sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of `sla_forward`.
 
     Args:
         do: (B, H, L, D) in q's dtype, any strides.
         q, k, v, weight, bias and the options: as given to `sla_forward`; the other tensors as it returned them.
     Returns: dq, dk, dv (B, H, L, D) in q's dtype, dweight (D, D) and dbias (D,) float32, empty where there is none.
-    Source: SLA, arXiv:2509.24006, with its two misprints mended; the form above is this file's own.
+    Source: SLA, arXiv:2509.24006, with its two misprints corrected; the form above is this file's own.
     """
     bias = None if bias is None else bias.contiguous()
-    batch, num_heads, length, head_dim = q.shape
-    heads, num_rows, num_columns = batch * num_heads, triton.cdiv(length, block_m), triton.cdiv(length, block_n)
-    empty = q.new_empty(0)
+    heads, length, head_dim = q.shape[0] * q.shape[1], q.shape[2], q.shape[3]
+    num_rows, num_columns = triton.cdiv(length, block_m), triton.cdiv(length, block_n)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty(heads, length, dtype=torch.float32, device=q.device) if sparse else empty
-    dlinear = torch.empty(heads, length, dtype=torch.float32, device=q.device) if weight is not None else empty
-
-    folded = folded_z = key_z = dstate = dz = empty
-    if weight is not None and marginal:
-        _, states, zs = key_states(k, v, block_n, feature_map, True, None, pool=False)
-        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
-        folded, key_z = folded @ weight.to(q.dtype).mT, zs
-    elif weight is not None:
-        folded, folded_z, key_z, eps = (state @ weight.float().mT).to(q.dtype), z[:, None], z, eps / length
-
+    delta, dlinear = (
+        torch.empty((heads, length) if wanted else 0, dtype=torch.float32, device=q.device)
+        for wanted in (sparse, weight is not None)
+    )
+    states, folded, folded_z, key_z, eps = _states(
+        q, k, v, weight, state, z, classes, block_n, feature_map, marginal, eps
+    )  # fmt: skip
     options = dict(
         BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim, CHUNK=min(head_dim, COLUMNS_AT_ONCE), SPARSE=sparse,
         LINEAR=weight is not None, MARGINAL=marginal, FEATURE_MAP=feature_map, PRECISION=precision(q),
@@ -345,32 +320,55 @@ def sla_backward(
     dq_kernel[(triton.cdiv(length, tile.m) * heads,)](
         q, k, v, o, do, dq, lse, delta, dlinear, kv_indices, folded, folded_z, bias,
         *q.stride(), *k.stride(), *v.stride(), *o.stride(), *do.stride(), *dq.stride(),
-        num_heads, length, num_rows, num_critical, scale, scale * LOG2_E.value, eps,
+        q.shape[1], length, num_rows, num_critical, scale, scale * LOG2_E.value, eps,
         TILE_M=tile.m, TILE_N=tile.n, BIAS=bias is not None, SHORT=length < tile.n,
         num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
-
-    dweight, dbias = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
+    dstate = dz = dweight = q.new_empty(0, dtype=torch.float32)
     if weight is not None:
         dfolded, dz = query_states(q, do, folded_z, dlinear, block_m, feature_map, marginal, eps)
-        if marginal:
-            dfolded, dz = mix(dfolded, dz, classes.mT, zs, dfolded.dtype, precision(q))
-            means = states * torch.where(zs >= SMALLEST.value, 1 / zs, 0.0)[..., None].to(states.dtype)
-            dweight = torch.bmm(dfolded.flatten(1, 2).mT, means.flatten(1, 2)).sum(0, dtype=torch.float32)
-            dstate = dfolded @ weight.to(dfolded.dtype)
-        else:
-            dweight = (dfolded.mT @ state).sum(0)
-            # In the domain of all tokens z is their mean, so 1 / z of a key is up to L.
-            dstate = (dfolded @ weight.float() / length).to(state_dtype(q))
-            dz = dz / length
-    if bias is not None:
-        dbias = do.sum((0, 1, 2), dtype=torch.float32)
-
+        back = _marginal_gradients if marginal else _gradients_of_all
+        dstate, dz, dweight = back(q, dfolded, dz, weight, states, key_z, classes)
     tile = tiles("dkv", q, block_m, block_n)
     dkv_kernel[(triton.cdiv(length, tile.n) * heads,)](
         q, k, v, do, dk, dv, lse, delta, q_indices, q_offsets, dstate, dz, key_z,
         *q.stride(), *k.stride(), *v.stride(), *do.stride(), *dk.stride(), *dv.stride(),
-        num_heads, length, num_columns, num_rows * num_critical, scale, scale * LOG2_E.value,
+        q.shape[1], length, num_columns, num_rows * num_critical, scale, scale * LOG2_E.value,
         TILE_M=tile.m, TILE_N=tile.n, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
+    dbias = q.new_empty(0, dtype=torch.float32) if bias is None else do.sum((0, 1, 2), dtype=torch.float32)
     return dq, dk, dv, dweight, dbias
+
+
+def _states(
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, state: Tensor, z: Tensor, classes: Tensor, block_n: int,
+    feature_map: str, marginal: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:  # fmt: skip
+    """The keys' states, F and its z as `dq_kernel` takes them, the z of the keys, and eps in units of z; made again
+    from k and v in the domain "marginal". Without a linear branch the tensors are empty."""
+    if weight is None:
+        empty = q.new_empty(0)
+        return empty, empty, empty, empty, eps
+    if marginal:
+        _, states, zs = key_states(k, v, block_n, feature_map, True, None, pool=False)
+        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
+        return states, folded @ weight.to(q.dtype).mT, folded_z, zs, eps
+    return state, (state @ weight.float().mT).to(q.dtype), z[:, None], z, eps / q.shape[2]
+
+
+def _marginal_gradients(
+    q: Tensor, dfolded: Tensor, dz: Tensor, weight: Tensor, states: Tensor, zs: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the states and z of each key block, and of the weight, from those of each row's sums of them."""
+    dfolded, dz = mix(dfolded, dz, classes.mT, zs, dfolded.dtype, precision(q))
+    means = states * torch.where(zs >= SMALLEST.value, 1 / zs, 0.0)[..., None].to(states.dtype)
+    dweight = torch.bmm(dfolded.flatten(1, 2).mT, means.flatten(1, 2)).sum(0, dtype=torch.float32)
+    return dfolded @ weight.to(dfolded.dtype), dz, dweight
+
+
+def _gradients_of_all(
+    q: Tensor, dfolded: Tensor, dz: Tensor, weight: Tensor, state: Tensor, z: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_marginal_gradients` in the domain of all tokens, where z is their mean, so 1 / z of a key is up to L."""
+    length = q.shape[2]
+    return (dfolded @ weight.float() / length).to(state_dtype(q)), dz / length, (dfolded.mT @ state).sum(0)

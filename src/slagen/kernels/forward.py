@@ -200,26 +200,11 @@ def attend(
 
 
 def sla_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    block_m: int,
-    block_n: int,
-    num_critical: int,
-    num_negligible: int,
-    marginal: bool,
-    feature_map: str,
-    eps: float,
-    scale: float,
-    sparse: bool,
-    save: bool,
-    out: Tensor | None = None,
-    block_means: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sparse-linear attention, as `attention/reference.py` defines it.
+    q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, *, block_m: int, block_n: int,
+    num_critical: int, num_negligible: int, marginal: bool, feature_map: str, eps: float, scale: float, sparse: bool,
+    save: bool, out: Tensor | None = None, block_means: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sparse-linear attention, as `attention/sla/reference.py` defines it.
 
     Args:
         q, k, v: (B, H, L, D), float16, bfloat16 or float32, any strides; D a power of two from 16 to 256.
@@ -243,60 +228,90 @@ def sla_forward(
         What is not needed is empty; everything but o is where not `save`.
     Source: SLA, arXiv:2509.24006; online softmax from FlashAttention-2, arXiv:2307.08691.
     """
-    batch, num_heads, length, head_dim = q.shape
-    heads = batch * num_heads
-    nothing = q.new_empty(0)
-    lse, state, z = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
-    kv_indices, q_indices, q_offsets = (q.new_empty(0, dtype=torch.int32) for _ in range(3))
-    classes = q.new_empty(0, dtype=torch.int8)
-    bounded = weight is not None and marginal
-    selecting = sparse or bounded
+    bounded, heads = weight is not None and marginal, q.shape[0] * q.shape[1]
     o = torch.empty_like(q) if out is None else out
-    group = max(1, STATES_BYTES // (triton.cdiv(length, block_n) * head_dim**2 * state_dtype(q).itemsize))
-    if bounded and not save and heads > group:
-        for b in range(batch):
-            for h in range(0, num_heads, group):
-                part = slice(b, b + 1), slice(h, h + group)
-                own = slice(b * num_heads + h, b * num_heads + min(h + group, num_heads))
-                sla_forward(
-                    q[part], k[part], v[part], weight, bias, block_m=block_m, block_n=block_n,
-                    num_critical=num_critical, num_negligible=num_negligible, marginal=marginal,
-                    feature_map=feature_map, eps=eps, scale=scale, sparse=sparse, save=save, out=o[part],
-                    block_means=None if block_means is None else (block_means[0][own], block_means[1][own]),
-                )  # fmt: skip
-        return o, lse, kv_indices, classes, q_indices, q_offsets, state, z
-
-    if weight is not None:
-        w = weight.to(state_dtype(q)).contiguous() if bounded and projects(q) else None
-        pooling = selecting and block_means is None
-        k_means, states, zs = key_states(k, v, block_n, feature_map, marginal, w, pool=pooling)
-    elif selecting and block_means is None:
-        k_means = pool(k, block_n)
-    if selecting:
+    lse, kv_indices, classes, q_indices, q_offsets, state, z = nothing = _nothing(q)
+    if bounded and not save and heads > (group := _heads_at_once(q, block_n)):
+        for part, own in _head_groups(q, group):
+            sla_forward(
+                q[part], k[part], v[part], weight, bias, block_m=block_m, block_n=block_n, num_critical=num_critical,
+                num_negligible=num_negligible, marginal=marginal, feature_map=feature_map, eps=eps, scale=scale,
+                sparse=sparse, save=save, out=o[part],
+                block_means=None if block_means is None else (block_means[0][own], block_means[1][own]),
+            )  # fmt: skip
+        return o, *nothing
+    pooling = block_means is None and (sparse or bounded)
+    k_means, states, zs = _key_states(k, v, weight, block_n, feature_map, marginal, pooling)
+    if sparse or bounded:
         q_means, k_means = (pool(q, block_m), k_means) if block_means is None else block_means
         scores = torch.bmm(q_means, k_means.mT)
         kv_indices, classes = select(scores, num_critical, num_negligible, classes=bounded or (save and sparse))
-        if save and sparse:
-            q_indices, q_offsets = column_lists(classes, num_critical)
-    folded, folded_z, eps_used = nothing, nothing, eps
-    if weight is not None and marginal:
-        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
-        if not projects(q):
-            folded = folded @ weight.to(q.dtype).mT
-    elif weight is not None:
-        folded, z, state = combine(states, zs, weight.contiguous(), length, q.dtype, save)
-        folded_z, eps_used = z, eps / length
-    if save and sparse:
-        lse = torch.empty(heads, length, dtype=torch.float32, device=q.device)
+    if sparse and save:
+        q_indices, q_offsets = column_lists(classes, num_critical)
+        lse = torch.empty(heads, q.shape[2], dtype=torch.float32, device=q.device)
+    folded, folded_z, eps, state, z = _fold(q, weight, states, zs, classes, marginal, eps, save)
     attend(
         q, k, v, o, lse, kv_indices, folded, folded_z, bias, block_m=block_m, block_n=block_n,
         num_critical=num_critical, linear=weight is not None, marginal=marginal, feature_map=feature_map,
-        eps=eps_used, scale=scale, sparse=sparse,
+        eps=eps, scale=scale, sparse=sparse,
     )  # fmt: skip
     if not save:
-        lse, kv_indices, classes, q_indices, q_offsets, state, z = (
-            x.new_empty(0) for x in (lse, kv_indices, classes, q_indices, q_offsets, state, z)
-        )
-    elif not sparse:
-        kv_indices = kv_indices.new_empty(0)
-    return o, lse, kv_indices, classes, q_indices, q_offsets, state, z
+        return o, *nothing
+    return o, lse, kv_indices if sparse else nothing[1], classes, q_indices, q_offsets, state, z
+
+
+def _nothing(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty lse, kv_indices, classes, q_indices, q_offsets, state and z of `sla_forward`, no two of them the same."""
+    lse, state, z = (q.new_empty(0, dtype=torch.float32) for _ in range(3))
+    kv_indices, q_indices, q_offsets = (q.new_empty(0, dtype=torch.int32) for _ in range(3))
+    return lse, kv_indices, q.new_empty(0, dtype=torch.int8), q_indices, q_offsets, state, z
+
+
+def _heads_at_once(q: Tensor, block_n: int) -> int:
+    """How many heads' states of single key blocks fit in STATES_BYTES; at least one."""
+    length, head_dim = q.shape[2:]
+    return max(1, STATES_BYTES // (triton.cdiv(length, block_n) * head_dim**2 * state_dtype(q).itemsize))
+
+
+def _head_groups(q: Tensor, size: int) -> list[tuple[tuple[slice, slice], slice]]:
+    """Groups of at most `size` heads of one batch: their slices of (B, H), and of B * H."""
+    batch, num_heads = q.shape[:2]
+    return [
+        ((slice(b, b + 1), slice(h, h + size)), slice(b * num_heads + h, b * num_heads + min(h + size, num_heads)))
+        for b in range(batch) for h in range(0, num_heads, size)
+    ]  # fmt: skip
+
+
+def _key_states(
+    k: Tensor, v: Tensor, weight: Tensor | None, block_n: int, feature_map: str, marginal: bool, pooling: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The means of the blocks of k where `pooling`, and the linear branch's states and z, as `key_states` gives them.
+
+    What is not needed is empty.
+    """
+    if weight is None:
+        return pool(k, block_n) if pooling else k.new_empty(0), k.new_empty(0), k.new_empty(0)
+    projection = weight.to(state_dtype(k)).contiguous() if marginal and projects(k) else None
+    return key_states(k, v, block_n, feature_map, marginal, projection, pool=pooling)
+
+
+def _fold(
+    q: Tensor,
+    weight: Tensor | None,
+    states: Tensor,
+    zs: Tensor,
+    classes: Tensor,
+    marginal: bool,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """The linear branch's normalised and projected states, their z and eps in its units, as `attend` takes them; and
+    state and z as `sla_forward` returns them."""
+    state, z = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if weight is None:
+        return q.new_empty(0), q.new_empty(0), eps, state, z
+    if marginal:
+        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
+        return folded if projects(q) else folded @ weight.to(q.dtype).mT, folded_z, eps, state, z
+    folded, z, state = combine(states, zs, weight.contiguous(), q.shape[2], q.dtype, save)
+    return folded, z, eps / q.shape[2], state, z
