@@ -13,7 +13,7 @@ class Checkpoint:
 
     Args:
         path: the file or folder it was read from.
-        layout: a name in LAYOUTS.
+        layout: the form's name in LAYOUTS.
         tensors: of the transformer; what was int8 or fp8 is multiplied out.
         projections: `proj_l` of the layers, by the processors' names; empty where there is no SLA in the file.
         forms: what each tensor of 8 bits was in the file, such as "int8"; here it is of the kind that was asked for.

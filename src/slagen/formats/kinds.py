@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from slagen.formats.names import LAYOUTS, inside, transformers
+from slagen.formats.layouts import LAYOUTS
+from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import NOT_READ, beside_a_weight, form_not_read
 from slagen.formats.reading import SIDE_FILE_KEYS
 from slagen.io.text import line
@@ -104,7 +105,7 @@ def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
     if prefix is not None and (form := form_not_read(values)):
         return form
     weights = [name for name in values if not beside_a_weight(name, values)]
-    known = sum(any(rename(_as_weight(name)) for rename in LAYOUTS.values()) for name in weights)
+    known = sum(any(layout.rename(_as_weight(name)) for layout in LAYOUTS.values()) for name in weights)
     if known > len(weights) / 2:
         return _by_channels(values) or "transformer"
     pictures = any(re.search(_PICTURES, name) for name in values)
@@ -129,13 +130,16 @@ def shape_of(value: Any) -> tuple[int, ...]:
     return tuple(shape) if isinstance(shape, list) and all(isinstance(size, int) for size in shape) else ()
 
 
+def _shape_by_name(values: Mapping[str, Any], wanted: str) -> tuple[int, ...]:
+    """The shape of a tensor by its name in diffusers, whatever it is called in the file; () where it is not there."""
+    names = (name for name in values if any(layout.rename(name) == wanted for layout in LAYOUTS.values()))
+    return next((shape_of(values[name]) for name in names), ())
+
+
 def _by_channels(values: Mapping[str, Any]) -> str | None:
     """The kind that channels alone tell: Wan2.2's image-to-video has the very names of text-to-video."""
     pictures = any(re.search(_PICTURES, name) for name in values)
-    patch = next(
-        (shape_of(values[n]) for n in ("patch_embedding.weight", "patch_embedding.proj.weight") if n in values), ()
-    )
-    out = next((shape_of(values[n]) for n in ("head.head.weight", "proj_out.weight") if n in values), ())
+    patch, out = (_shape_by_name(values, name) for name in ("patch_embedding.weight", "proj_out.weight"))
     volume = math.prod(patch[2:]) if len(patch) == 5 else 4
     if len(patch) not in (2, 5) or len(out) != 2 or not volume:
         return "image-to-video" if pictures else None

@@ -10,7 +10,8 @@ from slagen.errors import WeightsError
 from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.headers import check_no_shard, read_header
 from slagen.formats.kinds import REFUSALS, hints, identify
-from slagen.formats.names import OWN_SPELLING, PROJECTION, other_parts
+from slagen.formats.layouts import OWN_SPELLING, projection
+from slagen.formats.names import other_parts
 from slagen.formats.published import TURBO_SLA, Sampler
 from slagen.formats.reading import read_tensors
 from slagen.formats.side_file import read_side_file
@@ -75,7 +76,7 @@ def peek(path: Path, part: str | None = None) -> Found:
     if left:
         notes.append(f"{path.name} holds more than a transformer ({', '.join(left)}), of which nothing else is used")
     found = Found(kind, notes=tuple(notes), few_steps=few_steps)
-    spellings = {match[2] for name in values if (match := PROJECTION.fullmatch(name))}
+    spellings = {place[1] for name in values if (place := projection(name))}
     if OWN_SPELLING in spellings:
         told = read_settings(path, metadata)
         return dataclasses.replace(found, untold=told is None, **(told or {}))

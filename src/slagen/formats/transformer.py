@@ -14,13 +14,8 @@ from torch import Tensor
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import REFUSALS, identify
-from slagen.formats.names import (
-    LAYOUTS,
-    LINEARS_OF_A_BLOCK,
-    PROJECTION,
-    inside,
-    transformers,
-)
+from slagen.formats.layouts import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, projection
+from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import multiply_out
 from slagen.formats.reading import read_tensors
 from slagen.formats.side_file import SideFile, read_side_file
@@ -84,20 +79,19 @@ def tensors_of_one(path: Path, content: dict[str, Any], part: str | None) -> tup
 def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_only: bool) -> Checkpoint:
     plain = multiply_out(content, dtype, shapes_only)
     names = plain.tensors
-    layout = max(LAYOUTS, key=lambda name: sum(LAYOUTS[name](key) is not None for key in names))
-    rename = LAYOUTS[layout]
-    checkpoint = Checkpoint(path, layout, {}, {}, faults=plain.faults)
+    layout = max(LAYOUTS.values(), key=lambda layout: sum(layout.rename(name) is not None for name in names))
+    checkpoint = Checkpoint(path, layout.name, {}, {}, faults=plain.faults)
     faults = checkpoint.faults
     spellings = set()
     for name, value in names.items():
         if not isinstance(value, Tensor):
             faults.append(f"{name} is a {type(value).__name__}, not a tensor")
             continue
-        projection = PROJECTION.fullmatch(name)
-        target = rename(name)
-        if projection:
-            spellings.add(projection[2])
-            target = f"blocks.{projection[1]}.attn1.processor.proj_l.{projection[3]}"
+        target = layout.rename(name)
+        if learned := projection(name):
+            layer, place, kind = learned
+            spellings.add(place)
+            target = f"blocks.{layer}.{OWN_SPELLING}.proj_l.{kind}"
             checkpoint.projections[target] = value
         elif target is None:
             faults.append(f"{name} is unexpected")
