@@ -261,7 +261,7 @@ def main() -> None:
 
 def print_tables() -> None:
     """Every bench result as the README shows it."""
-    from slagen.benchmark.run import BenchResult, markdown
+    from slagen.benchmark.tables import BenchResult, markdown
 
     for path in sorted(RESULTS.glob("*/*.json")):
         content = json.loads(path.read_text())

@@ -11,9 +11,7 @@ FILE, FUNCTION, CLASS = 400, 60, 250  # lines at most
 MEDIAN = 180  # of the files; it is to become 150
 
 # Whoever splits one takes it out of the list; nothing is added to it.
-LARGE_FILES = {
-    "benchmark/run.py",
-}
+LARGE_FILES: set[str] = set()
 LARGE_FUNCTIONS = {
     "generation/config.py:GenerateConfig.__post_init__",
     "training/data/encode.py:encode_videos",

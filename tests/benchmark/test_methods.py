@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.attention.sla.config import SLAConfig
-from slagen.benchmark import methods
-from slagen.benchmark.methods import NotHere, Setting, all_methods
+from slagen.benchmark import methods, other_libraries
+from slagen.benchmark.methods import NotHere, Setting
+from slagen.benchmark.registry import all_methods
 
 CUDNN = """
     import torch, torch.nn.functional as F
@@ -107,7 +108,7 @@ def test_selection_is_the_references(config):
     zero[:, :, ::2] = -0.0
     for keys in (k, zero, k.round(), k.new_full(k.shape, torch.nan)):
         expected = critical_indices(block_scores(q, keys, config), config)
-        assert torch.equal(methods.select(q, keys, config), expected)
+        assert torch.equal(other_libraries.select(q, keys, config), expected)
 
 
 class Sizes(TorchDispatchMode):
@@ -129,14 +130,14 @@ def test_selection_waits_for_nothing():
         critical_indices(block_scores(q, k, CONFIGS[0]), CONFIGS[0])
     assert reference.waiting  # nonzero: so the test can see it
     with Sizes() as own:
-        methods.select(q, k, CONFIGS[0])
-        methods.block_sizes(333, 64, q.device)
+        other_libraries.select(q, k, CONFIGS[0])
+        other_libraries.block_sizes(333, 64, q.device)
     assert own.waiting == []
 
 
 @pytest.mark.parametrize(("length", "sizes"), [(128, [64, 64]), (130, [64, 64, 2]), (1, [1])])
 def test_block_sizes(length, sizes):
-    assert methods.block_sizes(length, 64, torch.device("cpu")).tolist() == sizes
+    assert other_libraries.block_sizes(length, 64, torch.device("cpu")).tolist() == sizes
 
 
 @pytest.mark.parametrize("length", [333, 320], ids=["ragged", "whole"])
@@ -201,7 +202,7 @@ def test_flex_gets_the_references_blocks(config, monkeypatch):
 def test_flex_tiles_divide_the_blocks(block_m, block_n, dtype):
     """PyTorch raises where they do not: at 64 x 64 on Hopper its own default is 128 x 64."""
     config = SLAConfig(block_m=block_m, block_n=block_n)
-    tiles = methods._flex_tiles(setting(config, 128, "cuda", dtype))
+    tiles = other_libraries._flex_tiles(setting(config, 128, "cuda", dtype))
     for name, tile in tiles.items():
         of_rows = "BLOCK_M" in name
         assert tile >= 16 and (block_m if of_rows else block_n) % tile == 0

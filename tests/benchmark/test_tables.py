@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 
+from slagen.benchmark import compare, operator, tables
 from slagen.benchmark import run as task
-from slagen.benchmark import tables
 from slagen.benchmark.config import BenchConfig
-from slagen.benchmark.methods import Method, all_methods
+from slagen.benchmark.methods import Method
+from slagen.benchmark.registry import all_methods
 from slagen.cli.output.bench import show_bench
 from slagen.cli.output.doctor import show_findings, show_selftest
 from slagen.cli.output.kernels import MAIN_KERNELS, show_kernels
@@ -48,7 +49,7 @@ def bench_row(method, **changes):
     return {
         "method": method.name, "kind": method.kind, "backend": backend, "shape": "1x12x32760x128", "sparsity": 0.95,
         "correct": True, "reason": None, "forward_ms": times, "backward_ms": {**times, "median": 123456.7},
-        "tflops_dense_equivalent": 0.00123456, "speedup": 0.85, "against_dense": tables.SLOWER,
+        "tflops_dense_equivalent": 0.00123456, "speedup": 0.85, "against_dense": compare.SLOWER,
     } | changes  # fmt: skip
 
 
@@ -185,11 +186,11 @@ def test_no_verdict_within_the_noise(sla, said, mark):
         backward_ms=None,
     )
     row = bench_row(METHODS[0], shape="1x2x256x64", forward_ms=sla, backward_ms=None)
-    task._compare([row, dense])
+    compare._compare([row, dense])
     rows = [row, dense]
     result = bench_result(
-        rows, break_even_tokens={"1x2x256x64": task._break_even(rows, 0.95)},
-        even_tokens={"1x2x256x64": task._even(rows, 0.95)},
+        rows, break_even_tokens={"1x2x256x64": compare._break_even(rows, 0.95)},
+        even_tokens={"1x2x256x64": compare._even(rows, 0.95)},
     )  # fmt: skip
     assert result.verdicts[-1].startswith(f"1x2x256x64: {said}")
     assert result.verdicts[-2].endswith("between turns; where quartiles overlap, a difference is noise")
@@ -201,7 +202,7 @@ def quick(monkeypatch, methods, **changes):
     notes = []
     monkeypatch.setattr(task, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
     monkeypatch.setattr(task, "all_methods", lambda: methods)
-    monkeypatch.setattr(task, "_parts", lambda *given: None)
+    monkeypatch.setattr(operator, "_parts", lambda *given: None)
     config = BenchConfig(
         **{"shapes": ("1x1x128x16",), "lengths": (), "seconds": 0.001, "device": "cpu", "sparsities": (0.5,), **changes}
     )

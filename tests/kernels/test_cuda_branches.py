@@ -17,9 +17,11 @@ from fake_cuda import CARD, FakeCard, fake_card
 
 from slagen import machine, timing
 from slagen.attention.dense.kernels import dense_kernel
-from slagen.benchmark import methods
+from slagen.benchmark import clock, loop, methods, operator, other_libraries
 from slagen.benchmark import run as bench
 from slagen.benchmark.config import BenchConfig
+from slagen.benchmark.registry import all_methods
+from slagen.benchmark.tables import BenchResult
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
@@ -351,28 +353,28 @@ def row_of(method, shape):
     """The row of one method on the card."""
     config = BenchConfig(shapes=(shape,), sparsities=(0.5,), lengths=(), seconds=0.001, device="cuda")
     content = {"rows": [], "break_even_tokens": {}}
-    bench._bench_shape(config, shape, [method], CARD, torch.float32, content, print)
+    operator._bench_shape(config, shape, [method], CARD, torch.float32, content, print)
     return content["rows"][0]
 
 
 def test_a_row_on_a_card(card, monkeypatch):
     """The backward is timed there; inputs are enough to leave the second-level cache."""
-    sdpa = next(method for method in bench.all_methods() if method.name == "sdpa")
+    sdpa = next(method for method in all_methods() if method.name == "sdpa")
     row = row_of(sdpa, "1x1x64x16")
     assert row["reason"] is None and row["forward_ms"]["median"] == row["backward_ms"]["median"] == card.step_ms
     assert row["training_forward_ms"]["median"] == card.step_ms
-    assert len(bench._inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
-    assert len(bench._inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
-    assert len(bench._inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
-    row = row_of(bench.Method("other", "dense", out_of_memory), "1x1x64x16")
+    assert len(clock._inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
+    assert len(clock._inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
+    assert len(clock._inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
+    row = row_of(methods.Method("other", "dense", out_of_memory), "1x1x64x16")
     assert row["reason"] == "does not fit into this device's memory" and row["forward_ms"] is None
 
 
 def test_flex_gets_tiles_on_a_card():
-    setting = bench.Setting(BenchConfig().sla(0.5), torch.eye(128), torch.zeros(128), "auto", GPU, torch.bfloat16)
-    tiles = methods._flex_tiles(setting)
+    setting = methods.Setting(BenchConfig().sla(0.5), torch.eye(128), torch.zeros(128), "auto", GPU, torch.bfloat16)
+    tiles = other_libraries._flex_tiles(setting)
     assert (tiles["fwd_BLOCK_M"], tiles["fwd_BLOCK_N"]) == (64, 64)
-    assert methods._flex_tiles(dataclasses.replace(setting, device=CPU)) is None
+    assert other_libraries._flex_tiles(dataclasses.replace(setting, device=CPU)) is None
 
 
 def test_dense_backends_need_a_card(card):
@@ -380,14 +382,14 @@ def test_dense_backends_need_a_card(card):
     attend = dense_kernel("sdpa-math", CARD)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     torch.testing.assert_close(attend(q, q, q).cpu(), expected.cpu())
-    with pytest.raises(bench.NotHere, match="needs a CUDA device"):
+    with pytest.raises(methods.NotHere, match="needs a CUDA device"):
         dense_kernel("sdpa-math", CPU)
 
 
 def test_selftest_benches_wan_on_a_card(monkeypatch):
     asked = []
     row = {"method": "sla", "correct": True, "speedup": 2.0, "shape": "1x12x4096x128"}
-    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or bench.BenchResult({"rows": [row]}))
+    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or BenchResult({"rows": [row]}))
     for device in (GPU, CPU):
         assert selftest._bench(device, {}) == "SLA against dense attention: 2.00x at 1x12x4096x128"
     assert asked[0].shapes == ("wan-1.3b-480p",) and asked[0].device == "auto"
@@ -402,8 +404,8 @@ def test_ceilings_of_a_card(monkeypatch):
         monkeypatch.setattr(
             torch, name, lambda *size, make=make, **options: make(*size, **{**options, "device": "meta"})
         )
-    monkeypatch.setattr(bench, "_alone", lambda attend, inputs, *rest: sizes.append(inputs[0][0].shape) or 2.0)
-    found = bench._ceilings(GPU, torch.bfloat16)
+    monkeypatch.setattr(clock, "_alone", lambda attend, inputs, *rest: sizes.append(inputs[0][0].shape) or 2.0)
+    found = clock._ceilings(GPU, torch.bfloat16)
     assert sizes == [(8192, 8192), (2**28,)]
     assert found == {"matmul_tflops": 2 * 8192**3 / 2e9, "copy_gb_s": 2 * 2**30 / 2e6}
 
@@ -416,6 +418,6 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
     for name in ("install", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
-    monkeypatch.setattr(bench, "_loop", lambda *args: {"step_ms": bench._spread([2.0])})
-    rows = bench._models(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
+    monkeypatch.setattr(loop, "_loop", lambda *args: {"step_ms": clock._spread([2.0])})
+    rows = loop._models(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
     assert [row["backend"] for row in rows] == ["sdpa-flash", "sdpa-cudnn", "triton"]

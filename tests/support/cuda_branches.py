@@ -175,13 +175,13 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
             "torch.cuda.is_current_stream_capturing",
         )
     },
-    "benchmark/run.py::_ceilings": {"test_ceilings_of_a_card": ("device.type == 'cuda'",)},
-    "benchmark/run.py::_inputs": {
+    "benchmark/clock.py::_ceilings": {"test_ceilings_of_a_card": ("device.type == 'cuda'",)},
+    "benchmark/clock.py::_inputs": {
         "test_a_row_on_a_card": ("device.type == 'cuda'", "torch.cuda.get_device_properties")
     },
-    "benchmark/run.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
-    "benchmark/run.py::_models": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
-    "benchmark/run.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
+    "benchmark/operator.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
+    "benchmark/loop.py::_models": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
+    "benchmark/operator.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
     "cli/generate.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
     "batch/ray_workers.py::_Driver._resources": {
         "test_cluster.py::test_workers_fit_the_machines": ("'GPU'", "'num_gpus'")
@@ -252,7 +252,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "machine.py::pick_dtype": {
         "test_device_and_dtype": ("device.type != 'cuda'", "torch.cuda.device", "torch.cuda.is_bf16_supported")
     },
-    "benchmark/methods.py::_flex_tiles": {"test_flex_gets_tiles_on_a_card": ("setting.device.type != 'cuda'",)},
+    "benchmark/other_libraries.py::_flex_tiles": {"test_flex_gets_tiles_on_a_card": ("setting.device.type != 'cuda'",)},
     "training/distributed.py::Team.share": {"test_each_process_takes_its_card": ("self.device.type == 'cuda'",)},
     "training/distributed.py::_check_cards": {"test_more_processes_than_cards": ("torch.cuda.device_count",)},
     "training/distributed.py::join": {

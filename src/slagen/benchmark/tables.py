@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slagen.benchmark.compare import EVEN, SLOWER
 from slagen.io.text import counted
 
 COLUMNS = (
@@ -18,7 +19,6 @@ SHORT_COLUMNS = (
 )  # fmt: skip
 SHORT_MODEL_COLUMNS = ("attention", "backend", "sparsity", "step ms", "attention\nshare", "speed-up")
 NEVER = "SLA is slower than dense attention at the longest sequence measured"
-SLOWER, EVEN, FASTER = "slower", "within the noise", "faster"  # than what a row is compared with
 
 
 @dataclass
@@ -162,13 +162,6 @@ def short_model_cells(row: dict[str, Any]) -> list[str]:
         "" if row["compiled"] else f"{row['attention_share']:.0%}",
         _speedup(row, row["attention"] == "sla"),
     ]
-
-
-def beside(times: dict[str, Any], base: dict[str, Any]) -> str:
-    """What one measurement is beside another: "faster", "slower", or within the noise where their quartiles overlap."""
-    if times["q3"] < base["q1"]:
-        return FASTER
-    return SLOWER if times["q1"] > base["q3"] else EVEN
 
 
 def _model(row: dict[str, Any]) -> str:

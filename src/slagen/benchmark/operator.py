@@ -1,0 +1,232 @@
+"""Check every attention method against the float64 reference, then time all of them in turns: a row for each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slagen.benchmark.clock import _alone, _both_passes, _draw, _forward_timer, _inputs
+from slagen.benchmark.compare import _break_even, _compare, _even
+from slagen.benchmark.config import BenchConfig, parse_shape
+from slagen.benchmark.methods import Attend, Method, NotHere, Setting, build_module
+from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.io.text import counted
+from slagen.timing import TURNS, Timer
+
+SPARSITIES = (0.8, 0.9, 0.95, 0.97)
+SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
+
+
+def _not_here(name: str, reason: str) -> EnvironmentProblem:
+    return EnvironmentProblem(f"{name} does not run here: {reason.removesuffix('.')}. Leave it out of --method.")
+
+
+@dataclass
+class Entry:
+    """A row on its way: the method it is about, and the timers of its passes once they are warm."""
+
+    row: dict[str, Any]
+    method: Method
+    setting: Setting
+    sizes: tuple[int, int, int, int]
+    timers: dict[str, Timer] = field(default_factory=dict)
+
+
+def _bench_shape(
+    config: BenchConfig, shape: str, methods: list[Method], device: torch.device, dtype: torch.dtype,
+    content: dict[str, Any], on_note: Callable[[str], None],
+) -> None:  # fmt: skip
+    """All rows of one shape: the sparsities at full length, then the lengths at one sparsity."""
+    batch, num_heads, length, head_dim = parse_shape(shape)
+    sparsities = config.sparsities or SPARSITIES
+    lengths = config.lengths
+    if lengths is None:
+        lengths = tuple(2**n for n in range(10, 20) if 2**n < length)
+    swept = 0.95 if 0.95 in sparsities else sparsities[0]
+    sparsities, groups = _merge(config, shape, sparsities, swept)
+    content.setdefault("same_top_k", []).extend(groups)
+    plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
+    entries: dict[tuple[Any, ...], Entry] = {}
+    compared = []
+    for tokens, sparsity in plans:
+        keys = [(method.name, tokens, sparsity if method.takes_sparsity else None) for method in methods]
+        for key, method in zip(keys, methods, strict=True):
+            if key not in entries:  # dense rows do not depend on the sparsity
+                sizes = (batch, num_heads, tokens, head_dim)
+                entries[key] = _entry(config, method, sizes, sparsity, device, dtype)
+        compared.append([entries[key].row for key in keys])
+    content["rows"] += [entry.row for entry in entries.values()]
+    for tokens in dict.fromkeys(tokens for tokens, _ in plans):
+        _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
+    for rows in compared:
+        _compare(rows)
+    own = [entry.row for entry in entries.values()]
+    if any(row["method"] == "sla" and row["speedup"] is not None for row in own):
+        content["break_even_tokens"][shape] = _break_even(own, swept)
+        content.setdefault("even_tokens", {})[shape] = _even(own, swept)
+
+
+def _merge(
+    config: BenchConfig, shape: str, sparsities: tuple[float, ...], swept: float
+) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+    """Those that keep different numbers of key blocks, and what stands for what; where `swept` can, it stands."""
+    blocks = config.sla(swept).num_blocks(parse_shape(shape)[2])[1]
+    alike: dict[tuple[int, int], list[float]] = {}
+    for sparsity in dict.fromkeys(sparsities):
+        sla = config.sla(sparsity)
+        alike.setdefault((sla.num_critical(blocks), sla.num_negligible(blocks)), []).append(sparsity)
+    shown, groups = [], []
+    for (kept, _), same in alike.items():
+        first = swept if swept in same else same[0]
+        shown.append(first)
+        also = [sparsity for sparsity in same if sparsity != first]
+        if also:
+            groups.append({"shape": shape, "sparsity": first, "also": also, "kept": kept, "blocks": blocks})
+    return tuple(shown), groups
+
+
+def _entry(
+    config: BenchConfig, method: Method, sizes: tuple[int, int, int, int], sparsity: float, device: torch.device,
+    dtype: torch.dtype,
+) -> Entry:  # fmt: skip
+    """A row without results, and the setting it will be measured in."""
+    head_dim = sizes[3]
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(head_dim, head_dim, generator=generator).mul_(head_dim**-0.5).to(device)
+    bias = torch.randn(head_dim, generator=generator).to(device)
+    own = dict(config.attention_options)
+    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1], own)
+    row: dict[str, Any] = {
+        "method": method.name, "kind": method.kind, "backend": _backend_name(method, setting, head_dim),
+        "shape": "x".join(map(str, sizes)), "dtype": str(dtype).removeprefix("torch."),
+        "sparsity": sparsity if method.takes_sparsity else None, "correct": None, "error": None, "reason": None,
+        "compile_s": None, "forward_ms": None, "training_forward_ms": None, "backward_ms": None, "parts_ms": None,
+        "tflops_dense_equivalent": None, "speedup": None, "against_dense": None, "speedup_forward_backward": None,
+    }  # fmt: skip
+    return Entry(row, method, setting, sizes)
+
+
+def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str], None]) -> None:
+    """Check every method at one length and warm it up, then let all of them take turns, and fill in their rows."""
+    setting = entries[0].setting
+    backward = config.backward if config.backward is not None else setting.device.type == "cuda"
+    if any(entry.method.name == "flex" for entry in entries):
+        torch.compiler.reset()  # lengths must not add up to the limit of recompilations
+    inputs = _inputs(entries[0].sizes, setting.device, setting.dtype)
+    for entry in entries:
+        with _reasons(entry):
+            _prepare(entry, inputs, config.seconds, backward, on_note)
+        if entry.row["reason"] and not entry.timers and entry.method.name in config.methods:
+            raise _not_here(entry.method.name, entry.row["reason"])
+    for _ in range(TURNS):
+        for entry in entries:
+            for name in list(entry.timers):
+                with _reasons(entry, name):
+                    entry.timers[name].turn()
+    for entry in entries:
+        _fill_in(entry)
+        if entry.method.record is not None and entry.method.record.parts is not None and entry.row["forward_ms"]:
+            entry.row["parts_ms"] = _parts(entry, inputs, config.seconds)
+
+
+def _prepare(
+    entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool, on_note: Callable[[str], None]
+) -> None:
+    """Make a method, check it, and warm up its passes."""
+    row, setting = entry.row, entry.setting
+    attend = entry.method.make(setting)
+    label = "" if row["sparsity"] is None else f", sparsity {row['sparsity']:g}"
+    on_note(f"{entry.method.name}, {counted(entry.sizes[2], 'token')}{label}")
+    error = _error(entry.method, setting, attend, entry.sizes[3])
+    limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
+    row["correct"] = error <= limit
+    if not math.isfinite(error):
+        row["reason"] = "wrong: it gives values that are not finite"
+        return
+    row["error"] = error
+    if not row["correct"]:
+        row["reason"] = f"wrong: its error to the reference is {error:.2g}, the limit {limit:.2g}"
+        return
+    timer = _forward_timer(attend, inputs, setting.device, seconds)
+    row["compile_s"] = timer.warm_up()
+    entry.timers["forward"] = timer
+    if backward and entry.method.backward:
+        with _reasons(entry, "backward"):
+            entry.timers["backward"] = Timer(_both_passes(attend), inputs, setting.device.type, seconds)
+            entry.timers["backward"].warm_up()
+
+
+@contextlib.contextmanager
+def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
+    """What keeps a method, or one of its passes, from running becomes its row's reason, and its timer goes."""
+    try:
+        yield
+        return
+    except NotHere as error:
+        reason = str(error)
+    except torch.OutOfMemoryError:
+        reason = "does not fit into this device's memory"
+    except SlagenError:
+        raise
+    except Exception as error:  # another library's failure is a result here, and is shown
+        if entry.method.record is not None:
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
+    if timer is not None:
+        entry.timers.pop(timer, None)
+    entry.row["reason"] = f"its backward pass: {reason}" if timer == "backward" else reason
+
+
+def _fill_in(entry: Entry) -> None:
+    """Move the times of a method that has run into its row."""
+    row = entry.row
+    if "forward" in entry.timers:
+        batch, num_heads, length, head_dim = entry.sizes
+        row["forward_ms"] = entry.timers["forward"].times("forward")
+        row["tflops_dense_equivalent"] = (
+            4 * batch * num_heads * length**2 * head_dim / row["forward_ms"]["median"] / 1e9
+        )
+    if "backward" in entry.timers:
+        row["training_forward_ms"] = entry.timers["backward"].times("forward")
+        row["backward_ms"] = entry.timers["backward"].times("backward")
+    entry.timers.clear()
+
+
+def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
+    record = method.record
+    if record is None or setting.backend not in [backend.name for backend in record.backends]:
+        return method.name
+    return record.pick_backend(setting.backend, head_dim, setting.device, setting.dtype)
+
+
+def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> float:
+    """The largest error to the float64 reference on a short sequence, in units of the largest output."""
+    sizes = (1, SHORT_HEADS, SHORT_LENGTH, head_dim)
+    q, k, v, _ = _draw(1, sizes, setting.device, setting.dtype)[0]
+    if method.record is not None:  # what a module learned for each head is of so many heads
+        setting = dataclasses.replace(setting, num_heads=SHORT_HEADS)
+        attend = method.make(setting)
+    with torch.inference_mode():
+        actual = attend(q, k, v).double()
+        wide = q.double(), k.double(), v.double()
+        exact = method.exact(setting, *wide)
+        return ((actual - exact).abs().max() / exact.abs().max()).item()
+
+
+def _parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
+    """Where a method's forward time goes, each part timed alone, so that they need not add up to the whole: a part
+    finds its inputs where the part before it left them long ago."""
+    record = entry.method.record
+    assert record is not None and record.parts is not None
+    with torch.inference_mode():
+        module, _ = build_module(record, entry.setting, entry.sizes[2])
+        made = record.parts(module, *inputs[0][:3])
+    return {name: _alone(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}
