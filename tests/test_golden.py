@@ -34,7 +34,7 @@ from slagen.benchmark.config import BenchConfig
 from slagen.cli import main as cli
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
-from slagen.doctor import selftest
+from slagen.doctor import kernel_costs, selftest
 from slagen.formats import merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
 from slagen.generation import decode, generate, replay
@@ -57,7 +57,7 @@ TASKS = (
     (generate, "generate"), (batch, "batch"), (cluster, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
     (merge, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
-    (doctor, "kernel_costs"), (selftest, "claim"),
+    (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 
 

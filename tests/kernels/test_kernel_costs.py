@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from slagen.attention import sparse_linear_attention  # noqa: E402
 from slagen.attention.sla.config import SLAConfig  # noqa: E402
-from slagen.doctor import checks as doctor  # noqa: E402
+from slagen.doctor import kernel_costs  # noqa: E402
 from slagen.errors import GateError  # noqa: E402
 from slagen.kernels import roofline, sass  # noqa: E402
 from slagen.kernels.inspection import KernelCost  # noqa: E402
@@ -37,7 +37,7 @@ def costs() -> dict[str, Any]:
     known = {r["fingerprint"]: r for r in baseline["kernels"] if (r["kernel"], r["target"]) not in ALWAYS}
     if "SLAGEN_SOAK_KERNELS" in os.environ or baseline["triton"] != version("triton"):
         known = {}
-    return doctor.kernel_costs(known=known)
+    return kernel_costs.kernel_costs(known=known)
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_costs_on_every_card(costs):
     rows = costs["kernels"]
     assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
     assert {row["head_dim"] for row in rows} == {64, 128}
-    doctor.check_kernels(costs)
+    kernel_costs.check_kernels(costs)
     assert all(row["registers"] > 0 and row["instructions"] > row["round_instructions"] for row in rows)
     assert all(row["round_instructions"] > 0 for row in rows if row["mma"])
 
@@ -142,9 +142,9 @@ def test_one_program_of_128_rows_is_no_fault():
 
 def test_too_many_launches_are_a_gate():
     row = {"kernel": "attend", "target": "sm_90", "head_dim": 128, "faults": []}
-    doctor.check_kernels({"kernels": [row], "operator": {"launches": 8}})
+    kernel_costs.check_kernels({"kernels": [row], "operator": {"launches": 8}})
     with pytest.raises(GateError, match="launches 9 kernels, but 8"):
-        doctor.check_kernels({"kernels": [row], "operator": {"launches": 9}})
+        kernel_costs.check_kernels({"kernels": [row], "operator": {"launches": 9}})
 
 
 # How the code is read

@@ -41,7 +41,7 @@ def doctor(
     from slagen.cli import console
     from slagen.cli.output.doctor import show_findings, show_selftest
     from slagen.cli.output.kernels import show_kernels
-    from slagen.doctor import checks as task
+    from slagen.doctor import checks, kernel_costs
 
     if kernels and selftest:
         raise UsageError("--kernels and --selftest are two things. Give one of them.")
@@ -57,11 +57,11 @@ def doctor(
         trials.check(content)
         return
     if kernels:
-        content = task.kernel_costs(console.note)
+        content = kernel_costs.kernel_costs(console.note)
         show_kernels(content, as_json)
-        task.check_kernels(content)
+        kernel_costs.check_kernels(content)
         return
-    findings = task.examine()
+    findings = checks.examine()
     show_findings(findings, as_json)
     if require_gpu:
-        task.check_gpu(findings)
+        checks.check_gpu(findings)
