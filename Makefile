@@ -46,7 +46,7 @@ gpu: $(ALL)  ## all that only a GPU can tell, into benchmarks/results/<card>; go
 # The first part, in one process, goes on where it was stopped, by .pytest_cache, as long as the code is the same.
 soak: $(ALL)  ## every file operation killed and failed; batches, Ray and a finetune at random moments; every kernel compiled; 5,000 damaged files
 	SLAGEN_SOAK_FAULTS=1 $(BIN)/python -m pytest tests/io/test_file_faults.py
-	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/batch/test_batch.py tests/batch/test_cluster.py \
+	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/batch/test_batch.py tests/batch/test_ray_workers.py \
 		tests/training/test_finetune.py -k killed
 	SLAGEN_SOAK_DAMAGED=2000 $(BIN)/python -m pytest -n 0 tests/test_damaged.py
 	SLAGEN_SOAK_KERNELS=1 $(BIN)/python -m pytest tests/kernels/test_kernel_costs.py

@@ -27,7 +27,7 @@ from wan_models import save_pipeline
 
 from slagen.attention.sla.config import SLAConfig
 from slagen.batch.contact_sheet import write_page
-from slagen.batch.forecast import Times
+from slagen.batch.forecast import RecordedTimes
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.cli.main import run
 from slagen.errors import GateError, SlagenError, UsageError, WeightsError
@@ -236,7 +236,7 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
         "video": Reader(2, "binary", clip, command("info", clip)),
         "words of a video": Reader(4, "json", words, read_words),
         "hashes": Reader(1, "json", cache / "hashes.json", lambda: content_hashes([clip], cache)),
-        "times": Reader(1, "json", cache / "times.json", lambda: Times(cache, ["x"]).of([])),
+        "times": Reader(1, "json", cache / "times.json", lambda: RecordedTimes(cache, ["x"]).of([])),
     }
 
 

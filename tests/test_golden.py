@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 
 from slagen.attention import registry
 from slagen.attention.sla.config import SLAConfig
-from slagen.batch import manifest
-from slagen.batch import ray_workers as cluster
+from slagen.batch import manifest, ray_workers
 from slagen.batch import run as batch
 from slagen.batch.config import BatchConfig
 from slagen.benchmark import run as bench
@@ -54,7 +53,7 @@ RENEW = os.environ.get("SLAGEN_GOLDEN") == "renew"
 HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_golden*.py, and look at git diff."
 
 TASKS = (
-    (generate, "generate"), (batch, "batch"), (cluster, "batch_on_ray"), (plan, "plan"), (plan, "models"),
+    (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
     (merge, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (kernel_costs, "kernel_costs"), (selftest, "claim"),

@@ -18,10 +18,10 @@ from processes import start
 from wan_models import save_pipeline
 
 from slagen.batch.config import BatchConfig
-from slagen.batch.forecast import Times, _forecast
+from slagen.batch.forecast import RecordedTimes, describe_forecast
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.batch.run import batch
-from slagen.batch.worker import _Run
+from slagen.batch.worker import WorkerLoop
 from slagen.cli.main import run
 from slagen.errors import SlagenError, UsageError
 from slagen.generation import session
@@ -150,7 +150,7 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
 def test_a_time_that_no_machine_takes_is_no_measurement(toy, tmp_path):
     """A damaged cache with 1e299 in it made the forecast a line of 300 digits."""
     (task,) = jobs_of(toy, 64)
-    times = Times(tmp_path, ["x"])
+    times = RecordedTimes(tmp_path, ["x"])
     for seconds, told in ((1e299, None), (1e7, None), (20.0, 20.0)):
         times.store.write_text(json.dumps({times._key(task): [seconds]}))
         assert times.of([task]) == told
@@ -446,23 +446,23 @@ def jobs_of(toy, *sizes, steps=1):
 
 def test_the_first_forecast_is_of_videos_like_these_or_none(toy, tmp_path):
     """It was by FLOPs of whatever had been made before: several times too long after small videos of few steps."""
-    times = Times(tmp_path, ["weights", "device"])
+    times = RecordedTimes(tmp_path, ["weights", "device"])
     small, large = jobs_of(toy, 64, 128)
     (longer,) = jobs_of(toy, 64, steps=16)
-    assert "time" not in _forecast(tmp_path, [small], [small], times)
+    assert "time" not in describe_forecast(tmp_path, [small], [small], times)
     for seconds in (30, 2, 3):
         times.add(small, seconds)
-    assert "1 video, 1 to make; time: about 3 s; disk" in _forecast(tmp_path, [small], [small], times)
-    assert "2 videos, 2 to make; time: about 6 s" in _forecast(tmp_path, [small] * 2, [small] * 2, times)
+    assert "1 video, 1 to make; time: about 3 s; disk" in describe_forecast(tmp_path, [small], [small], times)
+    assert "2 videos, 2 to make; time: about 6 s" in describe_forecast(tmp_path, [small] * 2, [small] * 2, times)
     for other in (large, longer):
-        assert "time" not in _forecast(tmp_path, [small, other], [small, other], times)
-    assert Times(tmp_path, ["other weights", "device"]).of([small]) is None
+        assert "time" not in describe_forecast(tmp_path, [small, other], [small, other], times)
+    assert RecordedTimes(tmp_path, ["other weights", "device"]).of([small]) is None
 
 
 def test_the_time_left_is_told_by_videos_after_the_first(toy, monkeypatch):
     """The first compiles kernels and reads files, and its time was taken for that of all the others."""
     tasks = jobs_of(toy, 64, 64, 64, 64)
-    run_ = _Run(None, None, tasks, None, None, None, "", None)
+    run_ = WorkerLoop(None, None, tasks, None, None, None, "", None)
     clock = iter([100.0, 200.0, 202.0, 204.0])
     monkeypatch.setattr("slagen.batch.worker.time.monotonic", lambda: next(clock))
     told = []

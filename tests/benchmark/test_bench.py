@@ -33,7 +33,7 @@ FIELDS = {
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     """The ceilings take a second of matrix products each time; here they are not the point."""
-    monkeypatch.setattr(task, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
+    monkeypatch.setattr(task, "measure_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
 
 
 def test_rows_and_files(tmp_path):
@@ -152,7 +152,7 @@ def test_the_fused_part_attends(backend, domain):
     module = SparseLinearAttention(16, config, backend=backend, device=device).requires_grad_(False)
     module.proj_l.weight.copy_(weight)
     module.proj_l.bias.copy_(bias)
-    q, k, v, _ = clock._draw(1, (1, 1, 50, 16), device, torch.float32)[0]
+    q, k, v, _ = clock.draw(1, (1, 1, 50, 16), device, torch.float32)[0]
     with torch.inference_mode():
         parts = registry.get("sla").parts(module, q, k, v)
         whole = sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
@@ -163,9 +163,9 @@ def test_the_fused_part_attends(backend, domain):
 
 def test_inputs_exceed_twice_the_cache(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=50_000_000))
-    monkeypatch.setattr(clock, "_draw", lambda count, sizes, device, dtype: count)
+    monkeypatch.setattr(clock, "draw", lambda count, sizes, device, dtype: count)
     for sizes, count in {(1, 12, 32760, 128): 1, (1, 12, 1024, 128): 11, (1, 1, 1024, 64): 255}.items():
-        assert clock._inputs(sizes, torch.device("cuda"), torch.bfloat16) == count
+        assert clock.draw_inputs(sizes, torch.device("cuda"), torch.bfloat16) == count
         assert count * 3 * math.prod(sizes) * 2 >= 100_000_000
 
 
@@ -180,10 +180,10 @@ def test_break_even_is_where_slower_ends():
         return {"method": "sla", "sparsity": 0.95, "shape": shape, "speedup": speedup, "against_dense": against}
 
     rows = [row(1024, 0.5, "slower"), row(2048, 1.1), row(4096, 0.9, "slower"), row(8192, 2.0), row(16384, 4.0)]
-    assert compare._break_even(rows, 0.95) == 8192 and compare._even(rows, 0.95) is None
-    assert compare._break_even(rows[:3], 0.95) is None and compare._even(rows[:3], 0.95) is None
+    assert compare.break_even(rows, 0.95) == 8192 and compare.even_tokens(rows, 0.95) is None
+    assert compare.break_even(rows[:3], 0.95) is None and compare.even_tokens(rows[:3], 0.95) is None
     noisy = [*rows[:2], row(4096, 1.3, "within the noise")]
-    assert compare._break_even(noisy, 0.95) is None and compare._even(noisy, 0.95) == 4096
+    assert compare.break_even(noisy, 0.95) is None and compare.even_tokens(noisy, 0.95) == 4096
 
 
 def test_model_is_timed_dense_and_with_sla():

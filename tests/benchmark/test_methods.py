@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slagen.attention import sparse_linear_attention
+from slagen.attention.protocol import Unavailable
 from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import methods, other_libraries
-from slagen.benchmark.methods import NotHere, Setting
+from slagen.benchmark.methods import Setting
 from slagen.benchmark.registry import all_methods
 
 CUDNN = """
@@ -159,11 +160,11 @@ def test_dense_flashinfer_agrees_with_sdpa(libraries):
 
 
 def test_what_a_rival_lacks_is_said(libraries):
-    with pytest.raises(NotHere, match="takes blocks of 64 x 64 or 128 x 128, not 32 x 64"):
+    with pytest.raises(Unavailable, match="takes blocks of 64 x 64 or 128 x 128, not 32 x 64"):
         make("cudnn-blocks", CONFIGS[1])
     (libraries / "cudnn.py").write_text("")
     sys.modules.pop("cudnn", None)
-    with pytest.raises(NotHere, match="has no block-sparse attention.*nvidia-cudnn-frontend"):
+    with pytest.raises(Unavailable, match="has no block-sparse attention.*nvidia-cudnn-frontend"):
         make("cudnn-blocks", CONFIGS[0])
 
 
@@ -172,7 +173,7 @@ def test_what_a_rival_lacks_is_said(libraries):
 )
 def test_rivals_that_are_not_installed(name, monkeypatch):
     monkeypatch.setattr(methods.importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(NotHere, match="is not installed"):
+    with pytest.raises(Unavailable, match="is not installed"):
         make(name, CONFIGS[0])
 
 

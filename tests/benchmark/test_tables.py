@@ -186,11 +186,11 @@ def test_no_verdict_within_the_noise(sla, said, mark):
         backward_ms=None,
     )
     row = bench_row(METHODS[0], shape="1x2x256x64", forward_ms=sla, backward_ms=None)
-    compare._compare([row, dense])
+    compare.set_speedups([row, dense])
     rows = [row, dense]
     result = bench_result(
-        rows, break_even_tokens={"1x2x256x64": compare._break_even(rows, 0.95)},
-        even_tokens={"1x2x256x64": compare._even(rows, 0.95)},
+        rows, break_even_tokens={"1x2x256x64": compare.break_even(rows, 0.95)},
+        even_tokens={"1x2x256x64": compare.even_tokens(rows, 0.95)},
     )  # fmt: skip
     assert result.verdicts[-1].startswith(f"1x2x256x64: {said}")
     assert result.verdicts[-2].endswith("between turns; where quartiles overlap, a difference is noise")
@@ -200,9 +200,9 @@ def test_no_verdict_within_the_noise(sla, said, mark):
 def quick(monkeypatch, methods, **changes):
     """A bench of an instant: its content, and the notes."""
     notes = []
-    monkeypatch.setattr(task, "_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
+    monkeypatch.setattr(task, "measure_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
     monkeypatch.setattr(task, "all_methods", lambda: methods)
-    monkeypatch.setattr(operator, "_parts", lambda *given: None)
+    monkeypatch.setattr(operator, "_time_parts", lambda *given: None)
     config = BenchConfig(
         **{"shapes": ("1x1x128x16",), "lengths": (), "seconds": 0.001, "device": "cpu", "sparsities": (0.5,), **changes}
     )

@@ -58,17 +58,17 @@ def test_what_may_not_fit_is_a_warning_and_what_fits_is_none(monkeypatch):
 
 
 def test_of_a_batch_only_what_does_not_fit_fails(monkeypatch):
-    from slagen.batch.forecast import _check_memory
+    from slagen.batch.forecast import check_batch_memory
 
     def task(size):
         config = GenerateConfig("a red circle", model="tiny-wan", device="cpu", width=size, height=size)
         return SimpleNamespace(plan=make_plan(config))
 
     small(monkeypatch, 1.0)
-    _check_memory([task(1024), task(128)])
-    _check_memory([])
+    check_batch_memory([task(1024), task(128)])
+    check_batch_memory([])
     with pytest.raises(SlagenError, match="1024x1024"):
-        _check_memory([task(1024), task(768)])
+        check_batch_memory([task(1024), task(768)])
 
 
 def test_a_dry_run_on_a_cpu_speaks_of_ram(capsys):

@@ -17,6 +17,7 @@ from fake_cuda import CARD, FakeCard, fake_card
 
 from slagen import machine, timing
 from slagen.attention.dense.kernels import dense_kernel
+from slagen.attention.protocol import Unavailable
 from slagen.benchmark import clock, loop, methods, operator, other_libraries
 from slagen.benchmark import run as bench
 from slagen.benchmark.config import BenchConfig
@@ -353,7 +354,7 @@ def row_of(method, shape):
     """The row of one method on the card."""
     config = BenchConfig(shapes=(shape,), sparsities=(0.5,), lengths=(), seconds=0.001, device="cuda")
     content = {"rows": [], "break_even_tokens": {}}
-    operator._bench_shape(config, shape, [method], CARD, torch.float32, content, print)
+    operator.bench_shape(config, shape, [method], CARD, torch.float32, content, print)
     return content["rows"][0]
 
 
@@ -363,9 +364,9 @@ def test_a_row_on_a_card(card, monkeypatch):
     row = row_of(sdpa, "1x1x64x16")
     assert row["reason"] is None and row["forward_ms"]["median"] == row["backward_ms"]["median"] == card.step_ms
     assert row["training_forward_ms"]["median"] == card.step_ms
-    assert len(clock._inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
-    assert len(clock._inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
-    assert len(clock._inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
+    assert len(clock.draw_inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
+    assert len(clock.draw_inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
+    assert len(clock.draw_inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
     row = row_of(methods.Method("other", "dense", out_of_memory), "1x1x64x16")
     assert row["reason"] == "does not fit into this device's memory" and row["forward_ms"] is None
 
@@ -382,7 +383,7 @@ def test_dense_backends_need_a_card(card):
     attend = dense_kernel("sdpa-math", CARD)
     expected = torch.nn.functional.scaled_dot_product_attention(q, q, q)
     torch.testing.assert_close(attend(q, q, q).cpu(), expected.cpu())
-    with pytest.raises(methods.NotHere, match="needs a CUDA device"):
+    with pytest.raises(Unavailable, match="needs a CUDA device"):
         dense_kernel("sdpa-math", CPU)
 
 
@@ -404,8 +405,8 @@ def test_ceilings_of_a_card(monkeypatch):
         monkeypatch.setattr(
             torch, name, lambda *size, make=make, **options: make(*size, **{**options, "device": "meta"})
         )
-    monkeypatch.setattr(clock, "_alone", lambda attend, inputs, *rest: sizes.append(inputs[0][0].shape) or 2.0)
-    found = clock._ceilings(GPU, torch.bfloat16)
+    monkeypatch.setattr(clock, "median_ms", lambda attend, inputs, *rest: sizes.append(inputs[0][0].shape) or 2.0)
+    found = clock.measure_ceilings(GPU, torch.bfloat16)
     assert sizes == [(8192, 8192), (2**28,)]
     assert found == {"matmul_tflops": 2 * 8192**3 / 2e9, "copy_gb_s": 2 * 2**30 / 2e6}
 
@@ -418,6 +419,6 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
     for name in ("install", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
-    monkeypatch.setattr(loop, "_loop", lambda *args: {"step_ms": clock._spread([2.0])})
-    rows = loop._models(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
+    monkeypatch.setattr(loop, "time_loop", lambda *args: {"step_ms": clock.spread([2.0])})
+    rows = loop.bench_model(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
     assert [row["backend"] for row in rows] == ["sdpa-flash", "sdpa-cudnn", "triton"]

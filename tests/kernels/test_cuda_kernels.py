@@ -174,7 +174,7 @@ def test_a_card_without_a_compiler_ends_the_command(command, card, monkeypatch, 
     """With exit code 4 and one line, before anything is loaded or measured."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fused, "_call", raising(NO_COMPILER))
-    monkeypatch.setattr(bench, "_ceilings", lambda *given: pytest.fail("the measurement began"))
+    monkeypatch.setattr(bench, "measure_ceilings", lambda *given: pytest.fail("the measurement began"))
     monkeypatch.setattr(generate, "load_pipeline", lambda *given, **options: pytest.fail("the model was loaded"))
     arguments = {
         "bench": ["bench", "--shape", "1x1x64x16", "--dtype", "fp32"],

@@ -175,16 +175,16 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
             "torch.cuda.is_current_stream_capturing",
         )
     },
-    "benchmark/clock.py::_ceilings": {"test_ceilings_of_a_card": ("device.type == 'cuda'",)},
-    "benchmark/clock.py::_inputs": {
+    "benchmark/clock.py::measure_ceilings": {"test_ceilings_of_a_card": ("device.type == 'cuda'",)},
+    "benchmark/clock.py::draw_inputs": {
         "test_a_row_on_a_card": ("device.type == 'cuda'", "torch.cuda.get_device_properties")
     },
     "benchmark/operator.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
-    "benchmark/loop.py::_models": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
+    "benchmark/loop.py::bench_model": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
     "benchmark/operator.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
     "cli/generate.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
-    "batch/ray_workers.py::_Driver._resources": {
-        "test_cluster.py::test_workers_fit_the_machines": ("'GPU'", "'num_gpus'")
+    "batch/ray_workers.py::Driver._resources": {
+        "test_ray_workers.py::test_workers_fit_the_machines": ("'GPU'", "'num_gpus'")
     },
     "doctor/checks.py::_driver": {"test_driver": ("'nvidia-smi'",)},
     "doctor/checks.py::_gpu": {

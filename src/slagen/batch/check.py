@@ -18,7 +18,7 @@ from slagen.generation.provenance import restored_report
 from slagen.io.files import delete, sweep, write_json
 
 
-def _sweep(
+def find_remaining(
     manifest: Manifest, jobs: dict[str, Job], tasks: list[Task], retry_failed: bool, worker: str, result: BatchResult,
     on_event: Callable[[Event], None],
 ) -> list[Task]:  # fmt: skip
@@ -35,7 +35,7 @@ def _sweep(
         job = jobs[task.job.key]
         if job.state == "done" and manifest.is_whole(job):
             result.kept.append(job.name)
-            _restore(manifest, job, on_event)
+            _restore_report(manifest, job, on_event)
         elif job.state == "failed" and str(job.result.get("worker")).split(":")[0] == worker.split(":")[0]:
             result.failed.append((job.name, str(job.result.get("reason"))))  # by another worker of this very run
         elif job.state == "failed" and not retry_failed:
@@ -44,11 +44,11 @@ def _sweep(
             if job.state == "done":
                 on_event(Event("warning", f"{job.name} is gone or changed, and is made again"))
             todo.append(task)
-    _tell_of_latents(manifest, [task for task in tasks if jobs[task.job.key].name in result.kept], on_event)
+    _warn_of_missing_latents(manifest, [task for task in tasks if jobs[task.job.key].name in result.kept], on_event)
     return todo
 
 
-def _tell_of_latents(manifest: Manifest, kept: list[Task], on_event: Callable[[Event], None]) -> None:
+def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Callable[[Event], None]) -> None:
     """Warn of videos that were made before latents were asked for: a video that is whole is not made again."""
     videos = [manifest.folder / task.job.name for task in kept if task.plan.config.save_latents]
     lacking = [video for video in videos if not latents_beside(video)]
@@ -61,7 +61,7 @@ def _tell_of_latents(manifest: Manifest, kept: list[Task], on_event: Callable[[E
         on_event(Event("warning", text))
 
 
-def _restore(manifest: Manifest, job: Job, on_event: Callable[[Event], None]) -> None:
+def _restore_report(manifest: Manifest, job: Job, on_event: Callable[[Event], None]) -> None:
     """Make the report of a video again where it is gone, from what the video says of itself."""
     path = manifest.folder / job.name
     lost = path.with_suffix(".json")

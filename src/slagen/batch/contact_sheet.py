@@ -20,7 +20,7 @@ from slagen.video import make_thumbnail
 PAGE = "index.html"
 
 
-def try_page(manifest: Manifest, on_event: Callable[[Event], None]) -> Path | None:
+def write_page_or_warn(manifest: Manifest, on_event: Callable[[Event], None]) -> Path | None:
     """The page of a batch that has ended; where the disk does not take it, a warning and None: the videos are made."""
     try:
         return write_page(manifest)

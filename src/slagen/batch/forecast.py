@@ -17,9 +17,9 @@ from slagen.io.text import counted
 MAX_TIMES = 200  # kinds of videos whose times are kept
 
 
-def _check_room(folder: Path, todo: list[Task]) -> None:
+def check_disk_space(folder: Path, todo: list[Task]) -> None:
     """Raise SlagenError where the disk does not hold the videos to make, at a quarter of a byte a pixel."""
-    needed = sum(2**20 + _pixels(task) // 4 for task in todo)
+    needed = sum(2**20 + _num_pixels(task) // 4 for task in todo)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SlagenError(
@@ -28,7 +28,7 @@ def _check_room(folder: Path, todo: list[Task]) -> None:
         )
 
 
-def _check_memory(todo: list[Task]) -> None:
+def check_batch_memory(todo: list[Task]) -> None:
     """Raise SlagenError where this machine's memory holds none of the videos; one that it does not hold fails alone."""
     first = None
     for task in todo:
@@ -41,25 +41,25 @@ def _check_memory(todo: list[Task]) -> None:
         raise first
 
 
-def _pixels(task: Task) -> int:
+def _num_pixels(task: Task) -> int:
     config = task.plan.config
     return (config.width or 0) * (config.height or 0) * (config.num_frames or 0)
 
 
-def _forecast(folder: Path, tasks: list[Task], todo: list[Task], times: Times) -> str:
+def describe_forecast(folder: Path, tasks: list[Task], todo: list[Task], times: RecordedTimes) -> str:
     """How many, how long, how much; how long only where such videos were made here before."""
     if not todo:
         return f"{counted(len(tasks), 'video')}, none to make"
     seconds = times.of(todo)
-    duration = "" if seconds is None else f"time: about {clock(seconds)}; "
-    size = sum(2**20 + _pixels(task) // 4 for task in todo) / 2**20
+    duration = "" if seconds is None else f"time: about {readable_duration(seconds)}; "
+    size = sum(2**20 + _num_pixels(task) // 4 for task in todo) / 2**20
     return f"{counted(len(tasks), 'video')}, {len(todo)} to make; {duration}disk: at most {size:.0f} MiB in {folder}"
 
 
-SLOWEST = 1e7  # seconds for a video: slower than any machine, so no measurement
+MAX_SECONDS = 1e7  # seconds for a video: slower than any machine, so no measurement
 
 
-class Times:
+class RecordedTimes:
     """Seconds that this machine's last videos took, kept in the cache by what their time depends on.
 
     A video of another size or with other steps tells nothing: decoding and the smallest layers take a share that is
@@ -90,17 +90,17 @@ class Times:
 
     def _key(self, task: Task) -> str:
         plan = task.plan
-        return digest([*self.about, _work(task), _pixels(task), str(plan.weights.dtype), plan.backend])
+        return digest([*self.about, denoising_flops(task), _num_pixels(task), str(plan.weights.dtype), plan.backend])
 
     def _known(self) -> dict[str, list[float]]:
         try:
             content = read_json(self.store, {str: [float]})
         except WeightsError:
             return {}
-        return {key: times for key, times in content.items() if all(0 < time < SLOWEST for time in times)}
+        return {key: times for key, times in content.items() if all(0 < time < MAX_SECONDS for time in times)}
 
 
-def clock(seconds: float) -> str:
+def readable_duration(seconds: float) -> str:
     """Seconds as a person says them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -109,7 +109,7 @@ def clock(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def _work(task: Task) -> int:
+def denoising_flops(task: Task) -> int:
     """The FLOPs of a video's denoising, by which its time is foretold."""
     plan, shape = task.plan, task.plan.weights.source.shape
     attention = plan.method.cost(plan.attention, shape, plan.num_tokens)

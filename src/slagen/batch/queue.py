@@ -30,7 +30,7 @@ class Task:
     plan: Plan
 
 
-def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:
+def plan_videos(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:
     """A plan for every video, its seed None where none is given, and its id. Raises UsageError with every fault."""
     prompts.check_count(requests, base.num_videos)
     found, faults = [], []
@@ -58,10 +58,10 @@ def _plans(base: GenerateConfig, requests: list[prompts.Request], weights: Weigh
 
 def _warn(plans: list[tuple[Plan, str]], on_event: Callable[[Event], None]) -> None:
     """What `generate` would warn of for each video alone: the commonest ten, each once."""
-    _tell_often((text for plan, _ in plans for text in plan.warnings), on_event)
+    warn_of_each((text for plan, _ in plans for text in plan.warnings), on_event)
 
 
-def _tell_often(texts: Iterable[str], on_event: Callable[[Event], None]) -> None:
+def warn_of_each(texts: Iterable[str], on_event: Callable[[Event], None]) -> None:
     """Warn of what holds for many videos: the commonest ten, each once."""
     counts = Counter(texts)
     for text, count in counts.most_common(10):
@@ -70,7 +70,7 @@ def _tell_often(texts: Iterable[str], on_event: Callable[[Event], None]) -> None
         on_event(Event("warning", f"and {counted(len(counts) - 10, 'more warning')}"))
 
 
-def _queue(
+def queue_jobs(
     manifest: Manifest, plans: list[tuple[Plan, str]], identity: str, on_event: Callable[[Event], None]
 ) -> list[Task]:
     """The job of every plan, queued where it is new; a plan that is there twice with one seed counts once."""
@@ -90,7 +90,7 @@ def _queue(
     return list(tasks.values())
 
 
-def _identity(weights: Weights, vae: str | None, cache: Path) -> str:
+def identity_of_weights(weights: Weights, vae: str | None, cache: Path) -> str:
     """A hash of every file whose content changes pixels."""
     source = weights.source
     parts = ("text_encoder", "tokenizer", "scheduler") + (() if vae else ("vae",))

@@ -21,7 +21,7 @@ LOCAL = "local"
 
 
 @contextmanager
-def _started(address: str) -> Iterator[Any]:
+def connected_to_ray(address: str) -> Iterator[Any]:
     """Import Ray and connect, or start it here, without dashboard, usage report or log lines, for the block.
 
     Whoever reaches an open Ray can run code in it. So one that is started here is this process's alone: it listens on
@@ -31,7 +31,7 @@ def _started(address: str) -> Iterator[Any]:
     match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
     if match is None and address not in (LOCAL, "auto"):
         raise UsageError(f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to start Ray here.")
-    folder = _own_folder() if address == LOCAL else None
+    folder = _private_folder() if address == LOCAL else None
     try:
         _set_environment(local=folder is not None)
         ray = _connect(address, match, folder)
@@ -44,7 +44,7 @@ def _started(address: str) -> Iterator[Any]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _own_folder() -> Path:
+def _private_folder() -> Path:
     """A folder that no other user enters, which Ray's own, open to all, goes into. A socket's path has 107 bytes."""
     parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else None)
     return Path(tempfile.mkdtemp(prefix="slagen-ray-", dir=parent))

@@ -20,11 +20,11 @@ from typing import Any
 
 from slagen import __version__
 from slagen.batch.config import BatchConfig
-from slagen.batch.contact_sheet import try_page
+from slagen.batch.contact_sheet import write_page_or_warn
 from slagen.batch.manifest import Manifest
-from slagen.batch.ray_connection import LOCAL, _started
+from slagen.batch.ray_connection import LOCAL, connected_to_ray
 from slagen.batch.result import BatchResult
-from slagen.batch.worker import share, signals
+from slagen.batch.worker import run_worker, stop_on_signals
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, for_the_command_line
 from slagen.events import Event
 from slagen.generation import prompts
@@ -45,18 +45,18 @@ def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda
     Raises: EnvironmentProblem where Ray is not installed, not reached, or has too little; as `batch` besides.
     """
     requests = prompts.read_prompts(config.prompts)
-    config = _absolute(config)
+    config = _with_absolute_paths(config)
     stop = threading.Event()
     with (
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),  # where Ray tells of workers that died
-        _started(config.ray_address or LOCAL) as ray,
-        signals(stop, on_event),
+        connected_to_ray(config.ray_address or LOCAL) as ray,
+        stop_on_signals(stop, on_event),
     ):
-        return _Driver(ray, config, requests, stop, on_event).run()
+        return Driver(ray, config, requests, stop, on_event).run()
 
 
-def _absolute(config: BatchConfig) -> BatchConfig:
+def _with_absolute_paths(config: BatchConfig) -> BatchConfig:
     """The same config for processes with another working directory."""
     base = config.generate
     paths: dict[str, Any] = {"output": f"{user_path(base.output).absolute()}/"}
@@ -83,11 +83,11 @@ class Worker:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.stopping = threading.Event()
 
-    def make(self) -> BatchResult | SlagenError:
+    def run(self) -> BatchResult | SlagenError:
         """Share in the work until all of it is done; an expected error is given back, as Ray would wrap it."""
         try:
             with for_the_command_line():
-                return share(self.config, self.requests, self.stopping, self._tell, self.name)
+                return run_worker(self.config, self.requests, self.stopping, self._emit, self.name)
         except SlagenError as error:
             return error
 
@@ -100,16 +100,16 @@ class Worker:
                 events.append(self.events.get_nowait())
         return self.name, __version__, events
 
-    def halt(self) -> None:
+    def stop(self) -> None:
         """End after the video that is being made."""
         self.stopping.set()
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         self.events.put(dataclasses.replace(event, worker=self.number))
 
 
 @dataclasses.dataclass
-class _Hand:
+class WorkerHandle:
     """The driver's hold on one worker: its actor, the call that works, the call that waits for events."""
 
     number: int
@@ -119,7 +119,7 @@ class _Hand:
     name: str = ""  # once it has started
 
 
-class _Driver:
+class Driver:
     def __init__(
         self, ray: Any, config: BatchConfig, requests: list[prompts.Request], stop: threading.Event,
         on_event: Callable[[Event], None],
@@ -128,29 +128,29 @@ class _Driver:
         self.run_id = uuid.uuid4().hex[:12]
         self.losses: Counter[str] = Counter()  # by the key of a job, or "" for a worker that had none yet
         self.results: list[BatchResult] = []
-        self.hands: list[_Hand] = []
+        self.handles: list[WorkerHandle] = []
 
     def run(self) -> BatchResult:
         """Keep the workers at it until there is nothing to do."""
         options, count = self._resources()
         self.make_actor = self.ray.remote(max_concurrency=4, max_restarts=0, **options)(Worker)
-        self.on_event(Event("note", f"{count} Ray worker{'s' * (count > 1)}, {_words(options)} each"))
-        self.hands = [self._hire(number) for number in range(1, count + 1)]
+        self.on_event(Event("note", f"{count} Ray worker{'s' * (count > 1)}, {_describe_resources(options)} each"))
+        self.handles = [self._spawn(number) for number in range(1, count + 1)]
         told = False
         try:
-            while self.hands:
+            while self.handles:
                 if self.stop.is_set() and not told:
                     told = True
-                    self._send_home()
-                waiting = [ref for hand in self.hands for ref in (hand.result, hand.poll)]
+                    self._stop_workers()
+                waiting = [ref for handle in self.handles for ref in (handle.result, handle.poll)]
                 ready, _ = self.ray.wait(waiting, timeout=POLL_S)
-                for hand in list(self.hands):
-                    if ready and ready[0] in (hand.result, hand.poll):
-                        self._hear(hand, ready[0])
+                for handle in list(self.handles):
+                    if ready and ready[0] in (handle.result, handle.poll):
+                        self._handle_message(handle, ready[0])
         finally:
-            for hand in self.hands:
-                self.ray.kill(hand.actor)
-        return self._sum()
+            for handle in self.handles:
+                self.ray.kill(handle.actor)
+        return self._combined_result()
 
     def _resources(self) -> tuple[dict[str, float], int]:
         """What an actor takes, and how many there are."""
@@ -172,72 +172,72 @@ class _Driver:
             raise UsageError(f"ray_workers is {wanted}, but Ray has {cpus} CPUs. Try --ray-workers {max(1, cpus)}.")
         return {"num_cpus": cpus // wanted}, wanted
 
-    def _hire(self, number: int) -> _Hand:
+    def _spawn(self, number: int) -> WorkerHandle:
         actor = self.make_actor.remote(self.config, self.requests, self.run_id, number)
-        return _Hand(number, actor, actor.make.remote(), actor.poll.remote())
+        return WorkerHandle(number, actor, actor.run.remote(), actor.poll.remote())
 
-    def _hear(self, hand: _Hand, ref: Any) -> None:
+    def _handle_message(self, handle: WorkerHandle, ref: Any) -> None:
         """Take in what one call gave. Raises what stopped a worker, if that would stop all of them."""
         try:
             given = self.ray.get(ref)
         except self.ray.exceptions.RayActorError as error:
-            self.hands.remove(hand)
-            self._replace(hand, error)
+            self.handles.remove(handle)
+            self._replace(handle, error)
             return
         except self.ray.exceptions.RayError as error:
-            raise SlagenError(f"Ray worker {hand.number} failed: {_reason(error)}") from error
-        if ref is hand.poll:
-            hand.name, version, events = given
+            raise SlagenError(f"Ray worker {handle.number} failed: {_reason(error)}") from error
+        if ref is handle.poll:
+            handle.name, version, events = given
             if version != __version__:
                 raise EnvironmentProblem(f"a worker has slagen {version}, but this is {__version__}. Make them equal.")
             for event in events:
-                if event.kind != "plan" or hand.number == 1:
+                if event.kind != "plan" or handle.number == 1:
                     self.on_event(event)
-            hand.poll = hand.actor.poll.remote()
+            handle.poll = handle.actor.poll.remote()
             return
-        self.hands.remove(hand)
+        self.handles.remove(handle)
         with suppress(self.ray.exceptions.RayActorError):
-            for _, _, events in (self.ray.get(hand.poll), self.ray.get(hand.actor.poll.remote())):
+            for _, _, events in (self.ray.get(handle.poll), self.ray.get(handle.actor.poll.remote())):
                 for event in events:
                     self.on_event(event)
-        self.ray.kill(hand.actor)
+        self.ray.kill(handle.actor)
         if isinstance(given, SlagenError):
             raise given
         self.results.append(given)
         if not given.interrupted:  # all is done, so nobody needs those that have not begun
-            self._send_home()
+            self._stop_workers()
 
-    def _send_home(self) -> None:
+    def _stop_workers(self) -> None:
         """Tell those at work to end after their video, and drop those that never began."""
-        for hand in list(self.hands):
-            if hand.name:
-                hand.actor.halt.remote()
+        for handle in list(self.handles):
+            if handle.name:
+                handle.actor.stop.remote()
             else:
-                self.hands.remove(hand)
-                self.ray.kill(hand.actor)
+                self.handles.remove(handle)
+                self.ray.kill(handle.actor)
 
-    def _replace(self, hand: _Hand, error: Exception) -> None:
+    def _replace(self, handle: WorkerHandle, error: Exception) -> None:
         """A worker is gone: note what it was at, and hire another unless that has cost too many."""
         manifest = Manifest(Path(self.config.generate.output))
-        mine = [job for job in manifest.read().values() if job.state == "running" and self._worker(job) == hand.name]
+        mine = [job for job in manifest.read().values() if job.state == "running" and self._worker(job) == handle.name]
         for job in mine:
             self.losses[job.key] += 1
             if self.losses[job.key] >= MAX_LOSSES:
                 reason = f"its worker was lost {MAX_LOSSES} times; perhaps it ran out of memory"
-                manifest.finish(job, job.attempt, event="failed", worker=hand.name, reason=reason)
+                manifest.finish(job, job.attempt, event="failed", worker=handle.name, reason=reason)
         if self.stop.is_set():
             return
         self.losses[""] = 0 if mine else self.losses[""] + 1
         if self.losses[""] >= MAX_LOSSES:
             raise SlagenError(f"{MAX_LOSSES} Ray workers in a row ended before they made anything: {_reason(error)}")
-        self.on_event(Event("warning", f"worker {hand.number} was lost, and another takes its place"))
-        self.hands.append(self._hire(hand.number))
+        self.on_event(Event("warning", f"worker {handle.number} was lost, and another takes its place"))
+        self.handles.append(self._spawn(handle.number))
 
     @staticmethod
     def _worker(job: Any) -> str:
         return str(job.result.get("worker"))
 
-    def _sum(self) -> BatchResult:
+    def _combined_result(self) -> BatchResult:
         """One result of all: the manifest knows what was made, whoever lived to tell."""
         folder = Path(self.config.generate.output)
         manifest = Manifest(folder)
@@ -252,11 +252,11 @@ class _Driver:
             kept=[job.name for job in jobs if job.name in before and job.name not in made],
             elsewhere=[job.name for job in jobs if job.name in there - before and job.name not in made],
             failed=[(name, reason) for name, reason in failed.items() if name not in done],
-            interrupted=self.stop.is_set(), page=try_page(manifest, self.on_event),
+            interrupted=self.stop.is_set(), page=write_page_or_warn(manifest, self.on_event),
         )  # fmt: skip
 
 
-def _words(options: dict[str, float]) -> str:
+def _describe_resources(options: dict[str, float]) -> str:
     (name, number), *_ = options.items()
     what = name.removeprefix("num_").removesuffix("s").upper()
     return f"{number:g} {what}{'s' * (number > 1)}"

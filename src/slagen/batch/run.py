@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Callable
 
 from slagen.batch.config import BatchConfig
-from slagen.batch.contact_sheet import try_page
+from slagen.batch.contact_sheet import write_page_or_warn
 from slagen.batch.manifest import Manifest
 from slagen.batch.result import BatchResult
-from slagen.batch.worker import share
+from slagen.batch.worker import run_worker
 from slagen.events import Event
 from slagen.generation import prompts
 
@@ -33,6 +33,6 @@ def batch(config: BatchConfig, on_event: Callable[[Event], None] = lambda event:
     requests = prompts.read_prompts(config.prompts)
     stop = threading.Event()
     worker = f"{uuid.uuid4().hex[:12]}:{socket.gethostname()}:{os.getpid()}"
-    result = share(config, requests, stop, on_event, worker)
-    result.page = try_page(Manifest(result.folder), on_event)
+    result = run_worker(config, requests, stop, on_event, worker)
+    result.page = write_page_or_warn(Manifest(result.folder), on_event)
     return result

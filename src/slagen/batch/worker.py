@@ -12,11 +12,18 @@ from dataclasses import dataclass
 
 from filelock import BaseFileLock
 
-from slagen.batch.check import _sweep
+from slagen.batch.check import find_remaining
 from slagen.batch.config import BatchConfig
-from slagen.batch.forecast import Times, _check_memory, _check_room, _forecast, _work, clock
+from slagen.batch.forecast import (
+    RecordedTimes,
+    check_batch_memory,
+    check_disk_space,
+    denoising_flops,
+    describe_forecast,
+    readable_duration,
+)
 from slagen.batch.manifest import Job, Manifest
-from slagen.batch.queue import Task, _identity, _plans, _queue, _tell_often, _warn
+from slagen.batch.queue import Task, _warn, identity_of_weights, plan_videos, queue_jobs, warn_of_each
 from slagen.batch.result import BatchResult
 from slagen.errors import SlagenError, UsageError, no_memory, of_memory
 from slagen.events import Event
@@ -34,7 +41,7 @@ from slagen.video import check_ffmpeg
 POLL_S = 0.5
 
 
-def share(
+def run_worker(
     config: BatchConfig, requests: list[prompts.Request], stop: threading.Event, on_event: Callable[[Event], None],
     worker: str,
 ) -> BatchResult:  # fmt: skip
@@ -50,26 +57,26 @@ def share(
         raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
     check_ffmpeg()
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
-    plans = _plans(config.generate, requests, weights)
+    plans = plan_videos(config.generate, requests, weights)
     _warn(plans, on_event)
     on_event(Event("stage", "hash"))
     cache = user_path(config.cache_dir)
-    identity = _identity(weights, config.generate.vae, cache)
+    identity = identity_of_weights(weights, config.generate.vae, cache)
     manifest = Manifest(folder)
-    tasks = _queue(manifest, plans, identity, on_event)
+    tasks = queue_jobs(manifest, plans, identity, on_event)
     if config.shard is not None:
         part, parts = config.shard
         tasks = tasks[part - 1 :: parts]
     jobs = manifest.read()
     result = BatchResult(folder)
-    todo = _sweep(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
-    _check_room(folder, todo)
-    _check_memory(todo)
-    times = Times(cache, [identity, describe_device(weights.device)["name"]])
-    on_event(Event("plan", _forecast(folder, tasks, todo, times)))
+    todo = find_remaining(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
+    check_disk_space(folder, todo)
+    check_batch_memory(todo)
+    times = RecordedTimes(cache, [identity, describe_device(weights.device)["name"]])
+    on_event(Event("plan", describe_forecast(folder, tasks, todo, times)))
     if todo:
-        with signals(stop, on_event):
-            _Run(config, manifest, todo, result, stop, on_event, worker, times).run()
+        with stop_on_signals(stop, on_event):
+            WorkerLoop(config, manifest, todo, result, stop, on_event, worker, times).run()
             result.interrupted = stop.is_set()
     return result
 
@@ -84,12 +91,12 @@ class _Attempt:
     video: Future[Video] | None = None
 
 
-class _Run:
+class WorkerLoop:
     """One process's share of the work: sampling here, writing in a thread, so that one goes on beside the other."""
 
     def __init__(
         self, config: BatchConfig, manifest: Manifest, todo: list[Task], result: BatchResult, stop: threading.Event,
-        on_event: Callable[[Event], None], worker: str, times: Times,
+        on_event: Callable[[Event], None], worker: str, times: RecordedTimes,
     ) -> None:  # fmt: skip
         self.config, self.manifest, self.todo, self.result, self.stop = config, manifest, todo, result, stop
         self.on_event, self.worker, self.times = on_event, worker, times
@@ -108,7 +115,7 @@ class _Run:
             for task in missing:
                 embeddings.put(task.plan, session.encode(task.plan))
             session.release_text_encoder()
-        _tell_often((text for task in self.todo for text in session.cuts(task.plan)), self.on_event)
+        warn_of_each((text for task in self.todo for text in session.cuts(task.plan)), self.on_event)
         waiting = list(self.todo)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as writer:
             try:
@@ -202,15 +209,20 @@ class _Run:
         ended = [task for task in self.todo if self._has_ended(jobs[task.job.key])]
         left = ""
         sampled = [*ended, self.writing.task] if self.writing is not None else ended
-        done, everything, now = sum(map(_work, sampled)), sum(map(_work, self.todo)), time.monotonic()
+        done, everything, now = (
+            sum(map(denoising_flops, sampled)),
+            sum(map(denoising_flops, self.todo)),
+            time.monotonic(),
+        )
         if done and self.began is None:
             self.began = now, done
         elif self.began is not None and done > self.began[1]:
-            left = f", about {clock((everything - done) * (now - self.began[0]) / (done - self.began[1]))} left"
+            seconds = (everything - done) * (now - self.began[0]) / (done - self.began[1])
+            left = f", about {readable_duration(seconds)} left"
         return f"{len(ended)} of {len(self.todo)} done{left}"
 
 
-def signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
+def stop_on_signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
     """SIGINT once: finish the video and stop. SIGINT again, SIGTERM or SIGHUP: stop now."""
     text = "stopping after this video; press Ctrl-C again to stop now"
     return stopping(stop, lambda: on_event(Event("warning", text)), at_once=ENDING)

@@ -8,7 +8,7 @@ from typing import Any
 SLOWER, EVEN, FASTER = "slower", "within the noise", "faster"  # than what a row is compared with
 
 
-def _compare(rows: list[dict[str, Any]]) -> None:
+def set_speedups(rows: list[dict[str, Any]]) -> None:
     """Set each row's speed-up over the fastest dense method of the same shape, and whether it is more than noise."""
     dense = [row for row in rows if row["kind"] == "dense" and row["forward_ms"]]
     if not dense:
@@ -18,7 +18,7 @@ def _compare(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["forward_ms"]:
             row["speedup"] = forward["median"] / row["forward_ms"]["median"]
-            row["against_dense"] = beside(row["forward_ms"], forward)
+            row["against_dense"] = compare_times(row["forward_ms"], forward)
             if both is not None and row["backward_ms"]:
                 row["speedup_forward_backward"] = both / _both(row)
 
@@ -37,20 +37,20 @@ def _verdicts(rows: list[dict[str, Any]], sparsity: float) -> list[tuple[int, st
     return sorted(found.items(), reverse=True)
 
 
-def _break_even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
+def break_even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
     """The shortest length measured from which on SLA is always faster than the fastest dense method, by more than the
     noise; None if never."""
     faster = itertools.takewhile(lambda found: found[1] == FASTER, _verdicts(rows, sparsity))
     return min((length for length, _ in faster), default=None)
 
 
-def _even(rows: list[dict[str, Any]], sparsity: float) -> int | None:
+def even_tokens(rows: list[dict[str, Any]], sparsity: float) -> int | None:
     """The longest length measured, where SLA differs from the fastest dense method by no more than noise there."""
     verdicts = _verdicts(rows, sparsity)
     return verdicts[0][0] if verdicts and verdicts[0][1] == EVEN else None
 
 
-def beside(times: dict[str, Any], base: dict[str, Any]) -> str:
+def compare_times(times: dict[str, Any], base: dict[str, Any]) -> str:
     """What one measurement is beside another: "faster", "slower", or within the noise where their quartiles overlap."""
     if times["q3"] < base["q1"]:
         return FASTER

@@ -11,14 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine
 from slagen.attention.sla.functional import choose_backend
-from slagen.benchmark.clock import _spread
-from slagen.benchmark.compare import beside
+from slagen.benchmark.clock import spread
+from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
 from slagen.timing import StepRecorder
 from slagen.wan.defaults import ModelDefaults
 
 
-def _models(
+def bench_model(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """The denoising loop, dense with each dense backend of PyTorch and with SLA at each sparsity, as config says."""
@@ -47,7 +47,7 @@ def _models(
             install(pipe.transformer, None)
             try:
                 with contextlib.nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH]):
-                    times = _loop(pipe, config, defaults, compiled)
+                    times = time_loop(pipe, config, defaults, compiled)
             finally:
                 remove(pipe.transformer)
             rows.append({"attention": "dense", "backend": label, "sparsity": None, **times})
@@ -57,14 +57,14 @@ def _models(
             on_note(f"{name}, SLA, sparsity {sparsity:g}" + ", compiled" * compiled)
             install(pipe.transformer, config.sla(sparsity), backend=config.backend)
             try:
-                times = _loop(pipe, config, defaults, compiled)
+                times = time_loop(pipe, config, defaults, compiled)
             finally:
                 remove(pipe.transformer)
             rows.append({"attention": "sla", "backend": label, "sparsity": sparsity, **times})
     fastest = min((row["step_ms"] for row in rows if row["attention"] == "dense"), key=lambda times: times["median"])
     return [
         {"model": name, **row, "speedup": fastest["median"] / row["step_ms"]["median"],
-         "against_dense": beside(row["step_ms"], fastest)}
+         "against_dense": compare_times(row["step_ms"], fastest)}
         for row in rows
     ]  # fmt: skip
 
@@ -81,7 +81,7 @@ def _compiled_blocks(transformer: Any) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> dict[str, Any]:
+def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> dict[str, Any]:
     """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
     from slagen.wan.processor import attach_recorder
 
@@ -119,7 +119,7 @@ def _loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: boo
     attention = [sum(step.attention_ms) for step in recorder.steps]
     return {
         "size": f"{width}x{height}", "num_frames": num_frames, "steps": config.steps, "compiled": compiled,
-        "step_ms": _spread(latency), "attention_ms": None if compiled else _spread(attention),
+        "step_ms": spread(latency), "attention_ms": None if compiled else spread(attention),
         "attention_share": None if compiled else sum(attention) / sum(latency),
         "peak_memory_gib": machine.peak_memory_gib(device),
     }  # fmt: skip

@@ -15,8 +15,6 @@ from slagen.attention import protocol, registry
 from slagen.attention.protocol import Attend, Inputs, Layer, StepContext, Unavailable
 from slagen.attention.sla.config import SLAConfig
 
-NotHere = Unavailable
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -71,14 +69,14 @@ class Method:
         return self.kind != "dense" if self.record is None else "sparsity" in self.record.option_names
 
     @property
-    def unasked(self) -> bool:
+    def by_default(self) -> bool:
         """Whether it runs where no method is named."""
         return self.record is None or self.record.benched
 
     def make(self, setting: Setting) -> Attend:
-        """Raises NotHere where this machine can not run it."""
+        """Raises Unavailable where this machine can not run it."""
         if self.absent:
-            raise NotHere("is not installed")
+            raise Unavailable("is not installed")
         return self.build(setting)
 
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slagen.benchmark.clock import _alone, _both_passes, _draw, _forward_timer, _inputs
-from slagen.benchmark.compare import _break_even, _compare, _even
+from slagen.attention.protocol import Attend, Unavailable
+from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
+from slagen.benchmark.compare import break_even, even_tokens, set_speedups
 from slagen.benchmark.config import BenchConfig, parse_shape
-from slagen.benchmark.methods import Attend, Method, NotHere, Setting, build_module
+from slagen.benchmark.methods import Method, Setting, build_module
 from slagen.errors import EnvironmentProblem, SlagenError
 from slagen.io.text import counted
 from slagen.timing import TURNS, Timer
@@ -24,7 +25,7 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 
 
-def _not_here(name: str, reason: str) -> EnvironmentProblem:
+def unavailable(name: str, reason: str) -> EnvironmentProblem:
     return EnvironmentProblem(f"{name} does not run here: {reason.removesuffix('.')}. Leave it out of --method.")
 
 
@@ -39,7 +40,7 @@ class Entry:
     timers: dict[str, Timer] = field(default_factory=dict)
 
 
-def _bench_shape(
+def bench_shape(
     config: BenchConfig, shape: str, methods: list[Method], device: torch.device, dtype: torch.dtype,
     content: dict[str, Any], on_note: Callable[[str], None],
 ) -> None:  # fmt: skip
@@ -50,7 +51,7 @@ def _bench_shape(
     if lengths is None:
         lengths = tuple(2**n for n in range(10, 20) if 2**n < length)
     swept = 0.95 if 0.95 in sparsities else sparsities[0]
-    sparsities, groups = _merge(config, shape, sparsities, swept)
+    sparsities, groups = _distinct_sparsities(config, shape, sparsities, swept)
     content.setdefault("same_top_k", []).extend(groups)
     plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
     entries: dict[tuple[Any, ...], Entry] = {}
@@ -66,14 +67,14 @@ def _bench_shape(
     for tokens in dict.fromkeys(tokens for tokens, _ in plans):
         _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
     for rows in compared:
-        _compare(rows)
+        set_speedups(rows)
     own = [entry.row for entry in entries.values()]
     if any(row["method"] == "sla" and row["speedup"] is not None for row in own):
-        content["break_even_tokens"][shape] = _break_even(own, swept)
-        content.setdefault("even_tokens", {})[shape] = _even(own, swept)
+        content["break_even_tokens"][shape] = break_even(own, swept)
+        content.setdefault("even_tokens", {})[shape] = even_tokens(own, swept)
 
 
-def _merge(
+def _distinct_sparsities(
     config: BenchConfig, shape: str, sparsities: tuple[float, ...], swept: float
 ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
     """Those that keep different numbers of key blocks, and what stands for what; where `swept` can, it stands."""
@@ -119,12 +120,12 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
     backward = config.backward if config.backward is not None else setting.device.type == "cuda"
     if any(entry.method.name == "flex" for entry in entries):
         torch.compiler.reset()  # lengths must not add up to the limit of recompilations
-    inputs = _inputs(entries[0].sizes, setting.device, setting.dtype)
+    inputs = draw_inputs(entries[0].sizes, setting.device, setting.dtype)
     for entry in entries:
         with _reasons(entry):
             _prepare(entry, inputs, config.seconds, backward, on_note)
         if entry.row["reason"] and not entry.timers and entry.method.name in config.methods:
-            raise _not_here(entry.method.name, entry.row["reason"])
+            raise unavailable(entry.method.name, entry.row["reason"])
     for _ in range(TURNS):
         for entry in entries:
             for name in list(entry.timers):
@@ -133,7 +134,7 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
     for entry in entries:
         _fill_in(entry)
         if entry.method.record is not None and entry.method.record.parts is not None and entry.row["forward_ms"]:
-            entry.row["parts_ms"] = _parts(entry, inputs, config.seconds)
+            entry.row["parts_ms"] = _time_parts(entry, inputs, config.seconds)
 
 
 def _prepare(
@@ -154,12 +155,12 @@ def _prepare(
     if not row["correct"]:
         row["reason"] = f"wrong: its error to the reference is {error:.2g}, the limit {limit:.2g}"
         return
-    timer = _forward_timer(attend, inputs, setting.device, seconds)
+    timer = forward_timer(attend, inputs, setting.device, seconds)
     row["compile_s"] = timer.warm_up()
     entry.timers["forward"] = timer
     if backward and entry.method.backward:
         with _reasons(entry, "backward"):
-            entry.timers["backward"] = Timer(_both_passes(attend), inputs, setting.device.type, seconds)
+            entry.timers["backward"] = Timer(both_passes(attend), inputs, setting.device.type, seconds)
             entry.timers["backward"].warm_up()
 
 
@@ -169,7 +170,7 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
     try:
         yield
         return
-    except NotHere as error:
+    except Unavailable as error:
         reason = str(error)
     except torch.OutOfMemoryError:
         reason = "does not fit into this device's memory"
@@ -210,7 +211,7 @@ def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
 def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> float:
     """The largest error to the float64 reference on a short sequence, in units of the largest output."""
     sizes = (1, SHORT_HEADS, SHORT_LENGTH, head_dim)
-    q, k, v, _ = _draw(1, sizes, setting.device, setting.dtype)[0]
+    q, k, v, _ = draw(1, sizes, setting.device, setting.dtype)[0]
     if method.record is not None:  # what a module learned for each head is of so many heads
         setting = dataclasses.replace(setting, num_heads=SHORT_HEADS)
         attend = method.make(setting)
@@ -221,7 +222,7 @@ def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> f
         return ((actual - exact).abs().max() / exact.abs().max()).item()
 
 
-def _parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
+def _time_parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
     """Where a method's forward time goes, each part timed alone, so that they need not add up to the whole: a part
     finds its inputs where the part before it left them long ago."""
     record = entry.method.record
@@ -229,4 +230,4 @@ def _parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) -> di
     with torch.inference_mode():
         module, _ = build_module(record, entry.setting, entry.sizes[2])
         made = record.parts(module, *inputs[0][:3])
-    return {name: _alone(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}
+    return {name: median_ms(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}

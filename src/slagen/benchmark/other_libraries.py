@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slagen.attention.protocol import Attend
+from slagen.attention.protocol import Attend, Unavailable
 from slagen.attention.sla.block_map import CRITICAL, block_map, block_scores
 from slagen.attention.sla.config import SLAConfig
-from slagen.benchmark.methods import Method, NotHere, Setting
+from slagen.benchmark.methods import Method, Setting
 
 
 def select(q: Tensor, k: Tensor, config: SLAConfig) -> Tensor:
@@ -72,11 +72,11 @@ def _cudnn_blocks(setting: Setting) -> Attend:
     try:
         from cudnn import BSA
     except ImportError as error:
-        raise NotHere("has no block-sparse attention. Try pip install --upgrade nvidia-cudnn-frontend.") from error
+        raise Unavailable("has no block-sparse attention. Try pip install --upgrade nvidia-cudnn-frontend.") from error
     config = setting.config
     block = config.block_n
     if config.block_m != block or block not in (64, 128):
-        raise NotHere(f"takes blocks of 64 x 64 or 128 x 128, not {config.block_m} x {block}")
+        raise Unavailable(f"takes blocks of 64 x 64 or 128 x 128, not {config.block_m} x {block}")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
@@ -116,7 +116,7 @@ def _public_sla(setting: Setting) -> Attend:
 
     config = setting.config
     if config.linear_domain != "all":
-        raise NotHere("it computes the domain 'all' only")
+        raise Unavailable("it computes the domain 'all' only")
     module = SparseLinearAttention(
         head_dim=setting.weight.shape[0], topk=1 - config.sparsity, feature_map=config.feature_map,
         BLKQ=config.block_m, BLKK=config.block_n,
@@ -127,7 +127,7 @@ def _public_sla(setting: Setting) -> Attend:
     return module
 
 
-RIVALS = (
+OTHER_LIBRARIES = (
     Method("flex", "sparse", _flex),
     Method("cudnn-blocks", "sparse", _cudnn_blocks, backward=False, package="cudnn"),
     Method("flashinfer-blocks", "sparse", _flashinfer_blocks, backward=False, package="flashinfer"),

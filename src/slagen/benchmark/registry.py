@@ -12,7 +12,7 @@ from slagen.attention.dense.kernels import dense_kernel
 from slagen.attention.dense.method import DENSE
 from slagen.attention.protocol import Attend, Grid, Inputs
 from slagen.benchmark.methods import Method, Setting, build_module
-from slagen.benchmark.other_libraries import RIVALS
+from slagen.benchmark.other_libraries import OTHER_LIBRARIES
 
 
 def _own(record: protocol.Method) -> Callable[[Setting], Attend]:
@@ -45,4 +45,4 @@ def all_methods() -> tuple[Method, ...]:
         Method(each.name, "dense", _dense(each.name), each.backward, each.error_limit, each.package)
         for each in DENSE.backends if each.name != "auto"
     ]  # fmt: skip
-    return (*own, *dense, *RIVALS)
+    return (*own, *dense, *OTHER_LIBRARIES)

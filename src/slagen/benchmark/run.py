@@ -20,11 +20,11 @@ import torch
 from slagen import machine, packages
 from slagen.attention.sla.backends import check_kernels, pick_backend
 from slagen.attention.sla.config import SLAConfig
-from slagen.benchmark.clock import _ceilings
+from slagen.benchmark.clock import measure_ceilings
 from slagen.benchmark.config import BenchConfig, parse_shape
-from slagen.benchmark.loop import _models
+from slagen.benchmark.loop import bench_model
 from slagen.benchmark.methods import Method
-from slagen.benchmark.operator import SPARSITIES, _bench_shape, _not_here
+from slagen.benchmark.operator import SPARSITIES, bench_shape, unavailable
 from slagen.benchmark.registry import all_methods
 from slagen.benchmark.tables import BenchResult, markdown
 from slagen.errors import UsageError
@@ -52,7 +52,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     for name in config.methods:
         if name not in known:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
-    methods = [known[name] for name in config.methods] or [method for method in known.values() if method.unasked]
+    methods = [known[name] for name in config.methods] or [method for method in known.values() if method.by_default]
     _check_present(config, methods)
     folder = user_path(config.output or "")
     if config.output is None:
@@ -76,7 +76,7 @@ def _rows(
             check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
     content: dict[str, Any] = {
         "machine": {
-            **machine.describe_device(device), "versions": report.versions(), **_ceilings(device, dtype),
+            **machine.describe_device(device), "versions": report.versions(), **measure_ceilings(device, dtype),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "rows": [],
@@ -84,10 +84,10 @@ def _rows(
         "break_even_tokens": {},
     }  # fmt: skip
     if config.model or config.random_init:
-        content["models"] = _models(config, device, dtype, on_note)
+        content["models"] = bench_model(config, device, dtype, on_note)
     else:
         for shape in config.shapes:
-            _bench_shape(config, shape, methods, device, dtype, content, on_note)
+            bench_shape(config, shape, methods, device, dtype, content, on_note)
     return BenchResult(content)
 
 
@@ -95,7 +95,7 @@ def _check_present(config: BenchConfig, methods: list[Method]) -> None:
     """Raise EnvironmentProblem where a method that was named is not installed; of others the result says it."""
     names = [method.name for method in methods if method.absent]
     if names and config.methods:
-        raise _not_here(names[0], "is not installed")
+        raise unavailable(names[0], "is not installed")
 
 
 def _has_kernels(method: Method) -> bool:

@@ -19,8 +19,7 @@ import pytest
 from test_batch import check_consistent, command, environment, made, settings
 from wan_models import save_pipeline
 
-from slagen.batch import ray_connection
-from slagen.batch import ray_workers as cluster
+from slagen.batch import ray_connection, ray_workers
 from slagen.batch.config import BatchConfig
 from slagen.batch.manifest import Manifest, Wanted
 from slagen.cli.main import run
@@ -152,16 +151,16 @@ def test_a_job_that_costs_three_workers_fails(toy, tmp_path, monkeypatch):
     manifest = Manifest(Path(config.generate.output))
     (job,) = manifest.queue([Wanted({"prompt": "a circle"}, 1, "a-circle")])
     said = []
-    driver = cluster._Driver(None, config, [], SimpleNamespace(is_set=lambda: False), said.append)
-    monkeypatch.setattr(driver, "_hire", lambda number: cluster._Hand(number, None, None, None, "next"))
-    for number in range(cluster.MAX_LOSSES):
+    driver = ray_workers.Driver(None, config, [], SimpleNamespace(is_set=lambda: False), said.append)
+    monkeypatch.setattr(driver, "_spawn", lambda number: ray_workers.WorkerHandle(number, None, None, None, "next"))
+    for number in range(ray_workers.MAX_LOSSES):
         manifest.append({"event": "running", "key": job.key, "attempt": str(number), "worker": f"w{number}"})
-        driver._replace(cluster._Hand(1, None, None, None, f"w{number}"), RuntimeError("killed"))
+        driver._replace(ray_workers.WorkerHandle(1, None, None, None, f"w{number}"), RuntimeError("killed"))
     state = manifest.read()[job.key]
     assert state.state == "failed" and "lost 3 times" in state.result["reason"] and len(said) == 3
     with pytest.raises(SlagenError, match="before they made anything: out of disk"):
-        for _ in range(cluster.MAX_LOSSES):
-            driver._replace(cluster._Hand(1, None, None, None, ""), RuntimeError("x\nout of disk"))
+        for _ in range(ray_workers.MAX_LOSSES):
+            driver._replace(ray_workers.WorkerHandle(1, None, None, None, ""), RuntimeError("x\nout of disk"))
 
 
 @pytest.mark.slow
@@ -179,7 +178,7 @@ def test_what_cannot_start(toy, tmp_path, monkeypatch, capsys):
         assert run(["batch", str(tmp_path / "prompts.txt"), *options]) == code
         assert address in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"), ray_connection._started("local"):
+    with pytest.raises(EnvironmentProblem, match=r"slagen\[ray\]"), ray_connection.connected_to_ray("local"):
         pass
 
 
@@ -203,7 +202,7 @@ def test_a_token_that_is_missing_or_wrong(monkeypatch, error):
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with (
             pytest.raises(EnvironmentProblem, match="the token is missing or wrong") as told,
-            ray_connection._started(address),
+            ray_connection.connected_to_ray(address),
         ):
             pass
     assert address in str(told.value) and "RAY_AUTH_TOKEN_PATH" in str(told.value)
@@ -216,7 +215,7 @@ def test_workers_fit_the_machines(toy):
         config = BatchConfig("p", GenerateConfig("-", device=device), ray_address="local", ray_workers=workers)
         ray = SimpleNamespace(cluster_resources=lambda: have)
         requests = [prompts.Request("a", {"num_videos": count}, "", "")]
-        return cluster._Driver(ray, config, requests, None, print)._resources()
+        return ray_workers.Driver(ray, config, requests, None, print)._resources()
 
     two = {"CPU": 16.0, "GPU": 8.0, "node:10.0.0.1": 1.0, "node:10.0.0.2": 1.0, "node:__internal_head__": 1.0}
     assert resources(two) == ({"num_gpus": 1}, 8)
