@@ -29,7 +29,9 @@ from slagen.wan import hub
 try:
     name, repo = sys.argv[1:3]
     options = dict(local_files_only="local" in sys.argv, on_note=lambda text: print("note:", text))
-    if name == "weights":
+    if name == "sla":
+        print(hub.fetch_sla(repo, **options))
+    elif name == "weights":
         print(hub.fetch_weights(repo, **options))
     else:
         print(hub.fetch_pipeline(repo, transformer=name == "pipeline", **options))
@@ -150,6 +152,17 @@ def test_a_replaced_transformer_is_not_fetched(hub, tmp_path):
     folder = Path(out.splitlines()[-1])
     assert code == 0 and (folder / "transformer" / "config.json").is_file()
     assert not list((folder / "transformer").glob("*.safetensors"))
+
+
+def test_sla_weights_are_fetched_alone(hub, tmp_path):
+    code, out = fetch(hub.url, tmp_path, "sla", REPO)
+    assert code == 5 and f"{REPO} holds no sla.safetensors" in out
+    hub.files["sla.safetensors"] = b"weights"
+    code, out = fetch(hub.url, tmp_path / "again", "sla", REPO)
+    path = Path(out.splitlines()[-1])
+    assert code == 0 and path.read_bytes() == b"weights" and [p.name for p in path.parent.iterdir()] == [path.name]
+    code, out = fetch("http://127.0.0.1:9", tmp_path / "empty", "sla", REPO)
+    assert code == 4 and f"{REPO} is not on this machine" in out and out.endswith("or give a file or folder.")
 
 
 @pytest.mark.slow

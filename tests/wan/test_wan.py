@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from wan_models import build_pipeline, build_transformer, run, save_pipeline
 import slagen
 from slagen.attention import SparseLinearAttention
 from slagen.attention.sla.config import SLAConfig
-from slagen.errors import UsageError, WeightsError
+from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.sla import SLAMetadata, read_sla, weights_hash, write_sla
 from slagen.timing import StepRecorder
 from slagen.wan.install import load_sla, save_sla
@@ -46,6 +47,44 @@ def trained(tmp_path):
     slagen.apply_sla(pipe, CONFIG)
     train(pipe.transformer)
     return folder, save_sla(pipe, tmp_path / "sla", metadata, base), pipe
+
+
+def test_settings_by_name_and_a_warning_that_nothing_is_trained():
+    pipe = build_pipeline()
+    with pytest.warns(UserWarning, match="untrained.*slagen.load_sla") as told:
+        slagen.apply_sla(pipe, CONFIG, sparsity=0.25)
+    assert told[0].filename == __file__
+    config = dataclasses.replace(CONFIG, sparsity=0.25)
+    assert {processor.config for processor in processors(pipe.transformer)} == {config}
+    slagen.remove_sla(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slagen.apply_sla(pipe, sparsity=0.9, branches="sparse")  # it has no proj_l to train
+    assert {processor.config for processor in processors(pipe.transformer)} == {SLAConfig(sparsity=0.9)}
+    for wrong, kind in (({"sparsity": 2}, UsageError), ({"sparsty": 0.9}, TypeError)):
+        with pytest.raises(kind, match="sparsty|sparsity is 2"):
+            slagen.apply_sla(build_pipeline(), **wrong)
+
+
+def test_weights_of_the_hub(trained, monkeypatch, tmp_path):
+    _, file, pipe = trained
+    asked = []
+
+    def fetch(repo_id, *, on_note):
+        asked.append(repo_id)
+        return file
+
+    monkeypatch.setattr("slagen.wan.install.fetch_sla", fetch)
+    loaded = build_pipeline()
+    load_sla(loaded, "owner/name")
+    assert asked == ["owner/name"]
+    state = pipe.transformer.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.transformer.state_dict().items())
+    monkeypatch.chdir(tmp_path)
+    load_sla(build_pipeline(), file.parent.relative_to(tmp_path))
+    with pytest.raises(SlagenError, match="nope/sla.safetensors"):  # a file's name asks no hub
+        load_sla(build_pipeline(), "nope/sla.safetensors")
+    assert asked == ["owner/name"]
 
 
 def rewrite(file, change):

@@ -158,9 +158,9 @@ def find_sla_file(path: Path) -> Path:
     if path.is_dir():
         path = path / SLA_FILE
         if not path.is_file():
-            raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file or folder with --weights.")
+            raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file, or a folder with it.")
     if not path.is_file():
-        raise no_file(path, f"Give a {SLA_FILE}, or a folder with one, with --weights.")
+        raise no_file(path, f"Give a {SLA_FILE}, or a folder with one.")
     if path.suffix in PICKLE_SUFFIXES:
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."

@@ -20,7 +20,7 @@ from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import quote
 from slagen.timing import StepRecorder
-from slagen.wan.install import apply_sla, install_projections, load_sla
+from slagen.wan.install import install_projections, install_untrained, load_sla
 from slagen.wan.loading import load_pipeline
 from slagen.wan.processor import attach_recorder, denoising, install_method, processors
 from slagen.wan.samplers import set_sampler
@@ -176,7 +176,7 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
     branches = branches_of(method)
     assert plan.sla is not None
     if weights.sla_path is None:
-        apply_sla(pipe, plan.sla, backend=config.backend, branches=branches)  # type: ignore[arg-type]
+        install_untrained(pipe, plan.sla, config.backend, branches)  # type: ignore[arg-type]
         return {**found, "used": "base with untrained SLA"}
     options: dict[str, Any] = {
         "backend": config.backend, "branches": branches, "allow_untrained": config.allow_untrained,

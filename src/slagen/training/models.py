@@ -13,7 +13,7 @@ from slagen.formats.sla import read_metadata, weights_hash
 from slagen.training.lora import LORA_RANK, add_lora
 from slagen.training.setup import Setup
 from slagen.training.trainer import Recipe
-from slagen.wan.install import apply_sla, install_projections, load_sla
+from slagen.wan.install import install_projections, install_untrained, load_sla
 from slagen.wan.processor import install
 from slagen.wan.sequence_parallel import split_tokens
 from slagen.wan.transformer import load_transformer
@@ -67,7 +67,7 @@ def _install_attention(student: Any, setup: Setup, base_hash: str) -> int:
     if setup.is_dense:
         install(student, None)
     elif config.from_dense or weights.sla_path is None:
-        apply_sla(student, setup.sla, backend=config.backend, branches=branches)
+        install_untrained(student, setup.sla, config.backend, branches)
         for name, parameter in student.named_parameters():
             group = setup.method.group(name)
             if group is not None and group.identity and parameter.ndim == 2:  # O^l itself, to begin with

@@ -23,12 +23,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
-from slagen.errors import EnvironmentProblem, UsageError
+from slagen.errors import EnvironmentProblem, UsageError, WeightsError
+from slagen.formats.model_files import SLA_FILE
 from slagen.io.text import counted, quote
 from slagen.wan.folder import BUNDLED
 
 PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
+OTHER_MODEL = f"give a folder with --model, or try the bundled model with --model {BUNDLED}"
 # The hub's own errors are HTTPErrors too; a proxy or an address that no client takes are the last two.
 FAILURES = (HTTPError, OSError, RuntimeError, ImportError, ValueError)
 
@@ -80,8 +82,23 @@ def fetch_weights(repo_id: str, *, local_files_only: bool, on_note: OnNote) -> P
     return files[0]
 
 
-def _fetch(repo_id: str, wanted: list[str], ignored: list[str], local_files_only: bool, on_note: OnNote) -> Path:
-    """A snapshot of some of a repository's files. Raises EnvironmentProblem, or UsageError for an impossible id."""
+def fetch_sla(repo_id: str, *, local_files_only: bool = False, on_note: OnNote) -> Path:
+    """The `sla.safetensors` of a repository. Raises WeightsError if it has none."""
+    folder = _fetch(repo_id, [SLA_FILE], [], local_files_only, on_note, "or give a file or folder")
+    if not (folder / SLA_FILE).is_file():
+        raise WeightsError(f"{repo_id} holds no {SLA_FILE}. Give a repository with one, a file or a folder.")
+    return folder / SLA_FILE
+
+
+def _fetch(
+    repo_id: str, wanted: list[str], ignored: list[str], local_files_only: bool, on_note: OnNote,
+    advice: str = OTHER_MODEL,
+) -> Path:  # fmt: skip
+    """A snapshot of some of a repository's files. Raises EnvironmentProblem, or UsageError for an impossible id.
+
+    Args:
+        advice: what else to do where it cannot be downloaded.
+    """
     options: dict[str, Any] = {"allow_patterns": wanted, "ignore_patterns": ignored}
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -101,9 +118,9 @@ def _fetch(repo_id: str, wanted: list[str], ignored: list[str], local_files_only
             "yours (hf auth login, or HF_TOKEN), and a wrong token hides it."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise EnvironmentProblem(_absent(repo_id, "it was not to be downloaded")) from error
+        raise EnvironmentProblem(_absent(repo_id, "it was not to be downloaded", advice)) from error
     except FAILURES as error:
-        return _from_cache(repo_id, options, error)
+        return _from_cache(repo_id, options, error, advice)
 
 
 def _unreached(error: Exception) -> str:
@@ -117,7 +134,7 @@ def _unreached(error: Exception) -> str:
     return f"the hub cannot be reached: {first}"
 
 
-def _from_cache(repo_id: str, options: dict[str, Any], error: Exception) -> Path:
+def _from_cache(repo_id: str, options: dict[str, Any], error: Exception, advice: str) -> Path:
     """What an earlier download left whole, where the hub cannot be asked now."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code in (401, 403):
@@ -125,14 +142,11 @@ def _from_cache(repo_id: str, options: dict[str, Any], error: Exception) -> Path
     try:
         return Path(snapshot_download(repo_id, local_files_only=True, **options))
     except (LocalEntryNotFoundError, OSError) as missing:
-        raise EnvironmentProblem(_absent(repo_id, _unreached(error))) from missing
+        raise EnvironmentProblem(_absent(repo_id, _unreached(error), advice)) from missing
 
 
-def _absent(repo_id: str, why: str) -> str:
-    return (
-        f"{repo_id} is not on this machine, and {why}. Try again online (finished files are kept), give a "
-        f"folder with --model, or try the bundled model with --model {BUNDLED}."
-    )
+def _absent(repo_id: str, why: str, advice: str) -> str:
+    return f"{repo_id} is not on this machine, and {why}. Try again online (finished files are kept), {advice}."
 
 
 def _check_room(repo_id: str, info: Any, wanted: list[str], ignored: list[str], on_note: OnNote) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,17 @@ from slagen.formats.sla import (
     write_sla,
 )
 from slagen.formats.transformer import read_checkpoint
+from slagen.wan.folder import is_hub_id
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
+from slagen.wan.hub import fetch_sla
 from slagen.wan.processor import install, installation, remove
 from slagen.wan.saved import tell_settings
+
+UNTRAINED = (
+    "SLA is installed untrained (proj_l is zero): what its sparse branch leaves out is lost, and videos are poor. Load "
+    "trained weights with slagen.load_sla, or train them with `slagen finetune --from-dense`. branches='sparse' "
+    "installs the sparse branch alone, which needs no training."
+)
 
 
 def load_sla(
@@ -47,8 +58,8 @@ def load_sla(
 
     Args:
         pipe: a WanPipeline, or its transformer. What slagen had installed in it before is removed first.
-        path: an `sla.safetensors`, a folder with one, or the folder that diffusers saved this very model in, with SLA
-            inside.
+        path: an `sla.safetensors`, a folder with one, the folder that diffusers saved this very model in, with SLA
+            inside, or a hub id, "owner/name", of a repository with an `sla.safetensors`.
         config: instead of the file's, for another sparsity; domain and feature map must be the file's.
         backend, branches: as in `sparse_linear_attention`.
         allow_untrained: accept layers whose `proj_l` is all zero.
@@ -58,9 +69,11 @@ def load_sla(
     Raises: WeightsError, before anything is changed, if the file is broken, made for another base, does not hold the
         very tensors that it was written with, lacks a `proj_l`, or holds a tensor that the model has not, or in another
         shape, or with values that are not finite; UsageError if a LoRA is loaded or fused, hooks offload the
-        transformer's layers, or its weights are quantised.
+        transformer's layers, or its weights are quantised; EnvironmentProblem if the hub does not give the file.
     """
     transformer = getattr(pipe, "transformer", pipe)
+    if is_hub_id(str(path)) and Path(path).suffix != ".safetensors" and not Path(path).exists():
+        path = fetch_sla(str(path), on_note=logging.getLogger("slagen").info)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
     config = config or metadata.config
     _check_same_form(config, metadata.config, path, other_blocks)
@@ -74,7 +87,7 @@ def load_sla(
         raise WeightsError(
             f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
             f"weights {found[:12]}, as another model has, or the same with a LoRA fused into it. "
-            "Give that model with --model, or weights made for this one with --weights."
+            "Give that model, or weights made for this one."
         )
     install(transformer, config, backend=backend, branches=branches)
     missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
@@ -177,18 +190,35 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
 
 
 def apply_sla(
-    pipe: Any, config: SLAConfig | None = None, *, backend: Backend = "auto", branches: Branches = "both"
+    pipe: Any,
+    config: SLAConfig | None = None,
+    *,
+    backend: Backend = "auto",
+    branches: Branches = "both",
+    **settings: Any,
 ) -> None:
     """Install SLA with an untrained (zero) `proj_l` in a Wan pipeline: sparse attention, until it is fine-tuned.
+
+    A UserWarning says so, but for `branches="sparse"`, which needs no training.
 
     Args:
         pipe: a WanPipeline, or its transformer, without SLA in it.
         config: how to divide the work; None is `SLAConfig()`.
-    Raises: UsageError if SLA is installed already, the model is no Wan, or hooks offload its layers.
+        backend, branches: as in `sparse_linear_attention`.
+        settings: fields of SLAConfig that differ from `config`, such as `sparsity=0.9`.
+    Raises: UsageError if SLA is installed already, the model is no Wan, or hooks offload its layers, or for a setting
+        that cannot work; TypeError for one that there is not.
     """
+    install_untrained(pipe, dataclasses.replace(config or SLAConfig(), **settings), backend, branches)
+    if branches != "sparse":
+        warnings.warn(UNTRAINED, stacklevel=2)
+
+
+def install_untrained(pipe: Any, config: SLAConfig, backend: Backend = "auto", branches: Branches = "both") -> None:
+    """`apply_sla` for callers that say themselves, or know, that it is untrained."""
     transformer = getattr(pipe, "transformer", pipe)
-    install(transformer, config or SLAConfig(), backend=backend, branches=branches)
-    tell_settings(transformer, config or SLAConfig(), "flow", "" if branches == "both" else branches)
+    install(transformer, config, backend=backend, branches=branches)
+    tell_settings(transformer, config, "flow", "" if branches == "both" else branches)
 
 
 def remove_sla(pipe: Any) -> None:
