@@ -39,7 +39,7 @@ from slagen.generation.report import comment
 from slagen.training.checkpoints import HASHES, read_latest
 from slagen.training.data.dataset import Dataset
 from slagen.training.data.store import INDEX_FILE, SET_FILE, Store
-from slagen.training.data.videos import read_footage
+from slagen.training.data.videos import find_videos
 from slagen.training.log import StepRecord, ValidationRecord, read_log, validated
 from slagen.video import write_mp4
 from slagen.wan.folder import bundled_folder, describe_folder
@@ -282,10 +282,10 @@ def training_readers(folder: Path) -> dict[str, Reader]:
     (raw / "sub" / "a.mp4").write_bytes(b"")
     (raw / "sub" / "a.txt").write_text("a red circle\n")
     made = {name: Reader(1, "lines" if name[-1] == "l" else "json" if name[-1] == "n" else "text", raw / name,
-                         lambda name=name: read_footage(raw / name)) for name in lists}  # fmt: skip
+                         lambda name=name: find_videos(raw / name)) for name in lists}  # fmt: skip
     return {
         **made,
-        "caption": Reader(0.5, "text", raw / "sub/a.txt", lambda: read_footage(raw / "sub")),
+        "caption": Reader(0.5, "text", raw / "sub/a.txt", lambda: find_videos(raw / "sub")),
         "log": Reader(1.5, "lines", run_ / "log.jsonl", lambda: (read_log(run_), validated(run_))),
         "state": Reader(1.5, "json", state / "state.json", read_state),
         "data set": Reader(1.5, "json", data / SET_FILE, lambda: Dataset(data)),

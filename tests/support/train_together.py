@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from slagen.attention.sla.config import SLAConfig
 from slagen.training.checkpoints import RunState, load_state, read_latest, save_state
 from slagen.training.data.dataset import Dataset
-from slagen.training.distributed import join, whole
+from slagen.training.distributed import full_tensor, join
 from slagen.training.metrics import TeacherErrors, velocity_error
 from slagen.training.trainer import Recipe, Trainer
 from slagen.wan.defaults import TrainingDefaults
@@ -43,7 +43,7 @@ def train(model: str, data: str, out: str, parallel: str, context: str) -> None:
 
         trainer = build()
         result = trainer.step(0)
-        kept = {f"grad/{name}": whole(p.grad) for name, p in trainer.named.items()}
+        kept = {f"grad/{name}": full_tensor(p.grad) for name, p in trainer.named.items()}
         save_state(trainer, Path(out), RunState(1, 0.0, TeacherErrors(0.0, []), {}))
         team.wait()
         with trainer.averaged():  # a validation in between leaves no trace
@@ -53,8 +53,8 @@ def train(model: str, data: str, out: str, parallel: str, context: str) -> None:
         for one in (trainer, again):
             one.step(1)
         for name, parameter in trainer.named.items():
-            kept[f"weight/{name}"] = whole(parameter.detach())
-            kept[f"resumed/{name}"] = whole(again.named[name].detach())
+            kept[f"weight/{name}"] = full_tensor(parameter.detach())
+            kept[f"resumed/{name}"] = full_tensor(again.named[name].detach())
         if team.first:
             save_file(
                 {name: tensor.contiguous().clone() for name, tensor in kept.items()}, Path(out) / "kept.safetensors"

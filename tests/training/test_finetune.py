@@ -736,7 +736,7 @@ def test_changed_shards_are_found(toy, tmp_path):
 
 def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
     needs("av", "slagen[finetune]")
-    from test_footage import write_video
+    from test_videos import write_video
 
     model, _ = toy
     raw = tmp_path / "raw"
@@ -773,7 +773,7 @@ def prepare(model, path, output, held_out=None, dtype="fp32"):
 def test_what_a_data_set_may_be(toy, tmp_path):
     """Several captions of a video, faulty numbers of clips, folders in each other, precisions, damage."""
     needs("av", "slagen[finetune]")
-    from test_footage import write_video
+    from test_videos import write_video
 
     model, prepared = toy
     raw, data = tmp_path / "raw", tmp_path / "data"
@@ -820,7 +820,7 @@ def test_what_a_data_set_may_be(toy, tmp_path):
 def test_all_faults_come_before_the_first_clip_is_encoded(toy, tmp_path, monkeypatch):
     """Damage that only decoding finds, too; and what is changed is no whole set until all is well."""
     needs("av", "slagen[finetune]")
-    from test_footage import write_ramp
+    from test_videos import write_ramp
 
     model, _ = toy
     raw, data = tmp_path / "raw", tmp_path / "data"

@@ -168,7 +168,7 @@ def test_sla_weights_are_fetched_alone(hub, tmp_path):
 @pytest.mark.slow
 def test_encoding_videos_fetches_no_transformer(hub, tmp_path):
     needs("av", "slagen[finetune]")
-    from test_footage import write_video
+    from test_videos import write_video
 
     model = save_pipeline(tmp_path / "model")
     hub.files = {str(file.relative_to(model)): file.read_bytes() for file in model.rglob("*") if file.is_file()}

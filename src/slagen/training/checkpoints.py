@@ -26,7 +26,7 @@ from slagen.io import forms
 from slagen.io.documents import read_json
 from slagen.io.files import delete, writing
 from slagen.io.reading import file_hash
-from slagen.training.distributed import like, own_part, whole
+from slagen.training.distributed import as_sharded, full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors
 from slagen.training.trainer import Trainer
 
@@ -91,7 +91,7 @@ def save_state(trainer: Trainer, folder: Path, run: RunState) -> None:
             else:
                 plain.setdefault(name, {})[key] = value
     for name, kept in trainer.average.items():  # one at a time, for they may not all fit a card
-        average = whole(like(kept, trainer.named[name].detach()))
+        average = full_tensor(as_sharded(kept, trainer.named[name].detach()))
         if trainer.team.first:
             tensors[f"average/{name}"] = average.cpu()
     if not trainer.team.first:
@@ -200,16 +200,16 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     )  # fmt: skip
     with torch.no_grad():
         for name, average in trainer.average.items():
-            average.copy_(_part_of(tensors[f"average/{name}"], trainer.named[name].detach()))
+            average.copy_(_shard_of(tensors[f"average/{name}"], trainer.named[name].detach()))
 
 
-def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+def _shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor, cut as a parameter is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor):
         return tensor
-    return own_part(distribute_tensor(tensor, parameter.device_mesh, parameter.placements))
+    return local_shard(distribute_tensor(tensor, parameter.device_mesh, parameter.placements))
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -183,21 +183,21 @@ def _check_cards() -> None:
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be in parts over the team, put together on every process."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a tensor that lies in this process; shares its memory."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(part: Tensor, other: Tensor) -> Tensor:
+def as_sharded(part: Tensor, other: Tensor) -> Tensor:
     """This process's part of a tensor as the whole that `other` is a piece of."""
     from torch.distributed.tensor import DTensor
 

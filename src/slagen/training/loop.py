@@ -12,7 +12,7 @@ from slagen.events import Event
 from slagen.interrupts import stopping
 from slagen.machine import peak_memory_gib
 from slagen.training.checkpoints import RunState, save_state
-from slagen.training.distributed import whole
+from slagen.training.distributed import full_tensor
 from slagen.training.log import StepRecord, add_line
 from slagen.training.output_folder import TENSORBOARD
 from slagen.training.run import Run, anneal
@@ -72,7 +72,7 @@ def _log_step(
 ) -> None:
     """One line of the log, and of TensorBoard's."""
     norms = [
-        float(whole(p.detach()).norm()) for name, p in run.trainer.student.named_parameters()
+        float(full_tensor(p.detach()).norm()) for name, p in run.trainer.student.named_parameters()
         if parameter_group(name) is not None and name.endswith(".weight")
     ]  # fmt: skip
     if not run.is_first:

@@ -21,7 +21,7 @@ from slagen.generation.report import versions
 from slagen.io.files import write_json, writing
 from slagen.io.paths import user_path
 from slagen.training.comparison import shown_clips
-from slagen.training.distributed import own_part, whole
+from slagen.training.distributed import full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors
 from slagen.training.output_folder import MARK, RESULT, TRANSFORMER_FILE
 from slagen.training.page import PAGE, write_page
@@ -111,7 +111,7 @@ def _round(parameters: Mapping[str, Tensor]) -> None:
     """Round parameters in place to the float16 that they are stored in."""
     for name, parameter in parameters.items():
         if parameter_group(name) is None:
-            part = own_part(parameter)
+            part = local_shard(parameter)
             part.copy_(part.half().float())
 
 
@@ -119,7 +119,7 @@ def _gather(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU, where they are kept; every process takes part."""
     tensors = {}
     for name, parameter in parameters.items():  # one at a time, for they may not all fit a card
-        tensor = whole(parameter)
+        tensor = full_tensor(parameter)
         if keep:
             tensors[name] = tensor.cpu().clone()
     return tensors

@@ -19,7 +19,7 @@ from slagen.attention.registry import parameter_group
 from slagen.errors import EnvironmentProblem, SlagenError
 from slagen.training.config import Loss, Optimizer
 from slagen.training.data.dataset import Clip, Dataset
-from slagen.training.distributed import Team, own_part, whole
+from slagen.training.distributed import Team, full_tensor, local_shard
 from slagen.training.metrics import AttentionOutputs, mix, velocity
 from slagen.wan.defaults import TrainingDefaults
 
@@ -78,7 +78,7 @@ class Trainer:
         self.shared = team.share(student, recipe.dtype)
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
         self.optimizer = self._make_optimizer()
-        self.average = {name: own_part(p.detach()).clone() for name, p in self.named.items()}
+        self.average = {name: local_shard(p.detach()).clone() for name, p in self.named.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the recipe's dtype."""
@@ -141,7 +141,7 @@ class Trainer:
         loss_sum, difference_sum, scale_sum, latents = sums.tolist()
         parameters = list(self.named.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        norm_value = float(whole(norm))
+        norm_value = float(full_tensor(norm))
         for what, value in (("loss", loss_sum / batch), ("gradient", norm_value)):
             if not math.isfinite(value):
                 names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
@@ -237,13 +237,13 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self, number: int) -> None:
         decay = min(MAX_DECAY, (1 + number) / (10 + number))
-        parts = [own_part(p.detach()) for p in self.named.values()]
+        parts = [local_shard(p.detach()) for p in self.named.values()]
         torch._foreach_lerp_(list(self.average.values()), parts, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The student has its average weights, for the length of the block."""
-        kept = {name: own_part(p.detach()).clone() for name, p in self.named.items()}
+        kept = {name: local_shard(p.detach()).clone() for name, p in self.named.items()}
         self._put(self.average)
         try:
             yield
@@ -252,7 +252,7 @@ class Trainer:
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, p in self.named.items():
-            own_part(p.detach()).copy_(values[name])
+            local_shard(p.detach()).copy_(values[name])
 
 
 def optimizer_8bit() -> Any:

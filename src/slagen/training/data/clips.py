@@ -11,7 +11,7 @@ import numpy as np
 from slagen.errors import EnvironmentProblem, UsageError
 from slagen.io.text import counted
 from slagen.training.data.deinterlace import is_interlaced, whole_frames
-from slagen.training.data.videos import Footage
+from slagen.training.data.videos import SourceVideo
 
 RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
@@ -20,7 +20,7 @@ FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf
 
 
 @dataclass(frozen=True)
-class Cut:
+class ClipSpec:
     """The part of a video that becomes a clip: its beginning, resampled in time, scaled and cropped around the middle.
 
     Args:
@@ -35,17 +35,17 @@ class Cut:
     interlaced: bool = False
 
 
-def tell(faults: list[str]) -> None:
+def raise_faults(faults: list[str]) -> None:
     """Raise UsageError with all that is wrong with a data set, if anything is."""
     if faults:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UsageError(f"the data set has {count}:", *faults)
 
 
-def plan_cuts(
-    footage: list[Footage], full: Cut, grid: int, faults: Sequence[str] = (),
+def plan_clips(
+    footage: list[SourceVideo], full: ClipSpec, grid: int, faults: Sequence[str] = (),
     on_look: Callable[[int], None] = lambda number: None,
-) -> list[Cut]:  # fmt: skip
+) -> list[ClipSpec]:  # fmt: skip
     """Look at every video and choose the form of its clip: the nearest of a few sizes, the longest of a few lengths.
 
     Args:
@@ -73,17 +73,17 @@ def plan_cuts(
             )
             continue
         best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
-        cuts.append(Cut(*best, length, full.fps, interlaced))
-    tell(found)
+        cuts.append(ClipSpec(*best, length, full.fps, interlaced))
+    raise_faults(found)
     return cuts
 
 
-def _slack(unit: float, cut: Cut) -> float:
+def _slack(unit: float, cut: ClipSpec) -> float:
     """How far a timestamp may be off, in seconds: containers round it to units of theirs, Matroska to milliseconds."""
     return min(unit, 0.25 / cut.fps) + 1e-6
 
 
-def _sizes(full: Cut, grid: int) -> list[tuple[int, int]]:
+def _sizes(full: ClipSpec, grid: int) -> list[tuple[int, int]]:
     """Sizes of about one area: the model's own, that upside down, and a few ratios between."""
     sizes = [(full.width, full.height), (full.height, full.width)]
     for ratio in RATIOS:
@@ -150,7 +150,7 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]
     return duration, unit, width, height, interlaced
 
 
-def read_cut(path: Path, cut: Cut) -> np.ndarray:
+def read_clip(path: Path, cut: ClipSpec) -> np.ndarray:
     """A clip of a video: at each of its times, the frame that is shown then by the video's own timestamps.
 
     Returns: (num_frames, height, width, 3) uint8 RGB.
@@ -191,7 +191,7 @@ def read_cut(path: Path, cut: Cut) -> np.ndarray:
     return np.stack(picked)
 
 
-def _fit(frame: Any, stream: Any, cut: Cut) -> np.ndarray:
+def _fit(frame: Any, stream: Any, cut: ClipSpec) -> np.ndarray:
     """A frame as it is to be seen, scaled to cover the clip's size, and cropped around its middle."""
     width, height, turns = _shape(stream, frame)
     factor = max(cut.width / width, cut.height / height)

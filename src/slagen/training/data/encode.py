@@ -17,10 +17,10 @@ from slagen.io.paths import user_path
 from slagen.io.reading import digest
 from slagen.io.text import counted, quote
 from slagen.training.config import DataConfig
-from slagen.training.data.clips import Cut, plan_cuts, read_cut, tell
+from slagen.training.data.clips import ClipSpec, plan_clips, raise_faults, read_clip
 from slagen.training.data.dataset import Clip, encoder_identity
 from slagen.training.data.store import DECODED_FILE, Store
-from slagen.training.data.videos import read_footage
+from slagen.training.data.videos import find_videos
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
 from slagen.wan.texts import tell_cut
@@ -37,13 +37,13 @@ def encode_videos(
     """Clips of a data set of videos."""
     source = weights.source
     assert config.path is not None
-    full = _full_cut(config, source)
-    footage, faults = read_footage(user_path(config.path))
+    full = _largest_clip(config, source)
+    footage, faults = find_videos(user_path(config.path))
 
     def look(number: int) -> None:
         on_event(Event("clip", f"{number + 1} of {len(footage)} to look at: {footage[number].path.name}"))
 
-    cuts = plan_cuts(footage, full, max(16, source.spatial_grid), faults, look)
+    cuts = plan_clips(footage, full, max(16, source.spatial_grid), faults, look)
     combed = [item.path.name for item, cut in zip(footage, cuts, strict=True) if cut.interlaced]
     if combed:
         text = f"interlaced, and deinterlaced (bwdif): {len(combed)} of {counted(len(footage), 'video')}, {combed[0]}"
@@ -70,12 +70,12 @@ def encode_videos(
         if names[i] in known:
             continue
         try:
-            read_cut(footage[i].path, cuts[i])
+            read_clip(footage[i].path, cuts[i])
         except UsageError as error:
             faults.append(f"{footage[i].where}: {error}")
             continue
         append(decoded, f"{names[i]}\n".encode())
-    tell(faults)
+    raise_faults(faults)
     if todo or missing:
         on_event(Event("stage", "load"))
         pipe = load_pipeline(
@@ -86,7 +86,7 @@ def encode_videos(
     try:
         for number, i in enumerate(todo):
             on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
-            frames = torch.from_numpy(read_cut(footage[i].path, cuts[i]))
+            frames = torch.from_numpy(read_clip(footage[i].path, cuts[i]))
             with torch.inference_mode():
                 store.add(names[i], encode_video(pipe.vae, frames), str(footage[i].path))
     finally:
@@ -102,7 +102,7 @@ def text_name(identity: str, weights: Weights, text: str) -> str:
     return digest([identity, str(weights.dtype), text])
 
 
-def _full_cut(config: DataConfig, source: ModelSource) -> Cut:
+def _largest_clip(config: DataConfig, source: ModelSource) -> ClipSpec:
     """The largest clip. Raises UsageError for a size that the model does not make."""
     d, grid = source.defaults, max(16, source.spatial_grid)
     width, height = config.width or d.width, config.height or d.height
@@ -111,7 +111,7 @@ def _full_cut(config: DataConfig, source: ModelSource) -> Cut:
         raise UsageError(
             f"size is {width}x{height}, but {source.name} takes multiples of {grid} pixels. Try --size {nearest}."
         )
-    return Cut(width, height, config.num_frames or d.num_frames, config.fps or d.fps)
+    return ClipSpec(width, height, config.num_frames or d.num_frames, config.fps or d.fps)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from slagen.generation.resolve import Weights, make_plan
 from slagen.generation.session import Session, texts_of
 from slagen.io.reading import digest
 from slagen.training.config import DataConfig
-from slagen.training.data.clips import tell
+from slagen.training.data.clips import raise_faults
 from slagen.training.data.dataset import Clip, encoder_identity, transformer_files
 from slagen.training.data.encode import Made, encode_texts, text_name
 from slagen.training.data.store import Store
@@ -54,7 +54,7 @@ def generate_clips(
             pixels = {k: v for k, v in plan.settings.items() if k not in ("output", "device", "model", "overwrite")}
             name = digest([made_by, pixels])
             jobs.append((plan, name, number == clips_of - 1))
-    tell(faults)
+    raise_faults(faults)
     own_negative = source.defaults.negative_prompt
     used = [text for plan, _, _ in jobs for text in texts_of(plan)] + [own_negative]
     texts = {text: text_name(identity, weights, text) for text in used}

@@ -24,7 +24,7 @@ UNFINISHED = "tensors.jsonl"  # of a prepared set
 
 
 @dataclass(frozen=True)
-class Footage:
+class SourceVideo:
     """A video and what it shows.
 
     Args:
@@ -36,14 +36,14 @@ class Footage:
     where: str
 
 
-def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
+def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
     """Find the videos and captions of a data set, and what is wrong with it.
 
     Args:
         path: a folder of videos with a .txt beside each; a .csv, .json or .jsonl with the keys of musubi (`video_path`,
             `caption`), FastVideo (`path`, `cap`), DiffSynth (`video`, `prompt`) or Hugging Face (`file_name`, and
             `text`, `caption` or `prompt`); or a folder with one.
-    Returns: them and the faults, for `plan_cuts` to tell with its own.
+    Returns: them and the faults, for `plan_clips` to tell with its own.
     Raises: UsageError where that is no data set at all.
     """
     if not path.exists():
@@ -62,7 +62,7 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
                 return _folder(path, videos)
         file = listed
     faults: list[str] = []
-    found: list[Footage] = []
+    found: list[SourceVideo] = []
     for where, video, caption in read_list(file, faults):
         if not isinstance(video, str) or not video.strip():
             faults.append(f"{where}: names no video")
@@ -77,7 +77,7 @@ def read_footage(path: Path) -> tuple[list[Footage], list[str]]:
             what = "is a folder, of pictures perhaps, and no video" if pictures else "does not exist"
             faults.append(f"{where}: {video:.200} {what}")
         else:
-            found.append(Footage(place, caption, where))
+            found.append(SourceVideo(place, caption, where))
     if not found and not faults:
         raise UsageError(f"{file} names no video. Give a list of videos and captions, or a folder of them.")
     return found, faults
@@ -94,7 +94,7 @@ def _text_beside(video: Path) -> Path:
     return next((t for t in map(video.with_suffix, (".txt", ".TXT")) if t.is_file()), video.with_suffix(".txt"))
 
 
-def _folder(path: Path, videos: list[Path]) -> tuple[list[Footage], list[str]]:
+def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str]]:
     """Videos with a text beside each."""
     if not videos:
         raise UsageError(
@@ -115,7 +115,7 @@ def _folder(path: Path, videos: list[Path]) -> tuple[list[Footage], list[str]]:
         if not caption:
             faults.append(f"{where}: {text.name} beside it has not 1 to {MAX_CAPTION} characters of text")
             continue
-        found.append(Footage(video, caption, where))
+        found.append(SourceVideo(video, caption, where))
     return found, faults
 
 

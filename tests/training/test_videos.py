@@ -12,11 +12,11 @@ from conftest import needs
 from PIL import Image
 
 from slagen.errors import EnvironmentProblem, UsageError
-from slagen.training.data.clips import Cut, plan_cuts, read_cut
-from slagen.training.data.videos import Footage, read_footage
+from slagen.training.data.clips import ClipSpec, plan_clips, read_clip
+from slagen.training.data.videos import SourceVideo, find_videos
 
 av = needs("av", "slagen[finetune]")
-FULL = Cut(64, 48, 17, 8)
+FULL = ClipSpec(64, 48, 17, 8)
 
 
 def write_video(path, levels, times_ms, size=(64, 48), sound=False):
@@ -35,8 +35,8 @@ def write_video(path, levels, times_ms, size=(64, 48), sound=False):
 
 
 def look_at(path):
-    footage, faults = read_footage(path)
-    return plan_cuts(footage, FULL, 16, faults)
+    footage, faults = find_videos(path)
+    return plan_clips(footage, FULL, 16, faults)
 
 
 def ffmpeg(*arguments):
@@ -81,7 +81,7 @@ def test_frames_are_those_shown_at_their_times(tmp_path):
     times = [*range(0, 1000, 40), *range(1000, 3001, 500)]
     levels = [10 + 7 * i for i in range(len(times))]
     write_video(tmp_path / "a.mp4", levels, times)
-    clip = read_cut(tmp_path / "a.mp4", FULL)
+    clip = read_clip(tmp_path / "a.mp4", FULL)
     assert clip.shape == (17, 48, 64, 3)
     shown = [max(i for i, time in enumerate(times) if time <= 125 * k) for k in range(17)]
     np.testing.assert_allclose(clip.mean((1, 2, 3)), [levels[i] for i in shown], atol=3)
@@ -89,10 +89,10 @@ def test_frames_are_those_shown_at_their_times(tmp_path):
 
 def test_a_slow_video_repeats_frames_and_a_short_one_is_refused(tmp_path):
     write_video(tmp_path / "a.mp4", [50, 150, 200], [0, 1000, 2000])
-    clip = read_cut(tmp_path / "a.mp4", FULL)
+    clip = read_clip(tmp_path / "a.mp4", FULL)
     np.testing.assert_allclose(clip.mean((1, 2, 3)), [50] * 8 + [150] * 8 + [200], atol=3)
     with pytest.raises(UsageError, match="gives 17 frames at 8 a second, but 21 are needed"):
-        read_cut(tmp_path / "a.mp4", Cut(64, 48, 21, 8))
+        read_clip(tmp_path / "a.mp4", ClipSpec(64, 48, 21, 8))
 
 
 def test_sizes_and_lengths_fall_into_few_buckets(tmp_path):
@@ -100,13 +100,13 @@ def test_sizes_and_lengths_fall_into_few_buckets(tmp_path):
     for name, size, seconds in (("wide", (128, 96), 3), ("tall", (96, 128), 1.2), ("square", (80, 80), 0.6)):
         write_video(tmp_path / f"{name}.mp4", [0, 100, 200], [0, int(500 * seconds), int(1000 * seconds)], size)
         (tmp_path / f"{name}.txt").write_text("a circle")
-    footage, faults = read_footage(tmp_path)
-    cuts = {item.path.stem: cut for item, cut in zip(footage, plan_cuts(footage, FULL, 16, faults), strict=True)}
+    footage, faults = find_videos(tmp_path)
+    cuts = {item.path.stem: cut for item, cut in zip(footage, plan_clips(footage, FULL, 16, faults), strict=True)}
     assert cuts["wide"] == FULL
     assert (cuts["tall"].width, cuts["tall"].height, cuts["tall"].num_frames) == (48, 64, 9)
     assert (cuts["square"].width, cuts["square"].height, cuts["square"].num_frames) == (48, 48, 5)
     assert all(
-        read_cut(item.path, cuts[item.path.stem]).shape[0] == cuts[item.path.stem].num_frames for item in footage
+        read_clip(item.path, cuts[item.path.stem]).shape[0] == cuts[item.path.stem].num_frames for item in footage
     )
 
 
@@ -120,10 +120,10 @@ def test_times_that_a_container_rounds(tmp_path, name, fps):
     else:
         write_ramp(tmp_path / name, 17, fps)
     (tmp_path / "a.txt").write_text("a")
-    footage = [item for item in read_footage(tmp_path)[0] if item.path.name == name]
-    (cut,) = plan_cuts(footage, Cut(64, 48, 17, fps), 16)
+    footage = [item for item in find_videos(tmp_path)[0] if item.path.name == name]
+    (cut,) = plan_clips(footage, ClipSpec(64, 48, 17, fps), 16)
     assert cut.num_frames == 17
-    clip = read_cut(tmp_path / name, cut).mean((1, 2, 3))
+    clip = read_clip(tmp_path / name, cut).mean((1, 2, 3))
     np.testing.assert_allclose(clip, [(14 if name.endswith("gif") else 4) * i for i in range(17)], atol=3)
     assert np.all(np.diff(clip) > 0)
 
@@ -137,18 +137,18 @@ def test_pictures_are_as_they_are_to_be_seen(tmp_path):
         turned = tmp_path / f"{angle}.mp4"
         ffmpeg("-display_rotation", angle, "-i", tmp_path / "a.mp4", "-c", "copy", turned)
         size = (48, 96) if angle % 180 else (96, 48)
-        cut = plan_cuts([Footage(turned, "a", "a")], Cut(96, 48, 17, 8), 16)[0]
+        cut = plan_clips([SourceVideo(turned, "a", "a")], ClipSpec(96, 48, 17, 8), 16)[0]
         assert (cut.width, cut.height) == size
         ffmpeg("-i", turned, "-frames:v", 1, tmp_path / f"{angle}.png")  # ffmpeg turns it by itself
         expected = np.asarray(Image.open(tmp_path / f"{angle}.png").convert("RGB")).astype(int)
-        clip = read_cut(turned, cut)[0].astype(int)
+        clip = read_clip(turned, cut)[0].astype(int)
         assert clip.shape == expected.shape and np.abs(clip - expected).mean() < 4
         half = clip.shape[0] // 2 * corner[0], clip.shape[1] // 2 * corner[1]
         assert clip[half[0] : half[0] + clip.shape[0] // 2, half[1] : half[1] + clip.shape[1] // 2].mean() > 230
     ffmpeg("-i", tmp_path / "a.mp4", "-vf", "setsar=1/4", tmp_path / "sar.mp4")
-    cut = plan_cuts([Footage(tmp_path / "sar.mp4", "a", "a")], Cut(96, 48, 17, 8), 16)[0]
+    cut = plan_clips([SourceVideo(tmp_path / "sar.mp4", "a", "a")], ClipSpec(96, 48, 17, 8), 16)[0]
     assert (cut.width, cut.height) == (48, 96)
-    clip = read_cut(tmp_path / "sar.mp4", cut)[0]
+    clip = read_clip(tmp_path / "sar.mp4", cut)[0]
     assert clip[:48, :24].mean() > 230 and clip[:, 24:].mean() < 20
 
 
@@ -156,8 +156,8 @@ def test_a_trimmed_video_is_as_long_as_what_it_shows(tmp_path):
     """A cut without encoding keeps packets from before its beginning, which are not shown."""
     write_ramp(tmp_path / "long.mp4", 60, 8, g="48", keyint_min="48")
     ffmpeg("-ss", 2, "-i", tmp_path / "long.mp4", "-t", 1.4, "-c", "copy", tmp_path / "a.mp4")
-    (cut,) = plan_cuts([Footage(tmp_path / "a.mp4", "a", "a")], Cut(64, 48, 33, 8), 16)
-    assert cut.num_frames == 13 and len(read_cut(tmp_path / "a.mp4", cut)) == cut.num_frames
+    (cut,) = plan_clips([SourceVideo(tmp_path / "a.mp4", "a", "a")], ClipSpec(64, 48, 33, 8), 16)
+    assert cut.num_frames == 13 and len(read_clip(tmp_path / "a.mp4", cut)) == cut.num_frames
 
 
 def test_a_damaged_video_is_refused_and_does_not_hang(tmp_path):
@@ -168,9 +168,9 @@ def test_a_damaged_video_is_refused_and_does_not_hang(tmp_path):
     (tmp_path / "a.mp4").write_bytes(content)
     code = (
         "import sys; from pathlib import Path; from slagen.errors import UsageError\n"
-        "from slagen.training.data.clips import Cut, read_cut\n"
+        "from slagen.training.data.clips import ClipSpec, read_clip\n"
         "for _ in range(5):\n"
-        "    try: read_cut(Path(sys.argv[1]), Cut(64, 48, 57, 16))\n"
+        "    try: read_clip(Path(sys.argv[1]), ClipSpec(64, 48, 57, 16))\n"
         "    except UsageError as error: print(error)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
@@ -196,7 +196,7 @@ def test_names_and_notes_of_any_kind(tmp_path):
 def test_times_that_go_back_are_told(tmp_path):
     write_ramp(tmp_path / "a.avi", 40, 8, bf="3", b_strategy="0")
     with pytest.raises(UsageError, match="timestamps that go back"):
-        read_cut(tmp_path / "a.avi", Cut(64, 48, 17, 8))
+        read_clip(tmp_path / "a.avi", ClipSpec(64, 48, 17, 8))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mpg"])
@@ -207,17 +207,17 @@ def test_interlaced_videos_are_made_whole(tmp_path, name):
     ffmpeg("-f", "lavfi", "-i", bar, "-vf", "tinterlace=interleave_top,setfield=tff", "-c:v", *codec, "-q:v", 2,
            "-flags", "+ilme+ildct", tmp_path / name)  # fmt: skip
     (tmp_path / "a.txt").write_text("a bar")
-    footage, faults = read_footage(tmp_path)
-    (cut,) = plan_cuts(footage, Cut(128, 96, 17, 16), 16, faults)
+    footage, faults = find_videos(tmp_path)
+    (cut,) = plan_clips(footage, ClipSpec(128, 96, 17, 16), 16, faults)
     assert cut.interlaced
 
     def combing(clip):
         rows = clip[:, 8:-8].mean(-1).astype(float)
         return np.abs(rows[:, 1:-1] - (rows[:, :-2] + rows[:, 2:]) / 2).mean()
 
-    clip = read_cut(tmp_path / name, cut)
+    clip = read_clip(tmp_path / name, cut)
     ffmpeg("-i", tmp_path / name, "-c:v", "libx264", "-flags", "-ildct", tmp_path / "combed.mkv")
-    combed = read_cut(tmp_path / "combed.mkv", cut)
+    combed = read_clip(tmp_path / "combed.mkv", cut)
     assert clip.shape == combed.shape and combing(clip) < 0.25 * combing(combed)
     assert np.abs(clip.mean((1, 2, 3)) - combed.mean((1, 2, 3))).max() < 2  # the same moments
 
@@ -227,7 +227,7 @@ def test_cropped_around_the_middle(tmp_path):
     picture = np.zeros((48, 128, 3), np.uint8)
     picture[:, 40:88] = 255
     write_still(tmp_path / "a.mp4", picture, 9)
-    clip = read_cut(tmp_path / "a.mp4", Cut(48, 48, 5, 8))
+    clip = read_clip(tmp_path / "a.mp4", ClipSpec(48, 48, 5, 8))
     assert clip[:, :, 4:-4].mean() > 240
 
 
@@ -255,13 +255,13 @@ def test_all_kinds_of_lists_mean_the_same(tmp_path):
             (place / video).write_bytes((tmp_path / video).read_bytes())
         (folder / name).write_text(text, encoding="utf-8")
         for given in (folder, folder / name):
-            assert {(item.path.name, item.caption) for item in read_footage(given)[0]} == expected, kind
+            assert {(item.path.name, item.caption) for item in find_videos(given)[0]} == expected, kind
     folder = tmp_path / "plain" / "deeper"
     folder.mkdir(parents=True)
     for video, caption in expected:
         (folder / video).write_bytes((tmp_path / video).read_bytes())
         (folder / video).with_suffix(".txt").write_text(caption + "\n")
-    assert {(item.path.name, item.caption) for item in read_footage(tmp_path / "plain")[0]} == expected
+    assert {(item.path.name, item.caption) for item in find_videos(tmp_path / "plain")[0]} == expected
 
 
 def test_videos_are_found_wherever_they_are(tmp_path, monkeypatch):
@@ -275,7 +275,7 @@ def test_videos_are_found_wherever_they_are(tmp_path, monkeypatch):
         (aside / f"{name}.txt").write_text(name)
     (raw / "deep" / "linked").symlink_to(aside)
     (aside / "round").symlink_to(raw)
-    assert [(item.caption, cut.num_frames) for item, cut in zip(read_footage(raw)[0], look_at(raw), strict=True)] == [
+    assert [(item.caption, cut.num_frames) for item, cut in zip(find_videos(raw)[0], look_at(raw), strict=True)] == [
         ("a", 17), ("b", 17)
     ]  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -292,8 +292,8 @@ def test_what_cannot_be_decoded_at_the_beginning_does_not_count(tmp_path):
         places = [packet.pos for packet in container.demux(stream) if packet.pts is not None]
     data = (tmp_path / "whole.ts").read_bytes()
     (tmp_path / "cut.ts").write_bytes(data[places[4] :])
-    (cut,) = plan_cuts([Footage(tmp_path / "cut.ts", "a", "a")], Cut(64, 48, 33, 16), 16)
-    assert cut.num_frames < 33 and read_cut(tmp_path / "cut.ts", cut).shape[0] == cut.num_frames
+    (cut,) = plan_clips([SourceVideo(tmp_path / "cut.ts", "a", "a")], ClipSpec(64, 48, 33, 16), 16)
+    assert cut.num_frames < 33 and read_clip(tmp_path / "cut.ts", cut).shape[0] == cut.num_frames
 
 
 def test_every_fault_is_told_at_once(tmp_path):
@@ -383,7 +383,7 @@ def test_lists_of_other_kinds_are_named(tmp_path):
     (tmp_path / "own").mkdir()
     for name in ("videos.mp4", "videos.txt"):  # a video of that name, and its caption
         (tmp_path / "own" / name).write_text("a")
-    assert [item.caption for item in read_footage(tmp_path / "own")[0]] == ["a"]
+    assert [item.caption for item in find_videos(tmp_path / "own")[0]] == ["a"]
 
 
 def test_the_split_of_a_hugging_face_folder(tmp_path):
@@ -393,19 +393,19 @@ def test_the_split_of_a_hugging_face_folder(tmp_path):
         (tmp_path / split / "a.mp4").write_bytes(b"")
         (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.mp4,{split}\n")
     with pytest.raises(UsageError, match=r"holds test/metadata.csv and train/metadata.csv. Give the folder of one"):
-        read_footage(tmp_path)
+        find_videos(tmp_path)
     (tmp_path / "test" / "metadata.csv").unlink()
-    assert [item.caption for item in read_footage(tmp_path)[0]] == ["train"]
+    assert [item.caption for item in find_videos(tmp_path)[0]] == ["train"]
     (tmp_path / "test" / "a.txt").write_text("beside")
-    found, faults = read_footage(tmp_path)
+    found, faults = find_videos(tmp_path)
     assert [item.caption for item in found] == ["beside"] and len(faults) == 1
 
 
 def test_folders_without_a_set(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
-        read_footage(tmp_path / "nowhere")
+        find_videos(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="holds no videos"):
-        read_footage(tmp_path)
+        find_videos(tmp_path)
     write_video(tmp_path / "a.mp4", [0], [0])
     write_video(tmp_path / "b.mp4", [0], [0])
     (tmp_path / "b.txt").write_text("  \n")
@@ -420,7 +420,7 @@ def test_folders_without_a_set(tmp_path):
         look_at(tmp_path)
     (tmp_path / "tensors.jsonl").write_text("")
     with pytest.raises(UsageError, match="not prepared to its end, prepare it again"):
-        read_footage(tmp_path)
+        find_videos(tmp_path)
 
 
 def test_without_pyav(tmp_path, monkeypatch):
