@@ -1,15 +1,15 @@
 """Encode the videos and captions of a data set into latents and text embeddings."""
 
+from __future__ import annotations
+
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from slagen.errors import UsageError
 from slagen.events import Event
-from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.resolve import Weights
 from slagen.io.files import append
@@ -18,92 +18,65 @@ from slagen.io.reading import digest
 from slagen.io.text import counted, quote
 from slagen.training.config import DataConfig
 from slagen.training.data.clips import ClipSpec, plan_clips, raise_faults, read_clip
-from slagen.training.data.dataset import Clip, encoder_identity
+from slagen.training.data.dataset import Clip
+from slagen.training.data.job import Job, Made
 from slagen.training.data.store import DECODED_FILE, Store
-from slagen.training.data.videos import find_videos
+from slagen.training.data.videos import SourceVideo, find_videos
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
 from slagen.wan.texts import tell_cut
 from slagen.wan.vae import encode_video
 
-MAX_TOLD = 10  # texts that are cut
-Made = tuple[list[Clip], str, int]
+MAX_WARNINGS = 10  # about captions that are cut
 
 
-def encode_videos(
-    config: DataConfig, base: GenerateConfig, weights: Weights, store: Store, cache: Path, seed: int,
-    on_event: Callable[[Event], None],
-) -> Made:  # fmt: skip
-    """Clips of a data set of videos."""
-    source = weights.source
-    assert config.path is not None
-    full = _largest_clip(config, source)
-    footage, faults = find_videos(user_path(config.path))
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A clip that is not in the store yet, and the name that its latents will have there."""
 
-    def look(number: int) -> None:
-        on_event(Event("clip", f"{number + 1} of {len(footage)} to look at: {footage[number].path.name}"))
+    name: str
+    video: SourceVideo
+    spec: ClipSpec
 
-    cuts = plan_clips(footage, full, max(16, source.spatial_grid), faults, look)
-    combed = [item.path.name for item, cut in zip(footage, cuts, strict=True) if cut.interlaced]
-    if combed:
-        text = f"interlaced, and deinterlaced (bwdif): {len(combed)} of {counted(len(footage), 'video')}, {combed[0]}"
-        on_event(Event("note", text + (f" and {len(combed) - 1} more" if combed[1:] else "")))
-    identity = encoder_identity(source, cache)
-    contents = content_hashes([item.path for item in footage], cache)
-    names = [digest([identity, content, dataclasses.astuple(cut)]) for content, cut in zip(contents, cuts, strict=True)]
-    order = sorted(dict.fromkeys(names), key=lambda name: digest([seed, name]))
-    held = config.held_out or min(16, max(1, len(order) // 10))
-    if held >= len(order):
-        raise UsageError(
-            f"the data set has {counted(len(order), 'clip')}, of which {held} would be held out. Give more videos."
-        )
-    kept = set(order[:held])
-    negative = source.defaults.negative_prompt
-    texts = {text: text_name(identity, weights, text) for text in [*(item.caption for item in footage), negative]}
+
+def encode_videos(job: Job) -> Made:
+    """Encode the clips of a data set of videos; what is in the store already is kept.
+
+    Raises: UsageError with every fault of the set, before anything is encoded.
+    """
+    assert job.config.path is not None
+    largest = _largest_clip(job.config, job.source)
+    videos, faults = find_videos(user_path(job.config.path))
+    specs = _plan(job, videos, largest, faults)
+    identity = job.encoder_identity()
+    contents = content_hashes([video.path for video in videos], job.cache)
+    names = [
+        digest([identity, content, dataclasses.astuple(spec)]) for content, spec in zip(contents, specs, strict=True)
+    ]
+    held_out = _choose_held_out(job, names)
+    negative = job.source.defaults.negative_prompt
+    captions = [*(video.caption for video in videos), negative]
+    texts = {text: text_name(identity, job.weights, text) for text in captions}
     first = {name: i for i, name in reversed(list(enumerate(names)))}  # a video may be there twice
-    todo = sorted(i for name, i in first.items() if name not in store)
-    missing = [text for text, name in texts.items() if name not in store]
-    decoded = store.folder / DECODED_FILE
-    known = set(decoded.read_bytes().decode(errors="replace").split()) if decoded.is_file() else set()
-    for number, i in enumerate(todo):  # decoding costs little beside encoding, and all its faults are told before
-        on_event(Event("clip", f"{number + 1} of {len(todo)} to decode: {footage[i].path.name}"))
-        if names[i] in known:
-            continue
-        try:
-            read_clip(footage[i].path, cuts[i])
-        except UsageError as error:
-            faults.append(f"{footage[i].where}: {error}")
-            continue
-        append(decoded, f"{names[i]}\n".encode())
-    raise_faults(faults)
-    if todo or missing:
-        on_event(Event("stage", "load"))
-        pipe = load_pipeline(
-            source, weights.device, weights.dtype, text_encoder=bool(missing), transformer=False
-        )  # fmt: skip
-        encode_texts(pipe, missing, texts, store, source, on_event)
-        pipe.text_encoder = pipe.tokenizer = None
-    try:
-        for number, i in enumerate(todo):
-            on_event(Event("clip", f"{number + 1} of {len(todo)} to encode: {footage[i].path.name}"))
-            frames = torch.from_numpy(read_clip(footage[i].path, cuts[i]))
-            with torch.inference_mode():
-                store.add(names[i], encode_video(pipe.vae, frames), str(footage[i].path))
-    finally:
-        store.flush()
+    pending = [_Pending(names[i], videos[i], specs[i]) for i in sorted(first.values()) if names[i] not in job.store]
+    _check_decoding(job, pending, faults)
+    _encode(job, pending, texts)
     clips = {
-        (name, item.caption): Clip(name, texts[item.caption], item.caption, store.shapes[name], name in kept)
-        for name, item in zip(names, footage, strict=True)
-    }
-    return list(clips.values()), texts[negative], full.fps
+        (name, video.caption): Clip(
+            name, texts[video.caption], video.caption, job.store.shapes[name], name in held_out
+        )
+        for name, video in zip(names, videos, strict=True)
+    }  # fmt: skip
+    return Made(list(clips.values()), texts[negative], largest.fps)
 
 
 def text_name(identity: str, weights: Weights, text: str) -> str:
+    """The name of a caption's tensor: a hash of the caption and of what encodes it."""
     return digest([identity, str(weights.dtype), text])
 
 
 def _largest_clip(config: DataConfig, source: ModelSource) -> ClipSpec:
-    """The largest clip. Raises UsageError for a size that the model does not make."""
+    """The largest size and length of a clip. Raises UsageError for a size that the model does not take."""
     d, grid = source.defaults, max(16, source.spatial_grid)
     width, height = config.width or d.width, config.height or d.height
     if width % grid or height % grid:
@@ -114,18 +87,84 @@ def _largest_clip(config: DataConfig, source: ModelSource) -> ClipSpec:
     return ClipSpec(width, height, config.num_frames or d.num_frames, config.fps or d.fps)
 
 
+def _plan(job: Job, videos: list[SourceVideo], largest: ClipSpec, faults: list[str]) -> list[ClipSpec]:
+    """The clip of each video, with a note on those that are deinterlaced. Raises UsageError with every fault."""
+
+    def look(number: int) -> None:
+        job.emit(Event("clip", f"{number + 1} of {len(videos)} to look at: {videos[number].path.name}"))
+
+    specs = plan_clips(videos, largest, max(16, job.source.spatial_grid), faults, look)
+    names = [video.path.name for video, spec in zip(videos, specs, strict=True) if spec.interlaced]
+    if names:
+        text = f"interlaced, and deinterlaced (bwdif): {len(names)} of {counted(len(videos), 'video')}, {names[0]}"
+        job.emit(Event("note", text + (f" and {len(names) - 1} more" if names[1:] else "")))
+    return specs
+
+
+def _choose_held_out(job: Job, names: list[str]) -> set[str]:
+    """The clips that are never trained on, chosen by the seed. Raises UsageError where none would be left to train."""
+    order = sorted(dict.fromkeys(names), key=lambda name: digest([job.seed, name]))
+    count = job.config.held_out or min(16, max(1, len(order) // 10))
+    if count >= len(order):
+        raise UsageError(
+            f"the data set has {counted(len(order), 'clip')}, of which {count} would be held out. Give more videos."
+        )
+    return set(order[:count])
+
+
+def _check_decoding(job: Job, pending: Sequence[_Pending], faults: list[str]) -> None:
+    """Decode every clip once before the first is encoded: that costs little beside encoding, and every fault is known.
+
+    Raises: UsageError with the faults, those known before among them.
+    """
+    file = job.store.folder / DECODED_FILE
+    known = set(file.read_bytes().decode(errors="replace").split()) if file.is_file() else set()
+    for number, clip in enumerate(pending):
+        job.emit(Event("clip", f"{number + 1} of {len(pending)} to decode: {clip.video.path.name}"))
+        if clip.name in known:
+            continue
+        try:
+            read_clip(clip.video.path, clip.spec)
+        except UsageError as error:
+            faults.append(f"{clip.video.where}: {error}")
+            continue
+        append(file, f"{clip.name}\n".encode())
+    raise_faults(faults)
+
+
+def _encode(job: Job, pending: Sequence[_Pending], texts: dict[str, str]) -> None:
+    """Encode the clips, and the captions that are not in the store yet."""
+    missing = [text for text, name in texts.items() if name not in job.store]
+    if pending or missing:
+        job.emit(Event("stage", "load"))
+        pipe = load_pipeline(
+            job.source, job.weights.device, job.weights.dtype, text_encoder=bool(missing), transformer=False
+        )
+        encode_texts(pipe, missing, texts, job.store, job.source, job.emit)
+        pipe.text_encoder = pipe.tokenizer = None
+    try:
+        for number, clip in enumerate(pending):
+            job.emit(Event("clip", f"{number + 1} of {len(pending)} to encode: {clip.video.path.name}"))
+            frames = torch.from_numpy(read_clip(clip.video.path, clip.spec))
+            with torch.inference_mode():
+                job.store.add(clip.name, encode_video(pipe.vae, frames), str(clip.video.path))
+    finally:
+        job.store.flush()
+
+
 @torch.inference_mode()
 def encode_texts(
     pipe: Any, missing: list[str], texts: dict[str, str], store: Store, source: ModelSource,
     on_event: Callable[[Event], None],
 ) -> None:  # fmt: skip
+    """Encode captions into the store, with a warning for those that are longer than the model reads."""
     if missing:
         on_event(Event("stage", "text"))
     limit = source.defaults.max_sequence_length
     cuts = [f"the text {quote(text)} {cut}" for text in missing if (cut := tell_cut(pipe.tokenizer, text, limit))]
-    for number, told in enumerate(cuts[:MAX_TOLD]):
-        more = f" ({len(cuts)} texts are cut)" if number + 1 == MAX_TOLD < len(cuts) else ""
-        on_event(Event("warning", told + more))
+    for number, warning in enumerate(cuts[:MAX_WARNINGS]):
+        more = f" ({len(cuts)} texts are cut)" if number + 1 == MAX_WARNINGS < len(cuts) else ""
+        on_event(Event("warning", warning + more))
     for text in missing:
         embeds, _ = pipe.encode_prompt(
             prompt=text, do_classifier_free_guidance=False, device=pipe._execution_device,

@@ -10,12 +10,13 @@ from filelock import FileLock, Timeout
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
 from slagen.generation.config import GenerateConfig
-from slagen.generation.resolve import Weights, find_weights
+from slagen.generation.resolve import find_weights
 from slagen.io.files import write_json
 from slagen.io.paths import check_utf8, user_path
 from slagen.training.config import DataConfig
-from slagen.training.data.dataset import VERSION, Dataset, encoder_identity
+from slagen.training.data.dataset import VERSION, Dataset
 from slagen.training.data.encode import encode_videos
+from slagen.training.data.job import Job
 from slagen.training.data.self_generate import generate_clips
 from slagen.training.data.store import SET_FILE, Store
 
@@ -45,7 +46,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            return _prepare(config, base, weights, folder, cache, seed, on_event)
+            return _prepare(Job(config, base, weights, Store(folder), cache, seed, on_event))
     except Timeout as error:
         raise SlagenError(f"another slagen prepares {folder}. Wait for it, or give another --output.") from error
     except OSError as error:
@@ -54,23 +55,20 @@ def prepare(
         ) from error
 
 
-def _prepare(
-    config: DataConfig, base: GenerateConfig, weights: Weights, folder: Path, cache: Path, seed: int,
-    on_event: Callable[[Event], None],
-) -> Dataset:  # fmt: skip
-    make = generate_clips if config.self_generate is not None else encode_videos
-    store = Store(folder)
+def _prepare(job: Job) -> Dataset:
+    """Make what is missing, then write what the set consists of."""
+    store, source = job.store, job.source
     store.sweep()
     store.drop_changed()
-    clips, negative, fps = make(config, base, weights, store, cache, seed, on_event)
+    made = (encode_videos if job.config.self_generate is None else generate_clips)(job)
     store.flush()
     content = {
-        "version": VERSION, "identity": encoder_identity(weights.source, cache), "model": weights.source.name,
-        "negative": negative, "negative_prompt": weights.source.defaults.negative_prompt, "fps": fps,
-        "clips": [dataclasses.asdict(clip) for clip in clips],
+        "version": VERSION, "identity": job.encoder_identity(), "model": source.name, "negative": made.negative,
+        "negative_prompt": source.defaults.negative_prompt, "fps": made.fps,
+        "clips": [dataclasses.asdict(clip) for clip in made.clips],
     }  # fmt: skip
     try:
-        write_json(folder / SET_FILE, content)
+        write_json(store.folder / SET_FILE, content)
     except OSError as error:
-        raise SlagenError(f"{folder / SET_FILE} cannot be written ({error}). Free some space.") from error
-    return Dataset(folder)
+        raise SlagenError(f"{store.folder / SET_FILE} cannot be written ({error}). Free some space.") from error
+    return Dataset(store.folder)
