@@ -188,7 +188,7 @@ def test_where_a_text_is_cut_is_told():
     source = SimpleNamespace(defaults=SimpleNamespace(max_sequence_length=8))
     encode_texts(pipe, list(texts), texts, store, source, events.append)
     warned = [event.text for event in events if event.kind == "warning"]
-    assert len(warned) == 10 and "has 22 tokens" in warned[0] and warned[-1].endswith("(12 texts are cut)")
+    assert len(warned) == 10 and "has 22 tokens" in warned[0] and warned[-1].endswith("(12 captions are truncated)")
 
 
 def test_check_prompt():

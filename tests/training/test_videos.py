@@ -91,7 +91,7 @@ def test_a_slow_video_repeats_frames_and_a_short_one_is_refused(tmp_path):
     write_video(tmp_path / "a.mp4", [50, 150, 200], [0, 1000, 2000])
     clip = read_clip(tmp_path / "a.mp4", FULL)
     np.testing.assert_allclose(clip.mean((1, 2, 3)), [50] * 8 + [150] * 8 + [200], atol=3)
-    with pytest.raises(UsageError, match="gives 17 frames at 8 a second, but 21 are needed"):
+    with pytest.raises(UsageError, match="has only 17 frames at 8 fps, but 21 are needed"):
         read_clip(tmp_path / "a.mp4", ClipSpec(64, 48, 21, 8))
 
 
@@ -195,7 +195,7 @@ def test_names_and_notes_of_any_kind(tmp_path):
 
 def test_times_that_go_back_are_told(tmp_path):
     write_ramp(tmp_path / "a.avi", 40, 8, bf="3", b_strategy="0")
-    with pytest.raises(UsageError, match="timestamps that go back"):
+    with pytest.raises(UsageError, match="timestamps that go backwards"):
         read_clip(tmp_path / "a.avi", ClipSpec(64, 48, 17, 8))
 
 
@@ -308,7 +308,7 @@ def test_every_fault_is_told_at_once(tmp_path):
         look_at(tmp_path)
     text = str(caught.value)
     assert text.startswith("the data set has 4 faults")
-    for part in ("data.jsonl:2: short.mp4 is 0.10 s long", "data.jsonl:3: sound.mp4 has sound but no pictures",
+    for part in ("data.jsonl:2: short.mp4 is 0.10 s long", "data.jsonl:3: sound.mp4 has audio but no video",
                  "data.jsonl:4: broken.mp4 cannot be decoded", "data.jsonl:5: empty.mp4 cannot be dec"):  # fmt: skip
         assert part in text
     lines = [{"caption": "a"}, {"video_path": "good.mp4"}, {"video_path": "good.mp4", "caption": " "}, 7,
@@ -326,12 +326,12 @@ def test_every_fault_is_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.jsonl", "{", "a.jsonl:1: is no JSON"), ("a.jsonl", "", "names no video"),
+        ("a.jsonl", "{", "a.jsonl:1: is no JSON"), ("a.jsonl", "", "lists no videos"),
         ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: has too many columns; put the caption in"),
-        ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: is no CSV"),
-        ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: is no CSV(.|\n)*:4: c.mp4"),
-        ("metadata.csv", "a,b\n1,2\n", "lacks a column"), ("videos2caption.json", "{}", "no list of videos"),
-        ("a.txt", "x", "no list of videos"), ("a.csv", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: is not valid CSV"),
+        ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: is not(.|\n)*:4: c.mp4"),
+        ("metadata.csv", "a,b\n1,2\n", "lacks a column"), ("videos2caption.json", "{}", "does not contain a list"),
+        ("a.txt", "x", "is not a list of videos"), ("a.csv", b"\xff\xfe", "cannot be read as UTF-8"),
     ],
 )  # fmt: skip
 def test_lists_that_are_none(tmp_path, name, text, message):
@@ -341,7 +341,7 @@ def test_lists_that_are_none(tmp_path, name, text, message):
 
 
 WANTED = (
-    "Wanted: video_path and caption (musubi); path and cap (FastVideo); video and prompt (DiffSynth); "
+    "Expected: video_path and caption (musubi); path and cap (FastVideo); video and prompt (DiffSynth); "
     "file_name and text or caption or prompt (Hugging Face). Rename the "
 )
 
@@ -392,7 +392,7 @@ def test_the_split_of_a_hugging_face_folder(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "a.mp4").write_bytes(b"")
         (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.mp4,{split}\n")
-    with pytest.raises(UsageError, match=r"holds test/metadata.csv and train/metadata.csv. Give the folder of one"):
+    with pytest.raises(UsageError, match=r"contains test/metadata.csv and train/metadata.csv. Give the folder of one"):
         find_videos(tmp_path)
     (tmp_path / "test" / "metadata.csv").unlink()
     assert [item.caption for item in find_videos(tmp_path)[0]] == ["train"]
@@ -404,22 +404,22 @@ def test_the_split_of_a_hugging_face_folder(tmp_path):
 def test_folders_without_a_set(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         find_videos(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="holds no videos"):
+    with pytest.raises(UsageError, match="contains no videos"):
         find_videos(tmp_path)
     write_video(tmp_path / "a.mp4", [0], [0])
     write_video(tmp_path / "b.mp4", [0], [0])
     (tmp_path / "b.txt").write_text("  \n")
     (tmp_path / "._b.mp4").write_bytes(b"what a Mac puts beside a file")
     (tmp_path / "c.mp4").symlink_to(tmp_path / "gone.mp4")
-    with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: is a link that leads nowhere"):
+    with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: is a broken link"):
         look_at(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"video_path": "pictures", "caption": "a"}))
     (tmp_path / "._d.jsonl").write_bytes(b"what a Mac puts beside a file")
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(UsageError, match="d.jsonl:1: pictures is a folder, of pictures perhaps"):
+    with pytest.raises(UsageError, match="d.jsonl:1: pictures is a folder"):
         look_at(tmp_path)
     (tmp_path / "tensors.jsonl").write_text("")
-    with pytest.raises(UsageError, match="not prepared to its end, prepare it again"):
+    with pytest.raises(UsageError, match="was interrupted, prepare it again"):
         find_videos(tmp_path)
 
 

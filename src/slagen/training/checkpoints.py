@@ -1,7 +1,7 @@
-"""A training's checkpoints: optimiser, weights and their average, whole or not there.
+"""Checkpoints of a training: weights, averaged weights and optimizer state, written completely or not at all.
 
 Each is a folder `step-000100` with `state.safetensors`, `state.json` and their hashes. The last two are kept; one whose
-hashes do not fit its files is passed over.
+hashes do not match its files is skipped.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ STATE = {  # what `save_state` keeps beside the tensors
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run is, and what it began with.
+    """How far a run has come, and how it started.
 
     Args:
-        step: that was made last. seconds: of training, in all.
+        step: the last one made. seconds: of training so far.
         before: the errors before the first step. settings: all that changes what is learnt.
     """
 
@@ -63,10 +63,10 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk.
+    """A complete checkpoint on the disk.
 
     Args:
-        plain: what is no tensor in the optimiser's state, by parameter.
+        plain: the optimizer's state that is not a tensor, by parameter.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Checkpoint:
 def save_state(trainer: Trainer, folder: Path, run: RunState) -> None:
     """Write a checkpoint. Every process calls it; the first one writes.
 
-    Raises: SlagenError where the disk does not take it; the checkpoints before stay.
+    Raises: SlagenError where the disk is full; earlier checkpoints are kept.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=trainer.team.size > 1, ignore_frozen_params=True)
     state: Any = get_state_dict(trainer.student, trainer.optimizer, options=options)
@@ -90,7 +90,7 @@ def save_state(trainer: Trainer, folder: Path, run: RunState) -> None:
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 plain.setdefault(name, {})[key] = value
-    for name, kept in trainer.average.items():  # one at a time, for they may not all fit a card
+    for name, kept in trainer.average.items():  # one at a time: all together may not fit on the GPU
         average = full_tensor(as_sharded(kept, trainer.named[name].detach()))
         if trainer.team.first:
             tensors[f"average/{name}"] = average.cpu()
@@ -107,18 +107,18 @@ def save_state(trainer: Trainer, folder: Path, run: RunState) -> None:
             (part / HASHES).write_text(json.dumps(_hashes(part)))
     except (OSError, SafetensorError) as error:
         raise SlagenError(
-            f"the checkpoint of step {run.step} could not be written to {folder} ({error}). Free some space and start "
-            "again: the run goes on from the checkpoint before."
+            f"the checkpoint of step {run.step} could not be written to {folder} ({error}). Free some space and run "
+            "again to resume from the previous checkpoint."
         ) from error
     found = checkpoints(folder)
-    last = found.index(final) + 1  # what comes after it is broken, or the run would have gone on from there
+    last = found.index(final) + 1  # later ones are corrupt, or the run would have resumed from them
     for old in found[: max(0, last - KEPT)] + found[last:]:
-        with suppress(OSError):  # it is looked for again after the next one
+        with suppress(OSError):  # it is tried again after the next checkpoint
             delete(old)
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
-    """The last whole checkpoint of a run; None where there is none."""
+    """The last complete checkpoint of a run; None where there is none."""
     for path in reversed(checkpoints(folder)):
         try:
             if read_json(path / HASHES, {str: str}) == _hashes(path):
@@ -126,13 +126,13 @@ def read_latest(folder: Path) -> Checkpoint | None:
                 before = TeacherErrors(content["before"]["error"], content["before"]["layers"])
                 state = RunState(content["step"], content["seconds"], before, content["settings"])
                 return Checkpoint(path, state, content["plain"])
-        except (OSError, WeightsError):  # it is not whole
+        except (OSError, WeightsError):  # it is not complete
             continue
     return None
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors on the CPU, none of which shares memory with another, as bitsandbytes' tables do."""
+    """Tensors on the CPU without shared memory, which bitsandbytes' tables have."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -170,29 +170,29 @@ def _hashes(path: Path) -> dict[str, str]:
 
 
 def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Bring a trainer to where a checkpoint was written. Raises WeightsError if it is of another model."""
+    """Load a checkpoint into a trainer. Raises WeightsError if it is of another model."""
     path = checkpoint.path
     try:
         tensors = load_file(path / "state.safetensors")
     except (OSError, SafetensorError) as error:
-        raise WeightsError(
-            f"{path} is broken ({error}). Delete it, and the run goes on from the one before."
-        ) from error
+        raise WeightsError(f"{path} is corrupt ({error}). Delete it to resume from the previous checkpoint.") from error
     expected = {f"{kind}/{name}" for name in trainer.named for kind in ("weights", "average")}
     if expected != {name for name in tensors if not name.startswith("optimizer/")}:
-        raise WeightsError(f"{path} is of another model, or trains another part of it. Begin anew with --restart.")
+        raise WeightsError(
+            f"{path} is a checkpoint of another model, or of other trained parameters. Start again with --restart."
+        )
     flat: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in checkpoint.plain.items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             parameter, key = name.removeprefix("optimizer/").split("/", 1)
-            # a copy, for what is mapped from a file keeps its room on the disk when the file is gone
+            # a copy: a mapped file keeps its disk space after it is deleted
             flat.setdefault(parameter, {})[key] = tensor.clone()
     state: dict[str, Any] = {name: _nested(entries) for name, entries in flat.items()}
     weights: dict[str, Any] = {
         name.removeprefix("weights/"): t for name, t in tensors.items() if name.startswith("weights/")
     }
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    in_parts = StateDictOptions(ignore_frozen_params=True)  # nothing is put together only to read the groups
+    in_parts = StateDictOptions(ignore_frozen_params=True)  # no full tensors are gathered only to read the groups
     groups = get_state_dict(trainer.student, trainer.optimizer, options=in_parts)[1]["param_groups"]
     set_state_dict(
         trainer.student, trainer.optimizer, model_state_dict=weights,
@@ -204,7 +204,7 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
 
 
 def _shard_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a whole tensor, cut as a parameter is."""
+    """This process's shard of a full tensor, sharded as a parameter is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor):

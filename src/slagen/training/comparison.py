@@ -25,13 +25,13 @@ SHOWN_PROMPTS = 2  # prompts with side-by-side clips
 
 
 class Stopped(Exception):
-    """A clip was given up, for the run is to end."""
+    """A video was given up because the run is stopping."""
 
 
 def write_clips(run: Run, step: int) -> list[str]:
     """Write a side-by-side video of each shown prompt after a step; returns their file names, in the first process.
 
-    Raises: Stopped where the run is told to stop meanwhile.
+    Raises: Stopped where the run is stopped meanwhile.
     """
     setup, data = run.setup, run.data
     files = []

@@ -1,6 +1,6 @@
-"""The processes that train together, as torchrun starts them: who they are, and how they share a model.
+"""The processes that train together under torchrun, and how they share a model: DDP, FSDP2, context parallelism.
 
-Copies (DDP) and splits (FSDP2) are PyTorch's own. One process alone is a team of one, and needs no process group.
+A single process is a team of one, without a process group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(days=1)  # others wait while the first prepares data
 
 @dataclass(frozen=True)
 class Team:
-    """One process's place among those that train together.
+    """This process's place among those that train together.
 
     Args:
         rank: 0 is the first, which writes files. size: how many there are.
@@ -56,12 +56,12 @@ class Team:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait for all processes (a barrier)."""
         if self.size > 1:
             dist.barrier()
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process says yes."""
+        """Whether the flag is set in any process."""
         if self.size == 1:
             return flag
         said = torch.tensor([float(flag)], device=self.device)
@@ -75,7 +75,7 @@ class Team:
         return values
 
     def over_context(self, values: Tensor) -> Tensor:
-        """The sum over those that share a clip."""
+        """The sum over the processes that share a clip."""
         values = values.clone()
         dist.all_reduce(values, group=self.context_group)
         return values
@@ -145,7 +145,7 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
         if parallel != "auto" or context > 1:
             option = f"--context-parallel {context}" if context > 1 else f"--parallel {parallel}"
             raise UsageError(
-                f"{option} is for several processes. Start them: torchrun --nproc-per-node 2 -m slagen ..."
+                f"{option} is for several processes. Start them with torchrun --nproc-per-node 2 -m slagen ..."
             )
         yield Team(0, 1, device, "alone")
         return
@@ -156,7 +156,9 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            raise EnvironmentProblem(f"the processes of torchrun do not find each other: {error}") from error
+            raise EnvironmentProblem(
+                f"the processes that torchrun started cannot connect to each other: {error}"
+            ) from error
     try:
         if device.type == "cuda":
             device = torch.device("cuda", dist.get_node_local_rank(0))
@@ -184,21 +186,21 @@ def _check_cards() -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be in parts over the team, put together on every process."""
+    """The full tensor of one that may be sharded over the team, gathered on every process."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process; shares its memory."""
+    """This process's shard of a tensor; it shares its memory."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_sharded(part: Tensor, other: Tensor) -> Tensor:
-    """This process's part of a tensor as the whole that `other` is a piece of."""
+    """A local shard as a sharded tensor with the mesh, placements and shape of another."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(other, DTensor):

@@ -41,10 +41,10 @@ from slagen.video import check_ffmpeg
 
 
 def finetune(config: FinetuneConfig, on_event: Emit = lambda event: None) -> FinetuneResult:
-    """Fine-tune a model with SLA inside, or go on with what the output folder holds.
+    """Fine-tune a Wan model with sparse-linear attention, or resume the run in the output folder.
 
     Args:
-        on_event: told of stages, clips, notes and steps, in the first process.
+        on_event: called with each stage, clip, note and step, in the first process.
     Raises: UsageError for faulty data or changed settings, WeightsError for weights that do not fit,
         EnvironmentProblem for a package or device that is not there, SlagenError for a loss that is not finite or a
         full disk; KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
@@ -61,18 +61,18 @@ def finetune(config: FinetuneConfig, on_event: Emit = lambda event: None) -> Fin
                 return _run(setup)
             except torch.OutOfMemoryError as error:
                 raise SlagenError(
-                    "the GPU ran out of memory. Try --micro-batch 1; or begin anew, with --restart, with --optimizer "
-                    "adamw8bit, --train lora, or data of fewer frames."
+                    "the GPU ran out of memory. Try --micro-batch 1; or start again with --restart and --optimizer "
+                    "adamw8bit, --train lora, or clips of fewer frames."
                 ) from error
             except OSError as error:
                 raise SlagenError(
-                    f"{error.filename or folder}: {error.strerror or error}. Mend that, start again, and it goes on "
-                    "from its last checkpoint."
+                    f"{error.filename or folder}: {error.strerror or error}. Fix this and run again to "
+                    "resume from the last checkpoint."
                 ) from error
 
 
 def _run(setup: Setup) -> FinetuneResult:
-    """Everything, from the data to the page."""
+    """The whole training: data, models, steps, result."""
     folder, team = setup.folder, setup.team
     if team.first:
         sweep_folder(folder)
@@ -87,13 +87,13 @@ def _run(setup: Setup) -> FinetuneResult:
         if setup.config.restart:
             clear_folder(folder)
         elif found is None:
-            clear_log(folder)  # of a run that came to no checkpoint, with other settings perhaps
+            clear_log(folder)  # of a run that wrote no checkpoint, perhaps with other settings
         append(folder / MARK, b"")
     team.wait()
     held_out = choose_held_out(setup, data)
     for path in checkpoints(folder):
         if found is None or path > found.path:
-            setup.emit(Event("warning", f"{path} is broken, so it is passed over"))
+            setup.emit(Event("warning", f"{path} is corrupt; skipping it"))
     before = _begin(setup, trainer, held_out) if found is None else _resume(setup, trainer, found)
     step, seconds = (0, 0.0) if found is None else (found.state.step, found.state.seconds)
     run = Run(setup, settings, data, models, trainer, held_out, before)
@@ -105,7 +105,7 @@ def _run(setup: Setup) -> FinetuneResult:
 
 
 def _load_data(setup: Setup, found: Checkpoint | None) -> tuple[dict[str, Any], Dataset]:
-    """The run's settings and its data; settings are compared before the data are made, and after."""
+    """The run's settings and data; settings are compared with the checkpoint's before and after data are prepared."""
     settings, folder = run_settings(setup), setup.folder
     if found is not None:
         compare_settings(found.state.settings, settings, folder, but=("data", "data_options"))
@@ -118,13 +118,13 @@ def _load_data(setup: Setup, found: Checkpoint | None) -> tuple[dict[str, Any], 
 
 
 def _prepared(setup: Setup) -> Dataset:
-    """The prepared data, prepared by the first process where it is raw."""
+    """The prepared data set; raw data are prepared by the first process."""
     data, source, cache = setup.config.data, setup.weights.source, setup.cache
     if data.path is not None and dataset.is_prepared(user_path(data.path)):
         for name in ("width", "num_frames", "fps", "held_out"):
             if getattr(data, name) is not None:
                 option = {"width": "--size"}.get(name, f"--{name.replace('_', '-')}")
-                raise UsageError(f"{data.path} is prepared already, so {option} changes nothing. Leave it out.")
+                raise UsageError(f"{data.path} is already prepared, so {option} has no effect. Leave it out.")
         return dataset.open_dataset(user_path(data.path), source, cache)
     folder = setup.folder / "data"
     if setup.team.first:
@@ -134,7 +134,7 @@ def _prepared(setup: Setup) -> Dataset:
 
 
 def _build_trainer(setup: Setup, data: Dataset, found: Checkpoint | None) -> tuple[Models, Trainer]:
-    """Load the models onto the device, once memory and disk are known to do."""
+    """Load the models onto the device, after the memory estimate and the check of the disk."""
     models, team, recipe = build_models(setup), setup.team, setup.recipe
     tokens = max(map(setup.num_tokens, data.training))
     parts = team.size if team.kind == "fsdp" else 1
@@ -149,19 +149,19 @@ def _build_trainer(setup: Setup, data: Dataset, found: Checkpoint | None) -> tup
 
 
 def _begin(setup: Setup, trainer: Trainer, held_out: HeldOut) -> TeacherErrors:
-    """The student's error before the first step. Raises WeightsError where it is not finite."""
+    """Measure the errors before the first step. Raises WeightsError where they are NaN or Inf."""
     setup.emit(Event("stage", "measure"))
     before = measure(trainer, held_out)
     if not math.isfinite(before.error):
         raise WeightsError(
-            f"the velocity of {setup.weights.source.name} with these weights is not finite before any step. Get them "
+            f"{setup.weights.source.name} with these weights predicts NaN or Inf before any training. Download them "
             "again, or try --dtype fp32."
         )
     return before
 
 
 def _resume(setup: Setup, trainer: Trainer, found: Checkpoint) -> TeacherErrors:
-    """Bring the trainer to where a checkpoint was written; returns the error before the first step."""
+    """Load a checkpoint into the trainer; returns the errors before the first step."""
     load_state(trainer, found)
-    setup.emit(Event("note", f"going on from step {found.state.step} of {setup.schedule.steps}"))
+    setup.emit(Event("note", f"resuming from step {found.state.step} of {setup.schedule.steps}"))
     return found.state.before

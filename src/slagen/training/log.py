@@ -36,7 +36,7 @@ class StepRecord:
     Args:
         step, steps: which one, from 1, and how many there will be.
         loss: its mean over the clips. error: relative L2 error of the velocity to the dense teacher's; None where the
-            loss does not ask the teacher.
+            loss does not use the teacher.
         grad_norm: before any clipping. lr: of all but `proj_l`. proj_norms: of each layer's `proj_l`.
         seconds: of training so far. left_s: expected until the last step.
     """
@@ -73,14 +73,14 @@ class ValidationRecord:
 
 Record = StepRecord | ValidationRecord
 RECORDS: dict[str, Callable[..., Record]] = {"step": StepRecord, "validation": ValidationRecord}
-Emit = Callable[[Event | StepRecord], None]  # whoever follows a training
+Emit = Callable[[Event | StepRecord], None]  # called with what a training does
 
 
 def read_log(folder: Path) -> list[Record]:
     """The steps and validations of a run, in the order in which they were written."""
     records = []
     for line in read_lines(folder / LOG, {"event": one_of(*FORMS)}):
-        with suppress(Fault):  # it is no line of ours
+        with suppress(Fault):  # not a line that slagen wrote
             form = FORMS[line["event"]]
             check(line, form)
             records.append(RECORDS[line["event"]](**{name: line[name] for name in form}))
@@ -88,22 +88,22 @@ def read_log(folder: Path) -> list[Record]:
 
 
 def add_line(folder: Path, record: Record) -> None:
-    """Write one line. Raises SlagenError where the disk does not take it."""
+    """Append a record. Raises SlagenError where it cannot be written."""
     try:
         append(folder / LOG, (json.dumps(record.to_dict()) + "\n").encode())
     except OSError as error:
-        raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Mend that, and start again.") from error
+        raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Fix this and run again.") from error
 
 
 def cut_log(folder: Path, step: int) -> None:
-    """Take back what was said of steps after one, for they are made again. Raises SlagenError as `add_line`."""
+    """Drop the records of later steps, which will be made again. Raises SlagenError as `add_line`."""
     records = [record for record in read_log(folder) if record.step <= step]
     try:
         write_text(folder / LOG, "".join(json.dumps(record.to_dict()) + "\n" for record in records))
     except OSError as error:
-        raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Mend that, and start again.") from error
+        raise SlagenError(f"{folder / LOG} cannot be written: {error.strerror}. Fix this and run again.") from error
 
 
 def validated(folder: Path) -> set[int]:
-    """The steps whose validation was made."""
+    """The steps that were validated."""
     return {record.step for record in read_log(folder) if isinstance(record, ValidationRecord)}

@@ -21,7 +21,7 @@ from slagen.training.validation import validate_if_due
 
 
 def train(run: Run, step: int, seconds: float) -> float:
-    """Train from a step, after so many seconds, to the last; returns the seconds of all steps.
+    """Train from a step to the last one; returns the seconds of training in all, given those before.
 
     Raises: KeyboardInterrupt after SIGINT or SIGTERM, with a checkpoint written.
     """
@@ -32,7 +32,7 @@ def train(run: Run, step: int, seconds: float) -> float:
     setup.emit(Event("stage", "train"))
     first, before, saved = step, seconds, step
     began = time.monotonic()
-    text = "a checkpoint after this step, then the end; press Ctrl-C again to stop now"
+    text = "stopping after this step, with a checkpoint; press Ctrl-C again to stop now"
     repeated_s = 0 if setup.team.size == 1 else 5
     with (
         stopping(run.stop, lambda: setup.emit(Event("warning", text)), repeated_s=repeated_s),
@@ -70,7 +70,7 @@ def _save(run: Run, step: int, seconds: float) -> None:
 def _log_step(
     run: Run, step: int, result: StepResult, step_s: float, seconds: float, left_s: float, board: Any
 ) -> None:
-    """One line of the log, and of TensorBoard's."""
+    """Write a step to the log and to TensorBoard."""
     norms = [
         float(full_tensor(p.detach()).norm()) for name, p in run.trainer.student.named_parameters()
         if parameter_group(name) is not None and name.endswith(".weight")
@@ -94,7 +94,7 @@ def _log_step(
 
 @contextmanager
 def _tensorboard(run: Run, step: int) -> Iterator[Any]:
-    """A writer of event files after a step, or None; where TensorBoard is not installed, one line says so."""
+    """A TensorBoard writer that continues after a step, or None; a warning where TensorBoard is not installed."""
     if not (run.setup.config.tensorboard and run.is_first):
         yield None
         return
@@ -102,7 +102,9 @@ def _tensorboard(run: Run, step: int) -> Iterator[Any]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         run.setup.emit(
-            Event("warning", "no TensorBoard files: it is not installed (pip install 'slagen[tensorboard]')")
+            Event(
+                "warning", "no TensorBoard files: TensorBoard is missing. Install it: pip install 'slagen[tensorboard]'"
+            )
         )
         yield None
         return

@@ -10,7 +10,7 @@ LORA_TARGETS = r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
 
 
 def add_lora(transformer: Any, rank: int, seed: int) -> None:
-    """Put fresh low-rank changes, which change nothing yet, beside the linear layers of self-attention.
+    """Add fresh low-rank adapters, which are zero at the start, to the linear layers of self-attention.
 
     Raises: EnvironmentProblem where peft is not installed.
     """
@@ -20,7 +20,7 @@ def add_lora(transformer: Any, rank: int, seed: int) -> None:
 
 
 def lora_config(rank: int = 1) -> Any:
-    """What `add_lora` tells peft. Raises EnvironmentProblem where that is not installed."""
+    """The configuration of `add_lora` for peft. Raises EnvironmentProblem where that is not installed."""
     try:
         from peft import LoraConfig
     except ImportError as error:

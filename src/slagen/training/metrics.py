@@ -1,4 +1,4 @@
-"""How far SLA is from dense attention: in velocity, layer by layer, and side by side."""
+"""Errors to the dense teacher: of the velocity, and of each layer's self-attention."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ from slagen.wan.transformer import load_transformer
 
 @dataclass(frozen=True)
 class Models:
-    """What a training begins with.
+    """The two models of a training.
 
     Args:
         student: float32, with its attention installed and `requires_grad` set on what trains.
         teacher: the same model with dense attention, frozen.
         base_hash: of the student's weights before SLA was installed.
-        steps_before: that the SLA weights which it begins with were trained for.
+        steps_before: steps that the SLA weights had been trained for.
     """
 
     student: Any
@@ -70,7 +70,7 @@ def _install_attention(student: Any, setup: Setup, base_hash: str) -> int:
         install_untrained(student, setup.sla, config.backend, branches)
         for name, parameter in student.named_parameters():
             group = setup.method.group(name)
-            if group is not None and group.identity and parameter.ndim == 2:  # O^l itself, to begin with
+            if group is not None and group.identity and parameter.ndim == 2:  # the output is O^l at first
                 torch.nn.init.eye_(parameter)
     elif weights.sla_alone:
         load_sla(
@@ -123,7 +123,7 @@ def memory_plan(
     gib = [size / 2**30 for size in (weights, other / parts, kept * recipe.schedule.micro_batch)]
     student_gib, teacher_gib, activations_gib = gib
     return (
-        f"{trained / 1e6:.1f} M of {(trained + frozen) / 1e6:.1f} M parameters train; memory about {sum(gib):.1f} GiB: "
-        f"{student_gib:.1f} student, optimiser and average, {teacher_gib:.1f} teacher, {activations_gib:.1f} "
-        f"activations of {num_tokens} tokens"
+        f"training {trained / 1e6:.1f} M of {(trained + frozen) / 1e6:.1f} M parameters; estimated memory per process "
+        f"{sum(gib):.1f} GiB: {student_gib:.1f} for the student, its optimizer state and averaged weights, "
+        f"{teacher_gib:.1f} for the teacher, {activations_gib:.1f} for the activations of {num_tokens} tokens"
     )

@@ -1,4 +1,4 @@
-"""The output folder of a training: who holds it, what lies in it, and what may be deleted or overwritten."""
+"""The output folder of a training: its lock, its files, and which of them may be deleted or overwritten."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from slagen.training.page import PAGE
 
 RESULT, TENSORBOARD = "result.json", "tensorboard"
 TRANSFORMER_FILE = "transformer.safetensors"
-MARK = ".slagen-finetune"  # in a folder that a run here writes to
+MARK = ".slagen-finetune"  # marks a folder as written by slagen finetune
 
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Hold the output folder. Raises SlagenError where another run has it, or it takes no files."""
+    """Lock the output folder. Raises SlagenError where another run has it, or it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise SlagenError(f"another slagen finetune is at work in {folder}. Give another --output.") from error
+        raise SlagenError(f"another slagen finetune is running in {folder}. Give another --output.") from error
     except OSError as error:
-        raise SlagenError(f"{folder} takes no files ({error.strerror or error}). Give another --output.") from error
+        raise SlagenError(f"{folder} is not writable ({error.strerror or error}). Give another --output.") from error
     try:
         yield
     finally:
@@ -43,12 +43,12 @@ def sweep_folder(folder: Path) -> None:
     """Delete the temporary files of killed runs; the caller holds the folder, so no other run is alive in it."""
     for place in (folder, folder / FOLDER, folder / CLIPS):
         sweep(place)
-    for left in (folder / FOLDER).glob("step-*.part"):  # as versions before left them
+    for left in (folder / FOLDER).glob("step-*.part"):  # as earlier versions named them
         delete(left)
 
 
 def clear_folder(folder: Path) -> None:
-    """Delete what a run before left, and nothing else."""
+    """Delete the files of an earlier run, and nothing else."""
     paths = [*checkpoints(folder), folder / TENSORBOARD]
     if (folder / "transformer" / MARK).is_file():
         paths.append(folder / "transformer")
@@ -58,27 +58,27 @@ def clear_folder(folder: Path) -> None:
 
 
 def clear_log(folder: Path) -> None:
-    """Delete the log and the clips that it speaks of."""
+    """Delete the log and the side-by-side videos that it lists."""
     clips = [*(folder / CLIPS).glob("step-*.mp4"), *(folder / CLIPS).glob("dense-*.mp4")]
     for path in [*clips, folder / LOG]:
         delete(path)
 
 
 def check_foreign(folder: Path) -> None:
-    """Raise UsageError where the result would be written over something that no training here has made."""
+    """Raise UsageError where the result would overwrite a file that slagen finetune did not write."""
     base = folder / "transformer"
     ours = any((folder / name).is_file() for name in (MARK, RESULT)) or checkpoints(folder)
     found = [] if ours else [folder / name for name in (SLA_FILE, TRANSFORMER_FILE)]
     for path in [*found, *([] if (base / MARK).is_file() else [base])]:
         if path.exists():
-            raise UsageError(f"{path} is there, and no finetune made it. Give another --output.")
+            raise UsageError(f"{path} exists and was not written by slagen finetune. Give another --output.")
 
 
 def check_disk_space(folder: Path, checkpoint_bytes: int, restart: bool) -> None:
-    """Raise SlagenError where the disk does not hold the checkpoints, and one more while it is written.
+    """Raise SlagenError where the disk has no space for the checkpoints and one more, which is being written.
 
     Args:
-        checkpoint_bytes: of each. restart: those that are there will be deleted.
+        checkpoint_bytes: size of each. restart: existing ones will be deleted.
     """
     there = checkpoints(folder)
     free, more = shutil.disk_usage(folder).free, KEPT + 1 - len(there)

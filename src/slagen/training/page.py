@@ -18,7 +18,7 @@ def write_page(
     """The page of a run, from its log and clips.
 
     Args:
-        facts: what is told at its head. layers: error of self-attention by layer, "before" and "after".
+        facts: for the table at its top. layers: error of self-attention by layer, "before" and "after".
         captions: of the clips `step-NNNNNN-I.mp4`, by I.
     """
     log = read_log(folder)
@@ -29,16 +29,16 @@ def write_page(
     errors = [(record.step, record.error) for record in steps if record.error is not None]
     charts = [
         Chart("loss", "step", [Line("loss", x, [record.loss for record in steps])], log=True),
-        Chart("error to the dense teacher", "step", [
-            Line("of the step's clips", [step for step, _ in errors], [error for _, error in errors]),
-            Line("held out, average weights", [c.step for c in checks], [c.error for c in checks], True),
+        Chart("relative L2 error to the dense teacher", "step", [
+            Line("training clips", [step for step, _ in errors], [error for _, error in errors]),
+            Line("held-out clips, averaged weights", [c.step for c in checks], [c.error for c in checks], True),
         ], log=True),
-        Chart("gradient norm", "step", [Line("uncut", x, [record.grad_norm for record in steps])], log=True),
+        Chart("gradient norm", "step", [Line("before clipping", x, [record.grad_norm for record in steps])], log=True),
         Chart("norm of proj_l by layer", "step", [
             Line(f"layer {i}", x, [record.proj_norms[i] for record in steps])
             for i in range(layers_seen)
         ]),
-        Chart("error of self-attention by layer", "layer", [
+        Chart("relative L2 error of self-attention by layer", "layer", [
             Line(name, list(range(len(found))), found, True) for name, found in layers.items()
         ]),
     ]  # fmt: skip
@@ -67,7 +67,7 @@ TRAINING = (
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 <h2>Curves</h2>
 <section>{% for chart in charts %}<div>{{ chart|safe }}</div>{% endfor %}</section>
-<h2>Dense beside what was tuned, the same prompts and seeds</h2>
+<h2>Dense model (left) and fine-tuned model, same prompts and seeds</h2>
 <section>
 {% for pair in pairs %}
   <figure>

@@ -1,4 +1,4 @@
-"""What a training gives back: the weights that it writes, their error, and the page."""
+"""The result of a training: the weights it writes, their error to the dense teacher, result.json and the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from slagen.wan.transformer import load_transformer
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a training came to.
+    """The result of a training.
 
     Args:
         output: the folder. weights: what `slagen generate --weights` takes: the file, or the folder where the
@@ -60,9 +60,9 @@ class FinetuneResult:
 
 
 def finish(run: Run, seconds: float) -> FinetuneResult:
-    """Round the average weights, measure those, write them, and the page.
+    """Round the averaged weights to float16, measure their error, and write weights, result and page.
 
-    Raises: SlagenError where they give numbers that are not finite, or the disk does not take them.
+    Raises: SlagenError where they produce NaN or Inf, or the disk is full.
     """
     setup, steps = run.setup, run.setup.schedule.steps
     folder, dense = setup.folder, setup.is_dense
@@ -75,8 +75,8 @@ def finish(run: Run, seconds: float) -> FinetuneResult:
         after = measure(run.trainer, run.held_out)
         if not math.isfinite(after.error):
             raise SlagenError(
-                f"the weights after step {steps} give numbers that are not finite, so none were written. Begin anew "
-                "with a lower --lr and --restart."
+                f"the weights after step {steps} produce NaN or Inf, so none were written. Start again with "
+                "--restart and a lower --lr."
             )
         tensors = _gather(wanted, run.is_first)
         if run.is_first:
@@ -86,9 +86,9 @@ def finish(run: Run, seconds: float) -> FinetuneResult:
         try:
             validate(run, steps)
         except SlagenError as error:
-            if setup.team.size > 1:  # the others wait for what this one would have done
+            if setup.team.size > 1:  # the other processes wait for this one
                 raise
-            setup.emit(Event("warning", f"no clips of the last step: {error}"))
+            setup.emit(Event("warning", f"the videos of the last step were not written: {error}"))
     result = FinetuneResult(
         folder, folder if own_base else file, steps, run.before.error, after.error, seconds, folder / PAGE,
         setup.team.rank,
@@ -100,7 +100,7 @@ def finish(run: Run, seconds: float) -> FinetuneResult:
 
 
 def _is_written(run: Run, name: str) -> bool:
-    """Whether a parameter goes into the result: what was trained, now or before, and for a control all of it."""
+    """Whether a parameter is written: those trained, now or before; for a dense control all of them."""
     record = installation(run.models.student)
     before = {} if record is None else record.replaced
     is_changed = name in run.trainer.named or parameter_group(name) is not None or plain_name(name) in before
@@ -116,9 +116,9 @@ def _round(parameters: Mapping[str, Tensor]) -> None:
 
 
 def _gather(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, where they are kept; every process takes part."""
+    """The full tensors on the CPU, in the process that keeps them; every process takes part."""
     tensors = {}
-    for name, parameter in parameters.items():  # one at a time, for they may not all fit a card
+    for name, parameter in parameters.items():  # one at a time: all together may not fit on the GPU
         tensor = full_tensor(parameter)
         if keep:
             tensors[name] = tensor.cpu().clone()
@@ -136,14 +136,14 @@ def _metadata(run: Run) -> SLAMetadata:
 
 
 def _write_base(setup: Setup) -> None:
-    """The transformer that SLA was trained on, beside SLA's weights, where no model's name stands for it."""
+    """Write the transformer that SLA was trained on beside the SLA weights, where no preset or folder has it."""
     final = setup.folder / "transformer"
     try:
         with writing(final) as part:
             load_transformer(setup.weights.source, setup.recipe.dtype).save_pretrained(part)
             (part / MARK).touch()
     except (OSError, SafetensorError) as error:
-        raise SlagenError(f"{final} could not be written ({error}). Free some space, and start again.") from error
+        raise SlagenError(f"{final} could not be written ({error}). Free some space and run again.") from error
 
 
 def _write_result(run: Run, result: FinetuneResult, after: TeacherErrors) -> None:
@@ -164,8 +164,9 @@ def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None
     facts = {
         "model": source.name, "attention": config.attention + sparsity, "trained": config.train, "loss": config.loss,
         "steps": str(result.steps),
-        "error to the teacher": f"{before:.4f} before, {after:.4f} after ({1 - after / (before or 1):.0%} less)",
-        "clips": f"{len(run.data.training)} to train on, {len(run.data.held_out)} held out",
+        "relative L2 error to the dense teacher": f"{before:.4f} before, {after:.4f} after "
+        f"({1 - after / (before or 1):.0%} lower)",
+        "clips": f"{len(run.data.training)} for training, {len(run.data.held_out)} held out",
         "time": f"{result.seconds / 60:.1f} min",
     }  # fmt: skip
     attention = "SLA" if config.attention == "sla" else f"{config.attention} attention"

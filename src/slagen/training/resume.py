@@ -16,12 +16,13 @@ from slagen.training.data.dataset import transformer_files
 from slagen.training.lora import LORA_RANK
 from slagen.training.setup import Setup
 
-MAY_CHANGE = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))  # learns the same
+# Settings that do not change what is learnt.
+MAY_CHANGE = names_where(FinetuneConfig, lambda option: not (option.pixels and option.in_key))
 DEFAULTS = {setting.field: setting.default for setting in settings_of(FinetuneConfig)}
 
 
 def run_settings(setup: Setup) -> dict[str, Any]:
-    """All that changes what is learnt, but for the data themselves, as JSON keeps it."""
+    """Every setting that changes what is learnt, except the data themselves, as read back from JSON."""
     config, source = setup.config, setup.weights.source
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     fields["lora_rank"] = (config.lora_rank or LORA_RANK) if config.train == "lora" else None
@@ -37,19 +38,19 @@ def run_settings(setup: Setup) -> dict[str, Any]:
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, but: tuple[str, ...] = ()) -> None:
-    """Raise UsageError where a run would resume with other settings than it began with, some of them apart."""
+    """Raise UsageError where a run would resume with other settings than it started with; `but` are not compared."""
     names = sorted({*before, *now} - {*but})
-    before = {**{name: DEFAULTS.get(name) for name in now}, **before}  # an older checkpoint lacks what is new
+    before = {**{name: DEFAULTS.get(name) for name in now}, **before}  # an older checkpoint lacks newer settings
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
+        listed = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
         raise UsageError(
-            f"{folder} holds a run with other settings: {told}. Give the same ones, another --output, or begin anew "
-            "with --restart."
+            f"{folder} contains a run with other settings: {listed}. Give the same settings or another --output, or "
+            "start again with --restart."
         )
 
 
 def compare_data_options(before: dict[str, Any] | None, now: dict[str, Any], folder: Path) -> None:
-    """Raise UsageError for data that are sure to be others, before they are made; their hash decides in the end."""
+    """Raise UsageError for options that give other data, before the data are prepared; then their hash is compared."""
     both = {name for name, value in (before or {}).items() if value is not None and now.get(name) is not None}
     compare_settings({name: (before or {})[name] for name in both}, {name: now[name] for name in both}, folder)

@@ -1,4 +1,4 @@
-"""A training under way: what its loop, its validation and its result share."""
+"""The state of a running training that its loop, validation and result share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_HELD_OUT = 16  # clips that an error is measured on
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an error is measured on: clips that are never trained on, and noise levels."""
+    """What errors are measured on: clips that are never trained on, and noise levels."""
 
     examples: Sequence[Example]
     levels: Sequence[float]
@@ -34,11 +34,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Run:
-    """A training that is set up, with its data and models.
+    """A running training: its setup, data, models and trainer.
 
     Args:
-        settings: all that changes what is learnt, as a checkpoint keeps it.
-        before: the student's error before the first step. stop: set by SIGINT or SIGTERM.
+        settings: every setting that changes what is learnt, as a checkpoint stores it.
+        before: the student's errors before the first step. stop: set by SIGINT or SIGTERM.
     """
 
     setup: Setup
@@ -56,7 +56,7 @@ class Run:
         return self.setup.team.first
 
     def stopping(self) -> bool:
-        """Whether any process was told to stop; all of them ask at once."""
+        """Whether any process was told to stop. All processes call this together."""
         return self.setup.team.agree(self.stop.is_set())
 
 
@@ -89,7 +89,7 @@ def measure(trainer: Trainer, held_out: HeldOut) -> TeacherErrors:
 
 
 def anneal(run: Run, step: int) -> None:
-    """Set the sparsity of a step: it rises over the first half of the steps, where that is asked for."""
+    """With --anneal-from, set the sparsity of a step: it rises linearly over the first half of the steps."""
     start, sla = run.setup.config.anneal_from, run.setup.sla
     if start is None:
         return

@@ -1,4 +1,4 @@
-"""Check what is asked of a training, and fill in the model's defaults, before data or models are read."""
+"""Check the settings of a training and fill in the model's defaults, before data or models are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.generation.config import CACHE, GenerateConfig
 from slagen.generation.resolve import Weights, find_weights
 from slagen.io.paths import user_path
-from slagen.io.text import counted
+from slagen.io.text import counted, quote
 from slagen.machine import pick_device, pick_dtype
 from slagen.training.config import FinetuneConfig
 from slagen.training.data.dataset import Clip, Dataset
@@ -29,15 +29,15 @@ from slagen.training.output_folder import TRANSFORMER_FILE
 from slagen.training.trainer import Recipe, optimizer_8bit
 from slagen.wan.defaults import TrainingDefaults
 
-DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default there is a few-step model, which is no teacher
+DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default on CUDA is a few-step model, which cannot be a teacher
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a training is to do, checked and with every default filled in.
+    """The checked settings of a training, with every default filled in.
 
     Args:
-        folder: for its output. emit: told of stages, notes, warnings and steps.
+        folder: for the output. emit: called with each stage, note, warning and step.
         method: the student's attention. base: how the dense model would generate: model, device, dtype, backend.
         weights: where the model and its SLA weights lie. sla: how attention is divided at the end.
         recipe: how the student is trained.
@@ -75,9 +75,9 @@ class Setup:
 
 
 def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) -> Setup:
-    """Everything that can be known before data or models are read.
+    """Check everything that can be checked before data or models are read.
 
-    Raises: UsageError, WeightsError or EnvironmentProblem with what cannot be done.
+    Raises: UsageError, WeightsError or EnvironmentProblem.
     """
     method = registry.get(config.attention)
     is_dense = method.family == "dense"
@@ -90,13 +90,16 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     weights = find_weights(base, lambda text: emit(Event("note", text)))
     _check_weights(config, weights, is_dense)
     if weights.source.weights is None:
-        base = dataclasses.replace(base, weights=None)  # SLA weights are no concern of the dense model's
+        base = dataclasses.replace(base, weights=None)  # the dense model has no use for SLA weights
     if config.optimizer == "adamw8bit" and team.kind == "fsdp":
-        raise UsageError("adamw8bit does not know FSDP's parts. Leave --optimizer out, or take --parallel ddp.")
+        raise UsageError(
+            "adamw8bit does not support FSDP's sharded parameters. Leave --optimizer out, or use --parallel ddp."
+        )
     sla = config.sla(weights.sla)
     if config.anneal_from is not None and config.anneal_from > sla.sparsity:
         raise UsageError(
-            f"anneal_from is {config.anneal_from:g}, but sparsity rises from there to {sla.sparsity:g}. Give less."
+            f"anneal_from is {config.anneal_from:g}, but sparsity can only rise from there to {sla.sparsity:g}. Give "
+            "a lower value."
         )
     recipe = _recipe(config, weights, team)
     heads = weights.source.shape.num_heads
@@ -115,31 +118,32 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
 
 
 def default_model(name: str | None, device: str) -> str | None:
-    """The model that is trained where none is named: generate's own, but on CUDA."""
+    """The model that is trained unless one is named: generate's default, except on CUDA."""
     return name or (DEFAULT_ON_CUDA if pick_device(device).type == "cuda" else None)
 
 
 def _check_weights(config: FinetuneConfig, weights: Weights, is_dense: bool) -> None:
-    """Raise where the weights that a training begins with are missing, given twice, or cannot be trained."""
+    """Raise where the weights to start from are missing, given twice, or cannot be trained."""
     if config.from_dense and config.weights is not None and weights.source.weights is None:
-        raise UsageError("--from-dense begins without SLA weights, but --weights gives some. Leave one of them out.")
+        raise UsageError("--from-dense starts without SLA weights, but --weights gives some. Leave one of them out.")
     if not config.from_dense and not is_dense and weights.sla_path is None:
         raise WeightsError(
-            f"{weights.source.name} has no SLA weights to go on from. Begin with --from-dense, or give some with "
-            "--weights."
+            f"{weights.source.name} has no SLA weights to continue from. Start with --from-dense, or give SLA weights "
+            "with --weights."
         )
     if (file := weights.source.weights) is not None and file.suffix == ".gguf":
-        raise UsageError(f"{file} is quantised, and trains no further. Give the model in full precision.")
+        raise UsageError(f"{file} is quantised and cannot be trained. Give the model in full precision.")
 
 
 def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
-    """The model's own numbers, with what the user said in their place. Raises UsageError for an uneven batch."""
+    """The model's training defaults, overridden by what the user gave. Raises UsageError for an uneven batch."""
     names = ("steps", "lr", "proj_multiplier", "warmup_steps", "batch_size", "micro_batch", "caption_dropout")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     schedule = dataclasses.replace(weights.source.defaults.training, **given)
     if schedule.batch_size % team.data_size:
         raise UsageError(
-            f"batch_size is {schedule.batch_size}, but {team.data_size} processes share it. Give a multiple."
+            f"batch_size is {schedule.batch_size}, but must be a multiple of the {team.data_size} processes that "
+            "share it."
         )
     dtype = pick_dtype(config.dtype, team.device)
     return Recipe(
@@ -149,12 +153,12 @@ def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
 
 
 def _check_output(config: FinetuneConfig, folder: Path, weights: Weights) -> None:
-    """Raise UsageError where the result would be written over the model or the weights that it is made from."""
+    """Raise UsageError where the result would overwrite the model or the weights that training starts from."""
     read = [weights.source.folder, config.weights, None if config.from_dense else weights.sla_path]
     written = [folder, *(folder / name for name in (SLA_FILE, TRANSFORMER_FILE, "transformer"))]
     if {user_path(p).resolve() for p in read if p is not None} & {path.resolve() for path in written}:
         raise UsageError(
-            f"model or weights come from {folder}, where the result would be written over them. Give another --output."
+            f"the model or the weights are in {folder}, where the result would overwrite them. Give another --output."
         )
 
 
@@ -164,13 +168,13 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
     least = min(map(setup.num_tokens, clips))
     if not setup.is_dense and not setup.method.applies(setup.sla, least):
         raise UsageError(
-            f"a clip has {counted(least, 'token')}, fewer than 2 key blocks of {setup.sla.block_n}, so nothing can "
-            "be left out. Give larger or longer clips, or a smaller --block-n."
+            f"a clip has {counted(least, 'token')}, fewer than 2 key blocks of {setup.sla.block_n}, so no block can "
+            "be skipped. Give larger or longer clips, or a smaller --block-n."
         )
     parts = setup.config.context_parallel
     for clip in clips:
         if setup.num_tokens(clip) % parts:
             raise UsageError(
-                f"a clip of {clip.caption[:40]!r} has {setup.num_tokens(clip)} tokens, which {parts} processes cannot "
-                "share evenly. Give another --context-parallel, or data of another size."
+                f"the clip {quote(clip.caption)} has {setup.num_tokens(clip)} tokens, which {parts} processes cannot "
+                "share evenly. Give another --context-parallel, or clips of another size."
             )

@@ -1,7 +1,7 @@
-"""A student that learns what its frozen teacher says: parameters, optimiser, average, and one step of all of it.
+"""Train a student on its frozen teacher: parameters, optimizer, averaged weights, and one training step.
 
-Everything random in a step is drawn from its number alone, so a run that goes on from a checkpoint draws what it would
-have drawn, and how many processes share the step changes nothing but the order of sums.
+Everything random in a step depends only on the seed and the number of the step, so a resumed run draws what it would
+have drawn uninterrupted, and the number of processes that share a step changes only the order of sums.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from slagen.attention.registry import parameter_group
 from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.io.text import quote
 from slagen.training.config import Loss, Optimizer
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, full_tensor, local_shard
 from slagen.training.metrics import AttentionOutputs, mix, velocity
 from slagen.wan.defaults import TrainingDefaults
 
-MAX_DECAY = 0.999  # of the average
+MAX_DECAY = 0.999  # of the averaged weights
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Recipe:
 
     Args:
         schedule: steps, learning rate and batches.
-        max_grad_norm: None cuts nothing. dtype: to compute in.
+        max_grad_norm: gradients are clipped to it; None clips nothing. dtype: of the computation.
     """
 
     schedule: TrainingDefaults
@@ -47,12 +48,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured.
+    """The measurements of one step.
 
     Args:
         loss: its mean over the clips. error: relative L2 error of the velocity to the teacher's; None where the loss
-            does not ask the teacher.
-        grad_norm: before any cut. lr: of all but `proj_l`. num_tokens: of all clips.
+            does not use the teacher.
+        grad_norm: before clipping. lr: of all parameters but `proj_l`. num_tokens: of all clips.
     """
 
     loss: float
@@ -102,7 +103,7 @@ class Trainer:
         return torch.optim.AdamW(groups, **options, foreach=True)
 
     def learning_rate(self, step: int) -> float:
-        """At a step, from 0: it rises over the warm-up, stays, and falls over the last part of the steps."""
+        """At a step, from 0: linear warm-up, constant, then linear decay over the last part of the steps."""
         s = self.recipe.schedule
         warmup = min(s.warmup_steps, s.steps // 10)
         rate = min(1.0, (step + 1) / (warmup + 1))
@@ -111,8 +112,10 @@ class Trainer:
         return s.lr * rate
 
     def step(self, number: int) -> StepResult:
-        """Train on the clips of step `number`, from 0. Raises SlagenError, with nothing changed, for a loss or a
-        gradient that is not finite."""
+        """Train on the clips of step `number`, from 0.
+
+        Raises: SlagenError for a loss or a gradient that is NaN or Inf; no parameter has changed then.
+        """
         recipe, team = self.recipe, self.team
         batch = recipe.schedule.batch_size
         clips = self._clips(number)
@@ -144,10 +147,10 @@ class Trainer:
         norm_value = float(full_tensor(norm))
         for what, value in (("loss", loss_sum / batch), ("gradient", norm_value)):
             if not math.isfinite(value):
-                names = ", ".join(sorted({repr(clip.caption[:40]) for clip in clips})[:4])
+                names = ", ".join(sorted({quote(clip.caption) for clip in clips})[:4])
                 raise SlagenError(
-                    f"the {what} of step {number + 1} is {value}, on clips of {names}. Nothing of it was kept: "
-                    "the last checkpoint stays. Begin anew with a lower --lr and --restart."
+                    f"the {what} of step {number + 1} is {value}, on the clips {names}. The step was discarded, and "
+                    "the last checkpoint is kept. Start again with --restart and a lower --lr."
                 )
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)
@@ -157,7 +160,7 @@ class Trainer:
         return StepResult(loss_sum / batch, error, norm_value, rate, int(latents) // self._patch())
 
     def _loss(self, noisy: Tensor, level: Tensor, text: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each clip (B,), and the squares that the error to the teacher is made of."""
+        """Loss of each clip (B,), and the squared norms of the difference and of the teacher's velocity."""
         zero = torch.zeros((), dtype=torch.float64, device=noisy.device)
         if self.recipe.loss == "flow":
             with self.autocast():
@@ -242,7 +245,7 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The student has its average weights, for the length of the block."""
+        """Within the block the student has its averaged weights."""
         kept = {name: local_shard(p.detach()).clone() for name, p in self.named.items()}
         self._put(self.average)
         try:
@@ -256,7 +259,7 @@ class Trainer:
 
 
 def optimizer_8bit() -> Any:
-    """AdamW with its state in 8 bits. Raises EnvironmentProblem where bitsandbytes is not installed."""
+    """AdamW with 8-bit state. Raises EnvironmentProblem where bitsandbytes is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Validate a training every so many steps: error on held-out clips, and side-by-side videos, of the average weights."""
+"""Validate the averaged weights every few steps: error on held-out clips, and side-by-side videos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slagen.training.run import Run, anneal, measure_velocity
 
 
 def validate_if_due(run: Run, step: int) -> None:
-    """Validate the average weights, where a step is one that is validated."""
+    """Validate the averaged weights if this step is one of those that are validated."""
     every = run.setup.config.validate_every or max(1, run.setup.schedule.steps // 2)
     if step % every == 0:
         with run.trainer.averaged():
@@ -17,15 +17,15 @@ def validate_if_due(run: Run, step: int) -> None:
 
 
 def validate(run: Run, step: int) -> None:
-    """Write the error to the teacher and clips of the student as it is into the log and beside it.
+    """Log the student's error to the dense teacher, and write side-by-side videos.
 
-    Neither where the step was validated before, or the run is told to stop meanwhile.
+    Nothing is logged where the step was validated before, or the run is stopped meanwhile.
     """
     setup = run.setup
     if setup.team.agree(run.is_first and step in validated(setup.folder)):
         return
     setup.emit(Event("stage", "measure"))
-    anneal(run, setup.schedule.steps)  # at the sparsity that it will have
+    anneal(run, setup.schedule.steps)  # at the final sparsity
     error = measure_velocity(run.trainer, run.held_out) if step else run.before.error
     try:
         files = write_clips(run, step)
@@ -33,5 +33,7 @@ def validate(run: Run, step: int) -> None:
         return
     if run.is_first:
         add_line(setup.folder, ValidationRecord(step, error, files))
-        text = f"step {step}: error to the teacher {error:.4f} (it was {run.before.error:.4f})"
+        text = (
+            f"step {step}: relative L2 error to the dense teacher {error:.4f} ({run.before.error:.4f} before training)"
+        )
         setup.emit(Event("note", text))

@@ -14,7 +14,7 @@ def show_finetune(result: Any, as_json: bool) -> None:
         write_json(result.to_dict())
         return
     before, after = result.teacher_error_before, result.teacher_error_after
-    log(f"error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after")
+    log(f"relative L2 error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after")
     log(f"curves and clips: {result.page}")
     write(str(result.weights))
 
@@ -25,5 +25,5 @@ def show_data(data: Any, as_json: bool) -> None:
     if as_json:
         write_json({"folder": str(data.folder), "hash": data.hash, **counts})
         return
-    log(f"{counted(counts['training'], 'clip')} to train on, {counts['held_out']} held out")
+    log(f"{counted(counts['training'], 'clip')} for training, {counts['held_out']} held out")
     write(str(data.folder))

@@ -1,1 +1,1 @@
-"""Clips to train on: videos as people have them, and the shards they are encoded into."""
+"""Training data: from videos or prompts to encoded clips in shards."""

@@ -13,9 +13,9 @@ from slagen.io.text import counted
 from slagen.training.data.deinterlace import is_interlaced, whole_frames
 from slagen.training.data.videos import SourceVideo
 
-RATIOS = (1.0, 4 / 3, 3 / 4)  # of width to height, beside the model's own and that upside down
+RATIOS = (1.0, 4 / 3, 3 / 4)  # aspect ratios, beside the model's own and its inverse
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
-MIN_FRAMES = 5  # unless still pictures are asked for
+MIN_FRAMES = 5  # unless still images are asked for
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
 
 
@@ -36,28 +36,28 @@ class ClipSpec:
 
 
 def raise_faults(faults: list[str]) -> None:
-    """Raise UsageError with all that is wrong with a data set, if anything is."""
+    """Raise UsageError with every fault of a data set, if there are any."""
     if faults:
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise UsageError(f"the data set has {count}:", *faults)
 
 
 def plan_clips(
-    footage: list[SourceVideo], full: ClipSpec, grid: int, faults: Sequence[str] = (),
+    videos: list[SourceVideo], full: ClipSpec, grid: int, faults: Sequence[str] = (),
     on_look: Callable[[int], None] = lambda number: None,
 ) -> list[ClipSpec]:  # fmt: skip
-    """Look at every video and choose the form of its clip: the nearest of a few sizes, the longest of a few lengths.
+    """Probe every video and choose its clip: the nearest of a few aspect ratios, the longest of a few lengths.
 
     Args:
         full: the largest area and length. grid: width and height are multiples of this.
-        faults: of the set, known before. on_look: told of each video's number before it is looked at.
-    Raises: UsageError with those, and every video that cannot be read, has no pictures, or is too short.
+        faults: of the data set, known before. on_look: called with each video's number before it is probed.
+    Raises: UsageError with those, and every video that cannot be read, has no frames, or is too short.
     """
     sizes = _sizes(full, grid)
     fewest = min(full.num_frames, MIN_FRAMES)
     lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
-    found, cuts = list(faults), []
-    for number, item in enumerate(footage):
+    found, specs = list(faults), []
+    for number, item in enumerate(videos):
         on_look(number)
         try:
             duration, unit, width, height, interlaced = _probe(item.path, full.num_frames / full.fps + 1)
@@ -73,14 +73,14 @@ def plan_clips(
             )
             continue
         best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
-        cuts.append(ClipSpec(*best, length, full.fps, interlaced))
+        specs.append(ClipSpec(*best, length, full.fps, interlaced))
     raise_faults(found)
-    return cuts
+    return specs
 
 
-def _slack(unit: float, cut: ClipSpec) -> float:
+def _slack(unit: float, spec: ClipSpec) -> float:
     """How far a timestamp may be off, in seconds: containers round it to units of theirs, Matroska to milliseconds."""
-    return min(unit, 0.25 / cut.fps) + 1e-6
+    return min(unit, 0.25 / spec.fps) + 1e-6
 
 
 def _sizes(full: ClipSpec, grid: int) -> list[tuple[int, int]]:
@@ -125,12 +125,12 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]
     try:
         with _open(path) as container:
             if not container.streams.video:
-                raise _Unreadable("has sound but no pictures")
+                raise _Unreadable("has audio but no video")
             stream = container.streams.video[0]
             frames = container.decode(stream)
             frame = next(frames, None)
             if frame is None:
-                raise _Unreadable("holds no frame")
+                raise _Unreadable("contains no frames")
             width, height, _ = _shape(stream, frame)
             interlaced = frame.interlaced_frame or is_interlaced(frames)
         with _open(path) as container:
@@ -150,7 +150,7 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]
     return duration, unit, width, height, interlaced
 
 
-def read_clip(path: Path, cut: ClipSpec) -> np.ndarray:
+def read_clip(path: Path, spec: ClipSpec) -> np.ndarray:
     """A clip of a video: at each of its times, the frame that is shown then by the video's own timestamps.
 
     Returns: (num_frames, height, width, 3) uint8 RGB.
@@ -164,39 +164,39 @@ def read_clip(path: Path, cut: ClipSpec) -> np.ndarray:
         with _open(path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            slack = _slack(float(stream.time_base), cut)
+            slack = _slack(float(stream.time_base), spec)
             for frame, time in whole_frames(container, stream):
                 start = time if shown is None else start
                 if shown is not None and time < last:
                     raise UsageError(
-                        f"{path} has timestamps that go back. Write it anew: ffmpeg -i {path.name} new.mp4"
+                        f"{path} has timestamps that go backwards. Re-encode it: ffmpeg -i {path.name} new.mp4"
                     )
-                while shown is not None and len(picked) < cut.num_frames:
-                    if len(picked) / cut.fps + start >= time - slack:
+                while shown is not None and len(picked) < spec.num_frames:
+                    if len(picked) / spec.fps + start >= time - slack:
                         break
-                    picked.append(_fit(shown, stream, cut))
+                    picked.append(_fit(shown, stream, spec))
                 shown, last = frame, time
-                if len(picked) == cut.num_frames:
+                if len(picked) == spec.num_frames:
                     break
-            while shown is not None and len(picked) < cut.num_frames:
-                if len(picked) / cut.fps + start > last + slack:
+            while shown is not None and len(picked) < spec.num_frames:
+                if len(picked) / spec.fps + start > last + slack:
                     break
-                picked.append(_fit(shown, stream, cut))
+                picked.append(_fit(shown, stream, spec))
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise UsageError(f"{path} cannot be decoded ({error}).") from error
-    if len(picked) < cut.num_frames:
+    if len(picked) < spec.num_frames:
         raise UsageError(
-            f"{path} gives {counted(len(picked), 'frame')} at {cut.fps} a second, but {cut.num_frames} are needed."
+            f"{path} has only {counted(len(picked), 'frame')} at {spec.fps} fps, but {spec.num_frames} are needed."
         )
     return np.stack(picked)
 
 
-def _fit(frame: Any, stream: Any, cut: ClipSpec) -> np.ndarray:
+def _fit(frame: Any, stream: Any, spec: ClipSpec) -> np.ndarray:
     """A frame as it is to be seen, scaled to cover the clip's size, and cropped around its middle."""
     width, height, turns = _shape(stream, frame)
-    factor = max(cut.width / width, cut.height / height)
-    size = max(cut.width, round(width * factor)), max(cut.height, round(height * factor))
+    factor = max(spec.width / width, spec.height / height)
+    size = max(spec.width, round(width * factor)), max(spec.height, round(height * factor))
     lying = size[::-1] if turns % 2 else size
     picture = frame.to_ndarray(format="rgb24", width=lying[0], height=lying[1], interpolation="BICUBIC")
-    left, top = (size[0] - cut.width) // 2, (size[1] - cut.height) // 2
-    return np.ascontiguousarray(np.rot90(picture, turns)[top : top + cut.height, left : left + cut.width])
+    left, top = (size[0] - spec.width) // 2, (size[1] - spec.height) // 2
+    return np.ascontiguousarray(np.rot90(picture, turns)[top : top + spec.height, left : left + spec.width])

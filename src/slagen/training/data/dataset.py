@@ -1,9 +1,9 @@
-"""Clips as a transformer is trained on them: latents and text, encoded once, kept in checked shards.
+"""A prepared data set: the latents and text embeddings of its clips, encoded once and stored in shards.
 
 A prepared folder holds shards of tensors, `tensors.jsonl`, which says where each is and what it must hash to, and
-`dataset.json`, written last, which says what the set consists of and what encoded it. Tensors are named by a hash of
+`dataset.json`, written last, which lists the clips and says what encoded them. Tensors are named by a hash of
 all that they were made from, so that preparing again makes what is missing or changed and nothing else; `decoded.txt`
-has the names of those whose videos could be decoded, before the first is encoded.
+lists those whose videos could be decoded, before the first is encoded.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Dataset:
                 raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}. {AGAIN}")
             check(content, SET)
         except (OSError, Fault) as error:
-            raise WeightsError(f"{folder} is no prepared data set ({SET_FILE}: {error}). {AGAIN}") from error
+            raise WeightsError(f"{folder} is not a prepared data set ({SET_FILE}: {error}). {AGAIN}") from error
         self.identity: str = content["identity"]
         self.negative: str = content["negative"]
         self.negative_prompt: str = content["negative_prompt"]
@@ -74,12 +74,12 @@ class Dataset:
         names = {name for clip in clips for name in (clip.latents, clip.text)} | {self.negative}
         lost = sum(name not in self.store for name in names)
         if lost:
-            raise WeightsError(f"{folder} lacks {lost} of {len(names)} tensors. {AGAIN}")
+            raise WeightsError(f"{folder} lacks {lost} of its {len(names)} tensors. {AGAIN}")
         self.training = [clip for clip in clips if not clip.held_out]
         self.held_out = [clip for clip in clips if clip.held_out]
         if not self.training or not self.held_out:
             raise WeightsError(
-                f"{folder} has {len(self.training)} clips to train on, {len(self.held_out)} held out. {AGAIN}"
+                f"{folder} has {len(self.training)} training clips and {len(self.held_out)} held-out clips. {AGAIN}"
             )
         self.hash = digest([self.identity, self.negative, [dataclasses.astuple(clip) for clip in clips]])
 
@@ -116,12 +116,12 @@ def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
     data = Dataset(folder)
     if data.identity != encoder_identity(source, cache):
         raise WeightsError(
-            f"{folder} was encoded with another VAE or text encoder than {source.name}'s, and would teach noise. "
-            "Give that model with --model, or the raw data with --data."
+            f"{folder} was encoded with another VAE or text encoder and does not match {source.name}. Give the model "
+            "that it was prepared for with --model, or the videos with --data."
         )
     if data.negative_prompt != source.defaults.negative_prompt:
         raise WeightsError(
             f"{folder} was prepared for another negative prompt than {source.name}'s. Prepare it again with --model "
-            f"{source.name}; what is encoded already is kept."
+            f"{source.name}; clips that are already encoded are kept."
         )
     return data

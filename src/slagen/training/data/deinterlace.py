@@ -1,4 +1,4 @@
-"""Frames of a video as it has them -> whole frames: where two fields of different moments make one, it combs."""
+"""Deinterlace a video: turn frames of two fields, which were taken at different times, into progressive frames."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_interlaced(frames: Iterator[Any]) -> bool:
 
 
 def whole_frames(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
-    """Each frame with its time in seconds, made whole by bwdif from the first that is flagged as two fields.
+    """Each frame with its time in seconds, deinterlaced by bwdif from the first that is flagged as two fields.
 
     Frames without a time are left out; those that are not flagged come out as they are.
     """

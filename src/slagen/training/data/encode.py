@@ -27,7 +27,7 @@ from slagen.wan.loading import load_pipeline
 from slagen.wan.texts import tell_cut
 from slagen.wan.vae import encode_video
 
-MAX_WARNINGS = 10  # about captions that are cut
+MAX_WARNINGS = 10  # about truncated captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,12 @@ def _plan(job: Job, videos: list[SourceVideo], largest: ClipSpec, faults: list[s
     """The clip of each video, with a note on those that are deinterlaced. Raises UsageError with every fault."""
 
     def look(number: int) -> None:
-        job.emit(Event("clip", f"{number + 1} of {len(videos)} to look at: {videos[number].path.name}"))
+        job.emit(Event("clip", f"reading video {number + 1} of {len(videos)}: {videos[number].path.name}"))
 
     specs = plan_clips(videos, largest, max(16, job.source.spatial_grid), faults, look)
     names = [video.path.name for video, spec in zip(videos, specs, strict=True) if spec.interlaced]
     if names:
-        text = f"interlaced, and deinterlaced (bwdif): {len(names)} of {counted(len(videos), 'video')}, {names[0]}"
+        text = f"deinterlacing {len(names)} of {counted(len(videos), 'video')} (bwdif): {names[0]}"
         job.emit(Event("note", text + (f" and {len(names) - 1} more" if names[1:] else "")))
     return specs
 
@@ -107,7 +107,8 @@ def _choose_held_out(job: Job, names: list[str]) -> set[str]:
     count = job.config.held_out or min(16, max(1, len(order) // 10))
     if count >= len(order):
         raise UsageError(
-            f"the data set has {counted(len(order), 'clip')}, of which {count} would be held out. Give more videos."
+            f"the data set has {counted(len(order), 'clip')}, of which {count} would be held out, with none left to "
+            "train on. Give more videos."
         )
     return set(order[:count])
 
@@ -120,7 +121,7 @@ def _check_decoding(job: Job, pending: Sequence[_Pending], faults: list[str]) ->
     file = job.store.folder / DECODED_FILE
     known = set(file.read_bytes().decode(errors="replace").split()) if file.is_file() else set()
     for number, clip in enumerate(pending):
-        job.emit(Event("clip", f"{number + 1} of {len(pending)} to decode: {clip.video.path.name}"))
+        job.emit(Event("clip", f"checking clip {number + 1} of {len(pending)}: {clip.video.path.name}"))
         if clip.name in known:
             continue
         try:
@@ -144,7 +145,7 @@ def _encode(job: Job, pending: Sequence[_Pending], texts: dict[str, str]) -> Non
         pipe.text_encoder = pipe.tokenizer = None
     try:
         for number, clip in enumerate(pending):
-            job.emit(Event("clip", f"{number + 1} of {len(pending)} to encode: {clip.video.path.name}"))
+            job.emit(Event("clip", f"encoding clip {number + 1} of {len(pending)}: {clip.video.path.name}"))
             frames = torch.from_numpy(read_clip(clip.video.path, clip.spec))
             with torch.inference_mode():
                 job.store.add(clip.name, encode_video(pipe.vae, frames), str(clip.video.path))
@@ -161,14 +162,14 @@ def encode_texts(
     if missing:
         on_event(Event("stage", "text"))
     limit = source.defaults.max_sequence_length
-    cuts = [f"the text {quote(text)} {cut}" for text in missing if (cut := tell_cut(pipe.tokenizer, text, limit))]
+    cuts = [f"the caption {quote(text)} {cut}" for text in missing if (cut := tell_cut(pipe.tokenizer, text, limit))]
     for number, warning in enumerate(cuts[:MAX_WARNINGS]):
-        more = f" ({len(cuts)} texts are cut)" if number + 1 == MAX_WARNINGS < len(cuts) else ""
+        more = f" ({len(cuts)} captions are truncated)" if number + 1 == MAX_WARNINGS < len(cuts) else ""
         on_event(Event("warning", warning + more))
     for text in missing:
         embeds, _ = pipe.encode_prompt(
             prompt=text, do_classifier_free_guidance=False, device=pipe._execution_device,
             max_sequence_length=limit,
         )  # fmt: skip
-        store.add(texts[text], embeds[0], f"the text {text[:60]!r}")
+        store.add(texts[text], embeds[0], f"the caption {quote(text)}")
     store.flush()

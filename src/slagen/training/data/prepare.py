@@ -24,35 +24,33 @@ from slagen.training.data.store import SET_FILE, Store
 def prepare(
     config: DataConfig, base: GenerateConfig, folder: Path, cache: Path, seed: int, on_event: Callable[[Event], None]
 ) -> Dataset:
-    """Encode a set of videos, or have the dense model make one, into a folder; what is there already is kept.
+    """Encode a set of videos, or generate one with the dense model, into a folder; existing clips are kept.
 
     Args:
         base: model, device and dtype; its weights, if any, are a whole transformer.
-        seed: which clips are held out, and with what noise own ones are made.
+        seed: chooses the held-out clips, and the noise of generated ones.
     Raises: UsageError with every fault of the set, WeightsError for a broken model.
     """
     if base.dtype == "fp16":
-        raise UsageError("small numbers are lost in fp16. Try --dtype bf16, or fp32.")
+        raise UsageError("small values are lost in fp16. Try --dtype bf16 or --dtype fp32.")
     weights = find_weights(
         dataclasses.replace(base, attention="dense", backend="auto"),
         lambda text: on_event(Event("note", text)), transformer=config.self_generate is not None,
     )  # fmt: skip
-    if weights.dtype == torch.float16:  # picked for a card without bf16
+    if weights.dtype == torch.float16:  # picked for a GPU without bf16
         weights = dataclasses.replace(weights, dtype=torch.float32)
     check_utf8(folder)
     raw = None if config.path is None else user_path(config.path)
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
-        raise UsageError(f"{folder} lies within the data of {raw}, and would become part of it. Give another --output.")
+        raise UsageError(f"{folder} is inside the data set {raw} and would become part of it. Give another --output.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             return _prepare(Job(config, base, weights, Store(folder), cache, seed, on_event))
     except Timeout as error:
-        raise SlagenError(f"another slagen prepares {folder}. Wait for it, or give another --output.") from error
+        raise SlagenError(f"another slagen is preparing {folder}. Wait for it, or give another --output.") from error
     except OSError as error:
-        raise SlagenError(
-            f"{error.filename or folder}: {error.strerror or error}. Mend that and start again."
-        ) from error
+        raise SlagenError(f"{error.filename or folder}: {error.strerror or error}. Fix this and run again.") from error
 
 
 def _prepare(job: Job) -> Dataset:

@@ -95,7 +95,7 @@ def _generate(job: Job, clips: list[_Planned], texts: dict[str, str]) -> None:
         encode_texts(session.pipe, missing, texts, store, job.source, job.emit)
         session.release_text_encoder()
     for number, (name, plan) in enumerate(todo):
-        job.emit(Event("clip", f"{number + 1} of {len(todo)} to make: {plan.config.prompt:.60}"))
+        job.emit(Event("clip", f"generating clip {number + 1} of {len(todo)}: {plan.config.prompt}"))
         embeds = [store.load(texts[text])[None].to(session.pipe._execution_device) for text in texts_of(plan)]
         named = dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*embeds, None], strict=False))
         latents, _ = session.denoise(plan, named, lambda event: None)

@@ -23,8 +23,8 @@ from slagen.io.reading import digest
 SET_FILE, INDEX_FILE, DECODED_FILE = "dataset.json", "tensors.jsonl", "decoded.txt"
 SHARD_BYTES = 256 * 2**20
 SHARD_TENSORS = 16
-AGAIN = "Prepare it again, which makes what is missing: slagen finetune data, or the finetune that prepared it."
-SHARD_S = 20.0  # of work, which a killed run loses at most
+AGAIN = "Prepare it again with the same command, which encodes only what is missing."
+SHARD_S = 20.0  # a killed run loses at most this much work
 SHAPE = Kind("a list of 1 to 8 sizes", [forms.whole(1, 2**31)], lambda shape: 1 <= len(shape) <= 8)
 INDEX = {
     "name": str, "shard": forms.matching(r"\w[\w.-]*\.safetensors", "a plain file name"), "sha256": str,
@@ -53,12 +53,11 @@ class Store:
         return name in self.places or name in self._waiting
 
     def add(self, name: str, tensor: Tensor, what: str) -> None:
-        """Keep a tensor. Raises SlagenError where the disk does not take it, or where, made of `what`, it is not
-        finite."""
+        """Keep a tensor that was made from `what`. Raises SlagenError where it has NaN or Inf, or the disk is full."""
         if not torch.isfinite(tensor).all():
             self.flush()
             raise SlagenError(
-                f"{what} becomes numbers that are not finite. Leave it out; where others do too, get the model again."
+                f"{what} produced NaN or Inf when encoded. Leave it out; if others do too, download the model again."
             )
         self._waiting[name] = tensor.detach().cpu().contiguous()
         size = sum(t.numel() * t.element_size() for t in self._waiting.values())
@@ -67,9 +66,9 @@ class Store:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits: a shard, and then its lines in the index.
+        """Write the tensors added since: a shard, and then its lines in the index.
 
-        What said that the set is whole goes first: it says so again when it is.
+        `dataset.json`, which says that the set is complete, is deleted first; it is written again at the end.
         """
         self._flushed = time.monotonic()
         if not self._waiting:
@@ -87,27 +86,29 @@ class Store:
                 save_file(self._waiting, part)
             append(self.folder / INDEX_FILE, ("\n".join(lines) + "\n").encode())
         except (OSError, SafetensorError) as error:
-            raise SlagenError(f"{self.folder} takes no more ({error}). Free some space, and start again.") from error
+            raise SlagenError(
+                f"{self.folder} could not be written ({error}). Free some space and run again."
+            ) from error
         for entry in entries:
             self.places[entry["name"]] = shard, entry["sha256"]
             self.shapes[entry["name"]] = tuple(entry["shape"])
         self._waiting = {}
 
     def sweep(self) -> None:
-        """Delete what killed runs left: their temporary files, and shards that they wrote no whole line about.
+        """Delete the leftovers of killed runs: temporary files, and shards without a complete line in the index.
 
-        The caller holds the folder's lock, so that nobody is writing them.
+        The caller holds the folder's lock, so nobody is writing them.
         """
         sweep(self.folder)
         for path in self.folder.glob("*.safetensors"):
             if self.named and re.fullmatch(r"[0-9a-f]{16}", path.stem) and path.name not in self.named:
                 delete(path)
-        for path in [*self.folder.glob("*.safetensors.part"), *self.folder.glob(".tmp*")]:  # as versions before did
+        for path in [*self.folder.glob("*.safetensors.part"), *self.folder.glob(".tmp*")]:  # of earlier versions
             if path.suffix == ".part" or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", path.name):
                 delete(path)
 
     def drop_changed(self) -> None:
-        """Forget every tensor whose bytes are not those that were written, so that it is made again."""
+        """Forget every tensor whose bytes have changed, so that it is made again."""
         for name in list(self.places):
             try:
                 self.load(name)
@@ -121,7 +122,7 @@ class Store:
             with safe_open(self.folder / shard, framework="pt") as handle:
                 tensor = handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise WeightsError(f"{self.folder / shard} is broken ({error}). {AGAIN}") from error
+            raise WeightsError(f"{self.folder / shard} is corrupt ({error}). {AGAIN}") from error
         if tensor_hash(tensor) != sha256:
             raise WeightsError(f"{self.folder / shard} has changed since it was written. {AGAIN}")
         return tensor

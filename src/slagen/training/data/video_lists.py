@@ -1,4 +1,4 @@
-"""Lists of videos and captions as other tools have them: CSV, JSON and JSONL, told apart by their keys."""
+"""Read lists of videos and captions in other tools' formats: CSV, JSON and JSONL, recognised by their keys."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_list(folder: Path) -> Path | None:
     lists = [folder / name for name in NAMES] + sorted(folder.glob("*.jsonl"))
     lists = [file for file in lists if file.is_file() and not file.name.startswith(".")]
     if len(lists) > 1:
-        raise UsageError(f"{folder} holds {lists[0].name} and {lists[1].name}. Give one of them with --data.")
+        raise UsageError(f"{folder} contains both {lists[0].name} and {lists[1].name}. Give one of them with --data.")
     if lists:
         return lists[0]
     others = [folder / "metadata.parquet", folder / "videos.txt"]
@@ -63,7 +63,7 @@ def find_list_below(folder: Path) -> Path | None:
     )
     if len(found) > 1:
         names = " and ".join(str(file.relative_to(folder)) for file in found[:2])
-        raise UsageError(f"{folder} holds {names}. Give the folder of one of them.")
+        raise UsageError(f"{folder} contains {names}. Give the folder of one of them.")
     if found and found[0].suffix == ".parquet":
         raise _not_read(found[0])
     return found[0] if found else None
@@ -73,20 +73,21 @@ def _not_read(file: Path) -> UsageError:
     advice = "Write a metadata.csv with the columns video and prompt beside the videos."
     if file.suffix == ".parquet":
         advice = "Write it as metadata.csv: pandas.read_parquet(...).to_csv('metadata.csv', index=False)."
-    return UsageError(f"{file} is a list of videos of a kind that slagen does not read. {advice}")
+    return UsageError(f"{file} is a list of videos in a format that slagen does not read. {advice}")
 
 
 def read_list(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Where, video and caption of every entry of a list; a line that cannot be read goes to the faults.
+    """Where, video and caption of every entry of a list; a line that cannot be read is added to the faults.
 
-    Raises: UsageError where the whole is no list, or has other keys than those known.
+    Raises: UsageError where the file is not a list, or has none of the known keys.
     """
     kind = file.suffix.lower()
     if file.name in ("videos.txt", "prompt.txt", "prompts.txt") or kind == ".parquet":
         raise _not_read(file)
     if kind not in (".csv", ".tsv", ".jsonl", ".json"):
         raise UsageError(
-            f"{file} is no list of videos. Give a folder, a .jsonl, metadata.json, metadata.csv or videos2caption.json."
+            f"{file} is not a list of videos. Give a folder, a .jsonl, metadata.json, metadata.csv or "
+            "videos2caption.json."
         )
     try:
         text = decode(read_bytes(file, MAX_LIST))
@@ -102,7 +103,7 @@ def read_list(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
     else:
         entries = _jsonl(file, text, faults) if kind == ".jsonl" else _json(file, text)
         keys = list(dict.fromkeys(key for entry in entries for key in entry.values))
-    if not keys and kind not in (".csv", ".tsv"):  # each entry is told by itself, and an empty list by the caller
+    if not keys and kind not in (".csv", ".tsv"):  # the caller reports each entry, and an empty list
         return ((entry.where, None, None) for entry in entries)
     video, captions = _choose(file, keys, "column" if kind in (".csv", ".tsv") else "key")
     return ((e.where, e.values.get(video), _first(e.values, captions)) for e in entries)
@@ -117,7 +118,7 @@ def _choose(file: Path, keys: list[str], what: str) -> tuple[str, list[str]]:
     found = ", ".join(shown(key) for key in keys[:MAX_SHOWN]) + (", ..." if len(keys) > MAX_SHOWN else "")
     wanted = "; ".join(f"{video} and {' or '.join(captions)} ({whose})" for whose, video, captions in KEYS)
     raise UsageError(
-        f"{file} lacks a {what} for its videos or its captions. Found: {found or 'none'}. Wanted: {wanted}. "
+        f"{file} lacks a {what} for its videos or its captions. Found: {found or 'none'}. Expected: {wanted}. "
         f"Rename the {what}s."
     )
 
@@ -141,7 +142,7 @@ def _csv(file: Path, text: str, faults: list[str]) -> tuple[list[str], list[Entr
         except StopIteration:
             return columns or [], entries
         except csv.Error as error:
-            faults.append(f"{file.name}:{rows.line_num}: is no CSV: {error}")
+            faults.append(f"{file.name}:{rows.line_num}: is not valid CSV: {error}")
             continue
         if not row:
             continue
@@ -172,7 +173,7 @@ def _json(file: Path, text: str) -> list[Entry]:
     except Fault as fault:
         raise UsageError(f"{file}{fault.place}: {fault}.") from fault
     if not isinstance(content, list):
-        raise UsageError(f"{file} holds no list of videos. Give one of objects with video and prompt.")
+        raise UsageError(f"{file} does not contain a list of videos. Give a list of objects with video and prompt.")
     return [
         Entry(f"{file.name}, entry {number}", entry if isinstance(entry, dict) else {})
         for number, entry in enumerate(content, 1)

@@ -1,4 +1,4 @@
-"""Data sets of videos as people have them -> clips of one length and size; every fault of a set is told at once."""
+"""Find the videos and captions of a data set, and every fault in it."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
         path: a folder of videos with a .txt beside each; a .csv, .json or .jsonl with the keys of musubi (`video_path`,
             `caption`), FastVideo (`path`, `cap`), DiffSynth (`video`, `prompt`) or Hugging Face (`file_name`, and
             `text`, `caption` or `prompt`); or a folder with one.
-    Returns: them and the faults, for `plan_clips` to tell with its own.
-    Raises: UsageError where that is no data set at all.
+    Returns: the videos, and the faults, which `plan_clips` raises together with its own.
+    Raises: UsageError where the path is not a data set.
     """
     if not path.exists():
-        raise UsageError(f"{path} does not exist. Give a folder of videos with a .txt beside each.")
+        raise UsageError(f"{path} does not exist. Give a folder of videos with a .txt caption beside each.")
     file = path
     if path.is_dir():
         if (path / UNFINISHED).is_file():
             raise UsageError(
-                f"{path} holds no videos, but a data set that slagen prepares. Where it is done it is for finetune "
-                "--data; where it was not prepared to its end, prepare it again from its videos."
+                f"{path} is a data set that slagen prepares, not a folder of videos. If it is complete, give it to "
+                "finetune --data; if its preparation was interrupted, prepare it again from its videos."
             )
         listed = find_list(path)
         if listed is None:
@@ -65,7 +65,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
     found: list[SourceVideo] = []
     for where, video, caption in read_list(file, faults):
         if not isinstance(video, str) or not video.strip():
-            faults.append(f"{where}: names no video")
+            faults.append(f"{where}: does not name a video")
             continue
         caption = _caption(caption)
         if not caption:
@@ -74,12 +74,12 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
         place = next((p for p in _places(file.parent, video) if _is_file(p)), None)
         if place is None:
             pictures = any(_is_folder(p) for p in _places(file.parent, video))
-            what = "is a folder, of pictures perhaps, and no video" if pictures else "does not exist"
+            what = "is a folder (of images?), not a video" if pictures else "does not exist"
             faults.append(f"{where}: {video:.200} {what}")
         else:
             found.append(SourceVideo(place, caption, where))
     if not found and not faults:
-        raise UsageError(f"{file} names no video. Give a list of videos and captions, or a folder of them.")
+        raise UsageError(f"{file} lists no videos. Give a list of videos and captions, or a folder of them.")
     return found, faults
 
 
@@ -98,22 +98,23 @@ def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str
     """Videos with a text beside each."""
     if not videos:
         raise UsageError(
-            f"{path} holds no videos ({', '.join(sorted(SUFFIXES))}) and no list of them ({', '.join(NAMES)}, *.jsonl)."
+            f"{path} contains no videos ({', '.join(sorted(SUFFIXES))}) and no list of them ({', '.join(NAMES)}, "
+            "*.jsonl)."
         )
     faults, found = [], []
     for video in videos:
         where = str(video.relative_to(path))
         text = _text_beside(video)
         if not video.is_file():
-            faults.append(f"{where}: is a link that leads nowhere")
+            faults.append(f"{where}: is a broken link")
             continue
         try:
             caption = _caption(decode(read_bytes(text, MAX_CAPTION_FILE)))
         except (OSError, Fault):
-            faults.append(f"{where}: {text.name} beside it is missing, or no UTF-8")
+            faults.append(f"{where}: its caption file {text.name} is missing or not UTF-8")
             continue
         if not caption:
-            faults.append(f"{where}: {text.name} beside it has not 1 to {MAX_CAPTION} characters of text")
+            faults.append(f"{where}: its caption file {text.name} must have 1 to {MAX_CAPTION} characters of text")
             continue
         found.append(SourceVideo(video, caption, where))
     return found, faults
