@@ -47,7 +47,7 @@ gpu: $(ALL)  ## all that only a GPU can tell, into benchmarks/results/<card>; go
 soak: $(ALL)  ## every file operation killed and failed; batches, Ray and a finetune at random moments; every kernel compiled; 5,000 damaged files
 	SLAGEN_SOAK_FAULTS=1 $(BIN)/python -m pytest tests/io/test_file_faults.py
 	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/batch/test_batch.py tests/batch/test_ray_workers.py \
-		tests/training/test_finetune.py -k killed
+		tests/training/test_resume.py -k killed
 	SLAGEN_SOAK_DAMAGED=2000 $(BIN)/python -m pytest -n 0 tests/test_damaged.py
 	SLAGEN_SOAK_KERNELS=1 $(BIN)/python -m pytest tests/kernels/test_kernel_costs.py
 	SLAGEN_SOAK_ARGUMENTS=1 $(BIN)/python -m pytest tests/cli/test_console.py -k every_argument

@@ -1,0 +1,86 @@
+"""What is refused before a training begins, and the estimate of its memory."""
+
+import dataclasses
+
+import pytest
+import torch
+from finetune_runs import settings
+from wan_models import save_pipeline
+
+from slagen.errors import UsageError, WeightsError
+from slagen.generation.config import GenerateConfig
+from slagen.generation.resolve import find_weights
+from slagen.training import setup
+from slagen.training.config import DataConfig, FinetuneConfig
+from slagen.training.data.dataset import Dataset
+from slagen.training.distributed import Team
+from slagen.training.finetune import finetune
+
+pytest_plugins = ["finetune_fixtures"]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_pictures")]
+
+
+def test_what_cannot_train_is_refused(toy, tmp_path, monkeypatch):
+    model, data = toy
+    given = find_weights(GenerateConfig("-", model=str(model), attention="dense"))
+    source = dataclasses.replace(given.source, weights=tmp_path / "wan.gguf")
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "find_weights", lambda *_: dataclasses.replace(given, source=source))
+        with pytest.raises(UsageError, match="wan.gguf is quantised and cannot be trained"):
+            finetune(settings(model, tmp_path / "out", data=data))
+    split = Team(0, 2, torch.device("cpu"), "fsdp")
+    with pytest.raises(UsageError, match="Leave --optimizer out"):
+        setup.check_setup(settings(model, tmp_path, data=data, optimizer="adamw8bit"), tmp_path, split, print)
+    alone = Team(0, 1, split.device, "alone")
+    checked = setup.check_setup(settings(model, tmp_path, data=data), tmp_path, alone, print)
+    checked = dataclasses.replace(checked, config=dataclasses.replace(checked.config, context_parallel=5))
+    with pytest.raises(UsageError, match="which 5 processes cannot share evenly"):
+        setup.check_tokens(checked, Dataset(data))
+
+
+def test_settings_without_effect_are_refused():
+    data = DataConfig("videos")
+    for fields, words in (
+        ({"attention": "dense", "loss": "flow", "sparsity": 0.5}, "Leave --sparsity out"),
+        ({"attention": "dense", "loss": "flow", "anneal_from": 0.5}, "Leave --anneal-from out"),
+        ({"attention": "sparse", "train": "proj"}, "leaves nothing to train"),
+        ({"loss": "flow", "layer_loss": 1.0}, "Leave one out"),
+        ({"lora_rank": 4}, "is for --train lora"), ({"attention": "sparse", "proj_multiplier": 2.0}, "has no proj_l"),
+        ({"dtype": "fp16"}, "lost in fp16"), ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=words):
+            FinetuneConfig(data, **fields)
+
+
+def test_data_of_another_vae_and_too_few_tokens(toy, tmp_path):
+    model, data = toy
+    other = save_pipeline(tmp_path / "other", seed=1)
+    (other / "slagen.json").write_bytes((model / "slagen.json").read_bytes())
+    with pytest.raises(WeightsError, match="encoded with another VAE"):
+        finetune(settings(other, tmp_path / "out", data=data))
+    with pytest.raises(UsageError, match="fewer than 2 key blocks of 128"):
+        finetune(settings(model, tmp_path / "out", data=data, block_n=128))
+
+
+def test_the_1_3b_is_planned_to_fit_on_80_gb():
+    """480p, 81 frames, one clip at a time: 32,760 tokens; the parts it is made of are counted, not measured."""
+    from diffusers import WanTransformer3DModel
+
+    from slagen.training.models import memory_plan
+    from slagen.training.trainer import Recipe
+    from slagen.wan.defaults import TrainingDefaults
+    from slagen.wan.transformer import RANDOM_INIT, wan_config
+
+    with torch.device("meta"):
+        student = WanTransformer3DModel(**wan_config(RANDOM_INIT["wan-1.3b"]))
+        teacher = WanTransformer3DModel(**wan_config(RANDOM_INIT["wan-1.3b"])).bfloat16()
+    recipe = Recipe(TrainingDefaults(), "distill", 0.0, 0.01, None, "adamw", 0, torch.bfloat16)
+
+    def gib(recipe=recipe, parts=1, recomputes=True):
+        text = memory_plan(student, teacher, recipe, 32760, parts, recomputes)
+        return float(text.split("estimated memory per process ")[1].split()[0])
+
+    parameters = sum(p.numel() for p in student.parameters())
+    assert (20 + 2) * parameters / 2**30 < gib() < 60  # 20 bytes a trained parameter, 2 a teacher's
+    assert gib(recomputes=False) > 100 > gib(dataclasses.replace(recipe, optimizer="adamw8bit")) + 45
+    assert gib(parts=8) < gib() - 15
