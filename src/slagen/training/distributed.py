@@ -21,7 +21,7 @@ from slagen.errors import EnvironmentProblem, UsageError
 from slagen.io.text import counted
 from slagen.training.config import Parallel
 
-TIMEOUT = timedelta(days=1)  # others wait while the first prepares data
+TIMEOUT = timedelta(days=1)  # the other processes wait while the first prepares the data
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Team:
     """This process's place among those that train together.
 
     Args:
-        rank: 0 is the first, which writes files. size: how many there are.
+        rank: of this process; 0 is the first, which writes files. size: number of processes.
         device: this process's own. kind: "alone", "ddp" or "fsdp".
-        context: how many share a clip, one after the other by rank; context_group: they, where they are several.
+        context: number of consecutive ranks that share the tokens of a clip. context_group: their process group, where
+            there are several.
     """
 
     rank: int
@@ -43,12 +44,12 @@ class Team:
 
     @property
     def data_rank(self) -> int:
-        """Which of the shares of a batch is this process's."""
+        """Index of the part of a batch that this process trains on."""
         return self.rank // self.context
 
     @property
     def data_size(self) -> int:
-        """How many shares a batch has."""
+        """Number of parts that a batch is divided into."""
         return self.size // self.context
 
     @property
@@ -81,11 +82,11 @@ class Team:
         return values
 
     def share(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """A module that all train as one: what is called in its place. With "fsdp" its parameters become parts.
+        """The module to call for training together: wrapped in DDP, or with "fsdp" sharded in place.
 
         Args:
-            module: on its device, or for "fsdp" anywhere: a block at a time goes there.
-            dtype: to compute in; gradients are summed in float32.
+            module: on its device; for "fsdp" anywhere, as it is moved block by block.
+            dtype: of the computation; gradients are summed in float32.
         """
         if self.kind == "ddp":
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -99,7 +100,7 @@ class Team:
         return module
 
     def share_frozen(self, module: nn.Module) -> nn.Module:
-        """A module that none trains, on this process's device: whole, or with "fsdp" this process's part of it."""
+        """A frozen module on this process's device, with "fsdp" sharded over the processes."""
         if self.kind == "fsdp":
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -110,9 +111,9 @@ class Team:
 
     @contextmanager
     def syncing(self, shared: nn.Module, last: bool) -> Iterator[None]:
-        """Around a backward pass: copies sum their gradients over the team in the last of a step only.
+        """Around a backward pass: with DDP, gradients are summed over the processes in the last pass of a step only.
 
-        Parts do in each, for the sum over passes of gradients that are whole would not fit a card.
+        With FSDP they are in each pass, because the unsharded gradients of all passes would not fit on a GPU.
         """
         if self.kind == "ddp" and not last:
             with shared.no_sync():  # type: ignore[operator]
@@ -121,8 +122,7 @@ class Team:
         yield
 
     def _split(self, module: nn.Module, inside: Any, around: Any) -> None:
-        """FSDP2, block by block. Without resharding the root would compute with copies from before its values
-        changed."""
+        """Shard with FSDP2, block by block. The root is resharded too, or it would compute with outdated copies."""
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(self.device.type, (self.size,))
@@ -133,13 +133,13 @@ class Team:
 
 @contextmanager
 def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator[Team]:
-    """This process's team, for the length of the block.
+    """Join the processes that torchrun started, for the length of the block.
 
     Args:
-        device: as asked for; on CUDA each process takes the card of its local rank.
-        context: how many processes share a clip's tokens.
-    Raises: UsageError for several processes' options without torchrun, EnvironmentProblem where they do not find
-        each other, or are more than the cards of this machine.
+        device: the requested one; on CUDA each process takes the GPU of its local rank.
+        context: number of processes that share the tokens of a clip.
+    Raises: UsageError for options of several processes without torchrun, EnvironmentProblem where the processes cannot
+        connect, or there are more of them than GPUs on this machine.
     """
     if not dist.is_torchelastic_launched():
         if parallel != "auto" or context > 1:
@@ -175,7 +175,7 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
 
 
 def _check_cards() -> None:
-    """Raise EnvironmentProblem, in each process alike, where torchrun started more here than there are cards."""
+    """Raise EnvironmentProblem, in every process, where torchrun started more of them here than there are GPUs."""
     started = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_node_local_rank(0) + 1))
     cards = torch.cuda.device_count()
     if started > cards:

@@ -17,7 +17,7 @@ LEVELS = 4  # noise levels at which an error is measured
 
 @dataclass(frozen=True)
 class Example:
-    """A clip that a transformer is judged on.
+    """A clip that a transformer is evaluated on.
 
     Args:
         latents: (C, T, h, w) float32, normalised. text: (S, E), its caption as the text encoder gives it.
@@ -52,7 +52,7 @@ def mix(latents: Tensor, noise: Tensor, level: Tensor) -> Tensor:
 
 
 def velocity(transformer: nn.Module, noisy: Tensor, level: Tensor, text: Tensor) -> Tensor:
-    """What a Wan transformer says of noisy latents (B, C, T, h, w) at t = level (B,): noise - x_0, without guidance."""
+    """The velocity noise - x_0 that a Wan transformer predicts for noisy latents (B, C, T, h, w) at t = level (B,)."""
     return transformer(hidden_states=noisy, timestep=1000 * level, encoder_hidden_states=text, return_dict=False)[0]
 
 
@@ -95,10 +95,10 @@ def layer_errors(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> list[float]:
-    """The same for what self-attention gives in each layer; errors of earlier layers are in it.
+    """The same for the output of self-attention in each layer; it includes the errors of earlier layers.
 
     Args:
-        total: adds up over the processes that share a clip's tokens.
+        total: sums over the processes that share the tokens of a clip.
     """
     device = device or next(teacher.parameters()).device
     layers = len(teacher.blocks)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def layer_errors(
 
 
 class AttentionOutputs:
-    """Within it, `tensors` collects what the self-attention of each layer gives in a forward pass, (B, L, width)."""
+    """Within the block, `tensors` collects each layer's self-attention output in a forward pass, (B, L, width)."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer

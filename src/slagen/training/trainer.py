@@ -29,7 +29,7 @@ MAX_DECAY = 0.999  # of the averaged weights
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a student is trained, every default filled in.
+    """How a student is trained, with every default filled in.
 
     Args:
         schedule: steps, learning rate and batches.
@@ -128,19 +128,19 @@ class Trainer:
             group["lr"] = rate * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(4, dtype=torch.float64, device=team.device)  # loss, ||difference||^2, ||teacher||^2, tokens
-        for j in range(passes):  # as many on every process, for FSDP's sake; what is too many counts nothing
+        for j in range(passes):  # FSDP needs as many on every process; surplus passes count nothing
             piece, counts = pieces[min(j, len(pieces) - 1)], float(j < len(pieces))
             x, noise, text = self._inputs(number, piece)
             level = torch.tensor([levels[i] for i, _ in piece], device=team.device)
             noisy = mix(x, noise, level.view(-1, 1, 1, 1, 1))
             with team.syncing(self.shared, last=j == passes - 1):
                 loss, difference, scale = self._loss(noisy, level, text, noise - x)
-                # DDP and FSDP take the mean over all processes, so each gives its part of the sum times their number;
-                # those that share a clip's tokens each have the gradients of their own
+                # DDP and FSDP average over all processes, so each contributes its part of the sum times their number;
+                # processes that share a clip each have the gradients of their own tokens
                 (loss.sum() * (counts * team.size / batch)).backward()
             tokens = difference.new_tensor(float(x[0, 0].numel() * len(piece)))
             sums += counts * torch.stack([loss.detach().sum().double(), difference, scale, tokens])
-        team.total(sums).div_(team.context)  # those that share a clip all have its loss
+        team.total(sums).div_(team.context)  # processes that share a clip all have its loss
         loss_sum, difference_sum, scale_sum, latents = sums.tolist()
         parameters = list(self.named.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
@@ -183,14 +183,14 @@ class Trainer:
             for e, f in pairs:
                 e, f = e.float(), f.float()
                 wrong, right = (f - e).square().sum((1, 2)), e.square().sum((1, 2))
-                if self.team.context_group is not None:  # each has some of the tokens
+                if self.team.context_group is not None:  # each process has some of the tokens
                     right = self.team.over_context(right)
                     wrong = wrong + (self.team.over_context(wrong.detach()) - wrong.detach())
                 loss = loss + self.recipe.layer_loss / len(pairs) * wrong / right.clamp_min(1e-12)
         return loss, difference, expected.double().square().sum()
 
     def _clips(self, number: int) -> list[Clip]:
-        """The clips of a step: every epoch goes through all of them in an order of its own."""
+        """The clips of a step; every epoch visits all clips in its own order."""
         clips, batch = self.data.training, self.recipe.schedule.batch_size
         found, orders = [], {}
         for place in range(number * batch, (number + 1) * batch):
@@ -202,7 +202,7 @@ class Trainer:
         return found
 
     def _levels(self, number: int) -> list[float]:
-        """Noise levels of a step's clips, t = sigma / (1 + sigma), log sigma normal; one from each equal part of it."""
+        """Stratified noise levels of a step's clips, t = sigma / (1 + sigma) with log sigma normally distributed."""
         s = self.recipe.schedule
         generator = torch.Generator().manual_seed(_mix_seed(self.recipe.seed, 2, number))
         order = torch.randperm(s.batch_size, generator=generator).double()
@@ -211,14 +211,14 @@ class Trainer:
         return torch.sigmoid(s.log_sigma_mean + s.log_sigma_std * normal).float().tolist()
 
     def _pieces(self, clips: list[tuple[int, Clip]]) -> list[list[tuple[int, Clip]]]:
-        """Clips of one shape together, at most a micro-batch of them."""
+        """Clips grouped by shape, at most a micro-batch in each group."""
         size, by_shape = self.recipe.schedule.micro_batch, dict[tuple[int, ...], list[tuple[int, Clip]]]()
         for item in clips:
             by_shape.setdefault(item[1].shape, []).append(item)
         return [group[i : i + size] for group in by_shape.values() for i in range(0, len(group), size)]
 
     def _inputs(self, number: int, piece: list[tuple[int, Clip]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, noise and text of some clips, on the device; the text of every so many is the negative prompt."""
+        """Latents, noise and text of some clips, on the device; dropped captions become the negative prompt."""
         examples = [self.data.example(clip) for _, clip in piece]
         schedule = self.recipe.schedule
         places = [number * schedule.batch_size + i for i, _ in piece]
@@ -270,12 +270,12 @@ def optimizer_8bit() -> Any:
 
 
 def _is_dropped(place: int, fraction: float) -> bool:
-    """Whether the caption of the clip at a place, from 0, in all that are trained on is left out: evenly spread."""
+    """Whether the caption at a position, from 0, in the sequence of all training clips is dropped; evenly spaced."""
     return math.floor((place + 1) * fraction) > math.floor(place * fraction)
 
 
 def _mix_seed(*parts: int) -> int:
-    """One seed of several numbers, the same on every machine (FNV-1a over their bytes)."""
+    """One seed from several numbers, the same on every machine (FNV-1a over their bytes)."""
     value = 0xCBF29CE484222325
     for part in parts:
         for byte in part.to_bytes(8, "little"):

@@ -21,9 +21,8 @@ def show_finetune(result: Any, as_json: bool) -> None:
 
 def show_data(data: Any, as_json: bool) -> None:
     """Print what a prepared set holds: its folder on stdout and counts on stderr, or JSON alone."""
-    counts = {"training": len(data.training), "held_out": len(data.held_out)}
     if as_json:
-        write_json({"folder": str(data.folder), "hash": data.hash, **counts})
+        write_json(data.to_dict())
         return
-    log(f"{counted(counts['training'], 'clip')} for training, {counts['held_out']} held out")
+    log(f"{counted(len(data.training), 'clip')} for training, {len(data.held_out)} held out")
     write(str(data.folder))

@@ -16,16 +16,16 @@ from slagen.training.data.videos import SourceVideo
 RATIOS = (1.0, 4 / 3, 3 / 4)  # aspect ratios, beside the model's own and its inverse
 LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the model's
 MIN_FRAMES = 5  # unless still images are asked for
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # no lists that lead to other files
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,flv,ogg,asf"  # none refers to other files
 
 
 @dataclass(frozen=True)
 class ClipSpec:
-    """The part of a video that becomes a clip: its beginning, resampled in time, scaled and cropped around the middle.
+    """The clip that is made of a video: its beginning, resampled in time, scaled and center-cropped.
 
     Args:
         width, height: in pixels. num_frames: 4k + 1. fps: of the clip.
-        interlaced: the video's frames are two fields of different moments, of which whole frames are made.
+        interlaced: the video is interlaced, so it is deinterlaced.
     """
 
     width: int
@@ -79,12 +79,12 @@ def plan_clips(
 
 
 def _slack(unit: float, spec: ClipSpec) -> float:
-    """How far a timestamp may be off, in seconds: containers round it to units of theirs, Matroska to milliseconds."""
+    """Tolerance for timestamps in seconds: containers round them to their time base, Matroska to milliseconds."""
     return min(unit, 0.25 / spec.fps) + 1e-6
 
 
 def _sizes(full: ClipSpec, grid: int) -> list[tuple[int, int]]:
-    """Sizes of about one area: the model's own, that upside down, and a few ratios between."""
+    """Sizes of about the same area: the model's own, its transpose, and a few aspect ratios between."""
     sizes = [(full.width, full.height), (full.height, full.width)]
     for ratio in RATIOS:
         width = int(math.sqrt(full.width * full.height * ratio) / grid + 1e-6) * grid
@@ -107,20 +107,19 @@ def _av() -> Any:
 
 
 def _open(path: Path) -> Any:
-    """A container of a kind that holds its own pictures."""
+    """Open a video; formats that refer to other files are refused."""
     return _av().open(str(path.absolute()), metadata_errors="replace", options={"format_whitelist": FORMATS})
 
 
 def _shape(stream: Any, frame: Any) -> tuple[float, float, int]:
-    """Width and height as they are to be seen, in pixels, and by how many quarters of a turn to the left they are."""
+    """Displayed width and height in pixels, and the rotation to apply, in quarter turns to the left."""
     turns = round(frame.rotation / 90) % 4
     width, height = frame.width * float(stream.sample_aspect_ratio or 1), float(frame.height)
     return (height, width, turns) if turns % 2 else (width, height, turns)
 
 
 def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]:
-    """Seconds from the first frame to the last, or `enough`, and of a unit of time; width and height of one frame, and
-    whether the first few are interlaced."""
+    """Duration (`enough` or a little more at most) and time base in seconds, displayed width and height, interlaced."""
     av = _av()
     try:
         with _open(path) as container:
@@ -137,7 +136,7 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]
             stream = container.streams.video[0]
             packets = (packet for packet in container.demux(stream) if not packet.is_discard)
             unit = float(stream.time_base)
-            first = last = frame.pts  # what lies before the first frame that can be decoded is never shown
+            first = last = frame.pts  # packets before the first decodable frame are never shown
             for packet in packets:
                 if packet.pts is not None:
                     first = packet.pts if first is None else first
@@ -151,10 +150,10 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]
 
 
 def read_clip(path: Path, spec: ClipSpec) -> np.ndarray:
-    """A clip of a video: at each of its times, the frame that is shown then by the video's own timestamps.
+    """Decode a clip: for each of its times, the frame that the video shows then by its own timestamps.
 
     Returns: (num_frames, height, width, 3) uint8 RGB.
-    Raises: UsageError where the video ends too soon or cannot be decoded.
+    Raises: UsageError where the video is too short or cannot be decoded.
     """
     av = _av()
     picked: list[np.ndarray] = []
@@ -192,7 +191,7 @@ def read_clip(path: Path, spec: ClipSpec) -> np.ndarray:
 
 
 def _fit(frame: Any, stream: Any, spec: ClipSpec) -> np.ndarray:
-    """A frame as it is to be seen, scaled to cover the clip's size, and cropped around its middle."""
+    """A frame as displayed, scaled to cover the size of the clip and center-cropped."""
     width, height, turns = _shape(stream, frame)
     factor = max(spec.width / width, spec.height / height)
     size = max(spec.width, round(width * factor)), max(spec.height, round(height * factor))

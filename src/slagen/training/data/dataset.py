@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -51,8 +52,8 @@ class Dataset:
     """A prepared set.
 
     Args:
-        folder: as `prepare` made it.
-    Raises: WeightsError where it is not whole.
+        folder: written by `prepare`.
+    Raises: WeightsError where it is incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,22 +84,27 @@ class Dataset:
             )
         self.hash = digest([self.identity, self.negative, [dataclasses.astuple(clip) for clip in clips]])
 
+    def to_dict(self) -> dict[str, Any]:
+        """As `slagen finetune data --json` prints it: the folder, the hash of the set, and the numbers of clips."""
+        counts = {"training": len(self.training), "held_out": len(self.held_out)}
+        return {"folder": str(self.folder), "hash": self.hash, **counts}
+
     def example(self, clip: Clip) -> Example:
         """A clip's latents and text, both float32."""
         return Example(self.store.load(clip.latents).float(), self.store.load(clip.text).float())
 
     def negative_text(self) -> Tensor:
-        """The negative prompt as the text encoder gives it, (S, E)."""
+        """The text embedding of the negative prompt, (S, E) float32."""
         return self.store.load(self.negative).float()
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a folder was written by `prepare`, to its end."""
+    """Whether a folder is a complete set that `prepare` wrote."""
     return (path / SET_FILE).is_file() and (path / INDEX_FILE).is_file()
 
 
 def encoder_identity(source: ModelSource, cache: Path) -> str:
-    """A hash of what makes latents and text: VAE, text encoder, tokenizer, length of texts."""
+    """A hash of everything that encodes: VAE, text encoder, tokenizer, and the maximum length of texts."""
     files = component_files(source.folder, ("vae", "text_encoder", "tokenizer"))
     return digest([file_hashes(files, cache), source.defaults.max_sequence_length])
 

@@ -33,7 +33,7 @@ INDEX = {
 
 
 class Store:
-    """Tensors by name, in shards. Added ones are on disk once `flush` has returned."""
+    """Tensors by name, stored in shards. Added ones are on disk once `flush` has returned."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +41,7 @@ class Store:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._waiting: dict[str, Tensor] = {}
         self._flushed = time.monotonic()
-        self.named = whole = dict[str, bool]()  # shards that the index speaks of
+        self.named = whole = dict[str, bool]()  # shards that the index lists
         for entry in read_lines(folder / INDEX_FILE, INDEX):  # a line may be torn by a kill
             name, shard, sha256, shape = entry["name"], entry["shard"], entry["sha256"], entry["shape"]
             if shard not in whole:
@@ -116,7 +116,7 @@ class Store:
                 del self.places[name], self.shapes[name]
 
     def load(self, name: str) -> Tensor:
-        """A tensor that was kept. Raises WeightsError if its bytes are not those that were written."""
+        """Read a tensor. Raises WeightsError if its bytes have changed since they were written."""
         shard, sha256 = self.places[name]
         try:
             with safe_open(self.folder / shard, framework="pt") as handle:

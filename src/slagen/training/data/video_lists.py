@@ -16,7 +16,7 @@ from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
 
 MAX_LIST = 256 * 2**20
 NAMES = ("videos2caption.json", "metadata.json", "metadata.csv", "metadata.tsv")  # in a folder, beside any .jsonl
-# Whose list it is, the key of its videos, and of its captions, of which the first that is there counts.
+# Tool, key of the videos, keys of the captions (the first one present is used).
 KEYS = (
     ("musubi", "video_path", ("caption",)),
     ("FastVideo", "path", ("cap",)),
@@ -28,7 +28,7 @@ MAX_SHOWN = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a list: where it stands, for messages, and its values by key; none where it is no object."""
+    """One entry of a list: where it is, for messages, and its values by key; none where it is not an object."""
 
     where: str
     values: dict[str, Any]
@@ -37,7 +37,7 @@ class Entry:
 def find_list(folder: Path) -> Path | None:
     """The list of videos in a folder; None where there is none.
 
-    Raises: UsageError where there are two, or one of a kind that is not read.
+    Raises: UsageError where there are two, or one of a format that is not read.
     """
     lists = [folder / name for name in NAMES] + sorted(folder.glob("*.jsonl"))
     lists = [file for file in lists if file.is_file() and not file.name.startswith(".")]
@@ -54,7 +54,7 @@ def find_list(folder: Path) -> Path | None:
 
 
 def find_list_below(folder: Path) -> Path | None:
-    """The one metadata file in the folders of a folder, as Hugging Face has one for each split; None without any.
+    """The only metadata file in the subfolders, as Hugging Face has one for each split; None without any.
 
     Raises: UsageError where there are several, or they are not read.
     """
@@ -110,7 +110,7 @@ def read_list(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _choose(file: Path, keys: list[str], what: str) -> tuple[str, list[str]]:
-    """The key of the videos and those of the captions. Raises UsageError with those found and those wanted."""
+    """The key of the videos and those of the captions. Raises UsageError with the keys found and those expected."""
     for _, video, captions in KEYS:
         there = [caption for caption in captions if caption in keys]
         if video in keys and there:
@@ -124,7 +124,7 @@ def _choose(file: Path, keys: list[str], what: str) -> tuple[str, list[str]]:
 
 
 def _first(values: dict[str, Any], keys: list[str]) -> Any:
-    """The first of some values that is there and not empty."""
+    """The first value that is present and not empty."""
     return next((values[key] for key in keys if values.get(key)), None)
 
 

@@ -25,7 +25,7 @@ UNFINISHED = "tensors.jsonl"  # of a prepared set
 
 @dataclass(frozen=True)
 class SourceVideo:
-    """A video and what it shows.
+    """A video and its caption.
 
     Args:
         where: the line or file that names it, for messages.
@@ -84,7 +84,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
 
 
 def _videos(path: Path) -> list[Path]:
-    """All videos below a folder, and links that lead to none."""
+    """All videos below a folder, and broken links to videos."""
     return sorted(
         file for file in _files(path) if file.suffix.lower() in SUFFIXES and (file.is_file() or file.is_symlink())
     )
@@ -95,7 +95,7 @@ def _text_beside(video: Path) -> Path:
 
 
 def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str]]:
-    """Videos with a text beside each."""
+    """Videos with a caption file beside each."""
     if not videos:
         raise UsageError(
             f"{path} contains no videos ({', '.join(sorted(SUFFIXES))}) and no list of them ({', '.join(NAMES)}, "
@@ -121,7 +121,7 @@ def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, but for hidden ones; each folder once."""
+    """All files below a folder except hidden ones; links are followed, and each folder is visited once."""
     seen = set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -133,7 +133,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _caption(value: Any) -> str:
-    """A caption as one line; FastVideo gives a list, of which the first counts. Empty where there is none."""
+    """A caption as one line, empty where there is none; of a list, as FastVideo has it, the first one."""
     if isinstance(value, list):
         value = value[0] if value else ""
     caption = " ".join(value.split()) if isinstance(value, str) else ""
@@ -142,14 +142,14 @@ def _caption(value: Any) -> str:
 
 
 def _places(folder: Path, name: str) -> list[Path]:
-    """Where a list may mean: beside it, in its folder `videos`, as FastVideo has it, or from here, as musubi has it."""
+    """Where a listed video may be: beside the list, in `videos` beside it (FastVideo), or relative to here (musubi)."""
     return [folder / name, folder / "videos" / name, Path(name)]
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
