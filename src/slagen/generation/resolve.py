@@ -24,15 +24,13 @@ from slagen.formats.peek import UNTOLD, Found, peek
 from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
+from slagen.generation.defaults import choose_sampler, for_weights
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
-from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import ModelSource
 from slagen.wan.models import resolve_model
-from slagen.wan.presets import check_sampler, never_tuned
-
-SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
+from slagen.wan.presets import never_tuned
 
 # Of the settings: as a size; where they are not as trained, or as the method has them.
 TOLD_APART = ("width", "height", "block_m", "block_n", "attention_options")
@@ -182,8 +180,8 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     weights = weights or find_weights(config)
     source, method = weights.source, registry.get(config.attention)
     notes, warnings = list(weights.notes), list[str]()
-    defaults = _defaults(source.defaults, weights.distilled)
-    config = _plan_sampler(config, defaults, weights.distilled, warnings)
+    defaults = for_weights(source.defaults, weights.distilled)
+    config = choose_sampler(config, defaults, weights.distilled, warnings)
     filled = {
         name: getattr(defaults, name)
         for name in ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
@@ -237,36 +235,6 @@ def _look_at(path: Path) -> Found:
     if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
         return Found("sla")
     return peek(path)
-
-
-def _defaults(defaults: ModelDefaults, distilled: bool) -> ModelDefaults:
-    """The model's own, but where its weights were replaced by ones of another kind of sampler."""
-    if distilled and defaults.sampler != "rcm":
-        return dataclasses.replace(defaults, steps=4, guidance_scale=1.0, sampler="rcm", negative_prompt="")
-    if not distilled and defaults.sampler == "rcm":
-        return dataclasses.replace(defaults, steps=50, guidance_scale=5.0, sampler="unipc")
-    return defaults
-
-
-def _plan_sampler(
-    config: GenerateConfig, defaults: ModelDefaults, distilled: bool, warnings: list[str]
-) -> GenerateConfig:
-    """Choose the sampler that the weights are made for. Raises WeightsError if another is asked for."""
-    sampler = config.sampler or defaults.sampler
-    check_sampler(sampler, distilled)
-    if sampler == "rcm":
-        if config.flow_shift is not None:
-            raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")
-        if config.steps is not None and config.steps > 4:
-            raise UsageError(f"steps is {config.steps}, but rcm takes 1 to 4. Try --steps 4.")
-        if config.guidance_scale is not None and config.guidance_scale > 1:
-            warnings.append(
-                f"guidance {config.guidance_scale:g}: these weights are distilled with guidance in them; 1 is right"
-            )
-        return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
-    if config.sigma_max is not None or config.ode:
-        raise UsageError(f"--sigma-max and --ode are for the rcm sampler, but this is {sampler}. Leave them out.")
-    return dataclasses.replace(config, sampler=sampler)
 
 
 def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:

@@ -15,7 +15,8 @@ from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
-from slagen.generation.resolve import SIGMA_MAX, Plan
+from slagen.generation.defaults import SIGMA_MAX
+from slagen.generation.resolve import Plan
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import quote

@@ -1,0 +1,40 @@
+"""What is not asked for is the model's own default, and the sampler is the one its weights are made for. No torch."""
+
+import dataclasses
+
+from slagen.errors import UsageError
+from slagen.generation.config import GenerateConfig
+from slagen.wan.defaults import ModelDefaults
+from slagen.wan.presets import check_sampler
+
+SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
+
+
+def for_weights(defaults: ModelDefaults, distilled: bool) -> ModelDefaults:
+    """The model's own, but where its weights were replaced by ones of another kind of sampler."""
+    if distilled and defaults.sampler != "rcm":
+        return dataclasses.replace(defaults, steps=4, guidance_scale=1.0, sampler="rcm", negative_prompt="")
+    if not distilled and defaults.sampler == "rcm":
+        return dataclasses.replace(defaults, steps=50, guidance_scale=5.0, sampler="unipc")
+    return defaults
+
+
+def choose_sampler(
+    config: GenerateConfig, defaults: ModelDefaults, distilled: bool, warnings: list[str]
+) -> GenerateConfig:
+    """Choose the sampler that the weights are made for. Raises WeightsError if another is asked for."""
+    sampler = config.sampler or defaults.sampler
+    check_sampler(sampler, distilled)
+    if sampler == "rcm":
+        if config.flow_shift is not None:
+            raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")
+        if config.steps is not None and config.steps > 4:
+            raise UsageError(f"steps is {config.steps}, but rcm takes 1 to 4. Try --steps 4.")
+        if config.guidance_scale is not None and config.guidance_scale > 1:
+            warnings.append(
+                f"guidance {config.guidance_scale:g}: these weights are distilled with guidance in them; 1 is right"
+            )
+        return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
+    if config.sigma_max is not None or config.ode:
+        raise UsageError(f"--sigma-max and --ode are for the rcm sampler, but this is {sampler}. Leave them out.")
+    return dataclasses.replace(config, sampler=sampler)
