@@ -81,8 +81,8 @@ def test_a_second_run_makes_nothing_and_exits_0(toy, tmp_path):
     ]
     first, seen = events_of(settings(toy, tmp_path, lines))
     assert len(first.made) == 5 and not first.failed
-    assert any("there twice with seed 1" in event.text for event in seen if event.kind == "warning")
-    assert any("5 to make; disk: at most" in event.text for event in seen if event.kind == "plan")
+    assert any("appears twice with seed 1" in event.text for event in seen if event.kind == "warning")
+    assert any("5 to generate; disk space: at most" in event.text for event in seen if event.kind == "plan")
     names = made(tmp_path / "out")
     assert names == sorted(first.made) and all(
         (tmp_path / "out" / name).with_suffix(".json").is_file() for name in names
@@ -135,7 +135,7 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
     second, seen = events_of(settings(toy, tmp_path, lines))
     assert second.kept == first.made and not second.made and report.with_suffix(".mp4").read_bytes() == video
     (told,) = (event.text for event in seen if event.kind == "note" and report.name in event.text)
-    assert "made again of what the video says" in told and other.read_text() == "[]"
+    assert "restored from the video's metadata" in told and other.read_text() == "[]"
     after = json.loads(report.read_text())
     assert after["video"] == before["video"] and after["latents_hash"] == before["latents_hash"]
     assert after["settings"].items() <= before["settings"].items() and "restored" in after and "steps" not in after
@@ -143,7 +143,9 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
     second, seen = events_of(settings(toy, tmp_path, lines, save_latents=True))
     assert not any(report.name in event.text for event in seen)
     (told,) = (event.text for event in seen if event.kind == "warning")  # it was silent
-    assert second.kept == first.made and told.startswith("2 videos are there without latents, and not made again")
+    assert second.kept == first.made and told.startswith(
+        "2 videos are complete but without latents, and not generated again"
+    )
     assert f"(rm {tmp_path / 'out' / first.made[0]})" in told and "another --output" in told
 
 
@@ -277,12 +279,15 @@ def test_planted_links_are_not_followed(toy, tmp_path):
     assert not any((out / x).is_symlink() for x in ("index.html", name, f"{stem}.json"))
     (out / "manifest.jsonl").unlink()
     (out / "manifest.jsonl").symlink_to(victim)
-    with pytest.raises(SlagenError, match="is a link, and slagen writes through none"):
+    with pytest.raises(
+        SlagenError,
+        match="is a link, and slagen writes through none",
+    ):
         batch(config)
     assert victim.read_text() == "mine"
     shutil.rmtree(out / ".slagen")
     (out / ".slagen").symlink_to(tmp_path)
-    with pytest.raises(SlagenError, match=".slagen is a link"):
+    with pytest.raises(SlagenError, match=".slagen is a symbolic link"):
         batch(config)
 
 
@@ -452,8 +457,10 @@ def test_the_first_forecast_is_of_videos_like_these_or_none(toy, tmp_path):
     assert "time" not in describe_forecast(tmp_path, [small], [small], times)
     for seconds in (30, 2, 3):
         times.add(small, seconds)
-    assert "1 video, 1 to make; time: about 3 s; disk" in describe_forecast(tmp_path, [small], [small], times)
-    assert "2 videos, 2 to make; time: about 6 s" in describe_forecast(tmp_path, [small] * 2, [small] * 2, times)
+    assert "1 video, 1 to generate; estimated time: 3 s; disk" in describe_forecast(tmp_path, [small], [small], times)
+    assert "2 videos, 2 to generate; estimated time: 6 s" in describe_forecast(
+        tmp_path, [small] * 2, [small] * 2, times
+    )
     for other in (large, longer):
         assert "time" not in describe_forecast(tmp_path, [small, other], [small, other], times)
     assert RecordedTimes(tmp_path, ["other weights", "device"]).of([small]) is None
@@ -488,7 +495,7 @@ def test_damaged_notes_in_the_cache_are_made_anew(toy, tmp_path):
 
 def test_a_folder_that_takes_nothing(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SlagenError, match="takes no files"):
+    with pytest.raises(SlagenError, match="is not writable"):
         Manifest(tmp_path / "file")
     (tmp_path / "manifest.jsonl").mkdir()
     with pytest.raises(SlagenError, match="cannot be read"):

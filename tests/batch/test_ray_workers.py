@@ -141,7 +141,7 @@ def test_killed_workers_and_drivers_leave_whole_work(toy, tmp_path):
     assert not folder.exists()
     said = set(map(os.path.basename, out.split()))
     assert said and said <= set(made(tmp_path / "out")) and "Ray" in errors
-    assert "was lost, and another takes its place" in errors
+    assert "died; starting another" in errors
     check_consistent(tmp_path / "out", len(lines) if kills else count)
 
 
@@ -157,8 +157,8 @@ def test_a_job_that_costs_three_workers_fails(toy, tmp_path, monkeypatch):
         manifest.append({"event": "running", "key": job.key, "attempt": str(number), "worker": f"w{number}"})
         driver._replace(ray_workers.WorkerHandle(1, None, None, None, f"w{number}"), RuntimeError("killed"))
     state = manifest.read()[job.key]
-    assert state.state == "failed" and "lost 3 times" in state.result["reason"] and len(said) == 3
-    with pytest.raises(SlagenError, match="before they made anything: out of disk"):
+    assert state.state == "failed" and "died 3 times" in state.result["reason"] and len(said) == 3
+    with pytest.raises(SlagenError, match="before they generated a video: out of disk"):
         for _ in range(ray_workers.MAX_LOSSES):
             driver._replace(ray_workers.WorkerHandle(1, None, None, None, ""), RuntimeError("x\nout of disk"))
 

@@ -114,7 +114,7 @@ def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
     result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
     row = result.content["rows"][0]
     assert row["forward_ms"] and row["backward_ms"] is None and row["speedup"] == 1
-    assert row["reason"].startswith("its backward pass: not supported here (RuntimeError: element 0 of tensors")
+    assert row["reason"].startswith("backward pass: not supported here (RuntimeError: element 0 of tensors")
     assert f"other: {row['reason']}" in result.verdicts
 
 
@@ -129,14 +129,14 @@ def test_what_fails_at_the_full_length_is_said(monkeypatch):
 
     monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", make),))
     result = bench(BenchConfig(**QUICK))
-    assert result.verdicts[0] == "other: does not fit into this device's memory"
+    assert result.verdicts[0] == "other: out of memory on this device"
 
 
 def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
     nothing = Method("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
     monkeypatch.setattr(task, "all_methods", lambda: (nothing,))
     row = bench(BenchConfig(**QUICK, output=str(tmp_path))).content["rows"][0]
-    assert row["correct"] is False and row["reason"] == "wrong: it gives values that are not finite"
+    assert row["correct"] is False and row["reason"] == "wrong: it produced NaN or Inf"
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["error"] is None
 
 
@@ -220,7 +220,7 @@ def test_bad_settings(fields, complaint):
 def test_unknown_and_missing_methods():
     with pytest.raises(UsageError, match="must be one of sla, sparse, linear, sdpa"):
         bench(BenchConfig(**QUICK, methods=("fast",)))
-    with pytest.raises(EnvironmentProblem, match="flash-attn does not run here: is not installed"):
+    with pytest.raises(EnvironmentProblem, match="flash-attn cannot run on this machine: not installed"):
         bench(BenchConfig(**QUICK, methods=("flash-attn",)))
 
 

@@ -193,7 +193,7 @@ def test_no_verdict_within_the_noise(sla, said, mark):
         even_tokens={"1x2x256x64": compare.even_tokens(rows, 0.95)},
     )  # fmt: skip
     assert result.verdicts[-1].startswith(f"1x2x256x64: {said}")
-    assert result.verdicts[-2].endswith("between turns; where quartiles overlap, a difference is noise")
+    assert result.verdicts[-2].endswith("between rounds; where quartiles overlap, a difference is noise")
     assert tables.cells(row)[-1] == mark and result.speedups == [f"{mark} at 1x2x256x64"]
 
 

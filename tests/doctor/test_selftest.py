@@ -80,7 +80,7 @@ def test_what_is_missing_is_the_environment(small, tmp_path, capsys, monkeypatch
     [
         (["--output", "x.json"], "--output is the file of --selftest, which is not given"),
         (["--selftest", "--kernels"], "--kernels and --selftest are two things"),
-        (["--selftest", "--output", "missing/x.json"], "must be a file in a folder that is there"),
+        (["--selftest", "--output", "missing/x.json"], "must be a file in an existing, writable folder"),
     ],
     ids=["output-alone", "two-things", "no-folder"],
 )

@@ -300,7 +300,7 @@ def test_doctor_names_every_card(card, monkeypatch):
 def test_driver(monkeypatch):
     """nvidia-smi that fails writes nothing to stdout."""
     monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
-    for said, driver in (("575.51\n575.51\n", "575.51"), ("", "unknown (nvidia-smi says nothing)")):
+    for said, driver in (("575.51\n575.51\n", "575.51"), ("", "unknown (nvidia-smi printed nothing)")):
         monkeypatch.setattr(
             doctor.subprocess, "run", lambda command, said=said, **options: SimpleNamespace(stdout=said)
         )
@@ -368,7 +368,7 @@ def test_a_row_on_a_card(card, monkeypatch):
     assert len(clock.draw_inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
     assert len(clock.draw_inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
     row = row_of(methods.Method("other", "dense", out_of_memory), "1x1x64x16")
-    assert row["reason"] == "does not fit into this device's memory" and row["forward_ms"] is None
+    assert row["reason"] == "out of memory on this device" and row["forward_ms"] is None
 
 
 def test_flex_gets_tiles_on_a_card():

@@ -39,10 +39,12 @@ def find_remaining(
         elif job.state == "failed" and str(job.result.get("worker")).split(":")[0] == worker.split(":")[0]:
             result.failed.append((job.name, str(job.result.get("reason"))))  # by another worker of this very run
         elif job.state == "failed" and not retry_failed:
-            result.failed.append((job.name, f"{job.result.get('reason')} (before; --retry-failed tries again)"))
+            result.failed.append(
+                (job.name, f"{job.result.get('reason')} (in an earlier run; --retry-failed tries again)")
+            )
         else:
             if job.state == "done":
-                on_event(Event("warning", f"{job.name} is gone or changed, and is made again"))
+                on_event(Event("warning", f"{job.name} is missing or has changed; generating it again"))
             todo.append(task)
     _warn_of_missing_latents(manifest, [task for task in tasks if jobs[task.job.key].name in result.kept], on_event)
     return todo
@@ -55,8 +57,8 @@ def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Cal
     if lacking:
         are = "one video is" if len(lacking) == 1 else f"{len(lacking)} videos are"
         text = (
-            f"{are} there without latents, and not made again for them. To have both, delete such a video "
-            f"(rm {shlex.quote(str(lacking[0]))}) and run this again, or give another --output"
+            f"{are} complete but without latents, and not generated again for them. To have both, delete such a video "
+            f"(rm {shlex.quote(str(lacking[0]))}) and run this command again, or choose another --output"
         )
         on_event(Event("warning", text))
 
@@ -70,8 +72,13 @@ def _restore_report(manifest: Manifest, job: Job, on_event: Callable[[Event], No
         return
     try:
         write_json(lost, restored_report(path, job.settings, job.result))
-        on_event(Event("note", f"{lost.name} was gone, and is made again of what the video says: its times are lost"))
+        on_event(Event("note", f"{lost.name} was missing; it is restored from the video's metadata, without timings"))
     except (SlagenError, OSError) as error:
-        on_event(Event("warning", f"{lost.name} is gone; delete {path.name} to have both made again ({error})"))
+        on_event(
+            Event(
+                "warning",
+                f"{lost.name} is missing and cannot be restored ({error}); delete {path.name} to generate both again",
+            )
+        )
     finally:
         lock.release()

@@ -35,19 +35,21 @@ class BatchConfig:
 
     prompts: str
     generate: GenerateConfig
-    retry_failed: bool = option(False, "Try again what failed before.")
+    retry_failed: bool = option(False, "Retry videos that failed in an earlier run.")
     shard: tuple[int, int] | None = option(
-        None, "i/n: every n-th job from the i-th on, for n machines.", metavar="I/N", kind=str, read=parse_shard
+        None, "Generate part I of N, to divide the batch among N machines.", metavar="I/N", kind=str, read=parse_shard
     )
-    cache_dir: str = option(CACHE, "Where prompt embeddings and hashes are kept.")
-    no_cache: bool = option(False, "Keep no embeddings.")
+    cache_dir: str = option(CACHE, "Folder for cached prompt embeddings and file hashes.")
+    no_cache: bool = option(False, "Do not cache prompt embeddings.")
     ray_address: str | None = option(
         None,
-        "Share the work on the Ray cluster at this address; if it wants a token, give that in RAY_AUTH_TOKEN, or its "
-        "file in RAY_AUTH_TOKEN_PATH.",
+        "Distribute the batch over the Ray cluster at this address. If it requires a token, set RAY_AUTH_TOKEN, or "
+        "RAY_AUTH_TOKEN_PATH to a file with the token.",
         metavar="HOST:PORT",
     )
-    ray_workers: int | None = option(None, "Models in memory at once. Default: one a GPU, or one a machine without.")
+    ray_workers: int | None = option(
+        None, "Ray workers, each with a model in memory. Default: one per GPU, or one per machine without GPUs."
+    )
 
     def __post_init__(self) -> None:
         if self.ray_workers is not None and (not 1 <= self.ray_workers <= MAX_VIDEOS or self.ray_address is None):

@@ -25,9 +25,7 @@ def write_page_or_warn(manifest: Manifest, on_event: Callable[[Event], None]) ->
     try:
         return write_page(manifest)
     except OSError as error:
-        on_event(
-            Event("warning", f"{manifest.folder / PAGE} could not be written ({error}); the videos are not harmed")
-        )
+        on_event(Event("warning", f"{manifest.folder / PAGE} could not be written ({error}); the videos are complete"))
         return None
 
 

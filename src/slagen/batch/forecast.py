@@ -24,7 +24,7 @@ def check_disk_space(folder: Path, todo: list[Task]) -> None:
     if free < needed:
         raise SlagenError(
             f"{folder} has {free / 2**20:.0f} MiB free, but {counted(len(todo), 'video')} may need "
-            f"{needed / 2**20:.0f} MiB. Free some space, or give another folder with --output."
+            f"{needed / 2**20:.0f} MiB. Free some space, or choose another folder with --output."
         )
 
 
@@ -49,11 +49,12 @@ def _num_pixels(task: Task) -> int:
 def describe_forecast(folder: Path, tasks: list[Task], todo: list[Task], times: RecordedTimes) -> str:
     """How many, how long, how much; how long only where such videos were made here before."""
     if not todo:
-        return f"{counted(len(tasks), 'video')}, none to make"
+        return f"{counted(len(tasks), 'video')}, nothing left to generate"
     seconds = times.of(todo)
-    duration = "" if seconds is None else f"time: about {readable_duration(seconds)}; "
+    duration = "" if seconds is None else f"estimated time: {readable_duration(seconds)}; "
     size = sum(2**20 + _num_pixels(task) // 4 for task in todo) / 2**20
-    return f"{counted(len(tasks), 'video')}, {len(todo)} to make; {duration}disk: at most {size:.0f} MiB in {folder}"
+    videos = f"{counted(len(tasks), 'video')}, {len(todo)} to generate"
+    return f"{videos}; {duration}disk space: at most {size:.0f} MiB in {folder}"
 
 
 MAX_SECONDS = 1e7  # seconds for a video: slower than any machine, so no measurement

@@ -103,12 +103,12 @@ class Manifest:
         self.path = folder / FILE_NAME
         for own in (folder / LOCKS, folder / LOCKS / "thumbnails"):
             if own.is_symlink():
-                raise SlagenError(f"{own} is a link, and slagen writes through none. Delete it.")
+                raise SlagenError(f"{own} is a symbolic link, and slagen does not write through links. Delete it.")
         try:
             (folder / LOCKS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SlagenError(
-                f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
+                f"{folder} is not writable ({error.strerror or error}). Choose another folder with --output."
             ) from error
         self._jobs: dict[str, Job] = {}
         self._names: set[str] = set()
@@ -152,7 +152,7 @@ class Manifest:
             return
         except OSError as error:
             raise SlagenError(
-                f"{self.path} cannot be read ({error.strerror or error}). Give another --output."
+                f"{self.path} cannot be read ({error.strerror or error}). Choose another --output."
             ) from error
 
     def append(self, *events: dict[str, Any]) -> None:
@@ -175,7 +175,7 @@ class Manifest:
             append(self.path, ("\n".join(lines) + "\n").encode())
         except OSError as error:
             raise SlagenError(
-                f"{self.path} cannot be written ({error.strerror or error}). Mend that, or give another --output."
+                f"{self.path} cannot be written ({error.strerror or error}). Fix that, or choose another --output."
             ) from error
 
     def queue(self, wanted: list[Wanted]) -> list[Job]:

@@ -40,7 +40,8 @@ def plan_videos(base: GenerateConfig, requests: list[prompts.Request], weights: 
             plan = make_plan(config, weights)
             if plan.config.attention != config.attention:
                 raise UsageError(
-                    f"{plan.num_tokens} tokens are too few for SLA, which the rest runs with. Make it larger, or apart."
+                    f"{plan.num_tokens} tokens are too few for SLA, which the other prompts use. Choose a larger "
+                    "--size or more frames, or put this prompt into a file of its own."
                 )
         except SlagenError as error:
             faults.append(f"{request.where}: {error}")
@@ -82,7 +83,7 @@ def queue_jobs(
     tasks: dict[str, Task] = {}
     for job, (plan, _) in zip(manifest.queue(wanted), plans, strict=True):
         if job.key in tasks:
-            text = f"{plan.config.prompt!r:.60} is there twice with seed {job.seed}: one video is made"
+            text = f"the prompt {plan.config.prompt!r} appears twice with seed {job.seed}; one video is generated"
             on_event(Event("warning", text))
         else:
             config = dataclasses.replace(plan.config, seed=job.seed)

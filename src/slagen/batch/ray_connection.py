@@ -30,7 +30,9 @@ def connected_to_ray(address: str) -> Iterator[Any]:
     """
     match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
     if match is None and address not in (LOCAL, "auto"):
-        raise UsageError(f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to start Ray here.")
+        raise UsageError(
+            f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to use this machine."
+        )
     folder = _private_folder() if address == LOCAL else None
     try:
         _set_environment(local=folder is not None)
@@ -93,14 +95,15 @@ def _connect(address: str, match: re.Match[str] | None, folder: Path | None) -> 
 
 def _refused(address: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"Ray at {quote(address)} answers, but takes no commands from here: the token is missing or wrong, or that is "
-        "no Ray of this version. Give the token that it was started with in RAY_AUTH_TOKEN, or its file in "
-        "RAY_AUTH_TOKEN_PATH."
+        f"Ray at {quote(address)} answers but refuses the connection: the token is missing or wrong, or its version of "
+        "Ray is another. Set RAY_AUTH_TOKEN to the token that it was started with, or RAY_AUTH_TOKEN_PATH to a file "
+        "with it."
     )
 
 
 def _unreached(address: str, error: Exception) -> EnvironmentProblem:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return EnvironmentProblem(
-        f"Ray at {quote(address)} is not reached ({reason}). Start it with ray start --head, or leave the address out."
+        f"Ray at {quote(address)} cannot be reached ({reason}). Start it with ray start --head, or leave out the "
+        "address."
     )

@@ -189,7 +189,9 @@ class Driver:
         if ref is handle.poll:
             handle.name, version, events = given
             if version != __version__:
-                raise EnvironmentProblem(f"a worker has slagen {version}, but this is {__version__}. Make them equal.")
+                raise EnvironmentProblem(
+                    f"a Ray worker runs slagen {version}, but this is {__version__}. Install one version everywhere."
+                )
             for event in events:
                 if event.kind != "plan" or handle.number == 1:
                     self.on_event(event)
@@ -223,14 +225,14 @@ class Driver:
         for job in mine:
             self.losses[job.key] += 1
             if self.losses[job.key] >= MAX_LOSSES:
-                reason = f"its worker was lost {MAX_LOSSES} times; perhaps it ran out of memory"
+                reason = f"its worker process died {MAX_LOSSES} times; it may have run out of memory"
                 manifest.finish(job, job.attempt, event="failed", worker=handle.name, reason=reason)
         if self.stop.is_set():
             return
         self.losses[""] = 0 if mine else self.losses[""] + 1
         if self.losses[""] >= MAX_LOSSES:
-            raise SlagenError(f"{MAX_LOSSES} Ray workers in a row ended before they made anything: {_reason(error)}")
-        self.on_event(Event("warning", f"worker {handle.number} was lost, and another takes its place"))
+            raise SlagenError(f"{MAX_LOSSES} Ray workers in a row died before they generated a video: {_reason(error)}")
+        self.on_event(Event("warning", f"Ray worker {handle.number} died; starting another"))
         self.handles.append(self._spawn(handle.number))
 
     @staticmethod

@@ -54,7 +54,7 @@ def run_worker(
     """
     folder = user_path(config.generate.output)
     if is_video(config.generate.output):
-        raise UsageError(f"{folder} is one file, but a batch makes many. Give a folder with --output.")
+        raise UsageError(f"{folder} is one file, but a batch writes many. Choose a folder with --output.")
     check_ffmpeg()
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = plan_videos(config.generate, requests, weights)
@@ -148,7 +148,7 @@ class WorkerLoop:
             attempt = _Attempt(task, lock, uuid.uuid4().hex)
             running = {"event": "running", "key": now.key, "attempt": attempt.id, "worker": self.worker}
             self.manifest.append(running)
-            self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt:.60}"))
+            self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt}"))
             stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
             sample: Sample | None
             try:

@@ -72,36 +72,36 @@ class BenchConfig:
     )  # fmt: skip
     lengths: tuple[int, ...] | None = option(
         None,
-        "Tokens, for the length sweep; may be repeated. Default: doubling from 1,024 up to the shape's.",
+        "Sequence length to sweep, in tokens. May be repeated. Default: powers of two from 1,024 up to the shape's.",
         panel=WHAT, name="length",
     )  # fmt: skip
     model: str | None = option(
         None, "Time this model's denoising loop: a preset, folder or hub id.", panel=WHAT, short="-m"
     )
     random_init: RandomInit | None = option(
-        None, "The same for a random Wan of true size: wan-1.3b or wan-14b.", panel=WHAT
+        None, "The same for a Wan with random weights: wan-1.3b or wan-14b.", panel=WHAT
     )
-    width: int | None = option(None, "Width x height of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
+    width: int | None = option(None, "Video size of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
     height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)
     num_frames: int | None = option(None, "Video frames of the loop.", panel=WHAT)
     steps: int = option(4, "Denoising steps of the loop.", panel=WHAT)
     compile: bool = option(False, "Time the loop with torch.compile as well.", panel=WHAT)
-    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=HOW)
-    linear_domain: LinearDomain = option("all", "What the linear branch sees: all or marginal.", panel=HOW)
-    feature_map: FeatureMap = option("softmax", "softmax, elu or relu.", panel=HOW)
-    block_m: int = option(64, "Query rows of a block.", panel=HOW)
-    block_n: int = option(64, "Key columns of a block.", panel=HOW)
+    backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=HOW)
+    linear_domain: LinearDomain = option("all", "Key blocks of the linear branch: all or marginal.", panel=HOW)
+    feature_map: FeatureMap = option("softmax", "Feature map of the linear branch: softmax, elu or relu.", panel=HOW)
+    block_m: int = option(64, "Query rows per block.", panel=HOW)
+    block_n: int = option(64, "Key columns per block.", panel=HOW)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=HOW, of_methods=True)
     dtype: Dtype = option("auto", "auto: bf16 on CUDA, fp32 on a CPU.", panel=HOW)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW)
-    backward: bool | None = option(None, "Time the backward pass too. Default: on CUDA.", panel=HOW)
-    seconds: float = option(2.0, "Time for each measurement.", panel=HOW)
-    output: str | None = option(None, "A folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")
+    backward: bool | None = option(None, "Also time the backward pass. Default: on CUDA only.", panel=HOW)
+    seconds: float = option(2.0, "Seconds per measurement.", panel=HOW)
+    output: str | None = option(None, "Folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")
 
     def __post_init__(self) -> None:
         check_folder("output", self.output or "")
         if self.model is not None and self.random_init is not None:
-            raise UsageError("--model and --random-init both say which model to time. Give one of them.")
+            raise UsageError("--model and --random-init both choose the model to time. Give one of them.")
         for shape in self.shapes:
             self._check_room(shape)
         for sparsity in self.sparsities or (0.95,):
@@ -131,8 +131,8 @@ class BenchConfig:
         for tokens in (length, *(self.lengths or ())):
             if not 1 <= tokens <= MAX_ELEMENTS // (batch * num_heads * head_dim):
                 raise UsageError(
-                    f"{batch} x {num_heads} x {shown(tokens)} x {head_dim} is more than {MAX_ELEMENTS:,} numbers, or "
-                    "none: a sequence has at least 1 token. Try --length 4096."
+                    f"{batch} x {num_heads} x {shown(tokens)} x {head_dim} is out of range: at most {MAX_ELEMENTS:,} "
+                    "elements per tensor, and at least 1 token. Try --length 4096."
                 )
 
     def sla(self, sparsity: float) -> SLAConfig:

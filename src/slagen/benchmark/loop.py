@@ -28,7 +28,7 @@ def bench_model(
 
     name: str
     if config.random_init is not None:
-        on_note(f"making a random {config.random_init}")
+        on_note(f"initializing {config.random_init} with random weights")
         name, defaults = config.random_init, ModelDefaults()
         pipe = random_pipeline(name, device, dtype)
     else:

@@ -76,7 +76,7 @@ class Method:
     def make(self, setting: Setting) -> Attend:
         """Raises Unavailable where this machine can not run it."""
         if self.absent:
-            raise Unavailable("is not installed")
+            raise Unavailable("not installed")
         return self.build(setting)
 
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 
 
 def unavailable(name: str, reason: str) -> EnvironmentProblem:
-    return EnvironmentProblem(f"{name} does not run here: {reason.removesuffix('.')}. Leave it out of --method.")
+    return EnvironmentProblem(
+        f"{name} cannot run on this machine: {reason.removesuffix('.')}. Leave it out of --method."
+    )
 
 
 @dataclass
@@ -149,11 +151,13 @@ def _prepare(
     limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
     row["correct"] = error <= limit
     if not math.isfinite(error):
-        row["reason"] = "wrong: it gives values that are not finite"
+        row["reason"] = "wrong: it produced NaN or Inf"
         return
     row["error"] = error
     if not row["correct"]:
-        row["reason"] = f"wrong: its error to the reference is {error:.2g}, the limit {limit:.2g}"
+        row["reason"] = (
+            f"wrong: its error relative to the float64 reference is {error:.2g}, over the limit of {limit:.2g}"
+        )
         return
     timer = forward_timer(attend, inputs, setting.device, seconds)
     row["compile_s"] = timer.warm_up()
@@ -173,7 +177,7 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
     except Unavailable as error:
         reason = str(error)
     except torch.OutOfMemoryError:
-        reason = "does not fit into this device's memory"
+        reason = "out of memory on this device"
     except SlagenError:
         raise
     except Exception as error:  # another library's failure is a result here, and is shown
@@ -183,7 +187,7 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
         reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
     if timer is not None:
         entry.timers.pop(timer, None)
-    entry.row["reason"] = f"its backward pass: {reason}" if timer == "backward" else reason
+    entry.row["reason"] = f"backward pass: {reason}" if timer == "backward" else reason
 
 
 def _fill_in(entry: Entry) -> None:

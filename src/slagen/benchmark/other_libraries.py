@@ -116,7 +116,7 @@ def _public_sla(setting: Setting) -> Attend:
 
     config = setting.config
     if config.linear_domain != "all":
-        raise Unavailable("it computes the domain 'all' only")
+        raise Unavailable("computes the linear domain 'all' only")
     module = SparseLinearAttention(
         head_dim=setting.weight.shape[0], topk=1 - config.sparsity, feature_map=config.feature_map,
         BLKQ=config.block_m, BLKK=config.block_n,

@@ -95,7 +95,7 @@ def _check_present(config: BenchConfig, methods: list[Method]) -> None:
     """Raise EnvironmentProblem where a method that was named is not installed; of others the result says it."""
     names = [method.name for method in methods if method.absent]
     if names and config.methods:
-        raise unavailable(names[0], "is not installed")
+        raise unavailable(names[0], "not installed")
 
 
 def _has_kernels(method: Method) -> bool:
@@ -116,6 +116,6 @@ def _write(folder: Path, content: dict[str, Any], on_note: Callable[[str], None]
             except ImportError as error:
                 if (lack := packages.explain(error)) is None:
                     raise
-                on_note(f"there is no plot: {lack}")
+                on_note(f"no plot was drawn: {lack}")
         stage.publish()
     return [folder / file.name for file in files]

@@ -78,8 +78,7 @@ class BenchResult:
         if drifts:
             drift = f"{max(drifts):.0%}"
             lines.append(
-                f"the median of one call moved by up to {drift} between turns; where quartiles overlap, a difference "
-                "is noise"
+                f"medians varied by up to {drift} between rounds; where quartiles overlap, a difference is noise"
             )
         for shape, tokens in self.content["break_even_tokens"].items():
             even = self.content.get("even_tokens", {}).get(shape)
@@ -99,8 +98,8 @@ def merged(shape: str, sparsity: float, also: list[float], kept: int, blocks: in
     others = f"sparsities {', '.join(most)} and {last}" if most else f"sparsity {last}"
     verbs = ("keep", "are") if most else ("keeps", "is")
     return (
-        f"{shape}: {others} {verbs[0]} {kept} of {blocks} key blocks, as {sparsity:g} does, and {verbs[1]} measured "
-        "with it"
+        f"{shape}: {others} {verbs[0]} {kept} of {blocks} key blocks, the same as {sparsity:g}, and "
+        f"{verbs[1]} not timed separately"
     )
 
 

@@ -30,7 +30,7 @@ class Finding:
 SHOWN = ("torch", "triton", "diffusers", "transformers", "ftfy")  # the others are only if they are missing or too old
 WITHOUT = {
     "triton": "Linux only; it comes with torch's CUDA builds",
-    "ftfy": "without it prompts are cleaned wrongly",
+    "ftfy": "without it prompts are not cleaned as in training",
     "matplotlib": "without it `bench` draws no plot",
     "rich": "without it tables are plain text",
 }
@@ -64,13 +64,13 @@ def _not_looked_at(name: str, error: ImportError) -> Finding:
     if lack is None:
         raise error
     reason, _, fix = lack.partition(" Try ")
-    return Finding(name, "problem", f"not looked at: {reason}", fix.removesuffix("."))
+    return Finding(name, "problem", f"not checked: {reason}", fix.removesuffix("."))
 
 
 def _gpu() -> list[Finding]:
     if not torch.cuda.is_available():
         reason = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
-        fix = "none is needed for the bundled model; for Wan2.1, a card, its driver and a CUDA build of PyTorch"
+        fix = "the bundled model needs none; Wan2.1 needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
         return [Finding("gpu", "note", f"none: {reason}", fix)]
     found = []
     for index in range(torch.cuda.device_count()):
@@ -81,7 +81,7 @@ def _gpu() -> list[Finding]:
             f"{card.name}, capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, "
             f"{shared // 1024} KiB shared memory, bf16 {'yes' if bf16 else 'no'}"
         )
-        fix = "" if bf16 else "use --dtype fp16: this card has no bf16"
+        fix = "" if bf16 else "use --dtype fp16: this GPU does not support bf16"
         found.append(Finding(f"gpu {index}", "ok" if bf16 else "note", text, fix))
     found.append(Finding("cuda", "ok", f"{torch.version.cuda}, driver {_driver()}"))
     return found
@@ -93,7 +93,7 @@ def _driver() -> str:
         return "unknown (no nvidia-smi)"
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     said = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
-    return said[0] if said else "unknown (nvidia-smi says nothing)"
+    return said[0] if said else "unknown (nvidia-smi printed nothing)"
 
 
 def _kernels() -> list[Finding]:
@@ -114,7 +114,12 @@ def _kernels_on(device: torch.device) -> Finding:
         for domain in ("all", "marginal"):
             wrong, before = prove(probe, SLAConfig(linear_domain=domain))  # type: ignore[arg-type]
             if wrong is not None:
-                return Finding(name, "problem", f"Triton, domain {domain}: {wrong}", "use --backend torch, and tell us")
+                return Finding(
+                    name,
+                    "problem",
+                    f"Triton, domain {domain}: {wrong}",
+                    "use --backend torch, and report this in an issue",
+                )
             gave_way += before
     except RuntimeError as error:  # of Triton, as KernelProblem says it, or of PyTorch: a card that is full or lost
         found, _, fix = str(error).partition(" Try ")
@@ -137,11 +142,16 @@ def _bundled_model() -> Finding:
     except ImportError as error:
         return _not_looked_at("bundled model", error)
     except SlagenError as error:
-        return Finding("bundled model", "problem", str(error), "install slagen again")
+        return Finding("bundled model", "problem", str(error), "reinstall slagen")
     encoder = pipe.text_encoder
     tied = encoder.encoder.embed_tokens.weight is encoder.shared.weight
     if not tied:
-        return Finding("bundled model", "problem", "UMT5's embed_tokens is not tied: it would make noise", "tell us")
+        return Finding(
+            "bundled model",
+            "problem",
+            "UMT5's embed_tokens is not tied, so videos would be noise",
+            "report this in an issue",
+        )
     return Finding("bundled model", "ok", f"{source.folder}, UMT5 embedding tied")
 
 
@@ -161,6 +171,6 @@ def check_gpu(findings: list[Finding]) -> None:
     missing = next((finding for finding in findings if finding.name == "gpu"), None)
     if missing is not None:
         raise EnvironmentProblem(
-            f"--require-gpu was given, but there is {missing.found}. It takes a card, its driver and a CUDA build of "
-            "PyTorch."
+            f"--require-gpu was given, but the GPU check says {missing.found}. It needs an NVIDIA GPU, its "
+            "driver and a CUDA build of PyTorch."
         )

@@ -58,7 +58,7 @@ def kernel_costs(
         rows = [row for rows in pool.map(compile_for, groups) for row in rows]
     operator = _said(
         [sys.executable, "-c", OPERATOR], {**environment, "TRITON_INTERPRET": "1"},
-        "the operator's launches can not be counted", json.dumps(rows),
+        "the operator's launches cannot be counted", json.dumps(rows),
     )  # fmt: skip
     return {"triton": version("triton"), "operator": operator, "kernels": rows}
 
@@ -114,7 +114,7 @@ def check_kernels(content: dict[str, Any]) -> None:
     if broken:
         row = broken[0]
         raise GateError(
-            f"{len(broken)} of {len(content['kernels'])} kernels break a limit; the first is {row['kernel']} on "
+            f"{len(broken)} of {len(content['kernels'])} kernels exceed a limit; the first is {row['kernel']} on "
             f"{row['target']}, head dimension {row['head_dim']}: {'; '.join(row['faults'])}."
         )
     launches = content["operator"]["launches"]

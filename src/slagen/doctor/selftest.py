@@ -123,7 +123,7 @@ def _examine(content: dict[str, Any]) -> str:
     problems = [f"{finding.name}: {finding.found}" for finding in findings if finding.status == "problem"]
     if problems:
         raise EnvironmentProblem("; ".join(problems))
-    return f"{len(findings)} things looked at, no problem"
+    return f"{len(findings)} checks, no problem"
 
 
 def _agrees(device: torch.device, backend: Backend, dtype: str, head_dim: int, domain: LinearDomain) -> str:
@@ -208,9 +208,7 @@ def claim(output: str | None) -> Path:
     """Where the result goes. Raises UsageError before the work where it can not be written."""
     path = user_path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(
-            f"output is {quote(str(path))}, but must be a file in a folder that is there and can be written."
-        )
+        raise UsageError(f"output is {quote(str(path))}, but must be a file in an existing, writable folder.")
     return path
 
 

@@ -19,6 +19,6 @@ def show_batch(result: Any, as_json: bool) -> None:
     for name, reason in result.failed:
         log_as("failed", "bold red", f"{name}: {reason}")
     if result.page is not None:
-        log(f"all of them: {result.page}")
+        log(f"contact sheet: {result.page}")
     elsewhere = f", {len(result.elsewhere)} by another process" if result.elsewhere else ""
-    log(f"{len(result.made)} made{elsewhere}, {len(result.kept)} were there, {len(result.failed)} failed")
+    log(f"{len(result.made)} generated{elsewhere}, {len(result.kept)} already complete, {len(result.failed)} failed")
