@@ -35,8 +35,8 @@ def write_video(path, levels, times_ms, size=(64, 48), sound=False):
 
 
 def look_at(path):
-    footage, faults = find_videos(path)
-    return plan_clips(footage, FULL, 16, faults)
+    videos, faults = find_videos(path)
+    return plan_clips(videos, FULL, 16, faults)
 
 
 def ffmpeg(*arguments):
@@ -100,13 +100,13 @@ def test_sizes_and_lengths_fall_into_few_buckets(tmp_path):
     for name, size, seconds in (("wide", (128, 96), 3), ("tall", (96, 128), 1.2), ("square", (80, 80), 0.6)):
         write_video(tmp_path / f"{name}.mp4", [0, 100, 200], [0, int(500 * seconds), int(1000 * seconds)], size)
         (tmp_path / f"{name}.txt").write_text("a circle")
-    footage, faults = find_videos(tmp_path)
-    cuts = {item.path.stem: cut for item, cut in zip(footage, plan_clips(footage, FULL, 16, faults), strict=True)}
+    videos, faults = find_videos(tmp_path)
+    cuts = {item.path.stem: cut for item, cut in zip(videos, plan_clips(videos, FULL, 16, faults), strict=True)}
     assert cuts["wide"] == FULL
     assert (cuts["tall"].width, cuts["tall"].height, cuts["tall"].num_frames) == (48, 64, 9)
     assert (cuts["square"].width, cuts["square"].height, cuts["square"].num_frames) == (48, 48, 5)
     assert all(
-        read_clip(item.path, cuts[item.path.stem]).shape[0] == cuts[item.path.stem].num_frames for item in footage
+        read_clip(item.path, cuts[item.path.stem]).shape[0] == cuts[item.path.stem].num_frames for item in videos
     )
 
 
@@ -120,8 +120,8 @@ def test_times_that_a_container_rounds(tmp_path, name, fps):
     else:
         write_ramp(tmp_path / name, 17, fps)
     (tmp_path / "a.txt").write_text("a")
-    footage = [item for item in find_videos(tmp_path)[0] if item.path.name == name]
-    (cut,) = plan_clips(footage, ClipSpec(64, 48, 17, fps), 16)
+    videos = [item for item in find_videos(tmp_path)[0] if item.path.name == name]
+    (cut,) = plan_clips(videos, ClipSpec(64, 48, 17, fps), 16)
     assert cut.num_frames == 17
     clip = read_clip(tmp_path / name, cut).mean((1, 2, 3))
     np.testing.assert_allclose(clip, [(14 if name.endswith("gif") else 4) * i for i in range(17)], atol=3)
@@ -207,8 +207,8 @@ def test_interlaced_videos_are_made_whole(tmp_path, name):
     ffmpeg("-f", "lavfi", "-i", bar, "-vf", "tinterlace=interleave_top,setfield=tff", "-c:v", *codec, "-q:v", 2,
            "-flags", "+ilme+ildct", tmp_path / name)  # fmt: skip
     (tmp_path / "a.txt").write_text("a bar")
-    footage, faults = find_videos(tmp_path)
-    (cut,) = plan_clips(footage, ClipSpec(128, 96, 17, 16), 16, faults)
+    videos, faults = find_videos(tmp_path)
+    (cut,) = plan_clips(videos, ClipSpec(128, 96, 17, 16), 16, faults)
     assert cut.interlaced
 
     def combing(clip):

@@ -60,20 +60,20 @@ def plan_clips(
     for number, item in enumerate(videos):
         on_look(number)
         try:
-            duration, unit, width, height, interlaced = _probe(item.path, full.num_frames / full.fps + 1)
+            video = _probe(item.path, full.num_frames / full.fps + 1)
         except _Unreadable as error:
             found.append(f"{item.where}: {item.path.name} {error}")
             continue
-        frames = math.floor((duration + _slack(unit, full)) * full.fps) + 1
+        frames = math.floor((video.duration_s + _slack(video.time_base_s, full)) * full.fps) + 1
         length = next((length for length in lengths if length <= frames), None)
         if length is None:
             least = (lengths[-1] - 1) / full.fps
             found.append(
-                f"{item.where}: {item.path.name} is {duration:.2f} s long, but at least {least:.2f} s are needed"
+                f"{item.where}: {item.path.name} is {video.duration_s:.2f} s long, but needs at least {least:.2f} s"
             )
             continue
-        best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
-        specs.append(ClipSpec(*best, length, full.fps, interlaced))
+        best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * video.height / video.width)))
+        specs.append(ClipSpec(*best, length, full.fps, video.interlaced))
     raise_faults(found)
     return specs
 
@@ -118,8 +118,19 @@ def _shape(stream: Any, frame: Any) -> tuple[float, float, int]:
     return (height, width, turns) if turns % 2 else (width, height, turns)
 
 
-def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]:
-    """Duration (`enough` or a little more at most) and time base in seconds, displayed width and height, interlaced."""
+@dataclass(frozen=True)
+class _Video:
+    """What choosing a clip needs to know of a video: times in seconds, the displayed size in pixels."""
+
+    duration_s: float
+    time_base_s: float
+    width: float
+    height: float
+    interlaced: bool
+
+
+def _probe(path: Path, enough: float) -> _Video:
+    """Read the times of a video's packets, up to `enough` seconds, and its first few frames."""
     av = _av()
     try:
         with _open(path) as container:
@@ -146,7 +157,7 @@ def _probe(path: Path, enough: float) -> tuple[float, float, float, float, bool]
     except (av.FFmpegError, OSError, ValueError) as error:
         raise _Unreadable(f"cannot be decoded ({error})") from error
     duration = (last - first) * unit if first is not None and last is not None else 0.0
-    return duration, unit, width, height, interlaced
+    return _Video(duration, unit, width, height, interlaced)
 
 
 def read_clip(path: Path, spec: ClipSpec) -> np.ndarray:
