@@ -128,7 +128,7 @@ def test_model_bench_says_what_it_needs(monkeypatch, capsys, tmp_path, version, 
     monkeypatch.setattr(metadata, "version", versions)
     assert run(["bench", "--device", "cpu", "--random-init", "wan-1.3b"]) == 4
     needed = f"diffusers{packages.requirements()['diffusers']}"
-    said = f"error: diffusers is {found}, but this needs {needed}. Try pip install '{needed}'."
+    said = f"error: diffusers is {found}, but slagen needs {needed}. Try pip install '{needed}'."
     assert capsys.readouterr().err.splitlines() == [said]
 
 
@@ -176,7 +176,7 @@ def test_requirements_without_a_checkout(monkeypatch, tmp_path):
 def test_other_failures_are_not_explained_away():
     assert packages.explain(ImportError("cannot import name 'x'", name="slagen.benchmark.run")) is None
     broken = packages.explain(ImportError("cannot import name 'x' from 'PIL'", name="PIL.Image"))
-    assert "pillow is" in broken and "does not load (cannot import name 'x' from 'PIL')" in broken
+    assert "pillow is" in broken and "cannot be imported (cannot import name 'x' from 'PIL')" in broken
 
 
 def test_plain_tables(capsys):

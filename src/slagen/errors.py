@@ -123,7 +123,7 @@ def no_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
-LESS = {"finetune": "--micro-batch 1, data of fewer frames, ",  # by command; of others a smaller video
+LESS = {"finetune": "--micro-batch 1, clips of fewer frames, ",  # by command; of others a smaller video
         **dict.fromkeys(("convert", "merge", "info", "doctor", "decode", "replay"), "")}  # fmt: skip
 
 
@@ -132,4 +132,4 @@ def of_memory(error: BaseException, command: str = "generate") -> str:
     notes = getattr(error, "__notes__", [])
     stage = next((f" {note}" for note in notes if note.startswith(STAGE)), "")
     less = LESS.get(command, "a smaller --size, fewer --num-frames, ")
-    return f"the memory ran out{stage}. Try {less}{'or ' if less else ''}to close other programs."
+    return f"out of memory{stage}. Try {less}{'or ' if less else ''}to close other programs."

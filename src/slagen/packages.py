@@ -53,8 +53,8 @@ def explain(error: ImportError) -> str | None:
     if name not in requirements():
         return None
     found, fits = state(name)
-    what = f"{found} and does not load ({error})" if fits else found
-    return f"{name} is {what}, but this needs {name}{requirements()[name]}. Try {install(name)}."
+    what = f"{found} but cannot be imported ({error})" if fits else found
+    return f"{name} is {what}, but slagen needs {name}{requirements()[name]}. Try {install(name)}."
 
 
 def _normal(name: str) -> str:

@@ -37,17 +37,18 @@ def check_ffmpeg() -> None:
     given = os.environ.get("IMAGEIO_FFMPEG_EXE")
     mend = "Install it again: pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg."
     if given:
-        mend = f"IMAGEIO_FFMPEG_EXE names it ({given!r}). Unset that, or give an ffmpeg with libx264 there."
+        mend = f"IMAGEIO_FFMPEG_EXE names it ({given!r}). Unset it, or set it to an ffmpeg with libx264."
     try:
         exe = imageio_ffmpeg.get_ffmpeg_exe()
         command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-r", "1", "-i", "-"]
         command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", "-movflags", "+empty_moov", "-"]
         done = subprocess.run(command, input=bytes(768), capture_output=True, timeout=60, check=False)
     except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-        raise EnvironmentProblem(f"ffmpeg, which writes videos, does not run ({_last_line(error)}). {mend}") from error
+        found = f"ffmpeg, which writes the videos, cannot be run ({_last_line(error)})"
+        raise EnvironmentProblem(f"{found}. {mend}") from error
     if done.returncode != 0 or b"moov" not in done.stdout:
-        words = done.stderr.decode("utf-8", "replace").strip() or f"it ended with {done.returncode} and no video"
-        raise EnvironmentProblem(f"ffmpeg makes no H.264 video ({_last_line(words)}). {mend}")
+        words = done.stderr.decode("utf-8", "replace").strip() or f"it exited with code {done.returncode}"
+        raise EnvironmentProblem(f"ffmpeg cannot write an H.264 video ({_last_line(words)}). {mend}")
 
 
 def _last_line(words: object) -> str:
@@ -71,7 +72,7 @@ def not_written(path: Path, error: BaseException) -> SlagenError:
     if any(words in str(error) for words in ("No space left", "Disk quota")):
         mend = f"Check the free space of {path.parent}"
     elif "File too large" in str(error):
-        mend = f"Check the limit on a file's size, of the shell (ulimit -f) or of the disk of {path.parent}"
+        mend = f"Check the file size limit of the shell (ulimit -f) or of the file system of {path.parent}"
     return SlagenError(f"{path} could not be written ({reason}). {mend}, or give another --output.")
 
 
@@ -97,9 +98,9 @@ def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> N
     try:
         read = _first_frame(path)
     except (RuntimeError, StopIteration) as error:
-        raise OSError(str(error).strip() or "it does not read back") from error
+        raise OSError(str(error).strip() or "it cannot be decoded again") from error
     if read.shape != frames.shape[1:]:
-        raise OSError(f"it reads back as {read.shape[1]}x{read.shape[0]} pixels")
+        raise OSError(f"it decodes to {read.shape[1]}x{read.shape[0]} pixels")
 
 
 def _name(path: str | Path) -> str:
@@ -127,7 +128,7 @@ def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
         _check_limit(status)
         if status:
             told.seek(0)
-            raise OSError(told.read().decode("utf-8", "replace").strip() or f"ffmpeg ended with {status}")
+            raise OSError(told.read().decode("utf-8", "replace").strip() or f"ffmpeg exited with code {status}")
 
 
 def _check_limit(status: int) -> None:
@@ -145,7 +146,7 @@ def read_mp4(path: str | Path) -> np.ndarray:
         frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
     except (OSError, RuntimeError, StopIteration) as error:
         check_ffmpeg()
-        raise SlagenError(f"{path} is no video that ffmpeg can decode. Check the file.") from error
+        raise SlagenError(f"{path} is not a video that ffmpeg can decode. Check the file.") from error
     return np.stack(frames)
 
 
@@ -205,14 +206,14 @@ def _run(path: Path, options: list[str]) -> bytes:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", _name(path), *options]
         done = subprocess.run(command, capture_output=True, timeout=300, check=False)
     except subprocess.TimeoutExpired:
-        raise WeightsError(f"{path} kept ffmpeg busy for five minutes. Check the file.") from None
+        raise WeightsError(f"{path} could not be read by ffmpeg within five minutes. Check the file.") from None
     except (OSError, RuntimeError):
         check_ffmpeg()
         raise
     _check_limit(done.returncode)
     if done.returncode != 0:
         check_ffmpeg()
-        raise WeightsError(f"{path} is no video that ffmpeg can read. Check the file.")
+        raise WeightsError(f"{path} is not a video that ffmpeg can read. Check the file.")
     return done.stdout
 
 

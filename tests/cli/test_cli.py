@@ -153,8 +153,8 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
         ("generate x --sed 3",
          "No such option: --sed. Did you mean --seed or --size or --steps? See slagen generate --help."),
         ("generate x --seed", "Option '--seed' requires an argument. See slagen generate --help."),
-        ("generate a b", "There are more arguments than are taken: b. Put a prompt of several words in quotes."),
-        ("models x", "There are more arguments than are taken: x. See slagen models --help."),
+        ("generate a b", "There are unexpected arguments: b. Put a prompt of several words in quotes."),
+        ("models x", "There are unexpected arguments: x. See slagen models --help."),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_told_in_plain_sentences_that_end_once(capsys, command, told):
@@ -166,7 +166,7 @@ def test_wrong_usage_is_told_in_plain_sentences_that_end_once(capsys, command, t
 def test_the_output_of_a_batch_is_a_folder(capsys):
     run(["batch", "--help"])
     shown = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "--output <str> The folder of the videos" in shown and "ends in .mp4" not in shown
+    assert "--output <str> The folder for the videos" in shown and "ends in .mp4" not in shown
 
 
 @pytest.mark.parametrize(("error", "code"), [(SlagenError("a"), 1), (WeightsError("b"), 5), (KeyError("c"), 1)])

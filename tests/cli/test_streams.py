@@ -125,4 +125,4 @@ def test_a_current_folder_that_is_gone_is_told(monkeypatch, capsys):
     monkeypatch.setattr("slagen.cli.main.run", lambda *a, **k: pytest.fail("it runs"))
     with pytest.raises(SystemExit) as caught:
         main()
-    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: the current folder is not there")
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: the current folder no longer exists")

@@ -61,7 +61,7 @@ def test_what_takes_less_memory_is_what_decode_has(toy, video, tmp_path, monkeyp
     assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 1
     told = " ".join(capsys.readouterr().err.split())
     assert "Close other programs, or take --device cuda" in told and "--size" not in told and "--num-frames" not in told
-    assert of_memory(MemoryError(), "decode") == "the memory ran out. Try to close other programs."
+    assert of_memory(MemoryError(), "decode") == "out of memory. Try to close other programs."
 
 
 def test_info_shows_latents_and_how_to_decode_them(video, capsys):
@@ -97,8 +97,8 @@ def test_a_video_that_cannot_be_written_leaves_its_latents(toy, video, tmp_path,
 
 
 def test_an_encoder_that_dies_is_not_blamed_on_the_disk(tmp_path):
-    told = str(mp4.not_written(tmp_path / "v.mp4", OSError("ffmpeg ended with -9")))
-    assert "ffmpeg ended with -9" in told and "free space" not in told
+    told = str(mp4.not_written(tmp_path / "v.mp4", OSError("ffmpeg exited with code -9")))
+    assert "ffmpeg exited with code -9" in told and "free space" not in told
 
 
 def test_where_the_folder_takes_nothing_latents_are_kept_elsewhere(toy, tmp_path, broken_encoder):
@@ -285,7 +285,7 @@ def ffmpeg(monkeypatch):
 @pytest.mark.parametrize("program", ["/nowhere/ffmpeg", "/bin/false", "/bin/true", "/", "ffmpeg-of-nobody"])
 def test_a_broken_ffmpeg_is_found_before_anything_is_loaded(toy, video, tmp_path, capsys, monkeypatch, ffmpeg, program):
     """It came up after sampling, was blamed on the disk's free space, and nothing was kept."""
-    for place in ("generation.generate.Session", "generation.decode.load_pipeline", "training.finetune.find_weights",
+    for place in ("generation.generate.Session", "generation.decode.load_pipeline", "training.setup.find_weights",
                   "batch.worker.find_weights"):  # fmt: skip
         monkeypatch.setattr(f"slagen.{place}", lambda *a, **k: pytest.fail("a model is looked for"))
     (tmp_path / "p.txt").write_text("a red circle")

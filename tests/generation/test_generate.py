@@ -145,7 +145,7 @@ def test_an_interrupt_leaves_no_file(toy, tmp_path):
     ("changes", "error", "words"),
     [
         ({"width": 100}, UsageError, "multiples of 16 pixels. Try --size 96x128"),
-        ({"output": "/dev/null/out"}, SlagenError, "takes no files"),
+        ({"output": "/dev/null/out"}, SlagenError, "is not writable"),
         ({"allow_untrained": False}, WeightsError, "--allow-untrained"),
         ({"weights": "/none"}, WeightsError, "does not exist"),
         ({"model": "nothing"}, UsageError, "no preset, folder or hub id"),

@@ -105,7 +105,7 @@ def test_memory_that_runs_out_is_one_message_that_names_the_stage(monkeypatch, c
     monkeypatch.setattr(ERRORS[name], "__notes__", [], raising=False)
     assert run(["generate", "a red circle"]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert f"the memory ran out {words}. Try a smaller --size" in told and "a bug in slagen" not in told
+    assert f"out of memory {words}. Try a smaller --size" in told and "a bug in slagen" not in told
 
 
 def test_real_words_of_pytorch_are_understood():

@@ -72,13 +72,13 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         (b"a\nb \xff", ".txt", r":2:3: byte 0xff is not UTF-8"),
         ("ok\n".encode("utf-16"), ".txt", "not UTF-8|NUL"),
         ('{"prompt": "a"}\n{"prompt": 3}', ".jsonl", r":2: prompt is 3"),
-        ('{"prompt": "a"', ".jsonl", r":1:\d+: is no JSON"),
+        ('{"prompt": "a"', ".jsonl", r":1:\d+: is not JSON"),
         ("[1]", ".jsonl", "must be an object"),
         ('{"prompt": "a", "seed": 1.5}', ".jsonl", "whole number"),
         ('{"prompt": "a", "seed": true}', ".jsonl", "whole number"),
         ('{"prompt": "a", "seed": NaN}', ".jsonl", "whole number"),
         ('{"prompt": "a", "steps": Infinity}', ".jsonl", "whole number"),
-        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", ".jsonl", ":1: is no JSON"),
+        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", ".jsonl", ":1: cannot be read as JSON"),
         (
             '{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}",
             ".jsonl",
@@ -90,10 +90,10 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("text,seed\na,1", ".csv", r":1: has no column named prompt"),
         ("prompt,seed\na", ".csv", r":2: has 1 cells"),
         ('prompt\n"a', ".csv", "no CSV"),
-        ("prompts: [a, b", ".yaml", "no YAML"),
+        ("prompts: [a, b", ".yaml", "not YAML|read as YAML"),
         ("just text", ".yaml", "must be a list"),
         ("- {prompt: a}\n- 7\n", ".yaml", r":2: is 7"),
-        ("- !!python/object/apply:os.system [ls]", ".yaml", "no YAML"),
+        ("- !!python/object/apply:os.system [ls]", ".yaml", "not YAML|read as YAML"),
     ],
 )
 def test_faults_are_told_where_they_are(tmp_path, text, suffix, words):

@@ -109,7 +109,7 @@ def test_an_output_is_a_video_or_a_folder(tmp_path, monkeypatch, name):
     makers = [lambda path: GenerateConfig("x", output=path), lambda path: BenchConfig(output=path),
               lambda path: FinetuneConfig(DataConfig("d"), output=path)]  # fmt: skip
     for make in makers:
-        with pytest.raises(UsageError, match="must be a folder.*put a slash behind it"):
+        with pytest.raises(UsageError, match="must be a folder.*put a slash at its end"):
             make(name)
         make(f"{name}/")
     assert not list(tmp_path.iterdir())

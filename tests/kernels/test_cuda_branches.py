@@ -261,7 +261,9 @@ def test_a_card_that_fails_is_no_bug(said, capsys, monkeypatch):
 
     monkeypatch.setattr(generate, "generate", fail)
     assert run(["generate", "a red circle"]) == 4
-    assert capsys.readouterr().err.startswith(f"error: the card failed: {said}. slagen doctor --selftest")
+    assert capsys.readouterr().err.startswith(
+        f"error: the GPU failed: {said}. Test the GPU with slagen doctor --selftest"
+    )
 
 
 def test_finetune_out_of_memory(monkeypatch, tmp_path):

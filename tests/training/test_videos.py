@@ -318,7 +318,7 @@ def test_every_fault_is_told_at_once(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(["{", *map(json.dumps, lines)]))
     with pytest.raises(UsageError, match="has 10 faults") as caught:
         look_at(tmp_path)
-    for part in ("data.jsonl:1: is no JSON", "data.jsonl:4: has no caption", "data.jsonl:6: gone.mp4 does not exist",
+    for part in ("data.jsonl:1: is not JSON", "data.jsonl:4: has no caption", "data.jsonl:6: gone.mp4 does not exist",
                  "data.jsonl:7: xxx", "data.jsonl:8: has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
         assert part in str(caught.value)
 

@@ -31,11 +31,11 @@ def slagen(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Fast video from Wan2.1: sparse-linear attention, and a report of where the time went.
+    """Generate video with Wan2.1 and sparse-linear attention (SLA), and report where the time goes.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage, 3 part of a batch failed, 4 environment (no GPU, package, driver
-    or hub), 5 weights, data sets or videos that are broken or do not fit, 6 a gate failed, 130
-    interrupted. SLAGEN_DEBUG=1 adds the traceback.
+    or hub), 5 weights, data sets or videos that are corrupt or do not fit, 6 a check failed, 130 interrupted.
+    SLAGEN_DEBUG=1 adds the traceback.
     """
 
 

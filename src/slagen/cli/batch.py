@@ -16,28 +16,31 @@ PARTLY_FAILED = 3  # the exit code where some videos of a batch failed
 
 @takes(
     sharing=BatchConfig,
-    settings=Fields(GenerateConfig, without=("num_videos", "overwrite"), help={"output": "The folder of the videos."}),
+    settings=Fields(GenerateConfig, without=("num_videos", "overwrite"), help={"output": "The folder for the videos."}),
 )
 def batch(
     context: typer.Context,
     *,
     prompts: Annotated[
-        str, typer.Argument(metavar="FILE", help=".txt, .jsonl, .csv, .tsv or .yaml; - reads text from stdin.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="A .txt, .jsonl, .csv, .tsv or .yaml file of prompts; - reads text from stdin."
+        ),
     ],
     sharing: dict[str, Any],
     ray: Annotated[
         bool,
         typer.Option(
             "--ray",
-            help="Share the work on Ray: at RAY_ADDRESS, or started on this machine, where nobody else reaches it.",
+            help="Distribute the work with Ray: on the cluster at RAY_ADDRESS, or on a private one started here.",
         ),
     ] = False,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Make a video of every prompt in a file; run it again to go on after anything.
+    """Generate a video for every prompt in a file; run the same command again to resume.
 
-    A line of text is a prompt, and what differs: a red circle --seed 7 --size 128x128 --steps 8 --id circle
+    Each line is a prompt and the options that it sets: a red circle --seed 7 --size 128x128 --steps 8 --id circle
 
     Example: slagen batch prompts.txt --output outputs
     """

@@ -16,14 +16,14 @@ def bench(
     length_sweep: Annotated[
         bool,
         typer.Option(
-            "--length-sweep/--no-length-sweep", help="Time shorter sequences too.", rich_help_panel="What to measure"
+            "--length-sweep/--no-length-sweep", help="Also time shorter sequences.", rich_help_panel="What to measure"
         ),
     ] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Time SLA against dense attention and other sparse attention on this machine; what is wrong is not timed.
+    """Benchmark SLA against dense and other sparse attention on this machine, after a check of each.
 
     Example: slagen bench --shape 1x12x8192x128 --sparsity 0.95 --output results
     """

@@ -6,23 +6,27 @@ import typer
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A transformer in any public form, or the original VAE.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to make.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A transformer in any public format, or the original VAE.")
+    ],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The folder to create.")],
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
-            help="The folder of the pipeline it belongs to, whose text encoder, tokenizer and VAE are taken along.",
+            help="The pipeline folder that it belongs to, whose text encoder, tokenizer and VAE are copied.",
         ),
     ] = None,
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"], typer.Option(help="Data type of the weights: bf16, fp16 or fp32.")
+    ] = "bf16",
     part: Annotated[
-        str | None, typer.Option(help="Which transformer, of a file that holds several, such as generator_ema.")
+        str | None, typer.Option(help="Which transformer of a file that holds several, such as generator_ema.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Write weights of any public form as a diffusers folder with sla.safetensors beside its transformer.
+    """Convert weights of any public format to a diffusers folder, with sla.safetensors beside its transformer.
 
     Example: slagen convert TurboWan2.1-T2V-1.3B-480P.pth turbo --model Wan2.1-T2V-1.3B-Diffusers
     """
@@ -37,14 +41,14 @@ def convert(
 
 
 def merge(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The transformer that gets the change.")],
-    output: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file to make.")],
-    diff_base: Annotated[str, typer.Option(help="The transformer before tuning.")],
-    diff_target: Annotated[str, typer.Option(help="The transformer after tuning.")],
-    weight: Annotated[float, typer.Option(help="How much of the change is added.")] = 1.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The transformer to add the change to.")],
+    output: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to create.")],
+    diff_base: Annotated[str, typer.Option(help="The transformer before fine-tuning.")],
+    diff_target: Annotated[str, typer.Option(help="The transformer after fine-tuning.")],
+    weight: Annotated[float, typer.Option(help="Factor on the change.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Add what a tuning changed to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).
+    """Add the change that fine-tuning made to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).
 
     Example: slagen merge rcm.pth merged.safetensors --diff-base wan.safetensors --diff-target wan-sla.pth
     """

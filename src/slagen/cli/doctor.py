@@ -12,29 +12,31 @@ def doctor(
         bool,
         typer.Option(
             "--kernels",
-            help="Compile every kernel for every card: shared memory, registers, spills, instructions, copies in "
-            "flight, and an estimate of the operator's time.",
+            help="Compile every kernel for every supported GPU, and list shared memory, registers, spills, "
+            "instructions, copies in flight and an estimate of the time of one call.",
         ),
     ] = False,
     selftest: Annotated[
         bool,
         typer.Option(
             "--selftest",
-            help="Try kernels, a video of the bundled model and a short bench, in under five minutes on a card, and "
-            "write one JSON file to attach to an issue. Exits with code 6 where a check fails, and with code 4 where "
-            "this machine lacks what one takes.",
+            help="Test the kernels, a video of the bundled model and a short benchmark, in under five minutes on a "
+            "GPU, and write one JSON file to attach to an issue. Exits with code 6 if a check fails, and with "
+            "code 4 if this machine lacks what a check needs.",
         ),
     ] = False,
     output: Annotated[
         str | None,
-        typer.Option(help="The file of --selftest. [default: slagen-selftest-<date>.json]", show_default=False),
+        typer.Option(
+            help="The file that --selftest writes. [default: slagen-selftest-<date>.json]", show_default=False
+        ),
     ] = None,
     require_gpu: Annotated[
-        bool, typer.Option("--require-gpu", help="Exit with code 4 where there is no usable GPU.")
+        bool, typer.Option("--require-gpu", help="Exit with code 4 if there is no usable GPU.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Say what this machine can do, and how to fix what it cannot.
+    """Check this machine's GPU, packages and kernels, and say how to fix what is wrong.
 
     Example: slagen doctor --selftest
     """
@@ -44,9 +46,9 @@ def doctor(
     from slagen.doctor import checks, kernel_costs
 
     if kernels and selftest:
-        raise UsageError("--kernels and --selftest are two things. Give one of them.")
+        raise UsageError("--kernels and --selftest cannot be combined. Give one of them.")
     if output is not None and not selftest:
-        raise UsageError("--output is the file of --selftest, which is not given.")
+        raise UsageError("--output names the file that --selftest writes, and --selftest is not given.")
     if selftest:
         from slagen.doctor import selftest as trials
 

@@ -35,7 +35,7 @@ def finetune(
         if given:
             options = ", ".join(given)
             raise UsageError(
-                f"{options} before {context.invoked_subcommand} has no effect there. Put what it takes behind it: "
+                f"{options} before {context.invoked_subcommand} has no effect there. Put its options after it; see "
                 f"slagen finetune {context.invoked_subcommand} --help."
             )
         return
@@ -67,12 +67,12 @@ def finetune_data(
             "(FastVideo).",
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", help="The folder to make.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The folder to create.")],
     clips: dict[str, Any],
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Encode videos and captions for finetune --data, once; what is there already is kept.
+    """Encode videos and captions for finetune --data; clips that are encoded already are kept.
 
     Example: slagen finetune data videos --output prepared --model wan2.1-t2v-1.3b
     """

@@ -32,7 +32,7 @@ def generate(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="A file of prompts: the same as slagen batch FILE.", rich_help_panel=VIDEO, metavar="FILE"),
+        typer.Option(help="A file of prompts, as for slagen batch.", rich_help_panel=VIDEO, metavar="FILE"),
     ] = None,
     settings: dict[str, Any],
     dry_run: Annotated[
@@ -42,7 +42,7 @@ def generate(
         bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Make a video of a prompt, and beside it a report of where every step's attention time went.
+    """Generate a video from a prompt, and a JSON report of each step's attention time.
 
     Example: slagen generate "a red circle moving right" --seed 7 --output circle.mp4
     """
@@ -82,10 +82,10 @@ def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwri
     if words is not None or prompt is not None:
         raise UsageError("both a prompt and --prompts are given. Give one of them.")
     if dry_run:
-        raise UsageError("--dry-run plans one video, and --prompts names many. Give one prompt.")
+        raise UsageError("--dry-run estimates one video, but --prompts gives many. Give one prompt.")
     if overwrite:
         raise UsageError(
-            "--prompts makes what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
+            "--prompts generates what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
         )
 
 
@@ -121,19 +121,24 @@ def decode_latents(
     context: typer.Context,
     *,
     path: Annotated[
-        str, typer.Argument(metavar="LATENTS", help="What --save-latents wrote, or was kept where no video could be.")
+        str,
+        typer.Argument(
+            metavar="LATENTS", help="Latents from --save-latents, or kept when a video could not be written."
+        ),
     ],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="The video. Default: LATENTS with .mp4 at its end.", metavar="FILE"),
+        typer.Option(
+            "--output", "-o", help="The video. Default: the name of LATENTS with .mp4 at its end.", metavar="FILE"
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model it was made with, if it lies elsewhere now.")
+        str | None, typer.Option("--model", "-m", help="The model that it was made with, if that has moved.")
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Make the video of saved latents, with the report and the metadata that it would have had; nothing is sampled.
+    """Decode saved latents to a video with its report and metadata, without sampling.
 
     Example: slagen decode outputs/circle.latents.safetensors --output circle.mp4
     """
@@ -152,21 +157,21 @@ def decode_latents(
 def replay(
     context: typer.Context,
     *,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen made, or its .json.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen generated, or its .json report.")],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Keep the new video here.", metavar="FILE")
+        str | None, typer.Option("--output", "-o", help="Keep the new video under this name.", metavar="FILE")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model it was made with, if it lies elsewhere now.")
+        str | None, typer.Option("--model", "-m", help="The model that it was made with, if that has moved.")
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="The weights, if they lie elsewhere now.", metavar="FILE_OR_FOLDER"),
+        typer.Option(help="The weights, if they have moved.", metavar="FILE_OR_FOLDER"),
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
 ) -> None:
-    """Make a video again and compare latents, frames and file; exit code 6 where they differ.
+    """Generate a video again and compare latents, frames and file; exit code 6 if they differ.
 
     Example: slagen replay outputs/0001-a-red-circle-moving-right-s7-12345678.json
     """
@@ -182,4 +187,4 @@ def replay(
         result = task.replay(path, output, progress, model=model, weights=weights, **settings)
     show_replay(result, as_json)
     if not result["same"]:
-        raise GateError("the video is not the same. What differs is above.")
+        raise GateError("the new video differs from the old one; the comparison says where.")

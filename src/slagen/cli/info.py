@@ -16,8 +16,9 @@ PLANNED = Fields(
         "allow_untrained", "output",
     ),
     help={
-        "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.", "seed": "For the names.",
-        "num_videos": "How many videos.", "guidance_scale": "Weight of the prompt; above 1 doubles the passes.",
+        "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.",
+        "seed": "Seed in the file names.", "num_videos": "Number of videos.",
+        "guidance_scale": "Classifier-free guidance scale; above 1 doubles the passes.",
     },
 )  # fmt: skip
 
@@ -27,13 +28,13 @@ def plan(
     *,
     settings: dict[str, Any],
     words: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What the video shows, for its name.", show_default=False)
+        str, typer.Argument(metavar="PROMPT", help="The prompt, for the file name.", show_default=False)
     ] = "prompt",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Estimate tokens, blocks, FLOPs, memory and downloads of a run, before any file is fetched or read.
+    """Estimate the tokens, blocks, FLOPs, memory and downloads of a run, without downloading anything.
 
     Example: slagen plan --model wan2.1-t2v-1.3b --size 832x480 --num-frames 81 --sparsity 0.95
     """
@@ -47,7 +48,7 @@ def plan(
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON on stdout.")] = False,
 ) -> None:
-    """List the presets: where their weights come from, and the settings they are made for.
+    """List the presets: the source of their weights, and the settings that they are made for.
 
     Example: slagen models
     """
@@ -71,10 +72,13 @@ def methods(
 
 
 def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A weight file or folder, a video, or its .json.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A weight file or folder, saved latents, a video, or its .json report."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
 ) -> None:
-    """Inspect a checkpoint, and whether its SLA was trained; or a generated video, and how it was made.
+    """Inspect a checkpoint or saved latents, or show how a generated video was made.
 
     Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
     """

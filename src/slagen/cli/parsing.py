@@ -34,7 +34,7 @@ class Help:
             for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, int | float) and not -(2**63) <= number < 2**63:  # nan fails here too
                     raise UsageError(
-                        f"{parameter.opts[0]} is {cut(str(number), 40)}, which is no number for a setting. "
+                        f"{parameter.opts[0]} is {cut(str(number), 40)}, which is not a usable number. "
                         f"See {context.command_path} --help."
                     )
         return super().invoke(context)  # type: ignore[misc]

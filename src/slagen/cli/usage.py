@@ -12,11 +12,11 @@ from slagen.errors import EnvironmentProblem, SlagenError, no_memory, of_memory
 from slagen.io.text import LONG_DASH, cut, line, quote
 
 WITHOUT_DOCSTRINGS = (
-    "Python runs with -OO or PYTHONOPTIMIZE=2, which takes away the docstrings that transformers and diffusers are "
-    "made of. Leave that out."
+    "Python runs with -OO or PYTHONOPTIMIZE=2, which removes the docstrings that transformers and diffusers need. "
+    "Run Python without it."
 )
 OF_A_PROMPT = ("slagen generate", "slagen plan")
-EXTRA = "There are more arguments than are taken:"
+EXTRA = "There are unexpected arguments:"
 WANTED = {"integer": "a whole number", "number": "a number", "float": "a number", "boolean": "true or false"}
 MAX_ARGUMENT = 200  # characters of one argument in a message
 
@@ -44,12 +44,12 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return of_memory(error, *arguments[:1]), 1
     if isinstance(error, OSError):
         what = line(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
-        return f"{what}. Mend that, and start again (SLAGEN_DEBUG=1 shows where it came up).", 1
+        return f"{what}. Fix this and run again (SLAGEN_DEBUG=1 shows where it happened).", 1
     if isinstance(error, ImportError) and (lack := packages.explain(error)):
         return lack, EnvironmentProblem.exit_code
     if isinstance(error, RuntimeError) and (match := re.search(r".*(CUDA error|Triton Error \[CUDA\]).*", str(error))):
-        advice = "slagen doctor --selftest tries the card, and SLAGEN_DEBUG=1 shows where it came up"
-        return f"the card failed: {match[0].rstrip('.')}. {advice}.", EnvironmentProblem.exit_code
+        advice = "Test the GPU with slagen doctor --selftest; SLAGEN_DEBUG=1 shows where it happened"
+        return f"the GPU failed: {match[0].rstrip('.')}. {advice}.", EnvironmentProblem.exit_code
     if sys.flags.optimize > 1:
         return WITHOUT_DOCSTRINGS, EnvironmentProblem.exit_code
     return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)", 1
@@ -70,7 +70,7 @@ def _wrong_usage(error: Any, arguments: list[str]) -> str:
     for argument in arguments:
         if option and command in OF_A_PROMPT and argument.startswith(option) and re.search(r"\s", argument):
             return (
-                f"{quote(argument)} is no option. A prompt that begins with a dash goes behind --: "
+                f"{quote(argument)} is not an option. Put a prompt that begins with a dash after --: "
                 f"{command} -- {shlex.quote(line(cut(argument)))}"
             )
     if text.startswith(EXTRA) and command in OF_A_PROMPT:

@@ -119,6 +119,4 @@ def check_kernels(content: dict[str, Any]) -> None:
         )
     launches = content["operator"]["launches"]
     if launches > MOST_LAUNCHES:
-        raise GateError(
-            f"a call of the operator launches {launches} kernels, but {MOST_LAUNCHES} are the most allowed."
-        )
+        raise GateError(f"a call of the operator launches {launches} kernels, but at most {MOST_LAUNCHES} are allowed.")

@@ -201,7 +201,7 @@ def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]
 def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
     """The final paths of all videos, which no other run writes meanwhile.
 
-    Raises: UsageError if one exists, SlagenError if another run has it or the folder takes no files.
+    Raises: UsageError if one exists, SlagenError if another run has it or the folder is not writable.
     """
     config = plan.config
     output = user_path(config.output)
@@ -218,7 +218,7 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
         check_writable(folder)
     except OSError as error:
         raise SlagenError(
-            f"{folder} takes no files ({error.strerror or error}). Give a folder you can write to with --output."
+            f"{folder} is not writable ({error.strerror or error}). Give a folder you can write to with --output."
         ) from error
     needed = config.num_videos * (2**20 + (config.num_frames or 0) * (config.width or 0) * (config.height or 0) // 4)
     free = shutil.disk_usage(folder).free

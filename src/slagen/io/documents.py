@@ -74,9 +74,9 @@ def parse_json(data: str | bytes, form: Any = None) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except json.JSONDecodeError as error:
-        raise Fault(f"is no JSON: {error.msg[:1].lower()}{error.msg[1:]}", error.lineno, error.colno) from None
+        raise Fault(f"is not JSON: {error.msg[:1].lower()}{error.msg[1:]}", error.lineno, error.colno) from None
     except RecursionError:
-        raise Fault(f"is no JSON that is read: it is nested more than {MAX_DEPTH} deep") from None
+        raise Fault(f"cannot be read as JSON: it is nested more than {MAX_DEPTH} deep") from None
     _check_depth(value)
     if form is not None:
         if re.search(r"\\u[dD][89a-fA-F]", text):
@@ -105,14 +105,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise Fault(f"is no JSON that is read: it has {shown(name)} twice")
+            raise Fault(f"cannot be read as JSON: it has {shown(name)} twice")
         found[name] = value
     return found
 
 
 def _whole(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise Fault(f"is no JSON that is read: a number has {len(digits):,} digits")
+        raise Fault(f"cannot be read as JSON: a number has {len(digits):,} digits")
     return int(digits)
 
 
@@ -123,7 +123,7 @@ def _check_depth(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise Fault(f"is no JSON that is read: it is nested more than {MAX_DEPTH} deep")
+    raise Fault(f"cannot be read as JSON: it is nested more than {MAX_DEPTH} deep")
 
 
 def _children(item: Any) -> Any:
@@ -147,7 +147,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_BYTES:
-        raise Fault(f"is no YAML that is read: it is longer than {size_of(MAX_YAML_BYTES)}")
+        raise Fault(f"cannot be read as YAML: it is longer than {size_of(MAX_YAML_BYTES)}")
     tree = _Tree()
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -155,7 +155,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
-        raise Fault(f"is no YAML: {what}", *((mark.line + 1, mark.column + 1) if mark else ())) from None
+        raise Fault(f"is not YAML: {what}", *((mark.line + 1, mark.column + 1) if mark else ())) from None
     return tree.root
 
 
@@ -195,7 +195,7 @@ class _Tree:
             self._take(type(event).__name__, event)
         except Fault as fault:
             mark = event.start_mark
-            raise Fault(f"is no YAML that is read: {fault}", mark.line + 1, mark.column + 1) from None
+            raise Fault(f"cannot be read as YAML: {fault}", mark.line + 1, mark.column + 1) from None
 
     def _take(self, name: str, event: Any) -> None:
         if name == "DocumentStartEvent":
@@ -206,12 +206,12 @@ class _Tree:
             self._add(_scalar(event), 1, event, event.anchor)
         elif name == "AliasEvent":
             if event.anchor not in self.anchors:
-                raise Fault(f"the alias *{event.anchor:.60} stands for nothing that has ended before it")
+                raise Fault(f"the alias *{event.anchor:.60} refers to nothing that ends before it")
             self._add(*self.anchors[event.anchor], event)
         elif name in ("SequenceStartEvent", "MappingStartEvent"):
             plain = "seq" if name.startswith("S") else "map"
             if event.tag not in (None, "!", TAG + plain):
-                raise Fault(f"the tag {event.tag:.60} is not read")
+                raise Fault(f"the tag {event.tag:.60} is not supported")
             if len(self.open) >= MAX_DEPTH:
                 raise Fault(f"it is nested more than {MAX_DEPTH} deep")
             self.open.append(_Open(Entries() if plain == "seq" else {}, event))
@@ -260,12 +260,12 @@ def _scalar(event: Any) -> Any:
         return text if event.style or tag else _plain(text)
     name = tag.removeprefix(TAG)
     if not tag.startswith(TAG) or name not in TAGGED:
-        raise Fault(f"the tag {tag:.60} is not read")
+        raise Fault(f"the tag {tag:.60} is not supported")
     if name == "str":
         return text
     value = _plain(text)
     if not is_of(value, TAGGED[name]) and not (name == "float" and isinstance(value, float)):
-        raise Fault(f"{shown(text)} is tagged {name}, but is no such value")
+        raise Fault(f"{shown(text)} is tagged {name}, but is not one")
     return value
 
 

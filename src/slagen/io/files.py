@@ -63,7 +63,7 @@ def append(path: Path, data: bytes) -> None:
     Raises: OSError where the disk does not take it, and for a link, whose target is no file of this folder.
     """
     if path.is_symlink():  # not all systems know O_NOFOLLOW
-        raise OSError(errno.ELOOP, "it is a link, and slagen writes through none", str(path))
+        raise OSError(errno.ELOOP, "it is a link, and slagen does not write through links", str(path))
     _put(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, data)
 
 
@@ -94,7 +94,8 @@ def reserved(*paths: Path) -> Iterator[None]:
             check_writable(folder)
         except OSError as error:
             raise SlagenError(
-                f"{folder} takes no files ({error.strerror or error}). Give an output that you can write to."
+                f"{folder} is not writable ({error.strerror or error}). Give a folder that you can write to with "
+                "--output."
             ) from error
         sweep(folder)
     with ExitStack() as held:

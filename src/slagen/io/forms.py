@@ -59,7 +59,7 @@ def matching(pattern: str, words: str) -> Kind:
 
 def sha256() -> Kind:
     """A hash as we write it."""
-    return matching(r"[0-9a-f]{64}", "64 digits of 0 to 9 and a to f")
+    return matching(r"[0-9a-f]{64}", "a SHA-256 hash of 64 hexadecimal digits")
 
 
 WORDS: dict[Any, str] = {

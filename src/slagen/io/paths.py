@@ -33,7 +33,7 @@ def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
     suffix = _suffix(text.rstrip())
     if suffix and not os.path.isdir(os.path.expanduser(text)):
         raise UsageError(
-            f"the {name} is {quote(text)}, but must be {wanted}. To make a folder of that name, put a slash behind it: "
+            f"the {name} is {quote(text)}, but must be {wanted}. For a folder of that name, put a slash at its end: "
             f"{line(text)}/"
         )
 
@@ -44,7 +44,7 @@ def check_utf8(path: str | Path) -> None:
         os.path.abspath(path).encode()
     except UnicodeEncodeError:
         raise UsageError(
-            f"the path of {quote(str(path))} has bytes that are not UTF-8, and safetensors does not open it. Rename it."
+            f"the path of {quote(str(path))} has bytes that are not UTF-8, so safetensors cannot open it. Rename it."
         ) from None
 
 
@@ -66,7 +66,7 @@ def user_path(text: str | Path) -> Path:
             f"file of that name is ./{name}."
         ) from None
     except OSError as error:
-        raise UsageError(f"{shown(str(text))} is no path that can be looked at ({error.strerror}).") from None
+        raise UsageError(f"{shown(str(text))} cannot be used as a path ({error.strerror}).") from None
     if "\0" in str(text):
-        raise UsageError(f"{shown(str(text))} holds a NUL byte, which no path can. Leave it out.")
+        raise UsageError(f"{shown(str(text))} holds a NUL byte, which no path can hold. Leave it out.")
     return path

@@ -17,7 +17,7 @@ def open_regular(path: Path) -> BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return open(descriptor, "rb")
 
 
@@ -32,9 +32,9 @@ def kind_of_path(path: Path) -> str:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return "is a link to nothing" if path.is_symlink() else "does not exist"
+        return "is a broken link" if path.is_symlink() else "does not exist"
     except OSError as error:
-        return f"cannot be looked at ({error.strerror})"
+        return f"cannot be accessed ({error.strerror})"
     kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
     return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}"
 

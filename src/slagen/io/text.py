@@ -125,4 +125,4 @@ def check_prompt(name: str, text: str) -> None:
             f"the {name} {quote(text)} is not UTF-8 text. Give it as UTF-8, in a UTF-8 locale (LC_ALL=C.UTF-8)."
         )
     if len(text) > MAX_PROMPT:
-        raise UsageError(f"the {name} has {len(text):,} characters, but at most {MAX_PROMPT:,} are taken.")
+        raise UsageError(f"the {name} has {len(text):,} characters, but at most {MAX_PROMPT:,} are allowed.")
