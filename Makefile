@@ -1,8 +1,8 @@
-# What a person runs is what CI runs. The environment lives in .venv and is made anew when a version changes.
+# You and CI run the same targets. The environment is in .venv and is updated when a version changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Most modules of the packages are never imported: to compile them all takes a minute.
+# Compiling every module of the packages would take a minute, and most are never imported.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
@@ -15,36 +15,36 @@ $(STAMP): pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	touch $@
 
-$(ALL): $(STAMP)  # every extra, and what tests and checks take
+$(ALL): $(STAMP)  # every extra, and what tests and checks need
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## set up, then make a video with the bundled model
+demo: $(STAMP)  ## set up, then generate a video with the bundled model
 	$(BIN)/slagen generate "a red circle moving right" --model tiny-wan
 
 test: $(ALL)  ## set up, then run all tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-quick: $(ALL)  ## all tests but those marked slow (kills, training, compilers, kernels): under two minutes on two cores
+quick: $(ALL)  ## all tests except those marked slow (kills, training, compilers, kernels): under two minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-check: $(ALL)  ## lint, type-check, and look up vulnerabilities where pip-audit gets data
+check: $(ALL)  ## lint, check types, and look up vulnerabilities if pip-audit reaches its data
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/audit.py
 
-evaluate: $(ALL)  ## the table of weights/README.md: 64 held-out prompts on the bundled weights
+evaluate: $(ALL)  ## the table of weights/README.md: 64 held-out prompts with the bundled weights
 	$(BIN)/python scripts/tiny_wan/evaluate.py --dtype bf16
 
 bench: $(STAMP)  ## the torch backend against dense attention on this CPU
 	$(BIN)/python benchmarks/attention_cpu.py
 
-gpu: $(ALL)  ## all that only a GPU can tell, into benchmarks/results/<card>; goes on where it was stopped
+gpu: $(ALL)  ## every check and measurement that needs a GPU, into benchmarks/results/<card>; run again to resume
 	$(BIN)/python scripts/gpu.py
 
-# The first part, in one process, goes on where it was stopped, by .pytest_cache, as long as the code is the same.
-soak: $(ALL)  ## every file operation killed and failed; batches, Ray and a finetune at random moments; every kernel compiled; 5,000 damaged files
+# The first part, in one process, resumes where it was stopped, from .pytest_cache, unless the code has changed.
+soak: $(ALL)  ## long tests: kills and errors at every file operation, kills at random moments, every kernel, thousands of damaged files
 	SLAGEN_SOAK_FAULTS=1 $(BIN)/python -m pytest tests/io/test_file_faults.py
 	SLAGEN_SOAK_PROMPTS=40 SLAGEN_SOAK_KILLS=25 $(BIN)/python -m pytest tests/batch/test_batch.py tests/batch/test_ray_workers.py \
 		tests/training/test_resume.py -k killed
