@@ -21,6 +21,7 @@ from slagen.cli.main import app, run
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
+from slagen.training.data.dataset import Dataset
 from slagen.training.result import FinetuneResult
 
 HOSTILE = f"[red]a[/red] [/] [link=x] {HARMLESS} {HARMFUL}\nerror: forged"
@@ -60,10 +61,19 @@ KERNELS = {
 }  # fmt: skip
 BENCH = {"machine": {"name": "cpu", "matmul_tflops": 1.0, "copy_gb_s": 1.0}}
 PLAN = plan.plan(GenerateConfig("x", model="wan2.1-t2v-1.3b"))
+
+
+def prepared(**fields):
+    """A data set as `prepare` returns it, of these fields alone."""
+    data = Dataset.__new__(Dataset)
+    vars(data).update(fields)
+    return data
+
+
 SHOWN = {  # the arguments of every function that shows something, but for as_json
     "show_finetune": lambda: [FinetuneResult(**poisoned({"output": Path("o"), "steps": 1, "teacher_error_before": 1.0,
                               "teacher_error_after": 0.5, "seconds": 1.0, "page": Path("p"), "weights": Path("w")}))],
-    "show_data": lambda: [SimpleNamespace(training=[1], held_out=[2], folder=poisoned(Path("f")), hash="h")],
+    "show_data": lambda: [prepared(folder=poisoned(Path("f")), training=[1], held_out=[2], hash="h")],
     "show_videos": lambda: [SimpleNamespace(videos=[SimpleNamespace(path=poisoned(Path("v")),
                             report_path=poisoned(Path("r")), report=poisoned(REPORT))])],
     "show_report": lambda: [poisoned(REPORT)],

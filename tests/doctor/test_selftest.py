@@ -78,8 +78,8 @@ def test_what_is_missing_is_the_environment(small, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--output", "x.json"], "--output is the file of --selftest, which is not given"),
-        (["--selftest", "--kernels"], "--kernels and --selftest are two things"),
+        (["--output", "x.json"], "--output names the file that --selftest writes"),
+        (["--selftest", "--kernels"], "--kernels and --selftest cannot be combined"),
         (["--selftest", "--output", "missing/x.json"], "must be a file in an existing, writable folder"),
     ],
     ids=["output-alone", "two-things", "no-folder"],

@@ -391,7 +391,7 @@ def test_a_planted_link_in_place_of_the_locks_is_not_followed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".slagen").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SlagenError, match="is a link"):
+    with pytest.raises(SlagenError, match="is a symbolic link"):
         Manifest(tmp_path / "out")
 
 

@@ -125,7 +125,7 @@ def default_model(name: str | None, device: str) -> str | None:
 def _check_weights(config: FinetuneConfig, weights: Weights, is_dense: bool) -> None:
     """Raise where the weights to start from are missing, given twice, or cannot be trained."""
     if config.from_dense and config.weights is not None and weights.source.weights is None:
-        raise UsageError("--from-dense starts without SLA weights, but --weights gives some. Leave one of them out.")
+        raise UsageError("--from-dense, which starts without SLA weights, was given with --weights. Leave one out.")
     if not config.from_dense and not is_dense and weights.sla_path is None:
         raise WeightsError(
             f"{weights.source.name} has no SLA weights to continue from. Start with --from-dense, or give SLA weights "
