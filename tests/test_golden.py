@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from slagen.attention import registry
 from slagen.attention.sla.config import SLAConfig
 from slagen.batch import manifest, ray_workers
+from slagen.batch import preflight as batch_preflight
 from slagen.batch import run as batch
 from slagen.batch.config import BatchConfig
 from slagen.benchmark import run as bench
@@ -34,14 +35,15 @@ from slagen.cli import main as cli
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
 from slagen.doctor import kernel_costs, selftest
-from slagen.formats import merge
+from slagen.formats import headers, merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
-from slagen.generation import decode, generate, replay
+from slagen.generation import decode, generate, latents, preflight, provenance, replay
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import tensor_hash
 from slagen.generation.peers import NAMES
 from slagen.training import finetune
+from slagen.training import preflight as training_preflight
 from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.data import prepare
 from slagen.wan import convert
@@ -54,7 +56,7 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 
 TASKS = (
     (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
-    (registry, "describe"), (replay, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
+    (registry, "describe"), (provenance, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
     (merge, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
@@ -77,6 +79,13 @@ def compare(name: str, found: dict[str, Any], *, forever: bool = False) -> None:
     assert not missing and not added, f"{name}: gone: {sorted(missing)}; new: {sorted(added)}. {HOW}"
     for key, value in found.items():
         assert value == known[key], f"{name}, {key}. {'This may never change.' if forever else HOW}"
+
+
+CHECKS = (  # of what lies at the paths of a command line, before its task
+    (preflight, "check_run"), (preflight, "check_model"), (batch_preflight, "read_batch"),
+    (training_preflight, "check_training"), (training_preflight, "check_data"),
+    (provenance, "read_made"), (latents, "read_about"), (headers, "check_weights"),
+)  # fmt: skip
 
 
 class Reached(BaseException):
@@ -122,6 +131,8 @@ def no_tasks(monkeypatch, tmp_path):
     """Commands end where their work would begin; no CUDA device, no Ray, an empty folder, a prompt on stdin."""
     for module, name in TASKS:
         monkeypatch.setattr(module, name, replacement(name, getattr(module, name)))
+    for module, name in CHECKS:
+        monkeypatch.setattr(module, name, lambda *args, **options: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, not for each line
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

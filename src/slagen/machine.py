@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from slagen.errors import EnvironmentProblem, UsageError
-from slagen.io.text import counted, quote
+from slagen.errors import EnvironmentProblem
+from slagen.io.text import counted, quote, read_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -54,16 +54,9 @@ def cpu_name() -> str:
 
 def pick_device(name: str) -> torch.device:
     """The device that a name means: "auto" is CUDA where there is one. Raises UsageError or EnvironmentProblem."""
-    if name == "auto":
+    if read_device(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(
-            f"device is {quote(name)}, but must be auto, cpu, cuda or cuda:N. Try --device auto."
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device is {quote(name)}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
+    device = torch.device(name)
     cards = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= cards:
         raise EnvironmentProblem(

@@ -11,13 +11,16 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import imageio_ffmpeg
-import numpy as np
 
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
 from slagen.io.files import scratch, writing
 from slagen.io.reading import open_regular
+
+if TYPE_CHECKING:  # so that what a video says of itself is read without it
+    import numpy as np
 
 CRF = 16  # x264 constant rate factor: visually lossless
 # Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the
@@ -110,6 +113,8 @@ def _name(path: str | Path) -> str:
 
 def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
     """Run ffmpeg on raw frames, out of reach of Ctrl-C. Raises OSError with its own last words if it fails."""
+    import numpy as np
+
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *command],
@@ -140,6 +145,8 @@ def _check_limit(status: int) -> None:
 
 def read_mp4(path: str | Path) -> np.ndarray:
     """All frames of a video, (F, H, W, 3) uint8 RGB. Raises SlagenError if it cannot be decoded."""
+    import numpy as np
+
     try:
         reader = imageio_ffmpeg.read_frames(_name(path))
         width, height = next(reader)["size"]
@@ -218,6 +225,8 @@ def _run(path: Path, options: list[str]) -> bytes:
 
 
 def _first_frame(path: Path) -> np.ndarray:
+    import numpy as np
+
     reader = imageio_ffmpeg.read_frames(_name(path))
     try:
         width, height = next(reader)["size"]

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Replace the task; collects the configs it is called with."""
+    """Replace the task and the look at its paths; collects the configs it is called with."""
     import slagen.generation.generate as task
 
     configs: list[GenerateConfig] = []
@@ -34,6 +34,7 @@ def seen(monkeypatch):
         return task.GenerateResult([])
 
     monkeypatch.setattr(task, "generate", stub)
+    monkeypatch.setattr("slagen.generation.preflight.check_run", lambda config: None)
     monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
     return configs
 

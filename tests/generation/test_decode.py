@@ -16,7 +16,7 @@ from slagen.errors import SlagenError, WeightsError, of_memory
 from slagen.generation import latents as kept
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
-from slagen.generation.replay import describe
+from slagen.generation.provenance import describe
 from slagen.video import check_ffmpeg, read_comment
 
 

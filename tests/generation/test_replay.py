@@ -11,7 +11,8 @@ from slagen.cli.main import run
 from slagen.errors import UsageError, WeightsError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
-from slagen.generation.replay import describe, replay
+from slagen.generation.provenance import describe
+from slagen.generation.replay import replay
 from slagen.video import is_mp4, other_kind, read_comment, write_mp4
 
 

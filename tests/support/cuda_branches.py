@@ -244,7 +244,6 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_device_and_dtype": (
             "torch.cuda.is_available",
             "'cuda'",
-            "device.type not in ('cpu', 'cuda')",
             "device.type == 'cuda'",
             "torch.cuda.device_count",
         )

@@ -22,6 +22,7 @@ from slagen import __version__
 from slagen.batch.config import BatchConfig
 from slagen.batch.contact_sheet import write_page_or_warn
 from slagen.batch.manifest import Manifest
+from slagen.batch.preflight import read_batch
 from slagen.batch.ray_connection import LOCAL, connected_to_ray
 from slagen.batch.result import BatchResult
 from slagen.batch.worker import run_worker, stop_on_signals
@@ -36,15 +37,19 @@ POLL_S = 0.5
 MAX_LOSSES = 3  # workers that a job, or that starting, may cost before it is given up
 
 
-def batch_on_ray(config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None) -> BatchResult:
+def batch_on_ray(
+    config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None,
+    requests: list[prompts.Request] | None = None,
+) -> BatchResult:  # fmt: skip
     """Make every video of a prompt file that is not made yet, on Ray.
 
     Args:
+        requests: as for `batch`.
         config: with a `ray_address`. All machines must see its files and its output folder under the same paths.
         on_event: told of every worker's plan, videos, stages and steps.
     Raises: EnvironmentProblem where Ray is not installed, not reached, or has too little; as `batch` besides.
     """
-    requests = prompts.read_prompts(config.prompts)
+    requests = requests or read_batch(config)
     config = _with_absolute_paths(config)
     stop = threading.Event()
     with (

@@ -16,21 +16,26 @@ from collections.abc import Callable
 from slagen.batch.config import BatchConfig
 from slagen.batch.contact_sheet import write_page_or_warn
 from slagen.batch.manifest import Manifest
+from slagen.batch.preflight import read_batch
 from slagen.batch.result import BatchResult
 from slagen.batch.worker import run_worker
 from slagen.events import Event
 from slagen.generation import prompts
 
 
-def batch(config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None) -> BatchResult:
+def batch(
+    config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None,
+    requests: list[prompts.Request] | None = None,
+) -> BatchResult:  # fmt: skip
     """Make every video of a prompt file that is not made yet.
 
     Args:
+        requests: as `read_batch` read them of its prompt file, where the caller has them already.
         on_event: told of the plan, of every video, stage and step.
     Raises: UsageError for a faulty prompt file, before anything is loaded; SlagenError where nothing can be written.
         What goes wrong with one prompt is in the result.
     """
-    requests = prompts.read_prompts(config.prompts)
+    requests = requests or read_batch(config)
     stop = threading.Event()
     worker = f"{uuid.uuid4().hex[:12]}:{socket.gethostname()}:{os.getpid()}"
     result = run_worker(config, requests, stop, on_event, worker)

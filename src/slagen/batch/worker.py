@@ -25,7 +25,7 @@ from slagen.batch.forecast import (
 from slagen.batch.manifest import Job, Manifest
 from slagen.batch.queue import Task, _warn, identity_of_weights, plan_videos, queue_jobs, warn_of_each
 from slagen.batch.result import BatchResult
-from slagen.errors import SlagenError, UsageError, no_memory, of_memory
+from slagen.errors import SlagenError, no_memory, of_memory
 from slagen.events import Event
 from slagen.generation import prompts
 from slagen.generation.embeddings import Embeddings
@@ -34,7 +34,7 @@ from slagen.generation.resolve import find_weights
 from slagen.generation.result import Video
 from slagen.generation.session import Sample, Session, free_memory
 from slagen.interrupts import ENDING, stopping
-from slagen.io.paths import is_video, user_path
+from slagen.io.paths import user_path
 from slagen.machine import describe_device
 from slagen.video import check_ffmpeg
 
@@ -53,8 +53,6 @@ def run_worker(
     Raises: as `batch`.
     """
     folder = user_path(config.generate.output)
-    if is_video(config.generate.output):
-        raise UsageError(f"{folder} is one file, but a batch writes many. Choose a folder with --output.")
     check_ffmpeg()
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
     plans = plan_videos(config.generate, requests, weights)

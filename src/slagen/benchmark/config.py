@@ -11,6 +11,7 @@ from slagen.errors import UsageError
 from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
 from slagen.io.forms import shown
 from slagen.io.paths import check_folder
+from slagen.io.text import read_device
 from slagen.settings import option
 
 MAX_ELEMENTS = 2**34  # of q, k and v in a bench
@@ -93,7 +94,7 @@ class BenchConfig:
     block_n: int = option(64, "Key columns per block.", panel=HOW)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=HOW, of_methods=True)
     dtype: Dtype = option("auto", "auto: bf16 on CUDA, fp32 on a CPU.", panel=HOW)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW, read=read_device)
     backward: bool | None = option(None, "Also time the backward pass. Default: on CUDA only.", panel=HOW)
     seconds: float = option(2.0, "Seconds per measurement.", panel=HOW)
     output: str | None = option(None, "Folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")

@@ -51,9 +51,11 @@ def batch(
 
 
 def run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> None:
+    from slagen.batch import preflight
     from slagen.cli.output.batch import show_batch
     from slagen.cli.progress import GenerateProgress
 
+    requests = preflight.read_batch(config)
     with GenerateProgress() as progress:
         if config.ray_address is None:
             start_quickly(context, config.generate.weights)
@@ -61,7 +63,7 @@ def run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> Non
         else:
             from slagen.batch.ray_workers import batch_on_ray as task
 
-        result = task(config, progress)
+        result = task(config, progress, requests)
     show_batch(result, as_json)
     if result.interrupted:
         raise typer.Exit(INTERRUPTED)

@@ -30,9 +30,11 @@ def bench(
     if not length_sweep:
         settings.setdefault("lengths", ())
     config = BenchConfig(**settings)
-    from slagen.benchmark import run as task
-    from slagen.cli import console
+    from slagen.cli import console, progress
     from slagen.cli.output.bench import show_bench
+
+    progress.say_loading()
+    from slagen.benchmark import run as task
 
     result = task.bench(config, console.note)
     show_bench(result, as_json)

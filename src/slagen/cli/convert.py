@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from slagen.io.paths import check_folder, user_path
+
 
 def convert(
     source: Annotated[
@@ -30,8 +32,13 @@ def convert(
 
     Example: slagen convert TurboWan2.1-T2V-1.3B-480P.pth turbo --model Wan2.1-T2V-1.3B-Diffusers
     """
+    from slagen.cli import console, progress
+    from slagen.formats import headers
+
+    check_folder("output", output)
+    headers.check_weights(user_path(source))
+    progress.say_loading()
     from slagen import machine
-    from slagen.cli import console
     from slagen.wan import convert as task
 
     made = task.convert(
@@ -52,7 +59,12 @@ def merge(
 
     Example: slagen merge rcm.pth merged.safetensors --diff-base wan.safetensors --diff-target wan-sla.pth
     """
-    from slagen.cli import console
+    from slagen.cli import console, progress
+    from slagen.formats import headers
+
+    for path in (base, diff_base, diff_target):
+        headers.check_weights(user_path(path))
+    progress.say_loading()
     from slagen.formats import merge as task
 
     made = task.merge(

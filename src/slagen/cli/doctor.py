@@ -40,15 +40,17 @@ def doctor(
 
     Example: slagen doctor --selftest
     """
-    from slagen.cli import console
-    from slagen.cli.output.doctor import show_findings, show_selftest
-    from slagen.cli.output.kernels import show_kernels
-    from slagen.doctor import checks, kernel_costs
-
     if kernels and selftest:
         raise UsageError("--kernels and --selftest cannot be combined. Give one of them.")
     if output is not None and not selftest:
         raise UsageError("--output names the file that --selftest writes, and --selftest is not given.")
+    from slagen.cli import console, progress
+    from slagen.cli.output.doctor import show_findings, show_selftest
+    from slagen.cli.output.kernels import show_kernels
+
+    progress.say_loading()
+    from slagen.doctor import checks, kernel_costs
+
     if selftest:
         from slagen.doctor import selftest as trials
 

@@ -42,7 +42,9 @@ def finetune(
     config = FinetuneConfig(DataConfig(**clips), **settings)
     from slagen.cli.output.finetune import show_finetune
     from slagen.cli.progress import GenerateProgress
+    from slagen.training import preflight
 
+    preflight.check_training(config)
     with GenerateProgress() as progress:
         from slagen.training import finetune as task
 
@@ -80,7 +82,11 @@ def finetune_data(
     config = DataConfig(path, **clips)
     from slagen.cli.output.finetune import show_data
     from slagen.cli.progress import GenerateProgress
+    from slagen.generation.preflight import check_model
+    from slagen.training import preflight
 
+    preflight.check_data(config)
+    check_model(settings["model"])
     with GenerateProgress() as progress:
         from slagen.training.data import prepare
         from slagen.training.setup import default_model

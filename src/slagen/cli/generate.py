@@ -15,8 +15,8 @@ from slagen.errors import GateError, UsageError
 from slagen.generation.config import OUTPUT, VIDEO, GenerateConfig
 from slagen.io.documents import decode
 from slagen.io.forms import Fault
-from slagen.io.paths import is_video
-from slagen.io.text import LONG_DASH, MAX_PROMPT, quote
+from slagen.io.paths import check_video, user_path
+from slagen.io.text import LONG_DASH, MAX_PROMPT
 
 
 @takes(settings=GenerateConfig)
@@ -53,7 +53,12 @@ def generate(
     from slagen.cli.output.generate import show_videos
     from slagen.cli.output.plan import show_plan
     from slagen.cli.progress import GenerateProgress
+    from slagen.generation import preflight
 
+    if prompts is not None:
+        run_batch(context, BatchConfig(prompts, config), as_json)
+        return
+    preflight.check_run(config)
     if dry_run:
         from slagen.generation import estimate as planning
         from slagen.machine import pick_device
@@ -65,9 +70,6 @@ def generate(
             config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
 
         show_plan(planning.plan(config, kind), as_json)
-        return
-    if prompts is not None:
-        run_batch(context, BatchConfig(prompts, config), as_json)
         return
     with GenerateProgress() as progress:
         start_quickly(context, config.weights)
@@ -144,7 +146,11 @@ def decode_latents(
     """
     from slagen.cli.output.generate import show_videos
     from slagen.cli.progress import GenerateProgress
+    from slagen.generation import latents, preflight
 
+    check_video(output)
+    latents.read_about(user_path(path))
+    preflight.check_model(model, vae=settings["vae"])
     with GenerateProgress() as progress:
         start_quickly(context, None)
         from slagen.generation import decode as task
@@ -175,11 +181,13 @@ def replay(
 
     Example: slagen replay outputs/0001-a-red-circle-moving-right-s7-12345678.json
     """
-    if output is not None and not is_video(output):
-        raise UsageError(f"output is {quote(output)}, but must be a file that ends in .mp4.")
+    check_video(output)
     from slagen.cli.output.generate import show_replay
     from slagen.cli.progress import GenerateProgress
+    from slagen.generation import preflight, provenance
 
+    provenance.read_made(user_path(path))
+    preflight.check_model(model, weights, settings["vae"])
     with GenerateProgress() as progress:
         start_quickly(context, "*.gguf")  # it may be
         from slagen.generation import replay as task

@@ -83,9 +83,16 @@ def info(
     Example: slagen info TurboWan2.1-T2V-1.3B-480P.pth
     """
     from slagen.cli.output.weights import show_info
-    from slagen.generation import latents
-    from slagen.generation import replay as past
-    from slagen.wan import info as task
+    from slagen.cli.progress import say_loading
+    from slagen.formats import headers
+    from slagen.generation import latents, provenance
 
     place = user_path(path)
-    show_info(past.describe(place) or latents.describe_latents(place) or task.info(path), as_json)
+    about = provenance.describe(place) or latents.describe_latents(place)
+    if about is None:
+        headers.check_weights(place)
+        say_loading()
+        from slagen.wan import info as task
+
+        about = task.info(path)
+    show_info(about, as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -45,6 +47,8 @@ else:
     from slagen.cli.plain import Progress as LiveTasks
     from slagen.cli.plain import TaskID
 
+LOADING = "Loading PyTorch and diffusers..."
+LOADER = -2  # in place of a worker
 BAR = 24  # columns of a bar
 LINE_S = 15.0  # between lines on what goes on, where there is no terminal
 
@@ -60,6 +64,12 @@ STAGES = {
 }
 
 
+def say_loading() -> None:
+    """A line on stderr where torch is not imported yet, which takes seconds; of several processes the first says it."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        console.log(LOADING)
+
+
 class GenerateProgress:
     """Shows a run's events: live on a terminal, plain lines of notes elsewhere."""
 
@@ -73,6 +83,10 @@ class GenerateProgress:
 
     def __enter__(self) -> GenerateProgress:
         self._progress.start()
+        if not console.stderr.is_terminal:
+            say_loading()
+        elif "torch" not in sys.modules:
+            self._show_stage(LOADER, LOADING, None)
         return self
 
     def __exit__(
@@ -84,6 +98,8 @@ class GenerateProgress:
 
     def __call__(self, event: Any) -> None:
         """Show one `slagen.events.Event`, or a `slagen.training.log.StepRecord`."""
+        if LOADER in self._tasks:
+            self._progress.remove_task(self._tasks.pop(LOADER))
         if not hasattr(event, "kind"):
             self._show_training_step(event)
         elif event.kind in ("note", "warning"):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import WeightsError
+from slagen.formats.model_files import SLA_FILE
 from slagen.io.documents import parse_json
 from slagen.io.forms import Fault, Kind, check
-from slagen.io.reading import open_regular
+from slagen.io.reading import no_file, open_regular
 
 MAX_HEADER = 32 * 2**20
 _PLACE = Kind("its first and last byte", (int, int), lambda pair: 0 <= pair[0] <= pair[1] <= 2**60)
@@ -79,6 +80,20 @@ def check_no_shard(path: Path) -> None:
             f"{path} is one of {int(match[1])} shards of a model. Give the folder that holds them all and their "
             f"index (*.safetensors.index.json): {path.parent}."
         )
+
+
+def check_weights(path: Path) -> None:
+    """Look at a path that weights are to be read from, as far as names and the headers of safetensors tell.
+
+    Raises: MissingPath where nothing lies there, WeightsError for one of several shards and for a broken file.
+    """
+    if not path.exists():
+        raise no_file(path, "Give a weight file or folder.")
+    if path.is_file():
+        check_no_shard(path)
+    file = path / SLA_FILE if path.is_dir() else path
+    if file.suffix == ".safetensors" and file.is_file():
+        read_header(file)
 
 
 def read_strings(path: Path, text: str, form: Any) -> Any:

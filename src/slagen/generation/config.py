@@ -12,7 +12,7 @@ from slagen.errors import UsageError
 from slagen.formats.published import Sampler
 from slagen.io.forms import shown
 from slagen.io.paths import check_output
-from slagen.io.text import check_prompt
+from slagen.io.text import check_prompt, read_device
 from slagen.settings import option
 from slagen.timing import Timing
 from slagen.wan.defaults import MAX_OF_A_CLIP, MAX_STRENGTH, MIN_STRENGTH
@@ -100,7 +100,7 @@ class GenerateConfig:
         in_key=False,
     )  # fmt: skip
     dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, in_key=False)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
     attention: Attention = option(
         "sla", "sla; sparse or linear: one branch of it, if so trained; dense: the base model with full attention.",
         panel=ATTENTION,

@@ -22,7 +22,7 @@ from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import warn_of_one_colour
 from slagen.io.files import check_writable, reserved, write_json
-from slagen.io.paths import user_path
+from slagen.io.paths import check_video, user_path
 from slagen.io.stages import staging
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.folder import ModelSource
@@ -124,8 +124,7 @@ def _target(path: Path, output: str | None) -> Path:
     """The video's file. Raises UsageError for one of another kind."""
     if output is None:
         return path.with_name(path.name.removesuffix(SUFFIX).removesuffix(".safetensors") + ".mp4")
-    if not output.lower().endswith(".mp4"):
-        raise UsageError(f"output is {output!r}, but must be a file that ends in .mp4.")
+    check_video(output)
     return user_path(output)
 
 

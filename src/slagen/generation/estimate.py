@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.errors import SlagenError, UsageError
-from slagen.formats.headers import check_no_shard, read_header, read_strings
+from slagen.formats.headers import read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_sla_config
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
+from slagen.generation.preflight import check_run
 from slagen.io.paths import is_video, user_path
-from slagen.io.reading import no_file
 from slagen.wan.defaults import ModelDefaults
-from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, is_hub_id, num_tokens
-from slagen.wan.presets import PRESETS, Preset, check_sampler, never_tuned, unknown_model
+from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, num_tokens
+from slagen.wan.presets import PRESETS, Preset, check_sampler, local_folder, never_tuned
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
 TEXT_ENCODER_PARAMETERS = 5_680_000_000
@@ -40,6 +39,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         parameters; notes. With dense attention the sparsity is None and every key block is kept.
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
+    check_run(config)
     if device is None and config.model in (None, BUNDLED) and not memory.has_card():
         device = "cpu"
     preset, defaults, shape, grid, factor, trained, folder = _model(config)
@@ -66,7 +66,6 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     steps = config.steps or defaults.steps
     guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
     passes = steps * (2 if guidance > 1 else 1)
-    _check_outputs(config)
     untuned = method.needs.weights and not (is_dense or config.allow_untrained)
     if untuned and _is_untuned(folder if config.weights is None else config.weights):
         raise never_tuned(called)
@@ -130,18 +129,6 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_outputs(config: GenerateConfig) -> None:
-    """Raise UsageError for one video's file that `generate` would not write."""
-    output = user_path(config.output)
-    if not is_video(config.output):
-        return
-    if config.num_videos > 1:
-        raise UsageError(f"{output} is one file, but --num-videos is {config.num_videos}. Give a folder with --output.")
-    for file in (output, output.with_suffix(".json")):
-        if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
-            raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
-
-
 def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool | None:
     """Whether weights are distilled for rcm; None where only their tensors tell."""
     if config.weights is None:
@@ -152,19 +139,6 @@ def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool | None:
         return None
     told = read_header(file).get("__metadata__", {}).get("slagen")
     return None if told is None else read_strings(file, told, {"sampler_family?": str}).get("sampler_family") == "rcm"
-
-
-def _check_weights(weights: Path | None) -> None:
-    """Raise for weights that `generate` would refuse, as far as a safetensors header tells."""
-    if weights is None:
-        return
-    if not weights.exists():
-        raise no_file(weights, "Give a weight file or folder.")
-    if weights.is_file():
-        check_no_shard(weights)
-    for file in [weights] if weights.is_file() else sorted(weights.glob("*.safetensors")):
-        if file.suffix == ".safetensors":
-            read_header(file)
 
 
 def _is_untuned(place: Path | str | None) -> bool:
@@ -188,21 +162,18 @@ def _model(config: GenerateConfig) -> tuple:
     preset = PRESETS.get(name)
     weights = None if config.weights is None else user_path(config.weights)
     trained = None
-    _check_weights(weights)
     if weights is not None:
         file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
         known = file.suffix == ".safetensors" and file.is_file()
         trained = read_sla_config(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
         return preset, preset.defaults, preset.shape, 16, 4, trained or preset.sla, None
-    folder = bundled_folder() if name == BUNDLED else user_path(name)
-    if not folder.exists():
-        if is_hub_id(name):
-            raise UsageError(
-                f"{name} is no folder here, and a model of the hub cannot be planned before it is downloaded. Give a "
-                f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
-            )
-        raise unknown_model(name)
+    folder = local_folder(name)
+    if folder is None:
+        raise UsageError(
+            f"{name} is no folder here, and a model of the hub cannot be planned before it is downloaded. Give a "
+            f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
+        )
     source = describe_folder(folder, name)
     if trained is None and weights is None:
         trained = read_sla_config(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import time
@@ -17,12 +16,13 @@ import psutil
 import torch
 from safetensors import SafetensorError
 
-from slagen.errors import SlagenError, UsageError
+from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
+from slagen.generation.preflight import check_free, check_output
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import Sample, Session
@@ -206,10 +206,7 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
     config = plan.config
     output = user_path(config.output)
     if is_video(config.output):
-        if config.num_videos > 1:
-            raise UsageError(
-                f"{output} is one file, but --num-videos is {config.num_videos}. Give a folder with --output."
-            )
+        check_output(config)
         paths = [output]
     else:
         paths = [output / f"{_file_stem(plan, i)}.mp4" for i in range(config.num_videos)]
@@ -230,14 +227,7 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
     # runs whose names are the same have the same first one; a report is one's own too: of v.mp4 and v.MP4 it is v.json
     with reserved(paths[0], paths[0].with_suffix(".json")):
         for path in paths:
-            companions = [path, path.with_suffix(".json")]
-            if config.save_latents:
-                companions.append(path.with_suffix(SUFFIX))
-            for file in companions:
-                if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
-                    raise UsageError(
-                        f"{file} exists. Choose another --output or --seed, or replace it with --overwrite."
-                    )
+            check_free(path, config)
         yield paths
 
 

@@ -8,12 +8,7 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from slagen.errors import WeightsError
 from slagen.formats.headers import read_header, read_strings
@@ -21,6 +16,9 @@ from slagen.io.files import writing
 from slagen.io.forms import Kind, matching, sha256, whole
 from slagen.io.reading import no_file
 from slagen.io.text import to_json
+
+if TYPE_CHECKING:  # what a file says of itself is read without torch
+    from torch import Tensor
 
 SUFFIX = ".latents.safetensors"
 NAME, METADATA, VERSION = "latents", "slagen_latents", 1
@@ -65,6 +63,8 @@ def write_latents(path: Path, latents: Tensor, vae_hash: str, report: dict[str, 
         vae_hash: of the VAE that they are for. report: of their video, as far as it is known.
     Raises: OSError or SafetensorError where the disk does not take it; FileExistsError.
     """
+    from safetensors.torch import save
+
     video = {name: value for name, value in report["video"].items() if name != "sha256"}  # this file makes another
     about = {"version": VERSION, "vae_hash": vae_hash, "report": {**report, "video": video}}
     data = save({NAME: latents.contiguous()}, metadata={METADATA: to_json(about)})
@@ -77,6 +77,8 @@ def keep_latents(video: Path, latents: Tensor, vae_hash: str, report: dict[str, 
 
     Returns: their file, under a name that was free; None where neither disk takes it.
     """
+    from safetensors import SafetensorError
+
     for folder in (video.parent, Path(tempfile.gettempdir())):
         for number in range(1, 100):
             path = folder / f"{video.stem}{'' if number == 1 else f'-{number}'}{SUFFIX}"
@@ -107,6 +109,24 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
 
     Raises: WeightsError for a file that holds something else, is damaged, or does not say how it was made.
     """
+    content = read_about(path)
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        latents = load(path.read_bytes())[NAME]
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}). {AGAIN}") from error
+    if not torch.isfinite(latents).all():
+        raise WeightsError(f"{path} holds numbers that are not finite. {AGAIN}")
+    if latents_hash(latents) != content["report"]["latents_hash"]:
+        raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
+    return latents, content["vae_hash"], content["report"]
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file of latents says of itself, of the form FORM. Raises as `read_latents`, but for its numbers."""
     if not path.is_file():
         raise no_file(path, f"Give a file that ends in {SUFFIX}.")
     header = read_header(path)
@@ -129,15 +149,7 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
         raise WeightsError(
             f"{path} holds {entry['dtype']} of {entry['shape']}, but one video's F32 are wanted. {AGAIN}"
         )
-    try:
-        latents = load(path.read_bytes())[NAME]
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}). {AGAIN}") from error
-    if not torch.isfinite(latents).all():
-        raise WeightsError(f"{path} holds numbers that are not finite. {AGAIN}")
-    if latents_hash(latents) != content["report"]["latents_hash"]:
-        raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
-    return latents, content["vae_hash"], content["report"]
+    return content
 
 
 def describe_latents(path: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slagen.errors import WeightsError
+from slagen.errors import UsageError, WeightsError
 from slagen.generation import report
 from slagen.io.documents import parse_json, read_json
 from slagen.io.forms import Fault, matching
@@ -46,6 +46,16 @@ def describe(path: Path) -> dict[str, Any] | None:
         return None
     content = read_json(path, TOLD, advice="Give a report that slagen wrote, whole.")
     return {"path": str(path), "kind": "report", **_without_own(content)}
+
+
+def read_made(path: Path) -> dict[str, Any]:
+    """What a video or its report says of how it was made. Raises as `describe`, and UsageError for all else."""
+    told = describe(path)
+    if told is not None:
+        return told
+    if not path.exists():
+        raise UsageError(f"{path} does not exist. Give an .mp4 that slagen made, or its .json.")
+    raise UsageError(f"{path} is neither a video that slagen made nor its report. Give an .mp4 or its .json.")
 
 
 def _without_own(content: dict[str, Any]) -> dict[str, Any]:

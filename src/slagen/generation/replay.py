@@ -13,7 +13,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
-from slagen.generation.provenance import describe
+from slagen.generation.provenance import read_made
 from slagen.io.files import scratch
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
@@ -46,11 +46,7 @@ def replay(
         WeightsError for other weights; as `generate` besides.
     """
     path = user_path(path_text)
-    told = describe(path)
-    if told is None and not path.exists():
-        raise UsageError(f"{path} does not exist. Give an .mp4 that slagen made, or its .json.")
-    if told is None:
-        raise UsageError(f"{path} is neither a video that slagen made nor its report. Give an .mp4 or its .json.")
+    told = read_made(path)
     settings = dict(told["settings"])
     if settings.get("prompt") is None and "prompt_sha256" in settings:
         raise UsageError(f"{path} holds only a hash of its prompt, which is long. Give the report beside it, a .json.")

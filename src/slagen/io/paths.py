@@ -24,6 +24,12 @@ def check_output(text: str) -> None:
         check_folder("output", text, f"a folder, or a file that ends in {VIDEO}")
 
 
+def check_video(output: str | None) -> None:
+    """Raise UsageError where an output is given that is no video's file."""
+    if output is not None and not is_video(output):
+        raise UsageError(f"output is {quote(output)}, but must be a file that ends in {VIDEO}.")
+
+
 def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
     """Raise UsageError where what is to be a folder is called as a file would be, and no folder is there.
 

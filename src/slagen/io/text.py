@@ -114,6 +114,13 @@ def to_json(content: Any, *, exact: bool = False, **options: Any) -> str:
     return UNSHOWN.sub(escape, json.dumps(content, ensure_ascii=False, **options))
 
 
+def read_device(text: str) -> str:
+    """A device as it is typed: auto, cpu, cuda or cuda:N. Raises UsageError."""
+    if re.fullmatch(r"auto|(cpu|cuda)(:\d{1,3})?", text) is None:
+        raise UsageError(f"device is {quote(text)}, but must be auto, cpu, cuda or cuda:N. Try --device auto.")
+    return text
+
+
 def check_prompt(name: str, text: str) -> None:
     """Raise UsageError unless a prompt is text of a bearable length, in whole characters.
 

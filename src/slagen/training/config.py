@@ -19,6 +19,7 @@ from slagen.errors import UsageError
 from slagen.generation.config import MAX_SEED, OUTPUT, Attention, Dtype, GenerateConfig
 from slagen.io.forms import shown
 from slagen.io.paths import check_folder
+from slagen.io.text import read_device
 from slagen.settings import option
 from slagen.wan.defaults import MAX_STRENGTH, MAX_TRAINING
 
@@ -151,7 +152,7 @@ class FinetuneConfig:
     dtype: Dtype = option(
         "auto", "To compute in: auto (bf16 on CUDA that has it, else fp32), bf16 or fp32.", panel=MACHINE
     )
-    device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, pixels=False)
+    device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False)
     backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=MACHINE)
     parallel: Parallel = option(
         "auto", "Under torchrun: ddp copies the model, fsdp splits it.", panel=MACHINE, pixels=False

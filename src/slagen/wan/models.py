@@ -8,7 +8,7 @@ from slagen.errors import UsageError
 from slagen.io.paths import user_path
 from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder, is_hub_id
 from slagen.wan.hub import OnNote, fetch_pipeline, fetch_weights, is_cached
-from slagen.wan.presets import CUDA_DEFAULT, PRESETS, unknown_model
+from slagen.wan.presets import CUDA_DEFAULT, PRESETS, local_folder
 
 
 def resolve_model(
@@ -42,12 +42,10 @@ def resolve_model(
         folder = fetch_pipeline(preset.base, transformer=own_transformer and weights is None, **options)
         source = describe_folder(folder, preset.name)
         return dataclasses.replace(source, defaults=preset.defaults, weights=weights)
-    path = user_path(model)
-    if path.exists():
-        return describe_folder(path, path.resolve().name)
-    if is_hub_id(model):
-        return describe_folder(fetch_pipeline(model, transformer=own_transformer, **options), model)
-    raise unknown_model(model)
+    local = local_folder(model)
+    if local is not None:
+        return describe_folder(local, local.resolve().name)
+    return describe_folder(fetch_pipeline(model, transformer=own_transformer, **options), model)
 
 
 def check_told_model(path: Path, model: str) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from slagen.attention.cost import ModelShape
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.published import TURBO_SLA
+from slagen.io.paths import user_path
 from slagen.io.text import quote
 from slagen.wan.defaults import ModelDefaults, TrainingDefaults
-from slagen.wan.folder import BUNDLED
+from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
 
 # The negative prompt of the original Wan2.1 repository (wan/configs/shared_config.py): overexposed, static, blurred
 # details, subtitles, worst quality, JPEG artefacts, ugly, extra fingers, deformed, crowded, walking backwards.
@@ -65,6 +67,23 @@ PRESETS = {
     )
 }  # fmt: skip
 CUDA_DEFAULT = "turbowan2.1-t2v-1.3b-480p"  # the only public SLA weights of a size that every card runs
+
+
+def local_folder(model: str) -> Path | None:
+    """Where a model lies on this machine; None for a preset, and for a hub id that is no folder here.
+
+    Raises: UsageError for a name that is none of these.
+    """
+    if model == BUNDLED:
+        return bundled_folder()
+    if model in PRESETS:
+        return None
+    path = user_path(model)
+    if path.exists():
+        return path
+    if is_hub_id(model):
+        return None
+    raise unknown_model(model)
 
 
 def unknown_model(model: str) -> UsageError:

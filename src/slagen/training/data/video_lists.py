@@ -34,6 +34,12 @@ class Entry:
     values: dict[str, Any]
 
 
+def check_data_path(path: Path) -> None:
+    """Raise UsageError where nothing lies at the path of a data set."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist. Give a folder of videos with a .txt caption beside each.")
+
+
 def find_list(folder: Path) -> Path | None:
     """The list of videos in a folder; None where there is none.
 

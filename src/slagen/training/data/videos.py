@@ -12,7 +12,7 @@ from slagen.errors import UsageError
 from slagen.io.documents import decode, read_bytes
 from slagen.io.forms import Fault
 from slagen.io.text import MAX_PROMPT
-from slagen.training.data.video_lists import NAMES, find_list, find_list_below, read_list
+from slagen.training.data.video_lists import NAMES, check_data_path, find_list, find_list_below, read_list
 
 SUFFIXES = {
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".wmv", ".asf", ".flv", ".mpg", ".mpeg", ".ts", ".m2ts",
@@ -46,8 +46,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
     Returns: the videos, and the faults, which `plan_clips` raises together with its own.
     Raises: UsageError where the path is not a data set.
     """
-    if not path.exists():
-        raise UsageError(f"{path} does not exist. Give a folder of videos with a .txt caption beside each.")
+    check_data_path(path)
     file = path
     if path.is_dir():
         if (path / UNFINISHED).is_file():

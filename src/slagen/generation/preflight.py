@@ -1,0 +1,54 @@
+"""What a run is refused for before torch is imported: a path where nothing lies, an unknown model, a video there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from slagen.errors import UsageError
+from slagen.formats.headers import check_weights
+from slagen.generation.config import GenerateConfig
+from slagen.generation.latents import SUFFIX
+from slagen.io.paths import is_video, user_path
+from slagen.wan.folder import describe_folder
+from slagen.wan.presets import local_folder
+
+
+def check_run(config: GenerateConfig) -> None:
+    """Look at all that one call of `slagen generate` reads and writes.
+
+    Raises: as `check_model`; UsageError for a video that exists.
+    """
+    check_model(config.model, config.weights, config.vae)
+    check_output(config)
+
+
+def check_model(model: str | None, weights: str | None = None, vae: str | None = None) -> None:
+    """Look at what a model is loaded from, as far as its small files and the headers of safetensors tell.
+
+    Raises: UsageError for a name of no model and a path where nothing lies, WeightsError for what is broken.
+    """
+    for path in (weights, vae):
+        if path is not None:
+            check_weights(user_path(path))
+    folder = None if model is None else local_folder(model)
+    if folder is not None:
+        describe_folder(folder, folder.resolve().name)
+
+
+def check_output(config: GenerateConfig) -> None:
+    """Raise UsageError for one video's file that cannot be written; a folder's names are not known yet."""
+    if not is_video(config.output):
+        return
+    output = user_path(config.output)
+    if config.num_videos > 1:
+        raise UsageError(f"{output} is one file, but --num-videos is {config.num_videos}. Give a folder with --output.")
+    check_free(output, config)
+
+
+def check_free(video: Path, config: GenerateConfig) -> None:
+    """Raise UsageError where a video, its report or its latents would replace what is there, unless that is wanted."""
+    latents = [video.with_suffix(SUFFIX)] if config.save_latents else []
+    for file in (video, video.with_suffix(".json"), *latents):
+        if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
+            raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
