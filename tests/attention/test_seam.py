@@ -148,6 +148,23 @@ def test_bench_and_plan(toy, capsys):
     assert "window: 50.00% of all query-key pairs exactly" in " ".join(capsys.readouterr().out.split())
 
 
+def test_bench_of_a_model(toy, tmp_path):
+    """Only dense attention and SLA were timed there; now every method named, or in no need of weights."""
+    size = {"width": 64, "height": 64, "num_frames": 9, "steps": 1, "device": "cpu"}
+    config = BenchConfig(
+        model=str(save_pipeline(tmp_path / "model")), attention_options=(("window", 0),), block_m=16, block_n=16, **size
+    )
+    rows = bench(config).content["models"]
+    assert [(row["attention"], row["backend"], row["sparsity"]) for row in rows] == [
+        ("dense", "sdpa", None), ("sla", "torch", 0.95), ("window", "auto", None)
+    ]  # fmt: skip
+    assert all(row["step_ms"]["median"] > 0 and row["attention_ms"]["median"] > 0 for row in rows)
+    named = dataclasses.replace(config, methods=("window", "linear"))
+    assert [method.name for method in named.loop_methods] == ["linear", "window"]
+    with pytest.raises(UsageError, match="method is 'flex', but a denoising loop is timed with sla, sparse, linear, w"):
+        dataclasses.replace(config, methods=("flex",))
+
+
 def test_slagen_methods(toy, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert slagen(["methods"]) == 0
@@ -249,7 +266,10 @@ def test_an_option_of_a_method_is_an_option_of_the_command_line(command, capsys)
             ["bench", "--method", "sla", "--window", "2"],
             "is an option of window or rings, but that is not among",
         ),
-        (["bench", "--model", "tiny-wan", "--window", "2"], "but a denoising loop is timed with sla"),
+        (
+            ["bench", "--model", "tiny-wan", "--method", "sla", "--window", "2"],
+            "but that is not among the methods measured",
+        ),
         (["bench", "--method", "window", "--window", "-1"], "window is -1, but must be 0 or above"),
     ],
     ids=" ".join,

@@ -34,6 +34,7 @@ from slagen.training import finetune, setup
 from slagen.training.config import FinetuneConfig
 from slagen.training.models import recomputes
 from slagen.wan import loading, models, processor
+from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import CUDA_DEFAULT, PRESETS
 
@@ -416,10 +417,10 @@ def test_ceilings_of_a_card(monkeypatch):
 def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     config = SimpleNamespace(attention_head_dim=16)
     pipe = SimpleNamespace(transformer=SimpleNamespace(config=config))
-    source = SimpleNamespace(name="toy", defaults=None)
+    source = SimpleNamespace(name="toy", defaults=ModelDefaults())
     monkeypatch.setattr(models, "resolve_model", lambda *args, **options: source)
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
-    for name in ("install", "remove"):
+    for name in ("install_method", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
     monkeypatch.setattr(loop, "time_loop", lambda *args: {"step_ms": clock.spread([2.0])})
     rows = loop.bench_model(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)

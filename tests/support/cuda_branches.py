@@ -180,7 +180,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_a_row_on_a_card": ("device.type == 'cuda'", "torch.cuda.get_device_properties")
     },
     "benchmark/operator.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
-    "benchmark/loop.py::bench_model": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type != 'cuda'",)},
+    "benchmark/loop.py::_dense": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type == 'cuda'",)},
     "benchmark/operator.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
     "cli/generate.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
     "batch/ray_workers.py::Driver._resources": {

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from slagen.attention import registry
 from slagen.attention.dense.config import BACKENDS
+from slagen.attention.protocol import Method
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
 from slagen.errors import UsageError
 from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
@@ -41,7 +42,8 @@ class BenchConfig:
     Args:
         shapes: names of SHAPES, or "BxHxLxD". Not used with `model` or `random_init`.
         sparsities: which to measure; empty sweeps 0.8, 0.9, 0.95 and 0.97 for a shape, and 0.95 for a model.
-        methods: names of `slagen.benchmark.run.METHODS`; empty is all that run here.
+        methods: names of `benchmark.registry.all_methods`; empty is all that run here. A model takes slagen's own
+            and the dense backends; empty is SLA and every method that needs no weights.
         backend: which implementation of SLA.
         linear_domain, feature_map, block_m, block_n: as in SLAConfig.
         attention_options: (name, value) of options that only some of the methods have.
@@ -114,17 +116,43 @@ class BenchConfig:
 
     def _check_options(self) -> None:
         """Raise UsageError for an option of a method that is not measured, and for what a method refuses."""
-        loop = self.model is not None or self.random_init is not None
-        names = ("sla",) if loop else self.methods or [each.name for each in registry.METHODS.values() if each.benched]
-        measured = [method for name, method in registry.METHODS.items() if name in names]
+        if self.is_loop:
+            self._check_loop_methods()
+        names = self.methods or [each.name for each in registry.METHODS.values() if each.benched]
+        called = [method for name, method in registry.METHODS.items() if name in names]
+        measured = self.loop_methods if self.is_loop else called
         options = dict(self.attention_options)
         for name in options:
             if not any(name in method.option_names for method in measured):
                 others = " or ".join(registry.with_option(name)) or "no method"
-                what = "a denoising loop is timed with sla" if loop else "that is not among the methods measured"
-                raise UsageError(f"{name} is an option of {others}, but {what}. Leave it out.")
+                raise UsageError(
+                    f"{name} is an option of {others}, but that is not among the methods measured. Leave it out."
+                )
         for method in measured:
             method.config(**method.own(options))
+
+    def _check_loop_methods(self) -> None:
+        """Raise UsageError for a method that only attention calls are timed with."""
+        own = [method.name for method in registry.METHODS.values() if method.family != "dense"]
+        known = [*own, *(backend.name for backend in BACKENDS if backend.name != "auto")]
+        for name in self.methods:
+            if name not in known:
+                raise UsageError(
+                    f"method is {shown(name)}, but a denoising loop is timed with {', '.join(known)}. Leave it out."
+                )
+
+    @property
+    def is_loop(self) -> bool:
+        """Whether a model's denoising loop is timed, and not single attention calls."""
+        return self.model is not None or self.random_init is not None
+
+    @property
+    def loop_methods(self) -> list[Method]:
+        """What the loop is timed with beside dense attention: the methods named, or SLA and what needs no weights."""
+        others = [method for method in registry.METHODS.values() if method.family != "dense"]
+        if self.methods:
+            return [method for method in others if method.name in self.methods]
+        return [method for method in others if method.benched and (method.name == "sla" or not method.needs.weights)]
 
     def _check_room(self, shape: str) -> None:
         """Raise UsageError for lengths that no machine holds."""

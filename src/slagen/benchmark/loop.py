@@ -1,30 +1,65 @@
-"""Time the denoising loop of a model with dense attention and with SLA."""
+"""Time the denoising loop of a model with dense attention, with SLA and with other methods."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine
-from slagen.attention.sla.functional import choose_backend
+from slagen.attention.dense.config import BACKENDS
+from slagen.attention.dense.kernels import SDPA, dense_kernel
+from slagen.attention.dense.method import DENSE
+from slagen.attention.protocol import Unavailable
 from slagen.benchmark.clock import spread
 from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
+from slagen.benchmark.methods import unavailable
 from slagen.timing import StepRecorder
 from slagen.wan.defaults import ModelDefaults
+from slagen.wan.folder import num_tokens
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to attend that the loop is timed with.
+
+    Args:
+        attention, backend, sparsity: what its row says.
+        install: puts it into a transformer.
+        sdpa: the backend of PyTorch that scaled_dot_product_attention is held to meanwhile; None is PyTorch's choice.
+    """
+
+    attention: str
+    backend: str
+    sparsity: float | None
+    install: Callable[[Any], None]
+    sdpa: SDPBackend | None = None
+
+    def held(self) -> AbstractContextManager[None]:
+        """Holds PyTorch's attention, cross-attention too, to the backend."""
+        return contextlib.nullcontext() if self.sdpa is None else sdpa_kernel([self.sdpa, SDPBackend.MATH])
+
+    @property
+    def label(self) -> str:
+        """What a note says of it."""
+        return f"{self.attention} ({self.backend})" + ("" if self.sparsity is None else f", sparsity {self.sparsity:g}")
 
 
 def bench_model(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The denoising loop, dense with each dense backend of PyTorch and with SLA at each sparsity, as config says."""
+    """Time the denoising loop with dense attention, and with SLA and every method named or in no need of weights."""
     from slagen.wan.loading import load_pipeline, random_pipeline
     from slagen.wan.models import resolve_model
-    from slagen.wan.processor import install, remove
+    from slagen.wan.processor import remove
 
     name: str
     if config.random_init is not None:
@@ -35,38 +70,75 @@ def bench_model(
         source = resolve_model(config.model, device.type, on_note=on_note)
         on_note(f"loading {source.name}")
         pipe, name, defaults = load_pipeline(source, device, dtype), source.name, source.defaults
-    heads = pipe.transformer.config
-    probe = torch.empty(1, 1, 1, heads.attention_head_dim, dtype=dtype, device=device)
-    dense = [None] if device.type != "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    loops = (False, True) if config.compile else (False,)
+    head_dim = pipe.transformer.config.attention_head_dim
     rows = []
-    for backend in dense:
-        label = "sdpa" if backend is None else f"sdpa-{backend.name.removesuffix('_ATTENTION').lower()}"
-        for compiled in loops:
-            on_note(f"{name}, dense attention, {label}" + ", compiled" * compiled)
-            install(pipe.transformer, None)
+    for contender in [*_dense(config, device), *_methods(config, defaults, head_dim, device, dtype)]:
+        for compiled in (False, True) if config.compile else (False,):
+            on_note(f"{name}, {contender.label}" + ", compiled" * compiled)
+            contender.install(pipe.transformer)
             try:
-                with contextlib.nullcontext() if backend is None else sdpa_kernel([backend, SDPBackend.MATH]):
+                with contender.held():
                     times = time_loop(pipe, config, defaults, compiled)
             finally:
                 remove(pipe.transformer)
-            rows.append({"attention": "dense", "backend": label, "sparsity": None, **times})
-    for sparsity in config.sparsities or (0.95,):
-        label = choose_backend(probe, config.backend)
-        for compiled in loops:
-            on_note(f"{name}, SLA, sparsity {sparsity:g}" + ", compiled" * compiled)
-            install(pipe.transformer, config.sla(sparsity), backend=config.backend)
-            try:
-                times = time_loop(pipe, config, defaults, compiled)
-            finally:
-                remove(pipe.transformer)
-            rows.append({"attention": "sla", "backend": label, "sparsity": sparsity, **times})
+            about = {"attention": contender.attention, "backend": contender.backend, "sparsity": contender.sparsity}
+            rows.append({**about, **times})
     fastest = min((row["step_ms"] for row in rows if row["attention"] == "dense"), key=lambda times: times["median"])
     return [
         {"model": name, **row, "speedup": fastest["median"] / row["step_ms"]["median"],
          "against_dense": compare_times(row["step_ms"], fastest)}
         for row in rows
     ]  # fmt: skip
+
+
+def _dense(config: BenchConfig, device: torch.device) -> list[Contender]:
+    """Dense attention with the backends named, or those that PyTorch has for this device.
+
+    Raises: EnvironmentProblem where one that is named cannot run here.
+    """
+    from slagen.wan.processor import install_method
+
+    names = [backend.name for backend in BACKENDS if backend.name in config.methods]
+    found = []
+    for name in names or (["sdpa-flash", "sdpa-cudnn"] if device.type == "cuda" else ["sdpa"]):
+        try:
+            dense_kernel(name, device)
+        except (Unavailable, ImportError) as error:
+            raise unavailable(name, str(error)) from error
+        backend = "auto" if name in SDPA else name
+        put = partial(install_method, method=DENSE, config=DENSE.config(), backend=backend)
+        found.append(Contender("dense", name, None, put, SDPA.get(name)))
+    return found
+
+
+def _methods(
+    config: BenchConfig, defaults: ModelDefaults, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> list[Contender]:
+    """slagen's other methods, at each sparsity where they have one."""
+    from slagen.wan.processor import install_method
+
+    width, height, num_frames = _size(config, defaults)
+    tokens = num_tokens(width, height, num_frames)
+    found = []
+    for method in config.loop_methods:
+        chosen = config.backend if config.backend in [backend.name for backend in method.backends] else "auto"
+        label = method.pick_backend(chosen, head_dim, device, dtype)
+        sparsities = (config.sparsities or (0.95,)) if "sparsity" in method.option_names else (None,)
+        for sparsity in sparsities:
+            options = {**dataclasses.asdict(config.sla(sparsity or 0.0)), **dict(config.attention_options)}
+            own = method.configure(method.config(), method.own(options), tokens)
+            put = partial(install_method, method=method, config=own, backend=chosen)
+            found.append(Contender(method.name, label, sparsity, put))
+    return found
+
+
+def _size(config: BenchConfig, defaults: ModelDefaults) -> tuple[int, int, int]:
+    """Width and height in pixels, and video frames."""
+    return (
+        config.width or defaults.width,
+        config.height or defaults.height,
+        config.num_frames or defaults.num_frames,
+    )
 
 
 @contextlib.contextmanager
@@ -83,7 +155,7 @@ def _compiled_blocks(transformer: Any) -> Iterator[None]:
 
 def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> dict[str, Any]:
     """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
-    from slagen.wan.processor import attach_recorder
+    from slagen.wan.processor import attach_recorder, denoising
 
     transformer = pipe.transformer
     device = next(transformer.parameters()).device
@@ -91,21 +163,22 @@ def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled:
     shape = (1, defaults.max_sequence_length, transformer.config.text_dim)
     text = [torch.randn(shape, generator=generator).to(device, transformer.dtype) for _ in range(2)]
     recorder = StepRecorder(device.type, "layer")
-    width, height = config.width or defaults.width, config.height or defaults.height
-    num_frames = config.num_frames or defaults.num_frames
+    width, height, num_frames = _size(config, defaults)
 
     def run(steps: int) -> None:
         def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             recorder.end_step(float(timestep))
+            end_step()
             return {}
 
-        recorder.begin_step()
-        pipe(
-            prompt_embeds=text[0], negative_prompt_embeds=text[1], width=width, height=height, num_frames=num_frames,
-            num_inference_steps=steps, guidance_scale=defaults.guidance_scale, output_type="latent",
-            generator=torch.Generator().manual_seed(0), callback_on_step_end=after_step,
-            max_sequence_length=defaults.max_sequence_length,
-        )  # fmt: skip
+        with denoising(transformer, steps) as end_step:
+            recorder.begin_step()
+            pipe(
+                prompt_embeds=text[0], negative_prompt_embeds=text[1], width=width, height=height,
+                num_frames=num_frames, num_inference_steps=steps, guidance_scale=defaults.guidance_scale,
+                output_type="latent", generator=torch.Generator().manual_seed(0), callback_on_step_end=after_step,
+                max_sequence_length=defaults.max_sequence_length,
+            )  # fmt: skip
 
     with torch.inference_mode(), contextlib.ExitStack() as stack:
         if compiled:

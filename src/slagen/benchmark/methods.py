@@ -14,6 +14,7 @@ from torch import Tensor
 from slagen.attention import protocol, registry
 from slagen.attention.protocol import Attend, Inputs, Layer, StepContext, Unavailable
 from slagen.attention.sla.config import SLAConfig
+from slagen.errors import EnvironmentProblem
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,10 @@ def build_module(record: protocol.Method, setting: Setting, num_tokens: int) -> 
             parameter.copy_(drawn.mul_(parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else drawn)
     context = StepContext(position=torch.full((2,), -1)) if record.needs.context else StepContext()
     return module, Inputs(layer, context)
+
+
+def unavailable(name: str, reason: str) -> EnvironmentProblem:
+    """The error for a method that was named and cannot run here."""
+    return EnvironmentProblem(
+        f"{name} cannot run on this machine: {reason.removesuffix('.')}. Leave it out of --method."
+    )

@@ -16,19 +16,13 @@ from slagen.attention.protocol import Attend, Unavailable
 from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
 from slagen.benchmark.compare import break_even, even_tokens, set_speedups
 from slagen.benchmark.config import BenchConfig, parse_shape
-from slagen.benchmark.methods import Method, Setting, build_module
-from slagen.errors import EnvironmentProblem, SlagenError
+from slagen.benchmark.methods import Method, Setting, build_module, unavailable
+from slagen.errors import SlagenError
 from slagen.io.text import counted
 from slagen.timing import TURNS, Timer
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
 SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
-
-
-def unavailable(name: str, reason: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"{name} cannot run on this machine: {reason.removesuffix('.')}. Leave it out of --method."
-    )
 
 
 @dataclass

@@ -23,8 +23,8 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark.clock import measure_ceilings
 from slagen.benchmark.config import BenchConfig, parse_shape
 from slagen.benchmark.loop import bench_model
-from slagen.benchmark.methods import Method
-from slagen.benchmark.operator import SPARSITIES, bench_shape, unavailable
+from slagen.benchmark.methods import Method, unavailable
+from slagen.benchmark.operator import SPARSITIES, bench_shape
 from slagen.benchmark.registry import all_methods
 from slagen.benchmark.tables import BenchResult, markdown
 from slagen.errors import UsageError

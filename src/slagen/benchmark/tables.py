@@ -159,7 +159,7 @@ def short_model_cells(row: dict[str, Any]) -> list[str]:
         _number(row["sparsity"]),
         _short(row["step_ms"]["median"]),
         "" if row["compiled"] else f"{row['attention_share']:.0%}",
-        _speedup(row, row["attention"] == "sla"),
+        _speedup(row, row["attention"] != "dense"),
     ]
 
 
