@@ -182,12 +182,11 @@ def save(path: Path, content: dict) -> None:
     """Write a result with card, date and versions, whole or not at all."""
     import torch
 
-    from slagen.generation import report
     from slagen.io import files
-    from slagen.machine import describe_device
+    from slagen.machine import describe_device, versions
 
     about = {
-        "machine": {**describe_device(torch.device("cuda")), "versions": report.versions()},
+        "machine": {**describe_device(torch.device("cuda")), "versions": versions()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     files.write_json(path, {**about, **content})

@@ -142,8 +142,8 @@ def read_results() -> dict[str, dict]:
 
 def add_result(run: Run, result: dict) -> None:
     """Put a run's result into the file and the table, beside those of other processes."""
-    from slagen.generation.report import versions
     from slagen.io.files import write_json
+    from slagen.machine import versions
 
     with FileLock(WORK / "table" / "results.lock"):
         now = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}

@@ -28,7 +28,6 @@ from slagen.benchmark.operator import SPARSITIES, bench_shape
 from slagen.benchmark.registry import all_methods
 from slagen.benchmark.tables import BenchResult, markdown
 from slagen.errors import UsageError
-from slagen.generation import report
 from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import user_path
 from slagen.io.stages import staging
@@ -76,7 +75,7 @@ def _rows(
             check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
     content: dict[str, Any] = {
         "machine": {
-            **machine.describe_device(device), "versions": report.versions(), **measure_ceilings(device, dtype),
+            **machine.describe_device(device), "versions": machine.versions(), **measure_ceilings(device, dtype),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
         },
         "rows": [],

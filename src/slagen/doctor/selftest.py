@@ -27,7 +27,6 @@ from slagen.attention.sla.functional import choose_backend
 from slagen.benchmark.config import BenchConfig
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
-from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.io.files import scratch, write_json
 from slagen.io.paths import user_path
@@ -68,7 +67,7 @@ def selftest(on_note: Callable[[str], None] = lambda text: None) -> dict[str, An
     content: dict[str, Any] = {
         "selftest": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine.describe_device(device), "versions": report.versions()},
+        "machine": {**machine.describe_device(device), "versions": machine.versions()},
         "findings": [],
         "bench": None,
     }

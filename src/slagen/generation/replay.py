@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slagen import machine
 from slagen.attention import registry
 from slagen.errors import UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
-from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.provenance import read_made
@@ -73,7 +73,7 @@ def replay(
         for name in before
         if name in after
     }
-    old, new = told.get("versions", {}), report.versions()
+    old, new = told.get("versions", {}), machine.versions()
     changed = {name: [old.get(name), new.get(name)] for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
     return {"path": str(path), "same": all(row["same"] for row in compared.values()), "hashes": compared,
             "versions_changed": changed, "output": output}  # fmt: skip

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.generation.config import GenerateConfig
 from slagen.io.reading import file_hash
 from slagen.io.text import to_json
+from slagen.machine import versions
 from slagen.settings import names_where
 from slagen.timing import StepTimes
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 COMMENT_BYTES = 32 * 1024
 AROUND = names_where(GenerateConfig, lambda option: not option.pixels)  # settings that are not of the video
-PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 
 
 def cost_section(
@@ -98,17 +96,6 @@ def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> d
         "overhead_share": spans * span_cost_ms / latency if latency else 0.0,
         "attention_means": "block map, both branches and proj_l; not the q, k, v and output layers around them",
     }
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' versions; what is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def shareable(path: str | None) -> str | None:

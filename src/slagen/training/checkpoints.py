@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from slagen.errors import SlagenError, WeightsError
-from slagen.generation.report import versions
 from slagen.io import forms
 from slagen.io.documents import read_json
 from slagen.io.files import delete, writing
 from slagen.io.reading import file_hash
+from slagen.machine import versions
 from slagen.training.distributed import as_sharded, full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors
 from slagen.training.trainer import Trainer
