@@ -110,7 +110,11 @@ def test_kernels_are_whole_at_80_columns(stdout):
         assert len([row for row in lines if row.startswith(f"{target}, ")]) == 1
     assert shown.count(list(MAIN_KERNELS)) == 6
     main = [row for row in content["kernels"] if row["kernel"] in MAIN_KERNELS and row["head_dim"] == 128]
-    for name, key in (("registers", "registers"), ("instructions", "instructions"), ("at once", "programs_per_sm")):
+    for name, key in (
+        ("registers", "registers"),
+        ("instructions", "instructions"),
+        ("programs per SM", "programs_per_sm"),
+    ):
         for target in ("sm_80", "sm_120"):
             values = [str(row[key]) for row in main if row["target"] == target]
             assert [*name.split(), *values] in shown
@@ -152,8 +156,8 @@ def test_selftest_says_a_thing_once(stdout, tmp_path):
     show_selftest({"checks": checks}, tmp_path / "file.json", False)
     text = " ".join(" ".join(stdout()).split())
     assert text.count(agree) == 3 and text.count("dq is wrong") == 1 and text.count("generate") == 1
-    for dtype, counts in (("fp16", "2.0 s 4 checks"), ("bf16", "1.5 s 3 checks"), ("fp32", "2.0 s 4 checks")):
-        assert f"ok triton {dtype} {counts}: {agree}" in text
+    for dtype, counts in (("fp16", "4 checks, 2.0 s"), ("bf16", "3 checks, 1.5 s"), ("fp32", "4 checks, 2.0 s")):
+        assert f"ok triton {dtype} ({counts}): {agree}" in text
     assert "failed triton bf16, head dimension 128" in text and text.count("marginal") == 1
 
 

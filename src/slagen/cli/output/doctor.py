@@ -26,7 +26,7 @@ def show_findings(findings: list[Any], as_json: bool) -> None:
 
 
 def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
-    """Print what `doctor --selftest` tried: a table and the file on stdout, or JSON alone.
+    """Print the checks of `doctor --selftest`: a table and the file on stdout, or JSON alone.
 
     Checks of one backend and dtype that end alike are one line of the table.
     """
@@ -40,8 +40,8 @@ def show_selftest(content: dict[str, Any], path: Path, as_json: bool) -> None:
         checks = list(found)
         several = len(checks) > 1
         seconds = f"{sum(check['seconds'] for check in checks):.1f} s"
-        said = f"{len(checks)} checks: {detail}" if several else detail
-        table.add_row(Cell(status, colours[status]), name if several else checks[0]["name"], seconds, said)
+        about = f"{name} ({len(checks)} checks, {seconds})" if several else f"{checks[0]['name']} ({seconds})"
+        table.add_row(Cell(status, colours[status]), f"{about}: {detail}")
     write_table(table)
     write(str(path))
 

@@ -36,17 +36,17 @@ def show_report(content: dict[str, Any]) -> None:
     log(what)
     log(f"weights: {content['weights']['used']}, model {content['weights']['model']}")
     log(
-        f"attention FLOPs: {cost['attention_tflop']:.3g} T instead of {cost['dense_attention_tflop']:.3g} T dense; "
-        f"forward {cost['flops_speedup']:.2f}x fewer, {cost['achieved_share_of_ceiling']:.0%} of the "
-        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl)"
+        f"attention: {cost['attention_tflop']:.3g} TFLOP, dense attention {cost['dense_attention_tflop']:.3g} TFLOP; "
+        f"forward pass: {cost['flops_speedup']:.2f}x fewer FLOPs, {cost['achieved_share_of_ceiling']:.0%} of the "
+        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl's law)"
     )
     if cost["measured_attention_share"] is not None:
         log(
-            f"attention time: {cost['measured_attention_share']:.1%} of the steps; timing itself cost "
+            f"attention time: {cost['measured_attention_share']:.1%} of the steps; the overhead of timing is "
             f"{content['timing']['overhead_share']:.2%}"
         )
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
-    log(f"seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB")
+    log(f"time in seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB")
     log(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}")
 
 
@@ -69,7 +69,7 @@ def _ms(value: float | None) -> str:
 
 
 def show_replay(content: dict[str, Any], as_json: bool) -> None:
-    """Print whether a video came out the same: a table on stdout, or JSON alone."""
+    """Print whether a replayed video is the same: a table on stdout, or JSON alone."""
     if as_json:
         write_json(content)
         return
@@ -82,5 +82,5 @@ def show_replay(content: dict[str, Any], as_json: bool) -> None:
             "same" if row["same"] else Cell("different", "bold red"),
         )
     for name, (before, now) in content["versions_changed"].items():
-        table.add_row(name, str(before), str(now), "changed")
+        table.add_row(name, str(before or "not installed"), str(now or "not installed"), "changed")
     write_table(table)

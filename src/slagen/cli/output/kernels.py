@@ -14,8 +14,8 @@ MAIN_KERNELS = ("attend", "attend-128", "key-states", "dq", "dkv", "select")  # 
 def show_kernels(content: dict[str, Any], as_json: bool) -> None:
     """Print what the kernels cost on each card: tables on stdout that fit 80 columns, or JSON alone, a kernel a line.
 
-    A table has the main kernels of one card, and those that break a limit; "at once" are the programs that a
-    multiprocessor holds, "copies in flight" the groups of copies during the products.
+    A table has the main kernels of one card, and those that break a limit; "per iteration" are
+    the instructions of the main loop's body, "copies in flight" the groups of copies during the products.
     """
     if as_json:
         about = {name: value for name, value in content.items() if name != "kernels"}
@@ -40,8 +40,8 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
             write_sentence(f"{row['kernel']}, D = {row['head_dim']}: {'; '.join(row['faults'])}")
     write_text("")
     write_sentence(
-        f"{shown} of {len(content['kernels'])} kernels are shown: the main ones at heads of 128, and those that break "
-        "a limit. --json has all of them."
+        f"{shown} of {len(content['kernels'])} kernels are shown: the main ones at head dimension 128, and those that "
+        "break a limit. --json has all of them."
     )
     _show_operator(content["operator"])
 
@@ -59,10 +59,10 @@ def _kernel_table(rows: list[dict[str, Any]]) -> Table:
         "registers": [row["registers"] for row in rows],
         "spilled bytes": [row["spill_bytes"] for row in rows],
         "tensor cores": [row["mma"] or "" for row in rows],
-        "at once": [row["programs_per_sm"] for row in rows],
+        "programs per SM": [row["programs_per_sm"] for row in rows],
         "instructions": [row["instructions"] for row in rows],
-        "of a round": [row["round_instructions"] or "" for row in rows],
-        "of a row": [row["row_instructions"] or "" for row in rows],
+        "per iteration": [row["round_instructions"] or "" for row in rows],
+        "per row": [row["row_instructions"] or "" for row in rows],
         "copies in flight": [row["copies_in_flight"] for row in rows],
     }  # fmt: skip
     for name, cells in values.items():

@@ -10,7 +10,7 @@ from slagen.io.text import counted
 
 
 def show_plan(content: dict[str, Any], as_json: bool) -> None:
-    """Print what a run will be: a table on stdout, or JSON alone."""
+    """Print the estimate of a run: a table on stdout, or JSON alone."""
     if as_json:
         write_json(content)
         return
@@ -35,12 +35,13 @@ def show_plan(content: dict[str, Any], as_json: bool) -> None:
                      f"{counted(content['forward_passes'], 'forward pass')}"),
         ("tokens", f"{content['tokens']}{blocks}"),
         ("attention", _planned_attention(content)),
-        ("TFLOP a forward", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
+        ("TFLOP per pass", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
                             f"{of} {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
-        ("fewer FLOPs", f"{content['flops_speedup']:.2f}x; free attention would be {content['amdahl_ceiling']:.2f}x "
-                        "(Amdahl)"),
+        ("FLOP reduction", f"{content['flops_speedup']:.2f}x; the limit, with free attention, is "
+                           f"{content['amdahl_ceiling']:.2f}x (Amdahl's law)"),
         *_memory_rows(content["device"], memory),
-        *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless here") for row in content["downloads"]],
+        *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless cached")
+          for row in content["downloads"]],
         *[("output", name) for name in content["outputs"]],
     ]  # fmt: skip
     table = Table()
@@ -74,7 +75,7 @@ def _planned_attention(content: dict[str, Any]) -> str:
 def _memory_rows(device: str | None, memory: dict[str, Any]) -> list[tuple[str, str]]:
     """What a plan says of memory: of the machine's own where it runs on a CPU, of a card's, or of both."""
     cpu = memory["cpu"]
-    on_cpu = f"about {cpu['peak']:.1f} GiB of RAM on a CPU, where {cpu['left']:.1f} GiB is left"
+    on_cpu = f"about {cpu['peak']:.1f} GiB of RAM on a CPU ({cpu['left']:.1f} GiB is available)"
     if device == "cpu":
         stages = (
             f"weights {cpu['weights']:.1f}, denoise + {cpu['denoise']:.1f}, decode + {cpu['decode']:.1f} (estimates)"
@@ -83,8 +84,8 @@ def _memory_rows(device: str | None, memory: dict[str, Any]) -> list[tuple[str, 
     parts = memory["stages"].items()
     stages = ", ".join(f"{name} {stage['weights']:.1f} + {stage['activations']:.1f}" for name, stage in parts)
     on_card = (
-        f"about {memory['gpu_peak_all_resident']:.1f} GiB on {'the' if device else 'a'} GPU with all parts there, "
-        f"{memory['gpu_peak_offloaded']:.1f} one at a time; host {memory['host']:.1f}"
+        f"about {memory['gpu_peak_all_resident']:.1f} GiB on {'the' if device else 'a'} GPU with all models resident, "
+        f"{memory['gpu_peak_offloaded']:.1f} GiB with one at a time; {memory['host']:.1f} GiB of host memory"
     )
     rows = [("memory", on_card), ("by stage, GiB", f"weights + activations: {stages} (estimates)")]
     return rows if device is not None else [("memory", on_cpu), ("", on_card), *rows[1:]]
