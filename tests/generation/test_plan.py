@@ -10,10 +10,12 @@ import torch
 from public_forms import SIZES, projections, turbo
 from wan_models import build_transformer, save_pipeline
 
+from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_header
 from slagen.formats.names import is_untuned
+from slagen.formats.sla import SLAMetadata, write_sla
 from slagen.generation import estimate as planning
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import _claimed_paths
@@ -258,3 +260,24 @@ def test_convert_info_and_merge_by_command(capsys, tmp_path):
     assert run(["merge", str(file), merged, "--diff-base", str(file), "--diff-target", str(file)]) == 0
     assert run(["info", str(tmp_path / "missing.pth")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"steps": 8}, "rcm takes 1 to 4"), ({"flow_shift": 5.0}, "no flow shift"),
+     ({"sampler": "euler"}, "distilled for rcm")],
+)  # fmt: skip
+def test_what_the_sampler_does_not_take_is_refused_as_generate_does(settings, message):
+    with pytest.raises(SlagenError, match=message):
+        plan(model="turbowan2.1-t2v-1.3b-480p", **settings)
+
+
+def test_weights_of_another_sampler_bring_its_defaults(tmp_path):
+    """It counted 50 guided steps of weights that generate runs in 4 without guidance."""
+    metadata = SLAMetadata(SLAConfig(), "wan", "0" * 64, "all", 10, "rcm")
+    file = tmp_path / "sla.safetensors"
+    write_sla({"x": torch.zeros(1)}, file, metadata)
+    content = plan(model="wan2.1-t2v-1.3b", weights=str(file))
+    settings = content["settings"]
+    assert (settings["steps"], settings["guidance_scale"], settings["sampler"]) == (4, 1.0, "rcm")
+    assert content["forward_passes"] == 4

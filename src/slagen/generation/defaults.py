@@ -8,6 +8,36 @@ from slagen.wan.defaults import ModelDefaults
 from slagen.wan.presets import check_sampler
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
+FILLED = ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
+
+
+def fill_defaults(
+    config: GenerateConfig, defaults: ModelDefaults, distilled: bool, warnings: list[str]
+) -> GenerateConfig:
+    """A config with every default filled in but the seed.
+
+    Args:
+        defaults: the model's own. distilled: whether the weights that run are made for the rCM sampler.
+        warnings: takes what looks wrong.
+    Raises: WeightsError for a sampler that the weights are not made for, UsageError for what it does not take.
+    """
+    defaults = for_weights(defaults, distilled)
+    config = choose_sampler(config, defaults, distilled, warnings)
+    missing = {name: getattr(defaults, name) for name in FILLED if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def check_size(config: GenerateConfig, name: str, spatial_grid: int) -> tuple[int, int, int]:
+    """Width, height and frames of a filled config. Raises UsageError for pixels that the model `name` does not make."""
+    assert config.width and config.height and config.num_frames
+    grid = max(16, spatial_grid)  # WanPipeline itself takes multiples of 16 only
+    if config.width % grid or config.height % grid:
+        width, height = (max(grid, round(x / grid) * grid) for x in (config.width, config.height))
+        raise UsageError(
+            f"size is {config.width}x{config.height}, but {name} makes multiples of {grid} pixels. "
+            f"Try --size {width}x{height}."
+        )
+    return config.width, config.height, config.num_frames
 
 
 def for_weights(defaults: ModelDefaults, distilled: bool) -> ModelDefaults:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
+from slagen.attention.protocol import Method
+from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
@@ -15,17 +18,47 @@ from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_sla_config
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
+from slagen.generation.defaults import check_size, fill_defaults
 from slagen.generation.preflight import check_run
 from slagen.io.paths import is_video, user_path
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, num_tokens
-from slagen.wan.presets import PRESETS, Preset, check_sampler, local_folder, never_tuned
+from slagen.wan.presets import PRESETS, Preset, local_folder, never_tuned
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
 TEXT_ENCODER_PARAMETERS = 5_680_000_000
 VAE_PARAMETERS = 126_900_000
 GIB = 2**30
 NO_PROMPT = "prompt"  # where only the rest of a run is planned
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is known of a model without its weights.
+
+    Args:
+        preset: itself, or one made of what a folder says. name: as `generate` tells it.
+        trained: what SLA's weights were trained with; None without any, and where only their tensors tell.
+        grid: pixels that one token is wide. factor: video frames of one latent frame.
+        folder: None where it is not on this machine.
+    """
+
+    preset: Preset
+    name: str
+    trained: SLAConfig | None
+    grid: int = 16
+    factor: int = 4
+    folder: Path | None = None
+
+    @property
+    def defaults(self) -> ModelDefaults:
+        """Its own settings."""
+        return self.preset.defaults
+
+    @property
+    def shape(self) -> ModelShape:
+        """Its transformer's sizes."""
+        return self.preset.shape
 
 
 def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
@@ -42,70 +75,56 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     check_run(config)
     if device is None and config.model in (None, BUNDLED) and not memory.has_card():
         device = "cpu"
-    preset, defaults, shape, grid, factor, trained, folder = _model(config)
-    called = preset.name if folder is None else folder.resolve().name  # as in what `generate` tells
-    sizes = {name: getattr(config, name) or getattr(defaults, name) for name in ("width", "height", "num_frames")}
-    width, height, num_frames = sizes.values()
-    step = max(16, grid)
-    if width % step or height % step:
-        nearest = "x".join(str(max(step, round(size / step) * step)) for size in (width, height))
-        raise UsageError(f"size is {width}x{height}, but must be multiples of {step} pixels. Try --size {nearest}.")
-    tokens = num_tokens(width, height, num_frames, grid, factor)
+    model = _model(config)
+    notes = list[str]()
+    distilled = _distilled(config, model.defaults)
+    if distilled is None:  # what is asked for is taken at its word
+        distilled = (config.sampler or model.defaults.sampler) == "rcm"
+    asked, config = config, fill_defaults(config, model.defaults, distilled, notes)
+    size = check_size(config, model.name, model.grid)
+    tokens = num_tokens(*size, model.grid, model.factor)
     method = registry.get(config.attention)
     is_dense = method.family == "dense"
     method = registry.get("sla") if is_dense else method  # what SLA would take is said beside dense attention
-    base = trained if method.needs.weights and trained is not None else method.config()
+    base = model.trained if method.needs.weights and model.trained is not None else method.config()
     attention = method.configure(base, method.own(config.attention_settings), tokens)
     about = method.describe(attention, tokens)
-    shape = dataclasses.replace(shape, text_tokens=defaults.max_sequence_length)
-    dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
-    flops = method.cost(attention, shape, tokens)
-    distilled = _distilled(config, defaults)
-    if distilled is not None and config.sampler is not None:
-        check_sampler(config.sampler, distilled)
-    steps = config.steps or defaults.steps
-    guidance = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    passes = steps * (2 if guidance > 1 else 1)
-    untuned = method.needs.weights and not (is_dense or config.allow_untrained)
-    if untuned and _is_untuned(folder if config.weights is None else config.weights):
-        raise never_tuned(called)
-    notes = []
-    if is_dense:
-        notes.append("attention is dense: what SLA would take is said beside it")
-    elif method.needs.weights and trained is None and config.weights is None:
-        notes.append(
-            "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
-            "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
-        )  # fmt: skip
-    elif method.needs.weights and trained is not None:
-        notes += attention.differences(trained)
-    unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
-    if unknown:
-        notes.append(defaults.tell_unknown(called, unknown))
-    off_size = defaults.size_warning(called, width, height, num_frames)
-    if off_size is not None:
-        notes.append(off_size)
-    if num_frames > 81 and preset is not None and preset.base is not None:
-        notes.append(f"Wan2.1 was trained on 81 frames, and grows worse beyond; this is {num_frames}")
-    cpu = _cpu_need(config, shape, tokens, width, height, num_frames, folder)
-    if device == "cpu" and (lack := _lack(cpu, width, height, num_frames)) is not None:
+    notes = _notes(config, model, None if is_dense else method, attention, size) + notes
+    cpu = _cpu_need(config, model, tokens, size)
+    if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
     return {
-        "model": preset.name if preset is not None else str(folder),
+        "model": model.preset.name,
         "settings": {
-            **sizes, "fps": config.fps or defaults.fps, "steps": steps, "guidance_scale": guidance,
-            "sampler": config.sampler or defaults.sampler, "attention": config.attention,
+            "width": size[0], "height": size[1], "num_frames": size[2], "fps": config.fps, "steps": config.steps,
+            "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
             "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
             **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
             **dict(config.attention_options),
         },
-        "trained_sparsity": None if trained is None else trained.sparsity,
+        "trained_sparsity": None if model.trained is None else model.trained.sparsity,
         "tokens": tokens,
         "query_blocks": about.get("query_blocks"),
         "key_blocks": about.get("key_blocks"),
         "tail_tokens": tokens % about["block_n"] if "block_n" in about else None,
         "topk_blocks": about.get("key_blocks" if is_dense else "critical"),
         "kept_fraction": 1.0 if is_dense else method.density(attention, tokens),
+        **_costs(config, model, method, attention, tokens),
+        "device": device,
+        "memory_gib": {**_memory(model, tokens, size), "cpu": _in_gib(cpu)},
+        "downloads": _downloads(model.preset),
+        "outputs": _outputs(asked),
+        "notes": notes,
+    }  # fmt: skip
+
+
+def _costs(config: GenerateConfig, model: _Model, method: Method, attention: Any, tokens: int) -> dict[str, Any]:
+    """FLOPs of a forward pass and of the whole run, and what they come to beside dense attention."""
+    shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
+    dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
+    flops = method.cost(attention, shape, tokens)
+    passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
+    return {
         "flops": {
             "dense_forward": dense + other, "sla_forward": flops + other, "dense_attention": dense,
             "sla_attention": flops, "other": other,
@@ -115,18 +134,37 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
         "amdahl_ceiling": (dense + other) / other,
         "forward_passes": passes,
         "total_flops": {"dense": passes * (dense + other), "sla": passes * (flops + other)},
-        "device": device,
-        "memory_gib": {
-            **_memory(shape, tokens, width, height, folder),
-            "cpu": {
-                "weights": cpu.weights / GIB, "denoise": cpu.denoise / GIB, "decode": cpu.decode / GIB,
-                "peak": cpu.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
-            },
-        },
-        "downloads": _downloads(preset, shape),
-        "outputs": _outputs(config),
-        "notes": notes,
     }  # fmt: skip
+
+
+def _notes(
+    config: GenerateConfig, model: _Model, method: Method | None, attention: Any, size: tuple[int, int, int]
+) -> list[str]:
+    """What looks wrong; `method` is None where dense attention runs.
+
+    Raises: WeightsError for weights that were never tuned for SLA, where their headers show it.
+    """
+    defaults, notes = model.defaults, list[str]()
+    if method is None:
+        notes.append("attention is dense: what SLA would take is said beside it")
+    elif method.needs.weights:
+        if not config.allow_untrained and _is_untuned(model.folder if config.weights is None else config.weights):
+            raise never_tuned(model.name)
+        if model.trained is not None:
+            notes += attention.differences(model.trained)
+        elif config.weights is None:
+            notes.append(
+                "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
+                "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
+            )  # fmt: skip
+    unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
+    if unknown:
+        notes.append(defaults.tell_unknown(model.name, unknown))
+    if (off_size := defaults.size_warning(model.name, *size)) is not None:
+        notes.append(off_size)
+    if size[2] > 81 and model.preset.base is not None:
+        notes.append(f"Wan2.1 was trained on 81 frames, and grows worse beyond; this is {size[2]}")
+    return notes
 
 
 def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool | None:
@@ -156,8 +194,8 @@ def _is_untuned(place: Path | str | None) -> bool:
     return is_untuned(names)
 
 
-def _model(config: GenerateConfig) -> tuple:
-    """Preset, defaults, shape, spatial grid, temporal factor, what SLA was trained with, folder."""
+def _model(config: GenerateConfig) -> _Model:
+    """Find what a config names. Raises UsageError for an unknown model, WeightsError for a folder that is none."""
     name = config.model or BUNDLED
     preset = PRESETS.get(name)
     weights = None if config.weights is None else user_path(config.weights)
@@ -167,7 +205,7 @@ def _model(config: GenerateConfig) -> tuple:
         known = file.suffix == ".safetensors" and file.is_file()
         trained = read_sla_config(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
-        return preset, preset.defaults, preset.shape, 16, 4, trained or preset.sla, None
+        return _Model(preset, preset.name, trained or preset.sla)
     folder = local_folder(name)
     if folder is None:
         raise UsageError(
@@ -177,8 +215,8 @@ def _model(config: GenerateConfig) -> tuple:
     source = describe_folder(folder, name)
     if trained is None and weights is None:
         trained = read_sla_config(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
-    bundled = Preset(name, "", None, None, source.shape, source.defaults, trained)
-    return bundled, source.defaults, source.shape, source.spatial_grid, source.temporal_factor, trained, folder
+    preset = Preset(name, "", None, None, source.shape, source.defaults, trained)
+    return _Model(preset, folder.resolve().name, trained, source.spatial_grid, source.temporal_factor, folder)
 
 
 def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
@@ -192,10 +230,11 @@ def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: in
     return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
 
 
-def _memory(shape: ModelShape, tokens: int, width: int, height: int, folder: Path | None) -> dict[str, Any]:
+def _memory(model: _Model, tokens: int, size: tuple[int, int, int]) -> dict[str, Any]:
     """Estimates for bf16 on a card: weights (of a folder: its files), and what a stage needs beside them."""
+    shape, folder = model.shape, model.folder
     hidden = memory.denoising(shape, tokens, 2)
-    decode = 4 * 4 * (96 * 4 * height * width)  # four float32 activations of the widest layer, for four frames
+    decode = 4 * 4 * (96 * 4 * size[0] * size[1])  # four float32 activations of the widest layer, for four frames
     if folder is None:
         weights = {
             "text": 2 * TEXT_ENCODER_PARAMETERS, "denoise": 2 * transformer_parameters(shape),
@@ -225,24 +264,28 @@ def _lack(needed: memory.Need, width: int, height: int, num_frames: int) -> str 
         return str(error)
 
 
-def _cpu_need(
-    config: GenerateConfig, shape: ModelShape, tokens: int, width: int, height: int, num_frames: int,
-    folder: Path | None,
-) -> memory.Need:  # fmt: skip
+def _cpu_need(config: GenerateConfig, model: _Model, tokens: int, size: tuple[int, int, int]) -> memory.Need:
     """Estimates of the host's memory for a run on a CPU, where everything is loaded at once."""
     item_bytes = 2 if config.dtype in ("bf16", "fp16") else 4
-    if folder is None:
-        weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(shape)) + 4 * VAE_PARAMETERS
-        stages = memory.activations(shape, tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
-        return memory.Need(weights, 0, *stages)
-    return memory.need(describe_folder(folder, ""), width, height, num_frames, item_bytes)
+    if model.folder is not None:
+        return memory.need(describe_folder(model.folder, ""), *size, item_bytes)
+    weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(model.shape)) + 4 * VAE_PARAMETERS
+    stages = memory.activations(model.shape, tokens, memory.WAN_VAE, size[0] * size[1], size[2], item_bytes)
+    return memory.Need(weights, 0, *stages)
 
 
-def _downloads(preset: Preset | None, shape: ModelShape) -> list[dict[str, Any]]:
+def _in_gib(needed: memory.Need) -> dict[str, float]:
+    return {
+        "weights": needed.weights / GIB, "denoise": needed.denoise / GIB, "decode": needed.decode / GIB,
+        "peak": needed.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
+    }  # fmt: skip
+
+
+def _downloads(preset: Preset) -> list[dict[str, Any]]:
     """What a first run fetches, by parameters; the hub is asked for the true sizes then."""
-    if preset is None or preset.base is None:
+    if preset.base is None:
         return []
-    transformer = 2 * transformer_parameters(shape)
+    transformer = 2 * transformer_parameters(preset.shape)
     shared = 2 * TEXT_ENCODER_PARAMETERS + 4 * VAE_PARAMETERS
     base = shared + (0 if preset.weights else transformer)
     rows = [{"repository": preset.base, "gib": base / GIB, "estimated": True}]

@@ -24,7 +24,7 @@ from slagen.formats.peek import UNTOLD, Found, peek
 from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
-from slagen.generation.defaults import choose_sampler, for_weights
+from slagen.generation.defaults import check_size, fill_defaults
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
@@ -180,34 +180,17 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     weights = weights or find_weights(config)
     source, method = weights.source, registry.get(config.attention)
     notes, warnings = list(weights.notes), list[str]()
-    defaults = for_weights(source.defaults, weights.distilled)
-    config = choose_sampler(config, defaults, weights.distilled, warnings)
-    filled = {
-        name: getattr(defaults, name)
-        for name in ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
-        if getattr(config, name) is None
-    }
+    config = fill_defaults(config, source.defaults, weights.distilled, warnings)
     if config.seed is None:
-        filled["seed"] = secrets.randbelow(2**31)
-    config = dataclasses.replace(config, **filled)
-    assert config.width and config.height and config.num_frames
-    grid = max(16, source.spatial_grid)  # WanPipeline itself takes multiples of 16 only
-    if config.width % grid or config.height % grid:
-        width, height = (max(grid, round(x / grid) * grid) for x in (config.width, config.height))
-        raise UsageError(
-            f"size is {config.width}x{config.height}, but {source.name} makes multiples of {grid} pixels. "
-            f"Try --size {width}x{height}."
-        )
-    off_steps = _steps_warning(config, weights)
-    if off_steps is not None:
+        config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
+    size = check_size(config, source.name, source.spatial_grid)
+    if (off_steps := _steps_warning(config, weights)) is not None:
         warnings.append(off_steps)
-    unknown = defaults.unknown_words(config.prompt)
-    if unknown:
-        warnings.append(defaults.tell_unknown(source.name, unknown))
-    off_size = defaults.size_warning(source.name, config.width, config.height, config.num_frames)
-    if off_size is not None:
+    if unknown := source.defaults.unknown_words(config.prompt):
+        warnings.append(source.defaults.tell_unknown(source.name, unknown))
+    if (off_size := source.defaults.size_warning(source.name, *size)) is not None:
         warnings.append(off_size)
-    num_tokens = source.num_tokens(config.width, config.height, config.num_frames)
+    num_tokens = source.num_tokens(*size)
     options = method.own(config.attention_settings)
     attention = method.configure(weights.sla or method.config(), options, num_tokens)
     if weights.sla is not None and weights.sla_path is not None:
