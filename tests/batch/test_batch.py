@@ -281,7 +281,7 @@ def test_planted_links_are_not_followed(toy, tmp_path):
     (out / "manifest.jsonl").symlink_to(victim)
     with pytest.raises(
         SlagenError,
-        match="is a link, and slagen writes through none",
+        match="is a link, and slagen does not write through links",
     ):
         batch(config)
     assert victim.read_text() == "mine"

@@ -22,7 +22,7 @@ def find_remaining(
     manifest: Manifest, jobs: dict[str, Job], tasks: list[Task], retry_failed: bool, worker: str, result: BatchResult,
     on_event: Callable[[Event], None],
 ) -> list[Task]:  # fmt: skip
-    """Take away what killed runs left, and sort out what is done or failed; the rest is to do."""
+    """Delete leftovers of killed runs, record what is complete or failed in `result`, and return what remains."""
     sweep(manifest.folder)
     by_stem = {Path(job.name).stem: job for job in jobs.values()}
     for part in manifest.folder.glob("*.part"):  # as versions before left them
@@ -51,7 +51,7 @@ def find_remaining(
 
 
 def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Callable[[Event], None]) -> None:
-    """Warn of videos that were made before latents were asked for: a video that is whole is not made again."""
+    """Warn of complete videos without the latents that are asked for; they are not generated again."""
     videos = [manifest.folder / task.job.name for task in kept if task.plan.config.save_latents]
     lacking = [video for video in videos if not latents_beside(video)]
     if lacking:
@@ -64,7 +64,7 @@ def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Cal
 
 
 def _restore_report(manifest: Manifest, job: Job, on_event: Callable[[Event], None]) -> None:
-    """Make the report of a video again where it is gone, from what the video says of itself."""
+    """Restore a missing report from the metadata of its video."""
     path = manifest.folder / job.name
     lost = path.with_suffix(".json")
     lock = None if os.path.lexists(lost) else manifest.claim(job)

@@ -21,7 +21,7 @@ PAGE = "index.html"
 
 
 def write_page_or_warn(manifest: Manifest, on_event: Callable[[Event], None]) -> Path | None:
-    """The page of a batch that has ended; where the disk does not take it, a warning and None: the videos are made."""
+    """Write the page of a batch that has ended; if that fails, warn and return None, for the videos are complete."""
     try:
         return write_page(manifest)
     except OSError as error:
@@ -30,7 +30,7 @@ def write_page_or_warn(manifest: Manifest, on_event: Callable[[Event], None]) ->
 
 
 def write_page(manifest: Manifest) -> Path:
-    """`index.html`: every job of a folder with a playing thumbnail, which is kept under `.slagen` for the next time."""
+    """Write `index.html`: every job of a folder with a playing thumbnail, which is cached under `.slagen`."""
     with FileLock(manifest.folder / LOCKS / "page.lock"):  # one of those that share the work at a time
         return _write_page(manifest)
 
@@ -60,7 +60,7 @@ def _write_page(manifest: Manifest) -> Path:
 
 
 def _attention_share(report: Path) -> float | None:
-    """The share that a report measured; None where it was not, or the report is none."""
+    """The attention share that a report measured; None if it was not measured or the report is unreadable."""
     try:
         content = read_json(report, {"cost": {"measured_attention_share": float | None}})
     except WeightsError:

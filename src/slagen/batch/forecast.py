@@ -18,7 +18,7 @@ MAX_TIMES = 200  # kinds of videos whose times are kept
 
 
 def check_disk_space(folder: Path, todo: list[Task]) -> None:
-    """Raise SlagenError where the disk does not hold the videos to make, at a quarter of a byte a pixel."""
+    """Raise SlagenError if the disk is too small for the remaining videos, at a quarter of a byte per pixel."""
     needed = sum(2**20 + _num_pixels(task) // 4 for task in todo)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -29,7 +29,7 @@ def check_disk_space(folder: Path, todo: list[Task]) -> None:
 
 
 def check_batch_memory(todo: list[Task]) -> None:
-    """Raise SlagenError where this machine's memory holds none of the videos; one that it does not hold fails alone."""
+    """Raise SlagenError if none of the videos fits into memory; a single one that does not fit fails alone."""
     first = None
     for task in todo:
         try:
@@ -47,7 +47,7 @@ def _num_pixels(task: Task) -> int:
 
 
 def describe_forecast(folder: Path, tasks: list[Task], todo: list[Task], times: RecordedTimes) -> str:
-    """How many, how long, how much; how long only where such videos were made here before."""
+    """How many videos, how long and how much disk space; a time only if such videos were generated here before."""
     if not todo:
         return f"{counted(len(tasks), 'video')}, nothing left to generate"
     seconds = times.of(todo)
@@ -61,7 +61,7 @@ MAX_SECONDS = 1e7  # seconds for a video: slower than any machine, so no measure
 
 
 class RecordedTimes:
-    """Seconds that this machine's last videos took, kept in the cache by what their time depends on.
+    """Seconds that recent videos took on this machine, cached by what the time depends on.
 
     A video of another size or with other steps tells nothing: decoding and the smallest layers take a share that is
     another at each, and a forecast by FLOPs alone was several times too long.
@@ -102,7 +102,7 @@ class RecordedTimes:
 
 
 def readable_duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds in the unit that reads best."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
@@ -111,7 +111,7 @@ def readable_duration(seconds: float) -> str:
 
 
 def denoising_flops(task: Task) -> int:
-    """The FLOPs of a video's denoising, by which its time is foretold."""
+    """FLOPs of a video's denoising, which its estimated time is proportional to."""
     plan, shape = task.plan, task.plan.weights.source.shape
     attention = plan.method.cost(plan.attention, shape, plan.num_tokens)
     passes = (plan.config.steps or 1) * (2 if (plan.config.guidance_scale or 0) > 1 else 1)

@@ -1,7 +1,7 @@
-"""The append-only record of a batch: which jobs were queued, which are running, done or failed, whoever ran them.
+"""The append-only record of a batch: which jobs are queued, running, done or failed, whichever process ran them.
 
-`manifest.jsonl` holds one event a line. Lines are appended whole and synced, never changed; a line that a crash tore or
-that is of another form, is ignored, and the next append starts a new one. A folder may come from anywhere, so a job's
+`manifest.jsonl` holds one event per line. Lines are appended whole and synced, never changed; a line that a crash cut
+off, or of another form, is ignored, and the next append starts a new one. A folder may come from anywhere, so a job's
 key and name must be such as this file makes: a hash, and a plain `.mp4` name that no other job has. Who works on a job
 holds an OS lock on its lock file, which is free again when the process dies, so
 a job that is "running" without a holder was interrupted.
@@ -156,7 +156,7 @@ class Manifest:
             ) from error
 
     def append(self, *events: dict[str, Any]) -> None:
-        """Add events in one write, synced to the disk. Raises SlagenError if the disk takes them not."""
+        """Add events in one write, synced to the disk. Raises SlagenError if they cannot be written."""
         with self._write_lock:
             self._append(events)
 

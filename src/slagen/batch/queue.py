@@ -31,7 +31,7 @@ class Task:
 
 
 def plan_videos(base: GenerateConfig, requests: list[prompts.Request], weights: Weights) -> list[tuple[Plan, str]]:
-    """A plan for every video, its seed None where none is given, and its id. Raises UsageError with every fault."""
+    """A plan for every video (seed None if none is given) and its id. Raises UsageError that lists the faults."""
     prompts.check_count(requests, base.num_videos)
     found, faults = [], []
     for request in requests:
@@ -58,12 +58,12 @@ def plan_videos(base: GenerateConfig, requests: list[prompts.Request], weights: 
 
 
 def _warn(plans: list[tuple[Plan, str]], on_event: Callable[[Event], None]) -> None:
-    """What `generate` would warn of for each video alone: the commonest ten, each once."""
+    """Warn of what `generate` would warn of for each video."""
     warn_of_each((text for plan, _ in plans for text in plan.warnings), on_event)
 
 
 def warn_of_each(texts: Iterable[str], on_event: Callable[[Event], None]) -> None:
-    """Warn of what holds for many videos: the commonest ten, each once."""
+    """Warn once of each text, with how many videos it concerns: the ten most frequent."""
     counts = Counter(texts)
     for text, count in counts.most_common(10):
         on_event(Event("warning", text if count == 1 else f"{text} ({counted(count, 'video')})"))
@@ -74,7 +74,7 @@ def warn_of_each(texts: Iterable[str], on_event: Callable[[Event], None]) -> Non
 def queue_jobs(
     manifest: Manifest, plans: list[tuple[Plan, str]], identity: str, on_event: Callable[[Event], None]
 ) -> list[Task]:
-    """The job of every plan, queued where it is new; a plan that is there twice with one seed counts once."""
+    """The job of every plan, queued if it is new; equal plans with one seed are one job."""
     wanted = []
     for plan, name in plans:
         settings = {key: value for key, value in plan.settings.items() if key not in NOT_IN_KEY}

@@ -24,9 +24,9 @@ LOCAL = "local"
 def connected_to_ray(address: str) -> Iterator[Any]:
     """Import Ray and connect, or start it here, without dashboard, usage report or log lines, for the block.
 
-    Whoever reaches an open Ray can run code in it. So one that is started here is this process's alone: it listens on
-    the loopback interface, its sockets and logs lie in a folder that is closed to other users, and every call to it
-    must bear a random token, which only its own processes know.
+    Anyone who can connect to an open Ray can run code in it. One that is started here is private to this process: it
+    listens on the loopback interface, its sockets and logs are in a folder closed to other users, and every call needs
+    a random token that only its own processes know.
     """
     match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
     if match is None and address not in (LOCAL, "auto"):
@@ -47,13 +47,13 @@ def connected_to_ray(address: str) -> Iterator[Any]:
 
 
 def _private_folder() -> Path:
-    """A folder that no other user enters, which Ray's own, open to all, goes into. A socket's path has 107 bytes."""
+    """A folder closed to other users, for Ray's own, which is open to all. A socket's path has at most 107 bytes."""
     parent = os.environ.get("RAY_TMPDIR") or ("/tmp" if os.name == "posix" else None)
     return Path(tempfile.mkdtemp(prefix="slagen-ray-", dir=parent))
 
 
 def _set_environment(*, local: bool) -> None:
-    """What Ray reads when it is imported, and its processes inherit."""
+    """Environment variables that Ray reads when imported and its processes inherit."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if local:

@@ -1,7 +1,7 @@
-"""batch_on_ray(BatchConfig) -> BatchResult: the same jobs, shared by Ray actors on this machine or on many.
+"""batch_on_ray(BatchConfig) -> BatchResult: the same batch, divided among Ray actors on one machine or many.
 
-Every actor has a process and a model of its own and takes what no other has, as any number of `slagen batch` on one
-folder do. What this file adds is to start them, to show what they tell, and to replace those that die.
+Each actor is a process with its own model and takes jobs that no other holds, as several `slagen batch` commands on one
+folder do. This module starts the actors, forwards their progress, and replaces those that die.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def batch_on_ray(
     config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None,
     requests: list[prompts.Request] | None = None,
 ) -> BatchResult:  # fmt: skip
-    """Make every video of a prompt file that is not made yet, on Ray.
+    """Generate every video of a prompt file that is not complete yet, on Ray.
 
     Args:
         requests: as for `batch`.
         config: with a `ray_address`. All machines must see its files and its output folder under the same paths.
-        on_event: told of every worker's plan, videos, stages and steps.
-    Raises: EnvironmentProblem where Ray is not installed, not reached, or has too little; as `batch` besides.
+        on_event: called for every worker's plan, videos, stages and steps.
+    Raises: EnvironmentProblem if Ray is not installed or cannot be reached; otherwise as `batch`.
     """
     requests = requests or read_batch(config)
     config = _with_absolute_paths(config)
     stop = threading.Event()
     with (
         open(os.devnull, "w") as nowhere,
-        redirect_stdout(nowhere),  # where Ray tells of workers that died
+        redirect_stdout(nowhere),  # where Ray reports workers that died
         connected_to_ray(config.ray_address or LOCAL) as ray,
         stop_on_signals(stop, on_event),
     ):
@@ -74,10 +74,10 @@ def _with_absolute_paths(config: BatchConfig) -> BatchConfig:
 
 
 class Worker:
-    """An actor: one process with one model. Its methods are called from afar.
+    """An actor: one process with one model. The driver calls its methods remotely.
 
     Args:
-        config, requests: the whole batch; which part of it is this worker's shows as it goes.
+        config, requests: the whole batch; the worker takes jobs that no other holds.
         name: for the manifest; host and process are put behind it.
         number: for progress.
     """
@@ -89,7 +89,7 @@ class Worker:
         self.stopping = threading.Event()
 
     def run(self) -> BatchResult | SlagenError:
-        """Share in the work until all of it is done; an expected error is given back, as Ray would wrap it."""
+        """Work until the batch is complete; an expected error is returned, since Ray would wrap a raised one."""
         try:
             with for_the_command_line():
                 return run_worker(self.config, self.requests, self.stopping, self._emit, self.name)
@@ -97,7 +97,7 @@ class Worker:
             return error
 
     def poll(self) -> tuple[str, str, list[Event]]:
-        """This worker's name, the version of slagen it runs, and what happened since the last call, a while after."""
+        """This worker's name, its version of slagen, and the events since the last call; waits a while for one."""
         events: list[Event] = []
         with suppress(queue.Empty):
             events.append(self.events.get(timeout=POLL_S))
@@ -106,7 +106,7 @@ class Worker:
         return self.name, __version__, events
 
     def stop(self) -> None:
-        """End after the video that is being made."""
+        """Stop after the current video."""
         self.stopping.set()
 
     def _emit(self, event: Event) -> None:
@@ -115,7 +115,7 @@ class Worker:
 
 @dataclasses.dataclass
 class WorkerHandle:
-    """The driver's hold on one worker: its actor, the call that works, the call that waits for events."""
+    """The driver's handle on one worker: its actor, the call that works, the call that waits for events."""
 
     number: int
     actor: Any
@@ -136,7 +136,7 @@ class Driver:
         self.handles: list[WorkerHandle] = []
 
     def run(self) -> BatchResult:
-        """Keep the workers at it until there is nothing to do."""
+        """Run the workers until the batch is complete."""
         options, count = self._resources()
         self.make_actor = self.ray.remote(max_concurrency=4, max_restarts=0, **options)(Worker)
         self.on_event(Event("note", f"{count} Ray worker{'s' * (count > 1)}, {_describe_resources(options)} each"))
@@ -158,7 +158,7 @@ class Driver:
         return self._combined_result()
 
     def _resources(self) -> tuple[dict[str, float], int]:
-        """What an actor takes, and how many there are."""
+        """The resources of one actor, and the number of actors."""
         have = self.ray.cluster_resources()
         gpus = 0 if self.config.generate.device == "cpu" else int(have.get("GPU", 0))
         machines = sum(name.startswith("node:") and not name.startswith("node:__") for name in have)
@@ -182,7 +182,7 @@ class Driver:
         return WorkerHandle(number, actor, actor.run.remote(), actor.poll.remote())
 
     def _handle_message(self, handle: WorkerHandle, ref: Any) -> None:
-        """Take in what one call gave. Raises what stopped a worker, if that would stop all of them."""
+        """Handle the result of one remote call. Raises a worker's error if it would stop all workers."""
         try:
             given = self.ray.get(ref)
         except self.ray.exceptions.RayActorError as error:
@@ -215,7 +215,7 @@ class Driver:
             self._stop_workers()
 
     def _stop_workers(self) -> None:
-        """Tell those at work to end after their video, and drop those that never began."""
+        """Ask workers to stop after their video, and kill those that have not started."""
         for handle in list(self.handles):
             if handle.name:
                 handle.actor.stop.remote()
@@ -224,7 +224,7 @@ class Driver:
                 self.ray.kill(handle.actor)
 
     def _replace(self, handle: WorkerHandle, error: Exception) -> None:
-        """A worker is gone: note what it was at, and hire another unless that has cost too many."""
+        """A worker died: record the job it was on, and start another unless too many have died."""
         manifest = Manifest(Path(self.config.generate.output))
         mine = [job for job in manifest.read().values() if job.state == "running" and self._worker(job) == handle.name]
         for job in mine:
@@ -245,7 +245,7 @@ class Driver:
         return str(job.result.get("worker"))
 
     def _combined_result(self) -> BatchResult:
-        """One result of all: the manifest knows what was made, whoever lived to tell."""
+        """The result of all workers; what died workers generated is in the manifest."""
         folder = Path(self.config.generate.output)
         manifest = Manifest(folder)
         jobs = manifest.read().values()

@@ -1,8 +1,8 @@
-"""batch(BatchConfig) -> BatchResult: many prompts, one model in memory, one manifest that any crash leaves consistent.
+"""batch(BatchConfig) -> BatchResult: a video of every prompt in a file, with one manifest that survives any crash.
 
 Every job is looked up in the manifest, or queued there with its seed, before a model loads. Then each is taken under
-its lock, made, and its end written down; what is done is verified and left alone. Several processes on one folder share
-the work: who cannot have a lock goes on to the next job and comes back.
+its lock, generated, and its end recorded; what is complete is verified and left alone. Several processes can work on
+one folder: a process that cannot get a lock goes on to the next job and comes back later.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def batch(
     config: BatchConfig, on_event: Callable[[Event], None] = lambda event: None,
     requests: list[prompts.Request] | None = None,
 ) -> BatchResult:  # fmt: skip
-    """Make every video of a prompt file that is not made yet.
+    """Generate every video of a prompt file that is not complete yet.
 
     Args:
-        requests: as `read_batch` read them of its prompt file, where the caller has them already.
-        on_event: told of the plan, of every video, stage and step.
+        requests: what `read_batch` returned, if the caller has read the prompt file already.
+        on_event: called for the plan, and for every video, stage and step.
     Raises: UsageError for a faulty prompt file, before anything is loaded; SlagenError where nothing can be written.
         What goes wrong with one prompt is in the result.
     """

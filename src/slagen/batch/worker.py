@@ -45,10 +45,10 @@ def run_worker(
     config: BatchConfig, requests: list[prompts.Request], stop: threading.Event, on_event: Callable[[Event], None],
     worker: str,
 ) -> BatchResult:  # fmt: skip
-    """One process's share of a batch: every job that no other process has.
+    """Generate every video of a batch that no other process holds.
 
     Args:
-        stop: set it, and the run ends after the video it is at.
+        stop: set it to end the run after the current video.
         worker: a name for this process, which the manifest keeps: an id of the run, host and process behind colons.
     Raises: as `batch`.
     """
@@ -81,7 +81,7 @@ def run_worker(
 
 @dataclass
 class _Attempt:
-    """One try at a job, from its sampling to its end in the manifest; holds the job's lock."""
+    """One attempt at a job, from sampling until the manifest records its end; holds the job's lock."""
 
     task: Task
     lock: BaseFileLock
@@ -90,7 +90,7 @@ class _Attempt:
 
 
 class WorkerLoop:
-    """One process's share of the work: sampling here, writing in a thread, so that one goes on beside the other."""
+    """The loop of one process: it samples here and writes videos in a thread, so that the two overlap."""
 
     def __init__(
         self, config: BatchConfig, manifest: Manifest, todo: list[Task], result: BatchResult, stop: threading.Event,
@@ -103,7 +103,7 @@ class WorkerLoop:
         self.writing: _Attempt | None = None
 
     def run(self) -> None:
-        """Make what is to do, and wait for what others hold."""
+        """Generate what remains, and wait for what other processes hold."""
         embeddings = Embeddings(self.todo[0].plan, self.config.cache_dir, not self.config.no_cache)
         missing = [task for task in self.todo if not embeddings.has(task.plan)]
         self.on_event(Event("stage", "load"))
@@ -127,7 +127,7 @@ class WorkerLoop:
                 self._finish()  # a video that is being written is as good as done
 
     def _take(self, task: Task, session: Session, embeddings: Embeddings, writer: ThreadPoolExecutor) -> bool:
-        """Make one video, unless another process has it just now: then False."""
+        """Generate one video; False if another process holds it."""
         if self.stop.is_set():
             return True
         lock = self.manifest.claim(task.job)
@@ -167,7 +167,7 @@ class WorkerLoop:
                 lock.release()
 
     def _finish(self) -> None:
-        """Wait for the video that is being written, and put its end into the manifest."""
+        """Wait for the video that is being written, and record its end in the manifest."""
         if self.writing is None:
             return
         attempt, self.writing = self.writing, None
@@ -198,7 +198,7 @@ class WorkerLoop:
         self.on_event(Event("warning", f"{job.name} failed: {reason}"))
 
     def _has_ended(self, job: Job) -> bool:
-        """Whether a job was made, or failed, since this run began, whoever ran it."""
+        """Whether any process has completed or failed a job since this run began."""
         return job.state in ("done", "failed") and job.result is not self.before[job.key]
 
     def _progress(self, jobs: dict[str, Job]) -> str:

@@ -1,4 +1,4 @@
-"""Draw inputs and time single attention calls; what this machine reaches at best."""
+"""Draw inputs, time single attention calls, and measure the peak of this machine."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def median_ms(attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.de
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches at best: a matrix product in TFLOP/s, a copy in GB/s (read and written)."""
+    """The peak of this machine: a matrix product in TFLOP/s, a copy in GB/s (read and written)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     product = median_ms(lambda q, k, v: q @ k, [(a, b, a)], device, 1.0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-SLOWER, EVEN, FASTER = "slower", "within the noise", "faster"  # than what a row is compared with
+SLOWER, EVEN, FASTER = "slower", "within the noise", "faster"  # than the measurement that a row is compared with
 
 
 def set_speedups(rows: list[dict[str, Any]]) -> None:
-    """Set each row's speed-up over the fastest dense method of the same shape, and whether it is more than noise."""
+    """Set each row's speed-up over the fastest dense method of the same shape, and whether it exceeds the noise."""
     dense = [row for row in rows if row["kind"] == "dense" and row["forward_ms"]]
     if not dense:
         return
@@ -28,7 +28,7 @@ def _both(row: dict[str, Any]) -> float:
 
 
 def _verdicts(rows: list[dict[str, Any]], sparsity: float) -> list[tuple[int, str]]:
-    """Lengths at which SLA was measured, the longest first, and what it is there beside dense attention."""
+    """Lengths at which SLA was measured, longest first, and whether it is faster there than dense attention."""
     found = {
         int(row["shape"].split("x")[2]): row["against_dense"]
         for row in rows
@@ -51,7 +51,7 @@ def even_tokens(rows: list[dict[str, Any]], sparsity: float) -> int | None:
 
 
 def compare_times(times: dict[str, Any], base: dict[str, Any]) -> str:
-    """What one measurement is beside another: "faster", "slower", or within the noise where their quartiles overlap."""
+    """ "faster" or "slower" than another measurement, or "within the noise" if their quartiles overlap."""
     if times["q3"] < base["q1"]:
         return FASTER
     return SLOWER if times["q1"] > base["q3"] else EVEN

@@ -1,4 +1,4 @@
-"""The ways to attend that `slagen bench` compares: SLA, dense attention, and other sparse attention."""
+"""What a method is to `slagen bench`: how it is built, and the reference that it is validated against."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slagen.errors import EnvironmentProblem
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is made for: SLA's form and weights, which rivals of SLA take too, and where it runs.
+    """What a method is built for: SLA's settings and weights, which other libraries take too, and where it runs.
 
     Args:
         own: options that only some methods have, by name.
@@ -45,7 +45,7 @@ class Method:
     """One way to attend.
 
     Args:
-        kind: "sla", "sparse" or "dense": whose definition it is held against, where it has none of its own.
+        kind: "sla", "sparse" or "dense": whose reference it is validated against, if it has none of its own.
         error_limit: the largest error to the reference, in units of the largest output.
         package: what it is imported from, where that need not be installed.
         record: of slagen's own method; None for another's.
@@ -81,7 +81,7 @@ class Method:
         return self.build(setting)
 
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What it is to compute, by the definition."""
+        """The exact output, by the reference."""
         if self.record is not None:
             module, inputs = build_module(self.record, setting, q.shape[2])
             parameters = {name: x.to(q.dtype) for name, x in module.state_dict().items()}

@@ -27,7 +27,7 @@ SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 
 @dataclass
 class Entry:
-    """A row on its way: the method it is about, and the timers of its passes once they are warm."""
+    """A row that is being measured: its method, and the timers of its passes once they are warm."""
 
     row: dict[str, Any]
     method: Method
@@ -73,7 +73,7 @@ def bench_shape(
 def _distinct_sparsities(
     config: BenchConfig, shape: str, sparsities: tuple[float, ...], swept: float
 ) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
-    """Those that keep different numbers of key blocks, and what stands for what; where `swept` can, it stands."""
+    """The sparsities that keep different numbers of key blocks, and groups of equals; `swept` stands for its own."""
     blocks = config.sla(swept).num_blocks(parse_shape(shape)[2])[1]
     alike: dict[tuple[int, int], list[float]] = {}
     for sparsity in dict.fromkeys(sparsities):
@@ -136,7 +136,7 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
 def _prepare(
     entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool, on_note: Callable[[str], None]
 ) -> None:
-    """Make a method, check it, and warm up its passes."""
+    """Build a method, validate it, and warm up its passes."""
     row, setting = entry.row, entry.setting
     attend = entry.method.make(setting)
     label = "" if row["sparsity"] is None else f", sparsity {row['sparsity']:g}"
@@ -164,7 +164,7 @@ def _prepare(
 
 @contextlib.contextmanager
 def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
-    """What keeps a method, or one of its passes, from running becomes its row's reason, and its timer goes."""
+    """An error of a method, or of one of its passes, becomes its row's reason, and its timer is dropped."""
     try:
         yield
         return
@@ -221,8 +221,8 @@ def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> f
 
 
 def _time_parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) -> dict[str, float]:
-    """Where a method's forward time goes, each part timed alone, so that they need not add up to the whole: a part
-    finds its inputs where the part before it left them long ago."""
+    """Where a method's forward time goes. Each part is timed alone with its inputs out of cache, so that the parts need
+    not add up to the whole."""
     record = entry.method.record
     assert record is not None and record.parts is not None
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 """bench(BenchConfig) -> BenchResult: SLA against dense attention, and against other sparse attention, on this machine.
 
-Every method is first held against the float64 reference on a short sequence; what is wrong there is not timed. Times
+Every method is first validated against the float64 reference on a short sequence; a wrong one is not timed. Times
 are medians over repeats on rotating inputs that together exceed the second-level cache, after an exact-shape warm-up
 that holds the compilation. All methods of one length take turns, so that their ratios come from one state of the
 machine. The forward pass is timed as inference runs it; a backward pass has a forward pass of its own, which saves what

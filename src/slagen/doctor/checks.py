@@ -19,12 +19,16 @@ from slagen.machine import pick_dtype
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `status`: "ok", "note" (works without it) or "problem"; `fix`: what to do."""
+    """One thing that was checked. `status`: "ok", "note" (works without it) or "problem"; `fix`: what to do."""
 
     name: str
     status: str
     found: str
     fix: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """What `slagen doctor --json` prints of it."""
+        return dict(vars(self))
 
 
 SHOWN = ("torch", "triton", "diffusers", "transformers", "ftfy")  # the others are only if they are missing or too old
@@ -38,7 +42,7 @@ NOT_NEEDED = ("triton", "matplotlib", "rich")
 
 
 def examine() -> list[Finding]:
-    """Look at packages, device, kernels, bundled model, hub cache and disk. Downloads nothing."""
+    """Check packages, GPU, kernels, bundled model, hub cache and disk. Downloads nothing."""
     others = [name for name in packages.requirements() if name not in SHOWN and not packages.state(name)[1]]
     return [
         Finding("python", "ok", sys.version.split()[0]),
@@ -58,8 +62,8 @@ def _package(name: str) -> Finding:
     return Finding(name, "note" if name in NOT_NEEDED else "problem", found, fix)
 
 
-def _not_looked_at(name: str, error: ImportError) -> Finding:
-    """For what takes a package that is not here, or is too old."""
+def _not_checked(name: str, error: ImportError) -> Finding:
+    """The finding for a check that needs a package which is missing or too old."""
     lack = packages.explain(error)
     if lack is None:
         raise error
@@ -97,13 +101,13 @@ def _driver() -> str:
 
 
 def _kernels() -> list[Finding]:
-    """Of each card, or of the CPU where there is none."""
+    """One finding for each GPU, or for the CPU if there is none."""
     cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return [_kernels_on(device) for device in cards or [torch.device("cpu")]]
 
 
 def _kernels_on(device: torch.device) -> Finding:
-    """Whether the kernels run, with the tiles that a call would go down to, and are right."""
+    """Whether the kernels run, perhaps with smaller tiles, and agree with the reference."""
     name = "kernels" if device.index is None else f"kernels {device.index}"
     gave_way = []
     try:
@@ -140,7 +144,7 @@ def _bundled_model() -> Finding:
         source = resolve_model("tiny-wan", "cpu")
         pipe = load_pipeline(source, torch.device("cpu"), torch.float32)
     except ImportError as error:
-        return _not_looked_at("bundled model", error)
+        return _not_checked("bundled model", error)
     except SlagenError as error:
         return Finding("bundled model", "problem", str(error), "reinstall slagen")
     encoder = pipe.text_encoder
@@ -159,7 +163,7 @@ def _disk() -> list[Finding]:
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError as error:
-        return [_not_looked_at("hub cache", error)]
+        return [_not_checked("hub cache", error)]
     cache = Path(HF_HUB_CACHE)
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free / 2**30

@@ -1,4 +1,4 @@
-"""`slagen doctor --kernels`: compile every kernel for every card, without a card, and hold it to its limits."""
+"""`slagen doctor --kernels`: compile every kernel for every GPU architecture, without one, and check its limits."""
 
 from __future__ import annotations
 

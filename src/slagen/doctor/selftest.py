@@ -1,4 +1,4 @@
-"""`slagen doctor --selftest`: what the owner of a card runs once, and attaches to an issue.
+"""`slagen doctor --selftest`: a check of everything on one machine, whose result is attached to an issue.
 
 Packages and device, kernels against the reference, a video of the bundled model, a short bench against dense attention.
 A check that fails stops no other.
@@ -56,7 +56,7 @@ class Wrong(Exception):
 
 
 def selftest(on_note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Try everything that this machine can do, on its card or else on its CPU.
+    """Check everything that this machine can run, on its GPU or else on its CPU.
 
     Args:
         on_note: called with one line for each check that begins.
@@ -118,7 +118,7 @@ def _try(name: str, part: Callable[[], str]) -> Check:
 
 def _examine(content: dict[str, Any]) -> str:
     findings = doctor.examine()
-    content["findings"] = [vars(finding) for finding in findings]
+    content["findings"] = [finding.to_dict() for finding in findings]
     problems = [f"{finding.name}: {finding.found}" for finding in findings if finding.status == "problem"]
     if problems:
         raise EnvironmentProblem("; ".join(problems))

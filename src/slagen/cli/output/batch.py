@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slagen.cli.console import log, log_as, write, write_json
 
+if TYPE_CHECKING:
+    from slagen.batch.result import BatchResult
 
-def show_batch(result: Any, as_json: bool) -> None:
-    """Print what `batch` made: one path a line on stdout and counts on stderr, or JSON alone on stdout."""
+
+def show_batch(result: BatchResult, as_json: bool) -> None:
+    """Print what `batch` generated: one path a line on stdout and counts on stderr, or JSON alone on stdout."""
     if as_json:
-        content = {**vars(result), "folder": str(result.folder), "page": result.page and str(result.page)}
-        content["failed"] = [{"video": name, "reason": reason} for name, reason in result.failed]
-        write_json(content)
+        write_json(result.to_dict())
         return
     for name in result.made:
         write(str(result.folder / name))

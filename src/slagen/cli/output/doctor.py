@@ -14,7 +14,7 @@ from slagen.io.text import line
 def show_findings(findings: list[Any], as_json: bool) -> None:
     """Print what `doctor` found: a table on stdout, or JSON alone."""
     if as_json:
-        write_json({"findings": [vars(finding) for finding in findings]})
+        write_json({"findings": [finding.to_dict() for finding in findings]})
         return
     colours = {"ok": "green", "note": "yellow", "problem": "bold red"}
     table = Table()
