@@ -21,6 +21,7 @@ from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.run import bench
 from slagen.cli.main import run as slagen
 from slagen.errors import UsageError
+from slagen.generation import api
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
@@ -290,6 +291,18 @@ def test_an_option_of_a_method_runs_from_the_command_line(anew, tmp_path, capsys
     assert cli.run(["generate", "a red circle", *video, *chosen, *more]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["attention"]["window"] == 0 and told["settings"]["attention_options"] == {"window": 0}
+
+
+def test_an_option_of_a_method_is_an_argument_in_python(toy):
+    def config(**given):
+        return api._config({"prompt": "a", "output": None, "attention": "window", **given})
+
+    assert config(window=2).attention_options == (("window", 2),)
+    assert config(attention_options=(("window", 2),)).attention_options == (("window", 2),)
+    with pytest.raises(UsageError, match="window is 'b', but must be a whole number"):
+        config(window="b")
+    with pytest.raises(UsageError, match="window is no option of sla attention"):
+        config(window=2, attention="sla")
 
 
 def test_an_option_of_a_method_in_a_prompt_file(anew, tmp_path):

@@ -17,8 +17,10 @@ from slagen.attention.protocol import Unavailable
 from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import methods, other_libraries
+from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import Setting
 from slagen.benchmark.registry import all_methods
+from slagen.settings import settings_of
 
 CUDNN = """
     import torch, torch.nn.functional as F
@@ -208,3 +210,9 @@ def test_flex_tiles_divide_the_blocks(block_m, block_n, dtype):
         of_rows = "BLOCK_M" in name
         assert tile >= 16 and (block_m if of_rows else block_n) % tile == 0
     assert tiles["bwd_BLOCK_M2"] % tiles["bwd_BLOCK_N2"] == 0 == tiles["bwd_BLOCK_N1"] % tiles["bwd_BLOCK_M1"]
+
+
+def test_the_help_names_every_method_that_runs_by_default():
+    told = next(setting.about.help for setting in settings_of(BenchConfig) if setting.field == "methods")
+    names = told.partition(". ")[0].replace(" or ", ", ").split(", ")
+    assert names == [method.name for method in all_methods() if method.by_default]

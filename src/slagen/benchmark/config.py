@@ -26,12 +26,12 @@ SHAPES = {
     "tiny-wan": (1, 4, 320, 64),
 }
 RandomInit = Literal["wan-1.3b", "wan-14b"]
-RIVALS = ("flex", "cudnn-blocks", "flashinfer-blocks", "sla-public")  # other libraries' sparse attention
+OTHERS = ("flex", "cudnn-blocks", "flashinfer-blocks", "sla-public")  # other libraries' sparse attention
 
 
 def _known_methods() -> str:
     own = [method.name for method in registry.METHODS.values() if method.family != "dense" and method.benched]
-    names = [*own, *(backend.name for backend in BACKENDS if backend.name != "auto"), *RIVALS]
+    names = [*own, *(backend.name for backend in BACKENDS if backend.name != "auto"), *OTHERS]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

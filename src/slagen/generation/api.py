@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from slagen.attention import registry
 from slagen.errors import UsageError, worded
 from slagen.events import Event
 from slagen.generation import peers
@@ -38,7 +39,8 @@ def generate(
         on_event: called with every `slagen.events.Event`: stages, steps, notes and warnings. None: warnings are
             Python's, and notes go to the logger "slagen".
         settings: any field of `GenerateConfig`: model, seed, num_videos, width, height, num_frames, steps, sparsity,
-            attention, device and so on. What is left out is the model's own default.
+            attention, device and so on; and the options of the attention method. What is left out is the model's own
+            default.
     Returns: the videos, with frames (T, H, W, 3) uint8, report and paths.
     Raises: TypeError for an argument that there is not, SlagenError for all else that cannot be: UsageError for a value
         that cannot work, WeightsError for weights that do not fit, EnvironmentProblem for what this machine lacks.
@@ -50,7 +52,8 @@ def generate(
 
 
 def _config(given: dict[str, Any]) -> GenerateConfig:
-    known = {setting.field: setting.kind for setting in settings_of(GenerateConfig)}
+    own = registry.own_settings(GenerateConfig)
+    known = {setting.field: setting.kind for setting in (*settings_of(GenerateConfig), *own)}
     for name in given.keys() - known.keys():
         raise TypeError(f"generate() has no argument {shown(name)}{_instead(name, set(known))}")
     if not isinstance(given["prompt"], str):
@@ -58,6 +61,9 @@ def _config(given: dict[str, Any]) -> GenerateConfig:
     values = {name: _plain(name, value, known[name]) for name, value in given.items() if value is not None}
     if given.get("save_latents") and given["output"] is None:
         raise UsageError("--save-latents writes a file, but there is no output. Give a path with --output.")
+    options = {setting.field: values.pop(setting.field) for setting in own if setting.field in values}
+    if options:
+        values["attention_options"] = tuple({**dict(values.get("attention_options", ())), **options}.items())
     return GenerateConfig(**values)
 
 
