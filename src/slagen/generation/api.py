@@ -15,6 +15,7 @@ from slagen.errors import UsageError, worded
 from slagen.events import Event
 from slagen.generation import peers
 from slagen.generation.config import GenerateConfig
+from slagen.generation.preflight import check_run
 from slagen.generation.result import GenerateResult
 from slagen.io.forms import shown
 from slagen.settings import settings_of
@@ -45,9 +46,10 @@ def generate(
     Raises: TypeError for an argument that there is not, SlagenError for all else that cannot be: UsageError for a value
         that cannot work, WeightsError for weights that do not fit, EnvironmentProblem for what this machine lacks.
     """
-    from slagen.generation.generate import generate as run  # with torch, once all is checked
-
     config = _config({"prompt": prompt, "output": output, **settings})
+    check_run(config)
+    from slagen.generation.generate import generate as run  # with torch, once what is cheap to check is checked
+
     return run(config, on_event or _tell, from_python=True, write=output is not None)
 
 
