@@ -44,27 +44,43 @@ def doctor(
         raise UsageError("--kernels and --selftest cannot be combined. Give one of them.")
     if output is not None and not selftest:
         raise UsageError("--output names the file that --selftest writes, and --selftest is not given.")
-    from slagen.cli import console, progress
-    from slagen.cli.output.doctor import show_findings, show_selftest
-    from slagen.cli.output.kernels import show_kernels
+    from slagen.cli import progress
 
     progress.say_loading()
-    from slagen.doctor import checks, kernel_costs
-
     if selftest:
-        from slagen.doctor import selftest as trials
+        _test_itself(output, as_json)
+    elif kernels:
+        _list_kernels(as_json)
+    else:
+        _examine(require_gpu, as_json)
 
-        path = trials.claim(output)
-        content = trials.selftest(console.note)
-        trials.write(content, path)
-        show_selftest(content, path, as_json)
-        trials.check(content)
-        return
-    if kernels:
-        content = kernel_costs.kernel_costs(console.note)
-        show_kernels(content, as_json)
-        kernel_costs.check_kernels(content)
-        return
+
+def _test_itself(output: str | None, as_json: bool) -> None:
+    from slagen.cli import console
+    from slagen.cli.output.doctor import show_selftest
+    from slagen.doctor import selftest
+
+    path = selftest.claim(output)
+    content = selftest.selftest(console.note)
+    selftest.write(content, path)
+    show_selftest(content, path, as_json)
+    selftest.check(content)
+
+
+def _list_kernels(as_json: bool) -> None:
+    from slagen.cli import console
+    from slagen.cli.output.kernels import show_kernels
+    from slagen.doctor import kernel_costs
+
+    content = kernel_costs.kernel_costs(console.note)
+    show_kernels(content, as_json)
+    kernel_costs.check_kernels(content)
+
+
+def _examine(require_gpu: bool, as_json: bool) -> None:
+    from slagen.cli.output.doctor import show_findings
+    from slagen.doctor import checks
+
     findings = checks.examine()
     show_findings(findings, as_json)
     if require_gpu:
