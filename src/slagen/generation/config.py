@@ -68,7 +68,9 @@ class GenerateConfig:
     """
 
     prompt: str
-    negative_prompt: str | None = option(None, "What to steer away from.", panel=VIDEO, short="-n", prompt_line=True)
+    negative_prompt: str | None = option(
+        None, "What the video should not show.", panel=VIDEO, short="-n", prompt_line=True
+    )
     model: str | None = option(
         None,
         "A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with a CUDA "
@@ -82,22 +84,22 @@ class GenerateConfig:
     height: int | None = option(None, "In pixels.", panel=VIDEO, hidden=True, prompt_line=True)
     num_frames: int | None = option(None, "Video frames, 4k + 1.", panel=VIDEO, prompt_line=True)
     fps: int | None = option(None, "Frames per second.", panel=VIDEO, prompt_line=True)
-    num_videos: int = option(1, "How many videos; seeds count up.", panel=VIDEO, prompt_line=True, pixels=False)
+    num_videos: int = option(
+        1, "Number of videos; each has the next seed.", panel=VIDEO, prompt_line=True, pixels=False
+    )
     steps: int | None = option(None, "Denoising steps.", panel=SAMPLING, prompt_line=True)
     guidance_scale: float | None = option(
-        None, "Weight of the prompt; 1 skips the unconditional pass.", panel=SAMPLING, prompt_line=True
+        None, "Classifier-free guidance scale; 1 skips the unconditional pass.", panel=SAMPLING, prompt_line=True
     )
     flow_shift: float | None = option(
         None, "Timestep shift of the flow-matching schedule.", panel=SAMPLING, prompt_line=True
     )
-    sampler: Sampler | None = option(
-        None, "unipc, euler, dpm++ or rcm. Default: what the weights are for.", panel=SAMPLING
-    )
-    sigma_max: float | None = option(None, "First noise level of rcm, 80 unless given.", panel=SAMPLING)
+    sampler: Sampler | None = option(None, "unipc, euler, dpm++ or rcm. Default: as the weights need.", panel=SAMPLING)
+    sigma_max: float | None = option(None, "Initial noise level of rCM. Default: 80.", panel=SAMPLING)
     ode: bool = option(False, "Deterministic (ODE) rCM sampling.", panel=SAMPLING)
     seed: int | None = option(
-        None, "Same seed, same video. Random (-1) unless given.", panel=SAMPLING, read=drawn_seed, prompt_line=True,
-        in_key=False,
+        None, "The same seed gives the same video. Default: -1, a random one.", panel=SAMPLING, read=drawn_seed,
+        prompt_line=True, in_key=False,
     )  # fmt: skip
     dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
@@ -118,24 +120,26 @@ class GenerateConfig:
         "int(fraction x blocks).",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
-    block_m: int | None = option(
-        None, "Query rows of a block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION
-    )
-    block_n: int | None = option(None, "Key columns of a block. Default: as trained.", panel=ATTENTION)
+    block_m: int | None = option(None, "Query rows per block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION)
+    block_n: int | None = option(None, "Key columns per block. Default: as trained.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     weights: str | None = option(
-        None, "SLA weights, or a whole transformer in any public form. Default: the model's own.", panel=ATTENTION,
+        None, "SLA weights, or a whole transformer in any public format. Default: the model's own.", panel=ATTENTION,
         metavar="FILE_OR_FOLDER", in_key=False,
     )  # fmt: skip
     vae: str | None = option(
         None, "Another VAE, such as Wan2.1_VAE.pth.", panel=VIDEO, metavar="FILE_OR_FOLDER", in_key=False
     )
-    local_files_only: bool = option(False, "Download nothing.", panel=VIDEO, pixels=False)
-    allow_untrained: bool = option(False, "Run SLA whose weights are missing or zero.", panel=ATTENTION, in_key=False)
+    local_files_only: bool = option(False, "Use local files only; download nothing.", panel=VIDEO, pixels=False)
+    allow_untrained: bool = option(
+        False, "Run SLA although its weights are missing or zero.", panel=ATTENTION, in_key=False
+    )
     output: str = option("outputs", "A folder, or a file that ends in .mp4.", panel=OUTPUT, short="-o", pixels=False)
-    overwrite: bool = option(False, "Replace files that exist.", panel=OUTPUT, pixels=False)
+    overwrite: bool = option(False, "Replace existing files.", panel=OUTPUT, pixels=False)
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
-    timing: Timing = option("layer", "layer, step or off: how finely attention is timed.", panel=OUTPUT, pixels=False)
+    timing: Timing = option(
+        "layer", "Detail of the timing of attention: layer, step or off.", panel=OUTPUT, pixels=False
+    )
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
