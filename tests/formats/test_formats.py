@@ -219,7 +219,7 @@ def test_every_single_corruption_is_refused(form, model, state, tmp_path):
 def test_one_layer_in_another_precision_is_refused(model, state, tmp_path):
     content = {name: tensor.bfloat16() for name, tensor in state.items()}
     content["blocks.1.attn1.to_q.weight"] = content["blocks.1.attn1.to_q.weight"].float()
-    with pytest.raises(WeightsError, match="unlike in other blocks"):
+    with pytest.raises(WeightsError, match="unlike the same tensor in other blocks"):
         load(read_checkpoint(write(tmp_path / "x.pth", content)), config_of(model), torch.float32)
 
 

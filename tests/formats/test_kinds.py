@@ -131,7 +131,7 @@ def test_float64_is_read(model, state, tmp_path):  # noqa: F811
     assert all(x.dtype == torch.float32 and torch.equal(x, state[name]) for name, x in loaded.items())
     assert not info(str(path))["quantised"]
     wide["proj_out.weight"][0, 0] = 1e300
-    with pytest.raises(WeightsError, match="proj_out.weight has values that are not finite"):
+    with pytest.raises(WeightsError, match="proj_out.weight contains NaN or Inf"):
         load(read_checkpoint(write(path, wide)), config_of(model), torch.float32)
 
 
@@ -246,7 +246,7 @@ def test_other_kinds_are_named_in_one_sentence(state, base, tmp_path, capsys):  
             peek(path)
         assert str(caught.value) == f"{path} {REFUSALS[kind]}" and "again" not in str(caught.value), what
         if "vae" not in kind:
-            assert "is none" in str(caught.value) or "ive " in str(caught.value), what
+            assert "ive " in str(caught.value), what
     assert info(str(path))["meaning"].startswith("this is a transformer with a LoRA")
     assert run(["generate", "a red circle", "--model", str(base), "--weights", str(path)] + QUIET) == 5
     assert "never merged" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from slagen.benchmark import run as bench
 from slagen.cli.main import run  # noqa: E402
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, KernelProblem  # noqa: E402
-from slagen.generation import generate  # noqa: E402
+from slagen.generation import session  # noqa: E402
 from slagen.kernels import failures, forward, resources  # noqa: E402
 from slagen.kernels.failures import LaunchError, launching  # noqa: E402
 from slagen.kernels.resources import Choices, Tiles  # noqa: E402
@@ -111,7 +111,7 @@ NO_COMPILER = RuntimeError(
 COMPILER_FAILS = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/x/cuda_utils.c", "-O3"])
 OUTSIDE = {
     "no-compiler": (NO_COMPILER, "Triton finds no C compiler"),
-    "compiler-fails": (COMPILER_FAILS, "gcc can not compile Triton's launcher .exit code 1"),
+    "compiler-fails": (COMPILER_FAILS, "gcc cannot compile Triton's launcher .exit code 1"),
     "driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "the driver.*image is invalid"),
     "cache": (PermissionError(13, "Permission denied", "/home/user/.triton"), "/home/user/.triton: Permission denied"),
     "libcuda": (AssertionError("libcuda.so cannot found!\nPlease"), "libcuda.so cannot found!"),
@@ -175,7 +175,7 @@ def test_a_card_without_a_compiler_ends_the_command(command, card, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fused, "_call", raising(NO_COMPILER))
     monkeypatch.setattr(bench, "measure_ceilings", lambda *given: pytest.fail("the measurement began"))
-    monkeypatch.setattr(generate, "load_pipeline", lambda *given, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(session, "load_pipeline", lambda *given, **options: pytest.fail("the model was loaded"))
     arguments = {
         "bench": ["bench", "--shape", "1x1x64x16", "--dtype", "fp32"],
         "generate": ["generate", "a red circle", "--model", "tiny-wan"],

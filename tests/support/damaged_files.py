@@ -70,7 +70,7 @@ def of_json(rng: random.Random, text: str) -> bytes:
         if kind == 0 and isinstance(container, dict):
             del container[key]
         elif kind == 1 and isinstance(container, dict):
-            container[f'{key}": 1, "{key}'] = 1  # a name that is there twice, once the quotes are taken as such
+            container[f'{key}": 1, "{key}'] = 1  # a name that appears twice, once the quotes are taken as such
             evil[json.dumps(f'{key}": 1, "{key}')] = f'"{key}": 1, "{key}"'
         elif kind == 2 and isinstance(container, list):
             del container[key]

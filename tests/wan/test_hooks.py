@@ -105,7 +105,7 @@ def test_weights_that_are_away_are_neither_read_nor_written(kind, tmp_path):
     ]
     if away:
         for words, action in todo:
-            with pytest.raises(UsageError, match=rf"SLA.* can not be {words} while \w+ offloads .*layers"):
+            with pytest.raises(UsageError, match=rf"SLA.* cannot be {words} while \w+ offloads .*layers"):
                 action()
     else:
         for _, action in (todo[0], *todo[2:]):
@@ -146,7 +146,7 @@ def test_sla_weights_go_in_before_others_round_the_base(tmp_path):
     cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     doubled(quantised.blocks[1].ffn.net[2])
     for model, words in ((cast, "Parameter of torch.float8_e4m3fn"), (quantised, "net.2.weight is Quantised")):
-        with pytest.raises(UsageError, match=f"can not be loaded into rounded weights .*{words}.*Do it first"):
+        with pytest.raises(UsageError, match=f"cannot be loaded into quantised weights .*{words}.*Do it first"):
             load_sla(model, file)
 
 

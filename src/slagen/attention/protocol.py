@@ -208,7 +208,7 @@ class Method:
             is the module's state.
         backends: its implementations; the first is "auto".
         choose_backend: (name, head_dim, device, dtype) -> the one that runs. Raises EnvironmentProblem where a named
-            one can not; None takes the name as it is.
+            one cannot; None takes the name as it is.
         check: (backend, head_dim, device, dtype, config): try the kernels. Raises EnvironmentProblem.
         parts: (module, q, k, v) -> what a forward pass consists of, each to be timed alone; None times none.
         parameters: what it adds to the model.
@@ -271,7 +271,7 @@ class Method:
         )
 
     def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-        """The backend that runs. Raises EnvironmentProblem where a named one can not."""
+        """The backend that runs. Raises EnvironmentProblem where a named one cannot."""
         return name if self.choose_backend is None else self.choose_backend(name, head_dim, device, dtype)
 
     def to_dict(self) -> dict[str, Any]:

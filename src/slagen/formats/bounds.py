@@ -1,4 +1,4 @@
-"""What is asked of anything in a weight file: containers that end, tensors that are there in full, finite numbers."""
+"""Bounds on what a weight file may hold: containers of limited depth, tensors stored in full, finite values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from slagen.errors import WeightsError
 
 MAX_DEPTH = 16  # of containers in a pickle; training states have five or so
-MAX_VALUES = 1_000_000  # in all of them, one that is there twice counted twice
+MAX_VALUES = 1_000_000  # in all of them, one that appears twice counted twice
 
 
 def check_pickle(content: Any, path: Path) -> None:
-    """Raise WeightsError where containers hold themselves or each other without end, or a tensor is no plain one.
+    """Raise WeightsError where containers hold each other without end, or a tensor is not plain and dense.
 
     A tensor of stride 0 has any number of elements in a few bytes of file, and filling them in takes all memory.
     """
@@ -36,7 +36,9 @@ def check_pickle(content: Any, path: Path) -> None:
         if not level or values + len(level) > MAX_VALUES:
             break
     if level:
-        raise WeightsError(f"{path} holds containers in containers without end. Get it from its authors again.")
+        raise WeightsError(
+            f"{path} holds containers that are nested too deeply, or without end. Get it from its authors again."
+        )
 
 
 def _check_tensor(tensor: Tensor, path: Path) -> None:

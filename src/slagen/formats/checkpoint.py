@@ -17,7 +17,7 @@ class Checkpoint:
         tensors: of the transformer; what was int8 or fp8 is multiplied out.
         projections: `proj_l` of the layers, by the processors' names; empty where there is no SLA in the file.
         forms: what each tensor of 8 bits was in the file, such as "int8"; here it is of the kind that was asked for.
-        faults: what is wrong in the file itself, to be told together with what does not fit a model.
+        faults: what is wrong in the file itself, reported together with what does not fit a model.
     """
 
     path: Path

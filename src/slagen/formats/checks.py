@@ -15,13 +15,13 @@ from slagen.io.text import counted, cut
 
 
 def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers: int, head_dim: int) -> None:
-    """Hold a checkpoint against a model: every tensor there once, of the model's shape, of the usual kind of number.
+    """Check a checkpoint against a model: every tensor there once, in the model's shape and in a usual dtype.
 
     TurboDiffusion's patch embedding, a matrix in its files, is given its five dimensions here.
 
     Args:
         shapes: of the model's tensors, by name.
-    Raises: WeightsError with the list of all that is wrong.
+    Raises: WeightsError that lists the first eight faults.
     """
     tensors, faults = checkpoint.tensors, list(checkpoint.faults)
     width = shapes.get("patch_embedding.bias", torch.Size((checkpoint.width,)))[0]
@@ -54,22 +54,23 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(
-            f"{checkpoint.path} does not fit, and would make noise ({len(faults)} faulty): "
+            f"{checkpoint.path} does not fit the model and would generate noise ({counted(len(faults), 'fault')}): "
             f"{'; '.join(cut(fault, 300) for fault in faults[:8])}"
             f"{more}. Get the file again, or the model it belongs to."
         )
     zero = [name for name, x in checkpoint.projections.items() if name.endswith("weight") and not x.any()]
     if zero and len(zero) < num_layers:
         raise WeightsError(
-            f"{checkpoint.path} has an all-zero {zero[0]} beside trained ones, so a part of it was lost. Get it again."
+            f"{checkpoint.path} has an all-zero {zero[0]} beside trained ones, so part of it was "
+            "lost. Download it again."
         )
 
 
 def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = None) -> list[str]:
-    """Tensors that are no finite floating-point numbers, or not of the kind that the same tensor of other blocks is.
+    """Faults of values and dtypes: NaN or Inf, integers, and a dtype unlike that of the same tensor in other blocks.
 
     Args:
-        forms: of those that were of 8 bits in the file: what they are here says nothing of it.
+        forms: what each tensor of 8 bits was in the file, by name; slagen chose its dtype here, so that is not checked.
     """
     faults: list[str] = []
     kinds: dict[str, dict[torch.dtype, list[str]]] = {}
@@ -80,7 +81,7 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
             continue
         wide = tensor.dtype == torch.float64  # to be rounded to float32 at most
         if not tensor.is_meta and not is_finite(tensor.float() if wide else tensor):
-            faults.append(f"{name} has values that are not finite numbers")
+            faults.append(f"{name} contains NaN or Inf")
         if forms and name in forms:
             continue
         role = re.sub(r"\.\d+(?=\.)", ".*", name)
@@ -89,7 +90,7 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
     for found in kinds.values():
         rarest = min(found, key=lambda dtype: len(found[dtype]))
         if len(found) > 1:
-            faults.append(f"{found[rarest][0]} is {rarest}, unlike in other blocks")
+            faults.append(f"{found[rarest][0]} is {rarest}, unlike the same tensor in other blocks")
     if any(form.startswith("float8") for form in (forms or {}).values()):
         del sizes[torch.float32]  # what was kept out of fp8 is float32 and one kind in half precision, more of either
     main = sizes.most_common(1)[0][0] if sizes else torch.float32

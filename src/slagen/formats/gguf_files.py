@@ -1,4 +1,4 @@
-"""GGUF files: read within the bounds of what they hold, and their numbers looked at without multiplying them out."""
+"""Read GGUF files within bounds, and check their values without dequantising them."""
 
 from __future__ import annotations
 
@@ -57,4 +57,4 @@ def check_values(path: Path) -> None:
         else:
             numbers = torch.from_numpy(entry.data)
         if numbers.is_floating_point() and not is_finite(numbers):
-            raise WeightsError(f"{entry.name} in {path} has values that are not finite numbers. Get the file again.")
+            raise WeightsError(f"{entry.name} in {path} contains NaN or Inf. Get the file again.")

@@ -1,4 +1,4 @@
-"""What a weight file is, told by names and shapes of its tensors, and what to do with one that slagen does not run."""
+"""The kind of a weight file, by its tensors' names and shapes, and advice for kinds that slagen does not run."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _RUNS = (
     "slagen runs Wan2.1 text-to-video: give such a transformer, for example that of Wan-AI/Wan2.1-T2V-14B-Diffusers."
 )
-_MERGE = "Merge it into its model with the tool that it is made for, and give the merged transformer."
+_MERGE = "Merge it into its model with the tool that made it, and give the merged transformer."
 REFUSALS = {
     "vsa": "holds FastVideo's VSA (to_gate_compress), another sparse attention, whose gates SLA has no place for. "
     "Give SLA weights, or the model it was trained from.",
-    "lora": "is a LoRA, which changes a transformer and is none. Merge it first (in diffusers: load_lora_weights, "
-    "fuse_lora, unload_lora_weights, transformer.save_pretrained), and give the merged transformer.",
+    "lora": "is a LoRA: it changes a transformer, but is not one itself. Merge it first (in diffusers: "
+    "load_lora_weights, fuse_lora, unload_lora_weights, transformer.save_pretrained), and give the merged transformer.",
     "unmerged-lora": "is a transformer with a LoRA beside its weights that was never merged. Merge it (peft: "
     "merge_and_unload), and give the merged transformer.",
-    "lokr": f"is a LoKr (LyCORIS), which changes a transformer and is none. {_MERGE}",
-    "loha": f"is a LoHa (LyCORIS), which changes a transformer and is none. {_MERGE}",
-    "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), which changes a transformer and is none. {_MERGE}",
-    "difference": f"is an adapter of differences (diff, diff_b), which changes a transformer and is none. {_MERGE}",
+    "lokr": f"is a LoKr (LyCORIS): it changes a transformer, but is not one itself. {_MERGE}",
+    "loha": f"is a LoHa (LyCORIS): it changes a transformer, but is not one itself. {_MERGE}",
+    "lycoris": f"is a LyCORIS (GLoRA, OFT or BOFT): it changes a transformer, but is not one itself. {_MERGE}",
+    "difference": "is an adapter of differences (diff, diff_b): it changes a transformer, but is not one itself. "
+    f"{_MERGE}",
     **NOT_READ,
     "vace": f"is Wan2.1 VACE, or its module, which edits and extends videos. {_RUNS}",
-    "skyreels": f"is SkyReels V2 diffusion forcing, which lengthens videos piece by piece. {_RUNS}",
-    "speech": f"is a transformer that sound drives (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
-    "animate": f"is Wan2.2 Animate, which moves a given figure. {_RUNS}",
-    "control": f"is a transformer that a control video or camera path steers (Fun-Control and the like). {_RUNS}",
-    "first-last": f"is Wan2.1 FLF2V, which fills in between a first and a last picture. {_RUNS}",
+    "skyreels": f"is SkyReels V2 diffusion forcing, which extends videos piece by piece. {_RUNS}",
+    "speech": f"is an audio-driven transformer (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
+    "animate": f"is Wan2.2 Animate, which animates a given character. {_RUNS}",
+    "control": f"is a transformer controlled by a video or a camera path (such as Fun-Control). {_RUNS}",
+    "first-last": f"is Wan2.1 FLF2V, which generates the frames between a first and a last image. {_RUNS}",
     "image-to-video": f"is an image-to-video transformer. {_RUNS}",
     "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need a VAE of their own. {_RUNS}",
-    "conditioned": f"is a Wan transformer that takes more channels than it gives: it needs more than text. {_RUNS}",
+    "conditioned": "is a Wan transformer with more input than output channels, so it needs more than a text prompt. "
+    f"{_RUNS}",
     "text-encoder": "is a T5 text encoder, not a transformer, and only diffusers' own form of it is read. That of "
     f"{TEXT_ENCODER_HOME} is the same: give it with --model.",
     "image-encoder": f"is a CLIP image encoder, for image-to-video. {_RUNS}",
@@ -82,10 +84,10 @@ _OTHERS = (  # that are no transformer
 
 
 def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
-    """What a file is: "transformer", "sla", "side-file", or a name in REFUSALS.
+    """The kind of a file: "transformer", "sla", "side-file", or a name in REFUSALS.
 
     Args:
-        entries: its names; with tensors, or with the entries of a safetensors header, what only shapes tell is told.
+        entries: its names; or names with tensors or entries of a safetensors header, for kinds that only shapes tell.
     """
     content = dict(entries) if isinstance(entries, Mapping) else dict.fromkeys(entries)
     if set(content) == SIDE_FILE_KEYS:
@@ -123,7 +125,7 @@ def _as_weight(name: str) -> str:
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
-    """Of a tensor or of a safetensors header's entry; () where neither is known."""
+    """The shape of a tensor, or of an entry of a safetensors header; () where it is unknown."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     shape = value.get("shape") if isinstance(value, dict) else None
@@ -137,7 +139,7 @@ def _shape_by_name(values: Mapping[str, Any], wanted: str) -> tuple[int, ...]:
 
 
 def _by_channels(values: Mapping[str, Any]) -> str | None:
-    """The kind that channels alone tell: Wan2.2's image-to-video has the very names of text-to-video."""
+    """The kind by the numbers of channels alone: Wan2.2's image-to-video has the same names as text-to-video."""
     pictures = any(re.search(_PICTURES, name) for name in values)
     patch, out = (_shape_by_name(values, name) for name in ("patch_embedding.weight", "proj_out.weight"))
     volume = math.prod(patch[2:]) if len(patch) == 5 else 4
@@ -168,12 +170,12 @@ PIECEWISE_NOTE = (
 
 
 def hints(path: Path, metadata: Mapping[str, Any]) -> tuple[list[str], str]:
-    """What names and metadata say of weights that tensors cannot tell apart.
+    """What names and metadata say about weights that look the same by their tensors.
 
     Args:
         path: of the file or folder; the two folders that it lies in have a say too.
         metadata: of its safetensors header.
-    Returns: notes, and the word that says they are distilled to few steps, "" where none does.
+    Returns: notes, and the word that says they are distilled to few steps, or "".
     """
     said = list(path.absolute().parts[-3:])  # as it was named: the hub's cache has links to files named by hash
     said += [str(value)[:2000] for key, value in metadata.items() if not key.startswith(("_", "slagen"))]

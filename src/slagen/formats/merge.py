@@ -36,7 +36,7 @@ def merge(
         diff_base, diff_target: the transformer before and after tuning. What only the target has (`proj_l`) is copied;
             what either lacks, or has in another shape, stays the base's.
         weight: w.
-    Raises: WeightsError if a file is no transformer; UsageError for an output that exists, or a weight that is not
+    Raises: WeightsError if a file is not a transformer; UsageError for an output that exists, or a weight that is not
         finite or takes a sum beyond its dtype.
     Source: TurboDiffusion's merge script, github.com/thu-ml/TurboDiffusion.
     """
@@ -98,7 +98,7 @@ def _settings_of(base: Found, target: Found) -> dict[str, str] | None:
 
 
 def _whole(path: Path) -> Checkpoint:
-    """A transformer that is whole in itself: as many tensors in every layer, none of them strange."""
+    """Read a transformer and check that it is complete: the same tensors in every layer, and no unknown ones."""
     checkpoint = read_checkpoint(path, torch.float32)
     if not isinstance(checkpoint, Checkpoint):
         raise WeightsError(f"{path} holds SLA weights alone. Give a whole transformer.")

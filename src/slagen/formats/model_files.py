@@ -1,4 +1,4 @@
-"""The small files of a model's folder, each held against its form before a library makes anything of it. No torch.
+"""Read the JSON files of a model's folder, each checked against its form before a library uses it. No torch.
 
 diffusers and transformers build what a config says, be it a billion layers, and import the libraries that an index
 names. What is beyond every published Wan, many times over, is refused here, with the file and the name in it.
@@ -76,7 +76,7 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
         is_there = False
     if not is_there:
         raise WeightsError(
-            f"{folder} has no {path.relative_to(folder)}, so it is no diffusers pipeline. Give a folder as "
+            f"{folder} has no {path.relative_to(folder)}, so it is not a diffusers pipeline. Give a folder as "
             "WanPipeline.save_pretrained writes it."
         )
     name = path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"

@@ -39,7 +39,7 @@ def inside(names: Iterable[str], prefix: str, others: Collection[str] = ()) -> d
     """{a name in the file: the same without prefix and wrappers} for all that is the transformer's under a prefix.
 
     Left out are the other parts of an all-in-one file, what lies in other dictionaries of a pickle, and, beside other
-    transformers, all else. What is not under the prefix otherwise keeps its name, so that it is told as a fault.
+    transformers, all else. What is not under the prefix otherwise keeps its name, so that it is reported as a fault.
 
     Args:
         others: what leads the names of every transformer in the file.

@@ -27,9 +27,9 @@ class Found:
         kind: as `identify` says it.
         sla: what its SLA weights were trained with; None without any, or where metadata says it.
         sampler: the sampler that it is distilled for; None for any flow-matching one.
-        trained: what was trained, as an SLA file says it; "" where that is not told.
+        trained: what was trained, as an SLA file says it; "" where that is unknown.
         untold: it holds SLA weights, and nothing says what they were trained with.
-        notes: what else to know of it.
+        notes: what else a user should know.
         few_steps: the word in its name or metadata that says it is distilled to few steps; "" where none does.
     """
 
@@ -50,7 +50,7 @@ UNTOLD = (
 
 
 def peek(path: Path, part: str | None = None) -> Found:
-    """Look at a weight file's names. Raises WeightsError if it is nothing that can be run.
+    """What a weight file is, by its names and metadata. Raises WeightsError if slagen cannot run it.
 
     Args:
         part: which transformer, where the file holds several.

@@ -1,4 +1,4 @@
-"""What is known of published weights that their files do not say. No torch here."""
+"""Facts about published weights that their files do not hold. No torch."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Weights of 8 bits back as the numbers that they stand for: weight x scale, in every public spelling of the two.
+"""Dequantise int8 and fp8 weights: weight x scale, in every public spelling of the two.
 
     weight                      fp8 without a scale                 Kijai's and Comfy's e4m3fn and e5m2
     weight, scale_weight        fp8, one scale a tensor             Comfy's and Kijai's scaled fp8, marked `scaled_fp8`
@@ -57,7 +57,7 @@ class Plain:
     """Tensors by name, with scales multiplied into them.
 
     Args:
-        tensors: what is no weight of 8 bits is as it was.
+        tensors: all others than weights of 8 bits are as they were.
         forms: what each weight of 8 bits was, by its name here: "int8", "float8_e4m3fn" or "float8_e5m2".
         faults: what is wrong with them.
         turbo: whether TurboDiffusion's names are there.
@@ -98,7 +98,7 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
     """Every weight of 8 bits in `dtype`, with its scale multiplied in; scales and marks are left out.
 
     Args:
-        values: tensors under names without prefixes; what is no tensor is passed on.
+        values: tensors under names without prefixes; other values are passed on.
         shapes_only: leave the values of those weights out.
     """
     plain = Plain(turbo=any(name.endswith(".int8_weight") for name in values))
@@ -125,7 +125,7 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
                 plain.tensors[name] = value
             continue
         if target in plain.tensors:
-            plain.faults.append(f"{target} is there twice")
+            plain.faults.append(f"{target} appears twice")
         if name not in scales and scaled_fp8 and value.ndim == 2:
             plain.faults.append(f"{name} is {value.dtype} and lacks its scale, which others have")
         plain.forms[target] = str(value.dtype).removeprefix("torch.")
@@ -149,7 +149,7 @@ def _product(
         )
         return value.to(dtype)
     if not torch.isfinite(scale.float()).all():
-        faults.append(f"{name} has scales that are not finite numbers")
+        faults.append(f"{name} has scales that are NaN or Inf")
     return value.to(dtype) if value.is_meta else (value.float() * wide).to(dtype)
 
 

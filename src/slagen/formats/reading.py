@@ -1,4 +1,4 @@
-"""Weight files of every format as they are: named tensors out of safetensors, pickles, GGUF and folders."""
+"""Read weight files of every format: named tensors from safetensors, pickles, GGUF and folders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
         path: .safetensors, a pickle (.pth, .pt, .bin, .ckpt; tensors and plain containers only), or a folder with one
             transformer in safetensors, sharded or not. Where a pickle has tensors in several dictionaries, their
             places in the file lead the names: "generator_ema/model.head.head.weight".
-        wanted: whether to read a tensor, by its name; looked at for a .safetensors file only.
+        wanted: whether to read a tensor, by its name; used for .safetensors files only.
     Raises: WeightsError if it is missing, broken, or a pickle that holds anything but tensors.
     """
     if path.is_dir():
@@ -51,7 +51,8 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     if path.suffix in PICKLE_SUFFIXES:
         return _read_pickle(path)
     raise WeightsError(
-        f"{path} is no weight file that slagen reads. Give a .safetensors, .pth or .gguf file, or a diffusers folder."
+        f"{path} is not a weight file that slagen reads. Give a .safetensors, .pth or .gguf file, or a "
+        "diffusers folder."
     )
 
 
@@ -148,7 +149,7 @@ def _read_gguf(path: Path) -> dict[str, Any]:
 
 
 def gguf_kinds(path: Path) -> list[str]:
-    """The kind of number of every tensor in a GGUF file, such as "Q4_0" or "F32". Raises as `read_tensors`."""
+    """The type of every tensor in a GGUF file, such as "Q4_0" or "F32". Raises as `read_tensors`."""
     return [entry.tensor_type.name for entry in _gguf_entries(path)]
 
 

@@ -46,7 +46,9 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
             raise WeightsError(f"{path} has a proj_l of shape {tuple(weight.shape)}, but it must be square.")
         faults = number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
     except (AttributeError, Fault, UsageError) as error:
-        raise WeightsError(f"{path} is no sla_attention.pt as SimpleTuner writes it: {error}. Get it again.") from error
+        raise WeightsError(
+            f"{path} is not an sla_attention.pt as SimpleTuner writes it: {error}. Get it again."
+        ) from error
     if faults:
         raise WeightsError(f"{path} does not fit: {'; '.join(faults)}. Get it again.")
     return SideFile(path, weight.float(), bias.float(), config)

@@ -92,7 +92,7 @@ class SLAMetadata:
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of tensors as they are stored: name, kind of number, shape and bytes; on as many threads as there are."""
+    """SHA-256 of tensors as they are stored: name, dtype, shape and bytes. It runs on all threads."""
 
     def digest(name: str) -> bytes:
         tensor = tensors[name].contiguous()

@@ -1,6 +1,6 @@
-"""Every public form of Wan2.1's weights, told apart by its keys: read, named as diffusers does, and accounted for.
+"""Read a Wan2.1 transformer of any public form under diffusers' names, with every tensor accounted for.
 
-Nothing is loaded in part: a tensor that is missing, unexpected, of another shape or of another kind of number stops it.
+Nothing is loaded in part: a missing or unexpected tensor, or one of another shape or dtype, is an error.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def read_checkpoint(
     """Read a transformer, or SimpleTuner's side file, whatever its form.
 
     Args:
-        dtype: of what is int8 or fp8 in the file.
+        dtype: of the tensors that are int8 or fp8 in the file.
         projections_only: leave all tensors out but `proj_l`.
         part: which transformer, where the file holds several.
-        shapes_only: multiply nothing out: what is int8 or fp8 has a shape and no values.
-    Raises: WeightsError if the file is broken, or holds something else. `check_fit` tells what does not fit a model.
+        shapes_only: do not dequantise: tensors that are int8 or fp8 get a shape and no values.
+    Raises: WeightsError if the file is broken, or holds something else. `check_fit` compares it with a model.
     """
     content = read_tensors(path)
     kind = identify(content)
@@ -48,7 +48,7 @@ def read_checkpoint(
     if projections_only:
         values = {name: value for name, value in values.items() if "proj_l" in name}
     checkpoint = _checkpoint(path, values, dtype, shapes_only)
-    checkpoint.faults += [f"{name} is there twice" for name in twice]
+    checkpoint.faults += [f"{name} appears twice" for name in twice]
     return checkpoint
 
 

@@ -1,1 +1,1 @@
-"""Everything that comes in and goes out: text, documents with bounds and types, paths, and files written whole."""
+"""Input and output: text, documents with bounds and types, paths, and files that are written whole."""

@@ -1,4 +1,4 @@
-"""Forms: what a document should hold, and in words what one holds instead.
+"""Check a document against a form, and say in words where it does not match.
 
 A form is `str`, `int`, `float` (any finite number), `bool`, `dict`, `list`, `None`, `object` for anything, a union of
 these (`int | None`), `[form]` for a list, `(form, form)` for a list of just these, `{"name": form, "other?": form}` for

@@ -1,4 +1,4 @@
-"""Text of users and of foreign files: read as UTF-8 or refused, cut to a line in messages, shown without harm."""
+"""Text from users and files: refused unless it is UTF-8, shortened for messages, escaped for terminals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a launch raises where a kernel can not run: Triton has a class of its own for a part of it only."""
+"""Errors of kernel launches, explained: what keeps a kernel from starting, and what to do about it."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def _explain(error: Exception) -> LaunchError:
                 f"{header} is missing, which Triton's launcher is compiled with", "apt install python3-dev"
             )
         tool = Path(error.cmd[0] if isinstance(error.cmd, list | tuple) else str(error.cmd).split()[0]).name
-        reason = f"{tool} can not compile Triton's launcher (exit code {error.returncode}; it says why above)"
+        reason = f"{tool} cannot compile Triton's launcher (exit code {error.returncode}; it says why above)"
         return LaunchError(reason, COMPILER)
     if "Triton Error [CUDA]" in text or "CUDA error" in text:
         return LaunchError(f"the driver does not run them ({text})", "a newer driver, and what nvidia-smi says")
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-        return LaunchError(f"Triton can not work ({text})", "TRITON_CACHE_DIR=<folder that takes files>, CC=<compiler>")
+        return LaunchError(f"Triton cannot work ({text})", "TRITON_CACHE_DIR=<folder that takes files>, CC=<compiler>")
     return LaunchError(text)

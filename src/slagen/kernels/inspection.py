@@ -219,7 +219,7 @@ def _cost(compiled: Compiled, code: Code) -> KernelCost:
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     if registers is None or spills is None:
-        raise RuntimeError(f"ptxas for sm_{job.target} says nothing that can be read: {said.strip()[:400]}")
+        raise RuntimeError(f"ptxas for sm_{job.target} printed nothing that can be parsed: {said.strip()[:400]}")
     copies = code.copies_in_flight() or 0
     if "cp.async.bulk" in compiled.ptx:
         copies = job.stages - 1

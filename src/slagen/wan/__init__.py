@@ -1,4 +1,4 @@
-"""The one door to diffusers: Wan pipelines, the attention inside them, and their SLA weights."""
+"""Wan pipelines of diffusers, the attention inside them, and their SLA weights: all that imports diffusers."""
 
 import logging
 

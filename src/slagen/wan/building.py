@@ -46,5 +46,5 @@ def cast_tensors(tensors: dict[str, Tensor], dtype: torch.dtype, kept: set[str],
     cast = {name: x.to(torch.float32 if kept & set(name.split(".")) else dtype) for name, x in tensors.items()}
     for name, tensor in cast.items():
         if tensor.dtype == torch.float16 != tensors[name].dtype and not is_finite(tensor):
-            raise WeightsError(f"{name} in {path} has values beyond float16. Try --dtype bf16, or fp32.")
+            raise WeightsError(f"{name} in {path} has values beyond the range of float16. Try --dtype bf16, or fp32.")
     return cast

@@ -92,7 +92,7 @@ def _check_free(target: Path, overwrite: bool, read: list[Path]) -> None:
     if (content and not overwrite) or (os.path.lexists(target) and not target.is_dir()):
         raise UsageError(f"{target} exists. Choose another output, or replace a folder with --overwrite.")
     if content and not content & MODEL_FILES:
-        raise UsageError(f"{target} is no model's folder, so nothing in it is replaced. Choose another output.")
+        raise UsageError(f"{target} is not a model's folder, so slagen does not replace it. Choose another output.")
     for path in read:
         if path.resolve().is_relative_to(target.resolve()):
             raise UsageError(f"{path} is read, but lies in {target}, which would be replaced. Choose another output.")
@@ -107,7 +107,7 @@ def _convert_transformer(
     on_note: Callable[[str], None],
 ) -> None:  # fmt: skip
     if path.suffix == ".gguf":
-        raise UsageError(f"{path} is GGUF, which is to be run as it is: generate --weights {path}.")
+        raise UsageError(f"{path} is GGUF, which runs as it is: generate --weights {path}.")
     found = peek(path, part)
     if found.untold:
         raise WeightsError(f"{path} {UNTOLD}")
@@ -186,7 +186,9 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
             "out_channels": tensors["proj_out.bias"].shape[0] // 4,
         }
     except (KeyError, IndexError) as error:
-        raise WeightsError(f"{checkpoint.path} lacks {error}, so it is no whole transformer. Get it again.") from error
+        raise WeightsError(
+            f"{checkpoint.path} lacks {error}, so it is not a complete transformer. Get it again."
+        ) from error
     if not width or width % head_dim:
         raise WeightsError(
             f"{checkpoint.path} has layers of width {width}, which are no heads of {head_dim}. Give the pipeline that "

@@ -1,4 +1,4 @@
-"""A diffusers pipeline's folder: where it lies, what its small files say of it, and whether it is a Wan2.1 model."""
+"""A diffusers pipeline's folder: where it lies, what its config files say, and whether it is a Wan2.1 model."""
 
 import re
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def describe_folder(folder: Path, name: str) -> ModelSource:
-    """Read a pipeline folder's small files. Raises WeightsError if it is no Wan2.1 text-to-video pipeline."""
+    """Read a pipeline folder's config files. Raises WeightsError if it is not a Wan2.1 text-to-video pipeline."""
     if not folder.is_dir():
         raise WeightsError(
             f"{folder} {kind_of_path(folder)}, but a model is a folder with a model_index.json in it. Give a diffusers "

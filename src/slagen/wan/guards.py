@@ -1,4 +1,4 @@
-"""What others did to a transformer that stands in the way of putting SLA into it, taking it out or saving it."""
+"""Refuse a transformer whose offloading, adapters or quantisation make it unsafe to install, remove or save SLA."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from slagen.errors import UsageError
 def refuse_offloaded(transformer: nn.Module, todo: str) -> None:
     """Raise UsageError where hooks keep the weights of layers elsewhere until their forward pass.
 
-    What is read there is nothing or noise, what is written is lost, and a layer that is new gets no hook.
+    Weights read there are empty or noise, what is written is lost, and a new layer gets no hook.
 
     Args:
-        todo: what can not be done, for the message.
+        todo: what cannot be done, for the message.
     """
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
@@ -25,15 +25,15 @@ def refuse_offloaded(transformer: nn.Module, todo: str) -> None:
             library, advice = "accelerate", "Call pipe.remove_all_hooks() before, and offload again afterwards."
         else:
             continue
-        raise UsageError(f"SLA can not be {todo} while {library} offloads the transformer's layers. {advice}")
+        raise UsageError(f"SLA cannot be {todo} while {library} offloads the transformer's layers. {advice}")
 
 
 def refuse_adapters(pipe: Any, todo: str) -> None:
     """Raise UsageError where a LoRA or the like is loaded into a pipeline's transformer, or fused into its weights.
 
     Args:
-        pipe: a pipeline, which knows what was fused, or a transformer, where only what is loaded can be told.
-        todo: what can not be done, for the message.
+        pipe: a pipeline, which knows what was fused, or a transformer, where only loaded adapters can be seen.
+        todo: what cannot be done, for the message.
     """
     transformer = getattr(pipe, "transformer", pipe)
     fused = sorted(getattr(pipe, "fused_loras", ()))
@@ -44,7 +44,7 @@ def refuse_adapters(pipe: Any, todo: str) -> None:
         state = f"fused ({', '.join(fused)})" if fused else f"loaded ({', '.join(loaded)})"
         steps = "pipe.unfuse_lora() and pipe.unload_lora_weights()" if fused else "pipe.unload_lora_weights()"
         raise UsageError(
-            f"SLA weights can not be {todo} while a LoRA is {state}: it changes the weights they belong to. "
+            f"SLA weights cannot be {todo} while a LoRA is {state}: it changes the weights they belong to. "
             f"Call {steps} first, and load the LoRA again afterwards."
         )
 
@@ -52,9 +52,7 @@ def refuse_adapters(pipe: Any, todo: str) -> None:
 def refuse_fused(transformer: nn.Module, todo: str) -> None:
     """Raise UsageError where an adapter's change has been added to the weights of a layer that still has it."""
     if any(hasattr(module, "base_layer") and getattr(module, "merged", False) for module in transformer.modules()):
-        raise UsageError(
-            f"SLA can not be {todo} while a LoRA is fused into the weights. Call pipe.unfuse_lora() first."
-        )
+        raise UsageError(f"SLA cannot be {todo} while a LoRA is fused into the weights. Call pipe.unfuse_lora() first.")
 
 
 def refuse_rounded(transformer: nn.Module, todo: str) -> None:
@@ -62,6 +60,7 @@ def refuse_rounded(transformer: nn.Module, todo: str) -> None:
     for name, x in transformer.named_parameters():
         if type(x) is not nn.Parameter or not x.is_floating_point() or x.element_size() < 2:
             raise UsageError(
-                f"SLA weights can not be {todo} into rounded weights ({name} is {type(x).__name__} of {x.dtype}): they "
-                "are held against the exact ones that they were trained from. Do it first, then quantise or cast."
+                f"SLA weights cannot be {todo} into quantised weights ({name} is {type(x).__name__} of {x.dtype}): "
+                "they are checked against the exact weights that they were trained from. Do it first, then quantise "
+                "or cast."
             )

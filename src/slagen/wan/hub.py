@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub: asked for their sizes first, fetched with resume, or found on this machine.
+"""Download files from the Hugging Face hub, with their sizes checked first, or find them on this machine.
 
 HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 """
@@ -110,21 +110,21 @@ def _fetch(
         return Path(snapshot_download(repo_id, **options))
     except HFValidationError as error:
         raise UsageError(
-            f"{quote(repo_id)} is no hub id. Give owner/name, a folder, or a preset with --model."
+            f"{quote(repo_id)} is not a hub id. Give owner/name, a folder, or a preset with --model."
         ) from error
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise EnvironmentProblem(
-            f"the hub has no model {quote(repo_id)} for you: check the name; a gated or private model wants a token of "
-            "yours (hf auth login, or HF_TOKEN), and a wrong token hides it."
+            f"the hub has no model {quote(repo_id)} that you can read. Check the name; a gated or private model needs "
+            "your token (hf auth login, or HF_TOKEN), and a wrong token hides it."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise EnvironmentProblem(_absent(repo_id, "it was not to be downloaded", advice)) from error
+        raise EnvironmentProblem(_absent(repo_id, "downloads are switched off", advice)) from error
     except FAILURES as error:
         return _from_cache(repo_id, options, error, advice)
 
 
 def _unreached(error: Exception) -> str:
-    """Why the hub cannot be asked, and what to mend where the environment names what no client takes."""
+    """Why the hub cannot be reached, and which setting of the environment to fix."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if "SOCKS" in str(error).upper():
         package = "pysocks" if "requests" in type(error).__module__ else "socksio"
@@ -135,7 +135,7 @@ def _unreached(error: Exception) -> str:
 
 
 def _from_cache(repo_id: str, options: dict[str, Any], error: Exception, advice: str) -> Path:
-    """What an earlier download left whole, where the hub cannot be asked now."""
+    """A complete earlier download, where the hub cannot be reached now."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code in (401, 403):
         raise EnvironmentProblem(f"the hub refuses {repo_id} ({first}). Check HF_TOKEN.") from error
@@ -150,7 +150,7 @@ def _absent(repo_id: str, why: str, advice: str) -> str:
 
 
 def _check_room(repo_id: str, info: Any, wanted: list[str], ignored: list[str], on_note: OnNote) -> None:
-    """Say what will be downloaded. Raises EnvironmentProblem if the disk does not hold it."""
+    """Note what will be downloaded. Raises EnvironmentProblem if the disk has too little room."""
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     names = filter_repo_objects(sizes, allow_patterns=wanted, ignore_patterns=ignored)
     missing = [name for name in names if not isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)]

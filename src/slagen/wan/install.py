@@ -174,8 +174,8 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
     if state_hash(base) != metadata.base_hash:
         raise UsageError(
-            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so what was trained "
-            "cannot be told from it. Give the tensors from before training as base."
+            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so what training "
+            "changed cannot be found. Give the tensors from before training as base."
         )
     kept = {
         name: tensor.detach().cpu().contiguous()
@@ -206,8 +206,8 @@ def apply_sla(
         config: how to divide the work; None is `SLAConfig()`.
         backend, branches: as in `sparse_linear_attention`.
         settings: fields of SLAConfig that differ from `config`, such as `sparsity=0.9`.
-    Raises: UsageError if SLA is installed already, the model is no Wan, or hooks offload its layers, or for a setting
-        that cannot work; TypeError for one that there is not.
+    Raises: UsageError if SLA is installed already, the model is not a Wan transformer, hooks offload its layers, or a
+        setting cannot work; TypeError for one that there is not.
     """
     install_untrained(pipe, dataclasses.replace(config or SLAConfig(), **settings), backend, branches)
     if branches != "sparse":
@@ -245,7 +245,7 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
         target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
         base = tensors.get(target, state.get(target))
         if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
-            raise WeightsError(f"{path} does not fit: {name} has no partner or no layer of its size to change.")
+            raise WeightsError(f"{path} does not fit: {name} has no matching lora_B, or changes no layer of its size.")
         product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
         changed[target] = base.to(product.device, torch.float32) + product
     return changed
@@ -255,7 +255,7 @@ def _fill(
     transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool,
     missing: list[str],
 ) -> None:  # fmt: skip
-    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are told."""
+    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are faults."""
     state = transformer.state_dict()
     faults = number_faults(tensors)
     tensors = _multiply_out(tensors, state, path)

@@ -44,7 +44,7 @@ def load_pipeline(
         vae: a file or folder of another VAE, in the original or in diffusers' names.
         text_encoder: False leaves text encoder and tokenizer out. transformer: False leaves it out.
     Raises: WeightsError if a file is broken, or a component's tensors are not its model's: one is missing or one too
-        many, or has another shape, another kind of number, or values that are not finite.
+        many, or has another shape, another dtype, or NaN or Inf.
     """
     check_utf8(source.folder)
     diffusers_logging.set_verbosity_error()

@@ -25,7 +25,7 @@ def resolve_model(
         model: a preset, a folder or a hub id; None is TurboWan 1.3B on CUDA and the bundled model elsewhere.
         own_transformer: False where another transformer will be used: its weights are not downloaded.
         local_files_only: download nothing.
-        on_note: told of downloads.
+        on_note: called with a line of text about each download.
     Raises: UsageError for a name that is none of these, EnvironmentProblem if the hub does not give it, WeightsError if
         the folder holds something else.
     """
@@ -49,7 +49,7 @@ def resolve_model(
 
 
 def check_told_model(path: Path, model: str) -> None:
-    """Raises UsageError for a model that a file names, which may be anybody's, and that would be downloaded for it."""
+    """Raise UsageError for a hub model that a file names and that would have to be downloaded: it may be anyone's."""
     known = model in (BUNDLED, *PRESETS) or user_path(model).exists()
     if not known and is_hub_id(model) and not is_cached(model):
         raise UsageError(f"{path} was made with the hub model {model}; give --model {model} to fetch it.")

@@ -87,11 +87,11 @@ def local_folder(model: str) -> Path | None:
 
 
 def unknown_model(model: str) -> UsageError:
-    """The error for a name that is no preset, folder or hub id, with the nearest name there is."""
+    """The error for a name that is not a preset, a folder or a hub id, with the nearest name there is."""
     known = [BUNDLED, *PRESETS]
     close = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.4)
     return UsageError(
-        f"model {quote(model)} is no preset, folder or hub id. Presets: {', '.join(known)}. "
+        f"model {quote(model)} is not a preset, a folder or a hub id. Presets: {', '.join(known)}. "
         f"Try --model {(close or known)[0]}."
     )
 
@@ -100,12 +100,13 @@ def check_sampler(sampler: str, distilled: bool) -> None:
     """Raise WeightsError for a sampler that weights are not made for: rcm for all but those distilled for it."""
     if distilled and sampler != "rcm":
         raise WeightsError(
-            f"--sampler is {sampler}, but these weights are distilled for rcm and make noise with any other. "
+            f"--sampler is {sampler}, but these weights are distilled for rcm and produce noise with any other. "
             "Leave --sampler out."
         )
     if not distilled and sampler == "rcm":
         raise WeightsError(
-            "--sampler is rcm, but these weights are not distilled for it and make noise with it. Leave --sampler out."
+            "--sampler is rcm, but these weights are not distilled for it and produce noise with it. Leave "
+            "--sampler out."
         )
 
 

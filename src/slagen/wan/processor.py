@@ -123,7 +123,7 @@ def make_processor(
 ) -> Any:
     """The processor of one layer: the module that a method builds, which diffusers can call.
 
-    Raises: Unavailable where the method or its backend can not run here.
+    Raises: Unavailable where the method or its backend cannot run here.
     """
     module: Any = method.build(config, layer, backend, device)
     module.__class__ = processor_class(type(module))  # type: ignore[arg-type]

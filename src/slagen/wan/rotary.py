@@ -86,7 +86,7 @@ def _is_plain(norm: nn.Module, x: Tensor) -> bool:
 
 
 def _is_proven(x: Tensor) -> bool:
-    """Try the kernel once for each device, dtype and shape of heads like x (B, L, H, D); a fault is told, once.
+    """Try the kernel once for each device, dtype and shape of heads like x (B, L, H, D); a fault is reported, once.
 
     During capture or compilation nothing is tried: what was found before stands.
     """

@@ -1,4 +1,4 @@
-"""What a transformer with SLA weights inside says of them in its config.json, when diffusers saves it."""
+"""Record in a transformer's config what its SLA weights were trained with, so that `save_pretrained` writes it."""
 
 from __future__ import annotations
 

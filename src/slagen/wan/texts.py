@@ -1,4 +1,4 @@
-"""What the text encoder reads of a text: its first tokens, and of a long one no more."""
+"""How much of a prompt the text encoder reads: it is cut at a number of tokens, and the cut is reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def may_be_cut(text: str, limit: int) -> bool:
 
 
 def tell_cut(tokenizer: Any, text: str, limit: int) -> str | None:
-    """How much of a text is read, and the words where it ends; None where all of it is.
+    """How much of a text the encoder reads, and the words at the cut; None where it reads all.
 
     Args:
         limit: tokens that are read, the end mark among them.

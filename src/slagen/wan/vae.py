@@ -30,7 +30,9 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     if kind in ("wan2.2-vae", "tiny-vae") and not own:
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     if kind != "vae" and not own:
-        raise WeightsError(f"{path} is no Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline.")
+        raise WeightsError(
+            f"{path} is not a Wan2.1 VAE. Give Wan2.1_VAE.pth, or the vae folder of a diffusers pipeline."
+        )
     fields = {} if config is None else read_json(config / "config.json", config)
     with init_empty_weights(), no_random_init(), reading_from(path if config is None else config / "config.json"):
         vae = AutoencoderKLWan.from_config(fields)
@@ -51,7 +53,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0].float()
     if not is_finite(video):
         raise SlagenError(
-            "the VAE made values of these latents that are not finite, so there is no video. Try other settings, or "
+            "the VAE produced NaN or Inf from these latents, so there is no video. Try other settings, or "
             "another VAE with --vae."
         )
     side = video.shape[-1] // latents.shape[-1]  # of the square of pixels that a latent stands for
@@ -59,8 +61,8 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     first = squares[:, :1, :1, :, :1]
     if (squares == first).all() and (first.abs() < 1).any():
         raise WeightsError(
-            "the decoded video is the same everywhere and at all times, so the weights of the VAE or the transformer "
-            "are damaged or do not fit together. Get the model again."
+            "the decoded video has the same colour everywhere in all frames, so the weights of the VAE or the "
+            "transformer are damaged or do not fit together. Get the model again."
         )
     frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return frames.permute(1, 2, 3, 0).cpu()

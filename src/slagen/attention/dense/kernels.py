@@ -29,7 +29,7 @@ def is_absent(name: str) -> bool:
 
 
 def dense_kernel(name: str, device: torch.device) -> Attend:
-    """What attends, of q, k, v (B, H, L, D) in one dtype. Raises Unavailable where this machine can not run it."""
+    """What attends, of q, k, v (B, H, L, D) in one dtype. Raises Unavailable where this machine cannot run it."""
     if name in ("auto", "sdpa"):
         return F.scaled_dot_product_attention
     if is_absent(name):

@@ -16,7 +16,7 @@ class Dense(nn.Module):
 
     Args:
         backend: a name of `dense.config.BACKENDS`. device: where it will run; None is the CPU.
-    Raises: Unavailable where this machine can not run that.
+    Raises: Unavailable where this machine cannot run that.
     """
 
     def __init__(self, config: DenseConfig, backend: str = "auto", device: torch.device | str | None = None) -> None:

@@ -11,7 +11,7 @@ from slagen.errors import EnvironmentProblem
 
 
 def pick_backend(name: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that SLA will run on. Raises EnvironmentProblem where a named one can not."""
+    """The backend that SLA will run on. Raises EnvironmentProblem where a named one cannot."""
     try:
         return choose_backend(torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device), name)
     except ValueError as error:

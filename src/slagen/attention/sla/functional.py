@@ -84,7 +84,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def choose_backend(q: Tensor, backend: Backend = "auto") -> Literal["reference", "torch", "triton"]:
-    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one can not take them."""
+    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot take them."""
     if backend == "auto":
         return "triton" if q.is_cuda and q.shape[-1] <= WELL_KNOWN and unsupported(q) is None else "torch"
     if backend == "triton" and (reason := unsupported(q)) is not None:

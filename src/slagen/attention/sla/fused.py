@@ -44,7 +44,7 @@ def fused_attention(
 
 
 def unsupported(q: Tensor) -> str | None:
-    """Why the kernels can not take tensors like q; None when they can. On a CPU they do under TRITON_INTERPRET=1."""
+    """Why the kernels cannot take tensors like q; None when they can. On a CPU they do under TRITON_INTERPRET=1."""
     return _why_not(q.device.type, q.dtype, q.shape[-1])
 
 
@@ -86,7 +86,7 @@ def verify(q: Tensor, config: SLAConfig) -> None:
 def prove(q: Tensor, config: SLAConfig) -> tuple[str | None, list[str]]:
     """Try the kernels on a tiny input, once for each device, dtype, head dimension, kind of block and set of tiles.
 
-    A tile that a card can not run, or that computes something else there, gives way to the next smaller one.
+    A tile that a card cannot run, or that computes something else there, gives way to the next smaller one.
     Returns: what is wrong with the smallest tiles, None where some are right; and what was with those that gave way.
     Raises: KernelProblem where no kernel can start, whatever its tile.
     """
@@ -144,7 +144,7 @@ def _attempt(q: Tensor, config: SLAConfig) -> tuple[str | None, str | None]:
             if error.of_tile:
                 return error.reason, choices.latest
             advice = f"{error.fix}, or --backend torch" if error.fix else "--backend torch"
-            message = f"the Triton kernels can not run on {q.device}: {error.reason}. Try {advice}."
+            message = f"the Triton kernels cannot run on {q.device}: {error.reason}. Try {advice}."
             raise KernelProblem(message) from error
     eps = torch.finfo(q.dtype).eps
     for name, actual, expected in zip(("o", "dq", "dk", "dv", "dweight", "dbias"), found, truth, strict=True):
