@@ -197,3 +197,22 @@ def test_check_prompt():
         with pytest.raises(UsageError, match="is not UTF-8 text") as caught:
             check_prompt("prompt", text)
         assert is_harmless(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "x", "--model", "FOLDER"],
+        ["generate", "x", "-o", "FOLDER.png"],
+        ["batch", "FOLDER"],
+        ["info", "FOLDER"],
+        ["generate", "x", "--weights", "FOLDER"],
+        ["decode", "FOLDER"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_is_named_in_full(command, capsys):
+    """Of more than 60 characters the middle was left out, which hides the slip of the pen."""
+    folder = "some-folder/" * 10 + "and-a-file"
+    assert run([part.replace("FOLDER", folder) for part in command]) == 2
+    assert folder in capsys.readouterr().err

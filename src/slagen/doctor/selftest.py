@@ -30,7 +30,7 @@ from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.io.files import scratch, write_json
 from slagen.io.paths import user_path
-from slagen.io.text import quote
+from slagen.io.text import quote_path
 
 SCHEMA_VERSION = 1
 PROMPT = "a red circle moving right"
@@ -207,7 +207,7 @@ def claim(output: str | None) -> Path:
     """Where the result goes. Raises UsageError before the work where it can not be written."""
     path = user_path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UsageError(f"output is {quote(str(path))}, but must be a file in an existing, writable folder.")
+        raise UsageError(f"output is {quote_path(path)}, but must be a file in an existing, writable folder.")
     return path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slagen.errors import UsageError
 from slagen.io.forms import shown
-from slagen.io.text import line, quote
+from slagen.io.text import line, quote_path
 
 VIDEO = ".mp4"
 
@@ -27,7 +27,7 @@ def check_output(text: str) -> None:
 def check_video(output: str | None) -> None:
     """Raise UsageError where an output is given that is no video's file."""
     if output is not None and not is_video(output):
-        raise UsageError(f"output is {quote(output)}, but must be a file that ends in {VIDEO}.")
+        raise UsageError(f"output is {quote_path(output)}, but must be a file that ends in {VIDEO}.")
 
 
 def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
@@ -39,8 +39,8 @@ def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
     suffix = _suffix(text.rstrip())
     if suffix and not os.path.isdir(os.path.expanduser(text)):
         raise UsageError(
-            f"the {name} is {quote(text)}, but must be {wanted}. For a folder of that name, put a slash at its end: "
-            f"{line(text)}/"
+            f"the {name} is {quote_path(text)}, but must be {wanted}. For a folder of that name, put a slash at its "
+            f"end: {line(text)}/"
         )
 
 
@@ -50,7 +50,7 @@ def check_utf8(path: str | Path) -> None:
         os.path.abspath(path).encode()
     except UnicodeEncodeError:
         raise UsageError(
-            f"the path of {quote(str(path))} has bytes that are not UTF-8, so safetensors cannot open it. Rename it."
+            f"the path of {quote_path(path)} has bytes that are not UTF-8, so safetensors cannot open it. Rename it."
         ) from None
 
 
@@ -68,11 +68,11 @@ def user_path(text: str | Path) -> Path:
     except RuntimeError:
         name = str(text).split("/")[0]
         raise UsageError(
-            f"{shown(str(text))} begins with {shown(name)}, but this machine has no such user. Write the path out; a "
+            f"{quote_path(text)} begins with {shown(name)}, but this machine has no such user. Write the path out; a "
             f"file of that name is ./{name}."
         ) from None
     except OSError as error:
-        raise UsageError(f"{shown(str(text))} cannot be used as a path ({error.strerror}).") from None
+        raise UsageError(f"{quote_path(text)} cannot be used as a path ({error.strerror}).") from None
     if "\0" in str(text):
-        raise UsageError(f"{shown(str(text))} holds a NUL byte, which no path can hold. Leave it out.")
+        raise UsageError(f"{quote_path(text)} holds a NUL byte, which no path can hold. Leave it out.")
     return path

@@ -12,6 +12,7 @@ from slagen.errors import UsageError
 MAX_PROMPT = 20_000  # characters of a prompt, a negative prompt or a caption; Wan reads 512 tokens of them
 MAX_LINE = 600  # characters of a line in a message
 MAX_QUOTE = 60
+MAX_PATH = 300  # characters of a path in a message
 
 # What a terminal obeys, or what changes how the rest reads: C0 but for the line feed, DEL and C1; marks, overrides and
 # isolates of direction; line and paragraph separators; byte order marks; and halves of pairs, which stand for bytes
@@ -97,6 +98,11 @@ def counted(number: int, noun: str) -> str:
 def quote(text: str) -> str:
     """Text of the user's for a message: at most a line of it, in quotes."""
     return f"'{line(cut(text))}'"
+
+
+def quote_path(path: object) -> str:
+    """A path or a model's name for a message, in quotes: whole, unless it alone would fill half a message."""
+    return f"'{line(cut(str(path), MAX_PATH))}'"
 
 
 def to_json(content: Any, *, exact: bool = False, **options: Any) -> str:

@@ -26,7 +26,7 @@ from slagen.formats.transformer import read_checkpoint
 from slagen.io.files import reserved, write_json, writing
 from slagen.io.paths import check_folder, check_utf8, user_path
 from slagen.io.reading import file_hash
-from slagen.io.text import counted, quote
+from slagen.io.text import counted, quote_path
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder
 from slagen.wan.install import save_sla
@@ -81,7 +81,7 @@ def describe_base(base: str) -> ModelSource:
     path = user_path(base)
     if not path.exists():
         raise UsageError(
-            f"--model is {quote(base)}, but convert needs a folder on this machine. Give one, or leave it out."
+            f"--model is {quote_path(base)}, but convert needs a folder on this machine. Give one, or leave it out."
         )
     return describe_folder(path, path.resolve().name)
 

@@ -12,7 +12,7 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.published import TURBO_SLA
 from slagen.io.paths import user_path
-from slagen.io.text import quote
+from slagen.io.text import quote_path
 from slagen.wan.defaults import ModelDefaults, TrainingDefaults
 from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
 
@@ -91,7 +91,7 @@ def unknown_model(model: str) -> UsageError:
     known = [BUNDLED, *PRESETS]
     close = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.4)
     return UsageError(
-        f"model {quote(model)} is not a preset, a folder or a hub id. Presets: {', '.join(known)}. "
+        f"model {quote_path(model)} is not a preset, a folder or a hub id. Presets: {', '.join(known)}. "
         f"Try --model {(close or known)[0]}."
     )
 
