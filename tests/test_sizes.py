@@ -12,9 +12,7 @@ MEDIAN = 180  # of the files; it is to become 150
 
 # Whoever splits one takes it out of the list; nothing is added to it.
 LARGE_FILES: set[str] = set()
-LARGE_FUNCTIONS = {
-    "generation/config.py:GenerateConfig.__post_init__",
-}
+LARGE_FUNCTIONS: set[str] = set()
 LARGE_CLASSES: set[str] = set()
 
 

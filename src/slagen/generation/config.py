@@ -28,6 +28,13 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
+# What is counted, with an option that an error suggests.
+COUNTS = {
+    "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
+    "steps": "--steps 50", "num_videos": "--num-videos 4",
+}  # fmt: skip
+# The sampling's numbers, each with its least value and an example.
+STRENGTHS = {"guidance_scale": (0.0, 5), "flow_shift": (MIN_STRENGTH, 3), "sigma_max": (MIN_STRENGTH, 80)}
 
 
 def drawn_seed(seed: int) -> int | None:
@@ -142,6 +149,19 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_texts()
+        self._check_kept_blocks()
+        self._check_whole_numbers()
+        self._check_strengths()
+        self._check_seed()
+        for name, choices in (("timing", Timing), ("dtype", Dtype), ("sampler", Sampler)):
+            value = getattr(self, name)
+            if value not in get_args(choices) and (name, value) != ("sampler", None):
+                raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
+        self._check_attention()
+
+    def _check_texts(self) -> None:
+        """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
         if not self.prompt.strip():
             raise UsageError(
                 'the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".'
@@ -149,6 +169,9 @@ class GenerateConfig:
         check_prompt("prompt", self.prompt)
         check_prompt("negative prompt", self.negative_prompt or "")
         check_output(self.output)
+
+    def _check_kept_blocks(self) -> None:
+        """Raise UsageError for a share of blocks, or a size of a block, that is out of range or said twice."""
         if self.sparsity is not None and self.sla_topk is not None:
             raise UsageError(
                 f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both say how many blocks are kept. "
@@ -161,52 +184,53 @@ class GenerateConfig:
         for name in ("block_m", "block_n"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), BLOCK_SIZES)
-        for name in ("width", "height", "num_frames", "fps", "steps", "num_videos", "seed"):
+
+    def _check_whole_numbers(self) -> None:
+        """Raise UsageError for a count that is not a whole number or out of range."""
+        for name in (*COUNTS, "seed"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise UsageError(f"{name} is {shown(value)}, but must be a whole number.")
         for name, most in MAX_OF_A_CLIP.items():
             value = getattr(self, name)
             if value is not None and value > most:
-                known = {"num_frames": "--num-frames 81", "fps": "--fps 16", "num_videos": "--num-videos 4"}
-                advice = known.get(name, "--size 832x480")
-                raise UsageError(f"{name} is {shown(value)}, but must be at most {most:,}. Try {advice}.")
+                raise UsageError(f"{name} is {shown(value)}, but must be at most {most:,}. Try {COUNTS[name]}.")
         if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise UsageError(
                 f"num_frames is {shown(self.num_frames)}, but Wan decodes 4k + 1 frames. Try --num-frames {nearest}."
             )
-        for name in ("width", "height", "fps", "steps", "num_videos"):
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
-                example = "--size 832x480" if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
+                example = COUNTS[name] if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
                 raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
         if self.steps is not None and self.steps > 1000:
             raise UsageError(f"steps is {self.steps}, but the sampler has 1000 time steps. Try --steps 50.")
         if (self.width is None) != (self.height is None):
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")
-        for name, example in (("guidance_scale", "5"), ("flow_shift", "3"), ("sigma_max", "80")):
+
+    def _check_strengths(self) -> None:
+        """Raise UsageError for a number of the sampling that is out of range."""
+        for name, (least, example) in STRENGTHS.items():
             value = getattr(self, name)
-            least = 0.0 if name == "guidance_scale" else MIN_STRENGTH
             if value is not None and not least <= value <= MAX_STRENGTH:
                 raise UsageError(
                     f"{name} is {shown(value)}, but must be from {least:g} to {MAX_STRENGTH:g}. "
                     f"Try --{name.replace('_', '-')} {example}."
                 )
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+
+    def _check_seed(self) -> None:
+        """Raise UsageError for a seed that torch does not take, of any of the videos."""
+        if self.seed is None:
+            return
+        if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
-        if self.seed is not None and self.seed > MAX_SEED - self.num_videos + 1:
+        if self.seed > MAX_SEED - self.num_videos + 1:
             raise UsageError(
                 f"seed is {self.seed} and num_videos is {self.num_videos}, but the last video's seed must be at most "
                 f"2**63 - 1. Try --seed {MAX_SEED - self.num_videos + 1}."
             )
-        for name, choices in (
-            ("timing", Timing), ("dtype", Dtype), ("sampler", Sampler),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value not in get_args(choices) and (name, value) != ("sampler", None):
-                raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
-        self._check_attention()
 
     def _check_attention(self) -> None:
         """Raise UsageError for a method that there is not, and for what it does not take."""
