@@ -28,12 +28,12 @@ def test_turns_share_the_time(monkeypatch):
     for _ in range(TURNS + 2):
         timer.turn()
     times = timer.times("forward")
-    assert times["repeats"] == 50 and len(times["turn_medians"]) == TURNS
+    assert times.repeats == 50 and len(times.turn_medians) == TURNS
     assert len(machine.calls) == warm + TURNS * 11  # of 11 calls in a turn the first is not counted
     assert machine.calls[:4] == ["a", "b", "c", "a"]
     counted = [warm + 11 * turn + call for turn in range(TURNS) for call in range(2, 12)]
-    assert times["median"] == pytest.approx((counted[24] + counted[25]) / 2)
-    assert times["turn_medians"][0] == pytest.approx(warm + 6.5)
+    assert times.median == pytest.approx((counted[24] + counted[25]) / 2)
+    assert times.turn_medians[0] == pytest.approx(warm + 6.5)
 
 
 @pytest.mark.parametrize(("seconds", "repeats"), [(10.0, 3), (1e-6, 100)], ids=["slow", "fast"])
@@ -43,4 +43,4 @@ def test_repeats_are_bounded(monkeypatch, seconds, repeats):
     for _ in range(TURNS):
         timer.turn()
     times = timer.times("forward")
-    assert times["repeats"] == repeats and times["q1"] <= times["median"] <= times["q3"]
+    assert times.repeats == repeats and times.q1 <= times.median <= times.q3

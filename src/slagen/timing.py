@@ -74,6 +74,23 @@ class SpanClock:
         return (time.perf_counter() - began) * 1e3 / repeats
 
 
+@dataclass(frozen=True)
+class Times:
+    """Durations of one thing, in milliseconds: median, first and third quartile, and how many there are."""
+
+    median: float
+    q1: float
+    q3: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class TurnTimes(Times):
+    """As Times, and the median of each turn."""
+
+    turn_medians: list[float]
+
+
 class Timer:
     """Times one call, in turns between which other calls can have theirs.
 
@@ -128,13 +145,13 @@ class Timer:
         for key, durations in spans.items():
             self._turns.setdefault(key, []).append(durations[uncounted:])
 
-    def times(self, key: Hashable) -> dict[str, Any]:
-        """The key's spans in milliseconds: median, quartiles, how many, and the median of each turn."""
+    def times(self, key: Hashable) -> TurnTimes:
+        """The spans of a key."""
         turns = self._turns[key]
         times = [duration for turn in turns for duration in turn]
         q1, median, q3 = quartiles(times)
         turn_medians = [statistics.median(turn) for turn in turns]
-        return {"median": median, "q1": q1, "q3": q3, "repeats": len(times), "turn_medians": turn_medians}
+        return TurnTimes(median, q1, q3, len(times), turn_medians)
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float, float]:

@@ -138,8 +138,8 @@ def test_bench_and_plan(toy, capsys):
     config = BenchConfig(
         shapes=("1x1x64x16",), methods=("window",), lengths=(), seconds=0.001, device="cpu", sparsities=(0.5,)
     )
-    (row,) = bench(config).content["rows"]
-    assert row["correct"] and row["kind"] == "sparse" and row["sparsity"] is None and row["forward_ms"]["median"] > 0
+    (row,) = bench(config).rows
+    assert row.correct and row.kind == "sparse" and row.sparsity is None and row.forward_ms.median > 0
     content = plan(GenerateConfig("a", model="wan2.1-t2v-1.3b", attention="window"))
     assert content["flops"]["sla_attention"] == 4 * content["tokens"] * 128 * 12 * 30
     assert content["flops_of"] == "window" and content["kept_fraction"] == 0.5 and content["key_blocks"] is None
@@ -155,11 +155,11 @@ def test_bench_of_a_model(toy, tmp_path):
     config = BenchConfig(
         model=str(save_pipeline(tmp_path / "model")), attention_options=(("window", 0),), block_m=16, block_n=16, **size
     )
-    rows = bench(config).content["models"]
-    assert [(row["attention"], row["backend"], row["sparsity"]) for row in rows] == [
+    rows = bench(config).models
+    assert [(row.attention, row.backend, row.sparsity) for row in rows] == [
         ("dense", "sdpa", None), ("sla", "torch", 0.95), ("window", "auto", None)
     ]  # fmt: skip
-    assert all(row["step_ms"]["median"] > 0 and row["attention_ms"]["median"] > 0 for row in rows)
+    assert all(row.step_ms.median > 0 and row.attention_ms.median > 0 for row in rows)
     named = dataclasses.replace(config, methods=("window", "linear"))
     assert [method.name for method in named.loop_methods] == ["linear", "window"]
     with pytest.raises(UsageError, match="method is 'flex', but a denoising loop is timed with sla, sparse, linear, w"):

@@ -18,6 +18,7 @@ from slagen.benchmark import clock, compare
 from slagen.benchmark import run as task
 from slagen.benchmark.config import BenchConfig, parse_shape
 from slagen.benchmark.methods import Method
+from slagen.benchmark.rows import BenchRow
 from slagen.benchmark.run import bench
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
@@ -39,35 +40,35 @@ def small_ceilings(monkeypatch):
 def test_rows_and_files(tmp_path):
     config = BenchConfig(**QUICK, methods=("sla", "sparse", "sdpa"), backward=True, output=str(tmp_path / "results"))
     result = bench(config)
-    rows = {row["method"]: row for row in result.content["rows"]}
+    rows = {row.method: row for row in result.rows}
     assert list(rows) == ["sla", "sparse", "sdpa"]
     for row in rows.values():
-        assert row.keys() >= FIELDS
-        assert row["correct"] is True and row["error"] < 1e-5
-        assert row["forward_ms"]["q1"] <= row["forward_ms"]["median"] <= row["forward_ms"]["q3"]
-        assert row["backward_ms"]["repeats"] >= 3
+        assert row.to_dict().keys() >= FIELDS
+        assert row.correct is True and row.error < 1e-5
+        assert row.forward_ms.q1 <= row.forward_ms.median <= row.forward_ms.q3
+        assert row.backward_ms.repeats >= 3
         flops = 4 * 2 * 256**2 * 32
-        assert row["tflops_dense_equivalent"] == pytest.approx(flops / row["forward_ms"]["median"] / 1e9)
-    assert [rows[name]["kind"] for name in rows] == ["sla", "sparse", "dense"]
-    assert (rows["sla"]["backend"], rows["sla"]["sparsity"], rows["sdpa"]["sparsity"]) == ("torch", 0.5, None)
-    ratio = rows["sdpa"]["forward_ms"]["median"] / rows["sla"]["forward_ms"]["median"]
-    assert rows["sla"]["speedup"] == pytest.approx(ratio) and rows["sdpa"]["speedup"] == 1
-    parts = rows["sla"]["parts_ms"]
+        assert row.tflops_dense_equivalent == pytest.approx(flops / row.forward_ms.median / 1e9)
+    assert [rows[name].kind for name in rows] == ["sla", "sparse", "dense"]
+    assert (rows["sla"].backend, rows["sla"].sparsity, rows["sdpa"].sparsity) == ("torch", 0.5, None)
+    ratio = rows["sdpa"].forward_ms.median / rows["sla"].forward_ms.median
+    assert rows["sla"].speedup == pytest.approx(ratio) and rows["sdpa"].speedup == 1
+    parts = rows["sla"].parts_ms
     assert list(parts) == ["block_map", "state", "projection", "fused"]
     assert all(duration > 0 for duration in parts.values())
     assert {path.name for path in result.files} == {"bench.json", "bench.md", "bench.png", "bench.svg"}
-    assert json.loads((tmp_path / "results" / "bench.json").read_text()) == result.content
+    assert json.loads((tmp_path / "results" / "bench.json").read_text()) == result.to_dict()
     table = (tmp_path / "results" / "bench.md").read_text()
-    times = [rows[name]["forward_ms"] for name in ("sla", "sparse", "sdpa")]
-    slower = any(found["q1"] > times[2]["q3"] for found in times)
+    times = [rows[name].forward_ms for name in ("sla", "sparse", "sdpa")]
+    slower = any(found.q1 > times[2].q3 for found in times)
     assert "| sla | torch | 0.5 |" in table and ("(slower)" in table) == slower
     assert (tmp_path / "results" / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_lengths_are_swept_at_one_sparsity():
     config = BenchConfig(**{**QUICK, "lengths": (128, 512), "sparsities": (0.9, 0.5)}, methods=("sla", "sdpa"))
-    rows = bench(config).content["rows"]
-    assert [(r["method"], r["shape"].split("x")[2], r["sparsity"]) for r in rows] == [
+    rows = bench(config).rows
+    assert [(r.method, r.shape.split("x")[2], r.sparsity) for r in rows] == [
         ("sla", "256", 0.9), ("sdpa", "256", None), ("sla", "256", 0.5),
         ("sla", "128", 0.9), ("sdpa", "128", None), ("sla", "512", 0.9), ("sdpa", "512", None),
     ]  # fmt: skip
@@ -76,8 +77,8 @@ def test_lengths_are_swept_at_one_sparsity():
 def test_a_wrong_method_is_reported_and_not_timed(monkeypatch):
     broken = Method("sdpa", "dense", lambda setting: lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 1.01)
     monkeypatch.setattr(task, "all_methods", lambda: (broken,))
-    row = bench(BenchConfig(**QUICK)).content["rows"][0]
-    assert row["correct"] is False and row["forward_ms"] is None and row["reason"].startswith("wrong: ")
+    row = bench(BenchConfig(**QUICK)).rows[0]
+    assert row.correct is False and row.forward_ms is None and row.reason.startswith("wrong: ")
 
 
 def test_what_other_libraries_cannot_do_is_said(monkeypatch):
@@ -85,8 +86,8 @@ def test_what_other_libraries_cannot_do_is_said(monkeypatch):
         raise RuntimeError("no kernel image\nfor this device")
 
     monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", fail),))
-    row = bench(BenchConfig(**QUICK)).content["rows"][0]
-    assert row["reason"] == "not supported here (RuntimeError: no kernel image)" and row["forward_ms"] is None
+    row = bench(BenchConfig(**QUICK)).rows[0]
+    assert row.reason == "not supported here (RuntimeError: no kernel image)" and row.forward_ms is None
 
 
 def test_methods_take_turns(monkeypatch):
@@ -101,8 +102,8 @@ def test_methods_take_turns(monkeypatch):
         return Method(name, "dense", lambda setting: attend)
 
     monkeypatch.setattr(task, "all_methods", lambda: (recorded("one"), recorded("two")))
-    rows = bench(BenchConfig(**QUICK)).content["rows"]
-    turns = [len(row["forward_ms"]["turn_medians"]) for row in rows]
+    rows = bench(BenchConfig(**QUICK)).rows
+    turns = [len(row.forward_ms.turn_medians) for row in rows]
     assert min(turns) >= 3 and len([1 for a, b in itertools.pairwise(order) if a != b]) >= 2 * min(turns) - 1
 
 
@@ -112,10 +113,10 @@ def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
 
     monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", make),))
     result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
-    row = result.content["rows"][0]
-    assert row["forward_ms"] and row["backward_ms"] is None and row["speedup"] == 1
-    assert row["reason"].startswith("backward pass: not supported here (RuntimeError: element 0 of tensors")
-    assert f"other: {row['reason']}" in result.verdicts
+    row = result.rows[0]
+    assert row.forward_ms and row.backward_ms is None and row.speedup == 1
+    assert row.reason.startswith("backward pass: not supported here (RuntimeError: element 0 of tensors")
+    assert f"other: {row.reason}" in result.verdicts
 
 
 def test_what_fails_at_the_full_length_is_said(monkeypatch):
@@ -135,8 +136,8 @@ def test_what_fails_at_the_full_length_is_said(monkeypatch):
 def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
     nothing = Method("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
     monkeypatch.setattr(task, "all_methods", lambda: (nothing,))
-    row = bench(BenchConfig(**QUICK, output=str(tmp_path))).content["rows"][0]
-    assert row["correct"] is False and row["reason"] == "wrong: it produced NaN or Inf"
+    row = bench(BenchConfig(**QUICK, output=str(tmp_path))).rows[0]
+    assert row.correct is False and row.reason == "wrong: it produced NaN or Inf"
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["error"] is None
 
 
@@ -177,7 +178,7 @@ def test_a_backend_that_can_not_take_the_shape_is_said():
 def test_break_even_is_where_slower_ends():
     def row(length, speedup, against="faster"):
         shape = f"1x1x{length}x64"
-        return {"method": "sla", "sparsity": 0.95, "shape": shape, "speedup": speedup, "against_dense": against}
+        return BenchRow("sla", "sla", "torch", shape, "float32", 0.95, speedup=speedup, against_dense=against)
 
     rows = [row(1024, 0.5, "slower"), row(2048, 1.1), row(4096, 0.9, "slower"), row(8192, 2.0), row(16384, 4.0)]
     assert compare.break_even(rows, 0.95) == 8192 and compare.even_tokens(rows, 0.95) is None
@@ -188,14 +189,14 @@ def test_break_even_is_where_slower_ends():
 
 def test_model_is_timed_dense_and_with_sla():
     config = BenchConfig(model="tiny-wan", steps=1, sparsities=(0.9,), block_m=16, block_n=16, device="cpu")
-    rows = bench(config).content["models"]
-    assert [(row["attention"], row["backend"], row["sparsity"]) for row in rows] == [
+    rows = bench(config).models
+    assert [(row.attention, row.backend, row.sparsity) for row in rows] == [
         ("dense", "sdpa", None),
         ("sla", "torch", 0.9),
     ]
     for row in rows:
-        assert 0 < row["attention_share"] < 1 and row["step_ms"]["median"] > row["attention_ms"]["median"] > 0
-    assert rows[0]["speedup"] == 1
+        assert 0 < row.attention_share < 1 and row.step_ms.median > row.attention_ms.median > 0
+    assert rows[0].speedup == 1
 
 
 @pytest.mark.parametrize(

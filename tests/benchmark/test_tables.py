@@ -1,5 +1,6 @@
 """What bench, doctor and models print: whole at 80 columns, without blanks at the ends of lines, and said once."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from slagen.benchmark import run as task
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import Method
 from slagen.benchmark.registry import all_methods
+from slagen.benchmark.rows import BenchRow, ModelRow
 from slagen.cli.output.bench import show_bench
 from slagen.cli.output.doctor import show_findings, show_selftest
 from slagen.cli.output.kernels import MAIN_KERNELS, show_kernels
@@ -19,6 +21,7 @@ from slagen.cli.output.weights import show_models
 from slagen.cli.table import Cell, Table
 from slagen.doctor.checks import Finding
 from slagen.generation.estimate import models
+from slagen.timing import Times, TurnTimes
 
 WIDTH = 80
 MEDIANS = "Times are medians; their quartiles and repeats are in the files and in --json."
@@ -43,20 +46,20 @@ def stdout(request, monkeypatch, capsys):
 
 
 def bench_row(method, **changes):
-    """A row of content as `bench` makes them, of a method that takes its longest numbers."""
+    """A row as `bench` makes them, of a method that takes its longest numbers."""
     backend = "triton" if method.name in ("sla", "sparse") else method.name
-    times = {"median": 0.0123456, "q1": 0.01, "q3": 0.02, "repeats": 100, "turn_medians": [0.01, 0.02]}
-    return {
-        "method": method.name, "kind": method.kind, "backend": backend, "shape": "1x12x32760x128", "sparsity": 0.95,
-        "correct": True, "reason": None, "forward_ms": times, "backward_ms": {**times, "median": 123456.7},
-        "tflops_dense_equivalent": 0.00123456, "speedup": 0.85, "against_dense": compare.SLOWER,
-    } | changes  # fmt: skip
+    times = TurnTimes(0.0123456, 0.01, 0.02, 100, [0.01, 0.02])
+    row = BenchRow(
+        method.name, method.kind, backend, "1x12x32760x128", "bfloat16", 0.95, correct=True, forward_ms=times,
+        backward_ms=dataclasses.replace(times, median=123456.7), tflops_dense_equivalent=0.00123456, speedup=0.85,
+        against_dense=compare.SLOWER,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)
 
 
 def bench_result(rows, models=(), **content):
     machine = {"name": "Some card", "matmul_tflops": 700.0, "copy_gb_s": 3000.0}
-    found = {"machine": machine, "rows": rows, "models": list(models), "break_even_tokens": {}, **content}
-    return tables.BenchResult(found)
+    return tables.BenchResult(machine, rows, list(models), **content)
 
 
 def test_bench_is_whole_at_80_columns(stdout):
@@ -69,20 +72,20 @@ def test_bench_is_whole_at_80_columns(stdout):
     assert [row for row in lines if row in ("1x12x1024x128", "1x12x32760x128")] == ["1x12x1024x128", "1x12x32760x128"]
     shown = [row.split() for row in lines]
     for row in rows[:-1]:
-        backend = ["triton"] if row["backend"] == "triton" else []
-        times = ["0.95", "0.0123", "123457", "0.00123", "0.85x", *["(slower)"] * (row["kind"] != "dense")]
-        assert shown.count([row["method"], *backend, *times]) == 2
+        backend = ["triton"] if row.backend == "triton" else []
+        times = ["0.95", "0.0123", "123457", "0.00123", "0.85x", *["(slower)"] * (row.kind != "dense")]
+        assert shown.count([row.method, *backend, *times]) == 2
     assert ["sla", "triton", "0.95", "wrong"] in shown
     assert "sla is wrong: its error is 0.1, the limit 0.01" in lines
 
 
 def test_bench_of_models_is_whole_at_80_columns(stdout):
-    row = {
-        "model": "turbowan2.1-t2v-1.3b-480p", "size": "832x480", "num_frames": 81, "attention": "sla",
-        "backend": "sdpa-flash", "compiled": True, "sparsity": 0.95, "attention_share": None, "speedup": 0.97,
-        "against_dense": tables.EVEN, "step_ms": {"median": 12345.6, "q1": 12000.0, "q3": 13000.0, "repeats": 4},
-    }  # fmt: skip
-    plain = {**row, "attention": "dense", "compiled": False, "attention_share": 0.75, "speedup": 1.0}
+    row = ModelRow(
+        "turbowan2.1-t2v-1.3b-480p", "sla", "sdpa-flash", 0.95, "832x480", 81, 4, compiled=True,
+        step_ms=Times(12345.6, 12000.0, 13000.0, 4), attention_ms=None, attention_share=None, peak_memory_gib=1.0,
+        speedup=0.97, against_dense=tables.EVEN,
+    )  # fmt: skip
+    plain = dataclasses.replace(row, attention="dense", compiled=False, attention_share=0.75, speedup=1.0)
     result = bench_result([], [plain, row])
     show_bench(result, False)
     lines = stdout()
@@ -165,7 +168,7 @@ def test_selftest_says_a_thing_once(stdout, tmp_path):
 
 
 def times(median, q1=None, q3=None):
-    return {"median": median, "q1": q1 or median, "q3": q3 or median, "repeats": 9, "turn_medians": [median] * 5}
+    return TurnTimes(median, q1 or median, q3 or median, 9, [median] * 5)
 
 
 @pytest.mark.parametrize(
@@ -190,15 +193,14 @@ def test_no_verdict_within_the_noise(sla, said, mark):
         backward_ms=None,
     )
     row = bench_row(METHODS[0], shape="1x2x256x64", forward_ms=sla, backward_ms=None)
-    compare.set_speedups([row, dense])
-    rows = [row, dense]
+    rows = compare.with_speedups([row, dense])
     result = bench_result(
         rows, break_even_tokens={"1x2x256x64": compare.break_even(rows, 0.95)},
         even_tokens={"1x2x256x64": compare.even_tokens(rows, 0.95)},
     )  # fmt: skip
     assert result.verdicts[-1].startswith(f"1x2x256x64: {said}")
     assert result.verdicts[-2].endswith("between rounds; where quartiles overlap, a difference is noise")
-    assert tables.cells(row)[-1] == mark and result.speedups == [f"{mark} at 1x2x256x64"]
+    assert tables.cells(rows[0])[-1] == mark and result.speedups == [f"{mark} at 1x2x256x64"]
 
 
 def quick(monkeypatch, methods, **changes):
@@ -230,8 +232,8 @@ def test_sparsities_that_keep_the_same_are_measured_once(monkeypatch, sparsities
     """At 8 blocks 0.9, 0.95 and 0.97 all keep one: the table showed noise between identical methods."""
     sparse = next(method for method in METHODS if method.name == "sparse")
     result, notes = quick(monkeypatch, (sparse,), shapes=("1x1x512x16",), sparsities=sparsities)
-    assert [row["sparsity"] for row in result.content["rows"]] == kept
-    assert [(group["sparsity"], group["also"]) for group in result.content["same_top_k"]] == groups
+    assert [row.sparsity for row in result.rows] == kept
+    assert [(group.sparsity, group.also) for group in result.same_top_k] == groups
     assert len([text for text in result.verdicts if "of 8 key blocks" in text]) == len(groups)
     assert not [text for text in notes if "of 8 key blocks" in text]  # the result says it
 

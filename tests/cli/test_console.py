@@ -79,7 +79,8 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     "show_report": lambda: [poisoned(REPORT)],
     "show_batch": lambda: [SimpleNamespace(**poisoned({"folder": Path("f"), "made": ["m"], "kept": ["k"], "elsewhere":
                            ["e"], "failed": [("n", "why")], "interrupted": False, "page": Path("p")}))],
-    "show_bench": lambda: [SimpleNamespace(content=poisoned(BENCH), files=poisoned([Path("f")]),
+    "show_bench": lambda: [SimpleNamespace(to_dict=lambda: poisoned(BENCH), machine=poisoned(BENCH["machine"]),
+                           files=poisoned([Path("f")]),
                            short_tables=[(HOSTILE, ("a", "b"), poisoned([["1", "2"]]), [HOSTILE])],
                            verdicts=poisoned(["v"]))],
     "show_findings": lambda: [[SimpleNamespace(**poisoned({"name": "n", "status": "ok", "found": "f", "fix": "x"}))]],

@@ -22,6 +22,7 @@ from slagen.benchmark import clock, loop, methods, operator, other_libraries
 from slagen.benchmark import run as bench
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.registry import all_methods
+from slagen.benchmark.rows import BenchRow
 from slagen.benchmark.tables import BenchResult
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
@@ -356,22 +357,22 @@ def test_doctor_goes_on_where_a_card_is_full_or_lost(card, monkeypatch):
 def row_of(method, shape):
     """The row of one method on the card."""
     config = BenchConfig(shapes=(shape,), sparsities=(0.5,), lengths=(), seconds=0.001, device="cuda")
-    content = {"rows": [], "break_even_tokens": {}}
-    operator.bench_shape(config, shape, [method], CARD, torch.float32, content, print)
-    return content["rows"][0]
+    result = BenchResult({})
+    operator.bench_shape(config, shape, [method], CARD, torch.float32, result, print)
+    return result.rows[0]
 
 
 def test_a_row_on_a_card(card, monkeypatch):
     """The backward is timed there; inputs are enough to leave the second-level cache."""
     sdpa = next(method for method in all_methods() if method.name == "sdpa")
     row = row_of(sdpa, "1x1x64x16")
-    assert row["reason"] is None and row["forward_ms"]["median"] == row["backward_ms"]["median"] == card.step_ms
-    assert row["training_forward_ms"]["median"] == card.step_ms
+    assert row.reason is None and row.forward_ms.median == row.backward_ms.median == card.step_ms
+    assert row.training_forward_ms.median == card.step_ms
     assert len(clock.draw_inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
     assert len(clock.draw_inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
     assert len(clock.draw_inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
     row = row_of(methods.Method("other", "dense", out_of_memory), "1x1x64x16")
-    assert row["reason"] == "out of memory on this device" and row["forward_ms"] is None
+    assert row.reason == "out of memory on this device" and row.forward_ms is None
 
 
 def test_flex_gets_tiles_on_a_card():
@@ -392,8 +393,8 @@ def test_dense_backends_need_a_card(card):
 
 def test_selftest_benches_wan_on_a_card(monkeypatch):
     asked = []
-    row = {"method": "sla", "correct": True, "speedup": 2.0, "shape": "1x12x4096x128"}
-    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or BenchResult({"rows": [row]}))
+    row = BenchRow("sla", "sla", "triton", "1x12x4096x128", "bfloat16", 0.95, correct=True, speedup=2.0)
+    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or BenchResult({}, [row]))
     for device in (GPU, CPU):
         assert selftest._bench(device, {}) == "SLA against dense attention: 2.00x at 1x12x4096x128"
     assert asked[0].shapes == ("wan-1.3b-480p",) and asked[0].device == "auto"
@@ -422,6 +423,6 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
     for name in ("install_method", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
-    monkeypatch.setattr(loop, "time_loop", lambda *args: {"step_ms": clock.spread([2.0])})
+    monkeypatch.setattr(loop, "time_loop", lambda *args: loop.LoopTimes(clock.spread([2.0]), None, None, 1.0))
     rows = loop.bench_model(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
-    assert [row["backend"] for row in rows] == ["sdpa-flash", "sdpa-cudnn", "triton"]
+    assert [row.backend for row in rows] == ["sdpa-flash", "sdpa-cudnn", "triton"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention.protocol import Attend
-from slagen.timing import TURNS, SpanClock, Timer, quartiles
+from slagen.timing import TURNS, SpanClock, Timer, Times, quartiles
 
 
 def draw_inputs(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
@@ -54,7 +54,7 @@ def median_ms(attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.de
     timer.warm_up()
     for _ in range(TURNS):
         timer.turn()
-    return timer.times("forward")["median"]
+    return timer.times("forward").median
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -68,6 +68,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     return {"matmul_tflops": 2 * n**3 / product / 1e9, "copy_gb_s": 2 * source.nbytes / copy / 1e6}
 
 
-def spread(times: list[float]) -> dict[str, Any]:
+def spread(times: list[float]) -> Times:
     q1, median, q3 = quartiles(times)
-    return {"median": median, "q1": q1, "q3": q3, "repeats": len(times)}
+    return Times(median, q1, q3, len(times))

@@ -22,7 +22,8 @@ from slagen.benchmark.clock import spread
 from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import unavailable
-from slagen.timing import StepRecorder
+from slagen.benchmark.rows import ModelRow
+from slagen.timing import StepRecorder, Times
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import num_tokens
 
@@ -53,9 +54,19 @@ class Contender:
         return f"{self.attention} ({self.backend})" + ("" if self.sparsity is None else f", sparsity {self.sparsity:g}")
 
 
+@dataclass(frozen=True)
+class LoopTimes:
+    """Where the time of a loop went; see ModelRow, whose fields these are."""
+
+    step_ms: Times
+    attention_ms: Times | None
+    attention_share: float | None
+    peak_memory_gib: float
+
+
 def bench_model(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_note: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> list[ModelRow]:
     """Time the denoising loop with dense attention, and with SLA and every method named or in no need of weights."""
     from slagen.wan.loading import load_pipeline, random_pipeline
     from slagen.wan.models import resolve_model
@@ -71,6 +82,7 @@ def bench_model(
         on_note(f"loading {source.name}")
         pipe, name, defaults = load_pipeline(source, device, dtype), source.name, source.defaults
     head_dim = pipe.transformer.config.attention_head_dim
+    width, height, num_frames = _size(config, defaults)
     rows = []
     for contender in [*_dense(config, device), *_methods(config, defaults, head_dim, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
@@ -81,14 +93,19 @@ def bench_model(
                     times = time_loop(pipe, config, defaults, compiled)
             finally:
                 remove(pipe.transformer)
-            about = {"attention": contender.attention, "backend": contender.backend, "sparsity": contender.sparsity}
-            rows.append({**about, **times})
-    fastest = min((row["step_ms"] for row in rows if row["attention"] == "dense"), key=lambda times: times["median"])
+            rows.append(ModelRow(
+                name, contender.attention, contender.backend, contender.sparsity, f"{width}x{height}", num_frames,
+                config.steps, compiled, **vars(times),
+            ))  # fmt: skip
+    fastest = min((row.step_ms for row in rows if row.attention == "dense"), key=lambda times: times.median)
     return [
-        {"model": name, **row, "speedup": fastest["median"] / row["step_ms"]["median"],
-         "against_dense": compare_times(row["step_ms"], fastest)}
+        dataclasses.replace(
+            row,
+            speedup=fastest.median / row.step_ms.median,
+            against_dense=compare_times(row.step_ms, fastest),
+        )
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 def _dense(config: BenchConfig, device: torch.device) -> list[Contender]:
@@ -153,7 +170,7 @@ def _compiled_blocks(transformer: Any) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> dict[str, Any]:
+def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> LoopTimes:
     """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
     from slagen.wan.processor import attach_recorder, denoising
 
@@ -190,9 +207,9 @@ def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled:
         run(config.steps)
     latency = [step.latency_ms or 0.0 for step in recorder.steps]
     attention = [sum(step.attention_ms) for step in recorder.steps]
-    return {
-        "size": f"{width}x{height}", "num_frames": num_frames, "steps": config.steps, "compiled": compiled,
-        "step_ms": spread(latency), "attention_ms": None if compiled else spread(attention),
-        "attention_share": None if compiled else sum(attention) / sum(latency),
-        "peak_memory_gib": machine.peak_memory_gib(device),
-    }  # fmt: skip
+    return LoopTimes(
+        step_ms=spread(latency),
+        attention_ms=None if compiled else spread(attention),
+        attention_share=None if compiled else sum(attention) / sum(latency),
+        peak_memory_gib=machine.peak_memory_gib(device),
+    )

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from slagen.attention.protocol import Attend, Unavailable
 from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
-from slagen.benchmark.compare import break_even, even_tokens, set_speedups
+from slagen.benchmark.compare import break_even, even_tokens, with_speedups
 from slagen.benchmark.config import BenchConfig, parse_shape
 from slagen.benchmark.methods import Method, Setting, build_module, unavailable
+from slagen.benchmark.rows import BenchRow, SameTopK
+from slagen.benchmark.tables import BenchResult
 from slagen.errors import SlagenError
 from slagen.io.text import counted
 from slagen.timing import TURNS, Timer
@@ -29,18 +31,22 @@ SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
 class Entry:
     """A row that is being measured: its method, and the timers of its passes once they are warm."""
 
-    row: dict[str, Any]
+    row: BenchRow
     method: Method
     setting: Setting
     sizes: tuple[int, int, int, int]
     timers: dict[str, Timer] = field(default_factory=dict)
 
+    def tell(self, **found: Any) -> None:
+        """Set fields of the row."""
+        self.row = dataclasses.replace(self.row, **found)
+
 
 def bench_shape(
     config: BenchConfig, shape: str, methods: list[Method], device: torch.device, dtype: torch.dtype,
-    content: dict[str, Any], on_note: Callable[[str], None],
+    result: BenchResult, on_note: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """All rows of one shape: the sparsities at full length, then the lengths at one sparsity."""
+    """Add all rows of one shape to a result: the sparsities at full length, then the lengths at one sparsity."""
     batch, num_heads, length, head_dim = parse_shape(shape)
     sparsities = config.sparsities or SPARSITIES
     lengths = config.lengths
@@ -48,7 +54,7 @@ def bench_shape(
         lengths = tuple(2**n for n in range(10, 20) if 2**n < length)
     swept = 0.95 if 0.95 in sparsities else sparsities[0]
     sparsities, groups = _distinct_sparsities(config, shape, sparsities, swept)
-    content.setdefault("same_top_k", []).extend(groups)
+    result.same_top_k = [*(result.same_top_k or []), *groups]
     plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
     entries: dict[tuple[Any, ...], Entry] = {}
     compared = []
@@ -58,21 +64,22 @@ def bench_shape(
             if key not in entries:  # dense rows do not depend on the sparsity
                 sizes = (batch, num_heads, tokens, head_dim)
                 entries[key] = _entry(config, method, sizes, sparsity, device, dtype)
-        compared.append([entries[key].row for key in keys])
-    content["rows"] += [entry.row for entry in entries.values()]
+        compared.append([entries[key] for key in keys])
     for tokens in dict.fromkeys(tokens for tokens, _ in plans):
         _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
-    for rows in compared:
-        set_speedups(rows)
+    for group in compared:
+        for entry, row in zip(group, with_speedups([entry.row for entry in group]), strict=True):
+            entry.row = row
     own = [entry.row for entry in entries.values()]
-    if any(row["method"] == "sla" and row["speedup"] is not None for row in own):
-        content["break_even_tokens"][shape] = break_even(own, swept)
-        content.setdefault("even_tokens", {})[shape] = even_tokens(own, swept)
+    result.rows += own
+    if any(row.method == "sla" and row.speedup is not None for row in own):
+        result.break_even_tokens[shape] = break_even(own, swept)
+        result.even_tokens = {**(result.even_tokens or {}), shape: even_tokens(own, swept)}
 
 
 def _distinct_sparsities(
     config: BenchConfig, shape: str, sparsities: tuple[float, ...], swept: float
-) -> tuple[tuple[float, ...], list[dict[str, Any]]]:
+) -> tuple[tuple[float, ...], list[SameTopK]]:
     """The sparsities that keep different numbers of key blocks, and groups of equals; `swept` stands for its own."""
     blocks = config.sla(swept).num_blocks(parse_shape(shape)[2])[1]
     alike: dict[tuple[int, int], list[float]] = {}
@@ -85,7 +92,7 @@ def _distinct_sparsities(
         shown.append(first)
         also = [sparsity for sparsity in same if sparsity != first]
         if also:
-            groups.append({"shape": shape, "sparsity": first, "also": also, "kept": kept, "blocks": blocks})
+            groups.append(SameTopK(shape, first, also, kept, blocks))
     return tuple(shown), groups
 
 
@@ -100,13 +107,10 @@ def _entry(
     bias = torch.randn(head_dim, generator=generator).to(device)
     own = dict(config.attention_options)
     setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1], own)
-    row: dict[str, Any] = {
-        "method": method.name, "kind": method.kind, "backend": _backend_name(method, setting, head_dim),
-        "shape": "x".join(map(str, sizes)), "dtype": str(dtype).removeprefix("torch."),
-        "sparsity": sparsity if method.takes_sparsity else None, "correct": None, "error": None, "reason": None,
-        "compile_s": None, "forward_ms": None, "training_forward_ms": None, "backward_ms": None, "parts_ms": None,
-        "tflops_dense_equivalent": None, "speedup": None, "against_dense": None, "speedup_forward_backward": None,
-    }  # fmt: skip
+    row = BenchRow(
+        method.name, method.kind, _backend_name(method, setting, head_dim), "x".join(map(str, sizes)),
+        str(dtype).removeprefix("torch."), sparsity if method.takes_sparsity else None,
+    )  # fmt: skip
     return Entry(row, method, setting, sizes)
 
 
@@ -120,8 +124,8 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
     for entry in entries:
         with _reasons(entry):
             _prepare(entry, inputs, config.seconds, backward, on_note)
-        if entry.row["reason"] and not entry.timers and entry.method.name in config.methods:
-            raise unavailable(entry.method.name, entry.row["reason"])
+        if entry.row.reason and not entry.timers and entry.method.name in config.methods:
+            raise unavailable(entry.method.name, entry.row.reason)
     for _ in range(TURNS):
         for entry in entries:
             for name in list(entry.timers):
@@ -129,32 +133,30 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
                     entry.timers[name].turn()
     for entry in entries:
         _fill_in(entry)
-        if entry.method.record is not None and entry.method.record.parts is not None and entry.row["forward_ms"]:
-            entry.row["parts_ms"] = _time_parts(entry, inputs, config.seconds)
+        if entry.method.record is not None and entry.method.record.parts is not None and entry.row.forward_ms:
+            entry.tell(parts_ms=_time_parts(entry, inputs, config.seconds))
 
 
 def _prepare(
     entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool, on_note: Callable[[str], None]
 ) -> None:
     """Build a method, validate it, and warm up its passes."""
-    row, setting = entry.row, entry.setting
+    setting, sparsity = entry.setting, entry.row.sparsity
     attend = entry.method.make(setting)
-    label = "" if row["sparsity"] is None else f", sparsity {row['sparsity']:g}"
+    label = "" if sparsity is None else f", sparsity {sparsity:g}"
     on_note(f"{entry.method.name}, {counted(entry.sizes[2], 'token')}{label}")
     error = _error(entry.method, setting, attend, entry.sizes[3])
     limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
-    row["correct"] = error <= limit
     if not math.isfinite(error):
-        row["reason"] = "wrong: it produced NaN or Inf"
+        entry.tell(correct=False, reason="wrong: it produced NaN or Inf")
         return
-    row["error"] = error
-    if not row["correct"]:
-        row["reason"] = (
-            f"wrong: its error relative to the float64 reference is {error:.2g}, over the limit of {limit:.2g}"
-        )
+    if error > limit:
+        reason = f"wrong: its error relative to the float64 reference is {error:.2g}, over the limit of {limit:.2g}"
+        entry.tell(correct=False, error=error, reason=reason)
         return
+    entry.tell(correct=True, error=error)
     timer = forward_timer(attend, inputs, setting.device, seconds)
-    row["compile_s"] = timer.warm_up()
+    entry.tell(compile_s=timer.warm_up())
     entry.timers["forward"] = timer
     if backward and entry.method.backward:
         with _reasons(entry, "backward"):
@@ -181,21 +183,19 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
         reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
     if timer is not None:
         entry.timers.pop(timer, None)
-    entry.row["reason"] = f"backward pass: {reason}" if timer == "backward" else reason
+    entry.tell(reason=f"backward pass: {reason}" if timer == "backward" else reason)
 
 
 def _fill_in(entry: Entry) -> None:
     """Move the times of a method that has run into its row."""
-    row = entry.row
     if "forward" in entry.timers:
         batch, num_heads, length, head_dim = entry.sizes
-        row["forward_ms"] = entry.timers["forward"].times("forward")
-        row["tflops_dense_equivalent"] = (
-            4 * batch * num_heads * length**2 * head_dim / row["forward_ms"]["median"] / 1e9
-        )
+        times = entry.timers["forward"].times("forward")
+        flops = 4 * batch * num_heads * length**2 * head_dim
+        entry.tell(forward_ms=times, tflops_dense_equivalent=flops / times.median / 1e9)
     if "backward" in entry.timers:
-        row["training_forward_ms"] = entry.timers["backward"].times("forward")
-        row["backward_ms"] = entry.timers["backward"].times("backward")
+        both = entry.timers["backward"]
+        entry.tell(training_forward_ms=both.times("forward"), backward_ms=both.times("backward"))
     entry.timers.clear()
 
 

@@ -13,7 +13,6 @@ import importlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,6 +31,7 @@ from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import user_path
 from slagen.io.stages import staging
 from slagen.io.text import quote
+from slagen.plot import Timed
 
 JSON_FILE = "bench.json"
 
@@ -59,7 +59,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     with reserved(folder / JSON_FILE):
         check_writable(folder)  # before the measurement
         result = _rows(config, device, dtype, methods, on_note)
-        result.files = _write(folder, result.content, on_note)
+        result.files = _write(folder, result, on_note)
     return result
 
 
@@ -73,21 +73,16 @@ def _rows(
         backend = pick_backend(config.backend, head_dim, device, dtype)
         if any(_has_kernels(method) for method in methods) and not (config.model or config.random_init):
             check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
-    content: dict[str, Any] = {
-        "machine": {
-            **machine.describe_device(device), "versions": machine.versions(), **measure_ceilings(device, dtype),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-        "rows": [],
-        "models": [],
-        "break_even_tokens": {},
-    }  # fmt: skip
+    result = BenchResult({
+        **machine.describe_device(device), "versions": machine.versions(), **measure_ceilings(device, dtype),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    })  # fmt: skip
     if config.model or config.random_init:
-        content["models"] = bench_model(config, device, dtype, on_note)
+        result.models = bench_model(config, device, dtype, on_note)
     else:
         for shape in config.shapes:
-            bench_shape(config, shape, methods, device, dtype, content, on_note)
-    return BenchResult(content)
+            bench_shape(config, shape, methods, device, dtype, result, on_note)
+    return result
 
 
 def _check_present(config: BenchConfig, methods: list[Method]) -> None:
@@ -101,17 +96,21 @@ def _has_kernels(method: Method) -> bool:
     return method.record is not None and method.record.config is SLAConfig
 
 
-def _write(folder: Path, content: dict[str, Any], on_note: Callable[[str], None]) -> list[Path]:
+def _write(folder: Path, result: BenchResult, on_note: Callable[[str], None]) -> list[Path]:
     """bench.json, bench.md, and where shapes were timed bench.png and bench.svg: all of them, or none."""
     with staging(folder) as stage:
         files = [stage.folder / JSON_FILE, stage.folder / "bench.md"]
-        write_json(files[0], content)
-        write_text(files[1], markdown(BenchResult(content)))
-        if any(row["forward_ms"] for row in content["rows"]):
+        write_json(files[0], result.to_dict())
+        write_text(files[1], markdown(result))
+        points = [
+            Timed(row.method, row.tokens, row.sparsity, row.forward_ms.median) for row in result.rows if row.forward_ms
+        ]
+        if points:
             from slagen.plot import draw_bench
 
+            title = f"{result.machine['name']}, {result.rows[0].dtype}, {result.machine['date'][:10]}"
             try:
-                files += draw_bench(content, stage.folder)
+                files += draw_bench(points, title, stage.folder)
             except ImportError as error:
                 if (lack := packages.explain(error)) is None:
                     raise

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from slagen.benchmark.compare import EVEN, SLOWER
+from slagen.benchmark.rows import BenchRow, ModelRow, SameTopK
 from slagen.io.text import counted
+from slagen.timing import TurnTimes
 
 COLUMNS = (
     "shape", "method", "backend", "sparsity", "forward ms (quartiles, repeats)", "backward ms", "dense TFLOP/s",
@@ -23,29 +25,57 @@ NEVER = "SLA is slower than dense attention at the longest sequence measured"
 
 @dataclass
 class BenchResult:
-    """What was measured. `content` is what --json prints; `files` were written."""
+    """What was measured.
 
-    content: dict[str, Any]
+    Args:
+        machine: the device, versions, ceilings and date.
+        rows: of attention calls. models: of denoising loops.
+        break_even_tokens: by shape, the length from which on SLA is faster than dense attention; None if never.
+        same_top_k: sparsities that were not timed, as they keep the same blocks; None where no shape was timed.
+        even_tokens: by shape, a length with no verdict; None where SLA was not timed.
+        files: that were written.
+    """
+
+    machine: dict[str, Any]
+    rows: list[BenchRow] = field(default_factory=list)
+    models: list[ModelRow] = field(default_factory=list)
+    break_even_tokens: dict[str, int | None] = field(default_factory=dict)
+    same_top_k: list[SameTopK] | None = None
+    even_tokens: dict[str, int | None] | None = None
     files: list[Path] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints and bench.json holds."""
+        content: dict[str, Any] = {
+            "machine": self.machine,
+            "rows": [row.to_dict() for row in self.rows],
+            "models": [row.to_dict() for row in self.models],
+            "break_even_tokens": self.break_even_tokens,
+        }
+        if self.same_top_k is not None:
+            content["same_top_k"] = [group.to_dict() for group in self.same_top_k]
+        if self.even_tokens is not None:
+            content["even_tokens"] = self.even_tokens
+        return content
 
     @property
     def tables(self) -> list[tuple[tuple[str, ...], list[list[str]]]]:
         """Column names and rows, as text: of attention calls, and of models."""
         return [
             (COLUMNS, [cells(row) for row in self._shown]),
-            (MODEL_COLUMNS, [model_cells(row) for row in self.content["models"]]),
+            (MODEL_COLUMNS, [model_cells(row) for row in self.models]),
         ]
 
     @property
     def short_tables(self) -> list[tuple[str, tuple[str, ...], list[list[str]], list[str]]]:
         """For 80 columns: a heading, column names, rows, and what is said below, of each shape or model."""
-        rows: dict[str, list[dict[str, Any]]] = {}
+        rows: dict[str, list[BenchRow]] = {}
         for row in self._shown:
-            rows.setdefault(row["shape"], []).append(row)
-        models: dict[str, list[dict[str, Any]]] = {}
-        for row in self.content["models"]:
-            models.setdefault(_model(row), []).append(row)
-        wrong = {shape: [f"{row['method']} is {row['reason']}" for row in found if not row["forward_ms"]]
+            rows.setdefault(row.shape, []).append(row)
+        models: dict[str, list[ModelRow]] = {}
+        for model in self.models:
+            models.setdefault(_model(model), []).append(model)
+        wrong = {shape: [f"{row.method} is {row.reason}" for row in found if not row.forward_ms]
                  for shape, found in rows.items()}  # fmt: skip
         return [
             *[(shape, SHORT_COLUMNS, list(map(short_cells, found)), wrong[shape]) for shape, found in rows.items()],
@@ -55,33 +85,32 @@ class BenchResult:
     @property
     def speedups(self) -> list[str]:
         """What SLA is beside dense attention, at each shape that was timed."""
-        rows = [row for row in self.content["rows"] if row["method"] == "sla" and row["speedup"]]
-        return [f"{_speedup(row, True)} at {row['shape']}" for row in rows]
+        rows = [row for row in self.rows if row.method == "sla" and row.speedup]
+        return [f"{_speedup(row, True)} at {row.shape}" for row in rows]
 
     @property
-    def _shown(self) -> list[dict[str, Any]]:
-        return [row for row in self.content["rows"] if row["forward_ms"] or row["correct"] is False]
+    def _shown(self) -> list[BenchRow]:
+        return [row for row in self.rows if row.forward_ms or row.correct is False]
 
     @property
     def verdicts(self) -> list[str]:
         """Lines on what did not run and why, how steady the times are, and from what length on SLA pays."""
-        rows = self.content["rows"]
         reasons: dict[str, list[str]] = {}
-        for row in rows:
-            if row["reason"] and row["correct"] is not False:
-                reasons.setdefault(row["reason"], []).append(row["method"])
+        for row in self.rows:
+            if row.reason and row.correct is not False:
+                reasons.setdefault(row.reason, []).append(row.method)
         lines = [
             f"{', '.join(dict.fromkeys(names))}: {reason.removeprefix('is ')}" for reason, names in reasons.items()
         ]
-        lines += [merged(**group) for group in self.content.get("same_top_k", [])]
-        drifts = [_drift(row["forward_ms"]) for row in rows if row["forward_ms"]]
+        lines += [str(group) for group in self.same_top_k or []]
+        drifts = [_drift(row.forward_ms) for row in self.rows if row.forward_ms]
         if drifts:
             drift = f"{max(drifts):.0%}"
             lines.append(
                 f"medians varied by up to {drift} between rounds; where quartiles overlap, a difference is noise"
             )
-        for shape, tokens in self.content["break_even_tokens"].items():
-            even = self.content.get("even_tokens", {}).get(shape)
+        for shape, tokens in self.break_even_tokens.items():
+            even = (self.even_tokens or {}).get(shape)
             pays = f"SLA is faster than dense attention from {tokens:,} tokens on" if tokens else NEVER
             if even and not tokens:
                 pays = (
@@ -92,20 +121,9 @@ class BenchResult:
         return list(dict.fromkeys(lines))
 
 
-def merged(shape: str, sparsity: float, also: list[float], kept: int, blocks: int) -> str:
-    """A line on sparsities that were measured once, as they keep the same blocks."""
-    *most, last = (f"{other:g}" for other in also)
-    others = f"sparsities {', '.join(most)} and {last}" if most else f"sparsity {last}"
-    verbs = ("keep", "are") if most else ("keeps", "is")
-    return (
-        f"{shape}: {others} {verbs[0]} {kept} of {blocks} key blocks, the same as {sparsity:g}, and "
-        f"{verbs[1]} not timed separately"
-    )
-
-
 def markdown(result: BenchResult) -> str:
     """The rows as tables, under the machine they were measured on."""
-    about = result.content["machine"]
+    about = result.machine
     lines = [f"# slagen bench: {about['name']}", "", f"{about['date']}; " + ", ".join(
         f"{package} {number}" for package, number in about["versions"].items()
     ) + f"; matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s.", ""]  # fmt: skip
@@ -117,73 +135,75 @@ def markdown(result: BenchResult) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def cells(row: BenchRow) -> list[str]:
     """One row of the table, as text; a method that was not timed says why."""
-    shown = [row["shape"], row["method"], row["backend"], _number(row["sparsity"])]
-    if not row["forward_ms"]:
-        return [*shown, row["reason"] or "", "", "", ""]
-    forward, backward = row["forward_ms"], row["backward_ms"]
+    shown = [row.shape, row.method, row.backend, _number(row.sparsity)]
+    if not row.forward_ms:
+        return [*shown, row.reason or "", "", "", ""]
+    forward, backward = row.forward_ms, row.backward_ms
     return [
         *shown,
-        f"{forward['median']:.4g} ({forward['q1']:.4g}-{forward['q3']:.4g}, {forward['repeats']})",
-        f"{backward['median']:.4g}" if backward else "",
-        f"{row['tflops_dense_equivalent']:.4g}",
-        _speedup(row, row["kind"] != "dense"),
+        f"{forward.median:.4g} ({forward.q1:.4g}-{forward.q3:.4g}, {forward.repeats})",
+        f"{backward.median:.4g}" if backward else "",
+        f"{row.tflops_dense_equivalent:.4g}",
+        _speedup(row, row.kind != "dense"),
     ]
 
 
-def short_cells(row: dict[str, Any]) -> list[str]:
+def short_cells(row: BenchRow) -> list[str]:
     """As `cells`, without the shape and the quartiles; a backend that is the method itself is not said twice."""
-    backend = "" if row["backend"] == row["method"] else row["backend"]
-    shown = [row["method"], backend, _number(row["sparsity"])]
-    if not row["forward_ms"]:
+    backend = "" if row.backend == row.method else row.backend
+    shown = [row.method, backend, _number(row.sparsity)]
+    if not row.forward_ms:
         return [*shown, "wrong", "", "", ""]
-    backward = row["backward_ms"]
-    times = [_short(row["forward_ms"]["median"]), _short(backward["median"]) if backward else ""]
-    return [*shown, *times, _short(row["tflops_dense_equivalent"]), _speedup(row, row["kind"] != "dense")]
+    backward = row.backward_ms
+    times = [_short(row.forward_ms.median), _short(backward.median) if backward else ""]
+    return [*shown, *times, _short(row.tflops_dense_equivalent), _speedup(row, row.kind != "dense")]
 
 
-def model_cells(row: dict[str, Any]) -> list[str]:
+def model_cells(row: ModelRow) -> list[str]:
     """One row of the table of models, as text."""
-    step = row["step_ms"]
+    step = row.step_ms
     attention, backend, sparsity, _, share, speedup = short_model_cells(row)
-    times = f"{step['median']:.4g} ({step['q1']:.4g}-{step['q3']:.4g})"
+    times = f"{step.median:.4g} ({step.q1:.4g}-{step.q3:.4g})"
     return [_model(row), attention, backend, sparsity, times, share, speedup]
 
 
-def short_model_cells(row: dict[str, Any]) -> list[str]:
+def short_model_cells(row: ModelRow) -> list[str]:
     """As `model_cells`, without the model and the quartiles."""
     return [
-        row["attention"],
-        row["backend"] + ", compiled" * row["compiled"],
-        _number(row["sparsity"]),
-        _short(row["step_ms"]["median"]),
-        "" if row["compiled"] else f"{row['attention_share']:.0%}",
-        _speedup(row, row["attention"] != "dense"),
+        row.attention,
+        row.backend + ", compiled" * row.compiled,
+        _number(row.sparsity),
+        _short(row.step_ms.median),
+        "" if row.attention_share is None else f"{row.attention_share:.0%}",
+        _speedup(row, row.attention != "dense"),
     ]
 
 
-def _model(row: dict[str, Any]) -> str:
-    return f"{row['model']} {row['size']}, {counted(row['num_frames'], 'frame')}"
+def _model(row: ModelRow) -> str:
+    return f"{row.model} {row.size}, {counted(row.num_frames, 'frame')}"
 
 
-def _speedup(row: dict[str, Any], judged: bool) -> str:
-    if row["speedup"] is None:
+def _speedup(row: BenchRow | ModelRow, judged: bool) -> str:
+    if row.speedup is None:
         return ""
-    said = {SLOWER: " (slower)", EVEN: " (noise)"}.get(row.get("against_dense", ""), "") if judged else ""
-    return f"{row['speedup']:.2f}x{said}"
+    said = {SLOWER: " (slower)", EVEN: " (noise)"}.get(row.against_dense or "", "") if judged else ""
+    return f"{row.speedup:.2f}x{said}"
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _short(value: float) -> str:
-    """A number in at most 8 characters, with at least three digits of it."""
+def _short(value: float | None) -> str:
+    """A number in at most 8 characters, with at least three digits of it; nothing for None."""
+    if value is None:
+        return ""
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}" if value >= 1 else f"{value:.3g}"
 
 
-def _drift(times: dict[str, Any]) -> float:
+def _drift(times: TurnTimes) -> float:
     """How far the medians of the turns lie apart, as a share of the median of all."""
-    medians = times["turn_medians"]
-    return (max(medians) - min(medians)) / times["median"]
+    medians = times.turn_medians
+    return (max(medians) - min(medians)) / times.median

@@ -180,8 +180,8 @@ def _bench(device: torch.device, content: dict[str, Any]) -> str:
 
     config = BENCH_ON_CPU if device.type == "cpu" else BENCH
     result = bench(config)
-    content["bench"] = rows = result.content["rows"]
-    wrong = [f"{row['method']}: {row['reason']}" for row in rows if row["correct"] is False]
+    content["bench"] = [row.to_dict() for row in result.rows]
+    wrong = [f"{row.method}: {row.reason}" for row in result.rows if row.correct is False]
     if wrong:
         raise Wrong("; ".join(wrong))
     return f"SLA against dense attention: {', '.join(result.speedups)}"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slagen.cli.console import write, write_json, write_sentence, write_table, write_text
 from slagen.cli.table import Table
 
+if TYPE_CHECKING:
+    from slagen.benchmark.tables import BenchResult
 
-def show_bench(result: Any, as_json: bool) -> None:
+
+def show_bench(result: BenchResult, as_json: bool) -> None:
     """Print what `bench` measured: tables on stdout that fit 80 columns, or JSON alone."""
-    content = result.content
     if as_json:
-        write_json(content, allow_nan=False)
+        write_json(result.to_dict(), allow_nan=False)
         return
-    about = content["machine"]
+    about = result.machine
     write_sentence(f"{about['name']}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s")
     for heading, columns, rows, below in result.short_tables:
         used = [index for index, name in enumerate(columns) if any(row[index] for row in rows)]
