@@ -82,7 +82,7 @@ def test_kernel_bench_runs(bare, tmp_path):
     options = ("--method", "sla", "--method", "sdpa", "--sparsity", "0.5", "--no-length-sweep", "--seconds", "0.01")
     done = bare("bench", "--device", "cpu", "--shape", "1x1x64x16", "--backward", *options)
     assert done.returncode == 0, done.stderr
-    assert "note: no plot was drawn: matplotlib is not installed, but this needs matplotlib>=" in done.stderr
+    assert "note: no plot was drawn: matplotlib is not installed, but slagen needs matplotlib>=" in done.stderr
     lines = done.stdout.splitlines()
     header, row = lines[lines.index("1x1x64x16") + 1], lines[lines.index("1x1x64x16") + 3]
     assert row.startswith("sla ") and row.index("torch") == header.index("backend")

@@ -1,5 +1,6 @@
 """Everything that is printed: what people and foreign files put into it is shown, and obeyed by nothing."""
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -16,11 +17,17 @@ import typer
 from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen.attention import registry
+from slagen.batch.result import BatchResult
+from slagen.benchmark.compare import FASTER
+from slagen.benchmark.rows import BenchRow, ModelRow
+from slagen.benchmark.tables import BenchResult
 from slagen.cli import console, output, plain, progress
 from slagen.cli.main import app, run
+from slagen.doctor.checks import Finding
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
+from slagen.timing import TurnTimes
 from slagen.training.data.dataset import Dataset
 from slagen.training.result import FinetuneResult
 
@@ -33,6 +40,9 @@ def poisoned(content, keep=("status", "kind")):
         return {key: value if key in keep else poisoned(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return type(content)(map(poisoned, content))
+    if dataclasses.is_dataclass(content):
+        fields = {name: value if name == "shape" else poisoned(value) for name, value in vars(content).items()}
+        return dataclasses.replace(content, **fields)
     if isinstance(content, Path):
         return Path(str(content) + HOSTILE.replace("\0", ""))
     return content + HOSTILE if isinstance(content, str) else content
@@ -59,7 +69,14 @@ KERNELS = {
                  "estimate_ms": {"total": 1.0}, "bounds_ms": {"k": {"launches": 1, "tensor": 1.0, "issue": 1.0,
                  "l2": 1.0, "dram": 1.0, "estimate": 1.0}}},
 }  # fmt: skip
-BENCH = {"machine": {"name": "cpu", "matmul_tflops": 1.0, "copy_gb_s": 1.0}}
+TIMES = TurnTimes(1.0, 1.0, 1.0, 9, [1.0, 1.0])
+BENCH = BenchResult(
+    {"name": "cpu", "matmul_tflops": 1.0, "copy_gb_s": 1.0},
+    [BenchRow("sla", "sla", "torch", "1x1x8x16", "float32", 0.9, correct=True, forward_ms=TIMES, reason="why",
+              tflops_dense_equivalent=1.0, speedup=2.0, against_dense=FASTER)],
+    [ModelRow("m", "sla", "torch", 0.9, "8x8", 9, 1, False, TIMES, TIMES, 0.5, 1.0, 2.0, FASTER)],
+    files=[Path("f")],
+)  # fmt: skip
 PLAN = plan.plan(GenerateConfig("x", model="wan2.1-t2v-1.3b"))
 
 
@@ -77,13 +94,10 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     "show_videos": lambda: [SimpleNamespace(videos=[SimpleNamespace(path=poisoned(Path("v")),
                             report_path=poisoned(Path("r")), report=poisoned(REPORT))])],
     "show_report": lambda: [poisoned(REPORT)],
-    "show_batch": lambda: [SimpleNamespace(**poisoned({"folder": Path("f"), "made": ["m"], "kept": ["k"], "elsewhere":
+    "show_batch": lambda: [BatchResult(**poisoned({"folder": Path("f"), "made": ["m"], "kept": ["k"], "elsewhere":
                            ["e"], "failed": [("n", "why")], "interrupted": False, "page": Path("p")}))],
-    "show_bench": lambda: [SimpleNamespace(to_dict=lambda: poisoned(BENCH), machine=poisoned(BENCH["machine"]),
-                           files=poisoned([Path("f")]),
-                           short_tables=[(HOSTILE, ("a", "b"), poisoned([["1", "2"]]), [HOSTILE])],
-                           verdicts=poisoned(["v"]))],
-    "show_findings": lambda: [[SimpleNamespace(**poisoned({"name": "n", "status": "ok", "found": "f", "fix": "x"}))]],
+    "show_bench": lambda: [poisoned(BENCH)],
+    "show_findings": lambda: [[Finding(**poisoned({"name": "n", "status": "ok", "found": "f", "fix": "x"}))]],
     "show_selftest": lambda: [poisoned({"checks": [{"status": "failed", "name": "n", "seconds": 1.0, "detail": "d"}]}),
                               poisoned(Path("p"))],
     "show_kernels": lambda: [poisoned(KERNELS)],
