@@ -210,10 +210,31 @@ def test_model_is_timed_dense_and_with_sla():
         ({"model": "tiny-wan", "random_init": "wan-1.3b"}, "Give one of them"),
         ({"lengths": (0,)}, "at least 1 token"),
         ({"steps": 0}, "Try --steps 1"),
+        ({"steps": 4}, "^--steps is for the denoising loop. Add --model or --random-init.$"),
+        ({"compile": True, "num_frames": 9}, "^--num-frames and --compile are for the denoising loop"),
+        ({"width": 96, "height": 96}, "^--size is for the denoising loop"),
+        (
+            {"model": "tiny-wan", "width": 100, "height": 100},
+            "^size is 100x100, but must be multiples of 16 pixels. Try --size 96x96.$",
+        ),
     ],
-    ids=["shape", "zero", "sparsity", "block", "seconds", "two-models", "length", "steps"],
+    ids=[
+        "shape",
+        "zero",
+        "sparsity",
+        "block",
+        "seconds",
+        "two-models",
+        "length",
+        "steps",
+        "steps-of-no-loop",
+        "frames-of-no-loop",
+        "size-of-no-loop",
+        "size",
+    ],
 )
 def test_bad_settings(fields, complaint):
+    """What only a denoising loop has was ignored without one, and a size was refused once the model was loaded."""
     with pytest.raises(UsageError, match=complaint):
         BenchConfig(**fields)
 

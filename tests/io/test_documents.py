@@ -216,7 +216,7 @@ def test_what_is_too_little_is_told_by_its_own_name_and_bound(options, words):
     [
         lambda: BenchConfig(shapes=("1x12x9999999x9999",)),
         lambda: BenchConfig(lengths=(10**12,)),
-        lambda: BenchConfig(steps=10**9),
+        lambda: BenchConfig(model="tiny-wan", steps=10**9),
         lambda: BenchConfig(seconds=1e300),
         lambda: DataConfig(self_generate="x", clips_per_prompt=10**9),
         lambda: DataConfig(path="x", num_frames=4 * 10**9 + 1),

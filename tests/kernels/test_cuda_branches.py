@@ -418,7 +418,7 @@ def test_ceilings_of_a_card(monkeypatch):
 def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     config = SimpleNamespace(attention_head_dim=16)
     pipe = SimpleNamespace(transformer=SimpleNamespace(config=config))
-    source = SimpleNamespace(name="toy", defaults=ModelDefaults())
+    source = SimpleNamespace(name="toy", defaults=ModelDefaults(), spatial_grid=16)
     monkeypatch.setattr(models, "resolve_model", lambda *args, **options: source)
     monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
     for name in ("install_method", "remove"):

@@ -6,12 +6,36 @@ import pytest
 from finetune_runs import settings
 
 from slagen.errors import SlagenError, UsageError
+from slagen.generation.config import GenerateConfig
+from slagen.io.locks import locked_folder
 from slagen.training import output_folder
 from slagen.training.config import DataConfig
+from slagen.training.data.prepare import prepare
 from slagen.training.finetune import finetune
 
 pytest_plugins = ["finetune_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_pictures")]
+
+
+def test_what_is_refused_leaves_no_folder(tmp_path):
+    """A folder with nothing but .lock stayed, of data that were refused."""
+    (tmp_path / "nothing").mkdir()
+    data, base = DataConfig(str(tmp_path / "nothing")), GenerateConfig("-", model="tiny-wan", device="cpu")
+    with pytest.raises(UsageError):
+        prepare(data, base, tmp_path / "new" / "prep", tmp_path / "cache", 0, lambda event: None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_an_empty_folder_that_was_not_there_is_deleted(tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder, file in ((tmp_path / "old", None), (tmp_path / "new", "kept")):
+        with pytest.raises(KeyboardInterrupt), locked_folder(folder):
+            if file:
+                (folder / file).touch()
+            raise KeyboardInterrupt
+        assert folder.is_dir()
+        with locked_folder(folder):  # its lock is free again
+            pass
 
 
 def test_files_of_others_are_not_written_over(toy, tmp_path):

@@ -10,6 +10,7 @@ from slagen.attention.protocol import Method
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
 from slagen.errors import UsageError
 from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
+from slagen.generation.sizes import check_grid
 from slagen.io.forms import shown
 from slagen.io.paths import check_folder
 from slagen.io.text import read_device
@@ -54,6 +55,7 @@ class BenchConfig:
         model: time the denoising loop of this preset, folder or hub id instead.
         random_init: the same for a randomly initialised Wan of this size.
         width, height, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
+            As `compile`, only with `model` or `random_init`.
         compile: run the denoising loop once more with every block of the transformer compiled.
         output: a folder for bench.json, bench.md, bench.png and bench.svg; None writes nothing.
     Raises: UsageError if a value is out of range, or the values do not go together.
@@ -87,7 +89,7 @@ class BenchConfig:
     width: int | None = option(None, "Video size of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
     height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)
     num_frames: int | None = option(None, "Video frames of the loop.", panel=WHAT)
-    steps: int = option(4, "Denoising steps of the loop.", panel=WHAT)
+    steps: int | None = option(None, "Denoising steps of the loop. Default: 4.", panel=WHAT)
     compile: bool = option(False, "Time the loop with torch.compile as well.", panel=WHAT)
     backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=HOW)
     linear_domain: LinearDomain = option("all", "Key blocks of the linear branch: all or marginal.", panel=HOW)
@@ -112,7 +114,7 @@ class BenchConfig:
         self._check_options()
         if not 0 < self.seconds <= 3600:
             raise UsageError(f"seconds is {self.seconds}, but must be above 0, and at most 3600. Try --seconds 2.")
-        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
+        self._check_loop()
 
     def _check_options(self) -> None:
         """Raise UsageError for an option of a method that is not measured, and for what a method refuses."""
@@ -131,6 +133,17 @@ class BenchConfig:
         for method in measured:
             method.config(**method.own(options))
 
+    def _check_loop(self) -> None:
+        """Raise UsageError for a denoising loop that cannot run, and for what only one has where none is timed."""
+        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
+        asked = {"--size": self.width, "--num-frames": self.num_frames, "--steps": self.steps}
+        given = [name for name, value in asked.items() if value is not None] + ["--compile"] * self.compile
+        if given and not self.is_loop:
+            are = "is" if len(given) == 1 else "are"
+            raise UsageError(f"{' and '.join(given)} {are} for the denoising loop. Add --model or --random-init.")
+        if self.width is not None and self.height is not None:
+            check_grid(self.width, self.height)
+
     def _check_loop_methods(self) -> None:
         """Raise UsageError for a method that only attention calls are timed with."""
         own = [method.name for method in registry.METHODS.values() if method.family != "dense"]
@@ -145,6 +158,11 @@ class BenchConfig:
     def is_loop(self) -> bool:
         """Whether a model's denoising loop is timed, and not single attention calls."""
         return self.model is not None or self.random_init is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps of the loop."""
+        return self.steps or 4
 
     @property
     def loop_methods(self) -> list[Method]:

@@ -23,6 +23,7 @@ from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import unavailable
 from slagen.benchmark.rows import ModelRow
+from slagen.generation.sizes import check_grid
 from slagen.timing import StepRecorder, Times
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import num_tokens
@@ -79,6 +80,7 @@ def bench_model(
         pipe = random_pipeline(name, device, dtype)
     else:
         source = resolve_model(config.model, device.type, on_note=on_note)
+        check_grid(*_size(config, source.defaults)[:2], source.spatial_grid)
         on_note(f"loading {source.name}")
         pipe, name, defaults = load_pipeline(source, device, dtype), source.name, source.defaults
     head_dim = pipe.transformer.config.attention_head_dim
@@ -95,7 +97,7 @@ def bench_model(
                 remove(pipe.transformer)
             rows.append(ModelRow(
                 name, contender.attention, contender.backend, contender.sparsity, f"{width}x{height}", num_frames,
-                config.steps, compiled, **vars(times),
+                config.num_steps, compiled, **vars(times),
             ))  # fmt: skip
     fastest = min((row.step_ms for row in rows if row.attention == "dense"), key=lambda times: times.median)
     return [
@@ -204,7 +206,7 @@ def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled:
             stack.callback(attach_recorder(transformer, recorder))
         run(1)
         recorder.steps.clear()
-        run(config.steps)
+        run(config.num_steps)
     latency = [step.latency_ms or 0.0 for step in recorder.steps]
     attention = [sum(step.attention_ms) for step in recorder.steps]
     return LoopTimes(

@@ -4,6 +4,7 @@ import dataclasses
 
 from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
+from slagen.generation.sizes import check_grid
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.presets import check_sampler
 
@@ -27,16 +28,10 @@ def fill_defaults(
     return dataclasses.replace(config, **missing)
 
 
-def check_size(config: GenerateConfig, name: str, spatial_grid: int) -> tuple[int, int, int]:
-    """Width, height and frames of a filled config. Raises UsageError for pixels that the model `name` does not make."""
+def check_size(config: GenerateConfig, spatial_grid: int) -> tuple[int, int, int]:
+    """Width, height and frames of a filled config. Raises UsageError as `check_grid`."""
     assert config.width and config.height and config.num_frames
-    grid = max(16, spatial_grid)  # WanPipeline itself takes multiples of 16 only
-    if config.width % grid or config.height % grid:
-        width, height = (max(grid, round(x / grid) * grid) for x in (config.width, config.height))
-        raise UsageError(
-            f"size is {config.width}x{config.height}, but {name} makes multiples of {grid} pixels. "
-            f"Try --size {width}x{height}."
-        )
+    check_grid(config.width, config.height, spatial_grid)
     return config.width, config.height, config.num_frames
 
 

@@ -81,7 +81,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     if distilled is None:  # what is asked for is taken at its word
         distilled = (config.sampler or model.defaults.sampler) == "rcm"
     asked, config = config, fill_defaults(config, model.defaults, distilled, notes)
-    size = check_size(config, model.name, model.grid)
+    size = check_size(config, model.grid)
     tokens = num_tokens(*size, model.grid, model.factor)
     method = registry.get(config.attention)
     is_dense = method.family == "dense"

@@ -183,7 +183,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     config = fill_defaults(config, source.defaults, weights.distilled, warnings)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
-    size = check_size(config, source.name, source.spatial_grid)
+    size = check_size(config, source.spatial_grid)
     if (off_steps := _steps_warning(config, weights)) is not None:
         warnings.append(off_steps)
     if unknown := source.defaults.unknown_words(config.prompt):

@@ -44,6 +44,18 @@ def clip_size(
     return int(match[1]), int(match[2])
 
 
+def check_grid(width: int, height: int, spatial_grid: int = 16) -> None:
+    """Raise UsageError for a size that a model does not make.
+
+    Args:
+        spatial_grid: width and height of the model's tokens, in pixels.
+    """
+    grid = max(16, spatial_grid)  # WanPipeline itself takes multiples of 16 only
+    if width % grid or height % grid:
+        nearest = "x".join(str(max(grid, round(x / grid) * grid)) for x in (width, height))
+        raise UsageError(f"size is {width}x{height}, but must be multiples of {grid} pixels. Try --size {nearest}.")
+
+
 def _tier(text: str | None) -> str | None:
     """The resolution that a text names, with or without its p; None for any other text."""
     tier = "" if text is None else text.strip().lower().removesuffix("p") + "p"

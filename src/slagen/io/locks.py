@@ -2,7 +2,8 @@
 
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -33,6 +34,29 @@ def acquire_lock(path: Path) -> BaseFileLock | None:
             raise
         return None
     return lock
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Create a folder and hold its lock. A folder that was not there is deleted again if a failure leaves it empty.
+
+    Raises: Timeout where another holds the lock, OSError where the folder is not writable.
+    """
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", thread_local=False)
+    lock.acquire(timeout=0)
+    try:
+        yield
+    except BaseException:
+        if new and os.listdir(folder) == [".lock"]:
+            release_lock(lock)
+            with suppress(OSError):  # another process uses the folder by now
+                for place in new:
+                    place.rmdir()
+        raise
+    finally:
+        lock.release()
 
 
 def release_lock(lock: BaseFileLock) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation.embeddings import files_in
 from slagen.io.files import delete, sweep
+from slagen.io.locks import locked_folder
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints
 from slagen.training.log import CLIPS, LOG
 from slagen.training.page import PAGE
@@ -25,18 +26,15 @@ MARK = ".slagen-finetune"  # marks a folder as written by slagen finetune
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
     """Lock the output folder. Raises SlagenError where another run has it, or it is not writable."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise SlagenError(f"another slagen finetune is running in {folder}. Give another --output.") from error
-    except OSError as error:
-        raise SlagenError(f"{folder} is not writable ({error.strerror or error}). Give another --output.") from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_folder(folder))
+        except Timeout as error:
+            raise SlagenError(f"another slagen finetune is running in {folder}. Give another --output.") from error
+        except OSError as error:
+            why = error.strerror or error
+            raise SlagenError(f"{folder} is not writable ({why}). Give another --output.") from error
         yield
-    finally:
-        lock.release()
 
 
 def sweep_folder(folder: Path) -> None:

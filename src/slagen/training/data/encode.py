@@ -12,6 +12,7 @@ from slagen.errors import UsageError
 from slagen.events import Event
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.resolve import Weights
+from slagen.generation.sizes import check_grid
 from slagen.io.files import append
 from slagen.io.paths import user_path
 from slagen.io.reading import digest
@@ -77,13 +78,9 @@ def text_name(identity: str, weights: Weights, text: str) -> str:
 
 def _largest_clip(config: DataConfig, source: ModelSource) -> ClipSpec:
     """The largest size and length of a clip. Raises UsageError for a size that the model does not take."""
-    d, grid = source.defaults, max(16, source.spatial_grid)
+    d = source.defaults
     width, height = config.width or d.width, config.height or d.height
-    if width % grid or height % grid:
-        nearest = "x".join(str(max(grid, round(size / grid) * grid)) for size in (width, height))
-        raise UsageError(
-            f"size is {width}x{height}, but {source.name} takes multiples of {grid} pixels. Try --size {nearest}."
-        )
+    check_grid(width, height, source.spatial_grid)
     return ClipSpec(width, height, config.num_frames or d.num_frames, config.fps or d.fps)
 
 

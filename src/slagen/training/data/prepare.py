@@ -5,13 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
 from slagen.io.files import write_json
+from slagen.io.locks import locked_folder
 from slagen.io.paths import check_utf8, user_path
 from slagen.training.config import DataConfig
 from slagen.training.data.dataset import VERSION, Dataset
@@ -44,8 +45,7 @@ def prepare(
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
         raise UsageError(f"{folder} is inside the data set {raw} and would become part of it. Give another --output.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
+        with locked_folder(folder):
             return _prepare(Job(config, base, weights, Store(folder), cache, seed, on_event))
     except Timeout as error:
         raise SlagenError(f"another slagen is preparing {folder}. Wait for it, or give another --output.") from error
