@@ -146,13 +146,25 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
     ("command", "told"),
     [
         ("generate x --seed abc", "--seed is 'abc', but must be a whole number. See slagen generate --help."),
-        ("generate x --cfg much", "--guidance-scale is 'much', but must be a number. See slagen generate --help."),
+        ("generate x --cfg much", "--cfg is 'much', but must be a number. See slagen generate --help."),
         ("generate x --backend fast",
          "--backend is 'fast', but must be one of auto, reference, torch, triton, sdpa, sdpa-flash, sdpa-cudnn, "
          "sdpa-efficient, sdpa-math, flash-attn, sage, flashinfer. See slagen generate --help."),
         ("generat x", "No such command 'generat'. Did you mean 'generate'? See slagen --help."),
         ("generate x --sed 3",
-         "No such option: --sed. Did you mean --seed or --size or --steps? See slagen generate --help."),
+         "No such option: --sed. Did you mean --seed? See slagen generate --help."),
+        ("generate x --sample_steps abc",
+         "--sample_steps is 'abc', but must be a whole number. See slagen generate --help."),
+        ("finetune --learning_rate=abc", "--learning_rate is 'abc', but must be a number. See slagen finetune --help."),
+        ("generate x --num_steps", "Option '--num_steps' requires an argument. See slagen generate --help."),
+        ("generate x --a[ 3", "No such option: --a[. See slagen generate --help."),
+        ("batch p.txt --fry 3", "No such option: --fry. See slagen batch --help."),
+        ("batch p.txt --lora a",
+         "--lora is an option of other tools that slagen does not have: LoRA weights are not supported yet in "
+         "generation; slagen merge adds what a tuning changed to a whole model."),
+        ("batch p.txt --num-videos 2",
+         "slagen batch has no --num-videos. Put --num-videos on a line of the file, or run slagen generate --prompts "
+         "FILE --num-videos 2."),
         ("generate x --seed", "Option '--seed' requires an argument. See slagen generate --help."),
         ("generate a b", "There are unexpected arguments: b. Put a prompt of several words in quotes."),
         ("models x", "There are unexpected arguments: x. See slagen models --help."),

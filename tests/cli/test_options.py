@@ -154,6 +154,7 @@ def translated(line: str, **options) -> tuple[list[str], list[str]]:
         ("--task t2v --model_path folder", "--model folder"),
         ("--task t2v-14B --ckpt_dir folder", "--model folder"),
         ("--model Wan2.1-14B", "--model wan2.1-t2v-14b"),
+        ("--precision BFloat16 --attn_type sla --num_steps=4", "--dtype bf16 --attention sla --steps=4"),
         ("--steps", "--steps"),
         ("--unheard-of 3", "--unheard-of 3"),
     ],
@@ -167,6 +168,51 @@ def test_sageattention_is_not_claimed():
         ["--attention", "sla"],
         ["sagesla runs sla: SageAttention is not used"],
     )
+    assert translated("--attn_mode sageattn") == (
+        ["--attention", "dense"],
+        ["sageattn runs dense: SageAttention is not used"],
+    )
+    notes: list[str] = []
+    peers.translate(["--attention_backend", "SAGE_ATTN"], {"--attention": True, "--backend": True}, notes.append)
+    assert notes == ["sage_attn runs dense: SageAttention is not used; for it, give --attention dense --backend sage"]
+
+
+TRAINER = dict.fromkeys(("--steps", "--lr", "--lora-rank", "--dtype", "--model", "--optimizer", "--batch-size"), True)
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("--learning_rate 1e-5 --max_train_steps 9", "--lr 1e-5 --steps 9"),
+        ("--mixed_precision bf16", "--dtype bf16"),
+        ("--mixed_precision=no --optimizer_type AdamW8bit", "--dtype=fp32 --optimizer adamw8bit"),
+    ],
+)
+def test_options_of_other_trainers(line, wanted):
+    assert peers.translate(line.split(), TRAINER, pytest.fail) == wanted.split()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("max_train_epochs", "as long as --steps says"),
+        ("network_dim", "--train lora --lora-rank N"),
+        ("network_module", "--train says what is trained"),
+        ("lora", "--train lora --lora-rank N"),
+        ("dataset_config", "--data names"),
+        (
+            "gradient_accumulation_steps",
+            "--batch-size counts the clips of a step over all processes, and --micro-batch",
+        ),
+        ("lr_scheduler", "rises over --warmup-steps"),
+        ("resume", "run the same command again to resume"),
+        ("num_gpus", "torchrun --nproc-per-node N"),
+        ("fp8_scaled", "fp8"),
+    ],
+)
+def test_what_fine_tuning_says_of_options_of_other_trainers(option, words):
+    with pytest.raises(UsageError, match=words):
+        peers.translate([f"--{option}", "3"], TRAINER, pytest.fail)
 
 
 def test_a_group_leaves_what_is_behind_its_command():
@@ -183,6 +229,26 @@ def test_a_group_leaves_what_is_behind_its_command():
         ("--task i2v-14B", "image-to-video is not supported yet"),
         ("--task s2v", "t2v-1.3b or t2v-14b"),
         ("--video_size 480", "takes two numbers"),
+        ("--task vace-1.3B", "task is 'vace-1.3B', but VACE is not supported yet. Try --task t2v-1.3b"),
+        ("--task t2i-14B", "images are not supported: slagen makes videos"),
+        ("--quantization fp8", "fp8 and int8 weight files"),
+        ("--sdpa", "full attention is --attention dense"),
+        ("--xformers", "xFormers is not used; full attention is --attention dense"),
+        ("--flash_attn", "--attention dense --backend flash-attn"),
+        ("--STA-mode x", "another method"),
+        ("--vae-tiling", "no tiles"),
+        ("--enable-vae-tiling", "no tiles"),
+        ("--video in.mp4", "video-to-video"),
+        ("--model_type x", "--model names it"),
+        ("--nproc 2", "one video is made on one GPU"),
+        ("--ulysses-degree 2", "one video is made on one GPU"),
+        ("--dit-precision bf16", "slagen computes in"),
+        ("--vae-precision fp16", "slagen computes in"),
+        ("--embedded-cfg-scale 6", "no embedded guidance"),
+        ("--enable_model_cpu_offload", "moves parts to the GPU one at a time"),
+        ("--enable_cfg true", "where --guidance-scale is above 1"),
+        ("--low_noise_checkpoint x", "Wan2.2"),
+        ("--lora a", "LoRA weights are not supported"),
     ],
 )
 def test_what_is_refused_with_the_reason(line, words):
@@ -192,6 +258,9 @@ def test_what_is_refused_with_the_reason(line, words):
 
 def test_a_name_means_one_thing():
     """No refused name is one that is understood, and every name leads to an option of generate."""
+    training = {setting.name for setting in settings_of(FinetuneConfig)}
+    assert set(peers.TRAINER_NAMES.values()) <= training
+    assert not peers.TRAINER_REFUSED.keys() & (training | {*peers.TRAINER_NAMES, *peers.NAMES})
     own = {setting.name for setting in settings_of(GenerateConfig)} | {"prompts"}
     assert not peers.REFUSED.keys() & ({*peers.NAMES, *peers.LETTERS, *peers.HEIGHT_FIRST} | own)
     assert {*peers.NAMES.values(), *peers.LETTERS.values()} <= own

@@ -43,6 +43,10 @@ def test_the_other_forms_say_the_same(tmp_path, suffix):
     assert (second.prompt, second.fields, second.id) == ("b, c", {"guidance_scale": 2.0}, "x")
 
 
+def test_a_file_without_a_suffix_is_text(tmp_path):
+    assert read(tmp_path, "a --seed 3", "")[0].fields == read(tmp_path, "a --seed 3", ".TXT")[0].fields == {"seed": 3}
+
+
 def test_a_line_replaces_the_command_lines_settings(tmp_path):
     (request,) = read(tmp_path, "a --sparsity 0.5 --num-videos 3 --steps 2")
     config = apply(GenerateConfig("-", sla_topk=0.1, steps=9, fps=12), request)
@@ -60,7 +64,20 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("a\nb --sed 4", ".txt", r"prompts.txt:2:3: --sed is unknown"),
         ("a --model x", ".txt", r":1:3: --model is the same for all prompts and belongs on the command line"),
         ("a --seed", ".txt", r":1:3: --seed is '', but must be a whole number"),
-        ("a --seed 1 --d 2", ".txt", r":1:12: --d|given twice"),
+        ("a --l 3 --g 2", ".txt", ":1:9: --l and --g both set the guidance scale"),
+        ("a --g 3 --g 2", ".txt", ":1:9: --g is given twice"),
+        ('{"promt": "b"}', ".jsonl", r":1: promt is unknown; did you mean prompt\? A line takes prompt, size, "),
+        ('{"prompt": "b", "model": "x"}', ".jsonl", ":1: model is the same for all prompts"),
+        ('{"prompt": "b", "image": "x"}', ".jsonl", ":1: image is an option of other tools"),
+        ('{"prompt": "b", "seed": 1, "d": 2}', ".jsonl", "seed and d both set the seed"),
+        (
+            '[{"prompt": "a"}]',
+            ".json",
+            "prompts.json ends in .json, but prompt files end in .txt, .jsonl, .csv, .tsv, ",
+        ),
+        ("a", ".docx", "prompts.docx ends in .docx"),
+        ('{"prompt": }', ".jsonl", r":1:\d+: is not valid JSON: expected a value"),
+        ("a --seed 1 --d 2", ".txt", r":1:12: --seed and --d both set the seed"),
         ("--seed 1", ".txt", r":1:1: has no prompt"),
         ("a --num-frames 80", ".txt", "Try --num-frames 81"),
         ("a --size 10", ".txt", "Try --size 832x480"),
@@ -72,7 +89,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         (b"a\nb \xff", ".txt", r":2:3: byte 0xff is not UTF-8"),
         ("ok\n".encode("utf-16"), ".txt", "not UTF-8|NUL"),
         ('{"prompt": "a"}\n{"prompt": 3}', ".jsonl", r":2: prompt is 3"),
-        ('{"prompt": "a"', ".jsonl", r":1:\d+: is not JSON"),
+        ('{"prompt": "a"', ".jsonl", r":1:\d+: is not valid JSON: expected a comma"),
         ("[1]", ".jsonl", "must be an object"),
         ('{"prompt": "a", "seed": 1.5}', ".jsonl", "whole number"),
         ('{"prompt": "a", "seed": true}', ".jsonl", "whole number"),
@@ -82,7 +99,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         (
             '{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}",
             ".jsonl",
-            ":1: --guidance-scale is 777",
+            ":1: guidance_scale is 777",
         ),
         ('{"prompt": "ok"}\n{"prompt": "a circle \\ud83d"}', ".jsonl", ":2: prompt is .* half a character"),
         ('{"prompt": "a", "negative_prompt": "\\udc00"}', ".jsonl", "half a character"),

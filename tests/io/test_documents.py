@@ -51,12 +51,12 @@ def aliases(inner: str, levels: int = 9) -> str:
         ('{"a": ' * 65 + "1" + "}" * 65, "nested more than 64 deep"),
         ("7" * 5000, "a number has 5,000 digits"),
         ('{"a": 1, "a": 2}', "has 'a' twice"),
-        ("[],", "is not JSON: extra data"),
+        ("[],", "is not valid JSON: there is more behind its end"),
         ("[" + "[]," * 4_000_001 + "[]]", "more than 4,000,000 values"),
         ('{"a": "\\ud83d"}', "half a character"),
         (b"\xff\xfe[]", "byte 0xff is not UTF-8"),
         (b'{"a": "\0"}', "NUL byte"),
-        ("", "is not JSON: expecting value"),
+        ("", "is not valid JSON: expected a value"),
     ],
     ids=lambda value: str(value)[:12],
 )
@@ -131,7 +131,7 @@ def test_what_is_of_another_form_is_told_by_its_path(value, form, words):
 def test_a_file_is_told_by_name_and_place(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{\n  "a": }')
-    with pytest.raises(WeightsError, match=r"x\.json:2:8: is not JSON: expecting value\. Get the file again\."):
+    with pytest.raises(WeightsError, match=r"x\.json:2:8: is not valid JSON: expected a value\. Get the file again\."):
         read_json(path)
     path.write_bytes(b"{}" + b" " * 100)
     with pytest.raises(WeightsError, match="longer than"):

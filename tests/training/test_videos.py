@@ -318,15 +318,16 @@ def test_every_fault_is_told_at_once(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(["{", *map(json.dumps, lines)]))
     with pytest.raises(UsageError, match="has 10 faults") as caught:
         look_at(tmp_path)
-    for part in ("data.jsonl:1: is not JSON", "data.jsonl:4: has no caption", "data.jsonl:6: gone.mp4 does not exist",
-                 "data.jsonl:7: xxx", "data.jsonl:8: has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
+    for part in ("data.jsonl:1: is not valid JSON", "data.jsonl:4: has no caption",
+                 "data.jsonl:6: gone.mp4 does not exist", "data.jsonl:7: xxx",
+                 "data.jsonl:8: has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
         assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.jsonl", "{", "a.jsonl:1: is no JSON"), ("a.jsonl", "", "lists no videos"),
+        ("a.jsonl", "{", "a.jsonl:1: is not valid JSON"), ("a.jsonl", "", "lists no videos"),
         ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: has too many columns; put the caption in"),
         ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: is not valid CSV"),
         ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: is not(.|\n)*:4: c.mp4"),

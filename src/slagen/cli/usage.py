@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 from slagen import packages
 from slagen.errors import EnvironmentProblem, SlagenError, no_memory, of_memory
+from slagen.generation import peers
 from slagen.io.text import LONG_DASH, cut, line, quote
 
 WITHOUT_DOCSTRINGS = (
@@ -18,6 +20,7 @@ WITHOUT_DOCSTRINGS = (
 OF_A_PROMPT = ("slagen generate", "slagen plan")
 EXTRA = "There are unexpected arguments:"
 WANTED = {"integer": "a whole number", "number": "a number", "float": "a number", "boolean": "true or false"}
+NEAR = 0.75  # how alike two spellings must be, from 0 to 1, for the one to be suggested for the other
 MAX_ARGUMENT = 200  # characters of one argument in a message
 
 
@@ -63,10 +66,15 @@ def _wrong_usage(error: Any, arguments: list[str]) -> str:
     for argument in arguments:
         if match := re.match(rf"{LONG_DASH}+([A-Za-z]\S*)", argument):
             return f"{quote(argument)} begins with a long dash. An option begins with two hyphens: --{cut(match[1])}."
-    text = _said(error)
+    text = _as_typed(_said(error), arguments, is_training=command == "slagen finetune")
     if text.startswith("Usage: "):  # no arguments are given at all
         return text
     option = getattr(error, "option_name", None)
+    if command == "slagen batch" and option and peers.normalize(option.lstrip("-")) == "num-videos":
+        return (
+            f"slagen batch has no {option}. Put --num-videos on a line of the file, or run "
+            "slagen generate --prompts FILE --num-videos 2."
+        )
     for argument in arguments:
         if option and command in OF_A_PROMPT and argument.startswith(option) and re.search(r"\s", argument):
             return (
@@ -91,9 +99,26 @@ def _said(error: Any) -> str:
                 return f"{name} {'' if given is None else f'is {quote(given)}, but '}must be {wanted}."
     if match := re.fullmatch(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)\.?", text, re.DOTALL):
         return f"{EXTRA} {match[1]}."
-    if getattr(error, "possibilities", None):
-        return f"No such option: {error.option_name}. Did you mean {' or '.join(error.possibilities)}?"
+    if possibilities := getattr(error, "possibilities", None):
+        near = [name for name in possibilities if _is_near(error.option_name.lstrip("-"), name.lstrip("-"))]
+        question = f" Did you mean {' or '.join(near)}?" if near else ""
+        return f"No such option: {error.option_name}.{question}"
     return text if text.endswith(("?", "!")) else f"{text.rstrip('.')}."
+
+
+def _is_near(typed: str, name: str) -> bool:
+    return difflib.SequenceMatcher(None, typed.replace("_", "-").lower(), name).ratio() >= NEAR
+
+
+def _as_typed(text: str, arguments: list[str], *, is_training: bool) -> str:
+    """A message on an option of ours, with the option as another tool spells it where that was typed."""
+    typed = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    for word in sorted(typed):
+        ours = f"--{peers.normalize(word[2:], is_training=is_training)}"
+        found = None if ours in typed else re.search(rf"(?<![\w-]){re.escape(ours)}(?![\w-])", text)
+        if found is not None:
+            text = text[: found.start()] + word + text[found.end() :]
+    return text
 
 
 def _given(error: Any) -> str | None:

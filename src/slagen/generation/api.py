@@ -76,7 +76,7 @@ def _instead(name: str, known: set[str]) -> str:
     if name in ("size", "resolution"):
         return ". Give width and height."
     ours = peers.normalize(name).replace("-", "_")
-    close = [ours] if ours in known else difflib.get_close_matches(name, sorted(known), n=1)
+    close = [ours] if ours in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
     return f". Did you mean {close[0]}?" if close else f". Settings are {', '.join(sorted(known - {'prompt'}))}."
 
 

@@ -1,6 +1,6 @@
 """What other tools call our options and their values, and one line on why an option of theirs is not here.
 
-The tools: Wan2.1's generate.py, TurboDiffusion, FastVideo, musubi-tuner's wan_generate_video.py, LightX2V, diffusers.
+The tools: Wan2.1's generate.py, TurboDiffusion, FastVideo, musubi-tuner, LightX2V, diffusers; their trainers too.
 A command line is translated before it is parsed; names work in a prompt file too. None of it is in the help.
 """
 
@@ -14,17 +14,26 @@ from slagen.io.text import cut, quote
 NAMES = {
     "num-inference-steps": "steps", "sample-steps": "steps", "infer-steps": "steps", "num-steps": "steps",
     "sample-guide-scale": "guidance-scale", "guidance": "guidance-scale", "cfg": "guidance-scale",
+    "cfg-scale": "guidance-scale", "precision": "dtype",
     "sample-shift": "flow-shift", "shift": "flow-shift",
     "frame-num": "num-frames", "video-length": "num-frames", "frames": "num-frames",
     "base-seed": "seed", "negative": "negative-prompt",
     "num-videos-per-prompt": "num-videos", "num-samples": "num-videos",
     "topk": "sla-topk",
     "attention-backend": "attention", "attention-type": "attention", "attn-mode": "attention",
+    "attn-type": "attention",
     "model-path": "model", "ckpt-dir": "model", "task": "model",
     "dit-path": "weights", "dit": "weights", "sla-weights": "weights",
     "sample-solver": "sampler", "scheduler": "sampler", "vae-path": "vae",
     "save-file": "output", "save-path": "output", "output-path": "output", "save-result-path": "output",
     "from-file": "prompts", "prompt-txt": "prompts",
+}  # fmt: skip
+# Those of their trainers, for fine-tuning.
+TRAINER_NAMES = {
+    "learning-rate": "lr", "max-train-steps": "steps", "train-steps": "steps", "mixed-precision": "dtype",
+    "lr-warmup-steps": "warmup-steps", "gradient-checkpointing": "checkpointing", "optimizer-type": "optimizer",
+    "output-dir": "output", "save-every-n-steps": "save-every", "validation-steps": "validate-every",
+    "pretrained-model-name-or-path": "model",
 }  # fmt: skip
 # musubi's and kohya's letters, which a line of a prompt file takes too.
 LETTERS = {
@@ -51,7 +60,8 @@ MODELS = {"Wan2.1-1.3B": "wan2.1-t2v-1.3b", "Wan2.1-14B": "wan2.1-t2v-14b"}
 VALUES = {
     "attention": _ATTENTION, "attention-type": _ATTENTION, "attention-backend": _ATTENTION | _DENSE,
     "attn-mode": _ATTENTION | _DENSE, "sampler": _SAMPLERS, "sample-solver": _SAMPLERS, "scheduler": _SAMPLERS,
-    "dtype": _DTYPES,
+    "attn-type": _ATTENTION, "dtype": _DTYPES, "precision": _DTYPES, "mixed-precision": _DTYPES | {"no": "fp32"},
+    "optimizer-type": {},
 }  # fmt: skip
 
 _IMAGE = "image-to-video is not supported yet"
@@ -65,6 +75,9 @@ _TEXT = "the text encoder belongs to the model's folder, which --model names"
 _LAYER = "skip-layer guidance is not supported"
 _CACHE = "caching of steps is not supported; every step is computed"
 _CFG = "guidance is the same in every step, as --guidance-scale says"
+_TWO = f"Wan2.2 with its two transformers is not supported, and {_CFG}"
+_DENSE_IS = "full attention is --attention dense, with PyTorch's scaled_dot_product_attention"
+_TILES = "the VAE decodes one latent frame at a time, and no tiles"
 _ONLY = "slagen makes videos from text only, so there is nothing to choose"
 # Their options that slagen has not, and why, in one line.
 REFUSED = {
@@ -72,19 +85,37 @@ REFUSED = {
         ("image", "image-path", "images", "first-frame", "last-frame", "last-frame-path", "end-image-path", "clip",
          "one-frame-inference", "control-image-path", "i", "ei", "adaptive-resolution"), _IMAGE),
     **dict.fromkeys(
-        ("video-path", "src-video", "src-mask", "src-ref-images", "control-path", "cn", "pose", "audio-path"), _VIDEO),
+        ("video", "video-path", "src-video", "src-mask", "src-ref-images", "control-path", "cn", "pose",
+         "audio-path"), _VIDEO),
     **dict.fromkeys(
-        ("lora-weight", "lora-weights", "lora-multiplier", "lora-path", "lora-nickname", "lora-configs",
-         "lora-weight-high-noise", "lora-multiplier-high-noise", "include-patterns", "exclude-patterns", "lycoris",
-         "save-merged-model"), _LORA),
+        ("lora", "lora-weight", "lora-weights", "lora-multiplier", "lora-path", "lora-nickname", "lora-configs",
+         "lora-scale", "lora-weight-high-noise", "lora-multiplier-high-noise", "include-patterns",
+         "exclude-patterns", "lycoris", "save-merged-model"), _LORA),
     **dict.fromkeys(
         ("offload-model", "blocks-to-swap", "cpu-offload", "dit-cpu-offload", "dit-layerwise-offload",
          "text-encoder-cpu-offload", "vae-cpu-offload", "image-encoder-cpu-offload", "pin-cpu-memory", "t5-cpu",
-         "vae-cache-cpu", "offload-inactive-dit", "lazy-loading"), _MEMORY),
+         "vae-cache-cpu", "offload-inactive-dit", "lazy-loading", "enable-model-cpu-offload",
+         "enable-sequential-cpu-offload", "enable-group-offload"), _MEMORY),
     **dict.fromkeys(
-        ("ulysses-size", "ring-size", "t5-fsdp", "dit-fsdp", "num-gpus", "sp-size", "tp-size", "hsdp-shard-dim",
-         "hsdp-replicate-dim", "use-fsdp-inference", "distributed-executor-backend", "master-port"), _GPUS),
-    **dict.fromkeys(("fp8", "fp8-scaled", "fp8-fast", "fp8-t5", "vae-dtype", "convert-model-dtype"), _FP8),
+        ("ulysses-size", "ring-size", "ulysses-degree", "ring-degree", "nproc", "nproc-per-node", "t5-fsdp",
+         "dit-fsdp", "num-gpus", "sp-size", "tp-size", "hsdp-shard-dim", "hsdp-replicate-dim",
+         "use-fsdp-inference", "distributed-executor-backend", "master-port"), _GPUS),
+    **dict.fromkeys(
+        ("fp8", "fp8-scaled", "fp8-fast", "fp8-t5", "fp8-base", "quantization", "quantize", "quant", "vae-dtype",
+         "convert-model-dtype", "dit-precision", "vae-precision", "text-encoder-precision",
+         "text-encoder-precisions"), _FP8),
+    "xformers": f"xFormers is not used; {_DENSE_IS}",
+    **dict.fromkeys(("sdpa", "torch-sdpa"), _DENSE_IS),
+    **dict.fromkeys(
+        ("flash-attn", "flash-attn2", "flash-attn3", "flash", "flash2", "flash3"),
+        "FlashAttention is --attention dense --backend flash-attn"),
+    **dict.fromkeys(("sage-attn", "sageattn"), "SageAttention is --attention dense --backend sage"),
+    **dict.fromkeys(
+        ("vae-tiling", "enable-vae-tiling", "vae-slicing", "enable-vae-slicing", "vae-chunk-size",
+         "vae-spatial-tile-sample-min-size", "vae-sp"), _TILES),
+    **dict.fromkeys(
+        ("embedded-cfg-scale", "embedded-guidance-scale"), f"Wan's models have no embedded guidance; {_CFG}"),
+    **dict.fromkeys(("enable-cfg", "use-cfg"), "guidance is on where --guidance-scale is above 1"),
     "quant-linear": "a quantised file, such as -quant.pth, is recognised by itself",
     "default-norm": "the norms of the original model always run",
     **dict.fromkeys(
@@ -95,14 +126,16 @@ REFUSED = {
     **dict.fromkeys(("teacache-thresh", "enable-teacache", "use-teacache", "feature-caching"), _CACHE),
     **dict.fromkeys(
         ("cfg-skip-mode", "cfg-apply-ratio", "guidance-scale-high-noise", "timestep-boundary", "boundary",
-         "boundary-ratio", "dit-high-noise", "high-noise-model-path", "low-noise-model-path"),
-        f"Wan2.2 with its two transformers is not supported, and {_CFG}"),
+         "boundary-ratio", "dit-high-noise", "high-noise-model-path", "low-noise-model-path",
+         "low-noise-checkpoint", "high-noise-checkpoint"), _TWO),
+    "model-type": "the type of a model is read from its files; --model names it",
     **dict.fromkeys(("workload-type", "mode", "inference-mode", "model-cls", "pipeline-config"), _ONLY),
     **dict.fromkeys(("config-json", "config"), "settings are given as options, or with a prompt file (--prompts)"),
     **dict.fromkeys(
         ("enable-torch-compile", "torch-compile-kwargs", "compile", "compile-args"),
         "videos are made without torch.compile; slagen bench --compile measures what it would give"),
     "vsa-sparsity": "VSA is another method; SLA's sparsity is --sparsity",
+    "sta-mode": "sliding tile attention (STA) is another method; SLA's sparsity is --sparsity",
     "output-type": "the output is an MP4; --save-latents writes the final latents too",
     "interactive": "there is no interactive mode; slagen batch - reads prompts from stdin",
     "latent-path": "slagen decode FILE makes the video of saved latents",
@@ -111,16 +144,46 @@ REFUSED = {
     "trust-remote-code": "slagen runs no code of a model's repository",
 }  # fmt: skip
 
+_CLIPS = "--batch-size counts the clips of a step over all processes, and --micro-batch those at a time on one device"
+_RANK = "give --train lora --lora-rank N"
+_TORCHRUN = "several GPUs train under torchrun --nproc-per-node N -m slagen finetune"
+_TRAINING_MEMORY = "--checkpointing, and --parallel fsdp under torchrun, save memory"
+# What is said of options in fine-tuning, where it is not as above.
+TRAINER_REFUSED = {
+    **dict.fromkeys(("max-train-epochs", "num-train-epochs", "epochs"), "a training is as long as --steps says"),
+    **dict.fromkeys(("network-dim", "rank", "lora", "use-lora", "lora-training"), _RANK),
+    **dict.fromkeys(("network-alpha", "lora-alpha"), f"the alpha of LoRA is its rank; {_RANK}"),
+    **dict.fromkeys(("network-module", "network-args"), f"--train says what is trained; for LoRA {_RANK}"),
+    **dict.fromkeys(("network-weights",), "--weights names the weights to start from"),
+    **dict.fromkeys(
+        ("dataset-config", "data-path", "dataset", "dataset-name", "instance-data-root", "train-data-dir",
+         "data-json-path"), "--data names a folder or list of videos with captions; see slagen finetune data --help"),
+    **dict.fromkeys(("gradient-accumulation-steps", "train-batch-size"), _CLIPS),
+    **dict.fromkeys(
+        ("lr-scheduler", "lr-scheduler-type", "lr-num-cycles"),
+        "the learning rate rises over --warmup-steps, stays, and falls over the last part of the steps"),
+    **dict.fromkeys(
+        ("resume", "resume-from-checkpoint"),
+        "run the same command again to resume, with the same --output; --restart begins anew"),
+    **dict.fromkeys(("num-gpus", "nproc", "nproc-per-node", "sp-size", "tp-size", "multi-gpu"), _TORCHRUN),
+    **dict.fromkeys(("blocks-to-swap", "cpu-offload", "enable-model-cpu-offload", "offload-model"), _TRAINING_MEMORY),
+    **dict.fromkeys(("sdpa", "torch-sdpa", "xformers", "flash-attn", "flash-attn2", "flash-attn3", "flash3"),
+                    "--attention and --backend say what computes attention"),
+    "report-to": "--tensorboard writes event files",
+}  # fmt: skip
 
-def normalize(name: str) -> str:
+
+def normalize(name: str, *, is_training: bool = False) -> str:
     """An option's name, without its leading dashes, as we spell it: dashes for underscores, our name for another's."""
     name = name.replace("_", "-")
-    return NAMES.get(name.lower(), name)
+    own = TRAINER_NAMES.get(name.lower()) if is_training else None
+    return own or NAMES.get(name.lower(), name)
 
 
-def why_not(name: str) -> str | None:
+def why_not(name: str, *, is_training: bool = False) -> str | None:
     """What to say of another tool's option that slagen has not; None where it is no such option."""
-    reason = REFUSED.get(name.replace("_", "-").lower())
+    plain = name.replace("_", "-").lower()
+    reason = (TRAINER_REFUSED.get(plain) if is_training else None) or REFUSED.get(plain)
     return None if reason is None else f"--{cut(name)} is an option of other tools that slagen does not have: {reason}."
 
 
@@ -138,6 +201,8 @@ def translate(
     found, left = list[str](), list(arguments)
     given: dict[str, str] = {}  # the spelling of each of our options
     task: str | None = None
+    is_training = "--lora-rank" in takes_value
+    has_sage = "--backend" in takes_value and not is_training
     while left:
         token = left.pop(0)
         if token == "--" or (is_group and not token.startswith("-")):
@@ -149,12 +214,12 @@ def translate(
                 found.append(left.pop(0))
             continue
         typed, equals, value = token[2:].partition("=")
-        theirs, ours = typed.replace("_", "-").lower(), f"--{normalize(typed)}"
+        theirs, ours = typed.replace("_", "-").lower(), f"--{normalize(typed, is_training=is_training)}"
         if theirs in HEIGHT_FIRST and "--height" in takes_value:
             left = _height_first(typed, [value, *left] if equals else left)
             continue
         if ours not in takes_value:
-            if "--steps" in takes_value and (reason := why_not(typed)) is not None:
+            if "--steps" in takes_value and (reason := why_not(typed, is_training=is_training)) is not None:
                 raise UsageError(reason)
             found.append(token)
             continue
@@ -167,7 +232,7 @@ def translate(
             continue
         if given.setdefault(ours, theirs) != theirs:
             raise UsageError(f"--{given[ours]} and --{theirs} are the same option. Give one of them.")
-        value = _in_our_words(theirs, value, note) if takes_value[ours] else value
+        value = _in_our_words(theirs, value, note, has_sage) if takes_value[ours] else value
         found += [f"{ours}={value}"] if equals else [ours, value]
     if task is not None and "--model" not in given:  # which says where that model lies
         found = ["--model", task, *found]
@@ -188,11 +253,17 @@ def _of_task(value: str) -> str | None:
         return TASKS.get(small)
     if small.startswith(("i2v", "flf2v", "ti2v")):
         raise UsageError(f"task is {quote(value)}, but {_IMAGE}.")
+    for start, reason in (
+        ("vace", "VACE is not supported yet"),
+        ("t2i", "images are not supported: slagen makes videos"),
+    ):
+        if small.startswith(start):
+            raise UsageError(f"task is {quote(value)}, but {reason}. Try --task {next(iter(TASKS))}.")
     raise UsageError(f"task is {quote(value)}, but must be {' or '.join(TASKS)}. Or give --model.")
 
 
-def _in_our_words(theirs: str, value: str, note: Callable[[str], None]) -> str:
-    """A value of an option that is spelt as another tool has it."""
+def _in_our_words(theirs: str, value: str, note: Callable[[str], None], has_sage: bool) -> str:
+    """A value of an option that is spelt as another tool has it; `has_sage`: the command has --backend sage."""
     small = value.strip().lower()
     if theirs == "model" and value in MODELS and not Path(value).exists():
         return MODELS[value]
@@ -200,5 +271,6 @@ def _in_our_words(theirs: str, value: str, note: Callable[[str], None]) -> str:
         return value
     ours = VALUES[theirs].get(small, small)
     if "sage" in small and ours != small:
-        note(f"{small} runs {ours}: SageAttention is not used")
+        advice = "; for it, give --attention dense --backend sage" if has_sage and ours == "dense" else ""
+        note(f"{small} runs {ours}: SageAttention is not used{advice}")
     return ours

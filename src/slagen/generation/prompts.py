@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import difflib
 import re
 import sys
 from collections.abc import Iterator
@@ -70,13 +71,10 @@ def read_prompts(source: str) -> list[Request]:
     """
     name, suffix, data = _load(source)
     text = _decode(name, data)
-    parse = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}.get(
-        suffix, _text
-    )
     requests: list[Request] = []
     faults: list[str] = []
     ids: dict[str, str] = {}
-    for line, entry in parse(name, text):
+    for line, entry in PARSERS[suffix](name, text):
         if len(requests) == MAX_PROMPTS:
             raise UsageError(f"{name} holds more than {MAX_PROMPTS:,} prompts. Divide it into several files.")
         if len(faults) == MAX_FAULTS:
@@ -108,7 +106,10 @@ def _load(source: str) -> tuple[str, str, bytes]:
     path = user_path(source)
     try:
         with path.open("rb") as handle:  # which may be a pipe
-            return str(path), path.suffix.lower(), _bounded(str(path), handle)
+            if (suffix := path.suffix.lower()) not in PARSERS:
+                kinds = ".txt, .jsonl, .csv, .tsv, .yaml or .yml"
+                raise UsageError(f"{path} ends in {cut(suffix)}, but prompt files end in {kinds}.")
+            return str(path), suffix, _bounded(str(path), handle)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be read ({error.strerror}). Give a file of prompts, or - for stdin."
@@ -165,29 +166,47 @@ def _text_line(line: str) -> dict[str, Any]:
     check_dashes(line)
     pieces = re.split(r"(?:^|(?<=\s))--(?=\S)", line)
     entry: dict[str, Any] = {"prompt": pieces[0].strip()}
+    spelt: dict[str, str] = {}
     column = len(pieces[0]) + 1
     for piece in pieces[1:]:
         match = re.match(r"([^\s=]+)(?:\s*=\s*|\s+|$)(.*)", piece, re.DOTALL)
         name, value = match.groups() if match else (piece, "")
         option = _option(name, column)
-        if option in entry:
-            raise _Fault(f"--{cut(name)} is given twice", column)
+        _check_once(f"--{cut(name)}", option, spelt, column)
         entry[option] = _convert(option, value.strip(), column)
         column += len(piece) + 2
     return entry
 
 
+def _check_once(name: str, option: str, spelt: dict[str, str], column: int | None = None) -> None:
+    """Raise _Fault where an option is set already; `spelt`: how the former ones are spelt."""
+    former = spelt.setdefault(option, "")
+    spelt[option] = name
+    if former == name:
+        raise _Fault(f"{name} is given twice", column)
+    if former:
+        raise _Fault(f"{former} and {name} both set the {option.replace('-', ' ')}", column)
+
+
 def _option(name: str, column: int | None = None) -> str:
-    """An option's name as we spell it."""
-    plain = _plain(name)
+    """An option's name as we spell it. In a line of text it has a column; as a key of JSON, YAML or CSV none."""
+    plain, typed = _plain(name), f"{'--' * bool(column)}{cut(name)}"
     if plain in TYPES:
         return plain
     if plain in ELSEWHERE:
-        raise _Fault(f"--{cut(name)} is the same for all prompts and belongs on the command line", column)
+        raise _Fault(f"{typed} is the same for all prompts and belongs on the command line", column)
     reason = peers.why_not(plain)
     if reason is not None:
-        raise _Fault(reason.removesuffix("."), column)
-    raise _Fault(f"--{cut(name)} is unknown; a line takes {', '.join('--' + option for option in TYPES)}", column)
+        raise _Fault(f"{typed} {reason.partition(' ')[2].removesuffix('.')}", column)
+    known = list(TYPES) if column else ["prompt", *TYPES]
+    near = [f"; did you mean {_spelt(n, column)}?" for n in difflib.get_close_matches(plain, known, n=1, cutoff=0.75)]
+    lead = f"{near[0]} A" if near else "; a"
+    raise _Fault(f"{typed} is unknown{lead} line takes {', '.join(_spelt(n, column) for n in known)}", column)
+
+
+def _spelt(option: str, column: int | None) -> str:
+    """An option of ours as it is in a line of text, or as a key."""
+    return f"--{option}" if column else option.replace("-", "_")
 
 
 def _plain(name: str) -> str:
@@ -197,27 +216,27 @@ def _plain(name: str) -> str:
 
 def _convert(option: str, value: Any, column: int | None = None) -> Any:
     """A value of an option's type, from text or from JSON."""
-    kind = TYPES[option]
+    kind, name = TYPES[option], _spelt(option, column)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             choices = ", ".join(map(str, get_args(kind)))
-            raise _Fault(f"--{option} is {shown(value)}, but must be one of {choices}", column)
+            raise _Fault(f"{name} is {shown(value)}, but must be one of {choices}", column)
         return value
     if kind is bool:
         truth = {"true": True, "yes": True, "": True, "false": False, "no": False}.get(str(value).lower())
         if truth is None:
-            raise _Fault(f"--{option} is {shown(value)}, but must be true or false", column)
+            raise _Fault(f"{name} is {shown(value)}, but must be true or false", column)
         return truth
     if kind is str:
         if not isinstance(value, str | int | float) or isinstance(value, bool):
-            raise _Fault(f"--{option} is {shown(value)}, but must be text", column)
+            raise _Fault(f"{name} is {shown(value)}, but must be text", column)
         return _readable(option, str(value))
     if not isinstance(value, bool) and isinstance(value, str | int | float):
         with contextlib.suppress(ValueError, OverflowError):  # no number, or one beyond all bounds
             number = kind(value)
             if isinstance(value, str) or number == value:
                 return number
-    raise _Fault(f"--{option} is {shown(value)}, but must be a{' whole' * (kind is int)} number", column)
+    raise _Fault(f"{name} is {shown(value)}, but must be a{' whole' * (kind is int)} number", column)
 
 
 def _readable(name: str, text: str) -> str:
@@ -234,6 +253,7 @@ def _mapping(content: Any) -> Entry:
     if not isinstance(content, dict):
         return _Fault(f"is {shown(content)}, but must be an object with a prompt")
     entry: dict[str, Any] = {}
+    spelt: dict[str, str] = {}
     try:
         for key, value in content.items():
             if plain_name(str(key)) == "prompt":
@@ -244,8 +264,7 @@ def _mapping(content: Any) -> Entry:
                 entry["prompt"] = _readable("prompt", value.strip())
             elif value is not None:
                 option = _option(str(key))
-                if option in entry:
-                    raise _Fault(f"{cut(str(key))} is given twice")
+                _check_once(cut(str(key)), option, spelt)
                 entry[option] = _convert(option, value)
     except _Fault as fault:
         return fault
@@ -307,7 +326,10 @@ def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
         yield line, _mapping(value)
 
 
-PARSERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml, ".yml": _yaml}
+PARSERS = {
+    "": _text, ".txt": _text, ".jsonl": _jsonl, ".ndjson": _jsonl, ".csv": _csv, ".tsv": _csv, ".yaml": _yaml,
+    ".yml": _yaml,
+}  # fmt: skip
 
 
 def _request(entry: dict[str, Any], where: str) -> Request:

@@ -20,6 +20,13 @@ from slagen.io.reading import open_regular
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 64
 MAX_DIGITS = 1000
+JSON_FAULTS = {  # what Python's parser says, as whole clauses
+    "Expecting value": "expected a value",
+    "Expecting property name enclosed in double quotes": "expected a key in double quotes",
+    "Expecting ':' delimiter": "expected a colon",
+    "Expecting ',' delimiter": "expected a comma",
+    "Extra data": "there is more behind its end",
+}
 MAX_VALUES = 4_000_000  # of JSON, which bounds the memory that it takes
 MAX_YAML_BYTES = 2 * 2**20
 MAX_YAML_VALUES = 1_000_000  # with every alias written out
@@ -74,7 +81,8 @@ def parse_json(data: str | bytes, form: Any = None) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except json.JSONDecodeError as error:
-        raise Fault(f"is not JSON: {error.msg[:1].lower()}{error.msg[1:]}", error.lineno, error.colno) from None
+        reason = JSON_FAULTS.get(error.msg, f"{error.msg[:1].lower()}{error.msg[1:]}")
+        raise Fault(f"is not valid JSON: {reason}", error.lineno, error.colno) from None
     except RecursionError:
         raise Fault(f"cannot be read as JSON: it is nested more than {MAX_DEPTH} deep") from None
     _check_depth(value)
