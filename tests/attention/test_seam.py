@@ -141,8 +141,8 @@ def test_bench_and_plan(toy, capsys):
     (row,) = bench(config).rows
     assert row.correct and row.kind == "sparse" and row.sparsity is None and row.forward_ms.median > 0
     content = plan(GenerateConfig("a", model="wan2.1-t2v-1.3b", attention="window"))
-    assert content["flops"]["sla_attention"] == 4 * content["tokens"] * 128 * 12 * 30
-    assert content["flops_of"] == "window" and content["kept_fraction"] == 0.5 and content["key_blocks"] is None
+    assert content.flops.sla_attention == 4 * content.tokens * 128 * 12 * 30
+    assert content.flops_of == "window" and content.kept_fraction == 0.5 and content.key_blocks is None
     from slagen.cli.output.plan import show_plan
 
     show_plan(content, False)

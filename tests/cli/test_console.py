@@ -17,6 +17,7 @@ import typer
 from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen.attention import registry
+from slagen.attention.sla.config import SLAConfig
 from slagen.batch.result import BatchResult
 from slagen.benchmark.compare import FASTER
 from slagen.benchmark.rows import BenchRow, ModelRow
@@ -40,7 +41,7 @@ def poisoned(content, keep=("status", "kind")):
         return {key: value if key in keep else poisoned(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return type(content)(map(poisoned, content))
-    if dataclasses.is_dataclass(content):
+    if dataclasses.is_dataclass(content) and not isinstance(content, SLAConfig):  # which refuses such text
         fields = {name: value if name == "shape" else poisoned(value) for name, value in vars(content).items()}
         return dataclasses.replace(content, **fields)
     if isinstance(content, Path):

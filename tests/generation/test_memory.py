@@ -77,7 +77,7 @@ def test_a_dry_run_on_a_cpu_speaks_of_ram(capsys):
     told = capsys.readouterr().out
     assert "GiB of RAM on a CPU" in told and "GPU" not in told
     content = planning.plan(GenerateConfig("x", model="wan2.1-t2v-1.3b"))
-    assert 26.9 < content["memory_gib"]["cpu"]["weights"] < 27  # 7.2e9 parameters of float32
+    assert 26.9 < content.memory_gib.cpu.weights < 27  # 7.2e9 parameters of float32
 
 
 ERRORS = {

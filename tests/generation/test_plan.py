@@ -30,19 +30,19 @@ def plan(**settings):
 
 def test_the_published_case():
     content = plan(model="wan2.1-t2v-1.3b", width=832, height=480, num_frames=81, sparsity=0.95)
-    assert (content["tokens"], content["key_blocks"], content["tail_tokens"], content["topk_blocks"]) == (
+    assert (content.tokens, content.key_blocks, content.tail_tokens, content.topk_blocks) == (
         32760,
         512,
         56,
         25,
     )
-    flops = content["flops"]
-    assert flops["dense_forward"] / 1e12 == pytest.approx(283.0, rel=0.01)
-    assert flops["dense_attention"] / 1e12 == pytest.approx(197.8, rel=0.01)
-    assert flops["sla_forward"] / 1e12 == pytest.approx(96.0, rel=0.01)
-    assert content["amdahl_ceiling"] == pytest.approx(3.32, rel=0.01)
-    assert content["forward_passes"] == 100
-    assert any("never tuned" in text for text in content["notes"])
+    flops = content.flops
+    assert flops.dense_forward / 1e12 == pytest.approx(283.0, rel=0.01)
+    assert flops.dense_attention / 1e12 == pytest.approx(197.8, rel=0.01)
+    assert flops.sla_forward / 1e12 == pytest.approx(96.0, rel=0.01)
+    assert content.amdahl_ceiling == pytest.approx(3.32, rel=0.01)
+    assert content.forward_passes == 100
+    assert any("never tuned" in text for text in content.notes)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_the_published_case():
 )
 def test_flops_of_the_other_sizes(model, size, dense, limit):
     content = plan(model=model, width=size[0], height=size[1])
-    assert content["flops"]["dense_forward"] / 1e12 == pytest.approx(dense, rel=0.01)
-    assert content["amdahl_ceiling"] == pytest.approx(limit, rel=0.01)
+    assert content.flops.dense_forward / 1e12 == pytest.approx(dense, rel=0.01)
+    assert content.amdahl_ceiling == pytest.approx(limit, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_flops_of_the_other_sizes(model, size, dense, limit):
 )
 def test_tokens_and_tails(size, num_frames, tokens, blocks, tail):
     content = plan(model="turbowan2.1-t2v-1.3b-480p", width=size[0], height=size[1], num_frames=num_frames)
-    assert (content["tokens"], content["key_blocks"], content["tail_tokens"]) == (tokens, blocks, tail)
-    assert content["topk_blocks"] == blocks // 10 and content["forward_passes"] == 4
+    assert (content.tokens, content.key_blocks, content.tail_tokens) == (tokens, blocks, tail)
+    assert content.topk_blocks == blocks // 10 and content.forward_passes == 4
 
 
 def test_parameters_are_counted_exactly():
@@ -83,18 +83,18 @@ def test_parameters_are_counted_exactly():
 
 def test_the_bundled_model_is_planned_as_it_runs():
     content = plan()
-    assert (content["tokens"], content["key_blocks"], content["topk_blocks"]) == (320, 20, 1)
-    assert content["trained_sparsity"] == 0.95 and not content["downloads"] and not content["notes"]
-    assert any("trained at sparsity 0.95" in text for text in plan(sparsity=0.8)["notes"])
-    (note,) = plan(width=256, height=256, num_frames=33)["notes"]
+    assert (content.tokens, content.key_blocks, content.topk_blocks) == (320, 20, 1)
+    assert content.trained_sparsity == 0.95 and not content.downloads and not content.notes
+    assert any("trained at sparsity 0.95" in text for text in plan(sparsity=0.8).notes)
+    (note,) = plan(width=256, height=256, num_frames=33).notes
     assert "this clip is 256x256 with 33 frames. Try --size 128x128 --num-frames 17" in note
 
 
 def test_a_top_k_counts_as_published_and_a_sparsity_as_ours(capsys):
     """int(0.29 * 100) is 28 in floating point, and 1 - 0.71 of 100 are 29."""
     by_topk, by_sparsity = plan(num_frames=97, sla_topk=0.29), plan(num_frames=97, sparsity=0.71)
-    assert (by_topk["key_blocks"], by_topk["topk_blocks"], by_sparsity["topk_blocks"]) == (100, 28, 29)
-    assert by_topk["settings"]["sla_topk"] == 0.29 and by_sparsity["settings"]["sla_topk"] is None
+    assert (by_topk.key_blocks, by_topk.topk_blocks, by_sparsity.topk_blocks) == (100, 28, 29)
+    assert by_topk.settings["sla_topk"] == 0.29 and by_sparsity.settings["sla_topk"] is None
     for option, words in (
         ("--sla-topk 0.29", "sla-topk 0.29 -> top-k 28 of 100"),
         ("--sparsity 0.71", "sparsity 0.71 -> top-k 29 of"),
@@ -106,21 +106,21 @@ def test_a_top_k_counts_as_published_and_a_sparsity_as_ours(capsys):
 def test_blocks_that_are_not_those_of_the_training():
     """TurboDiffusion runs 128 x 64; weights made with other blocks take them, and what was trained is told."""
     content = plan(model="turbowan2.1-t2v-1.3b-480p", block_m=128)
-    assert (content["query_blocks"], content["key_blocks"], content["topk_blocks"]) == (256, 512, 51)
-    (note,) = content["notes"]
+    assert (content.query_blocks, content.key_blocks, content.topk_blocks) == (256, 512, 51)
+    (note,) = content.notes
     assert note == "the weights were trained with blocks of 64x64 tokens, not 128x64"
-    assert not plan(model="turbowan2.1-t2v-1.3b-480p", block_m=64, block_n=64)["notes"]
+    assert not plan(model="turbowan2.1-t2v-1.3b-480p", block_m=64, block_n=64).notes
     content = plan(block_n=32)
-    assert (content["key_blocks"], content["settings"]["block_m"], content["settings"]["block_n"]) == (10, 16, 32)
+    assert (content.key_blocks, content.settings["block_m"], content.settings["block_n"]) == (10, 16, 32)
 
 
 def test_what_is_asked_for_is_planned():
     dense = plan(model="wan2.1-t2v-1.3b", attention="dense")
-    assert dense["settings"]["sparsity"] is None and dense["kept_fraction"] == 1.0
-    assert dense["topk_blocks"] == dense["key_blocks"] and not any("--allow" in text for text in dense["notes"])
-    (note,) = plan(model="wan2.1-t2v-1.3b")["notes"]
+    assert dense.settings["sparsity"] is None and dense.kept_fraction == 1.0
+    assert dense.topk_blocks == dense.key_blocks and not any("--allow" in text for text in dense.notes)
+    (note,) = plan(model="wan2.1-t2v-1.3b").notes
     assert "wants --weights, or --allow-untrained" in note
-    (note,) = plan(model="wan2.1-t2v-1.3b", allow_untrained=True)["notes"]
+    (note,) = plan(model="wan2.1-t2v-1.3b", allow_untrained=True).notes
     assert "the video will be poor" in note
 
 
@@ -160,10 +160,10 @@ def test_weights_never_tuned_are_refused_where_their_headers_tell(tmp_path):
             make_plan(GenerateConfig("a red circle", device="cpu", **settings))
         assert str(planned.value) == str(refused.value) and "never tuned for SLA" in str(refused.value)
         plan(attention="dense", **settings)
-        notes = plan(allow_untrained=True, **settings)["notes"]
+        notes = plan(allow_untrained=True, **settings).notes
         assert ("the video will be poor" in " ".join(notes)) == ("weights" not in settings)
     shutil.copy(bundled_folder() / "sla.safetensors", model)
-    assert plan(model=str(model))["trained_sparsity"] == 0.95
+    assert plan(model=str(model)).trained_sparsity == 0.95
     names = read_header(file).keys() - {"__metadata__"}
     assert is_untuned(names) and is_untuned([f"model.diffusion_model.{name}" for name in names])
     for other in ("blocks.0.attn1.processor.proj_l.weight", "blocks.0.attn1.to_q.lora_A.weight"):
@@ -173,11 +173,11 @@ def test_weights_never_tuned_are_refused_where_their_headers_tell(tmp_path):
 
 def test_what_generate_warns_of_a_plan_notes(monkeypatch):
     """Words that the bundled model does not know, and memory that this machine has not."""
-    (note,) = plan(prompt="a red fox")["notes"]
+    (note,) = plan(prompt="a red fox").notes
     assert note == make_plan(GenerateConfig("a red fox", model="tiny-wan", device="cpu")).warnings[0]
-    assert "does not know 'fox'" in note and not plan(prompt="prompt")["notes"]
+    assert "does not know 'fox'" in note and not plan(prompt="prompt").notes
     monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
-    (note,) = planning.plan(GenerateConfig("a red circle"), "cpu")["notes"]
+    (note,) = planning.plan(GenerateConfig("a red circle"), "cpu").notes
     assert "of memory on a CPU" in note and "0.0 GiB is left" in note
 
 
@@ -278,6 +278,6 @@ def test_weights_of_another_sampler_bring_its_defaults(tmp_path):
     file = tmp_path / "sla.safetensors"
     write_sla({"x": torch.zeros(1)}, file, metadata)
     content = plan(model="wan2.1-t2v-1.3b", weights=str(file))
-    settings = content["settings"]
+    settings = content.settings
     assert (settings["steps"], settings["guidance_scale"], settings["sampler"]) == (4, 1.0, "rcm")
-    assert content["forward_passes"] == 4
+    assert content.forward_passes == 4

@@ -20,6 +20,16 @@ from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
 from slagen.generation.defaults import check_size, fill_defaults
 from slagen.generation.preflight import check_run
+from slagen.generation.run_estimate import (
+    CpuMemory,
+    Download,
+    Flops,
+    ListedModel,
+    RunEstimate,
+    RunMemory,
+    StageMemory,
+    TotalFlops,
+)  # fmt: skip
 from slagen.io.paths import is_video, user_path
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, num_tokens
@@ -61,15 +71,13 @@ class _Model:
         return self.preset.shape
 
 
-def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
+def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     """Say what `slagen generate` with these settings will do, from sizes alone.
 
     Args:
         config: a model that is None is the bundled one.
         device: the kind it will run on; None: not known, but the CPU for the bundled model where there is no card.
-    Returns: a dict, ready for JSON: settings; tokens, blocks, tail; FLOPs of one transformer forward of one sample
-        without guidance, 2 for each multiply-add, with SLA and without; memory and downloads, estimated from
-        parameters; notes. With dense attention the sparsity is None and every key block is kept.
+    Returns: the estimate. With dense attention every key block is kept, and FLOPs are told of SLA beside it.
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
     check_run(config)
@@ -93,48 +101,44 @@ def plan(config: GenerateConfig, device: str | None = None) -> dict[str, Any]:
     cpu = _cpu_need(config, model, tokens, size)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
-    return {
-        "model": model.preset.name,
-        "settings": {
+    flops = _flops(model, method, attention, tokens)
+    passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
+    return RunEstimate(
+        model=model.preset.name,
+        settings={
             "width": size[0], "height": size[1], "num_frames": size[2], "fps": config.fps, "steps": config.steps,
             "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
             "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
             **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
             **dict(config.attention_options),
         },
-        "trained_sparsity": None if model.trained is None else model.trained.sparsity,
-        "tokens": tokens,
-        "query_blocks": about.get("query_blocks"),
-        "key_blocks": about.get("key_blocks"),
-        "tail_tokens": tokens % about["block_n"] if "block_n" in about else None,
-        "topk_blocks": about.get("key_blocks" if is_dense else "critical"),
-        "kept_fraction": 1.0 if is_dense else method.density(attention, tokens),
-        **_costs(config, model, method, attention, tokens),
-        "device": device,
-        "memory_gib": {**_memory(model, tokens, size), "cpu": _in_gib(cpu)},
-        "downloads": _downloads(model.preset),
-        "outputs": _outputs(asked),
-        "notes": notes,
-    }  # fmt: skip
+        trained_sparsity=None if model.trained is None else model.trained.sparsity,
+        tokens=tokens,
+        query_blocks=about.get("query_blocks"),
+        key_blocks=about.get("key_blocks"),
+        tail_tokens=tokens % about["block_n"] if "block_n" in about else None,
+        topk_blocks=about.get("key_blocks" if is_dense else "critical"),
+        kept_fraction=1.0 if is_dense else method.density(attention, tokens),
+        flops=flops,
+        flops_of=method.name,
+        flops_speedup=flops.dense_forward / flops.sla_forward,
+        amdahl_ceiling=flops.dense_forward / flops.other,
+        forward_passes=passes,
+        total_flops=TotalFlops(passes * flops.dense_forward, passes * flops.sla_forward),
+        device=device,
+        memory_gib=_memory(model, tokens, size, _in_gib(cpu)),
+        downloads=_downloads(model.preset),
+        outputs=_outputs(asked),
+        notes=notes,
+    )  # fmt: skip
 
 
-def _costs(config: GenerateConfig, model: _Model, method: Method, attention: Any, tokens: int) -> dict[str, Any]:
-    """FLOPs of a forward pass and of the whole run, and what they come to beside dense attention."""
+def _flops(model: _Model, method: Method, attention: Any, tokens: int) -> Flops:
+    """FLOPs of a forward pass, with the method and with dense attention."""
     shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
     dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
-    flops = method.cost(attention, shape, tokens)
-    passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
-    return {
-        "flops": {
-            "dense_forward": dense + other, "sla_forward": flops + other, "dense_attention": dense,
-            "sla_attention": flops, "other": other,
-        },
-        "flops_of": method.name,
-        "flops_speedup": (dense + other) / (flops + other),
-        "amdahl_ceiling": (dense + other) / other,
-        "forward_passes": passes,
-        "total_flops": {"dense": passes * (dense + other), "sla": passes * (flops + other)},
-    }  # fmt: skip
+    own = method.cost(attention, shape, tokens)
+    return Flops(dense + other, own + other, dense, own, other)
 
 
 def _notes(
@@ -230,7 +234,7 @@ def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: in
     return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
 
 
-def _memory(model: _Model, tokens: int, size: tuple[int, int, int]) -> dict[str, Any]:
+def _memory(model: _Model, tokens: int, size: tuple[int, int, int], cpu: CpuMemory) -> RunMemory:
     """Estimates for bf16 on a card: weights (of a folder: its files), and what a stage needs beside them."""
     shape, folder = model.shape, model.folder
     hidden = memory.denoising(shape, tokens, 2)
@@ -246,14 +250,14 @@ def _memory(model: _Model, tokens: int, size: tuple[int, int, int]) -> dict[str,
         weights = {"text": sizes["text_encoder"], "denoise": sizes["transformer"], "decode": sizes["vae"]}
         decode = decode // 4
     activations = {"text": 0, "denoise": hidden, "decode": decode}
-    stages = {stage: {"weights": weights[stage] / GIB, "activations": activations[stage] / GIB} for stage in weights}
-    return {
-        "stages": stages,
-        "gpu_peak_all_resident": (sum(weights.values()) + max(activations.values())) / GIB,
-        "gpu_peak_offloaded": max(weights[stage] + activations[stage] for stage in weights) / GIB,
-        "host": sum(weights.values()) / GIB,
-        "estimated": True,
-    }
+    return RunMemory(
+        stages={stage: StageMemory(weights[stage] / GIB, activations[stage] / GIB) for stage in weights},
+        gpu_peak_all_resident=(sum(weights.values()) + max(activations.values())) / GIB,
+        gpu_peak_offloaded=max(weights[stage] + activations[stage] for stage in weights) / GIB,
+        host=sum(weights.values()) / GIB,
+        estimated=True,
+        cpu=cpu,
+    )
 
 
 def _lack(needed: memory.Need, width: int, height: int, num_frames: int) -> str | None:
@@ -274,23 +278,21 @@ def _cpu_need(config: GenerateConfig, model: _Model, tokens: int, size: tuple[in
     return memory.Need(weights, 0, *stages)
 
 
-def _in_gib(needed: memory.Need) -> dict[str, float]:
-    return {
-        "weights": needed.weights / GIB, "denoise": needed.denoise / GIB, "decode": needed.decode / GIB,
-        "peak": needed.likely / GIB, "left": max(0, memory.memory_left()[0]) / GIB,
-    }  # fmt: skip
+def _in_gib(needed: memory.Need) -> CpuMemory:
+    sizes = (needed.weights, needed.denoise, needed.decode, needed.likely, max(0, memory.memory_left()[0]))
+    return CpuMemory(*(size / GIB for size in sizes))
 
 
-def _downloads(preset: Preset) -> list[dict[str, Any]]:
+def _downloads(preset: Preset) -> list[Download]:
     """What a first run fetches, by parameters; the hub is asked for the true sizes then."""
     if preset.base is None:
         return []
     transformer = 2 * transformer_parameters(preset.shape)
     shared = 2 * TEXT_ENCODER_PARAMETERS + 4 * VAE_PARAMETERS
     base = shared + (0 if preset.weights else transformer)
-    rows = [{"repository": preset.base, "gib": base / GIB, "estimated": True}]
+    rows = [Download(preset.base, base / GIB)]
     if preset.weights is not None:
-        rows.append({"repository": preset.weights, "gib": transformer / GIB, "estimated": True})
+        rows.append(Download(preset.weights, transformer / GIB))
     return rows
 
 
@@ -306,7 +308,7 @@ def _outputs(config: GenerateConfig) -> list[str]:
     return [str(output / name) for name in names]
 
 
-def models() -> list[dict[str, Any]]:
+def models() -> list[ListedModel]:
     """Every preset, as `slagen models` lists it."""
     folder = bundled_folder()
     source = describe_folder(folder, BUNDLED)
@@ -316,12 +318,12 @@ def models() -> list[dict[str, Any]]:
     return [_row(preset) for preset in (bundled, *PRESETS.values())]
 
 
-def _row(preset: Preset) -> dict[str, Any]:
+def _row(preset: Preset) -> ListedModel:
     defaults: ModelDefaults = preset.defaults
-    return {
-        "name": preset.name, "about": preset.about, "base": preset.base, "weights": preset.weights,
-        "size": f"{defaults.width}x{defaults.height}", "num_frames": defaults.num_frames, "steps": defaults.steps,
-        "guidance_scale": defaults.guidance_scale, "sampler": defaults.sampler,
-        "flow_shift": None if defaults.sampler == "rcm" else defaults.flow_shift,
-        "negative_prompt": defaults.negative_prompt, "sla": None if preset.sla is None else preset.sla.to_dict(),
-    }  # fmt: skip
+    return ListedModel(
+        name=preset.name, about=preset.about, base=preset.base, weights=preset.weights,
+        size=f"{defaults.width}x{defaults.height}", num_frames=defaults.num_frames, steps=defaults.steps,
+        guidance_scale=defaults.guidance_scale, sampler=defaults.sampler,
+        flow_shift=None if defaults.sampler == "rcm" else defaults.flow_shift,
+        negative_prompt=defaults.negative_prompt, sla=preset.sla,
+    )  # fmt: skip

@@ -2,53 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slagen.cli.console import note, write_json, write_table
 from slagen.cli.table import Cell, Table
 from slagen.io.text import counted
 
+if TYPE_CHECKING:
+    from slagen.generation.run_estimate import RunEstimate, RunMemory
 
-def show_plan(content: dict[str, Any], as_json: bool) -> None:
+
+def show_plan(estimate: RunEstimate, as_json: bool) -> None:
     """Print the estimate of a run: a table on stdout, or JSON alone."""
     if as_json:
-        write_json(content)
+        write_json(estimate.to_dict())
         return
-    settings, memory = content["settings"], content["memory_gib"]
-    tera = {name: flops / 1e12 for name, flops in content["flops"].items()}
-    tail = f", the last with {counted(content['tail_tokens'], 'token')}" if content["tail_tokens"] else ""
+    settings, memory = estimate.settings, estimate.memory_gib
+    tera = {name: flops / 1e12 for name, flops in vars(estimate.flops).items()}
+    tail = f", the last with {counted(estimate.tail_tokens, 'token')}" if estimate.tail_tokens else ""
     blocks = (
         ""
-        if content["key_blocks"] is None
+        if estimate.query_blocks is None or estimate.key_blocks is None
         else (
-            f": {counted(content['query_blocks'], 'query block')} of {settings['block_m']}, "
-            f"{counted(content['key_blocks'], 'key block')} of {settings['block_n']}{tail}"
+            f": {counted(estimate.query_blocks, 'query block')} of {settings['block_m']}, "
+            f"{counted(estimate.key_blocks, 'key block')} of {settings['block_n']}{tail}"
         )
     )
-    of = "SLA" if content["flops_of"] == "sla" else content["flops_of"]
+    of = "SLA" if estimate.flops_of == "sla" else estimate.flops_of
     rows = [
-        ("model", content["model"]),
+        ("model", estimate.model),
         ("video", f"{settings['width']}x{settings['height']}, {counted(settings['num_frames'], 'frame')}, "
                   f"{settings['fps']} fps"),
         ("sampling", f"{counted(settings['steps'], 'step')} of {settings['sampler']}, "
                      f"guidance {settings['guidance_scale']:g}: "
-                     f"{counted(content['forward_passes'], 'forward pass')}"),
-        ("tokens", f"{content['tokens']}{blocks}"),
-        ("attention", _planned_attention(content)),
+                     f"{counted(estimate.forward_passes, 'forward pass')}"),
+        ("tokens", f"{estimate.tokens}{blocks}"),
+        ("attention", _planned_attention(estimate)),
         ("TFLOP per pass", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
                             f"{of} {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
-        ("FLOP reduction", f"{content['flops_speedup']:.2f}x; the limit, with free attention, is "
-                           f"{content['amdahl_ceiling']:.2f}x (Amdahl's law)"),
-        *_memory_rows(content["device"], memory),
-        *[("download", f"{row['repository']}, about {row['gib']:.1f} GiB unless cached")
-          for row in content["downloads"]],
-        *[("output", name) for name in content["outputs"]],
+        ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; the limit, with free attention, is "
+                           f"{estimate.amdahl_ceiling:.2f}x (Amdahl's law)"),
+        *_memory_rows(estimate.device, memory),
+        *[("download", f"{row.repository}, about {row.gib:.1f} GiB unless cached")
+          for row in estimate.downloads],
+        *[("output", name) for name in estimate.outputs],
     ]  # fmt: skip
     table = Table()
     for name, text in rows:
         table.add_row(Cell(name, "dim"), text)
     write_table(table)
-    for text in content["notes"]:
+    for text in estimate.notes:
         note(text)
 
 
@@ -59,33 +62,31 @@ def _kept(settings: dict[str, Any]) -> str:
     return f"sla-topk {settings['sla_topk']:g}"
 
 
-def _planned_attention(content: dict[str, Any]) -> str:
+def _planned_attention(estimate: RunEstimate) -> str:
     """What a plan says is kept of all query-key pairs."""
-    settings = content["settings"]
+    settings = estimate.settings
     if settings["attention"] == "dense":
         return "dense: every key block"
-    if content["topk_blocks"] is None:
-        return f"{settings['attention']}: {content['kept_fraction']:.2%} of all query-key pairs exactly"
+    if estimate.topk_blocks is None or estimate.key_blocks is None:
+        return f"{settings['attention']}: {estimate.kept_fraction:.2%} of all query-key pairs exactly"
     return (
-        f"{_kept(settings)} -> top-k {content['topk_blocks']} of {counted(content['key_blocks'], 'key block')} "
-        f"(kept {content['kept_fraction']:.2%})"
+        f"{_kept(settings)} -> top-k {estimate.topk_blocks} of {counted(estimate.key_blocks, 'key block')} "
+        f"(kept {estimate.kept_fraction:.2%})"
     )
 
 
-def _memory_rows(device: str | None, memory: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory_rows(device: str | None, memory: RunMemory) -> list[tuple[str, str]]:
     """What a plan says of memory: of the machine's own where it runs on a CPU, of a card's, or of both."""
-    cpu = memory["cpu"]
-    on_cpu = f"about {cpu['peak']:.1f} GiB of RAM on a CPU ({cpu['left']:.1f} GiB is available)"
+    cpu = memory.cpu
+    on_cpu = f"about {cpu.peak:.1f} GiB of RAM on a CPU ({cpu.left:.1f} GiB is available)"
     if device == "cpu":
-        stages = (
-            f"weights {cpu['weights']:.1f}, denoise + {cpu['denoise']:.1f}, decode + {cpu['decode']:.1f} (estimates)"
-        )
+        stages = f"weights {cpu.weights:.1f}, denoise + {cpu.denoise:.1f}, decode + {cpu.decode:.1f} (estimates)"
         return [("memory", on_cpu), ("by stage, GiB", stages)]
-    parts = memory["stages"].items()
-    stages = ", ".join(f"{name} {stage['weights']:.1f} + {stage['activations']:.1f}" for name, stage in parts)
+    parts = memory.stages.items()
+    stages = ", ".join(f"{name} {stage.weights:.1f} + {stage.activations:.1f}" for name, stage in parts)
     on_card = (
-        f"about {memory['gpu_peak_all_resident']:.1f} GiB on {'the' if device else 'a'} GPU with all models resident, "
-        f"{memory['gpu_peak_offloaded']:.1f} GiB with one at a time; {memory['host']:.1f} GiB of host memory"
+        f"about {memory.gpu_peak_all_resident:.1f} GiB on {'the' if device else 'a'} GPU with all models resident, "
+        f"{memory.gpu_peak_offloaded:.1f} GiB with one at a time; {memory.host:.1f} GiB of host memory"
     )
     rows = [("memory", on_card), ("by stage, GiB", f"weights + activations: {stages} (estimates)")]
     return rows if device is not None else [("memory", on_cpu), ("", on_card), *rows[1:]]

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slagen.cli.console import write_json, write_table
 from slagen.cli.table import Cell, Table
 from slagen.io.text import counted, line
 
+if TYPE_CHECKING:
+    from slagen.generation.run_estimate import ListedModel
 
-def show_models(rows: list[dict[str, Any]], as_json: bool) -> None:
+
+def show_models(rows: list[ListedModel], as_json: bool) -> None:
     """Print the presets: a table on stdout, or JSON alone."""
     if as_json:
-        write_json(rows)
+        write_json([row.to_dict() for row in rows])
         return
     table = Table()
     for row in rows:
-        sampler = f"{row['steps']} x {row['sampler']}"
-        sampler += "" if row["flow_shift"] is None else f", shift {row['flow_shift']:g}"
-        sla = row["sla"]
-        said = [f"{row['size']}, {counted(row['num_frames'], 'frame')}; {sampler}, guidance {row['guidance_scale']:g}"]
+        sampler = f"{row.steps} x {row.sampler}"
+        sampler += "" if row.flow_shift is None else f", shift {row.flow_shift:g}"
+        sla = row.sla
+        said = [f"{row.size}, {counted(row.num_frames, 'frame')}; {sampler}, guidance {row.guidance_scale:g}"]
         if sla is not None:
-            said.append(f"SLA trained at sparsity {sla['sparsity']:g}, blocks {sla['block_m']}x{sla['block_n']}")
-        said.append(f"from {row['weights'] or row['base'] or 'this installation'}")
-        table.add_row(row["name"], Cell("\n".join(map(line, said))))
+            said.append(f"SLA trained at sparsity {sla.sparsity:g}, blocks {sla.block_m}x{sla.block_n}")
+        said.append(f"from {row.weights or row.base or 'this installation'}")
+        table.add_row(row.name, Cell("\n".join(map(line, said))))
     write_table(table)
 
 
