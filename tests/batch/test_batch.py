@@ -139,7 +139,7 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
     after = json.loads(report.read_text())
     assert after["video"] == before["video"] and after["latents_hash"] == before["latents_hash"]
     assert after["settings"].items() <= before["settings"].items() and "restored" in after and "steps" not in after
-    assert replay(str(report), model=str(toy))["same"]
+    assert replay(str(report), model=str(toy)).same
     second, seen = events_of(settings(toy, tmp_path, lines, save_latents=True))
     assert not any(report.name in event.text for event in seen)
     (told,) = (event.text for event in seen if event.kind == "warning")  # it was silent

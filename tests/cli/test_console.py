@@ -28,6 +28,7 @@ from slagen.doctor.checks import Finding
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
+from slagen.generation.replay import Compared, ReplayResult
 from slagen.timing import TurnTimes
 from slagen.training.data.dataset import Dataset
 from slagen.training.result import FinetuneResult
@@ -107,8 +108,8 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     "show_methods": lambda: [poisoned(registry.describe())],
     "show_info": lambda: [{HOSTILE: HOSTILE, "a": {HOSTILE: [HOSTILE, 1]}, HOSTILE + "x": [{"b": 1}], "n": 1000,
                            "proj_l_norms": [1.0]}],
-    "show_replay": lambda: [{"hashes": {HOSTILE: {"before": HOSTILE, "now": HOSTILE, "same": False}},
-                             "versions_changed": {HOSTILE: [HOSTILE, None]}}],
+    "show_replay": lambda: [ReplayResult(Path("p"), {HOSTILE: Compared(HOSTILE, HOSTILE, False)},
+                                         {HOSTILE: (HOSTILE, None)}, None)],
     "show_error": lambda: [HOSTILE],
 }  # fmt: skip
 
@@ -216,7 +217,7 @@ def test_json_says_the_same(monkeypatch, name, encoding):
     out, err = written()
     assert is_harmless(out + err)
     content = json.loads(out)
-    assert content == arguments[0] if name in ("show_info", "show_replay", "show_kernels") else content
+    assert content == arguments[0] if name in ("show_info", "show_kernels") else content
     if name != "show_data":
         assert any(HOSTILE.replace("\0", "") in text.replace("\0", "") for text in strings_of(content))
 

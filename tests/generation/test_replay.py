@@ -38,9 +38,9 @@ def test_the_video_itself_says_how_it_was_made(video):
 def test_made_again_it_is_the_same(video, source):
     """The model lies beside the video, whose report has no more than its name."""
     result = replay(str(getattr(video, source)))
-    assert result["same"] and not result["versions_changed"]
+    assert result.same and not result.versions_changed
     found = {"latents", "frames", "model weights"}
-    assert set(result["hashes"]) == (found if source == "path" else {*found, "file"})
+    assert set(result.hashes) == (found if source == "path" else {*found, "file"})
 
 
 def test_what_differs_is_named(video, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_a_report_without_its_video_is_replayed(video, tmp_path):
     content["settings"]["model"] = str(video.path.parent / "toy")
     (tmp_path / "x.json").write_text(json.dumps(content))
     result = replay(str(tmp_path / "x.json"))
-    assert result["same"] and set(result["hashes"]) == {"latents", "model weights"}
+    assert result.same and set(result.hashes) == {"latents", "model weights"}
 
 
 @pytest.mark.parametrize(
@@ -191,4 +191,4 @@ def test_top_k_and_blocks_are_those_of_before(video, tmp_path):
     attention, settings = made.report["attention"], made.report["settings"]
     assert (attention["key_blocks"], attention["critical"], attention["block_m"]) == (50, 28, 32)
     assert (settings["sla_topk"], settings["block_m"], settings["block_n"]) == (0.58, 32, 16)
-    assert replay(str(made.path), model=toy)["same"]
+    assert replay(str(made.path), model=toy).same

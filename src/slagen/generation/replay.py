@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,50 @@ AS_THEY_ARE = names_where(GenerateConfig, lambda option: option.pixels) - {  # t
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Compared:
+    """One hash of the old and of the new video."""
+
+    before: str
+    now: str
+    same: bool
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """What came of making a video again.
+
+    Args:
+        path: of what was replayed. output: where the new video was kept; None if it was not.
+        hashes: by what they are of: latents, weights, frames, from a report the file.
+        versions_changed: by package, the old version and the new; None where it was or is not installed.
+    """
+
+    path: Path
+    hashes: dict[str, Compared]
+    versions_changed: dict[str, tuple[str | None, str | None]]
+    output: str | None
+
+    @property
+    def same(self) -> bool:
+        """Whether every hash is."""
+        return all(row.same for row in self.hashes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            "path": str(self.path), "same": self.same,
+            "hashes": {name: dict(vars(row)) for name, row in self.hashes.items()},
+            "versions_changed": {name: list(pair) for name, pair in self.versions_changed.items()},
+            "output": self.output,
+        }  # fmt: skip
+
+
 def replay(
     path_text: str, output: str | None = None, on_event: Callable[[Event], None] = lambda event: None, *,
     model: str | None = None, weights: str | None = None, vae: str | None = None,
     local_files_only: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> ReplayResult:  # fmt: skip
     """Make a video again and compare.
 
     Args:
@@ -39,8 +79,7 @@ def replay(
         output: keep the new video here; None throws it away.
         model, weights, vae: where they lie, if not where they did.
         local_files_only: download nothing.
-    Returns: a dict: `same`, the old and new hashes of what both tell (latents, weights, frames, from a report the
-        file), and which versions differ.
+    Returns: the old and new hashes of what both tell, and which versions differ.
     Raises: UsageError for a file that is neither, weights that are not found, a hub model that only it names and that
         is not on this machine, or settings that slagen does not take;
         WeightsError for other weights; as `generate` besides.
@@ -69,14 +108,11 @@ def replay(
         raise UsageError(f"{path} has settings that this slagen cannot run again: {error}.") from error
     before, after = _hashes(told), _hashes(made)
     compared = {
-        name: {"before": before[name], "now": after[name], "same": before[name] == after[name]}
-        for name in before
-        if name in after
+        name: Compared(before[name], after[name], before[name] == after[name]) for name in before if name in after
     }
     old, new = told.get("versions", {}), machine.versions()
-    changed = {name: [old.get(name), new.get(name)] for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
-    return {"path": str(path), "same": all(row["same"] for row in compared.values()), "hashes": compared,
-            "versions_changed": changed, "output": output}  # fmt: skip
+    changed = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
+    return ReplayResult(path, compared, changed, output)
 
 
 def _hashes(content: dict[str, Any]) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slagen.cli.console import log, log_table, write, write_json, write_table
 from slagen.cli.table import Cell, Table
 from slagen.io.text import counted
+
+if TYPE_CHECKING:
+    from slagen.generation.replay import ReplayResult
 
 
 def show_videos(result: Any, as_json: bool) -> None:
@@ -68,19 +71,19 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def show_replay(content: dict[str, Any], as_json: bool) -> None:
+def show_replay(result: ReplayResult, as_json: bool) -> None:
     """Print whether a replayed video is the same: a table on stdout, or JSON alone."""
     if as_json:
-        write_json(content)
+        write_json(result.to_dict())
         return
     table = Table("", "before", "now", "")
-    for name, row in content["hashes"].items():
+    for name, row in result.hashes.items():
         table.add_row(
             name,
-            str(row["before"])[:16],
-            str(row["now"])[:16],
-            "same" if row["same"] else Cell("different", "bold red"),
+            row.before[:16],
+            row.now[:16],
+            "same" if row.same else Cell("different", "bold red"),
         )
-    for name, (before, now) in content["versions_changed"].items():
+    for name, (before, now) in result.versions_changed.items():
         table.add_row(name, str(before or "not installed"), str(now or "not installed"), "changed")
     write_table(table)
