@@ -358,6 +358,17 @@ def test_an_option_at_its_default_is_in_no_key(toy):
     assert told(attention_options=(("window", 2),)) == {**told(), "attention_options": {"window": 2}}
 
 
+def test_the_sparsity_of_another_method_is_in_its_key(toy):
+    """It was left out, so that a batch took 0.5 and 0.8 for the same video."""
+    registry.register(Method(**{**vars(TOY), "name": "rings", "config": RingsConfig}))
+
+    def told(**changes):
+        return make_plan(GenerateConfig("a", seed=1, model="tiny-wan", device="cpu", attention="rings", **changes)).told
+
+    assert [told(sparsity=sparsity)["sparsity"] for sparsity in (None, 0.5, 0.8)] == [0.9, 0.5, 0.8]
+    assert told()["sla_topk"] is None and "block_m" not in told()
+
+
 @pytest.mark.parametrize("name", registry.names())
 def test_options_are_of_kinds_that_the_command_line_reads(name):
     for setting in settings_of(registry.get(name).config):

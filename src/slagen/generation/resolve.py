@@ -87,10 +87,11 @@ class Plan:
         """Every setting by option name, as it will be used."""
         c, weights = self.config, self.weights
         file = weights.source.weights or (None if self.sla is None else weights.sla_path)
-        sparsity = None if self.sla is None else self.sla.sparsity
-        complement = None if sparsity is None else round(1 - sparsity, 12)
-        sizes = [(name, getattr(self.sla, name, None)) for name in ("block_m", "block_n")]
         base = weights.sla or self.method.config()
+        sparsity = getattr(self.attention, "sparsity", None)
+        has_topk = "sla_topk" in self.method.option_names
+        complement = None if sparsity is None or not has_topk else round(1 - sparsity, 12)
+        sizes = [(name, getattr(self.attention, name, None)) for name in ("block_m", "block_n")]
         own = {name: value for name, value in c.attention_options if value != getattr(base, name, None)}
         told: dict[str, Any] = {
             "prompt": c.prompt,
@@ -105,7 +106,7 @@ class Plan:
             "sla_topk": complement if c.sla_topk is None else c.sla_topk,
             **({"attention_options": own} if own else {}),
             # Only where they are not the weights' own, so that a batch goes on where it was begun without them.
-            **{name: size for name, size in sizes if size != getattr(weights.sla, name, None) and size is not None},
+            **{name: size for name, size in sizes if size != getattr(base, name, None) and size is not None},
             "size": f"{c.width}x{c.height}",
             "num_frames": c.num_frames,
             "fps": c.fps,
