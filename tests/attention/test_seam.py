@@ -184,10 +184,10 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     ("changes", "said"),
     [
         ({"attention": "fast"}, "attention is 'fast', but must be one of sla, sparse, linear, dense, window"),
-        ({"sparsity": 0.5}, r"sparsity is no option of window attention \(it has: window\)"),
+        ({"sparsity": 0.5}, r"sparsity is not an option of window attention \(it has: window\)"),
         (
             {"attention": "sla", "attention_options": (("window", 1),)},
-            r"window is no option of sla attention \(it has: .*\). Leave it out, or give --attention window",
+            r"window is not an option of sla attention \(it has: .*\). Leave it out, or give --attention window",
         ),
         ({"attention_options": (("window", -1),)}, "window is -1, but must be 0 or above"),
         ({"backend": "triton"}, "window attention has one implementation only"),
@@ -256,13 +256,13 @@ def test_an_option_of_a_method_is_an_option_of_the_command_line(command, capsys)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["generate", "x", "--window", "2"], "window is no option of sla attention"),
+        (["generate", "x", "--window", "2"], "window is not an option of sla attention"),
         (["generate", "x", "--window", "2"], "give --attention window or --attention rings."),
-        (["generate", "x", "--attention", "window", "--closed"], "closed is no option of window attention"),
+        (["generate", "x", "--attention", "window", "--closed"], "closed is not an option of window attention"),
         (["generate", "x", "--attention", "window", "--window", "-1"], "window is -1, but must be 0 or above"),
         (["generate", "x", "--attention", "window", "--window", "a"], "--window is 'a', but must be a whole number"),
         (["generate", "x", "--attention", "rings", "--form", "disc"], "--form is 'disc', but must be one of box, cone"),
-        (["plan", "--window", "2"], "window is no option of sla attention"),
+        (["plan", "--window", "2"], "window is not an option of sla attention"),
         (
             ["bench", "--method", "sla", "--window", "2"],
             "is an option of window or rings, but that is not among",
@@ -301,7 +301,7 @@ def test_an_option_of_a_method_is_an_argument_in_python(toy):
     assert config(attention_options=(("window", 2),)).attention_options == (("window", 2),)
     with pytest.raises(UsageError, match="window is 'b', but must be a whole number"):
         config(window="b")
-    with pytest.raises(UsageError, match="window is no option of sla attention"):
+    with pytest.raises(UsageError, match="window is not an option of sla attention"):
         config(window=2, attention="sla")
 
 
@@ -322,7 +322,7 @@ def test_an_option_of_a_method_in_a_prompt_file(anew, tmp_path):
     first, second = prompts.read_prompts(str(text))
     assert first.fields == {"attention_options": (("window", 2), ("form", "cone"), ("closed", True))}
     assert second.fields == {"attention_options": (("closed", False),), "seed": 4}
-    with pytest.raises(UsageError, match="window is no option of sla attention"):
+    with pytest.raises(UsageError, match="window is not an option of sla attention"):
         prompts.apply(config.GenerateConfig("-"), first)
 
 
@@ -334,7 +334,7 @@ def test_an_option_of_a_method_in_a_prompt_file(anew, tmp_path):
         ("a --closed perhaps", "p.txt:1:3: --closed is 'perhaps', but must be true or false"),
         ("a --form disc", "p.txt:1:3: --form is 'disc', but must be one of box, cone"),
         ("a --fade 1", "p.txt:1:3: --fade is the same for all prompts"),
-        ("a --window 1 --sla-topk 0.1", "p.txt:1: sla_topk is no option of"),
+        ("a --window 1 --sla-topk 0.1", "p.txt:1: sla_topk is not an option of"),
         ("a --window 1 --bits 4", "p.txt:1: window and bits are options of different attention methods"),
     ],
 )

@@ -208,7 +208,7 @@ def test_model_is_timed_dense_and_with_sla():
         ({"block_m": 48}, "block_m is 48"),
         ({"seconds": 0.0}, "Try --seconds 2"),
         ({"model": "tiny-wan", "random_init": "wan-1.3b"}, "Give one of them"),
-        ({"lengths": (0,)}, "at least 1 token"),
+        ({"lengths": (0,)}, r"length is 0, but must be at least 1\."),
         ({"steps": 0}, "Try --steps 1"),
         ({"steps": 4}, "^--steps is for the denoising loop. Add --model or --random-init.$"),
         ({"compile": True, "num_frames": 9}, "^--num-frames and --compile are for the denoising loop"),

@@ -146,6 +146,12 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
     ("command", "told"),
     [
         ("generate x --seed abc", "--seed is 'abc', but must be a whole number. See slagen generate --help."),
+        ("generate x --seed 99999999999999999999999",
+         "seed is 99999999999999999999999, but must be from 0 to 2**63 - 1. Try --seed 42."),
+        ("generate x --steps 99999999999999999999999",
+         "--steps is 99999999999999999999999, but must be between -2**63 and 2**63. See slagen generate --help."),
+        ("generate x --cfg inf", "--guidance-scale is inf, but must be a finite number. See slagen generate --help."),
+        ("bench --seconds nan", "--seconds is nan, but must be a finite number. See slagen bench --help."),
         ("generate x --cfg much", "--cfg is 'much', but must be a number. See slagen generate --help."),
         ("generate x --backend fast",
          "--backend is 'fast', but must be one of auto, reference, torch, triton, sdpa, sdpa-flash, sdpa-cudnn, "
@@ -166,14 +172,22 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
          "slagen batch has no --num-videos. Put --num-videos on a line of the file, or run slagen generate --prompts "
          "FILE --num-videos 2."),
         ("generate x --seed", "Option '--seed' requires an argument. See slagen generate --help."),
-        ("generate a b", "There are unexpected arguments: b. Put a prompt of several words in quotes."),
-        ("models x", "There are unexpected arguments: x. See slagen models --help."),
+        ("generate a b", "Unexpected arguments: b. Put a prompt of several words in quotes."),
+        ("models x", "Unexpected arguments: x. See slagen models --help."),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_told_in_plain_sentences_that_end_once(capsys, command, told):
     """A parser's words leaked ("Value error, 'x' is not one of ...", "unable to parse string"), and "?. See"."""
     assert run(command.split()) == 2
     assert re.sub(r"\s+", " ", capsys.readouterr().err).strip() == f"error: {told}"
+
+
+def test_a_command_without_arguments_shows_its_help_as_it_is(capsys):
+    """It ended with a full stop of its own: "[default: layer].\"."""
+    assert run(["batch", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert run(["batch"]) == 2
+    assert capsys.readouterr().err.strip() == text.strip()
 
 
 def test_the_output_of_a_batch_is_a_folder(capsys):

@@ -139,6 +139,13 @@ def printer(request, monkeypatch):
         use_plain(monkeypatch)
 
 
+def test_a_dense_video_is_not_compared_with_dense_attention(capsys):
+    """It had "1.00x fewer FLOPs, 83% of the 1.20x limit"."""
+    for mode, is_compared in (("sla", True), ("dense", False)):
+        SHOWING["show_report"]({**REPORT, "attention": {"mode": mode, "tokens": 9}})
+        assert ("fewer FLOPs" in " ".join(capsys.readouterr().err.split())) == is_compared
+
+
 @pytest.mark.parametrize("module", [console, progress])
 def test_without_rich_all_names_are_plain(monkeypatch, module):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -89,7 +89,7 @@ def test_a_gguf_that_asks_for_more_than_it_holds_is_refused(tmp_path, content):
     """A list of 2^40 entries was read to the end, far beyond that of the file."""
     needs("gguf", "slagen[gguf]")
     (tmp_path / "x.gguf").write_bytes(content)
-    with pytest.raises(WeightsError, match="broken, truncated"):
+    with pytest.raises(WeightsError, match="corrupt, incomplete"):
         read_tensors(tmp_path / "x.gguf")
 
 
@@ -177,7 +177,7 @@ def test_no_option_takes_a_number_that_is_none(capsys, command, number):
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**100], ids=["2^63", "-2^63-1", "10^100"])
 def test_no_option_takes_more_than_64_bits(capsys, option, number):
     assert run(["generate", "a", option, str(number)]) == 2
-    assert f"{option} is" in " ".join(capsys.readouterr().err.split())
+    assert f"{option.strip('-') if option == '--seed' else option} is" in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_number_of_every_command_is_looked_at():

@@ -281,9 +281,9 @@ def test_truncated_files_are_refused(suffix, state, tmp_path):
     whole = path.read_bytes()
     for share in (0.0, 0.3, 0.9):
         path.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(WeightsError, match="broken or truncated"):
+        with pytest.raises(WeightsError, match="corrupt or incomplete"):
             read_checkpoint(path)
-        with pytest.raises(WeightsError, match="broken or truncated"):
+        with pytest.raises(WeightsError, match="corrupt or incomplete"):
             peek(path)
 
 
@@ -483,6 +483,17 @@ def test_merge_is_the_published_arithmetic(state, tmp_path):
     assert torch.equal(merged.projections["blocks.1.attn1.processor.proj_l.weight"], pairs[1][0])
     with pytest.raises(UsageError, match="exists"):
         merge(str(files[0]), str(out), diff_base=str(files[1]), diff_target=str(files[2]))
+
+
+def test_a_merge_says_how_many_tensors_changed(state, tmp_path):
+    """Of the same model before and after it said that all of them had."""
+    base, told = str(write(tmp_path / "base.safetensors", wan(state))), list[str]()
+    merge(base, str(tmp_path / "same.safetensors"), diff_base=base, diff_target=base, on_note=told.append)
+    assert told == ["nothing changed: every merged tensor is as in the base"]
+    name = next(name for name, tensor in wan(state).items() if tensor.any())
+    after = str(write(tmp_path / "after.safetensors", {**wan(state), name: 2 * wan(state)[name]}))
+    merge(base, str(tmp_path / "new.safetensors"), diff_base=base, diff_target=after, on_note=told.append)
+    assert told[1] == f"1 tensor changed, {len(state) - 1} kept as in the base, 0 copied from the target"
 
 
 def test_samplers_must_suit_the_weights(base, state, tmp_path):

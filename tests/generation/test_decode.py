@@ -208,14 +208,14 @@ def changed(video, path, *, tensor=lambda x: x, about=lambda content: None, name
 NAN = torch.tensor(float("nan"))
 DAMAGED = {
     "a-bit": ({"tensor": lambda x: x + 1e-3}, "changed or damaged"),
-    "not-finite": ({"tensor": lambda x: x * NAN}, "not finite"),
+    "not-finite": ({"tensor": lambda x: x * NAN}, "NaN or Inf"),
     "half": ({"tensor": lambda x: x.half()}, "holds F16"),
-    "shape": ({"tensor": lambda x: x[0]}, "but one video's F32 are wanted"),
+    "shape": ({"tensor": lambda x: x[0]}, "but must hold the F32 latents of one video"),
     "cut": ({"tensor": lambda x: x[:, :, :1]}, "changed or damaged"),
     "other-tensors": ({"names": ("latents", "x")}, "holds no latents"),
     "no-word": ({"metadata": False}, "does not say what made them"),
-    "newer": ({"about": lambda c: c.update(version=2)}, "newer slagen"),
-    "settings": ({"about": lambda c: c["report"].pop("settings")}, '"report" lacks "settings"'),
+    "newer": ({"about": lambda c: c.update(version=2)}, "newer version of slagen"),
+    "settings": ({"about": lambda c: c["report"].pop("settings")}, '"report" has no "settings"'),
     "size": ({"about": lambda c: c["report"]["settings"].update(size="64x128")}, "holds latents of"),
     "fps": ({"about": lambda c: c["report"]["settings"].update(fps=0)}, "fps"),
     "vae": ({"about": lambda c: c.update(vae_hash="0" * 64)}, "another VAE"),
@@ -248,7 +248,7 @@ def test_a_report_that_cannot_be_shown_is_refused_before_decoding(video, tmp_pat
         for value in values:
             path = changed(video, tmp_path / "v.latents.safetensors",
                            about=lambda c, name=name, value=value: c["report"].update({name: value}))  # fmt: skip
-            with pytest.raises(WeightsError, match="not finite" if name == "other" else f"report.{name}"):
+            with pytest.raises(WeightsError, match="NaN or Inf" if name == "other" else f"report.{name}"):
                 kept.read_latents(path)
 
 
@@ -264,7 +264,7 @@ def test_what_decode_is_not_given(toy, video, tmp_path, capsys):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(video.latents_path.read_bytes()[:-9])
     for arguments, code, words in (
-        ([str(cut)], 5, "broken or truncated"),
+        ([str(cut)], 5, "corrupt or incomplete"),
         ([str(tmp_path / "none")], 2, "does not exist"),
         ([path], 2, "is not found. Give it with --model"),
         ([path, *model], 2, "exists. Choose another --output, or replace it with --overwrite"),

@@ -177,7 +177,7 @@ def test_cuda_that_is_not_there():
         ({"steps": 0}, "at least 1"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"seed": -5}, "seed is -5"),
-        ({"attention": "dense", "sparsity": 0.5}, "keeps every block"),
+        ({"attention": "dense", "sparsity": 0.5}, "has no sparsity"),
         ({"sampler": "ddim"}, "must be one of unipc"),
         ({"sigma_max": 0.0}, "Try --sigma-max 80"),
         ({"num_frames": float("inf")}, "whole number"),

@@ -119,7 +119,7 @@ def test_what_is_asked_for_is_planned():
     assert dense.settings["sparsity"] is None and dense.kept_fraction == 1.0
     assert dense.topk_blocks == dense.key_blocks and not any("--allow" in text for text in dense.notes)
     (note,) = plan(model="wan2.1-t2v-1.3b").notes
-    assert "wants --weights, or --allow-untrained" in note
+    assert "needs --weights, or --allow-untrained" in note
     (note,) = plan(model="wan2.1-t2v-1.3b", allow_untrained=True).notes
     assert "the video will be poor" in note
 

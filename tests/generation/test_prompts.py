@@ -85,7 +85,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("a --id *", ".txt", "id is"),
         ("a --id x\nb --id x", ".txt", r":2: id 'x' is that of .*:1 too"),
         ("x" * 1_000_000, ".txt", "1,000,000 characters"),
-        (b"a\nb\x00c", ".txt", r":2: holds a NUL byte"),
+        (b"a\nb\x00c", ".txt", r":2: contains a NUL byte"),
         (b"a\nb \xff", ".txt", r":2:3: byte 0xff is not UTF-8"),
         ("ok\n".encode("utf-16"), ".txt", "not UTF-8|NUL"),
         ('{"prompt": "a"}\n{"prompt": 3}', ".jsonl", r":2: prompt is 3"),
@@ -95,7 +95,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ('{"prompt": "a", "seed": true}', ".jsonl", "whole number"),
         ('{"prompt": "a", "seed": NaN}', ".jsonl", "whole number"),
         ('{"prompt": "a", "steps": Infinity}', ".jsonl", "whole number"),
-        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", ".jsonl", ":1: cannot be read as JSON"),
+        ('{"prompt": "a", "seed": ' + "7" * 5000 + "}", ".jsonl", ":1: contains a number with"),
         (
             '{"prompt": "a", "guidance_scale": ' + "7" * 401 + "}",
             ".jsonl",
@@ -107,10 +107,10 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("text,seed\na,1", ".csv", r":1: has no column named prompt"),
         ("prompt,seed\na", ".csv", r":2: has 1 cells"),
         ('prompt\n"a', ".csv", "no CSV"),
-        ("prompts: [a, b", ".yaml", "not YAML|read as YAML"),
+        ("prompts: [a, b", ".yaml", "not valid YAML|YAML tag"),
         ("just text", ".yaml", "must be a list"),
         ("- {prompt: a}\n- 7\n", ".yaml", r":2: is 7"),
-        ("- !!python/object/apply:os.system [ls]", ".yaml", "not YAML|read as YAML"),
+        ("- !!python/object/apply:os.system [ls]", ".yaml", "not valid YAML|YAML tag"),
     ],
 )
 def test_faults_are_told_where_they_are(tmp_path, text, suffix, words):

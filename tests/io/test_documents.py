@@ -47,10 +47,10 @@ def aliases(inner: str, levels: int = 9) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "nested more than 64 deep"),
-        ('{"a": ' * 65 + "1" + "}" * 65, "nested more than 64 deep"),
-        ("7" * 5000, "a number has 5,000 digits"),
-        ('{"a": 1, "a": 2}', "has 'a' twice"),
+        ("[" * 100_000, "is nested more than 64 levels deep, which slagen does not read"),
+        ('{"a": ' * 65 + "1" + "}" * 65, "is nested more than 64 levels deep, which slagen does not read"),
+        ("7" * 5000, "contains a number with 5,000 digits, which is too long"),
+        ('{"a": 1, "a": 2}', "contains the key 'a' twice"),
         ("[],", "is not valid JSON: there is more behind its end"),
         ("[" + "[]," * 4_000_001 + "[]]", "more than 4,000,000 values"),
         ('{"a": "\\ud83d"}', "half a character"),
@@ -71,22 +71,22 @@ def test_json_out_of_bounds_is_refused(text, words):
         (aliases("[{}]"), f"more than {MAX_YAML_VALUES:,} values"),
         (aliases("{{k: [{}]}}"), f"more than {MAX_YAML_VALUES:,} values"),
         (aliases("{{<<: [{}]}}").replace("[x, x, x, x, x, x, x, x, x]", "{k: 1}"), f"more than {MAX_YAML_VALUES:,}"),
-        ("a: &a [*a]", "alias \\*a refers to nothing"),
-        ("[" * 100_000, "nested more than 64 deep"),
-        ("- " * 100_000, "nested more than 64 deep"),
-        ("!!int ''", "'' is tagged int"),
+        ("a: &a [*a]", "alias \\*a refers to no complete value"),
+        ("[" * 100_000, "is nested more than 64 levels deep, which slagen does not read"),
+        ("- " * 100_000, "is nested more than 64 levels deep, which slagen does not read"),
+        ("!!int ''", "'' is tagged int, but is not a valid int"),
         ("!!float x", "'x' is tagged float"),
         (
             "!!python/object/apply:os.system [ls]",
-            "the tag tag:yaml.org,2002:python/object/apply:os.system is not supported",
+            "the YAML tag tag:yaml.org,2002:python/object/apply:os.system is not supported",
         ),
         ("!!binary aGk=", "is not supported"),
         ("a: 1\na: 2", "the key 'a' twice"),
-        ("? [a]\n: b", "a key is a list"),
-        ("<<: 3", "<< takes an object"),
-        ("a\n---\nb", "second document"),
+        ("? [a]\n: b", "a key must be text, but this one is a list"),
+        ("<<: 3", "<< must be followed by an object"),
+        ("a\n---\nb", "second YAML document"),
         ("x" * (2**21 + 1), "longer than 2 MiB"),
-        ("9" * 5000, "a number has 5,000 digits"),
+        ("9" * 5000, "contains a number with 5,000 digits, which is too long"),
     ],
     ids=lambda value: str(value)[:12],
 )
@@ -107,18 +107,18 @@ def test_yaml_that_people_write_is_read():
 @pytest.mark.parametrize(
     ("value", "form", "words"),
     [
-        ({"vae": 3}, {"vae": (str, str)}, '"vae" is a number, but a list of two texts is wanted'),
-        ({"a": {"b": [1, "x"]}}, {"a": {"b": [int]}}, '"a.b[1]" is text, but a whole number is wanted'),
-        ({"n": 10**400}, {"n": float}, '"n" is a number, but a number is wanted'),
-        ({"n": float("nan")}, {"n": float}, '"n" is nan, but a number is wanted'),
-        ({"n": True}, {"n": int}, '"n" is true, but a whole number is wanted'),
-        ({"n": 9}, {"n": whole(1, 8)}, '"n" is 9, but a whole number from 1 to 8 is wanted'),
-        ({"n": "c"}, {"n": one_of("a", "b")}, "\"n\" is 'c', but one of a, b is wanted"),
-        ({"n": None}, {"n": int | str}, '"n" is null, but a whole number or text is wanted'),
+        ({"vae": 3}, {"vae": (str, str)}, '"vae" is a number, but must be a list of two texts'),
+        ({"a": {"b": [1, "x"]}}, {"a": {"b": [int]}}, '"a.b[1]" is text, but must be a whole number'),
+        ({"n": 10**400}, {"n": float}, '"n" is a number, but must be a number'),
+        ({"n": float("nan")}, {"n": float}, '"n" is nan, but must be a number'),
+        ({"n": True}, {"n": int}, '"n" is true, but must be a whole number'),
+        ({"n": 9}, {"n": whole(1, 8)}, '"n" is 9, but must be a whole number from 1 to 8'),
+        ({"n": "c"}, {"n": one_of("a", "b")}, "\"n\" is 'c', but must be one of a, b"),
+        ({"n": None}, {"n": int | str}, '"n" is null, but must be a whole number or text'),
         ({"n": "A" * 64}, {"n": sha256()}, "64 hexadecimal digits"),
-        ([], dict, "is a list, but an object is wanted"),
-        ({}, {"n": int}, 'lacks "n"'),
-        ({"x": {}}, {str: {"n": int}}, '"x" lacks "n"'),
+        ([], dict, "is a list, but must be an object"),
+        ({}, {"n": int}, 'has no "n"'),
+        ({"x": {}}, {str: {"n": int}}, '"x" has no "n"'),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
@@ -274,15 +274,15 @@ def test_the_bundled_model_is_of_the_forms():
     ("name", "change", "words"),
     [
         ("model_index.json", {"transformer_2": 3}, '"transformer_2" is a number'),
-        ("model_index.json", {"scheduler": ["os", "system"]}, '"scheduler" is a list, but a list of a library'),
-        ("transformer/config.json", {"num_layers": 10**9}, '"num_layers" is 1000000000, but a whole number from 1'),
-        ("transformer/config.json", {"patch_size": 2}, '"patch_size" is a number, but a list of three'),
+        ("model_index.json", {"scheduler": ["os", "system"]}, '"scheduler" is a list, but must be a list of a library'),
+        ("transformer/config.json", {"num_layers": 10**9}, '"num_layers" is 1000000000, but must be a whole'),
+        ("transformer/config.json", {"patch_size": 2}, '"patch_size" is a number, but must be a list of three'),
         ("vae/config.json", {"latents_std": [0.0] * 16}, '"latents_std" is a list, but'),
         ("vae/config.json", {"latents_mean": [0.0]}, '"latents_mean" has not 16 numbers'),
         ("text_encoder/config.json", {"vocab_size": "x"}, '"vocab_size" is text'),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, '"num_train_timesteps" is 1000000000'),
         ("slagen.json", {"steps": [1]}, "steps is a list"),
-        *((name, None, "is text, but an object is wanted") for name in (
+        *((name, None, "is text, but must be an object") for name in (
             "model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json",
             "scheduler/scheduler_config.json", "slagen.json")),
     ],
@@ -317,7 +317,7 @@ def test_a_header_of_another_form_is_a_broken_file(tmp_path, header, capsys):
     data = json.dumps(header).encode()[:4000]
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", len(data)) + data + b"\0" * 4)
-    with pytest.raises(WeightsError, match="broken or truncated"):
+    with pytest.raises(WeightsError, match="corrupt or incomplete"):
         read_header(path)
     assert run(["info", str(path)]) == 5
     assert run(["plan", "--weights", str(path)]) == 5
@@ -444,7 +444,7 @@ def test_safetensors_under_another_name_are_told(tmp_path):
 
 
 def test_a_torchscript_archive_is_told(tmp_path):
-    """It was "broken or truncated"."""
+    """It was "corrupt or incomplete"."""
     path = tmp_path / "x.pt"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("x/data.pkl", "x/code/__torch__.py", "x/constants.pkl"):

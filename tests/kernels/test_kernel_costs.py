@@ -121,7 +121,7 @@ ATTEND = KernelCost(
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"copies_in_flight": 0}, "no copies in flight"),
+        ({"copies_in_flight": 0}, "no asynchronous copies"),
         ({"programs_per_sm": 1}, "one program"),
         ({"warnings": ["(C7515) serialized"]}, "C7515"),
         ({"spill_bytes": 8}, "8 bytes spilled"),

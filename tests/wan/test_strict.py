@@ -204,13 +204,13 @@ def test_a_video_of_one_colour_or_none_is_named():
         decoded(vae, latents + torch.inf)
     assert error.value.exit_code == 1
     torch.nn.init.zeros_(vae.decoder.conv_out.weight)
-    with pytest.raises(WeightsError, match="same colour everywhere"):
+    with pytest.raises(WeightsError, match="one constant colour"):
         decoded(vae, latents)
     torch.nn.init.constant_(vae.decoder.conv_out.bias, -2.0)
     assert not decoded(vae, latents).any()
     bundled = load_vae(bundled_folder() / "vae", bundled_folder() / "vae")
     torch.nn.init.zeros_(bundled.decoder.conv_out.weight)  # its biases are a pattern of 2 x 2 pixels
-    with pytest.raises(WeightsError, match="same colour everywhere"):
+    with pytest.raises(WeightsError, match="one constant colour"):
         decoded(bundled, torch.randn(1, 16, 2, 4, 4))
 
 

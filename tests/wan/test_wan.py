@@ -11,7 +11,7 @@ from transformers import UMT5EncoderModel
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 import slagen
-from slagen.attention import SparseLinearAttention
+from slagen.attention import SparseLinearAttention, registry
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.sla import SLAMetadata, read_sla, weights_hash, write_sla
@@ -53,7 +53,8 @@ def test_settings_by_name_and_a_warning_that_nothing_is_trained():
     pipe = build_pipeline()
     with pytest.warns(UserWarning, match="untrained.*slagen.load_sla") as told:
         slagen.apply_sla(pipe, CONFIG, sparsity=0.25)
-    assert told[0].filename == __file__
+    assert told[0].filename == __file__ and "must be trained for it too" in str(told[0].message)
+    assert registry.get("sparse").needs.training  # `slagen methods` says the same
     config = dataclasses.replace(CONFIG, sparsity=0.25)
     assert {processor.config for processor in processors(pipe.transformer)} == {config}
     slagen.remove_sla(pipe)
@@ -230,8 +231,9 @@ def test_files_that_are_no_sla_weights_are_refused(trained, tmp_path):
     pickle = tmp_path / "weights.pth"
     torch.save({"x": torch.ones(1)}, pickle)
     for path, words in (
-        (broken, "broken or truncated"), (plain, "no slagen metadata"), (newer, "version 99"), (pickle, "is a pickle"),
-        (tmp_path / "none.safetensors", "does not exist"), (tmp_path, "holds no sla.safetensors"),
+        (broken, "corrupt or incomplete"), (plain, "no slagen metadata"), (newer, "version 99"),
+        (pickle, "is a pickle"), (tmp_path / "none.safetensors", "does not exist"),
+        (tmp_path, "holds no sla.safetensors"),
     ):  # fmt: skip
         with pytest.raises(WeightsError, match=words):
             load_sla(pipe, path)
@@ -331,7 +333,7 @@ def test_a_missing_tensor_is_refused(tmp_path, part):
     tensors = load_file(file)
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=r"1 fault\).* is missing"):
+    with pytest.raises(WeightsError, match=r"1 faulty tensor\).* is missing"):
         load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
 
 
@@ -339,7 +341,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
     folder = save_pipeline(tmp_path / "pipe")
     file = folder / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(WeightsError, match="truncated"):
+    with pytest.raises(WeightsError, match="incomplete"):
         load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
 
 

@@ -176,10 +176,12 @@ class BenchConfig:
         """Raise UsageError for lengths that no machine holds."""
         batch, num_heads, length, head_dim = parse_shape(shape)
         for tokens in (length, *(self.lengths or ())):
-            if not 1 <= tokens <= MAX_ELEMENTS // (batch * num_heads * head_dim):
+            if tokens < 1:
+                raise UsageError(f"length is {shown(tokens)}, but must be at least 1. Try --length 4096.")
+            if tokens > MAX_ELEMENTS // (batch * num_heads * head_dim):
                 raise UsageError(
-                    f"{batch} x {num_heads} x {shown(tokens)} x {head_dim} is out of range: at most {MAX_ELEMENTS:,} "
-                    "elements per tensor, and at least 1 token. Try --length 4096."
+                    f"{batch} x {num_heads} x {shown(tokens)} x {head_dim} is too large: at most {MAX_ELEMENTS:,} "
+                    "elements per tensor are possible. Try --length 4096."
                 )
 
     def sla(self, sparsity: float) -> SLAConfig:

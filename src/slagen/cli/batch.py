@@ -38,7 +38,7 @@ def batch(
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Generate a video for every prompt in a file; run the same command again to resume.
+    """Generate a video for every prompt in a file; run it again to resume.
 
     Each line is a prompt and the options that it sets: a red circle --seed 7 --size 128x128 --steps 8 --id circle
 

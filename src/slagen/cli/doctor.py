@@ -13,7 +13,7 @@ def doctor(
         typer.Option(
             "--kernels",
             help="Compile every kernel for every supported GPU, and list shared memory, registers, spills, "
-            "instructions, copies in flight and an estimate of the time of one call.",
+            "instructions, asynchronous copies and an estimate of the time of one call.",
         ),
     ] = False,
     selftest: Annotated[
@@ -36,7 +36,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Check this machine's GPU, packages and kernels, and say how to fix what is wrong.
+    """Check what this machine can run, and how to fix what it cannot.
 
     Example: slagen doctor --selftest
     """

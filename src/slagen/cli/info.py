@@ -17,7 +17,7 @@ PLANNED = Fields(
     ),
     help={
         "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.",
-        "seed": "Seed in the file names.", "num_videos": "Number of videos.",
+        "seed": "Seed, shown in the file name.", "num_videos": "Number of videos.",
         "guidance_scale": "Classifier-free guidance scale; above 1 doubles the passes.",
     },
 )  # fmt: skip
@@ -86,9 +86,12 @@ def info(
     from slagen.cli.progress import say_loading
     from slagen.formats import headers
     from slagen.generation import latents, provenance
+    from slagen.io.reading import no_file
 
     place = user_path(path)
     about = provenance.describe(place) or latents.describe_latents(place)
+    if about is None and not place.exists():
+        raise no_file(place, "Give a weight file, a model folder, a video or its .json.")
     if about is None:
         headers.check_weights(place)
         say_loading()

@@ -18,7 +18,7 @@ WITHOUT_DOCSTRINGS = (
     "Run Python without it."
 )
 OF_A_PROMPT = ("slagen generate", "slagen plan")
-EXTRA = "There are unexpected arguments:"
+EXTRA = "Unexpected arguments:"
 WANTED = {"integer": "a whole number", "number": "a number", "float": "a number", "boolean": "true or false"}
 NEAR = 0.75  # how alike two spellings must be, from 0 to 1, for the one to be suggested for the other
 MAX_ARGUMENT = 200  # characters of one argument in a message
@@ -66,9 +66,9 @@ def _wrong_usage(error: Any, arguments: list[str]) -> str:
     for argument in arguments:
         if match := re.match(rf"{LONG_DASH}+([A-Za-z]\S*)", argument):
             return f"{quote(argument)} begins with a long dash. An option begins with two hyphens: --{cut(match[1])}."
+    if (shown := error.format_message().strip()).startswith("Usage: "):  # the help, where no arguments are given
+        return shown
     text = _as_typed(_said(error), arguments, is_training=command == "slagen finetune")
-    if text.startswith("Usage: "):  # no arguments are given at all
-        return text
     option = getattr(error, "option_name", None)
     if command == "slagen batch" and option and peers.normalize(option.lstrip("-")) == "num-videos":
         return (

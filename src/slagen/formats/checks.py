@@ -54,7 +54,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(
-            f"{checkpoint.path} does not fit the model and would generate noise ({counted(len(faults), 'fault')}): "
+            f"{checkpoint.path} does not match the model ({counted(len(faults), 'faulty tensor')}): "
             f"{'; '.join(cut(fault, 300) for fault in faults[:8])}"
             f"{more}. Get the file again, or the model it belongs to."
         )

@@ -22,7 +22,7 @@ TENSOR = {
 def read_header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file: dtype, shape and place of each tensor by name, and `__metadata__`.
 
-    Raises: WeightsError if the file is broken or truncated.
+    Raises: WeightsError if the file is corrupt or incomplete.
     """
     try:
         with open_regular(path) as handle:
@@ -38,7 +38,7 @@ def read_header(path: Path) -> dict[str, Any]:
             raise Fault(f"it has {path.stat().st_size} bytes, but its header tells of {size}")
     except (OSError, struct.error, Fault) as error:
         check_content(path)
-        raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
+        raise WeightsError(f"{path} is corrupt or incomplete ({error}). Copy or download it again.") from error
     return header
 
 
@@ -85,7 +85,7 @@ def check_no_shard(path: Path) -> None:
 def check_weights(path: Path) -> None:
     """Look at a path that weights are to be read from, as far as names and the headers of safetensors tell.
 
-    Raises: MissingPath where nothing lies there, WeightsError for one of several shards and for a broken file.
+    Raises: MissingPath where nothing lies there, WeightsError for one of several shards and for a corrupt file.
     """
     if not path.exists():
         raise no_file(path, "Give a weight file or folder.")

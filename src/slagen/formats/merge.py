@@ -68,22 +68,25 @@ def _merged(
     start, before, after = ({**c.tensors, **c.projections} for c in map(_whole, paths))
     told = _settings_of(peek(paths[0]), peek(paths[2]))
     merged: dict[str, Tensor] = {}
-    kept = []
+    changed = 0
     for name, tensor in start.items():
         old, new = before.get(name), after.get(name)
         if old is None or new is None or not old.shape == new.shape == tensor.shape:
             merged[name] = tensor
-            kept.append(name)
             continue
         merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
         if not is_finite(merged[name]):
             raise UsageError(f"with a weight of {weight:g} {name} is beyond {tensor.dtype}. Try --weight 1.")
+        changed += not torch.equal(merged[name], tensor)
     copied = [name for name in after if name not in start]
     merged |= {name: after[name] for name in copied}
-    on_note(
-        f"{counted(len(start) - len(kept), 'tensor')} changed, {len(kept)} kept as in the base, "
-        f"{len(copied)} only the target's"
-    )
+    if changed or copied:
+        on_note(
+            f"{counted(changed, 'tensor')} changed, {len(start) - changed} kept as in the base, "
+            f"{len(copied)} copied from the target"
+        )
+    else:
+        on_note("nothing changed: every merged tensor is as in the base")
     return {name: tensor.contiguous() for name, tensor in merged.items()}, told
 
 

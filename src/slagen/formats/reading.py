@@ -51,8 +51,8 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
     if path.suffix in PICKLE_SUFFIXES:
         return _read_pickle(path)
     raise WeightsError(
-        f"{path} is not a weight file that slagen reads. Give a .safetensors, .pth or .gguf file, or a "
-        "diffusers folder."
+        f"{path} is not a weight file that slagen can read. Give a .safetensors, .pth or .gguf file, or "
+        "a diffusers folder."
     )
 
 
@@ -63,7 +63,7 @@ def _read_safetensors(path: Path, wanted: Callable[[str], bool] = lambda name: T
             return {name: handle.get_tensor(name) for name in handle.keys() if wanted(name)}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         check_content(path)
-        raise WeightsError(f"{path} is broken or truncated ({error}). Copy or download it again.") from error
+        raise WeightsError(f"{path} is corrupt or incomplete ({error}). Copy or download it again.") from error
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             "it: get the file from its authors as safetensors."
         ) from error
     except Exception as error:  # of whatever kind torch raises over a damaged file
-        raise WeightsError(f"{path} is broken or truncated. Copy or download it again.") from error
+        raise WeightsError(f"{path} is corrupt or incomplete. Copy or download it again.") from error
     check_pickle(content, path)
     if isinstance(content, dict) and set(content) == SIDE_FILE_KEYS:
         return content
@@ -124,7 +124,7 @@ def _dictionaries_of_tensors(content: Any, place: str, path: Path, seen: set[int
     seen.add(id(content))  # a pickle may hold itself
     if place.count("/") > DEPTH:
         raise WeightsError(
-            f"{path} holds dictionaries in dictionaries more than {DEPTH} deep. Give a file of model weights."
+            f"{path} holds dictionaries nested more than {DEPTH} levels deep. Give a file of model weights."
         )
     own = dict(content)
     found: dict[str, dict[str, Any]] = {}
@@ -160,4 +160,4 @@ def _gguf_entries(path: Path) -> list[Any]:
     except ImportError as error:
         raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
     except Exception as error:  # of whatever kind the reader raises over a damaged file
-        raise WeightsError(f"{path} is broken, truncated, or of a kind that is not read ({error}).") from error
+        raise WeightsError(f"{path} is corrupt, incomplete, or in an unsupported format ({error}).") from error

@@ -34,9 +34,11 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
         check(content, SIDE_FORM)
         settings, states = content["settings"], list(content["state"].values())
         if content["version"] != 1 or not settings.get("tie_feature_map_qk", True):
-            raise WeightsError(f"{path} is of a version, or has untied feature maps, that slagen does not run.")
+            raise WeightsError(
+                f"{path} has a format version or separate feature maps for q and k, which slagen does not support."
+            )
         if len(states) != 1 or set(states[0]) != {"proj_l.weight", "proj_l.bias"}:
-            raise WeightsError(f"{path} must hold one proj_l and nothing else, but does not. Get it again.")
+            raise WeightsError(f"{path} must hold one proj_l and nothing else, but does not. Download it again.")
         config = SLAConfig(
             sparsity=round(1 - settings["topk"], 12), feature_map=settings["feature_map"], block_m=settings["blkq"],
             block_n=settings["blkk"],
@@ -47,8 +49,8 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
         faults = number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
     except (AttributeError, Fault, UsageError) as error:
         raise WeightsError(
-            f"{path} is not an sla_attention.pt as SimpleTuner writes it: {error}. Get it again."
+            f"{path} is not an sla_attention.pt as SimpleTuner writes it: {error}. Download it again."
         ) from error
     if faults:
-        raise WeightsError(f"{path} does not fit: {'; '.join(faults)}. Get it again.")
+        raise WeightsError(f"{path} does not match this model: {'; '.join(faults)}. Download it again.")
     return SideFile(path, weight.float(), bias.float(), config)

@@ -187,7 +187,7 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, 
             names = handle.keys() if with_tensors else []
             tensors = {name: handle.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is broken or truncated ({error}). Copy or download it again.") from error
+        raise WeightsError(f"{file} is corrupt or incomplete ({error}). Copy or download it again.") from error
     if with_tensors:
         check_contents(metadata, tensors, file)
     return metadata, tensors

@@ -63,9 +63,8 @@ def tensors_of_one(path: Path, content: dict[str, Any], part: str | None) -> tup
                 f"{holds}Take one out, and give the folder that it makes: slagen convert {path} FOLDER "
                 f"--part {list(found)[-1]}"
             )
-        raise UsageError(
-            f"part is {part!r}, but {holds or f'{path} holds one transformer. '}Give one of these, or none."
-        )
+        wanted = "Give one of these." if holds else "Leave --part out."
+        raise UsageError(f"part is {part!r}, but {holds or f'{path} holds one transformer. '}{wanted}")
     prefix = found.get(part or "", next(iter(found.values()), ""))
     values: dict[str, Any] = {}
     twice = []

@@ -206,7 +206,9 @@ class GenerateConfig:
                 example = COUNTS[name] if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
                 raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
         if self.steps is not None and self.steps > 1000:
-            raise UsageError(f"steps is {self.steps}, but the sampler has 1000 time steps. Try --steps 50.")
+            raise UsageError(
+                f"steps is {self.steps}, but the sampler has 1000 timesteps, so at most 1000 steps. Try --steps 50."
+            )
         if (self.width is None) != (self.height is None):
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")
 
@@ -236,7 +238,7 @@ class GenerateConfig:
         """Raise UsageError for a method that there is not, and for what it does not take."""
         method = registry.get(self.attention)
         if method.family == "dense" and (self.sparsity is not None or self.sla_topk is not None):
-            raise UsageError("dense attention keeps every block, so it takes no sparsity. Leave --sparsity out.")
+            raise UsageError("dense attention has no sparsity. Leave --sparsity out.")
         if method.family == "dense" and (self.block_m is not None or self.block_n is not None):
             raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
         for name, value in self.attention_settings.items():
@@ -244,7 +246,7 @@ class GenerateConfig:
                 taken = ", ".join(method.option_names) or "none"
                 others = " or ".join(f"--attention {other}" for other in registry.with_option(name))
                 advice = f"Leave it out, or give {others}." if others else "Leave it out."
-                raise UsageError(f"{name} is no option of {method.name} attention (it has: {taken}). {advice}")
+                raise UsageError(f"{name} is not an option of {method.name} attention (it has: {taken}). {advice}")
         method.config(**dict(self.attention_options))  # it checks what is out of range
         method.check_backend(self.backend)
 

@@ -86,7 +86,7 @@ class Embeddings:
         key = self._key(text)
         tensor = self.memory[key] if key in self.memory else self._read(key)
         if tensor is None:
-            raise SlagenError(f"{self._path(key)} is gone or broken. Run the batch again with --retry-failed.")
+            raise SlagenError(f"{self._path(key)} is missing or corrupt. Run the batch again with --retry-failed.")
         return tensor
 
     def _read(self, key: str) -> torch.Tensor | None:

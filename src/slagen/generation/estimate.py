@@ -150,7 +150,7 @@ def _notes(
     """
     defaults, notes = model.defaults, list[str]()
     if method is None:
-        notes.append("attention is dense: what SLA would take is said beside it")
+        notes.append("attention is dense; SLA's cost is shown for comparison")
     elif method.needs.weights:
         if not config.allow_untrained and _is_untuned(model.folder if config.weights is None else config.weights):
             raise never_tuned(model.name)
@@ -159,7 +159,7 @@ def _notes(
         elif config.weights is None:
             notes.append(
                 "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
-                "these weights were never tuned for SLA: generate wants --weights, or --allow-untrained"
+                "these weights were never tuned for SLA: generate needs --weights, or --allow-untrained"
             )  # fmt: skip
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
@@ -167,7 +167,7 @@ def _notes(
     if (off_size := defaults.size_warning(model.name, *size)) is not None:
         notes.append(off_size)
     if size[2] > 81 and model.preset.base is not None:
-        notes.append(f"Wan2.1 was trained on 81 frames, and grows worse beyond; this is {size[2]}")
+        notes.append(f"Wan2.1 was trained on 81 frames, and longer videos get worse; this one has {size[2]}")
     return notes
 
 

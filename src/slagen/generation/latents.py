@@ -119,7 +119,7 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} cannot be read ({error}). {AGAIN}") from error
     if not torch.isfinite(latents).all():
-        raise WeightsError(f"{path} holds numbers that are not finite. {AGAIN}")
+        raise WeightsError(f"{path} contains NaN or Inf. {AGAIN}")
     if latents_hash(latents) != content["report"]["latents_hash"]:
         raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
     return latents, content["vae_hash"], content["report"]
@@ -141,13 +141,15 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         to_json(content, allow_nan=False)
     except ValueError:
-        raise WeightsError(f"{path} has metadata with a number that is not finite. {AGAIN}") from None
+        raise WeightsError(f"{path} has metadata with NaN or Inf. {AGAIN}") from None
     if content["version"] > VERSION:
-        raise WeightsError(f"{path} was written by a newer slagen (form {content['version']}). Install that.")
+        raise WeightsError(
+            f"{path} was written by a newer version of slagen (format {content['version']}). Upgrade slagen."
+        )
     entry = header[NAME]
     if entry["dtype"] != "F32" or len(entry["shape"]) != 5 or entry["shape"][0] != 1:
         raise WeightsError(
-            f"{path} holds {entry['dtype']} of {entry['shape']}, but one video's F32 are wanted. {AGAIN}"
+            f"{path} holds {entry['dtype']} of {entry['shape']}, but must hold the F32 latents of one video. {AGAIN}"
         )
     return content
 

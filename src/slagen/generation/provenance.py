@@ -44,7 +44,7 @@ def describe(path: Path) -> dict[str, Any] | None:
         )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
-    content = read_json(path, TOLD, advice="Give a report that slagen wrote, whole.")
+    content = read_json(path, TOLD, advice="Give a complete report that slagen wrote.")
     return {"path": str(path), "kind": "report", **_without_own(content)}
 
 

@@ -14,7 +14,6 @@ from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.generation.config import GenerateConfig
 from slagen.io.reading import file_hash
 from slagen.io.text import to_json
-from slagen.machine import versions
 from slagen.settings import names_where
 from slagen.timing import StepTimes
 
@@ -128,6 +127,8 @@ def comment(
         settings: as they may be told. weights: of a report; their hashes are told.
         packages: their versions, if not those of now.
     """
+    from slagen.machine import versions  # with torch, which nothing else here needs
+
     kept = {name: value for name, value in settings.items() if name not in AROUND}
     content = {
         "schema_version": SCHEMA_VERSION, "settings": kept, "versions": packages or versions(),
@@ -160,7 +161,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "video": video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
         "settings": plan.told,
-        "versions": versions(),
+        "versions": machine.versions(),
         "device": machine.describe_device(plan.weights.device),
         "weights": sample.weights,
         "latents_hash": latents_hash,

@@ -30,6 +30,7 @@ JSON_FAULTS = {  # what Python's parser says, as whole clauses
 MAX_VALUES = 4_000_000  # of JSON, which bounds the memory that it takes
 MAX_YAML_BYTES = 2 * 2**20
 MAX_YAML_VALUES = 1_000_000  # with every alias written out
+TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep, which slagen does not read"
 
 
 def read_json(
@@ -69,7 +70,7 @@ def decode(data: bytes) -> str:
             f"byte {data[start]:#04x} is not UTF-8", data[:start].count(b"\n") + 1, start - data.rfind(b"\n", 0, start)
         ) from None
     if "\0" in text:
-        raise Fault("holds a NUL byte", text[: text.index("\0")].count("\n") + 1)
+        raise Fault("contains a NUL byte", text[: text.index("\0")].count("\n") + 1)
     return text
 
 
@@ -77,14 +78,14 @@ def parse_json(data: str | bytes, form: Any = None) -> Any:
     """A value from JSON. Without a form nothing but its bounds is looked at. Raises Fault."""
     text = decode(data) if isinstance(data, bytes) else data
     if sum(map(text.count, "[{,")) > MAX_VALUES:
-        raise Fault(f"holds more than {MAX_VALUES:,} values")
+        raise Fault(f"contains more than {MAX_VALUES:,} values")
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except json.JSONDecodeError as error:
         reason = JSON_FAULTS.get(error.msg, f"{error.msg[:1].lower()}{error.msg[1:]}")
         raise Fault(f"is not valid JSON: {reason}", error.lineno, error.colno) from None
     except RecursionError:
-        raise Fault(f"cannot be read as JSON: it is nested more than {MAX_DEPTH} deep") from None
+        raise Fault(TOO_DEEP) from None
     _check_depth(value)
     if form is not None:
         if re.search(r"\\u[dD][89a-fA-F]", text):
@@ -113,14 +114,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise Fault(f"cannot be read as JSON: it has {shown(name)} twice")
+            raise Fault(f"contains the key {shown(name)} twice")
         found[name] = value
     return found
 
 
 def _whole(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise Fault(f"cannot be read as JSON: a number has {len(digits):,} digits")
+        raise Fault(f"contains a number with {len(digits):,} digits, which is too long")
     return int(digits)
 
 
@@ -131,7 +132,7 @@ def _check_depth(value: Any) -> None:
         if not inner:
             return
         level = inner
-    raise Fault(f"cannot be read as JSON: it is nested more than {MAX_DEPTH} deep")
+    raise Fault(TOO_DEEP)
 
 
 def _children(item: Any) -> Any:
@@ -143,7 +144,7 @@ def _check_halves(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Fault("holds half a character (a lone surrogate)") from None
+        raise Fault("contains half a character (a lone surrogate)") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -155,7 +156,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_BYTES:
-        raise Fault(f"cannot be read as YAML: it is longer than {size_of(MAX_YAML_BYTES)}")
+        raise Fault(f"is longer than {size_of(MAX_YAML_BYTES)}")
     tree = _Tree()
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -163,7 +164,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
-        raise Fault(f"is not YAML: {what}", *((mark.line + 1, mark.column + 1) if mark else ())) from None
+        raise Fault(f"is not valid YAML: {what}", *((mark.line + 1, mark.column + 1) if mark else ())) from None
     return tree.root
 
 
@@ -203,25 +204,25 @@ class _Tree:
             self._take(type(event).__name__, event)
         except Fault as fault:
             mark = event.start_mark
-            raise Fault(f"cannot be read as YAML: {fault}", mark.line + 1, mark.column + 1) from None
+            raise Fault(str(fault), mark.line + 1, mark.column + 1) from None
 
     def _take(self, name: str, event: Any) -> None:
         if name == "DocumentStartEvent":
             self.documents += 1
             if self.documents > 1:
-                raise Fault("a second document begins")
+                raise Fault("contains a second YAML document; only one is read")
         elif name == "ScalarEvent":
             self._add(_scalar(event), 1, event, event.anchor)
         elif name == "AliasEvent":
             if event.anchor not in self.anchors:
-                raise Fault(f"the alias *{event.anchor:.60} refers to nothing that ends before it")
+                raise Fault(f"the alias *{event.anchor:.60} refers to no complete value before it")
             self._add(*self.anchors[event.anchor], event)
         elif name in ("SequenceStartEvent", "MappingStartEvent"):
             plain = "seq" if name.startswith("S") else "map"
             if event.tag not in (None, "!", TAG + plain):
-                raise Fault(f"the tag {event.tag:.60} is not supported")
+                raise Fault(f"the YAML tag {event.tag:.60} is not supported")
             if len(self.open) >= MAX_DEPTH:
-                raise Fault(f"it is nested more than {MAX_DEPTH} deep")
+                raise Fault(TOO_DEEP)
             self.open.append(_Open(Entries() if plain == "seq" else {}, event))
         elif name in ("SequenceEndEvent", "MappingEndEvent"):
             done = self.open.pop()
@@ -240,16 +241,16 @@ class _Tree:
         parent = self.open[-1]
         parent.count += count
         if parent.count > MAX_YAML_VALUES:
-            raise Fault(f"with its aliases written out it holds more than {MAX_YAML_VALUES:,} values")
+            raise Fault(f"contains more than {MAX_YAML_VALUES:,} values with its aliases expanded")
         if isinstance(parent.value, Entries):
             parent.value.append(value)
             parent.value.lines.append(event.start_mark.line + 1)
         elif parent.key is None:
             if isinstance(value, dict | list):
-                raise Fault("a key is a list or an object")
+                raise Fault("a key must be text, but this one is a list or an object")
             parent.key = event.value if type(event).__name__ == "ScalarEvent" else str(value)
             if parent.key in parent.value:
-                raise Fault(f"it has the key {shown(parent.key)} twice")
+                raise Fault(f"contains the key {shown(parent.key)} twice")
         else:
             key, parent.key = parent.key, None
             if key != "<<":
@@ -257,7 +258,7 @@ class _Tree:
                 return
             parts = value if isinstance(value, list) else [value]
             if not all(isinstance(part, dict) for part in parts):
-                raise Fault("<< takes an object, or a list of them")
+                raise Fault("<< must be followed by an object or a list of objects")
             parent.merged += parts
 
 
@@ -268,12 +269,12 @@ def _scalar(event: Any) -> Any:
         return text if event.style or tag else _plain(text)
     name = tag.removeprefix(TAG)
     if not tag.startswith(TAG) or name not in TAGGED:
-        raise Fault(f"the tag {tag:.60} is not supported")
+        raise Fault(f"the YAML tag {tag:.60} is not supported")
     if name == "str":
         return text
     value = _plain(text)
     if not is_of(value, TAGGED[name]) and not (name == "float" and isinstance(value, float)):
-        raise Fault(f"{shown(text)} is tagged {name}, but is not one")
+        raise Fault(f"{shown(text)} is tagged {name}, but is not a valid {name}")
     return value
 
 
@@ -284,7 +285,7 @@ def _plain(text: str) -> Any:
         return text.lower() == "true"
     if re.fullmatch(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", text):
         if len(text) > MAX_DIGITS:
-            raise Fault(f"a number has {len(text):,} digits")
+            raise Fault(f"contains a number with {len(text):,} digits, which is too long")
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
         return float(text)

@@ -106,7 +106,7 @@ def _check_object(value: dict[str, Any], form: dict[Any, Any], path: str) -> Non
         if plain in value:
             check(value[plain], inner, _below(path, plain))
         elif plain == name:
-            raise Fault(f'{_quoted(path)} lacks "{plain}"' if path else f'lacks "{plain}"')
+            raise Fault(f'{_quoted(path)} has no "{plain}"' if path else f'has no "{plain}"')
 
 
 def is_of(value: Any, form: Any) -> bool:
@@ -125,7 +125,7 @@ def is_of(value: Any, form: Any) -> bool:
 
 
 def _unfit(path: str, found: str, form: Any) -> Fault:
-    return Fault(f"{_quoted(path)} is {found}, but {_words(form)} is wanted".lstrip())
+    return Fault(f"{_quoted(path)} is {found}, but must be {_words(form)}".lstrip())
 
 
 def _quoted(path: str) -> str:

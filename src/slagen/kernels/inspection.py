@@ -1,4 +1,4 @@
-"""What every kernel costs on every card, found out by compiling it: no GPU is needed.
+"""What every kernel costs on every GPU architecture, found by compiling it: no GPU is needed.
 
 Each kernel is compiled for a target with the tiles that the table chooses there. Registers, spills and warnings are
 what ptxas says as Triton runs it; instructions are counted in what nvdisasm shows of the cubin. Run it in a process
@@ -91,7 +91,7 @@ class KernelCost:
             found.append("no tcgen05")
         if self.uses_dot and self.kernel.startswith("attend"):
             if self.copies_in_flight < 1:
-                found.append("no copies in flight during the products")
+                found.append("no asynchronous copies during the products")
             if self.target == "sm_90" and self.config["tile_m"] <= 64 and self.programs_per_sm < 2:
                 found.append("one program on a multiprocessor")
         return [*found, *self.warnings]

@@ -56,7 +56,10 @@ class DataConfig:
         None, "Videos with captions (see finetune data), or prepared.", panel=DATA, name="data", metavar="PATH"
     )
     self_generate: str | None = option(
-        None, "No videos: a prompt file, of which the dense model makes clips.", panel=DATA, metavar="FILE"
+        None,
+        "Instead of videos: a file of prompts, from which the dense model generates clips.",
+        panel=DATA,
+        metavar="FILE",
     )
     clips_per_prompt: int | None = option(
         None, "How many clips of each, unless its line has --num-videos; one more is held out. Default: 4.", panel=DATA
@@ -75,7 +78,9 @@ class DataConfig:
         if self.held_out is not None and self.self_generate is not None:
             raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
         if self.clips_per_prompt is not None and self.path is not None:
-            raise UsageError("--clips-per-prompt is for --self-generate; of videos every one is a clip. Leave it out.")
+            raise UsageError(
+                "--clips-per-prompt is for --self-generate; with --data, every video is a clip. Leave it out."
+            )
         GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, fps=self.fps)
 
 
@@ -106,7 +111,7 @@ class FinetuneConfig:
         context_parallel: processes that share one clip's tokens.
         save_every, validate_every: steps between checkpoints, and between validations with clips; None is a tenth of
             all steps, at least 10, for the first, and half of them for the second.
-        restart: begin anew although the output folder holds a checkpoint.
+        restart: start over although the output folder holds a checkpoint.
         tensorboard: also write TensorBoard's event files.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
@@ -135,20 +140,22 @@ class FinetuneConfig:
     lora_rank: int | None = option(None, "Rank of lora. Default: 32.", panel=TRAINING)
     steps: int | None = option(None, "Optimiser steps. Default, as of the six below: the model's own.", panel=TRAINING)
     lr: float | None = option(None, "Learning rate.", panel=TRAINING)
-    proj_multiplier: float | None = option(None, "Factor on it for proj_l.", panel=TRAINING)
-    warmup_steps: int | None = option(None, "Steps it rises over, at most a tenth.", panel=TRAINING)
+    proj_multiplier: float | None = option(None, "Factor on the learning rate for proj_l.", panel=TRAINING)
+    warmup_steps: int | None = option(
+        None, "Steps of learning-rate warm-up; at most a tenth of all steps.", panel=TRAINING
+    )
     batch_size: int | None = option(None, "Clips a step, over all processes.", panel=TRAINING)
     micro_batch: int | None = option(None, "Clips at a time on one device.", panel=TRAINING, pixels=False)
     caption_dropout: float | None = option(
         None, "Fraction trained on the negative prompt, for guidance.", panel=TRAINING
     )
-    weight_decay: float = option(0.01, "Of AdamW.", panel=TRAINING)
+    weight_decay: float = option(0.01, "Weight decay of AdamW.", panel=TRAINING)
     max_grad_norm: float | None = option(None, "Clip gradients to this norm. Default: no clipping.", panel=TRAINING)
     optimizer: Optimizer = option("adamw", "adamw or adamw8bit (not with fsdp).", panel=TRAINING)
     checkpointing: bool | None = option(
         None, "Recompute activations, to save memory. Default: on CUDA.", panel=MACHINE, pixels=False
     )
-    seed: int = option(0, "Of noise, order, and which clips are held out.", panel=TRAINING)
+    seed: int = option(0, "Seed of the noise, the order and the held-out clips.", panel=TRAINING)
     dtype: Dtype = option(
         "auto", "To compute in: auto (bf16 on CUDA that has it, else fp32), bf16 or fp32.", panel=MACHINE
     )
@@ -166,7 +173,7 @@ class FinetuneConfig:
     validate_every: int | None = option(
         None, "Steps between validations with clips. Default: half.", panel=OUTPUT, pixels=False
     )
-    restart: bool = option(False, "Begin anew in a folder with a checkpoint.", panel=OUTPUT, pixels=False)
+    restart: bool = option(False, "Start over in a folder with a checkpoint.", panel=OUTPUT, pixels=False)
     tensorboard: bool = option(False, "Write event files too.", panel=OUTPUT, pixels=False)
     output: str = option(
         "finetuned", "A folder for weights, checkpoints, log and page.", panel=OUTPUT, short="-o", pixels=False
@@ -186,13 +193,14 @@ class FinetuneConfig:
         for name in ("lr", "proj_multiplier", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UsageError(f"{name} is {value}, but must be above 0. The model's own runs when it is left out.")
-        for name in ("weight_decay", "layer_loss", "warmup_steps"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_TRAINING.get(name, MAX_STRENGTH):
                 raise UsageError(
-                    f"{name} is {shown(value)}, but must be 0 or above, and no more than a training can have. Leave it "
-                    "out for the default."
+                    f"{name} is {value}, but must be a finite number above 0. Leave it out for the default."
+                )
+        for name in ("weight_decay", "layer_loss", "warmup_steps"):
+            value, most = getattr(self, name), MAX_TRAINING.get(name, MAX_STRENGTH)
+            if value is not None and not 0 <= value <= most:
+                raise UsageError(
+                    f"{name} is {shown(value)}, but must be from 0 to {most:,.0f}. Leave it out for the default."
                 )
         for name, example in (("sparsity", 0.95), ("negligible", 0.1), ("anneal_from", 0.5), ("caption_dropout", 0.1)):
             if getattr(self, name) is not None:
@@ -206,7 +214,8 @@ class FinetuneConfig:
             raise UsageError(f"{method.name} attention cannot be fine-tuned yet. Try --attention sla.")
         if is_dense and (self.loss != "flow" or self.train not in ("all", "attn")):
             raise UsageError(
-                "--attention dense has nothing to learn from itself, and no proj_l. Give --loss flow and --train all."
+                "--attention dense cannot be distilled from itself, and has no proj_l to train. Give --loss flow and "
+                "--train all."
             )
         for name in ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n", "anneal_from"):
             if is_dense and getattr(self, name) is not None:
@@ -221,7 +230,9 @@ class FinetuneConfig:
         if not learns and not is_dense and self.train == "proj":
             raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
         if self.layer_loss > 0 and self.loss == "flow":
-            raise UsageError("--layer-loss compares with the dense teacher, which --loss flow has not. Leave one out.")
+            raise UsageError(
+                "--layer-loss compares with the dense teacher, which --loss flow does not use. Leave one out."
+            )
         if self.dtype == "fp16":
             raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
         if not 0 <= self.seed <= MAX_SEED:

@@ -92,7 +92,7 @@ def _check_free(target: Path, overwrite: bool, read: list[Path]) -> None:
     if (content and not overwrite) or (os.path.lexists(target) and not target.is_dir()):
         raise UsageError(f"{target} exists. Choose another output, or replace a folder with --overwrite.")
     if content and not content & MODEL_FILES:
-        raise UsageError(f"{target} is not a model's folder, so slagen does not replace it. Choose another output.")
+        raise UsageError(f"{target} is not a model folder, so slagen does not overwrite it. Choose another output.")
     for path in read:
         if path.resolve().is_relative_to(target.resolve()):
             raise UsageError(f"{path} is read, but lies in {target}, which would be replaced. Choose another output.")

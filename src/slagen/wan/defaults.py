@@ -193,6 +193,6 @@ class ModelDefaults:
             return None
         nearest = min(self.trained_sizes, key=size.distance)
         return (
-            f"{name} was trained at {', '.join(map(str, self.trained_sizes))} only, and falls apart at other sizes; "
-            f"this clip is {size}. Try --size {nearest.width}x{nearest.height} --num-frames {nearest.num_frames}"
+            f"{name} was trained at {', '.join(map(str, self.trained_sizes))} only, and gives poor videos at other "
+            f"sizes; this clip is {size}. Try --size {nearest.width}x{nearest.height} --num-frames {nearest.num_frames}"
         )

@@ -38,8 +38,8 @@ from slagen.wan.saved import tell_settings
 
 UNTRAINED = (
     "SLA is installed untrained (proj_l is zero): what its sparse branch leaves out is lost, and videos are poor. Load "
-    "trained weights with slagen.load_sla, or train them with `slagen finetune --from-dense`. branches='sparse' "
-    "installs the sparse branch alone, which needs no training."
+    "trained weights with slagen.load_sla, or train them with `slagen finetune --from-dense`. The "
+    "sparse branch alone (branches='sparse') has no proj_l, but the model must be trained for it too."
 )
 
 
@@ -174,8 +174,8 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
     if state_hash(base) != metadata.base_hash:
         raise UsageError(
-            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so what training "
-            "changed cannot be found. Give the tensors from before training as base."
+            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so the trained "
+            "change cannot be computed from it. Give the tensors from before training as base."
         )
     kept = {
         name: tensor.detach().cpu().contiguous()
@@ -245,7 +245,9 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
         target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
         base = tensors.get(target, state.get(target))
         if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
-            raise WeightsError(f"{path} does not fit: {name} has no matching lora_B, or changes no layer of its size.")
+            raise WeightsError(
+                f"{path} does not fit: {name} has no matching tensor, or no layer of that shape, in the model."
+            )
         product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
         changed[target] = base.to(product.device, torch.float32) + product
     return changed

@@ -61,7 +61,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     first = squares[:, :1, :1, :, :1]
     if (squares == first).all() and (first.abs() < 1).any():
         raise WeightsError(
-            "the decoded video has the same colour everywhere in all frames, so the weights of the VAE or the "
+            "the decoded video is one constant colour in every frame, so the weights of the VAE or the "
             "transformer are damaged or do not fit together. Get the model again."
         )
     frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)

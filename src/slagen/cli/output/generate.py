@@ -38,11 +38,12 @@ def show_report(content: dict[str, Any]) -> None:
         )
     log(what)
     log(f"weights: {content['weights']['used']}, model {content['weights']['model']}")
-    log(
-        f"attention: {cost['attention_tflop']:.3g} TFLOP, dense attention {cost['dense_attention_tflop']:.3g} TFLOP; "
-        f"forward pass: {cost['flops_speedup']:.2f}x fewer FLOPs, {cost['achieved_share_of_ceiling']:.0%} of the "
-        f"{cost['amdahl_ceiling']:.2f}x limit (Amdahl's law)"
-    )
+    if attention["mode"] != "dense":
+        log(
+            f"attention: {cost['attention_tflop']:.3g} TFLOP, dense attention {cost['dense_attention_tflop']:.3g} "
+            f"TFLOP; forward pass: {cost['flops_speedup']:.2f}x fewer FLOPs, {cost['achieved_share_of_ceiling']:.0%} "
+            f"of the {cost['amdahl_ceiling']:.2f}x limit (Amdahl's law)"
+        )
     if cost["measured_attention_share"] is not None:
         log(
             f"attention time: {cost['measured_attention_share']:.1%} of the steps; the overhead of timing is "

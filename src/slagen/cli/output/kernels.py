@@ -15,7 +15,7 @@ def show_kernels(content: dict[str, Any], as_json: bool) -> None:
     """Print what the kernels cost on each card: tables on stdout that fit 80 columns, or JSON alone, a kernel a line.
 
     A table has the main kernels of one card, and those that break a limit; "per iteration" are
-    the instructions of the main loop's body, "copies in flight" the groups of copies during the products.
+    the instructions of the main loop's body, "async copies" the groups of copies during the products.
     """
     if as_json:
         about = {name: value for name, value in content.items() if name != "kernels"}
@@ -63,7 +63,7 @@ def _kernel_table(rows: list[dict[str, Any]]) -> Table:
         "instructions": [row["instructions"] for row in rows],
         "per iteration": [row["round_instructions"] or "" for row in rows],
         "per row": [row["row_instructions"] or "" for row in rows],
-        "copies in flight": [row["copies_in_flight"] for row in rows],
+        "async copies": [row["copies_in_flight"] for row in rows],
     }  # fmt: skip
     for name, cells in values.items():
         if any(cell != "" for cell in cells):
