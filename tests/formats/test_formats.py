@@ -408,10 +408,10 @@ def test_converted_weights_make_the_same_video(base, state, tmp_path):
     path = write(tmp_path / "turbo.pth", turbo(state, projections()))
     folder = convert(str(path), str(tmp_path / "converted"), base=str(base), dtype=torch.float32)
     about = info(str(folder))
-    assert about["kind"] == "pipeline" and about["sla_file"]["metadata"]["sampler_family"] == "rcm"
-    assert about["sla_file"]["trained_with"]["sparsity"] == 0.9 and about["sla_file"]["trained"]
+    assert about.kind == "pipeline" and about.sla_file.metadata["sampler_family"] == "rcm"
+    assert about.sla_file.trained_with.sparsity == 0.9 and about.sla_file.trained
     norms = [pair[0].norm().item() for pair in projections().values()]
-    assert about["sla_file"]["proj_l_norms"] == pytest.approx(norms)
+    assert about.sla_file.proj_l_norms == pytest.approx(norms)
     direct = run_long(base, tmp_path, "direct", weights=str(path))
     from_folder = run_long(folder, tmp_path, "folder")
     as_weights = run_long(base, tmp_path, "weights", weights=str(folder))
@@ -542,4 +542,4 @@ def test_gguf(base, model, state, tmp_path):
     with torch.no_grad():
         exact, rounded = model(**call)[0], loaded(**call)[0]
     assert 0 < ((exact - rounded).norm() / exact.norm()).item() < 0.02
-    assert info(str(path))["quantised"] is True
+    assert info(str(path)).quantised is True

@@ -57,7 +57,7 @@ def test_weights_of_8_bits_are_multiplied_out(form, dtype, model, state, tmp_pat
         off[name] = (tensor.float() - state[name]).abs().max().item()
         assert off[name] <= bound + 0.008 * state[name].abs().max().item(), name  # half a step of what was bf16 or fp16
     assert max(off[name] for name in checkpoint.forms) > 0
-    assert info(str(path))["quantised"] and peek(path).kind == "transformer"
+    assert info(str(path)).quantised and peek(path).kind == "transformer"
 
 
 def read_names(path):
@@ -129,7 +129,7 @@ def test_float64_is_read(model, state, tmp_path):  # noqa: F811
     path = write(tmp_path / "x.safetensors", wide)
     loaded = load(read_checkpoint(path), config_of(model), torch.float32).state_dict()
     assert all(x.dtype == torch.float32 and torch.equal(x, state[name]) for name, x in loaded.items())
-    assert not info(str(path))["quantised"]
+    assert not info(str(path)).quantised
     wide["proj_out.weight"][0, 0] = 1e300
     with pytest.raises(WeightsError, match="proj_out.weight contains NaN or Inf"):
         load(read_checkpoint(write(path, wide)), config_of(model), torch.float32)
@@ -191,7 +191,7 @@ def test_of_two_transformers_one_is_asked_for(form, model, state, base, tmp_path
     out = convert(str(path), str(tmp_path / "out"), part=parts[1], base=str(base), dtype=torch.float32)
     loaded = load(read_checkpoint(out), config_of(model), torch.float32).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
-    assert info(str(path))["parts"] == parts
+    assert info(str(path)).parts == parts
     with pytest.raises(UsageError, match=", ".join(parts)):
         convert(str(path), str(tmp_path / "none"), part="nothing")
 
@@ -247,7 +247,7 @@ def test_other_kinds_are_named_in_one_sentence(state, base, tmp_path, capsys):  
         assert str(caught.value) == f"{path} {REFUSALS[kind]}" and "again" not in str(caught.value), what
         if "vae" not in kind:
             assert "ive " in str(caught.value), what
-    assert info(str(path))["meaning"].startswith("this is a transformer with a LoRA")
+    assert info(str(path)).meaning.startswith("this is a transformer with a LoRA")
     assert run(["generate", "a red circle", "--model", str(base), "--weights", str(path)] + QUIET) == 5
     assert "never merged" in capsys.readouterr().err
     vae = write(tmp_path / "vae.pth", {"encoder.downsamples.0.downsamples.0.residual.0.gamma": torch.zeros(2)})
@@ -320,8 +320,8 @@ def test_gguf_says_its_own_kinds(state, tmp_path):  # noqa: F811
         writer.write_tensors_to_file()
         writer.close()
         about = info(str(path))
-        assert set(about["dtypes"]) == {kind, "F32"} and about["dtypes"][kind] > 10
-        assert about["quantised"] is quantised and about["parameters"] == sum(x.numel() for x in state.values())
+        assert set(about.dtypes) == {kind, "F32"} and about.dtypes[kind] > 10
+        assert about.quantised is quantised and about.parameters == sum(x.numel() for x in state.values())
 
 
 # SLA weights that diffusers saved
@@ -393,7 +393,7 @@ def test_sla_weights_without_their_settings_are_asked_for(saved, tmp_path, capsy
     assert plan_of(model=str(saved / "base"), weights=str(path), attention="dense").sla is None
     with pytest.raises(WeightsError, match="nothing says"):
         convert(str(path), str(tmp_path / "out"))
-    assert info(str(path))["sla"] and "nothing says" in info(str(path))["notes"][0]
+    assert info(str(path)).sla and "nothing says" in info(str(path)).notes[0]
 
 
 def test_convert_and_merge_carry_the_settings(saved, state, tmp_path):  # noqa: F811

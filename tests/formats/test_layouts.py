@@ -57,7 +57,7 @@ def test_a_format_is_one_record(file, state, tmp_path, monkeypatch):
     assert read.layout == "toy" and read.faults == []
     assert read.tensors.keys() == state.keys() and all(torch.equal(x, state[name]) for name, x in read.tensors.items())
     about = info(str(file))
-    assert (about["kind"], about["layout"], about["layers"], about["faults"]) == ("transformer", "toy", 2, [])
+    assert (about.kind, about.layout, about.layers, about.faults) == ("transformer", "toy", 2, [])
     merged = merge(str(file), str(tmp_path / "m.safetensors"), diff_base=str(file), diff_target=str(file))
     assert all(torch.equal(x, state[name]) for name, x in load_file(merged).items())
     folder = convert(str(file), str(tmp_path / "folder"), dtype=torch.float32)

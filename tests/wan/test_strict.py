@@ -120,7 +120,7 @@ def test_sla_weights_without_a_list_load_with_a_note(components, folder):
     try:
         save_file(tensors, file, metadata=metadata)
         assert load().tensors is None
-        assert "tensors_hash" not in describe(str(file))["metadata"]
+        assert "tensors_hash" not in describe(str(file)).metadata
         assert any("list of tensors" in note for note in find_weights(config).notes)
         assert not any("list of tensors" in note for note in find_weights(GenerateConfig("-", device="cpu")).notes)
     finally:

@@ -97,5 +97,5 @@ def info(
         say_loading()
         from slagen.wan import info as task
 
-        about = task.info(path)
+        about = task.info(path).to_dict()
     show_info(about, as_json)

@@ -1,11 +1,13 @@
 """`slagen info`: what a weight file or a model's folder holds, as numbers and words."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from slagen.attention.sla.config import SLAConfig
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.headers import read_header
 from slagen.formats.kinds import REFUSALS, identify
@@ -19,8 +21,108 @@ from slagen.formats.transformer import read_checkpoint
 from slagen.io.paths import user_path
 from slagen.wan.folder import describe_folder
 
+FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
+LEFT_OUT = ("trained_with", "notes", "sla_file")  # of the JSON, where there is none
 
-def info(path_text: str) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Info:
+    """What a file or folder is: a transformer, a pipeline, SLA weights or something else, in `kind`."""
+
+    path: str
+    kind: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            name: value.to_dict() if isinstance(value, Info | SLAConfig) else value
+            for name, value in vars(self).items()
+            if value is not None or name not in LEFT_OUT
+        }
+
+
+@dataclass(frozen=True)
+class FileInfo(Info):
+    """A weight file or a transformer's folder: how many tensors and numbers, and tensors by dtype."""
+
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RefusedInfo(FileInfo):
+    """A file that slagen does not take. meaning: what it is, and what to give instead."""
+
+    meaning: str
+
+
+@dataclass(frozen=True)
+class PartsInfo(FileInfo):
+    """Several transformers in one file, by name."""
+
+    parts: list[str]
+
+
+@dataclass(frozen=True)
+class SideFileInfo(FileInfo):
+    """One `proj_l` that all layers share, and its norm."""
+
+    trained_with: SLAConfig
+    proj_l_norms: list[float]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class SLAInfo(FileInfo):
+    """SLA weights that slagen wrote. metadata: how they were trained. proj_l_norms: of each layer's `proj_l`."""
+
+    base_model: str
+    trained_with: SLAConfig
+    metadata: dict[str, Any]
+    layers: int
+    proj_l_norms: list[float]
+    trained: bool
+
+
+@dataclass(frozen=True)
+class TransformerInfo(FileInfo):
+    """A Wan transformer.
+
+    Args:
+        layout: whose names its tensors have. width: of a hidden state. sampler: that its weights are for.
+        sla: whether it holds SLA weights; proj_l_norms are theirs, by layer. faults: what keeps it from being loaded.
+        trained_with: the settings of its SLA weights, if it tells them. sla_file: beside it.
+    """
+
+    layout: str
+    layers: int
+    width: int
+    quantised: bool
+    sampler: str
+    sla: bool
+    proj_l_norms: list[float]
+    trained: bool
+    faults: list[str]
+    trained_with: SLAConfig | None = None
+    notes: list[str] | None = None
+    sla_file: Info | None = None
+
+
+@dataclass(frozen=True)
+class PipelineInfo(Info):
+    """A model's folder: the sizes of its transformer, as in ModelShape, and what it holds."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    text_tokens: int
+    transformer: Info
+    sla_file: Info | None = None
+
+
+def info(path_text: str) -> Info:
     """Say what a weight file or folder is: its form, sizes and dtypes, and the norm of every layer's `proj_l`.
 
     Raises: WeightsError if it is broken, or nothing that slagen knows.
@@ -34,70 +136,59 @@ def info(path_text: str) -> dict[str, Any]:
     kind = identify(content)
     if path.suffix == ".safetensors" and "slagen" in read_header(path).get("__metadata__", {}):
         kind = "sla"  # which may hold every tensor of a transformer, and low-rank changes
-    about: dict[str, Any] = {"path": str(path), "kind": kind}
     tensors = {name: x for name, x in content.items() if isinstance(x, Tensor)}
     dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors.values()]
     dtypes = gguf_kinds(path) if path.suffix == ".gguf" else dtypes
-    about |= {
-        "tensors": len(tensors), "parameters": sum(x.numel() for x in tensors.values()),
-        "dtypes": dict(Counter(dtypes)),
-    }  # fmt: skip
+    file = FileInfo(str(path), kind, len(tensors), sum(x.numel() for x in tensors.values()), dict(Counter(dtypes)))
     if kind == "sla":
-        return about | _describe_sla(path, tensors)
+        return _describe_sla(file, path, tensors)
     if kind == "side-file":
         side = read_checkpoint(path)
         assert isinstance(side, SideFile)
         norms = [side.weight.norm().item()]
-        return about | {"trained_with": side.config.to_dict(), "proj_l_norms": norms, "trained": norms[0] > 0}
+        return SideFileInfo(**vars(file), trained_with=side.config, proj_l_norms=norms, trained=norms[0] > 0)
     if kind != "transformer":
-        return about | {"meaning": f"this {REFUSALS[kind]}"}
+        return RefusedInfo(**vars(file), meaning=f"this {REFUSALS[kind]}")
     parts = list(transformers(content))
     if len(parts) > 1:
-        return about | {"parts": parts}
-    about |= _describe_transformer(path, not FLOAT_KINDS.issuperset(dtypes))
-    if (path / SLA_FILE).is_file():
-        about["sla_file"] = info(str(path / SLA_FILE))
-    return about
+        return PartsInfo(**vars(file), parts=parts)
+    return _describe_transformer(file, path, not FLOAT_KINDS.issuperset(dtypes))
 
 
-FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
-
-
-def _describe_transformer(path: Path, quantised: bool) -> dict[str, Any]:
+def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> TransformerInfo:
     checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
     assert isinstance(checkpoint, Checkpoint)
     norms = _norms(checkpoint.projections)
-    about: dict[str, Any] = {
-        "layout": checkpoint.layout, "layers": checkpoint.num_layers, "width": checkpoint.width,
-        "quantised": quantised, "sampler": found.sampler or "unipc", "sla": bool(norms), "proj_l_norms": norms,
-        "trained": bool(norms) and min(norms) > 0, "faults": checkpoint.faults,
-    }  # fmt: skip
-    if found.sla is not None:
-        about["trained_with"] = found.sla.to_dict()
     notes = [*found.notes, *([f"this {UNTOLD}"] if found.untold else [])]
     if found.few_steps:
         notes.append(f"the name or metadata say {found.few_steps!r}: it may be distilled to few steps without guidance")
-    return about | ({"notes": notes} if notes else {})
+    return TransformerInfo(
+        **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,
+        quantised=quantised, sampler=found.sampler or "unipc", sla=bool(norms), proj_l_norms=norms,
+        trained=bool(norms) and min(norms) > 0, faults=checkpoint.faults, trained_with=found.sla, notes=notes or None,
+        sla_file=_beside(path),
+    )  # fmt: skip
 
 
-def _describe_pipeline(folder: Path) -> dict[str, Any]:
-    source = describe_folder(folder, folder.resolve().name)
-    about: dict[str, Any] = {"path": str(folder), "kind": "pipeline", **vars(source.shape)}
-    about["transformer"] = info(str(folder / "transformer"))
-    if (folder / SLA_FILE).is_file():
-        about["sla_file"] = info(str(folder / SLA_FILE))
-    return about
+def _describe_pipeline(folder: Path) -> PipelineInfo:
+    shape, transformer = describe_folder(folder, folder.resolve().name).shape, info(str(folder / "transformer"))
+    return PipelineInfo(str(folder), "pipeline", **vars(shape), transformer=transformer, sla_file=_beside(folder))
 
 
-def _describe_sla(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _beside(folder: Path) -> Info | None:
+    """The SLA weights in a folder."""
+    return info(str(folder / SLA_FILE)) if (folder / SLA_FILE).is_file() else None
+
+
+def _describe_sla(file: FileInfo, path: Path, tensors: dict[str, Tensor]) -> SLAInfo:
     metadata = read_metadata(path)
     norms = _norms({name: x for name, x in tensors.items() if ".proj_l." in name})
     untold = {"config", "tensors"} if metadata.tensors is not None else {"config", "tensors", "tensors_hash"}
     about = {name: value for name, value in vars(metadata).items() if name not in untold}
-    return {
-        "base_model": about.pop("base_model"), "trained_with": metadata.config.to_dict(), "metadata": about,
-        "layers": len(norms), "proj_l_norms": norms, "trained": bool(norms) and min(norms) > 0,
-    }  # fmt: skip
+    return SLAInfo(
+        **vars(file), base_model=about.pop("base_model"), trained_with=metadata.config, metadata=about,
+        layers=len(norms), proj_l_norms=norms, trained=bool(norms) and min(norms) > 0,
+    )  # fmt: skip
 
 
 def _norms(projections: dict[str, Tensor]) -> list[float]:
