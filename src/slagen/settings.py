@@ -1,7 +1,8 @@
 """An option is a field: what a config's field says of itself for the command line, prompt files and manifests."""
 
 import dataclasses
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -93,3 +94,14 @@ def changed(values: Any) -> dict[str, Any]:
         for setting in settings_of(type(values))
         if setting.about.pixels and setting.about.in_key and getattr(values, setting.field) != setting.default
     }
+
+
+def no_argument(function: str, name: str, known: Iterable[str], *, ours: str = "", reason: str = "") -> TypeError:
+    """The error for an argument that a function does not have, with what to give instead.
+
+    Args:
+        known: what it has. ours: its own name for the argument; empty: the nearest. reason: what to say instead.
+    """
+    close = [ours] if ours else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+    said = f". Did you mean {close[0]}?" if close else f". Settings are {', '.join(sorted(known))}."
+    return TypeError(f"{function}() has no argument {name[:60]!r}{reason or said}")

@@ -122,6 +122,22 @@ def test_an_output_is_a_video_or_a_folder(tmp_path, monkeypatch, name):
         FinetuneConfig(DataConfig("d"), output="clip.mp4")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [["generate", "x", "--output", ""], ["info", ""], ["bench", "--output", " "], ["finetune", "--data", ""],
+     ["generate", "x", "--weights", ""], ["finetune", "data", "v", "--output", ""], ["plan", "x", "--model", ""]],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_empty_path_is_refused(line, tmp_path, monkeypatch, capsys):
+    """It was the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v").mkdir()
+    assert run(line) == 2
+    told = capsys.readouterr().err
+    assert " is empty. Give " in told and told.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
 def test_outputs_that_are_none_are_refused_by_every_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in (

@@ -11,6 +11,7 @@ from transformers import UMT5EncoderModel
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 import slagen
+from slagen import errors
 from slagen.attention import SparseLinearAttention, registry
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
@@ -19,7 +20,7 @@ from slagen.timing import StepRecorder
 from slagen.wan.install import load_sla, save_sla
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import resolve_model
-from slagen.wan.processor import attach_recorder, install, processors
+from slagen.wan.processor import attach_recorder, install, installation, processors
 from slagen.wan.text_encoder import EMBEDDINGS, load_text_encoder
 
 CONFIG = SLAConfig(sparsity=0.6, block_m=16, block_n=16)
@@ -62,30 +63,49 @@ def test_settings_by_name_and_a_warning_that_nothing_is_trained():
         warnings.simplefilter("error")
         slagen.apply_sla(pipe, sparsity=0.9, branches="sparse")  # it has no proj_l to train
     assert {processor.config for processor in processors(pipe.transformer)} == {SLAConfig(sparsity=0.9)}
-    for wrong, kind in (({"sparsity": 2}, UsageError), ({"sparsty": 0.9}, TypeError)):
-        with pytest.raises(kind, match="sparsty|sparsity is 2"):
-            slagen.apply_sla(build_pipeline(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "words"),
+    [
+        ({"sparsity": 2}, UsageError, "sparsity is 2, .* Try sparsity=0.95."),
+        ({"block_m": 48}, UsageError, "block_m is 48, .* Try block_m=64."),
+        ({"negligible": 0.1}, UsageError, "Try linear_domain='marginal', or negligible=0."),
+        ({"sparsty": 0.9}, TypeError, r"apply_sla\(\) has no argument 'sparsty'. Did you mean sparsity\?"),
+        ({"topk": 0.1}, TypeError, r"apply_sla\(\) has no argument 'topk'. Give sparsity, which is 1 - topk."),
+        ({"backend": "foo"}, UsageError, "backend is 'foo', but sla attention has auto, reference, torch, triton."),
+        ({"branches": "foo"}, UsageError, "branches is 'foo', but must be one of both, sparse, linear."),
+        ({"config": 0.9}, UsageError, "config is 0.9, but must be an SLAConfig. Try slagen.SLAConfig"),
+    ],
+    ids=str,
+)
+def test_what_apply_sla_does_not_take(wrong, kind, words, monkeypatch):
+    monkeypatch.setattr(errors._Reader, "at_command_line", False)
+    pipe = build_pipeline()
+    with pytest.raises(kind, match=words):
+        slagen.apply_sla(pipe, **wrong)
+    assert installation(pipe.transformer) is None
 
 
 def test_weights_of_the_hub(trained, monkeypatch, tmp_path):
     _, file, pipe = trained
     asked = []
 
-    def fetch(repo_id, *, on_note):
-        asked.append(repo_id)
+    def fetch(repo_id, *, local_files_only, on_note):
+        asked.append((repo_id, local_files_only))
         return file
 
     monkeypatch.setattr("slagen.wan.install.fetch_sla", fetch)
     loaded = build_pipeline()
-    load_sla(loaded, "owner/name")
-    assert asked == ["owner/name"]
+    load_sla(loaded, "owner/name", local_files_only=True)
+    assert asked == [("owner/name", True)]
     state = pipe.transformer.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.transformer.state_dict().items())
     monkeypatch.chdir(tmp_path)
     load_sla(build_pipeline(), file.parent.relative_to(tmp_path))
     with pytest.raises(SlagenError, match="nope/sla.safetensors"):  # a file's name asks no hub
         load_sla(build_pipeline(), "nope/sla.safetensors")
-    assert asked == ["owner/name"]
+    assert len(asked) == 1
 
 
 def rewrite(file, change):
@@ -165,6 +185,21 @@ def test_loading_replaces_the_base_and_removing_puts_it_back(trained):
     slagen.remove_sla(pipe)
     after = pipe.transformer.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_saving_what_is_installed_needs_no_metadata(tmp_path):
+    """A caller of apply_sla had to make an SLAMetadata of a hash that nothing told."""
+    pipe = build_pipeline()
+    slagen.apply_sla(pipe, CONFIG)
+    train(pipe.transformer, base=False)
+    file = save_sla(pipe, tmp_path)
+    loaded = build_pipeline()
+    found = load_sla(loaded, file)
+    assert (found.config, found.trained, found.sampler_family) == (CONFIG, "proj_l", "flow")
+    assert read_sla(save_sla(loaded, tmp_path / "again"))[0] == found  # as the file says that is loaded
+    base = {name: tensor.clone() for name, tensor in build_pipeline().transformer.state_dict().items()}
+    train(pipe.transformer)
+    assert read_sla(save_sla(pipe, tmp_path / "all", base=base))[0].trained == "all"
 
 
 def test_saving_what_was_trained_needs_its_base(tmp_path):

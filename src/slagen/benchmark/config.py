@@ -104,7 +104,8 @@ class BenchConfig:
     output: str | None = option(None, "Folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")
 
     def __post_init__(self) -> None:
-        check_folder("output", self.output or "")
+        if self.output is not None:
+            check_folder("output", self.output)
         if self.model is not None and self.random_init is not None:
             raise UsageError("--model and --random-init both choose the model to time. Give one of them.")
         for shape in self.shapes:

@@ -53,9 +53,9 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
     methods = [known[name] for name in config.methods] or [method for method in known.values() if method.by_default]
     _check_present(config, methods)
-    folder = user_path(config.output or "")
     if config.output is None:
         return _rows(config, device, dtype, methods, on_note)
+    folder = user_path(config.output)
     with reserved(folder / JSON_FILE):
         check_writable(folder)  # before the measurement
         result = _rows(config, device, dtype, methods, on_note)

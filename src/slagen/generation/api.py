@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import numbers
 import warnings
@@ -18,7 +17,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.preflight import check_run
 from slagen.generation.result import GenerateResult
 from slagen.io.forms import shown
-from slagen.settings import settings_of
+from slagen.settings import no_argument, settings_of
 
 LOGGER = logging.getLogger("slagen")
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
@@ -57,7 +56,7 @@ def _config(given: dict[str, Any]) -> GenerateConfig:
     own = registry.own_settings(GenerateConfig)
     known = {setting.field: setting.kind for setting in (*settings_of(GenerateConfig), *own)}
     for name in given.keys() - known.keys():
-        raise TypeError(f"generate() has no argument {shown(name)}{_instead(name, set(known))}")
+        raise no_argument("generate", name, known.keys() - {"prompt"}, **_instead(name, set(known)))
     if not isinstance(given["prompt"], str):
         raise UsageError(f"prompt is {shown(given['prompt'])}, but must be a string.")
     values = {name: _plain(name, value, known[name]) for name, value in given.items() if value is not None}
@@ -69,15 +68,14 @@ def _config(given: dict[str, Any]) -> GenerateConfig:
     return GenerateConfig(**values)
 
 
-def _instead(name: str, known: set[str]) -> str:
-    """What to type for an argument that there is not."""
+def _instead(name: str, known: set[str]) -> dict[str, str]:
+    """What `no_argument` says of another tool's argument."""
     if reason := peers.REFUSED.get(name.replace("_", "-")):
-        return f": {worded(reason)}."
+        return {"reason": f": {worded(reason)}."}
     if name in ("size", "resolution"):
-        return ". Give width and height."
+        return {"reason": ". Give width and height."}
     ours = peers.normalize(name).replace("-", "_")
-    close = [ours] if ours in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-    return f". Did you mean {close[0]}?" if close else f". Settings are {', '.join(sorted(known - {'prompt'}))}."
+    return {"ours": ours} if ours in known else {}
 
 
 def _plain(name: str, value: Any, kind: Any) -> Any:

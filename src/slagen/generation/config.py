@@ -163,9 +163,7 @@ class GenerateConfig:
     def _check_texts(self) -> None:
         """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
         if not self.prompt.strip():
-            raise UsageError(
-                'the prompt is empty. Say what the video shows: slagen generate "a red circle moving right".'
-            )
+            raise UsageError('the prompt is empty. Say what the video shows, such as "a red circle moving right".')
         check_prompt("prompt", self.prompt)
         check_prompt("negative prompt", self.negative_prompt or "")
         check_output(self.output)

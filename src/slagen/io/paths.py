@@ -36,6 +36,8 @@ def check_folder(name: str, text: str, wanted: str = "a folder") -> None:
     Args:
         name: of the option, for the message. wanted: what it takes.
     """
+    if not text.strip():
+        raise UsageError(f"the {name} is empty. Give {wanted}.")
     suffix = _suffix(text.rstrip())
     if suffix and not os.path.isdir(os.path.expanduser(text)):
         raise UsageError(
@@ -62,6 +64,8 @@ def _suffix(text: str) -> str:
 
 def user_path(text: str | Path) -> Path:
     """A path as a person writes it, `~` being their home. Raises UsageError for what no path can be."""
+    if not str(text).strip():
+        raise UsageError("a path is empty. Give a file or a folder, or leave the option out.")
     try:
         path = Path(text).expanduser()
         path.exists()

@@ -6,18 +6,19 @@ import dataclasses
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from slagen.attention import registry
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import number_faults
-from slagen.formats.model_files import SLA_FILE
+from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.peek import UNTOLD, peek
 from slagen.formats.side_file import SideFile
 from slagen.formats.sla import (
@@ -30,6 +31,9 @@ from slagen.formats.sla import (
     write_sla,
 )
 from slagen.formats.transformer import read_checkpoint
+from slagen.io.forms import shown
+from slagen.io.paths import user_path
+from slagen.settings import no_argument
 from slagen.wan.folder import is_hub_id
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.hub import fetch_sla
@@ -53,6 +57,7 @@ def load_sla(
     allow_untrained: bool = False,
     other_blocks: bool = False,
     base_hash: str | None = None,
+    local_files_only: bool = False,
 ) -> SLAMetadata:
     """Install SLA in a Wan pipeline with the weights of a file; `remove_sla` undoes it.
 
@@ -65,6 +70,7 @@ def load_sla(
         allow_untrained: accept layers whose `proj_l` is all zero.
         other_blocks: accept block sizes that are not the file's.
         base_hash: `weights_hash` of the transformer, where the caller has it already.
+        local_files_only: download nothing; a hub id must have been downloaded before.
     Returns: what the file says of itself.
     Raises: WeightsError, before anything is changed, if the file is broken, made for another base, does not hold the
         very tensors that it was written with, lacks a `proj_l`, or holds a tensor that the model has not, or in another
@@ -72,8 +78,9 @@ def load_sla(
         transformer's layers, or its weights are quantised; EnvironmentProblem if the hub does not give the file.
     """
     transformer = getattr(pipe, "transformer", pipe)
+    _check_how(config, backend, branches)
     if is_hub_id(str(path)) and Path(path).suffix != ".safetensors" and not Path(path).exists():
-        path = fetch_sla(str(path), on_note=logging.getLogger("slagen").info)
+        path = fetch_sla(str(path), local_files_only=local_files_only, on_note=logging.getLogger("slagen").info)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
     config = config or metadata.config
     _check_same_form(config, metadata.config, path, other_blocks)
@@ -97,6 +104,9 @@ def load_sla(
         remove(transformer)
         raise
     tell_settings(transformer, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
+    record = installation(transformer)
+    assert record is not None
+    record.metadata = metadata
     return metadata
 
 
@@ -150,15 +160,19 @@ def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
     return [("weight", side.weight), ("bias", side.bias)]
 
 
-def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str, Tensor] | None = None) -> Path:
+def save_sla(
+    pipe: Any, path: str | Path, metadata: SLAMetadata | None = None, base: dict[str, Tensor] | None = None
+) -> Path:
     """Write the SLA weights of a pipeline: every `proj_l`, and every tensor that differs from the base.
 
     Args:
         pipe: a WanPipeline with SLA installed, or its transformer.
         path: a file, or a folder that gets `sla.safetensors`.
-        metadata: what the file will say of itself.
+        metadata: what the file will say of itself; None is what `load_sla` read, and after `apply_sla` what it was
+            called with.
         base: the base's transformer tensors by name; None means that only `proj_l` and what `load_sla` put aside
-            can differ from it, which is checked.
+            can differ from it. That is checked against the metadata's base_hash; after `apply_sla` there is none, so
+            give the base if more than `proj_l` was trained.
     Returns: the file's path.
     Raises: UsageError if no SLA is installed, the base is not the one that the metadata names, a LoRA is loaded or
         fused, or hooks offload the transformer's layers.
@@ -172,7 +186,9 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
     if base is None:
         base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
-    if state_hash(base) != metadata.base_hash:
+    metadata = metadata or record.metadata
+    found = state_hash(base)
+    if metadata is not None and found != metadata.base_hash:
         raise UsageError(
             f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so the trained "
             "change cannot be computed from it. Give the tensors from before training as base."
@@ -182,11 +198,23 @@ def save_sla(pipe: Any, path: str | Path, metadata: SLAMetadata, base: dict[str,
         for name, tensor in state.items()
         if is_projection(name) or (name in base and not torch.equal(tensor.cpu(), base[name].to(tensor.dtype)))
     }
-    file = Path(path)
+    if metadata is None:
+        metadata = _made_here(pipe, found, "proj_l" if all(map(is_projection, kept)) else "all")
+    file = user_path(path)
     if file.suffix != ".safetensors":
         file = file / SLA_FILE
     write_sla(kept, file, metadata)
     return file
+
+
+def _made_here(pipe: Any, base_hash: str, trained: str) -> SLAMetadata:
+    """What a file says of SLA that `apply_sla` installed."""
+    transformer = getattr(pipe, "transformer", pipe)
+    told = transformer.config.get(SETTINGS_KEY) or {}
+    origin = Path(str(getattr(pipe, "name_or_path", None) or transformer.config.get("_name_or_path") or ""))
+    name = (origin.parent if origin.name == "transformer" else origin).name or type(transformer).__name__
+    config = transformer.blocks[0].attn1.processor.config
+    return SLAMetadata(config, name, base_hash, told.get("trained") or trained, 0, told.get("sampler_family", "flow"))
 
 
 def apply_sla(
@@ -209,6 +237,11 @@ def apply_sla(
     Raises: UsageError if SLA is installed already, the model is not a Wan transformer, hooks offload its layers, or a
         setting cannot work; TypeError for one that there is not.
     """
+    _check_how(config, backend, branches)
+    fields = SLAConfig.__dataclass_fields__
+    for name in settings.keys() - fields.keys():
+        reason = f". Give sparsity, which is 1 - {name}." if name in ("topk", "sla_topk", "topk_ratio") else ""
+        raise no_argument("apply_sla", name, [*fields, "config", "backend", "branches"], reason=reason)
     install_untrained(pipe, dataclasses.replace(config or SLAConfig(), **settings), backend, branches)
     if branches != "sparse":
         warnings.warn(UNTRAINED, stacklevel=2)
@@ -224,6 +257,15 @@ def install_untrained(pipe: Any, config: SLAConfig, backend: Backend = "auto", b
 def remove_sla(pipe: Any) -> None:
     """Take SLA out of a Wan pipeline and put the base weights and processors back. Without SLA, do nothing."""
     remove(getattr(pipe, "transformer", pipe))
+
+
+def _check_how(config: object, backend: str, branches: str) -> None:
+    """Raise UsageError for arguments that are no config, backend or choice of branches."""
+    if config is not None and not isinstance(config, SLAConfig):
+        raise UsageError(f"config is {shown(config)}, but must be an SLAConfig. Try slagen.SLAConfig(sparsity=0.95).")
+    if branches not in get_args(Branches):
+        raise UsageError(f"branches is {shown(branches)}, but must be one of {', '.join(get_args(Branches))}.")
+    registry.of_branches(branches).check_backend(backend)
 
 
 def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, other_blocks: bool) -> None:

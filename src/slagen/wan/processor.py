@@ -18,6 +18,7 @@ from slagen.attention.protocol import Grid, Inputs, Layer, Method, StepContext
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
 from slagen.errors import UsageError
+from slagen.formats.sla import SLAMetadata
 from slagen.timing import StepRecorder
 from slagen.wan.guards import refuse_fused, refuse_offloaded
 from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
@@ -150,6 +151,7 @@ class Installation:
     replaced: dict[str, Tensor] = field(default_factory=dict)  # base tensors that SLA weights overwrote, on the CPU
     context: StepContext = field(default_factory=StepContext)
     hooks: list[Any] = field(default_factory=list)
+    metadata: SLAMetadata | None = None  # of the file that is loaded
 
 
 def installation(transformer: WanTransformer3DModel) -> Installation | None:
@@ -190,6 +192,7 @@ def install_method(transformer: WanTransformer3DModel, method: Method, config: A
     """
     if installation(transformer) is not None:
         raise UsageError("this transformer has slagen's attention installed already. Call remove_sla(pipe) first.")
+    method.check_backend(backend)
     layers = self_attention_layers(transformer)
     refuse_offloaded(transformer, "put in")
     record = Installation([attn.processor for attn in layers])

@@ -43,8 +43,8 @@ class SLAConfig:
     block_n: int = 64
 
     def __post_init__(self) -> None:
-        check_fraction("sparsity", self.sparsity, "Try 0.95.")
-        check_fraction("negligible", self.negligible, "Try 0 or, as in the paper, 0.1.")
+        check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
+        check_fraction("negligible", self.negligible, "Try --negligible 0.1, as in the paper.")
         check_choice("linear_domain", self.linear_domain, get_args(LinearDomain))
         check_choice("feature_map", self.feature_map, get_args(FeatureMap))
         check_choice("block_m", self.block_m, BLOCK_SIZES)
@@ -52,7 +52,7 @@ class SLAConfig:
         if self.negligible > 0 and self.linear_domain == "all":
             raise UsageError(
                 f"negligible is {self.negligible} with linear_domain 'all', but that linear branch skips no token. "
-                "Try linear_domain 'marginal', or negligible 0."
+                "Try --linear-domain marginal, or --negligible 0."
             )
 
     def num_blocks(self, length: int) -> tuple[int, int]:
@@ -131,4 +131,5 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         default = SLAConfig.__dataclass_fields__[name].default
         choice = ", ".join(map(repr, choices))
-        raise UsageError(f"{name} is {shown(value)}, but must be one of {choice}. Try {default!r}.")
+        option = f"--{name.replace('_', '-')}"
+        raise UsageError(f"{name} is {shown(value)}, but must be one of {choice}. Try {option} {default}.")
