@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fresh import import_anew
 from torch import nn
-from wan_models import build_pipeline, run, save_pipeline
+from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 from slagen.attention import registry
 from slagen.attention.protocol import Grid, Layer, Method, Needs, StepContext
@@ -125,6 +125,39 @@ def test_what_a_module_is_told(toy):
     assert pipe.transformer._slagen_installation.context.memory == {}
     remove(pipe.transformer)
     assert not pipe.transformer._forward_pre_hooks and not pipe.transformer.condition_embedder._forward_hooks
+
+
+def test_outside_a_denoising_loop_nothing_is_kept(toy):
+    """Only the first pass ever was conditional there, and memory lasted from clip to clip."""
+    model = build_transformer()
+    install_method(model, toy, WindowConfig())
+    inputs = torch.zeros(1, 4, 3, 8, 8), torch.zeros(1), torch.zeros(1, 8, 32)
+    for _ in range(2):
+        model(*inputs)
+    with denoising(model, 1):
+        model(*inputs)
+        kept = processors(model)[0].kept
+        assert kept == {"calls": 1}
+    assert kept == {}  # so that no tensor outlives its clip
+    model(*inputs)
+    passes = [(step, conditional, count) for step, _, conditional, *_, count in processors(model)[0].seen]
+    assert passes == [(None, None, 1), (None, None, 1), (0, True, 1), (None, None, 1)]
+
+
+@pytest.mark.parametrize("read", [lambda inputs: inputs.memory, lambda inputs: inputs.context.conditional])
+def test_a_method_that_forgets_to_need_the_context_is_told(toy, read):
+    """Its conditional and unconditional passes shared one memory."""
+
+    class Forgetful(Window):
+        def forward(self, q, k, v, inputs):
+            read(inputs)
+            return q
+
+    model = build_transformer()
+    fields = {"name": "forgetful", "needs": Needs(), "build": lambda config, *_: Forgetful(config)}
+    install_method(model, Method(**{**vars(TOY), **fields}), WindowConfig())
+    with denoising(model, 1), pytest.raises(RuntimeError, match=r"needs=Needs\(context=True\)"):
+        model(torch.zeros(1, 4, 3, 8, 8), torch.zeros(1), torch.zeros(1, 8, 32))
 
 
 def test_every_key_in_the_window_is_dense(toy):
@@ -411,6 +444,32 @@ def test_steps_compile_nothing_anew(toy):
             )  # fmt: skip
         counts.append(len(compiled))
     assert counts[0] == counts[1] > 0
+
+
+def test_memory_compiles_no_layer_anew(toy):
+    """It was kept by the layer's index, so that a model of more than 8 layers hit torch.compile's limit."""
+
+    class Adding(Window):
+        def forward(self, q, k, v, inputs):
+            inputs.memory["sum"] = inputs.memory.get("sum", 0) + v
+            return inputs.memory["sum"]
+
+    model = build_transformer(num_layers=12)
+    install_method(model, Method(**{**vars(TOY), "build": lambda config, *_: Adding(config)}), WindowConfig())
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(module, example):
+        compiled.append(module)
+        return module.forward
+
+    model.compile_repeated_blocks(dynamic=False, backend=backend, fullgraph=True)
+    with torch.no_grad(), denoising(model, 3) as end_step:
+        for _ in range(3):
+            for _ in range(2):
+                model(torch.zeros(1, 4, 3, 8, 8), torch.zeros(1), torch.zeros(1, 8, 32))
+            end_step()
+    assert len(compiled) == 2  # with and without a sum
 
 
 def test_copies_have_their_own_context(toy):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from slagen.attention.cost import ModelShape
 
+NO_PASS = "no forward pass has begun. A method that reads this says needs=Needs(context=True)."
+
 Attend = Callable[..., Any]  # q, k, v, each (B, H, L, D) -> o (B, H, L, D), or what a timed part makes of them
 Family = Literal["dense", "sparse", "sla"]
 
@@ -62,12 +64,15 @@ class StepContext:
     of this happens outside compiled code. What compiled code reads here as a Python number it is compiled for anew
     when that changes; a module whose computation depends on the step reads `position`, or decides in `begin_pass`.
 
+    Outside a denoising loop, as in training or a plain `pipe(...)`, nobody says which passes belong together: nothing
+    is remembered from one to the next, and none is known to be conditional.
+
     Args:
-        step, num_steps: of the denoising, from 0; None outside a denoising loop, as in training.
-        passes: forward passes of this step that have begun.
+        step, num_steps: of the denoising, from 0; None outside a denoising loop.
+        passes: forward passes of this step that have begun; 0 before the first, and 1 outside a denoising loop.
         grid: how the tokens are arranged; None where no method asks for it.
         time_embedding: (B, H * D), of the transformer's own embedder; None where no method asks for it.
-        position: int64 (2,) on the CPU: the step, -1 outside a loop, and 1 in a conditional pass, 0 otherwise.
+        position: int64 (2,) on the CPU: the step, and 1 in a conditional pass, otherwise 0; -1 and -1 outside a loop.
         memory: what layers remember, by layer and by whether the pass is conditional; a new clip empties it.
     """
 
@@ -80,14 +85,29 @@ class StepContext:
     memory: dict[tuple[int, bool], dict[str, Any]] = field(default_factory=dict)
 
     @property
-    def conditional(self) -> bool:
-        """Whether this is the pass with the prompt; with guidance, the second pass of each step is without."""
-        return self.passes <= 1
+    def conditional(self) -> bool | None:
+        """Whether this is the pass with the prompt; with guidance, the second pass of each step is without.
+
+        Returns: None outside a denoising loop. Raises: RuntimeError where no pass has begun.
+        """
+        if self.passes == 0:
+            raise RuntimeError(NO_PASS)
+        return None if self.step is None else self.passes == 1
+
+    def memory_of(self, layer: Layer) -> dict[str, Any]:
+        """What a layer remembers of the passes of this kind in this clip; empty and forgotten outside a loop."""
+        conditional = self.conditional
+        return {} if conditional is None else self.memory.setdefault((layer.index, conditional), {})
+
+    def _forget(self) -> None:
+        for kept in self.memory.values():
+            kept.clear()  # the layers hold it too
+        self.memory.clear()
 
     def begin_clip(self, num_steps: int) -> None:
         """A denoising loop of `num_steps` begins: nothing is remembered of the clip before."""
         self.step, self.num_steps, self.passes = 0, num_steps, 0
-        self.memory.clear()
+        self._forget()
 
     def end_step(self) -> None:
         """A denoising step has ended, and the next begins."""
@@ -97,15 +117,15 @@ class StepContext:
         """The denoising loop has ended."""
         self.step = self.num_steps = self.time_embedding = None
         self.passes = 0
-        self.memory.clear()
+        self._forget()
 
     def begin_pass(self, grid: Grid | None = None) -> None:
         """A forward pass begins, over tokens that are arranged in `grid`."""
-        self.passes += 1
+        self.passes = 1 if self.step is None else self.passes + 1
         self.grid = grid
         if self.position is not None:
             self.position[0] = -1 if self.step is None else self.step
-            self.position[1] = int(self.conditional)
+            self.position[1] = -1 if self.conditional is None else int(self.conditional)
 
 
 @dataclass(frozen=True)
@@ -113,22 +133,30 @@ class Inputs:
     """What a method's module is told at each call, beside q, k and v.
 
     Args:
-        layer: the layer it stands in.
+        layer: the layer it stands in. Compiled code does not read its `index`: it would be compiled anew for each
+            layer, of which torch.compile allows 8.
         context: where in the denoising it is called.
         hidden_states: (B, L, H * D), what q, k and v were projected from; None where there is none, as in a bench.
         block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, of the sizes that
             the module's `block_sizes` names; None where they would cost something.
+        kept: `memory`, handed over outside compiled code as a forward pass begins; None where none has begun.
     """
 
     layer: Layer
     context: StepContext
     hidden_states: Tensor | None = None
     block_means: tuple[Tensor, Tensor] | None = None
+    kept: dict[str, Any] | None = None
 
     @property
     def memory(self) -> dict[str, Any]:
-        """What this layer remembers of the passes of this kind in this clip; whatever is put in stays."""
-        return self.context.memory.setdefault((self.layer.index, self.context.conditional), {})
+        """What this layer remembers of the passes of this kind in this clip; what is put in stays until its end.
+
+        Outside a denoising loop it is empty in every pass. Raises: RuntimeError where no pass has begun.
+        """
+        if self.kept is None:
+            raise RuntimeError(NO_PASS)
+        return self.kept
 
 
 @dataclass(frozen=True)
@@ -138,7 +166,8 @@ class Needs:
     Args:
         training: the model must be fine-tuned with it. weights: a file with what it learned must be there.
         gpu: a CUDA device.
-        context: the grid, step and time embedding of `StepContext`, which hooks on the transformer fill in.
+        context: the grid, pass and time embedding of `StepContext`, which hooks on the transformer fill in, and the
+            memory of `Inputs`.
     """
 
     training: bool = False

@@ -104,8 +104,9 @@ def build_module(record: protocol.Method, setting: Setting, num_tokens: int) -> 
         for parameter in module.requires_grad_(False).parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn.mul_(parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else drawn)
-    context = StepContext(position=torch.full((2,), -1)) if record.needs.context else StepContext()
-    return module, Inputs(layer, context)
+    if not record.needs.context:
+        return module, Inputs(layer, StepContext())
+    return module, Inputs(layer, StepContext(position=torch.full((2,), -1)), kept={})
 
 
 def unavailable(name: str, reason: str) -> EnvironmentProblem:

@@ -24,7 +24,7 @@ def _own(record: protocol.Method) -> Callable[[Setting], Attend]:
                 made.append(build_module(record, setting, q.shape[2]))
             module, inputs = made[0]
             if record.needs.context:
-                inputs.context.passes = 0
+                inputs.memory.clear()  # as outside a denoising loop
                 inputs.context.begin_pass(Grid(1, 1, q.shape[2]))
             return module(q, k, v, inputs)  # type: ignore[no-any-return]
 

@@ -56,7 +56,8 @@ class _Processor:
     context: StepContext
     rotary_backend: Backend = "auto"  # of the norm and rotation around the attention
     recorder: StepRecorder | None = None  # `attach_recorder` gives one
-    token_group: Any = None  # the processes that share a clip's tokens, see context.py
+    token_group: Any = None  # the processes that share a clip's tokens, see sequence_parallel.py
+    kept: dict[str, Any] | None = None  # the layer's memory in this pass
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare_processor, (self.base,), self.__dict__
@@ -74,8 +75,9 @@ class _Processor:
         def attend(q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
             if self.token_group is not None:
                 q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
-                return to_tokens(self._timed(q, k, v, Inputs(self.place, self.context)), self.token_group)
-            return self._timed(q, k, v, Inputs(self.place, self.context, hidden_states, means))
+                inputs = Inputs(self.place, self.context, kept=self.kept)
+                return to_tokens(self._timed(q, k, v, inputs), self.token_group)
+            return self._timed(q, k, v, Inputs(self.place, self.context, hidden_states, means, self.kept))
 
         # Of a process's own tokens no blocks can be formed: they are those of the whole clip.
         blocks = None if self.token_group is not None else self._blocks(hidden_states.shape[1])
@@ -227,6 +229,7 @@ class _PassHook:
         sizes = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
         self.context.begin_pass(Grid(*(size // part for size, part in sizes)))
         for processor in processors(transformer):
+            processor.kept = self.context.memory_of(processor.place)
             begin_pass = getattr(processor, "begin_pass", None)
             if begin_pass is not None:
                 begin_pass(self.context)
