@@ -228,12 +228,12 @@ def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
         return None
     if weights.few_steps and (steps > 10 or guidance > 1):
         return (
-            f"{file.name} calls itself {weights.few_steps!r}: weights distilled to few steps want about 4 without "
+            f"{file.name} calls itself {weights.few_steps!r}: weights distilled to few steps need about 4 without "
             f"guidance, not {steps} with {guidance:g}. Try --steps 4 --guidance-scale 1 --sampler euler"
         )
     if not weights.few_steps and steps <= 8 and guidance > 1:
         return (
-            f"{steps} steps with guidance {guidance:g} suit no Wan2.1: weights distilled to few steps want "
+            f"{steps} steps with guidance {guidance:g} do not suit Wan2.1: weights distilled to few steps need "
             "--guidance-scale 1, all others 20 steps or more"
         )
     return None

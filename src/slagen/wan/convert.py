@@ -191,8 +191,8 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
         ) from error
     if not width or width % head_dim:
         raise WeightsError(
-            f"{checkpoint.path} has layers of width {width}, which are no heads of {head_dim}. Give the pipeline that "
-            "it belongs to with --model."
+            f"{checkpoint.path} has layers of width {width}, which is not a multiple of the head dimension "
+            f"{head_dim}. Give the pipeline that it belongs to with --model."
         )
     shape = ModelShape(checkpoint.num_layers, width // head_dim, head_dim, ffn_dim, 512)
     return {**wan_config(shape), **sizes}
