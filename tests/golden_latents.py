@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from slagen.batch.manifest import digest
 from slagen.formats.sla import read_sla, write_sla
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import tensor_hash
 from slagen.generation.generate import generate
+from slagen.io.reading import digest
 from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.finetune import finetune
 from slagen.wan.folder import bundled_folder

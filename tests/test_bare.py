@@ -72,7 +72,7 @@ def bare(tmp_path):
     def start(*arguments, missing=MISSING, old=""):
         environment = {**kept, "MISSING": ",".join(missing), "OLD": old}
         command = [sys.executable, "-m", "slagen", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=1800)
 
     return start
 

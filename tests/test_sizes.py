@@ -8,7 +8,7 @@ import slagen
 
 ROOT = Path(slagen.__file__).parent
 FILE, FUNCTION, CLASS = 400, 60, 250  # lines at most
-MEDIAN = 180  # of the files; it is to become 150
+MEDIAN = 150  # of the files
 
 # Whoever splits one takes it out of the list; nothing is added to it.
 LARGE_FILES: set[str] = set()

@@ -47,7 +47,7 @@ def workers_at_work(folder):
     return {int(str(job.result.get("worker")).split(":")[-1]) for job in jobs if job.state == "running"}
 
 
-def kill_worker(folder, process, timeout=300):
+def kill_worker(folder, process, timeout=1800):
     """SIGKILL one that is at work; False if the driver ends before."""
     end = time.monotonic() + timeout
     while time.monotonic() < end and process.poll() is None:
@@ -61,13 +61,13 @@ def kill_worker(folder, process, timeout=300):
     return False
 
 
-def finish(process, timeout=300):
+def finish(process, timeout=1800):
     out, errors = process.communicate(timeout=timeout)
     assert process.returncode == 0, errors
     return out, errors
 
 
-def until(said, timeout=300):
+def until(said, timeout=1800):
     end = time.monotonic() + timeout
     while not said() and time.monotonic() < end:
         time.sleep(0.05)

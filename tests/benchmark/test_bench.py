@@ -17,7 +17,8 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import clock, compare
 from slagen.benchmark import run as task
 from slagen.benchmark.config import BenchConfig, parse_shape
-from slagen.benchmark.methods import Method
+from slagen.benchmark.methods import Contender
+from slagen.benchmark.registry import all_methods
 from slagen.benchmark.rows import BenchRow
 from slagen.benchmark.run import bench
 from slagen.cli.main import run
@@ -75,7 +76,7 @@ def test_lengths_are_swept_at_one_sparsity():
 
 
 def test_a_wrong_method_is_reported_and_not_timed(monkeypatch):
-    broken = Method("sdpa", "dense", lambda setting: lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 1.01)
+    broken = Contender("sdpa", "dense", lambda setting: lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 1.01)
     monkeypatch.setattr(task, "all_methods", lambda: (broken,))
     row = bench(BenchConfig(**QUICK)).rows[0]
     assert row.correct is False and row.forward_ms is None and row.reason.startswith("wrong: ")
@@ -85,7 +86,7 @@ def test_what_other_libraries_cannot_do_is_said(monkeypatch):
     def fail(setting):
         raise RuntimeError("no kernel image\nfor this device")
 
-    monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", fail),))
+    monkeypatch.setattr(task, "all_methods", lambda: (Contender("other", "dense", fail),))
     row = bench(BenchConfig(**QUICK)).rows[0]
     assert row.reason == "not supported here (RuntimeError: no kernel image)" and row.forward_ms is None
 
@@ -99,7 +100,7 @@ def test_methods_take_turns(monkeypatch):
             order.append(name)
             return F.scaled_dot_product_attention(q, k, v)
 
-        return Method(name, "dense", lambda setting: attend)
+        return Contender(name, "dense", lambda setting: attend)
 
     monkeypatch.setattr(task, "all_methods", lambda: (recorded("one"), recorded("two")))
     rows = bench(BenchConfig(**QUICK)).rows
@@ -111,7 +112,7 @@ def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
     def make(setting):
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v).detach()
 
-    monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", make),))
+    monkeypatch.setattr(task, "all_methods", lambda: (Contender("other", "dense", make),))
     result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
     row = result.rows[0]
     assert row.forward_ms and row.backward_ms is None and row.speedup == 1
@@ -128,13 +129,13 @@ def test_what_fails_at_the_full_length_is_said(monkeypatch):
 
         return attend
 
-    monkeypatch.setattr(task, "all_methods", lambda: (Method("other", "dense", make),))
+    monkeypatch.setattr(task, "all_methods", lambda: (Contender("other", "dense", make),))
     result = bench(BenchConfig(**QUICK))
     assert result.verdicts[0] == "other: out of memory on this device"
 
 
 def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
-    nothing = Method("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
+    nothing = Contender("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
     monkeypatch.setattr(task, "all_methods", lambda: (nothing,))
     row = bench(BenchConfig(**QUICK, output=str(tmp_path))).rows[0]
     assert row.correct is False and row.reason == "wrong: it produced NaN or Inf"
@@ -240,7 +241,8 @@ def test_bad_settings(fields, complaint):
 
 
 def test_unknown_and_missing_methods():
-    with pytest.raises(UsageError, match="must be one of sla, sparse, linear, sdpa"):
+    names = ", ".join(method.name for method in all_methods())
+    with pytest.raises(UsageError, match=f"must be one of {names}"):
         bench(BenchConfig(**QUICK, methods=("fast",)))
     with pytest.raises(EnvironmentProblem, match="flash-attn cannot run on this machine: not installed"):
         bench(BenchConfig(**QUICK, methods=("flash-attn",)))

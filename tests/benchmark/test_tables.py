@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from slagen.benchmark import compare, operator, tables
 from slagen.benchmark import run as task
 from slagen.benchmark.config import BenchConfig
-from slagen.benchmark.methods import Method
+from slagen.benchmark.methods import Contender
 from slagen.benchmark.registry import all_methods
 from slagen.benchmark.rows import BenchRow, ModelRow
 from slagen.cli.output.bench import show_bench
@@ -216,7 +216,7 @@ def quick(monkeypatch, methods, **changes):
 
 
 def dense(name, **options):
-    return Method(name, "dense", lambda setting: F.scaled_dot_product_attention, **options)
+    return Contender(name, "dense", lambda setting: F.scaled_dot_product_attention, **options)
 
 
 @pytest.mark.parametrize(

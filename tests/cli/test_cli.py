@@ -256,7 +256,7 @@ def test_ctrl_c_of_the_installed_command(tmp_path):
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     try:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=1800)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -79,7 +79,7 @@ def told(tmp_path_factory):
     (folder / "good.txt").write_text("a red circle\n")
     lines = [*FAULTS, "generate x -o new", "info good.txt"]
     command = [sys.executable, "-c", RUN_ALL, json.dumps(lines)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return {line: (code, text) for line, code, text in map(json.loads, done.stdout.splitlines())}
 

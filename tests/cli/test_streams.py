@@ -18,7 +18,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def shell(line):
     """A line of bash in which `slagen` is the command; its exit code, and what it says on stderr."""
     function = f'slagen() {{ "{sys.executable}" -m slagen "$@"; }}; '
-    done = subprocess.run(["bash", "-c", function + line], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", function + line], capture_output=True, text=True, timeout=1800)
     return done.returncode, done.stderr
 
 
@@ -79,7 +79,7 @@ generate.read_prompt = lambda *a: os.kill(os.getpid(), signal.SIGHUP)
 sys.argv = ["slagen", "generate", "x"]
 main.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800, cwd=tmp_path)
     assert done.returncode == 130, done.stderr
 
 

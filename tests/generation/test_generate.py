@@ -200,7 +200,7 @@ def test_the_bundled_model_shows_what_the_prompt_says(tmp_path, monkeypatch, cap
         command += ["--model", "tiny-wan", "--json"]
         if name == "a.mp4":
             done = subprocess.run([sys.executable, "-m", "slagen", *command], capture_output=True, text=True,
-                                  timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+                                  timeout=1800, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
             assert done.returncode == 0, done.stderr
             out = done.stdout
         else:

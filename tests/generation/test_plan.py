@@ -210,7 +210,7 @@ def test_a_preset_is_planned_without_torch():
         "code = run(['plan', '--model', 'wan2.1-t2v-1.3b', '--json']); "
         "assert code == 0 and not {'torch', 'diffusers', 'huggingface_hub'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 32760
 

@@ -371,7 +371,7 @@ def test_a_row_on_a_card(card, monkeypatch):
     assert len(clock.draw_inputs((1, 1, 64, 16), CARD, torch.float32)) == math.ceil(2 * 50 * 2**20 / (3 * 64 * 16 * 4))
     assert len(clock.draw_inputs((1, 1, 2**20, 16), CARD, torch.float32)) == 1
     assert len(clock.draw_inputs((1, 1, 64, 16), CPU, torch.float32)) == 1
-    row = row_of(methods.Method("other", "dense", out_of_memory), "1x1x64x16")
+    row = row_of(methods.Contender("other", "dense", out_of_memory), "1x1x64x16")
     assert row.reason == "out of memory on this device" and row.forward_ms is None
 
 

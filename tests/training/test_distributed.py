@@ -63,7 +63,7 @@ def test_the_command_under_torchrun(toy, tmp_path):
                "--sparsity", "0.6", "--block-m", "16", "--block-n", "16", "--steps", "2", "--validate-every", "1000",
                "--device", "cpu"]  # fmt: skip
     done = subprocess.run([*torchrun, *command, "--output", str(tmp_path / "two")], env=env, capture_output=True,
-                          text=True, timeout=180)  # fmt: skip
+                          text=True, timeout=1800)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=1e-4)
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")

@@ -127,7 +127,7 @@ def surroundings(url, home, **environment):
 def fetch(url, home, *arguments, **environment):
     done = subprocess.run(
         [sys.executable, "-c", FETCH, *arguments], env=surroundings(url, home, **environment), capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=1800,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout.strip()
@@ -180,7 +180,7 @@ def test_encoding_videos_fetches_no_transformer(hub, tmp_path):
                "--num-frames", "9", "--device", "cpu", "--json"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "slagen", *command], env=surroundings(hub.url, tmp_path / "home"), capture_output=True,
-        text=True, timeout=120, cwd=tmp_path,
+        text=True, timeout=1800, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "downloading" in done.stderr and json.loads(done.stdout)["training"] == 1

@@ -19,7 +19,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "support")])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=1800,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Method:
+class Contender:
     """One way to attend.
 
     Args:

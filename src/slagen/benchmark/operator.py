@@ -16,7 +16,7 @@ from slagen.attention.protocol import Attend, Unavailable
 from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
 from slagen.benchmark.compare import break_even, even_tokens, with_speedups
 from slagen.benchmark.config import BenchConfig, parse_shape
-from slagen.benchmark.methods import Method, Setting, build_module, unavailable
+from slagen.benchmark.methods import Contender, Setting, build_module, unavailable
 from slagen.benchmark.rows import BenchRow, SameTopK
 from slagen.benchmark.tables import BenchResult
 from slagen.errors import SlagenError
@@ -32,7 +32,7 @@ class Entry:
     """A row that is being measured: its method, and the timers of its passes once they are warm."""
 
     row: BenchRow
-    method: Method
+    method: Contender
     setting: Setting
     sizes: tuple[int, int, int, int]
     timers: dict[str, Timer] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Entry:
 
 
 def bench_shape(
-    config: BenchConfig, shape: str, methods: list[Method], device: torch.device, dtype: torch.dtype,
+    config: BenchConfig, shape: str, methods: list[Contender], device: torch.device, dtype: torch.dtype,
     result: BenchResult, on_note: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Add all rows of one shape to a result: the sparsities at full length, then the lengths at one sparsity."""
@@ -97,7 +97,7 @@ def _distinct_sparsities(
 
 
 def _entry(
-    config: BenchConfig, method: Method, sizes: tuple[int, int, int, int], sparsity: float, device: torch.device,
+    config: BenchConfig, method: Contender, sizes: tuple[int, int, int, int], sparsity: float, device: torch.device,
     dtype: torch.dtype,
 ) -> Entry:  # fmt: skip
     """A row without results, and the setting it will be measured in."""
@@ -199,14 +199,14 @@ def _fill_in(entry: Entry) -> None:
     entry.timers.clear()
 
 
-def _backend_name(method: Method, setting: Setting, head_dim: int) -> str:
+def _backend_name(method: Contender, setting: Setting, head_dim: int) -> str:
     record = method.record
     if record is None or setting.backend not in [backend.name for backend in record.backends]:
         return method.name
     return record.pick_backend(setting.backend, head_dim, setting.device, setting.dtype)
 
 
-def _error(method: Method, setting: Setting, attend: Attend, head_dim: int) -> float:
+def _error(method: Contender, setting: Setting, attend: Attend, head_dim: int) -> float:
     """The largest error to the float64 reference on a short sequence, in units of the largest output."""
     sizes = (1, SHORT_HEADS, SHORT_LENGTH, head_dim)
     q, k, v, _ = draw(1, sizes, setting.device, setting.dtype)[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from slagen.attention.protocol import Attend, Unavailable
 from slagen.attention.sla.block_map import CRITICAL, block_map, block_scores
 from slagen.attention.sla.config import SLAConfig
-from slagen.benchmark.methods import Method, Setting
+from slagen.benchmark.methods import Contender, Setting
 
 
 def select(q: Tensor, k: Tensor, config: SLAConfig) -> Tensor:
@@ -128,8 +128,8 @@ def _public_sla(setting: Setting) -> Attend:
 
 
 OTHER_LIBRARIES = (
-    Method("flex", "sparse", _flex),
-    Method("cudnn-blocks", "sparse", _cudnn_blocks, backward=False, package="cudnn"),
-    Method("flashinfer-blocks", "sparse", _flashinfer_blocks, backward=False, package="flashinfer"),
-    Method("sla-public", "sla", _public_sla, package="sparse_linear_attention"),
+    Contender("flex", "sparse", _flex),
+    Contender("cudnn-blocks", "sparse", _cudnn_blocks, backward=False, package="cudnn"),
+    Contender("flashinfer-blocks", "sparse", _flashinfer_blocks, backward=False, package="flashinfer"),
+    Contender("sla-public", "sla", _public_sla, package="sparse_linear_attention"),
 )

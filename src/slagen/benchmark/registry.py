@@ -11,7 +11,7 @@ from slagen.attention import protocol, registry
 from slagen.attention.dense.kernels import dense_kernel
 from slagen.attention.dense.method import DENSE
 from slagen.attention.protocol import Attend, Grid, Inputs
-from slagen.benchmark.methods import Method, Setting, build_module
+from slagen.benchmark.methods import Contender, Setting, build_module
 from slagen.benchmark.other_libraries import OTHER_LIBRARIES
 
 
@@ -37,12 +37,12 @@ def _dense(name: str) -> Callable[[Setting], Attend]:
     return lambda setting: dense_kernel(name, setting.device)
 
 
-def all_methods() -> tuple[Method, ...]:
+def all_methods() -> tuple[Contender, ...]:
     """slagen's own methods, dense attention by each of its backends, and other libraries' sparse attention."""
     records = [registry.get(name) for name in registry.names()]
-    own = [Method(each.name, each.family, _own(each), record=each) for each in records if each.family != "dense"]
+    own = [Contender(each.name, each.family, _own(each), record=each) for each in records if each.family != "dense"]
     dense = [
-        Method(each.name, "dense", _dense(each.name), each.backward, each.error_limit, each.package)
+        Contender(each.name, "dense", _dense(each.name), each.backward, each.error_limit, each.package)
         for each in DENSE.backends if each.name != "auto"
     ]  # fmt: skip
     return (*own, *dense, *OTHER_LIBRARIES)

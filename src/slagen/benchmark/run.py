@@ -22,7 +22,7 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark.clock import measure_ceilings
 from slagen.benchmark.config import BenchConfig, parse_shape
 from slagen.benchmark.loop import bench_model
-from slagen.benchmark.methods import Method, unavailable
+from slagen.benchmark.methods import Contender, unavailable
 from slagen.benchmark.operator import SPARSITIES, bench_shape
 from slagen.benchmark.registry import all_methods
 from slagen.benchmark.tables import BenchResult, markdown
@@ -64,7 +64,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
 
 
 def _rows(
-    config: BenchConfig, device: torch.device, dtype: torch.dtype, methods: list[Method],
+    config: BenchConfig, device: torch.device, dtype: torch.dtype, methods: list[Contender],
     on_note: Callable[[str], None],
 ) -> BenchResult:  # fmt: skip
     if config.model or config.random_init:
@@ -85,14 +85,14 @@ def _rows(
     return result
 
 
-def _check_present(config: BenchConfig, methods: list[Method]) -> None:
+def _check_present(config: BenchConfig, methods: list[Contender]) -> None:
     """Raise EnvironmentProblem where a method that was named is not installed; of others the result says it."""
     names = [method.name for method in methods if method.absent]
     if names and config.methods:
         raise unavailable(names[0], "not installed")
 
 
-def _has_kernels(method: Method) -> bool:
+def _has_kernels(method: Contender) -> bool:
     return method.record is not None and method.record.config is SLAConfig
 
 

@@ -157,12 +157,6 @@ def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS), known: dict[
     return rows
 
 
-def kernel_cost(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Tiles | None = None) -> KernelCost:
-    """Compile one kernel for one target, with the table's tiles or with others that are to be tried."""
-    job = job_of(name, target, head_dim, dtype, tile)
-    return _costs([job], target)[job.fingerprint]
-
-
 def _costs(jobs: list[Job], target: int) -> dict[str, KernelCost]:
     """What each kernel costs, by fingerprint; all of them are disassembled at once."""
     compiled = [_compile(job) for job in jobs]

@@ -119,7 +119,7 @@ def trial(x: Tensor) -> str | None:
     for actual, given in zip(found, (q, k), strict=True):
         normed = F.rms_norm(given.double(), weight.shape, weight.double(), 1e-6).unflatten(2, (num_heads, head_dim))
         exact = rotate(normed, *(table.double()[None, :, None] for table in tables))
-        # What rounding can cause, with room to spare, as in `attention.fused.trial`.
+        # What rounding can cause, with room to spare, as in `attention.sla.fused.trial`.
         if not (actual.double() - exact).abs().max() <= 32 * torch.finfo(x.dtype).eps * exact.abs().max():
             return "the result is wrong"
     return None
