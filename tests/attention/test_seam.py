@@ -16,7 +16,7 @@ from torch import nn
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 from slagen.attention import registry
-from slagen.attention.protocol import Grid, Layer, Method, Needs, StepContext
+from slagen.attention.protocol import Grid, Layer, Method, Needs, ParameterGroup, StepContext
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.run import bench
 from slagen.cli.main import run as slagen
@@ -412,6 +412,16 @@ def test_options_are_of_kinds_that_the_command_line_reads(name):
 def test_a_name_is_taken_once(toy):
     with pytest.raises(ValueError, match="'window' is registered already"):
         registry.register(TOY)
+
+
+def test_a_shared_name_means_the_same(toy):
+    """The command line took the first method's kind and help, and files the first one's parameters."""
+    deep = dataclasses.make_dataclass("Deep", [("window", float, option(1.0, "Share of the frames."))], frozen=True)
+    with pytest.raises(ValueError, match="window is an option of deep and of window attention, of another kind"):
+        registry.register(Method(**{**vars(TOY), "name": "deep", "config": deep}))
+    with pytest.raises(ValueError, match="proj_l is a parameter group of deep and of sla attention"):
+        registry.register(Method(**{**vars(TOY), "name": "deep", "parameters": (ParameterGroup("proj_l"),)}))
+    assert "deep" not in registry.METHODS
 
 
 def test_steps_compile_nothing_anew(toy):

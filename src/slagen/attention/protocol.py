@@ -180,15 +180,15 @@ class Needs:
 class ParameterGroup:
     """Parameters that a method adds to each self-attention layer, as training and files know them.
 
+    `--proj-multiplier` is the factor on the learning rate of them all.
+
     Args:
         name: attribute of the module; the keys in files are `blocks.{i}.attn1.processor.{name}.*`.
-        multiplier: field of TrainingDefaults with the factor on the learning rate; None is 1.
         used: whether this method's output depends on them; what is not used is kept, but not trained.
         identity: whether a matrix starts as the identity in training; otherwise as the module makes it.
     """
 
     name: str
-    multiplier: str | None = None
     used: bool = True
     identity: bool = False
 

@@ -17,10 +17,34 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Add a method. Raises ValueError if its name is taken."""
+    """Add a method.
+
+    Raises: ValueError if its name is taken, or if one of its options or parameter groups has the name of another
+        method's and is not the same: the command line and files know each name once.
+    """
     if method.name in METHODS:
         raise ValueError(f"an attention method {method.name!r} is registered already. Give another name.")
+    for other in METHODS.values():
+        _check_shared(method, other)
     METHODS[method.name] = method
+
+
+def _check_shared(method: Method, other: Method) -> None:
+    """Raise ValueError where two methods, of different configs, call different things by one name."""
+    if other.config is method.config:
+        return
+    options = {setting.field: setting for setting in settings_of(other.config) if setting.about.help}
+    for setting in settings_of(method.config):
+        known = options.get(setting.field, setting)
+        if setting.about.help and (setting.kind, setting.about) != (known.kind, known.about):
+            raise ValueError(
+                f"{setting.field} is an option of {method.name} and of {other.name} attention, of another kind or with "
+                "another help. Describe it alike, or give it another name."
+            )
+    for name in {group.name for group in method.parameters} & {group.name for group in other.parameters}:
+        raise ValueError(
+            f"{name} is a parameter group of {method.name} and of {other.name} attention. Give it another name."
+        )
 
 
 def names() -> tuple[str, ...]:

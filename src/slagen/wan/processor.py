@@ -70,7 +70,7 @@ class _Processor:
         attention_mask: Tensor | None = None,
         rotary_emb: Rotary | None = None,
     ) -> Tensor:
-        _refuse_what_sla_lacks(encoder_hidden_states, attention_mask, self._parallel_config)
+        _refuse_other_attention(encoder_hidden_states, attention_mask, self._parallel_config)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
             if self.token_group is not None:
@@ -135,12 +135,12 @@ def make_processor(
     return module
 
 
-def _refuse_what_sla_lacks(encoder_hidden_states: Any, attention_mask: Any, parallel_config: Any) -> None:
+def _refuse_other_attention(encoder_hidden_states: Any, attention_mask: Any, parallel_config: Any) -> None:
     if encoder_hidden_states is not None or attention_mask is not None:
         raise ValueError("this processor is for unmasked self-attention (attn1) only. Leave attn2 as it is.")
     if parallel_config is not None:
         raise ValueError(
-            "context parallelism splits the tokens, and SLA needs all of them to choose its blocks. "
+            "context parallelism splits the tokens, and slagen's attention needs all of them. "
             "Call remove_sla() before enable_parallelism()."
         )
 

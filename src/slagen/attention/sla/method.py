@@ -113,13 +113,13 @@ def branches_of(method: Method) -> Branches:
 
 SLA = _method(
     "sla", "exact attention to the key blocks of highest score, linear attention for the rest", "both",
-    ParameterGroup("proj_l", "proj_multiplier"), family="sla", parts=_parts,
+    ParameterGroup("proj_l"), family="sla", parts=_parts,
 )  # fmt: skip
 SPARSE = _method(
-    "sparse", "the sparse branch of sla alone", "sparse", ParameterGroup("proj_l", "proj_multiplier", used=False),
+    "sparse", "the sparse branch of sla alone", "sparse", ParameterGroup("proj_l", used=False),
     family="sparse",
 )  # fmt: skip
 LINEAR = _method(
-    "linear", "the linear branch of sla alone", "linear", ParameterGroup("proj_l", "proj_multiplier", identity=True),
+    "linear", "the linear branch of sla alone", "linear", ParameterGroup("proj_l", identity=True),
     family="sla", note=lambda config, options, num_tokens: None, benched=False,
 )  # fmt: skip
