@@ -204,6 +204,12 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     assert slagen(["methods"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"window\s+a toy that attends to the frames nearby\s+needs nothing\s+options: window 1", out)
+    assert " ".join(out.split()).count(
+        "options: sparsity as trained, block_m as trained, block_n as trained set in training, with slagen finetune: "
+        "negligible 0.0, linear_domain all, feature_map softmax"
+    ) == 3  # fmt: skip
+    assert slagen(["generate", "x", "--negligible", "0.1"]) == 2
+    assert "--negligible is set in training: slagen finetune --negligible." in capsys.readouterr().err
     assert slagen(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == [*registry.METHODS] and list(rows)[-1] == "window"

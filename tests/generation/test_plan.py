@@ -21,7 +21,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import _claimed_paths
 from slagen.generation.resolve import make_plan
 from slagen.wan.folder import bundled_folder
-from slagen.wan.presets import PRESETS, WAN_1_3B, WAN_14B
+from slagen.wan.presets import CUDA_DEFAULT, PRESETS, WAN_1_3B, WAN_14B
 
 
 def plan(**settings):
@@ -69,6 +69,14 @@ def test_tokens_and_tails(size, num_frames, tokens, blocks, tail):
     content = plan(model="turbowan2.1-t2v-1.3b-480p", width=size[0], height=size[1], num_frames=num_frames)
     assert (content.tokens, content.key_blocks, content.tail_tokens) == (tokens, blocks, tail)
     assert content.topk_blocks == blocks // 10 and content.forward_passes == 4
+
+
+def test_device_and_dtype_count_in_a_plan():
+    """`slagen plan` did not take them; `slagen generate` does."""
+    found = plan(device="cuda:0")
+    assert found.device == "cuda" and found.model == CUDA_DEFAULT
+    wide = plan(device="cuda", dtype="fp32")
+    assert wide.memory_gib.gpu_peak_all_resident > 1.5 * found.memory_gib.gpu_peak_all_resident
 
 
 def test_parameters_are_counted_exactly():

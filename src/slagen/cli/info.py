@@ -4,17 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
+from slagen.cli.generate import read_prompt
 from slagen.cli.options import Fields, takes
-from slagen.generation.config import OUTPUT, GenerateConfig
+from slagen.generation.config import OUTPUT, VIDEO, GenerateConfig
 from slagen.io.paths import user_path
 
 PLANNED = Fields(
     GenerateConfig,
-    only=(
-        "model", "width", "height", "num_frames", "fps", "num_videos", "steps", "guidance_scale", "seed",
-        "attention", "sparsity", "sla_topk", "block_m", "block_n", "attention_options", "weights",
-        "allow_untrained", "output",
-    ),
     help={
         "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.",
         "seed": "Seed, shown in the file name.", "num_videos": "Number of videos.",
@@ -28,8 +24,11 @@ def plan(
     *,
     settings: dict[str, Any],
     words: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The prompt, for the file name.", show_default=False)
-    ] = "prompt",
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt, for the file name.", show_default=False)
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt, instead of the argument.", rich_help_panel=VIDEO)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
@@ -38,7 +37,8 @@ def plan(
 
     Example: slagen plan --model wan2.1-t2v-1.3b --size 832x480 --num-frames 81 --sparsity 0.95
     """
-    config = GenerateConfig(prompt=words, **settings)
+    given = words is not None or prompt is not None
+    config = GenerateConfig(prompt=read_prompt(words, prompt) if given else "prompt", **settings)
     from slagen.cli.output.plan import show_plan
     from slagen.generation import estimate as planning
 

@@ -72,6 +72,8 @@ def _instead(name: str, known: set[str]) -> dict[str, str]:
     """What `no_argument` says of another tool's argument."""
     if reason := peers.REFUSED.get(name.replace("_", "-")):
         return {"reason": f": {worded(reason)}."}
+    if name.replace("_", "-") in peers.SET_IN_TRAINING:
+        return {"reason": ": it is set in training (slagen finetune)."}
     if name in ("size", "resolution"):
         return {"reason": ". Give width and height."}
     ours = peers.normalize(name).replace("-", "_")

@@ -33,7 +33,7 @@ from slagen.generation.run_estimate import (
 from slagen.io.paths import is_video, user_path
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, num_tokens
-from slagen.wan.presets import PRESETS, Preset, local_folder, never_tuned
+from slagen.wan.presets import CUDA_DEFAULT, PRESETS, Preset, local_folder, never_tuned
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
 TEXT_ENCODER_PARAMETERS = 5_680_000_000
@@ -75,12 +75,17 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     """Say what `slagen generate` with these settings will do, from sizes alone.
 
     Args:
-        config: a model that is None is the bundled one.
-        device: the kind it will run on; None: not known, but the CPU for the bundled model where there is no card.
+        config: a model that is None is the default of the device, or the bundled one.
+        device: the kind it will run on; None: the config's. Where that is auto it is not known, but is the CPU for the
+            bundled model where there is no card.
     Returns: the estimate. With dense attention every key block is kept, and FLOPs are told of SLA beside it.
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
     check_run(config)
+    if device is None and config.device != "auto":
+        device = config.device.partition(":")[0]
+    if device == "cuda" and config.model is None:
+        config = dataclasses.replace(config, model=CUDA_DEFAULT)
     if device is None and config.model in (None, BUNDLED) and not memory.has_card():
         device = "cpu"
     model = _model(config)
@@ -126,7 +131,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         forward_passes=passes,
         total_flops=TotalFlops(passes * flops.dense_forward, passes * flops.sla_forward),
         device=device,
-        memory_gib=_memory(model, tokens, size, _in_gib(cpu)),
+        memory_gib=_memory(model, tokens, size, _in_gib(cpu), 4 if config.dtype == "fp32" else 2),
         downloads=_downloads(model.preset),
         outputs=_outputs(asked),
         notes=notes,
@@ -234,14 +239,14 @@ def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: in
     return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
 
 
-def _memory(model: _Model, tokens: int, size: tuple[int, int, int], cpu: CpuMemory) -> RunMemory:
-    """Estimates for bf16 on a card: weights (of a folder: its files), and what a stage needs beside them."""
+def _memory(model: _Model, tokens: int, size: tuple[int, int, int], cpu: CpuMemory, item_bytes: int) -> RunMemory:
+    """Estimates for a card: weights (of a folder: its files), and what a stage needs beside them."""
     shape, folder = model.shape, model.folder
-    hidden = memory.denoising(shape, tokens, 2)
+    hidden = memory.denoising(shape, tokens, item_bytes)
     decode = 4 * 4 * (96 * 4 * size[0] * size[1])  # four float32 activations of the widest layer, for four frames
     if folder is None:
         weights = {
-            "text": 2 * TEXT_ENCODER_PARAMETERS, "denoise": 2 * transformer_parameters(shape),
+            "text": item_bytes * TEXT_ENCODER_PARAMETERS, "denoise": item_bytes * transformer_parameters(shape),
             "decode": 4 * VAE_PARAMETERS,
         }  # fmt: skip
     else:

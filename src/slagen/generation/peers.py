@@ -180,9 +180,14 @@ def normalize(name: str, *, is_training: bool = False) -> str:
     return own or NAMES.get(name.lower(), name)
 
 
+SET_IN_TRAINING = ("negligible", "linear-domain", "feature-map")  # weights of one do not suit another
+
+
 def why_not(name: str, *, is_training: bool = False) -> str | None:
     """What to say of another tool's option that slagen has not; None where it is no such option."""
     plain = name.replace("_", "-").lower()
+    if plain in SET_IN_TRAINING:
+        return f"--{plain} is set in training: slagen finetune --{plain}."
     reason = (TRAINER_REFUSED.get(plain) if is_training else None) or REFUSED.get(plain)
     return None if reason is None else f"--{cut(name)} is an option of other tools that slagen does not have: {reason}."
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from slagen.cli.console import write_json, write_table
 from slagen.cli.table import Cell, Table
+from slagen.generation.peers import SET_IN_TRAINING
 from slagen.io.text import counted, line
 
 if TYPE_CHECKING:
@@ -39,9 +40,14 @@ def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
     for row in rows:
         known = {"needs_training": "training", "needs_weights": "weights", "needs_gpu": "a CUDA device"}
         needs = [text for name, text in known.items() if row[name]]
-        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        trained = {name: value for name, value in row["options"].items() if name.replace("_", "-") in SET_IN_TRAINING}
+        # What a video may be given otherwise than its weights were trained with.
+        own = {name: "as trained" if row["needs_weights"] else value for name, value in row["options"].items()}
+        options = ", ".join(f"{name} {value}" for name, value in own.items() if name not in trained)
+        in_training = ", ".join(f"{name} {value}" for name, value in trained.items())
         said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}"]
         said += [f"options: {options}"] if options else []
+        said += [f"set in training, with slagen finetune: {in_training}"] if in_training else []
         said += [f"{flag}: {help}" for flag, help in row["flags"].items()]
         if len(row["backends"]) > 1:
             said.append(f"backends: {', '.join(row['backends'])}")
