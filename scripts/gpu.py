@@ -183,7 +183,8 @@ def save(path: Path, content: dict) -> None:
     import torch
 
     from slagen.io import files
-    from slagen.machine import describe_device, versions
+    from slagen.machine import describe_device
+    from slagen.packages import versions
 
     about = {
         "machine": {**describe_device(torch.device("cuda")), "versions": versions()},

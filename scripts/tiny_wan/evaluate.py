@@ -16,7 +16,8 @@ from encode import held_out_scenes
 from scenes import SHAPES, SIZES, Size, caption
 
 from slagen.formats.sla import read_sla
-from slagen.machine import DTYPES, describe_device, versions
+from slagen.machine import DTYPES, describe_device
+from slagen.packages import versions
 from slagen.wan.install import apply_sla, load_sla, remove_sla
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import resolve_model

@@ -143,7 +143,7 @@ def read_results() -> dict[str, dict]:
 def add_result(run: Run, result: dict) -> None:
     """Put a run's result into the file and the table, beside those of other processes."""
     from slagen.io.files import write_json
-    from slagen.machine import versions
+    from slagen.packages import versions
 
     with FileLock(WORK / "table" / "results.lock"):
         now = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from slagen.errors import EnvironmentProblem
 from slagen.io.text import counted, quote, read_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -76,14 +74,3 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     with torch.cuda.device(device):  # which the question is about
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def versions() -> dict[str, str]:
-    """Python's and the packages' versions; what is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

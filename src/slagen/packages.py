@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 import tomllib
 from functools import cache
 from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 OTHER_NAMES = {"yaml": "pyyaml", "pil": "pillow"}  # imported under a name that is not the package's
@@ -65,3 +67,17 @@ def _numbers(version: str) -> list[int]:
     """The leading numbers of a version: 2.11.0+cu130 is 2, 11, 0."""
     match = re.match(r"\d+(\.\d+)*", version)
     return [int(number) for number in match[0].split(".")] if match else []
+
+
+PACKAGES = ("slagen", "torch", "triton", "diffusers", "transformers", "safetensors", "imageio-ffmpeg")
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

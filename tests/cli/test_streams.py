@@ -126,3 +126,10 @@ def test_a_current_folder_that_is_gone_is_told(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: the current folder no longer exists")
+
+
+def test_columns_of_zero_hide_nothing(monkeypatch, capsys):
+    """rich printed nothing then, and the command ended with 0."""
+    monkeypatch.setenv("COLUMNS", "0")
+    assert run(["methods"]) == 0
+    assert "dense" in capsys.readouterr().out

@@ -43,6 +43,16 @@ def test_made_again_it_is_the_same(video, source):
     assert set(result.hashes) == (found if source == "path" else {*found, "file"})
 
 
+def test_other_metadata_around_the_same_frames_is_no_difference(video, tmp_path, capsys):
+    """Another version of slagen may write another comment into the file: every report of before failed."""
+    content = json.loads(video.report_path.read_text())
+    content["settings"]["model"] = str(video.path.parent / "toy")
+    content["video"]["sha256"] = "0" * 64
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    assert run(["replay", str(tmp_path / "x.json")]) == 0
+    assert "same pictures, other metadata" in capsys.readouterr().out
+
+
 def test_what_differs_is_named(video, tmp_path, capsys):
     content = json.loads(video.report_path.read_text())
     content["settings"]["seed"] = 4

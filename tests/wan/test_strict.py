@@ -16,7 +16,7 @@ import slagen
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, WeightsError
 from slagen.formats.folders import component_files
-from slagen.formats.sla import FORMAT_VERSION, SLAMetadata, read_sla, tensors_hash, weights_hash
+from slagen.formats.sla import SLAMetadata, read_sla, weights_hash
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
 from slagen.generation.session import Session
@@ -102,13 +102,6 @@ def unlisted(file):
     fields = {name: value for name, value in vars(metadata).items() if not name.startswith("tensors")}
     fields |= {"format_version": 1, "config": metadata.config.to_dict()}
     return tensors, {"slagen": json.dumps(fields)}
-
-
-def test_the_bundled_sla_weights_list_what_they_hold():
-    """They were of the version without a list, in which a changed tensor goes unnoticed."""
-    metadata, tensors = read_sla(bundled_folder())
-    assert metadata.format_version == FORMAT_VERSION
-    assert set(metadata.tensors) == set(tensors) and metadata.tensors_hash == tensors_hash(tensors)
 
 
 def test_sla_weights_without_a_list_load_with_a_note(components, folder):

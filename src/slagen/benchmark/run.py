@@ -74,7 +74,7 @@ def _rows(
         if any(_has_kernels(method) for method in methods) and not (config.model or config.random_init):
             check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
     result = BenchResult({
-        **machine.describe_device(device), "versions": machine.versions(), **measure_ceilings(device, dtype),
+        **machine.describe_device(device), "versions": packages.versions(), **measure_ceilings(device, dtype),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     if config.model or config.random_init:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from slagen.cli.table import Segments, Table
 from slagen.io.text import encodable, escaped, line, message, to_json, wrapped
 
+WIDTH = 80  # columns of a terminal that does not tell how many it has
+
 if TYPE_CHECKING or find_spec("rich") is not None:
     from rich.console import Console as RichConsole
     from rich.text import Text
@@ -19,12 +21,12 @@ if TYPE_CHECKING or find_spec("rich") is not None:
         """Shows every string as it is: nothing in it is markup."""
 
         def __init__(self, **options: Any) -> None:
+            if os.environ.get("COLUMNS", "").strip() == "0":  # rich would print nothing
+                options["width"] = WIDTH
             super().__init__(markup=False, highlight=False, emoji=False, **options)
 
 else:
     from slagen.cli.plain import Console, Text
-
-WIDTH = 80  # columns of a terminal that does not tell how many it has
 
 stderr = Console(stderr=True)
 

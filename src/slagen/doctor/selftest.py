@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from slagen import machine
+from slagen import machine, packages
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla import fused
 from slagen.attention.sla.config import Backend, LinearDomain, SLAConfig
@@ -67,7 +67,7 @@ def selftest(on_note: Callable[[str], None] = lambda text: None) -> dict[str, An
     content: dict[str, Any] = {
         "selftest": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine.describe_device(device), "versions": machine.versions()},
+        "machine": {**machine.describe_device(device), "versions": packages.versions()},
         "findings": [],
         "bench": None,
     }

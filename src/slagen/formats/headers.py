@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import WeightsError
-from slagen.formats.model_files import SLA_FILE
 from slagen.io.documents import parse_json
 from slagen.io.forms import Fault, Kind, check
 from slagen.io.reading import no_file, open_regular
@@ -91,9 +90,8 @@ def check_weights(path: Path) -> None:
         raise no_file(path, "Give a weight file or folder.")
     if path.is_file():
         check_no_shard(path)
-    file = path / SLA_FILE if path.is_dir() else path
-    if file.suffix == ".safetensors" and file.is_file():
-        read_header(file)
+        if path.suffix == ".safetensors":
+            read_header(path)
 
 
 def read_strings(path: Path, text: str, form: Any) -> Any:

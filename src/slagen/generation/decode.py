@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from slagen import machine
+from slagen import machine, packages
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.sla import weights_hash
@@ -109,7 +109,7 @@ def _write(
                 **told, "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "video": report.video_section(video, frames.shape, settings["fps"], frames_hash),
                 "stages_s": {**stages, "total": sum(stages.values())},
-                "decoded": {"versions": machine.versions(), "device": machine.describe_device(place)},
+                "decoded": {"versions": packages.versions(), "device": machine.describe_device(place)},
             }  # fmt: skip
             write_json(stage.folder / target.with_suffix(".json").name, content)
             beside = target.with_suffix(SUFFIX)

@@ -14,6 +14,7 @@ from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.generation.config import GenerateConfig
 from slagen.io.reading import file_hash
 from slagen.io.text import to_json
+from slagen.packages import versions
 from slagen.settings import names_where
 from slagen.timing import StepTimes
 
@@ -127,8 +128,6 @@ def comment(
         settings: as they may be told. weights: of a report; their hashes are told.
         packages: their versions, if not those of now.
     """
-    from slagen.machine import versions  # with torch, which nothing else here needs
-
     kept = {name: value for name, value in settings.items() if name not in AROUND}
     content = {
         "schema_version": SCHEMA_VERSION, "settings": kept, "versions": packages or versions(),
@@ -161,7 +160,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "video": video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
         "settings": plan.told,
-        "versions": machine.versions(),
+        "versions": versions(),
         "device": machine.describe_device(plan.weights.device),
         "weights": sample.weights,
         "latents_hash": latents_hash,

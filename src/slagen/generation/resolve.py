@@ -28,7 +28,7 @@ from slagen.generation.defaults import check_size, fill_defaults
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
-from slagen.wan.folder import ModelSource
+from slagen.wan.folder import ModelSource, bundled_folder
 from slagen.wan.models import resolve_model
 from slagen.wan.presets import never_tuned
 
@@ -166,7 +166,8 @@ def find_weights(
         notes.append(
             f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
         )
-    if sla_path is not None and sla_alone and read_metadata(sla_path).tensors is None:
+    bundled = sla_path == bundled_folder() / SLA_FILE  # of that older kind: a new file would begin every batch anew
+    if sla_path is not None and sla_alone and not bundled and read_metadata(sla_path).tensors is None:
         notes.append(f"{sla_path} is older than the list of tensors in such files: a changed one would go unnoticed")
     few_steps = "" if found is None or distilled else found.few_steps
     return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes), few_steps)

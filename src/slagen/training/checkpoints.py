@@ -25,7 +25,7 @@ from slagen.io import forms
 from slagen.io.documents import read_json
 from slagen.io.files import delete, writing
 from slagen.io.reading import file_hash
-from slagen.machine import versions
+from slagen.packages import versions
 from slagen.training.distributed import as_sharded, full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors
 from slagen.training.trainer import Trainer

@@ -19,7 +19,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.formats.sla import SLAMetadata, plain_name, trained_tensors, write_sla
 from slagen.io.files import write_json, writing
 from slagen.io.paths import user_path
-from slagen.machine import versions
+from slagen.packages import versions
 from slagen.training.comparison import shown_clips
 from slagen.training.distributed import full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors
