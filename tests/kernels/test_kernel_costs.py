@@ -143,7 +143,7 @@ def test_one_program_of_128_rows_is_no_fault():
 def test_too_many_launches_are_a_gate():
     row = {"kernel": "attend", "target": "sm_90", "head_dim": 128, "faults": []}
     kernel_costs.check_kernels({"kernels": [row], "operator": {"launches": 8}})
-    with pytest.raises(GateError, match="launches 9 kernels, but 8"):
+    with pytest.raises(GateError, match="launches 9 kernels, but at most 8"):
         kernel_costs.check_kernels({"kernels": [row], "operator": {"launches": 9}})
 
 

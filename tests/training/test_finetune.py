@@ -159,7 +159,7 @@ def test_going_on_from_sla_weights(toy, tmp_path):
     second = finetune(config)
     assert second.teacher_error_before == pytest.approx(first.teacher_error_after, rel=1e-4)
     assert read_sla(second.weights)[0].steps == 8
-    with pytest.raises(UsageError, match="Leave one of them out"):
+    with pytest.raises(UsageError, match="Leave one out"):
         finetune(dataclasses.replace(config, from_dense=True))
     with pytest.raises(WeightsError, match="no SLA weights to continue from. Start with --from-dense"):
         finetune(settings(model, tmp_path / "third", data=data, from_dense=False))
