@@ -79,8 +79,7 @@ def load_sla(
     """
     transformer = getattr(pipe, "transformer", pipe)
     _check_how(config, backend, branches)
-    if is_hub_id(str(path)) and Path(path).suffix != ".safetensors" and not Path(path).exists():
-        path = fetch_sla(str(path), local_files_only=local_files_only, on_note=logging.getLogger("slagen").info)
+    path = _fetched(path, local_files_only)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
     config = config or metadata.config
     _check_same_form(config, metadata.config, path, other_blocks)
@@ -108,6 +107,13 @@ def load_sla(
     assert record is not None
     record.metadata = metadata
     return metadata
+
+
+def _fetched(path: str | Path, local_files_only: bool) -> str | Path:
+    """The path itself, or where the SLA file of a hub id is once it has been downloaded."""
+    if is_hub_id(str(path)) and Path(path).suffix != ".safetensors" and not Path(path).exists():
+        return fetch_sla(str(path), local_files_only=local_files_only, on_note=logging.getLogger("slagen").info)
+    return path
 
 
 def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
