@@ -82,12 +82,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
     check_run(config)
-    if device is None and config.device != "auto":
-        device = config.device.partition(":")[0]
-    if device == "cuda" and config.model is None:
-        config = dataclasses.replace(config, model=CUDA_DEFAULT)
-    if device is None and config.model in (None, BUNDLED) and not memory.has_card():
-        device = "cpu"
+    config, device = _placed(config, device)
     model = _model(config)
     notes = list[str]()
     distilled = _distilled(config, model.defaults)
@@ -136,6 +131,17 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         outputs=_outputs(asked),
         notes=notes,
     )  # fmt: skip
+
+
+def _placed(config: GenerateConfig, device: str | None) -> tuple[GenerateConfig, str | None]:
+    """The config with the model of the device, and the kind of device it will run on, None where that is not known."""
+    if device is None and config.device != "auto":
+        device = config.device.partition(":")[0]
+    if device == "cuda" and config.model is None:
+        config = dataclasses.replace(config, model=CUDA_DEFAULT)
+    if device is None and config.model in (None, BUNDLED) and not memory.has_card():
+        device = "cpu"
+    return config, device
 
 
 def _flops(model: _Model, method: Method, attention: Any, tokens: int) -> Flops:
