@@ -97,7 +97,7 @@ def test_weights_say_what_is_used(tmp_path):
     path.write_bytes(b"GGUF")
     done = python(f"{COMMAND}sys.exit(code)", "generate", "x", "--model", "tiny-wan", "--weights", str(path))
     assert done.returncode == 5
-    assert "is broken" in done.stderr and "Install" not in done.stderr
+    assert "is corrupt" in done.stderr and "Install" not in done.stderr
 
 
 @pytest.mark.slow
