@@ -182,7 +182,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "benchmark/operator.py::_measure": {"test_a_row_on_a_card": ("setting.device.type == 'cuda'",)},
     "benchmark/loop.py::_dense": {"test_models_run_with_the_dense_backends_of_a_card": ("device.type == 'cuda'",)},
     "benchmark/operator.py::_reasons": {"test_a_row_on_a_card": ("torch.OutOfMemoryError",)},
-    "generation/estimate.py::plan": {
+    "generation/estimate.py::_placed": {
         "test_plan.py::test_device_and_dtype_count_in_a_plan": ("device == 'cuda'", "CUDA_DEFAULT")
     },
     "cli/generate.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
