@@ -91,6 +91,7 @@ def test_json_of_a_batch(toy, tmp_path, capsys):
     compare("json_batch.json", {**found, **lines(tmp_path / "out" / "manifest.jsonl", "event")})
 
 
+@pytest.mark.slow
 def test_json_of_a_training(toy, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red circle --steps 1 --num-videos 2\n")
     options = ["--model", str(toy), "--from-dense", "--sparsity", "0.6", "--block-m", "16", "--block-n", "16"]

@@ -167,6 +167,7 @@ def test_every_key_in_the_window_is_dense(toy):
     torch.testing.assert_close(run(window), run(dense))
 
 
+@pytest.mark.slow
 def test_bench_and_plan(toy, capsys):
     config = BenchConfig(
         shapes=("1x1x64x16",), methods=("window",), lengths=(), seconds=0.001, device="cpu", sparsities=(0.5,)
@@ -182,6 +183,7 @@ def test_bench_and_plan(toy, capsys):
     assert "window: 50.00% of all query-key pairs exactly" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_bench_of_a_model(toy, tmp_path):
     """Only dense attention and SLA were timed there; now every method named, or in no need of weights."""
     size = {"width": 64, "height": 64, "num_frames": 9, "steps": 1, "device": "cpu"}

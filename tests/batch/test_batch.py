@@ -201,6 +201,7 @@ def test_shards_divide_the_work(toy, tmp_path):
         BatchConfig("x", GenerateConfig("-"), shard=(3, 2))
 
 
+@pytest.mark.slow
 def test_known_prompts_need_no_text_encoder(toy, tmp_path, monkeypatch):
     lines = ["a red circle --seed 4", "a circle --seed 5"]
     first = batch(settings(toy, tmp_path, lines))

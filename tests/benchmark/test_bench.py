@@ -274,6 +274,7 @@ def test_triton_without_a_gpu(monkeypatch, capsys):
     assert "Triton needs a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_doctor_finds_no_gpu_without_failing(capsys, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")

@@ -404,6 +404,7 @@ def test_turbo_weights_run_as_they_are(base, state, tmp_path):
     assert [step["timestep"] for step in first["steps"]] == [988, 932, 852, 608]
 
 
+@pytest.mark.slow
 def test_converted_weights_make_the_same_video(base, state, tmp_path):
     path = write(tmp_path / "turbo.pth", turbo(state, projections()))
     folder = convert(str(path), str(tmp_path / "converted"), base=str(base), dtype=torch.float32)

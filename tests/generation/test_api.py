@@ -121,6 +121,7 @@ def test_weights_that_are_missing_are_told_in_the_words_of_python(toy):
         slagen.generate("a circle", model=toy, device="cpu")
 
 
+@pytest.mark.slow
 def test_the_readmes_python_runs_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

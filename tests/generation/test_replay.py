@@ -191,6 +191,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, capsys, command, suffix)
     assert not is_mp4(pipe) and other_kind(pipe) is None
 
 
+@pytest.mark.slow
 def test_top_k_and_blocks_are_those_of_before(video, tmp_path):
     """0.58 of 50 blocks are 28 as published, where the sparsity of 0.42 leaves 29."""
     toy = str(video.path.parent / "toy")

@@ -14,6 +14,8 @@ import pytest
 from conftest import needs
 from wan_models import save_pipeline
 
+pytestmark = pytest.mark.slow  # most start a process, whose imports take seconds
+
 REPO, SHA = "Wan-AI/Wan2.1-small", "a" * 40
 FILES = {
     "model_index.json": b'{"_class_name": "WanPipeline"}',
