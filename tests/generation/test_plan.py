@@ -1,6 +1,7 @@
 """slagen plan, models, info, convert and merge: numbers by closed form, and the commands themselves."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -289,3 +290,10 @@ def test_weights_of_another_sampler_bring_its_defaults(tmp_path):
     settings = content.settings
     assert (settings["steps"], settings["guidance_scale"], settings["sampler"]) == (4, 1.0, "rcm")
     assert content.forward_passes == 4
+
+
+def test_a_small_plan_has_sizes_too(capsys):
+    """Every number of the bundled model's was 0.0."""
+    assert run(["plan", "--model", "tiny-wan", "--device", "cpu"]) == 0
+    figures = re.findall(r"\d+\.\d+", capsys.readouterr().out)
+    assert len(figures) > 10 and 0 not in map(float, figures)

@@ -38,12 +38,12 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
                      f"{counted(estimate.forward_passes, 'forward pass')}"),
         ("tokens", f"{estimate.tokens}{blocks}"),
         ("attention", _planned_attention(estimate)),
-        ("TFLOP per pass", f"dense {tera['dense_forward']:.1f} (attention {tera['dense_attention']:.1f}), "
-                            f"{of} {tera['sla_forward']:.1f} (attention {tera['sla_attention']:.1f})"),
+        ("TFLOP per pass", f"dense {_rounded(tera['dense_forward'])} (attention {_rounded(tera['dense_attention'])}), "
+                            f"{of} {_rounded(tera['sla_forward'])} (attention {_rounded(tera['sla_attention'])})"),
         ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; the limit, with free attention, is "
                            f"{estimate.amdahl_ceiling:.2f}x (Amdahl's law)"),
         *_memory_rows(estimate.device, memory),
-        *[("download", f"{row.repository}, about {row.gib:.1f} GiB unless cached")
+        *[("download", f"{row.repository}, about {_rounded(row.gib)} GiB unless cached")
           for row in estimate.downloads],
         *[("output", name) for name in estimate.outputs],
     ]  # fmt: skip
@@ -53,6 +53,11 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
     write_table(table)
     for text in estimate.notes:
         note(text)
+
+
+def _rounded(value: float) -> str:
+    """An estimate: to a tenth, and where it is below 1 to two digits, for the small has no other size to be told by."""
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _kept(settings: dict[str, Any]) -> str:
@@ -78,15 +83,19 @@ def _planned_attention(estimate: RunEstimate) -> str:
 def _memory_rows(device: str | None, memory: RunMemory) -> list[tuple[str, str]]:
     """What a plan says of memory: of the machine's own where it runs on a CPU, of a card's, or of both."""
     cpu = memory.cpu
-    on_cpu = f"about {cpu.peak:.1f} GiB of RAM on a CPU ({cpu.left:.1f} GiB is available)"
+    on_cpu = f"about {_rounded(cpu.peak)} GiB of RAM on a CPU ({_rounded(cpu.left)} GiB is available)"
     if device == "cpu":
-        stages = f"weights {cpu.weights:.1f}, denoise + {cpu.denoise:.1f}, decode + {cpu.decode:.1f} (estimates)"
+        stages = (
+            f"weights {_rounded(cpu.weights)}, denoise + {_rounded(cpu.denoise)}, decode + {_rounded(cpu.decode)} "
+            "(estimates)"
+        )
         return [("memory", on_cpu), ("by stage, GiB", stages)]
     parts = memory.stages.items()
-    stages = ", ".join(f"{name} {stage.weights:.1f} + {stage.activations:.1f}" for name, stage in parts)
+    stages = ", ".join(f"{name} {_rounded(stage.weights)} + {_rounded(stage.activations)}" for name, stage in parts)
     on_card = (
-        f"about {memory.gpu_peak_all_resident:.1f} GiB on {'the' if device else 'a'} GPU with all models resident, "
-        f"{memory.gpu_peak_offloaded:.1f} GiB with one at a time; {memory.host:.1f} GiB of host memory"
+        f"about {_rounded(memory.gpu_peak_all_resident)} GiB on {'the' if device else 'a'} GPU with all models "
+        f"resident, {_rounded(memory.gpu_peak_offloaded)} GiB with one at a time; {_rounded(memory.host)} GiB of host "
+        "memory"
     )
     rows = [("memory", on_card), ("by stage, GiB", f"weights + activations: {stages} (estimates)")]
     return rows if device is not None else [("memory", on_cpu), ("", on_card), *rows[1:]]
