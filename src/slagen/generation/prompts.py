@@ -306,7 +306,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
                 _mapping({k: v.strip() for k, v in zip(header, row, strict=True) if v.strip() or k == "prompt"}),
             )
     except csv.Error as error:
-        yield rows.line_num, _Fault(f"is no CSV: {error}")
+        yield rows.line_num, _Fault(f"is not valid CSV: {error}")
 
 
 def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
