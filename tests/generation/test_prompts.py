@@ -106,7 +106,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("- {prompt: a, seed: .inf}\n", ".yaml", "whole number"),
         ("text,seed\na,1", ".csv", r":1: has no column named prompt"),
         ("prompt,seed\na", ".csv", r":2: has 1 cells"),
-        ('prompt\n"a', ".csv", "no CSV"),
+        ('prompt\n"a', ".csv", "is not valid CSV"),
         ("prompts: [a, b", ".yaml", "not valid YAML|YAML tag"),
         ("just text", ".yaml", "must be a list"),
         ("- {prompt: a}\n- 7\n", ".yaml", r":2: is 7"),
