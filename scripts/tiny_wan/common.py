@@ -13,11 +13,15 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """bfloat16 where the processor has instructions for it; without them it takes 16 times as long as float32."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the processor has instructions for bfloat16; without them it takes 16 times as long as float32."""
     host = torch.cpu.get_capabilities()
-    fast = device.type == "cuda" or host.get("avx512_bf16", False) or host.get("amx_bf16", False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    return device.type == "cuda" or host.get("avx512_bf16", False) or host.get("amx_bf16", False)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """bfloat16 where the processor has instructions for it, otherwise float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
 
 
 def save_state(path: Path, parts: dict, **scalars) -> None:
@@ -56,7 +60,7 @@ def sigmas(count: int, shift: float, generator: torch.Generator) -> torch.Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon as make_optimizers sets it, but for float32 on a CPU, and all matrices of one shape at once.
+    """torch.optim.Muon as make_optimizers sets it, but for float32 on some CPUs, and all matrices of one shape at once.
 
     PyTorch's own orthogonalises in bfloat16, which on a CPU without instructions for it takes 24 seconds for this
     model's matrices, ten times the rest of a training step; this takes 0.6.
@@ -85,7 +89,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
     """The nearest matrices to x (N, rows, columns) with all singular values about 1, by five Newton-Schulz steps."""
-    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x.bfloat16() if has_bfloat16(x.device) else x.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
