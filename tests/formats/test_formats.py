@@ -16,6 +16,7 @@ from wan_models import build_pipeline, build_transformer, save_pipeline
 
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.headers import check_weights
 from slagen.formats.kinds import identify
 from slagen.formats.merge import merge
 from slagen.formats.peek import peek
@@ -123,7 +124,14 @@ def test_shards_are_read_and_checked(model, state, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
-    next(iter(tmp_path.glob("*-00001-of-*.safetensors"))).unlink()
+    first = next(iter(tmp_path.glob("*-00001-of-*.safetensors")))
+    about, count = info(str(first)).to_dict(), len(list(tmp_path.glob("*.safetensors")))
+    assert (about["kind"], about["shard"], about["shards"]) == ("transformer", 1, count)
+    assert 0 < about["tensors"] < len(state) and sum(about["dtypes"].values()) == about["tensors"]
+    check_weights(first, shard=True)
+    with pytest.raises(WeightsError, match=f"one of {count} shards of a model. Give the folder"):
+        check_weights(first)
+    first.unlink()
     with pytest.raises(WeightsError, match="lacks the shard"):
         read_checkpoint(tmp_path)
     content["weight_map"][next(iter(content["weight_map"]))] = "../elsewhere.safetensors"

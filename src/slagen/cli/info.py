@@ -12,7 +12,9 @@ from slagen.io.paths import user_path
 PLANNED = Fields(
     GenerateConfig,
     help={
-        "model": "A preset or a folder. Default: tiny-wan.", "weights": "As for generate.",
+        "model": "A preset (slagen models lists them) or a folder. Default: turbowan2.1-t2v-1.3b-480p with --device "
+        "cuda, tiny-wan (bundled) without.",
+        "weights": "SLA weights, or a whole transformer in any public format. Default: the model's own.",
         "seed": "Seed, shown in the file name.", "num_videos": "Number of videos.",
         "guidance_scale": "Classifier-free guidance scale; above 1 doubles the passes.",
     },
@@ -93,7 +95,7 @@ def info(
     if about is None and not place.exists():
         raise no_file(place, "Give a weight file, a model folder, a video or its .json.")
     if about is None:
-        headers.check_weights(place)
+        headers.check_weights(place, shard=True)
         say_loading()
         from slagen.wan import info as task
 

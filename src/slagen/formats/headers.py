@@ -69,27 +69,35 @@ def check_content(path: Path) -> None:
             raise WeightsError(f"{path} is {kind}.")
 
 
+def shard_of(path: Path) -> tuple[int, int] | None:
+    """The number of a shard and of all shards of its model, by the file's name: (1, 2); None for any other file."""
+    match = re.search(r"-(\d{5})-of-(\d{5})\.[a-z]+$", path.name)
+    return (int(match[1]), int(match[2])) if match and int(match[2]) > 1 else None
+
+
 def check_no_shard(path: Path) -> None:
     """Raise WeightsError for one of the files that a sharded model is spread over, or their index, by its name."""
     if path.name.endswith(".index.json"):
         raise WeightsError(f"{path} is the index of a sharded model. Give the folder that holds it: {path.parent}.")
-    match = re.search(r"-\d{5}-of-(\d{5})\.[a-z]+$", path.name)
-    if match and int(match[1]) > 1:
+    if (shard := shard_of(path)) is not None:
         raise WeightsError(
-            f"{path} is one of {int(match[1])} shards of a model. Give the folder that holds them all and their "
+            f"{path} is one of {shard[1]} shards of a model. Give the folder that holds them all and their "
             f"index (*.safetensors.index.json): {path.parent}."
         )
 
 
-def check_weights(path: Path) -> None:
+def check_weights(path: Path, *, shard: bool = False) -> None:
     """Look at a path that weights are to be read from, as far as names and the headers of safetensors tell.
 
+    Args:
+        shard: whether one of several shards will do.
     Raises: MissingPath where nothing lies there, WeightsError for one of several shards and for a corrupt file.
     """
     if not path.exists():
         raise no_file(path, "Give a weight file or folder.")
     if path.is_file():
-        check_no_shard(path)
+        if not (shard and shard_of(path)):
+            check_no_shard(path)
         if path.suffix == ".safetensors":
             read_header(path)
 

@@ -18,7 +18,7 @@ from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.formats.bounds import check_pickle
 from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.gguf_files import read_gguf
-from slagen.formats.headers import check_content, check_no_shard
+from slagen.formats.headers import check_content, check_no_shard, shard_of
 from slagen.formats.quantised import NOT_READ
 from slagen.io.paths import check_utf8
 from slagen.io.reading import no_file
@@ -29,7 +29,9 @@ TRAINING_STATE = ("optim", "scheduler", "lr_scheduler", "scaler", "grad_scaler",
 DEPTH = 8  # of dictionaries in a pickle; real ones have two or three
 
 
-def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Any]:
+def read_tensors(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True, *, shard: bool = False
+) -> dict[str, Any]:
     """All that a weight file holds, by its own names; tensors are mapped from disk where the format allows it.
 
     Args:
@@ -37,13 +39,15 @@ def read_tensors(path: Path, wanted: Callable[[str], bool] = lambda name: True) 
             transformer in safetensors, sharded or not. Where a pickle has tensors in several dictionaries, their
             places in the file lead the names: "generator_ema/model.head.head.weight".
         wanted: whether to read a tensor, by its name; used for .safetensors files only.
+        shard: whether to read one of several shards of a model as well.
     Raises: WeightsError if it is missing, broken, or a pickle that holds anything but tensors.
     """
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
         raise no_file(path, "Give a weight file or folder.")
-    check_no_shard(path)
+    if not (shard and shard_of(path)):
+        check_no_shard(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, wanted)
     if path.suffix == ".gguf":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slagen.attention.sla.config import SLAConfig
 from slagen.formats.checkpoint import Checkpoint
-from slagen.formats.headers import read_header
+from slagen.formats.headers import read_header, shard_of
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.names import transformers
@@ -62,6 +62,15 @@ class PartsInfo(FileInfo):
     """Several transformers in one file, by name."""
 
     parts: list[str]
+
+
+@dataclass(frozen=True)
+class ShardInfo(FileInfo):
+    """One of the shards of a model. kind: of the tensors in it. meaning: what to do with it."""
+
+    shard: int
+    shards: int
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +141,7 @@ def info(path_text: str) -> Info:
         return _describe_pipeline(path)
     if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
         path = path / SLA_FILE
-    content = read_tensors(path)
+    content = read_tensors(path, shard=True)
     kind = identify(content)
     if path.suffix == ".safetensors" and "slagen" in read_header(path).get("__metadata__", {}):
         kind = "sla"  # which may hold every tensor of a transformer, and low-rank changes
@@ -140,6 +149,9 @@ def info(path_text: str) -> Info:
     dtypes = [str(x.dtype).removeprefix("torch.") for x in tensors.values()]
     dtypes = gguf_kinds(path) if path.suffix == ".gguf" else dtypes
     file = FileInfo(str(path), kind, len(tensors), sum(x.numel() for x in tensors.values()), dict(Counter(dtypes)))
+    if (shard := shard_of(path)) is not None:
+        meaning = f"this is shard {shard[0]} of {shard[1]} of a model; to use it, give the folder with all of them"
+        return ShardInfo(**vars(file), shard=shard[0], shards=shard[1], meaning=f"{meaning}: {path.parent}")
     if kind == "sla":
         return _describe_sla(file, path, tensors)
     if kind == "side-file":
