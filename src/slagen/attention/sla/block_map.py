@@ -16,7 +16,7 @@ CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 
 def block_scores(q: Tensor, k: Tensor, config: SLAConfig) -> Tensor:
     """Score each query block against each key block: (B, H, L, D) twice -> (B, H, M, N)."""
-    scores = _block_means(q.detach(), config.block_m) @ _block_means(k.detach(), config.block_n).mT
+    scores = block_means(q.detach(), config.block_m) @ block_means(k.detach(), config.block_n).mT
     return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
@@ -36,7 +36,7 @@ def critical_indices(scores: Tensor, config: SLAConfig) -> Tensor:
     return kept.flatten().nonzero().remainder(scores.shape[-1]).view(*scores.shape[:-1], topk)
 
 
-def _block_means(x: Tensor, block: int) -> Tensor:
+def block_means(x: Tensor, block: int) -> Tensor:
     """Mean over the tokens of each block, (B, H, L, D) -> (B, H, ceil(L / block), D); the last by its true count."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     num_whole, rest = divmod(x.shape[2], block)

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from slagen.attention.sla.config import SLAConfig
-
 # The fastest power of two on a Xeon with 2 MiB of second-level cache per core, as CHUNK_BYTES in blockwise_sparse.py.
 RUN_BYTES = 2 * 2**20  # the queries, or keys, that feature map, state and projection handle at a time
 
@@ -33,11 +31,11 @@ def head_groups(q: Tensor) -> Iterator[tuple[slice, slice]]:
         yield from ((slice(b, b + 1), slice(h, h + step)) for b in range(batch) for h in range(0, num_heads, step))
 
 
-def query_runs(q: Tensor, config: SLAConfig) -> Iterator[tuple[slice, slice]]:
+def query_runs(q: Tensor, block_m: int) -> Iterator[tuple[slice, slice]]:
     """Split the query blocks of a head into runs of about RUN_BYTES: slices of blocks, and of tokens."""
-    step = in_a_run(4 * config.block_m * q.shape[3])
-    for i in range(0, config.num_blocks(q.shape[2])[0], step):
-        yield slice(i, i + step), slice(i * config.block_m, (i + step) * config.block_m)
+    step = in_a_run(4 * block_m * q.shape[3])
+    for i in range(0, math.ceil(q.shape[2] / block_m), step):
+        yield slice(i, i + step), slice(i * block_m, (i + step) * block_m)
 
 
 def rows_of_run(x: Tensor, heads: tuple[slice, slice], run: slice) -> Tensor:

@@ -71,7 +71,7 @@ def _forward(
             z, means = key_states(k_j, v_j, config, length)
             if domain is None:  # project the one state, not every row
                 means = means @ weight.mT
-        for run, tokens in query_runs(q, config):
+        for run, tokens in query_runs(q, config.block_m):
             q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
             o_i = torch.empty_like(q_i)
             if kv_indices is None:
@@ -132,7 +132,7 @@ def _backward(
             if weight is not None:
                 z, means = key_states(k_j, v_j, config, length)
                 dstates = means.new_zeros(*means.shape[:3], means.shape[3] + 1)
-            for run, tokens in query_runs(q, config):
+            for run, tokens in query_runs(q, config.block_m):
                 q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
                 do_i = to_blocks(do[heads][:, :, tokens], config.block_m)
                 if sparse:
@@ -142,7 +142,9 @@ def _backward(
                     dq_i = torch.zeros_like(q_i)
                 if weight is not None:
                     domain_i = rows_of_run(domain, heads, run) if bounded else None
-                    dq_i += linear_backward(q_i, z, means, domain_i, weight, config, do_i, dstates, dweight)
+                    dq_linear, o_linear = linear_backward(q_i, z, means, domain_i, config, do_i @ weight, dstates)
+                    dq_i += dq_linear
+                    dweight += do_i.flatten(0, 2).mT @ o_linear.flatten(0, 2)
                 if bias is not None:
                     dbias += do_i.sum((0, 1, 2))
                 from_blocks(dq_i, dq[heads][:, :, tokens])

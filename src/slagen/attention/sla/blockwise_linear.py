@@ -16,6 +16,9 @@ z_d / Z_d is divided out again: D N / (2 block_m block_n topk) of the sparse bra
 blocks of 64 and one block in 20, whatever L is. Where z_d / Z_d is hardly a number of the dtype for some query block
 and feature, the run of that block takes every z_nd / z_d by itself, and one matrix product for each feature.
 
+A domain may also be of degrees: c_in in [0, 1] of key block n for query block i, given as log c. Every z_nd above is
+then c_in z_nd. The gradient of log c_in is that of log z_nd, summed over the features and the rows of the block.
+
 The states are the logs of z (G, N, D) and the means H (G, N, D, D), one for each key block, or with N = 1 for the
 domain "all"; G, R and blocks are as in `blocks.py`. The log of 0 is -inf.
 """
@@ -29,7 +32,7 @@ from slagen.attention.sla.blocks import in_a_run
 from slagen.attention.sla.config import FeatureMap, SLAConfig
 from slagen.attention.sla.reference import EPSILON
 
-Unmix = Callable[[Tensor, Tensor], None]  # see `_mix`
+Unmix = Callable[[Tensor, Tensor, Tensor | None], None]  # see `_mix`
 
 
 def _join(x: Tensor, config: SLAConfig) -> Tensor:
@@ -73,33 +76,41 @@ def _normalise(logs: Tensor, dim: int, eps: float = 0.0, keepdim: bool = False) 
 
 
 def _mix(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor, Unmix]:
-    """Mix the states over the domain (G, R, N) of each query block; see the head of this file.
+    """Mix the states over the domain (G, R, N) of each query block, bool or log c; see the head of this file.
 
     Returns: log z_d, (G, R, D); H_d times a total, (G, R, D, D); the total, (G, R, D): z_d / Z_d, or 1 where that is 0
     and from `_mix_each`; and a function that adds the gradients of the query blocks' states, divided by the total, to
-    those of the key blocks' states, both as `_states_backward` takes them.
+    those of the key blocks' states, both as `states_backward` takes them, and writes the gradient of log c if asked.
     """
     shares, log_sum = _normalise(z, 1, keepdim=True)
-    mask = domain.to(z.dtype)
+    mask = domain.to(z.dtype) if domain.dtype == torch.bool else domain.exp()
     total = mask @ shares
     if ((total < torch.finfo(z.dtype).tiny ** 0.5) & (mask @ (z > -torch.inf).to(z.dtype) > 0)).any():
         return _mix_each(z, means, domain)
     shares = shares[..., None]
     sums = (mask @ (shares * means).flatten(2)).unflatten(2, means.shape[2:])
 
-    def unmix(dsums: Tensor, dstates: Tensor) -> None:
+    def unmix(dsums: Tensor, dstates: Tensor, ddomain: Tensor | None) -> None:
         dstates.addcmul_((mask.mT @ dsums.flatten(2)).unflatten(2, dsums.shape[2:]), shares)
+        if ddomain is not None:
+            states = torch.cat([means, torch.ones_like(means[..., :1])], -1).mul_(shares)
+            torch.mul(dsums.flatten(2) @ states.flatten(2).mT, mask, out=ddomain)
 
     return log_sum + total.log(), sums, total.masked_fill(total == 0, 1), unmix
 
 
 def _mix_each(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor, Tensor, Unmix]:
     """As `_mix`, by z_nd / z_d of each query block, key block and feature: slower by that many exponentials."""
-    shares, z = _normalise(z[:, None].masked_fill(~domain[..., None], -torch.inf), 2)
+    logs = domain.to(z.dtype).log() if domain.dtype == torch.bool else domain
+    shares, z = _normalise(z[:, None] + logs[..., None], 2)
     shares = shares.permute(0, 3, 1, 2).contiguous()  # (G, D, R, N)
 
-    def unmix(dsums: Tensor, dstates: Tensor) -> None:
-        dstates.add_((shares.mT @ dsums.transpose(1, 2)).transpose(1, 2))
+    def unmix(dsums: Tensor, dstates: Tensor, ddomain: Tensor | None) -> None:
+        dsums = dsums.transpose(1, 2)
+        dstates.add_((shares.mT @ dsums).transpose(1, 2))
+        if ddomain is not None:
+            of_states = torch.cat([means, torch.ones_like(means[..., :1])], -1).transpose(1, 2)
+            torch.sum((dsums @ of_states.mT).mul_(shares), 1, out=ddomain)
 
     return z, (shares @ means.transpose(1, 2)).transpose(1, 2), torch.ones_like(z), unmix
 
@@ -140,26 +151,23 @@ def linear_backward(
     z: Tensor,
     means: Tensor,
     domain: Tensor | None,
-    weight: Tensor,
     config: SLAConfig,
     do: Tensor,
     dstates: Tensor,
-    dweight: Tensor,
-) -> Tensor:
-    """Add to dstates and dweight, and return dq."""
+    ddomain: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add to dstates, write ddomain, the gradient of log c, and return dq and O^l; do is the gradient of O^l."""
     weights, sums, total, unmix, o_linear = linear_rows(q, z, means, domain, config)
     do = _join(do, config)
-    dweight += do.flatten(0, 2).mT @ o_linear.flatten(0, 2)
-    do = do @ weight
     delta = (do * o_linear).sum(-1, keepdim=True)
     dstate = weights.mT @ torch.cat([do, -delta], -1)
     if unmix is None:
         dstates += dstate
     else:
-        unmix(dstate, dstates)
+        unmix(dstate, dstates, ddomain)
     dlogs = do @ sums.mT
     dlogs = dlogs.sub_(delta) if total is None else dlogs.addcmul_(delta, total[:, :, None], value=-1)
-    return _feature_logs_backward(dlogs.mul_(weights).view(q.shape), q, config.feature_map)
+    return _feature_logs_backward(dlogs.mul_(weights).view(q.shape), q, config.feature_map), o_linear
 
 
 def _feature_logs(x: Tensor, name: FeatureMap) -> Tensor:

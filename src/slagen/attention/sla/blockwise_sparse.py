@@ -32,28 +32,59 @@ def _critical_chunks(q: Tensor, k: Tensor, kv_indices: Tensor) -> Iterator[tuple
         yield slice(i, i + chunk), flat[i * topk : (i + chunk) * topk], ends[i : i + chunk]
 
 
-def _critical_weights(q: Tensor, k: Tensor, ends: Tensor, padding: int) -> Tensor:
-    """Softmax of scaled queries (C, block_m, D) over gathered keys (C, topk * block_n, D)."""
+def _critical_scores(q: Tensor, k: Tensor, ends: Tensor, padding: int, bias: Tensor | None) -> Tensor:
+    """Scores of scaled queries (C, block_m, D) and gathered keys (C, topk * block_n, D); -inf after the end."""
     s = torch.bmm(q, k.mT)
+    if bias is not None:
+        s += bias[:, None].repeat_interleave(k.shape[1] // bias.shape[1], 2)
     if padding:
         s[..., -padding:].masked_fill_(ends, -torch.inf)
-    return torch.softmax(s, -1)
+    return s
 
 
-def sparse_forward(q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, length: int, out: Tensor) -> None:
-    """Write O^s into `out` (G, R, block_m, D); q comes scaled."""
+def sparse_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    length: int,
+    out: Tensor,
+    lse: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """Write O^s into `out` (G, R, block_m, D), and the log of each row's denominator into `lse` (G, R, block_m).
+
+    q comes scaled; bias (G, R, topk) is added to the scores of all keys of a block.
+    """
     q_flat, k_flat, v_flat, out_flat = (x.flatten(0, 1) for x in (q, k, v, out))
     gathered = (-1, kv_indices.shape[2] * k.shape[2], k.shape[3])
     padding = k.shape[1] * k.shape[2] - length
     for rows, blocks, ends in _critical_chunks(q, k, kv_indices):
-        p = _critical_weights(q_flat[rows], k_flat.index_select(0, blocks).view(gathered), ends, padding)
+        bias_c = None if bias is None else bias.flatten(0, 1)[rows]
+        s = _critical_scores(q_flat[rows], k_flat.index_select(0, blocks).view(gathered), ends, padding, bias_c)
+        p = torch.softmax(s, -1)
         torch.bmm(p, v_flat.index_select(0, blocks).view(gathered), out=out_flat[rows])
+        if lse is not None:
+            lse.flatten(0, 1)[rows] = s.amax(-1) - p.amax(-1).log()
 
 
 def sparse_backward(
-    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, length: int, do: Tensor, dk: Tensor, dv: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    length: int,
+    do: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlse: Tensor | None = None,
+    bias: Tensor | None = None,
+    dbias: Tensor | None = None,
 ) -> Tensor:
-    """Add to dk and dv, and return dq; q comes scaled, and dq is the gradient of that."""
+    """Add to dk and dv, write dbias, and return dq; q comes scaled, and dq is the gradient of that.
+
+    do (G, R, block_m, D) and dlse (G, R, block_m) are the gradients of O^s and lse; bias and dbias are (G, R, topk).
+    """
     dq = torch.empty_like(q)
     q_flat, k_flat, v_flat, do_flat, dq_flat, dk_flat, dv_flat = (x.flatten(0, 1) for x in (q, k, v, do, dq, dk, dv))
     gathered, block = (-1, kv_indices.shape[2] * k.shape[2], k.shape[3]), (-1, k.shape[2], k.shape[3])
@@ -61,10 +92,16 @@ def sparse_backward(
     for rows, blocks, ends in _critical_chunks(q, k, kv_indices):
         q_c, do_c = q_flat[rows], do_flat[rows]
         k_c = k_flat.index_select(0, blocks).view(gathered)
-        p = _critical_weights(q_c, k_c, ends, padding)
+        bias_c = None if bias is None else bias.flatten(0, 1)[rows]
+        p = torch.softmax(_critical_scores(q_c, k_c, ends, padding, bias_c), -1)
         dv_flat.index_add_(0, blocks, torch.bmm(p.mT, do_c).view(block))
         dp = torch.bmm(do_c, v_flat.index_select(0, blocks).view(gathered).mT)
-        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
+        delta = (p * dp).sum(-1, keepdim=True)
+        if dlse is not None:
+            delta -= dlse.flatten(0, 1)[rows, :, None]
+        ds = dp.sub_(delta).mul_(p)
+        if dbias is not None:
+            dbias.flatten(0, 1)[rows] = ds.sum(1).unflatten(1, (-1, k.shape[2])).sum(2)
         torch.bmm(ds, k_c, out=dq_flat[rows])
         dk_flat.index_add_(0, blocks, torch.bmm(ds.mT, q_c).view(block))
     return dq

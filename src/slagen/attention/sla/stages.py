@@ -101,7 +101,7 @@ def _torch_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = torch.empty_like(q)
         for heads, k_j, v_j, sums in prepared:
-            for run, tokens in blocks.query_runs(q, config):
+            for run, tokens in blocks.query_runs(q, config.block_m):
                 q_i = blocks.to_blocks(q[heads][:, :, tokens], config.block_m)
                 o_i = torch.empty_like(q_i)
                 indices = blocks.rows_of_run(kv_indices, heads, run)
