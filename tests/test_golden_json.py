@@ -15,6 +15,7 @@ from slagen.benchmark import run as bench
 from slagen.cli.main import run
 from slagen.cli.output.finetune import show_data
 from slagen.doctor import checks as doctor
+from slagen.kernels.costs import KernelCost
 from slagen.training.data.dataset import Dataset
 from slagen.wan.folder import bundled_folder
 
@@ -126,9 +127,6 @@ def test_json_of_the_rest(toy, tmp_path, capsys, monkeypatch):
 
 
 def test_json_of_a_kernel():
-    pytest.importorskip("triton", reason="needs Triton, which is for Linux")
-    from slagen.kernels.inspection import KernelCost
-
     row = KernelCost("attend", "sm_90", 128, "bf16", "", {"tile_m": 64}, 1, 2, 3, 0, "wgmma", True, 4, 5, 6, 7, 8, [])
     compare("json_kernels.json", {"doctor --kernels, a row": form(row.to_dict())})
 

@@ -21,6 +21,8 @@ from slagen.cli.output.weights import show_models
 from slagen.cli.table import Cell, Table
 from slagen.doctor.checks import Finding
 from slagen.generation.estimate import models
+from slagen.io.records import read_record
+from slagen.kernels.costs import KernelCosts
 from slagen.timing import Times, TurnTimes
 
 WIDTH = 80
@@ -99,35 +101,36 @@ def test_bench_of_models_is_whole_at_80_columns(stdout):
 
 def test_kernels_are_whole_at_80_columns(stdout):
     """The main kernels at heads of 128, and what breaks a limit; the rest is counted, and in the JSON."""
-    content = json.loads((Path(__file__).parents[1] / "kernels" / "kernel_costs.json").read_text())
-    broken = [row for row in content["kernels"] if row["target"] == "sm_120" and row["kernel"] != "attend"][:7]
-    for row in broken:
-        row["faults"] = ["8 bytes spilled"]
-    show_kernels(content, False)
+    whole = json.loads((Path(__file__).parents[1] / "kernels" / "kernel_costs.json").read_text())
+    spilling = [row for row in whole["kernels"] if row["target"] == "sm_120" and row["kernel"] != "attend"][:7]
+    for row in spilling:
+        row["spill_bytes"] = 8
+    costs = read_record(KernelCosts, whole)
+    broken = [row for row in costs.kernels if row.faults]
+    assert len(broken) == 7
+    show_kernels(costs, False)
     lines = stdout()
-    sentences = ("one call at", f"{len(content['kernels'])} kernels are shown")
+    sentences = ("one call at", f"{len(costs.kernels)} kernels are shown")
     assert all(len(row) <= WIDTH or any(text in row for text in sentences) for row in lines)
     assert "…" not in "".join(lines)
     shown = [row.split() for row in lines]
     for target in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"):
         assert len([row for row in lines if row.startswith(f"{target}, ")]) == 1
     assert shown.count(list(MAIN_KERNELS)) == 6
-    main = [row for row in content["kernels"] if row["kernel"] in MAIN_KERNELS and row["head_dim"] == 128]
+    main = [row for row in costs.kernels if row.kernel in MAIN_KERNELS and row.head_dim == 128]
     for name, key in (
         ("registers", "registers"),
         ("instructions", "instructions"),
         ("programs per SM", "programs_per_sm"),
     ):
         for target in ("sm_80", "sm_120"):
-            values = [str(row[key]) for row in main if row["target"] == target]
+            values = [str(getattr(row, key)) for row in main if row.target == target]
             assert [*name.split(), *values] in shown
     for row in broken:
-        assert f"{row['kernel']}, D = {row['head_dim']}: 8 bytes spilled" in lines
-        assert any(row["kernel"] in cells for cells in shown)
+        assert f"{row.kernel}, D = {row.head_dim}: 8 bytes spilled" in lines
+        assert any(row.kernel in cells for cells in shown)
     count = len(main) + len([row for row in broken if row not in main])
-    assert f"{count} of {len(content['kernels'])} kernels are shown" in "\n".join(lines) and "--json" in "\n".join(
-        lines
-    )
+    assert f"{count} of {len(costs.kernels)} kernels are shown" in "\n".join(lines) and "--json" in "\n".join(lines)
 
 
 def test_presets_are_whole_at_80_columns(stdout):

@@ -29,6 +29,7 @@ from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
 from slagen.generation.replay import Compared, ReplayResult
+from slagen.kernels.costs import Bounds, KernelCost, KernelCosts, OperatorCall
 from slagen.timing import TurnTimes
 from slagen.training.data.dataset import Dataset
 from slagen.training.result import FinetuneResult
@@ -60,17 +61,12 @@ REPORT = {
     "steps": [{"step": 0, "timestep": 1.0, "latency_ms": 1.0, "attention_ms": 1.0, "attention_conditional_ms": 1.0,
                "attention_unconditional_ms": None, "attention_share": 0.1}] * 13,
 }  # fmt: skip
-KERNELS = {
-    "kernels": [{
-        "kernel": "k", "target": "sm_90", "head_dim": 128, "config": {"tile_m": 64, "tile_n": 64, "num_warps": 4,
-        "num_stages": 3}, "shared_bytes": 1, "shared_limit": 2048, "registers": 1, "spill_bytes": 0, "mma": "wgmma",
-        "programs_per_sm": 1, "instructions": 1, "row_instructions": 0, "round_instructions": 3, "copies_in_flight": 2,
-        "faults": ["fault"],
-    }],
-    "operator": {"shape": "s", "dtype": "d", "sparsity": 0.9, "linear_domain": "all", "launches": 6, "card": "H",
-                 "estimate_ms": {"total": 1.0}, "bounds_ms": {"k": {"launches": 1, "tensor": 1.0, "issue": 1.0,
-                 "l2": 1.0, "dram": 1.0, "estimate": 1.0}}},
-}  # fmt: skip
+KERNELS = KernelCosts(
+    "3.0",
+    OperatorCall("s", "d", 0.9, "all", "H", False, 6, {"total": 1.0}, {"k": Bounds(1, 1.0, 1.0, 1.0, 1.0, 1.0)}),
+    [KernelCost("k", "sm_90", 128, "bf16", "f", {"tile_m": 64, "tile_n": 64, "num_warps": 4, "num_stages": 3}, 1, 2048,
+                1, 0, "wgmma", True, 1, 3, 0, 2, 1, ["warning"])],
+)  # fmt: skip
 TIMES = TurnTimes(1.0, 1.0, 1.0, 9, [1.0, 1.0])
 BENCH = BenchResult(
     {"name": "cpu", "matmul_tflops": 1.0, "copy_gb_s": 1.0},
@@ -224,7 +220,8 @@ def test_json_says_the_same(monkeypatch, name, encoding):
     out, err = written()
     assert is_harmless(out + err)
     content = json.loads(out)
-    assert content == arguments[0] if name in ("show_info", "show_kernels") else content
+    if name in ("show_info", "show_kernels"):
+        assert content == (arguments[0].to_dict() if name == "show_kernels" else arguments[0])
     if name != "show_data":
         assert any(HOSTILE.replace("\0", "") in text.replace("\0", "") for text in strings_of(content))
 

@@ -5,7 +5,6 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from slagen.attention import sparse_linear_attention  # noqa: E402
 from slagen.attention.sla.config import SLAConfig  # noqa: E402
 from slagen.doctor import kernel_costs  # noqa: E402
 from slagen.errors import GateError  # noqa: E402
+from slagen.io.records import read_record  # noqa: E402
 from slagen.kernels import roofline, sass  # noqa: E402
-from slagen.kernels.inspection import KernelCost  # noqa: E402
+from slagen.kernels.costs import KernelCost, KernelCosts  # noqa: E402
 from slagen.kernels.launches import Launch, launches  # noqa: E402
 from slagen.kernels.occupancy import programs_per_sm  # noqa: E402
 
@@ -29,85 +29,75 @@ BASELINE = Path(__file__).parent / "kernel_costs.json"
 ALWAYS = {("attend", "sm_90"), ("attend-inference", "sm_90"), ("select", "sm_90"), ("dkv", "sm_80")}
 
 
+def baseline() -> KernelCosts:
+    return read_record(KernelCosts, json.loads(BASELINE.read_text()))
+
+
 @pytest.fixture(scope="module")
-def costs() -> dict[str, Any]:
+def costs() -> KernelCosts:
     """Of every kernel whose source, tiles or Triton are not those of the baseline, and of a few more; `make soak`
     compiles all of them."""
-    baseline = json.loads(BASELINE.read_text())
-    known = {r["fingerprint"]: r for r in baseline["kernels"] if (r["kernel"], r["target"]) not in ALWAYS}
-    if "SLAGEN_SOAK_KERNELS" in os.environ or baseline["triton"] != version("triton"):
-        known = {}
+    before = baseline()
+    known = [row for row in before.kernels if (row.kernel, row.target) not in ALWAYS]
+    if "SLAGEN_SOAK_KERNELS" in os.environ or before.triton != version("triton"):
+        known = []
     return kernel_costs.kernel_costs(known=known)
 
 
 @pytest.mark.slow
 def test_costs_on_every_card(costs):
     """No spill, shared memory within the card's, tensor cores in use, no faults of another kind; few launches."""
-    rows = costs["kernels"]
-    assert {row["target"] for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
-    assert {row["head_dim"] for row in rows} == {64, 128}
+    rows = costs.kernels
+    assert {row.target for row in rows} == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"}
+    assert {row.head_dim for row in rows} == {64, 128}
     kernel_costs.check_kernels(costs)
-    assert all(row["registers"] > 0 and row["instructions"] > row["round_instructions"] for row in rows)
-    assert all(row["round_instructions"] > 0 for row in rows if row["mma"])
+    assert all(row.registers > 0 and row.instructions > row.round_instructions for row in rows)
+    assert all(row.round_instructions > 0 for row in rows if row.mma)
 
 
 @pytest.mark.slow
 def test_pace_on_hopper(costs):
     """At Wan's heads: 330 instructions a round of 64 rows, 3,500 for a row's selection among 512 blocks."""
-    rows = {row["kernel"]: row for row in costs["kernels"] if (row["target"], row["head_dim"]) == ("sm_90", 128)}
-    assert rows["attend"]["round_instructions"] <= 330
-    assert rows["attend-inference"]["round_instructions"] <= 330
-    assert rows["select"]["row_instructions"] <= 3500
+    rows = {row.kernel: row for row in costs.kernels if (row.target, row.head_dim) == ("sm_90", 128)}
+    assert rows["attend"].round_instructions <= 330
+    assert rows["attend-inference"].round_instructions <= 330
+    assert rows["select"].row_instructions <= 3500
 
 
 @pytest.mark.slow
 def test_costs_are_no_worse_than_the_baseline(costs):
     """Other machines compile the same code, so these numbers do not depend on the host."""
-    baseline = json.loads(BASELINE.read_text())
-    if costs["triton"] != baseline["triton"]:
-        pytest.skip(f"the baseline is of Triton {baseline['triton']}, here is {costs['triton']}")
-    known = {(r["kernel"], r["target"], r["head_dim"]): r for r in baseline["kernels"]}
-    assert {(r["kernel"], r["target"], r["head_dim"]) for r in costs["kernels"]} == set(known)
-    worse = [
-        text for row in costs["kernels"] for text in grown(row, known[row["kernel"], row["target"], row["head_dim"]])
-    ]
+    before = baseline()
+    if costs.triton != before.triton:
+        pytest.skip(f"the baseline is of Triton {before.triton}, here is {costs.triton}")
+    known = {(row.kernel, row.target, row.head_dim): row for row in before.kernels}
+    assert {(row.kernel, row.target, row.head_dim) for row in costs.kernels} == set(known)
+    worse = [text for row in costs.kernels for text in grown(row, known[row.kernel, row.target, row.head_dim])]
     assert worse == []
-    assert costs["operator"]["launches"] <= baseline["operator"]["launches"]
+    assert costs.operator.launches <= before.operator.launches
 
 
-def grown(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
+def test_the_baseline_is_read_whole():
+    """A record holds all that the file does, in its order."""
+    assert json.dumps(baseline().to_dict()) == json.dumps(json.loads(BASELINE.read_text()))
+
+
+def grown(row: KernelCost, before: KernelCost) -> list[str]:
     """What a kernel needs more of than it did: in words, for the failure's message."""
-    name = f"{row['kernel']}, {row['target']}, D = {row['head_dim']}"
+    name = f"{row.kernel}, {row.target}, D = {row.head_dim}"
     limits = {
-        "shared_bytes": before["shared_bytes"],
-        "registers": before["registers"] + 8,
-        "instructions": before["instructions"] * 1.05,
-        "round_instructions": before["round_instructions"] * 1.03,
-        "row_instructions": (before["row_instructions"] or 0) * 1.03,
+        "shared_bytes": before.shared_bytes,
+        "registers": before.registers + 8,
+        "instructions": before.instructions * 1.05,
+        "round_instructions": before.round_instructions * 1.03,
+        "row_instructions": (before.row_instructions or 0) * 1.03,
     }
-    found = [f"{name}: {key} {row[key]}, not over {most:g}" for key, most in limits.items() if (row[key] or 0) > most]
+    now = vars(row)
+    found = [f"{name}: {key} {now[key]}, not over {most:g}" for key, most in limits.items() if (now[key] or 0) > most]
     for key in ("copies_in_flight", "programs_per_sm"):
-        if row[key] < before[key]:
-            found.append(f"{name}: {key} {row[key]}, not under {before[key]}")
-    for key in ("faults", "warnings"):
-        found += [f"{name}: {text}" for text in row[key] if text not in before[key]]
-    return found
-
-
-def test_a_kernel_that_grew_is_named():
-    """The baseline's comparison itself: each kind of growth is found, and what shrank is none."""
-    row = {
-        "kernel": "attend", "target": "sm_90", "head_dim": 128, "shared_bytes": 1000, "registers": 100,
-        "instructions": 1000, "round_instructions": 400, "row_instructions": None, "copies_in_flight": 1,
-        "programs_per_sm": 2, "faults": [], "warnings": [],
-    }  # fmt: skip
-    better = {**row, "registers": 90, "instructions": 900, "copies_in_flight": 2, "programs_per_sm": 3}
-    assert grown(row, row) == grown(better, row) == []
-    worse = {"shared_bytes": 1001, "registers": 109, "instructions": 1051, "round_instructions": 413,
-             "copies_in_flight": 0, "programs_per_sm": 1, "faults": ["spilled"],
-             "warnings": ["(C7515) serialized"]}  # fmt: skip
-    for key, value in worse.items():
-        assert len(grown({**row, key: value}, row)) == 1, key
+        if now[key] < vars(before)[key]:
+            found.append(f"{name}: {key} {now[key]}, not under {vars(before)[key]}")
+    return [*found, *(f"{name}: {text}" for text in row.faults if text not in before.faults)]
 
 
 ATTEND = KernelCost(
@@ -116,6 +106,19 @@ ATTEND = KernelCost(
     shared_limit=2000, registers=250, spill_bytes=0, mma="wgmma", uses_dot=True, instructions=2000,
     round_instructions=300, row_instructions=None, copies_in_flight=1, programs_per_sm=2, warnings=[],
 )  # fmt: skip
+
+
+def test_a_kernel_that_grew_is_named():
+    """The baseline's comparison itself: each kind of growth is found, and what shrank is none."""
+    row = dataclasses.replace(ATTEND, instructions=1000, registers=100, round_instructions=400, programs_per_sm=3)
+    better = dataclasses.replace(row, registers=90, instructions=900, copies_in_flight=2, programs_per_sm=4)
+    assert grown(row, row) == grown(better, row) == []
+    worse = {"shared_bytes": 1001, "registers": 109, "instructions": 1051, "round_instructions": 413,
+             "row_instructions": 1, "programs_per_sm": 2, "spill_bytes": 8,
+             "warnings": ["(C7515) serialized"]}  # fmt: skip
+    for key, value in worse.items():
+        assert len(grown(dataclasses.replace(row, **{key: value}), row)) == 1, key
+    assert len(grown(dataclasses.replace(row, copies_in_flight=0), row)) == 2  # fewer, and a fault
 
 
 @pytest.mark.parametrize(
@@ -131,20 +134,26 @@ ATTEND = KernelCost(
     ids=["copies", "programs", "warning", "spill", "wgmma", "shared"],
 )
 def test_faults(change, fault):
-    assert ATTEND.faults() == []
-    assert len(dataclasses.replace(ATTEND, **change).faults()) == 1
-    assert fault in dataclasses.replace(ATTEND, **change).faults()[0]
+    assert ATTEND.faults == []
+    assert len(dataclasses.replace(ATTEND, **change).faults) == 1
+    assert fault in dataclasses.replace(ATTEND, **change).faults[0]
 
 
 def test_one_program_of_128_rows_is_no_fault():
-    assert dataclasses.replace(ATTEND, config={"tile_m": 128}, programs_per_sm=1).faults() == []
+    assert dataclasses.replace(ATTEND, config={"tile_m": 128}, programs_per_sm=1).faults == []
 
 
 def test_too_many_launches_are_a_gate():
-    row = {"kernel": "attend", "target": "sm_90", "head_dim": 128, "faults": []}
-    kernel_costs.check_kernels({"kernels": [row], "operator": {"launches": 8}})
+    costs = dataclasses.replace(baseline(), kernels=[ATTEND])
+    kernel_costs.check_kernels(dataclasses.replace(costs, operator=dataclasses.replace(costs.operator, launches=8)))
     with pytest.raises(GateError, match="launches 9 kernels, but at most 8"):
-        kernel_costs.check_kernels({"kernels": [row], "operator": {"launches": 9}})
+        kernel_costs.check_kernels(dataclasses.replace(costs, operator=dataclasses.replace(costs.operator, launches=9)))
+
+
+def test_a_broken_limit_is_a_gate():
+    costs = dataclasses.replace(baseline(), kernels=[ATTEND, dataclasses.replace(ATTEND, spill_bytes=8)])
+    with pytest.raises(GateError, match="1 of 2 kernels exceed a limit; the first is attend on sm_90.*8 bytes spilled"):
+        kernel_costs.check_kernels(costs)
 
 
 # How the code is read
@@ -295,11 +304,11 @@ def test_estimate_is_the_slowest_bound():
     call = roofline.Call(heads=1, length=64, head_dim=128, blocks=1, topk=1, element_bytes=2)
     copy = Launch("aten.clone", read=[((215_000_000,), 1)], written=[((215_000_000,), 1)])
     found = roofline.estimate(call, [(copy, None), (copy, None)])["aten.clone"]
-    assert found["launches"] == 2
-    assert found["dram"] == pytest.approx(0.2)
-    assert found["estimate"] == pytest.approx(0.2 + 2 * roofline.LAUNCH_MS)
-    cost = {"row_instructions": 1000, "config": {"num_warps": 1}}
+    assert found.launches == 2
+    assert found.dram == pytest.approx(0.2)
+    assert found.estimate == pytest.approx(0.2 + 2 * roofline.LAUNCH_MS)
+    cost = dataclasses.replace(ATTEND, row_instructions=1000, config={"num_warps": 1})
     select = Launch("select_kernel", programs=roofline.MULTIPROCESSORS * roofline.SCHEDULERS * 1755)
     found = roofline.estimate(call, [(select, cost)])["select_kernel"]
-    assert found["issue"] == pytest.approx(1.0)
-    assert found["estimate"] == pytest.approx(1.0 + roofline.LAUNCH_MS)
+    assert found.issue == pytest.approx(1.0)
+    assert found.estimate == pytest.approx(1.0 + roofline.LAUNCH_MS)

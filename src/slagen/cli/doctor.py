@@ -72,9 +72,9 @@ def _list_kernels(as_json: bool) -> None:
     from slagen.cli.output.kernels import show_kernels
     from slagen.doctor import kernel_costs
 
-    content = kernel_costs.kernel_costs(console.note)
-    show_kernels(content, as_json)
-    kernel_costs.check_kernels(content)
+    costs = kernel_costs.kernel_costs(console.note)
+    show_kernels(costs, as_json)
+    kernel_costs.check_kernels(costs)
 
 
 def _examine(require_gpu: bool, as_json: bool) -> None:

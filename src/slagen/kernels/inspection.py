@@ -9,7 +9,8 @@ import contextlib
 import hashlib
 import io
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import triton
@@ -18,13 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from slagen.kernels import backward, forward, rotary, selection, states
+from slagen.kernels.costs import KernelCost
 from slagen.kernels.launches import Launch
 from slagen.kernels.occupancy import MULTIPROCESSORS, programs_per_sm
 from slagen.kernels.primitives import COLUMNS_AT_ONCE
 from slagen.kernels.resources import Tiles, choose, entries
 from slagen.kernels.sass import Code, disassemble
 
-Row = dict[str, Any]
 TENSOR_CORES = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
 BLOCK = 64
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -36,68 +37,6 @@ POINTERS = {
     "offset_ptr": "i32", "class_ptr": "i8",
 }  # fmt: skip
 FLOATS = ("scale", "scale_log2", "eps")
-
-
-@dataclass(frozen=True)
-class KernelCost:
-    """One kernel on one target.
-
-    uses_dot: it multiplies half-precision tiles of 64 rows or more with tl.dot.
-    instructions: SASS instructions in all.
-    round_instructions: those that a warp runs in a round of the main loop, by the shortest way that does all products;
-        0 without a loop.
-    row_instructions: those that a warp runs at most for a row of SELECTED_COLUMNS scores; None but for the selection.
-    copies_in_flight: groups of copies that are still on their way after every wait of the main loop.
-    programs_per_sm: programs that a multiprocessor holds at a time.
-    warnings: what ptxas says that costs time (C75xx).
-    fingerprint: of all that the compiler is given: equal ones compile to equal code under one version of Triton.
-    """
-
-    kernel: str
-    target: str
-    head_dim: int
-    dtype: str
-    fingerprint: str
-    config: dict[str, int]
-    shared_bytes: int
-    shared_limit: int
-    registers: int
-    spill_bytes: int
-    mma: str | None
-    uses_dot: bool
-    instructions: int
-    round_instructions: int
-    row_instructions: int | None
-    copies_in_flight: int
-    programs_per_sm: int
-    warnings: list[str]
-
-    @property
-    def wgmma(self) -> bool:
-        return self.mma == "wgmma"
-
-    def faults(self) -> list[str]:
-        """Which limits the kernel breaks on its target."""
-        found = []
-        if self.shared_bytes > self.shared_limit:
-            found.append(f"{self.shared_bytes} bytes of shared memory, the card has {self.shared_limit}")
-        if self.spill_bytes:
-            found.append(f"{self.spill_bytes} bytes spilled")
-        if self.uses_dot and self.mma is None:
-            found.append("no tensor-core instruction")
-        if self.uses_dot and self.target == "sm_90" and not self.wgmma:
-            found.append("no wgmma")
-        if self.uses_dot and self.target == "sm_100" and self.mma != "tcgen05":
-            found.append("no tcgen05")
-        if self.uses_dot and self.kernel.startswith("attend"):
-            if self.copies_in_flight < 1:
-                found.append("no asynchronous copies during the products")
-            if self.target == "sm_90" and self.config["tile_m"] <= 64 and self.programs_per_sm < 2:
-                found.append("one program on a multiprocessor")
-        return [*found, *self.warnings]
-
-    def to_dict(self) -> Row:
-        return {**asdict(self), "wgmma": self.wgmma, "faults": self.faults()}
 
 
 @dataclass(frozen=True)
@@ -131,19 +70,21 @@ class Compiled:
     said: str
 
 
-def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS), known: dict[str, Row] | None = None) -> list[Row]:
+def kernel_costs(
+    targets: tuple[int, ...] = tuple(MULTIPROCESSORS), known: Iterable[KernelCost] = ()
+) -> list[KernelCost]:
     """Compile every kernel for every target, in bf16, for heads of 128 and on some targets of 64 too.
 
     Blocks of 64, both domains of the linear branch; "attend-128" has query blocks of 128, as the public weights run;
     "attend-inference" is that of a call without gradients, on sm_90, for its estimate.
 
     Args:
-        known: rows of an earlier run under the same Triton, by fingerprint: these are not compiled again.
-    Returns: per kernel the fields of `KernelCost`, `wgmma` and `faults`.
+        known: of an earlier run under the same Triton: these are not compiled again.
+    Returns: the cost of each kernel on each target.
     Raises: RuntimeError under TRITON_INTERPRET, or when ptxas or nvdisasm say nothing that can be read.
     """
-    known = known or {}
-    rows: list[Row] = []
+    found = {cost.fingerprint: cost for cost in known}
+    rows: list[KernelCost] = []
     for target in targets:
         jobs = [
             job_of(name, target, head_dim)
@@ -152,8 +93,8 @@ def kernel_costs(targets: tuple[int, ...] = tuple(MULTIPROCESSORS), known: dict[
             for name, variant in VARIANTS.items()
             if (head_dim == 128 or variant.heads) and target in (variant.targets or tuple(MULTIPROCESSORS))
         ]
-        made = _costs([job for job in jobs if job.fingerprint not in known], target)
-        rows += [known.get(job.fingerprint) or made[job.fingerprint].to_dict() for job in jobs]
+        found |= _costs([job for job in jobs if job.fingerprint not in found], target)
+        rows += [found[job.fingerprint] for job in jobs]
     return rows
 
 

@@ -6,9 +6,9 @@ bytes from the second-level cache and those from memory; and each launch costs a
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import astuple, dataclass
 
+from slagen.kernels.costs import Bounds, KernelCost
 from slagen.kernels.launches import Launch
 
 CARD, TARGET = "H200", "sm_90"
@@ -63,26 +63,24 @@ WORK = {"attend_kernel": _attend, "key_states_kernel": _key_states}  # others re
 PRODUCTS = ("aten.bmm", "aten.mm", "aten.addmm", "aten.baddbmm")
 
 
-def estimate(call: Call, launches: list[tuple[Launch, dict[str, Any] | None]]) -> dict[str, dict[str, float]]:
-    """Bounds of each kernel, in ms.
+def estimate(call: Call, launches: list[tuple[Launch, KernelCost | None]]) -> dict[str, Bounds]:
+    """Bounds of each kernel, in order.
 
     Args:
-        launches: each with the row of `KernelCost` that describes it on TARGET; None where there is none.
-    Returns: by kernel, in order: "launches", "tensor", "issue", "l2", "dram", and "estimate", the slowest of these and
-        what the launches cost.
+        launches: each with what its kernel costs on TARGET; None where that is not known.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Bounds] = {}
     for launch, cost in launches:
-        bounds = _bounds(call, launch, cost)
-        bounds["estimate"] = max(bounds.values()) + LAUNCH_MS
-        row = found.setdefault(launch.kernel, {"launches": 0, **dict.fromkeys(bounds, 0.0)})
-        row["launches"] += 1
-        for name, value in bounds.items():
-            row[name] += value
+        bounds, before = _bounds(call, launch, cost), found.get(launch.kernel)
+        found[launch.kernel] = bounds if before is None else _sum(before, bounds)
     return found
 
 
-def _bounds(call: Call, launch: Launch, cost: dict[str, Any] | None) -> dict[str, float]:
+def _sum(one: Bounds, other: Bounds) -> Bounds:
+    return Bounds(*map(sum, zip(astuple(one), astuple(other), strict=True)))
+
+
+def _bounds(call: Call, launch: Launch, cost: KernelCost | None) -> Bounds:
     once = _bytes(launch.read) + _bytes(launch.written)
     work = WORK[launch.kernel](call, launch) if launch.kernel in WORK else Work()
     peak, flops = TENSOR_FLOPS, work.flops
@@ -90,17 +88,15 @@ def _bounds(call: Call, launch: Launch, cost: dict[str, Any] | None) -> dict[str
         left, output = launch.read[-2][0], launch.written[0][0]
         peak, flops = FP32_FLOPS, 2 * math.prod(output) * left[-1]
     instructions = 0.0
-    if cost is not None and cost["row_instructions"] is not None:
-        instructions = launch.programs * cost["row_instructions"] * cost["config"]["num_warps"]
+    if cost is not None and cost.row_instructions is not None:
+        instructions = launch.programs * cost.row_instructions * cost.config["num_warps"]
     elif cost is not None:  # one round of the loop is among the instructions of each program
-        rounds = max(0, work.rounds - launch.programs) * cost["round_instructions"]
-        instructions = (launch.programs * cost["instructions"] + rounds) * cost["config"]["num_warps"]
-    return {
-        "tensor": 1e3 * flops / peak,
-        "issue": 1e3 * instructions / (SCHEDULERS * MULTIPROCESSORS * CLOCK),
-        "l2": 1e3 * (once + work.again_bytes) / L2_BYTES,
-        "dram": 1e3 * once / DRAM_BYTES,
-    }
+        rounds = max(0, work.rounds - launch.programs) * cost.round_instructions
+        instructions = (launch.programs * cost.instructions + rounds) * cost.config["num_warps"]
+    tensor = 1e3 * flops / peak
+    issue = 1e3 * instructions / (SCHEDULERS * MULTIPROCESSORS * CLOCK)
+    l2, dram = 1e3 * (once + work.again_bytes) / L2_BYTES, 1e3 * once / DRAM_BYTES
+    return Bounds(1, tensor, issue, l2, dram, max(tensor, issue, l2, dram) + LAUNCH_MS)
 
 
 def _bytes(tensors: Iterable[tuple[tuple[int, ...], int]]) -> int:
