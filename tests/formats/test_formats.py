@@ -262,7 +262,7 @@ def test_simpletuners_side_file(base, tmp_path):
     transformer = build_transformer(**SIZES)
     install_projections(transformer, path, found.sla)
     assert all(torch.equal(block.attn1.processor.proj_l.weight, weight) for block in transformer.blocks)
-    with pytest.raises(UsageError, match="takes no SLA weights"):
+    with pytest.raises(UsageError, match="does not use SLA weights"):
         make_plan(GenerateConfig(prompt="a red circle", model=str(base), weights=str(path), attention="dense"))
     torch.save({**payload, "settings": {**settings, "blkq": 48}}, path)
     with pytest.raises(WeightsError, match="block_m is 48"):

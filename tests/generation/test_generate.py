@@ -105,7 +105,7 @@ def test_one_branch_alone(toy, tmp_path, attention):
 def test_a_clip_of_one_block_runs_dense_and_says_so(toy, tmp_path):
     plan = make_plan(toy_config(toy, tmp_path, width=64, height=64))
     assert plan.num_tokens == 48 and plan.sla is None
-    assert "runs dense" in plan.warnings[0]
+    assert "uses dense attention" in plan.warnings[0]
 
 
 def test_latents_that_are_not_finite_write_nothing(toy, tmp_path, monkeypatch):

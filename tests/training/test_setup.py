@@ -34,7 +34,7 @@ def test_what_cannot_train_is_refused(toy, tmp_path, monkeypatch):
     alone = Team(0, 1, split.device, "alone")
     checked = setup.check_setup(settings(model, tmp_path, data=data), tmp_path, alone, print)
     checked = dataclasses.replace(checked, config=dataclasses.replace(checked.config, context_parallel=5))
-    with pytest.raises(UsageError, match="which 5 processes cannot share evenly"):
+    with pytest.raises(UsageError, match="which cannot be divided evenly among 5 processes"):
         setup.check_tokens(checked, Dataset(data))
 
 

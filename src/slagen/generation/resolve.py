@@ -157,18 +157,18 @@ def find_weights(
         local_files_only=config.local_files_only, on_note=on_note,
     )  # fmt: skip
     if config.model is None and device.type != "cuda":
-        notes.append(f"no CUDA device, so the bundled model {source.name} runs; choose another with --model")
+        notes.append(f"no CUDA device found: using the bundled model {source.name}; choose another with --model")
     if found is not None and found.kind == "transformer":
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
         notes += found.notes
     sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
     if registry.get(config.attention).family == "dense" and source.weights is not None:
-        notes.append(
-            f"{source.weights.name} is all the weights there are: dense runs the same ones with full attention"
-        )
+        notes.append(f"{source.weights.name} is the only transformer here: its weights are run with full attention")
     bundled = sla_path == bundled_folder() / SLA_FILE  # of that older kind: a new file would begin every batch anew
     if sla_path is not None and sla_alone and not bundled and read_metadata(sla_path).tensors is None:
-        notes.append(f"{sla_path} is older than the list of tensors in such files: a changed one would go unnoticed")
+        notes.append(
+            f"{sla_path} was written by an older slagen and does not list its tensors, so changes to it go undetected"
+        )
     few_steps = "" if found is None or distilled else found.few_steps
     return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes), few_steps)
 
@@ -202,8 +202,8 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         attention, options = method.config(), {}
         config = config.with_dense_attention()
         warnings.append(
-            f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so nothing can be left out: this clip "
-            "runs dense"
+            f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so no block can be skipped: this clip "
+            "uses dense attention"
         )
     elif (note := method.note(attention, options, num_tokens)) is not None:
         notes.append(note)
@@ -229,8 +229,9 @@ def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
         return None
     if weights.few_steps and (steps > 10 or guidance > 1):
         return (
-            f"{file.name} calls itself {weights.few_steps!r}: weights distilled to few steps need about 4 without "
-            f"guidance, not {steps} with {guidance:g}. Try --steps 4 --guidance-scale 1 --sampler euler"
+            f"{file.name} has {weights.few_steps!r} in its name or metadata: weights distilled to few steps need "
+            f"about 4 steps without guidance, not {steps} with guidance {guidance:g}. Try --steps 4 --guidance-scale 1 "
+            "--sampler euler"
         )
     if not weights.few_steps and steps <= 8 and guidance > 1:
         return (
@@ -253,7 +254,7 @@ def _plan_attention(
     path, alone = None, True
     if found is not None and found.kind in ("sla", "side-file"):
         if not method.needs.weights:
-            raise UsageError(f"{method.name} attention takes no SLA weights. Leave --weights out.")
+            raise UsageError(f"{method.name} attention does not use SLA weights. Leave --weights out.")
         path, alone = user_path(config.weights or ""), found.kind == "sla"
     elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
         path = source.folder / SLA_FILE
@@ -287,8 +288,8 @@ def _plan_attention(
     branch = trained.rpartition(", ")[2]
     if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
         raise WeightsError(
-            f"{path} was trained with the {branch} branch alone, and the other would spoil it. Take --attention "
-            f"{branch}, or go on with --allow-untrained."
+            f"{path} was trained with the {branch} branch only, and the other branch would spoil the video. Use "
+            f"--attention {branch}, or run it anyway with --allow-untrained."
         )
     if metadata is not None:
         return metadata.config, path, True, distilled

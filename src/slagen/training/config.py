@@ -53,22 +53,33 @@ class DataConfig:
     """
 
     path: str | None = option(
-        None, "Videos with captions (see finetune data), or prepared.", panel=DATA, name="data", metavar="PATH"
+        None,
+        "Videos with captions, or a data set that slagen finetune data has prepared.",
+        panel=DATA,
+        name="data",
+        metavar="PATH",
     )
     self_generate: str | None = option(
         None,
-        "Instead of videos: a file of prompts, from which the dense model generates clips.",
+        "File of prompts, from which the dense model generates training clips (instead of --data).",
         panel=DATA,
         metavar="FILE",
     )
     clips_per_prompt: int | None = option(
-        None, "How many clips of each, unless its line has --num-videos; one more is held out. Default: 4.", panel=DATA
+        None,
+        "Training clips per prompt, unless its line sets --num-videos; one more is held out. Default: 4.",
+        panel=DATA,
     )
-    held_out: int | None = option(None, "Videos to hold out. Default: a tenth, from 1 to 16.", panel=DATA)
-    width: int | None = option(None, "Clips of this area, width x height.", panel=DATA, metavar="WxH", is_size=True)
+    held_out: int | None = option(
+        None, "Clips held out for validation. Default: a tenth of them, from 1 to 16.", panel=DATA
+    )
+    width: int | None = option(
+        None, "Maximum area of a clip, as width x height; aspect ratios are kept.", panel=DATA, metavar="WxH",
+        is_size=True,
+    )  # fmt: skip
     height: int | None = option(None, "In pixels.", panel=DATA, hidden=True)
-    num_frames: int | None = option(None, "The longest clip, 4k + 1.", panel=DATA)
-    fps: int | None = option(None, "Frames per second of clips.", panel=DATA)
+    num_frames: int | None = option(None, "Maximum video frames of a clip, 4k + 1.", panel=DATA)
+    fps: int | None = option(None, "Frames per second of the clips.", panel=DATA)
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.self_generate is None):
@@ -122,61 +133,88 @@ class FinetuneConfig:
         panel=MODEL, short="-m",
     )  # fmt: skip
     weights: str | None = option(
-        None, "SLA weights to start from, or a transformer.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
+        None, "SLA weights or a whole transformer to start from.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
     )
-    from_dense: bool = option(False, "Begin with dense weights and a fresh proj_l.", panel=MODEL)
-    local_files_only: bool = option(False, "Download nothing.", panel=MODEL, pixels=False)
-    attention: Attention = option("sla", "sla; to compare: sparse or linear, one branch of it, or dense.", panel=MODEL)
-    sparsity: float | None = option(None, "Default: as the model's SLA has it, or 0.95.", panel=MODEL)
-    negligible: float | None = option(None, "Fraction of blocks neither branch sees.", panel=MODEL)
-    linear_domain: LinearDomain | None = option(None, "What the linear branch sees: all or marginal.", panel=MODEL)
-    feature_map: FeatureMap | None = option(None, "softmax, elu or relu.", panel=MODEL)
-    block_m: int | None = option(None, "Query rows of a block.", panel=MODEL)
-    block_n: int | None = option(None, "Key columns of a block.", panel=MODEL)
-    anneal_from: float | None = option(None, "Sparsity to begin with; it rises over half of the steps.", panel=MODEL)
-    loss: Loss = option("distill", "distill: the dense model's velocity; flow: the data's.", panel=TRAINING)
-    layer_loss: float = option(0.0, "Weight of each layer's attention error.", panel=TRAINING)
-    train: Trained = option("all", "all, attn, proj or lora (and proj_l).", panel=TRAINING)
-    lora_rank: int | None = option(None, "Rank of lora. Default: 32.", panel=TRAINING)
-    steps: int | None = option(None, "Optimiser steps. Default, as of the six below: the model's own.", panel=TRAINING)
+    from_dense: bool = option(False, "Start from dense weights, with proj_l set to zero.", panel=MODEL)
+    local_files_only: bool = option(False, "Use local files only; download nothing.", panel=MODEL, pixels=False)
+    attention: Attention = option(
+        "sla", "sla; or, for comparison, sparse or linear (one branch of SLA alone) or dense.", panel=MODEL
+    )
+    sparsity: float | None = option(
+        None,
+        "Fraction of key blocks not attended exactly. Default: as the model's SLA weights were trained, or 0.95.",
+        panel=MODEL,
+    )
+    negligible: float | None = option(None, "Fraction of key blocks that neither branch attends to.", panel=MODEL)
+    linear_domain: LinearDomain | None = option(None, "Key blocks of the linear branch: all or marginal.", panel=MODEL)
+    feature_map: FeatureMap | None = option(
+        None, "Feature map of the linear branch: softmax, elu or relu.", panel=MODEL
+    )
+    block_m: int | None = option(None, "Query rows per block.", panel=MODEL)
+    block_n: int | None = option(None, "Key columns per block.", panel=MODEL)
+    anneal_from: float | None = option(
+        None, "Initial sparsity, which rises to --sparsity over the first half of the steps.", panel=MODEL
+    )
+    loss: Loss = option(
+        "distill", "Velocity to train on: distill (the dense model's) or flow (the data's).", panel=TRAINING
+    )
+    layer_loss: float = option(0.0, "Weight of every layer's attention error in the loss.", panel=TRAINING)
+    train: Trained = option(
+        "all", "What is trained: all, attn (self-attention), proj (proj_l) or lora (LoRA and proj_l).", panel=TRAINING
+    )
+    lora_rank: int | None = option(None, "Rank of the LoRA. Default: 32.", panel=TRAINING)
+    steps: int | None = option(
+        None, "Optimizer steps. Default, also of the next six options: what the model recommends.", panel=TRAINING
+    )
     lr: float | None = option(None, "Learning rate.", panel=TRAINING)
-    proj_multiplier: float | None = option(None, "Factor on the learning rate for proj_l.", panel=TRAINING)
+    proj_multiplier: float | None = option(None, "Multiplier of the learning rate for proj_l.", panel=TRAINING)
     warmup_steps: int | None = option(
-        None, "Steps of learning-rate warm-up; at most a tenth of all steps.", panel=TRAINING
+        None, "Learning-rate warm-up steps; at most a tenth of all steps are used.", panel=TRAINING
     )
-    batch_size: int | None = option(None, "Clips a step, over all processes.", panel=TRAINING)
+    batch_size: int | None = option(None, "Clips per step, over all processes.", panel=TRAINING)
     micro_batch: int | None = option(None, "Clips at a time on one device.", panel=TRAINING, pixels=False)
     caption_dropout: float | None = option(
-        None, "Fraction trained on the negative prompt, for guidance.", panel=TRAINING
+        None, "Fraction of captions replaced by the negative prompt, for classifier-free guidance.", panel=TRAINING
     )
     weight_decay: float = option(0.01, "Weight decay of AdamW.", panel=TRAINING)
     max_grad_norm: float | None = option(None, "Clip gradients to this norm. Default: no clipping.", panel=TRAINING)
-    optimizer: Optimizer = option("adamw", "adamw or adamw8bit (not with fsdp).", panel=TRAINING)
+    optimizer: Optimizer = option("adamw", "adamw, or adamw8bit (not with --parallel fsdp).", panel=TRAINING)
     checkpointing: bool | None = option(
-        None, "Recompute activations, to save memory. Default: on CUDA.", panel=MACHINE, pixels=False
+        None,
+        "Recompute activations in the backward pass to save memory. Default: on CUDA only.",
+        panel=MACHINE,
+        pixels=False,
     )
-    seed: int = option(0, "Seed of the noise, the order and the held-out clips.", panel=TRAINING)
+    seed: int = option(0, "Seed of the noise, the order of clips and the choice of held-out clips.", panel=TRAINING)
     dtype: Dtype = option(
-        "auto", "To compute in: auto (bf16 on CUDA that has it, else fp32), bf16 or fp32.", panel=MACHINE
+        "auto", "Compute dtype: bf16, fp32, or auto (bf16 on a GPU that supports it, otherwise fp32).", panel=MACHINE
     )
     device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False)
-    backend: Backend = option("auto", "SLA's implementation: auto, reference, torch or triton.", panel=MACHINE)
+    backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=MACHINE)
     parallel: Parallel = option(
-        "auto", "Under torchrun: ddp copies the model, fsdp splits it.", panel=MACHINE, pixels=False
+        "auto",
+        "Parallelism under torchrun: ddp copies the model, fsdp shards it; auto is ddp.",
+        panel=MACHINE,
+        pixels=False,
     )
     context_parallel: int = option(
-        1, "Under torchrun: processes that share a clip's tokens.", panel=MACHINE, pixels=False
+        1, "Number of torchrun processes that split the tokens of one clip.", panel=MACHINE, pixels=False
     )
     save_every: int | None = option(
-        None, "Steps between checkpoints. Default: a tenth, at least 10.", panel=OUTPUT, pixels=False
+        None, "Steps between checkpoints. Default: a tenth of all steps, at least 10.", panel=OUTPUT, pixels=False
     )
     validate_every: int | None = option(
-        None, "Steps between validations with clips. Default: half.", panel=OUTPUT, pixels=False
+        None,
+        "Steps between validations, which also generate clips. Default: half of all steps.",
+        panel=OUTPUT,
+        pixels=False,
     )
-    restart: bool = option(False, "Start over in a folder with a checkpoint.", panel=OUTPUT, pixels=False)
-    tensorboard: bool = option(False, "Write event files too.", panel=OUTPUT, pixels=False)
+    restart: bool = option(
+        False, "Start over, although --output has a checkpoint to resume from.", panel=OUTPUT, pixels=False
+    )
+    tensorboard: bool = option(False, "Also write TensorBoard event files.", panel=OUTPUT, pixels=False)
     output: str = option(
-        "finetuned", "A folder for weights, checkpoints, log and page.", panel=OUTPUT, short="-o", pixels=False
+        "finetuned", "Folder for the weights, checkpoints, log and report page.", panel=OUTPUT, short="-o", pixels=False
     )
 
     def __post_init__(self) -> None:

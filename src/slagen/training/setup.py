@@ -125,7 +125,7 @@ def default_model(name: str | None, device: str) -> str | None:
 def _check_weights(config: FinetuneConfig, weights: Weights, is_dense: bool) -> None:
     """Raise where the weights to start from are missing, given twice, or cannot be trained."""
     if config.from_dense and config.weights is not None and weights.source.weights is None:
-        raise UsageError("--from-dense, which starts without SLA weights, was given with --weights. Leave one out.")
+        raise UsageError("--from-dense starts without SLA weights, but --weights gives some. Leave one of them out.")
     if not config.from_dense and not is_dense and weights.sla_path is None:
         raise WeightsError(
             f"{weights.source.name} has no SLA weights to continue from. Start with --from-dense, or give SLA weights "
@@ -142,8 +142,7 @@ def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
     schedule = dataclasses.replace(weights.source.defaults.training, **given)
     if schedule.batch_size % team.data_size:
         raise UsageError(
-            f"batch_size is {schedule.batch_size}, but must be a multiple of the {team.data_size} processes that "
-            "share it."
+            f"batch_size is {schedule.batch_size}, but must be a multiple of the number of processes, {team.data_size}."
         )
     dtype = pick_dtype(config.dtype, team.device)
     return Recipe(
@@ -175,6 +174,6 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
     for clip in clips:
         if setup.num_tokens(clip) % parts:
             raise UsageError(
-                f"the clip {quote(clip.caption)} has {setup.num_tokens(clip)} tokens, which {parts} processes cannot "
-                "share evenly. Give another --context-parallel, or clips of another size."
+                f"the clip {quote(clip.caption)} has {setup.num_tokens(clip)} tokens, which cannot be divided evenly "
+                f"among {parts} processes. Give another --context-parallel, or clips of another size."
             )

@@ -41,7 +41,7 @@ from slagen.wan.processor import install, installation, remove
 from slagen.wan.saved import tell_settings
 
 UNTRAINED = (
-    "SLA is installed untrained (proj_l is zero): what its sparse branch leaves out is lost, and videos are poor. Load "
+    "SLA is installed untrained (proj_l is zero): what its sparse branch skips is lost, and videos are poor. Load "
     "trained weights with slagen.load_sla, or train them with `slagen finetune --from-dense`. The "
     "sparse branch alone (branches='sparse') has no proj_l, but the model must be trained for it too."
 )
@@ -92,8 +92,8 @@ def load_sla(
     if found != metadata.base_hash:
         raise WeightsError(
             f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
-            f"weights {found[:12]}, as another model has, or the same with a LoRA fused into it. "
-            "Give that model, or weights made for this one."
+            f"the weights {found[:12]}: it is another model, or has a LoRA fused into it. Give the model that the "
+            "weights were trained from, or SLA weights for this one."
         )
     install(transformer, config, backend=backend, branches=branches)
     missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
@@ -279,7 +279,7 @@ def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, ot
         if getattr(config, name) != getattr(trained, name):
             raise WeightsError(
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
-                "weights do not suit another. Leave the setting out."
+                "weights work with that only. Leave the setting out."
             )
 
 
@@ -293,9 +293,7 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
         target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
         base = tensors.get(target, state.get(target))
         if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
-            raise WeightsError(
-                f"{path} does not fit: {name} has no matching tensor, or no layer of that shape, in the model."
-            )
+            raise WeightsError(f"{path} does not match the model, which has no layer of the name and shape of {name}.")
         product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
         changed[target] = base.to(product.device, torch.float32) + product
     return changed
@@ -318,7 +316,9 @@ def _fill(
             faults.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(state[name].shape)}")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise WeightsError(f"{path} does not fit: {'; '.join(faults[:3])}{more}. Get weights made for this model.")
+        raise WeightsError(
+            f"{path} does not match the model: {'; '.join(faults[:3])}{more}. Give weights for this model."
+        )
     zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
     method = transformer.blocks[0].attn1.processor.method
     zero = [name for name in zero if method.group(name).used]
