@@ -68,12 +68,12 @@ TOY = Method(
     summary="a toy that attends to the frames nearby",
     config=WindowConfig,
     needs=Needs(context=True),
-    cost=lambda config, shape, num_tokens: 4 * num_tokens * shape.head_dim * shape.num_heads * shape.num_layers,
+    cost=lambda config, shape, grid: 4 * grid.num_tokens * shape.head_dim * shape.num_heads * shape.num_layers,
     build=lambda config, layer, backend, device: Window(config),
     reference=lambda config, q, k, v, parameters, inputs: F.scaled_dot_product_attention(
-        q, k, v, mask_of(config, inputs.context.grid or Grid(1, 1, q.shape[2]))
+        q, k, v, mask_of(config, inputs.context.grid or Grid.flat(q.shape[2]))
     ),
-    density=lambda config, num_tokens: 0.5,
+    density=lambda config, grid: 0.5,
 )
 
 

@@ -35,6 +35,11 @@ class Grid:
     height: int
     width: int
 
+    @classmethod
+    def flat(cls, num_tokens: int) -> Grid:
+        """One row of tokens, for those of which no arrangement is known."""
+        return cls(1, 1, num_tokens)
+
     @property
     def num_tokens(self) -> int:
         """L, the tokens of the sequence."""
@@ -70,7 +75,7 @@ class StepContext:
     Args:
         step, num_steps: of the denoising, from 0; None outside a denoising loop.
         passes: forward passes of this step that have begun; 0 before the first, and 1 outside a denoising loop.
-        grid: how the tokens are arranged; None where no method asks for it.
+        grid: how the tokens are arranged; None where the method does not ask for the context.
         time_embedding: (B, H * D), of the transformer's own embedder; None where no method asks for it.
         position: int64 (2,) on the CPU: the step, and 1 in a conditional pass, otherwise 0; -1 and -1 outside a loop.
         memory: what layers remember, by layer and by whether the pass is conditional; a new clip empties it.
@@ -209,11 +214,11 @@ class Backend:
     error_limit: float | None = None
 
 
-def _own_fields(config: Any, num_tokens: int) -> dict[str, Any]:
+def _own_fields(config: Any, grid: Grid) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def _with_options(config: Any, options: Mapping[str, Any], num_tokens: int) -> Any:
+def _with_options(config: Any, options: Mapping[str, Any], grid: Grid) -> Any:
     return dataclasses.replace(config, **options)
 
 
@@ -228,10 +233,10 @@ class Method:
             int, float, bool, str or a Literal of strings; with `prompt_line=True` of prompt files too. A field named
             as a setting of `generate` is (sparsity, block_m, block_n) takes that.
         needs: what it takes.
-        cost: (config, shape, num_tokens) -> FLOPs of self-attention in one forward pass of one sample, all layers.
+        cost: (config, shape, grid) -> FLOPs of self-attention in one forward pass of one sample, all layers.
         build: (config, layer, backend, device) -> a module with `config`, which may be replaced between clips, and
             `forward(q, k, v, inputs)`: (B, H, L, D) each, and Inputs -> o (B, H, L, D). It may have
-            `block_sizes(num_tokens)`, the query rows and key columns of the blocks whose means it takes, or None, and
+            `block_sizes(grid)`, the query rows and key columns of the blocks whose means it takes, or None, and
             `begin_pass(context)`, which is called outside compiled code before each forward pass.
         reference: (config, q, k, v, parameters, inputs) -> o by the definition, in float64 for float64; `parameters`
             is the module's state.
@@ -242,18 +247,19 @@ class Method:
         parts: (module, q, k, v) -> what a forward pass consists of, each to be timed alone; None times none.
         parameters: what it adds to the model.
         options: names beside the config's fields that `configure` understands.
-        configure: (config, options by name, num_tokens) -> the config for a clip of so many tokens.
-        describe: (config, num_tokens) -> what the report says of it.
-        applies: (config, num_tokens) -> whether there is anything to leave out; otherwise the clip runs dense.
-        density: (config, num_tokens) -> the fraction of all query-key pairs that is attended exactly.
-        note: (config, options, num_tokens) -> one line on what a clip will run with, or None.
+        configure: (config, options by name, grid) -> the config for a clip of so many tokens.
+        describe: (config, grid) -> what the report says of it.
+        applies: (config, grid) -> whether there is anything to leave out; otherwise the clip runs dense. In a model, it
+            and `block_sizes` are given a flat grid where the method does not need the context.
+        density: (config, grid) -> the fraction of all query-key pairs that is attended exactly.
+        note: (config, options, grid) -> one line on what a clip will run with, or None.
         benched: whether `slagen bench` runs it unasked.
     """
 
     name: str
     summary: str
     config: type[Any]
-    cost: Callable[[Any, ModelShape, int], int]
+    cost: Callable[[Any, ModelShape, Grid], int]
     build: Callable[[Any, Layer, str, torch.device | str | None], nn.Module]
     reference: Callable[[Any, Tensor, Tensor, Tensor, Mapping[str, Tensor], Inputs | None], Tensor]
     family: Family = "sparse"
@@ -265,11 +271,11 @@ class Method:
     parts: Callable[[Any, Tensor, Tensor, Tensor], dict[str, Attend]] | None = None
     parameters: tuple[ParameterGroup, ...] = ()
     options: tuple[str, ...] = ()
-    configure: Callable[[Any, Mapping[str, Any], int], Any] = _with_options
-    describe: Callable[[Any, int], dict[str, Any]] = _own_fields
-    applies: Callable[[Any, int], bool] = lambda config, num_tokens: True
-    density: Callable[[Any, int], float] = lambda config, num_tokens: 1.0
-    note: Callable[[Any, Mapping[str, Any], int], str | None] = lambda config, options, num_tokens: None
+    configure: Callable[[Any, Mapping[str, Any], Grid], Any] = _with_options
+    describe: Callable[[Any, Grid], dict[str, Any]] = _own_fields
+    applies: Callable[[Any, Grid], bool] = lambda config, grid: True
+    density: Callable[[Any, Grid], float] = lambda config, grid: 1.0
+    note: Callable[[Any, Mapping[str, Any], Grid], str | None] = lambda config, options, grid: None
     benched: bool = True
 
     def __deepcopy__(self, memo: Any) -> Method:

@@ -17,7 +17,7 @@ from slagen import machine
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.dense.kernels import SDPA, dense_kernel
 from slagen.attention.dense.method import DENSE
-from slagen.attention.protocol import Unavailable
+from slagen.attention.protocol import Grid, Unavailable
 from slagen.benchmark.clock import spread
 from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
@@ -26,7 +26,7 @@ from slagen.benchmark.rows import ModelRow
 from slagen.generation.sizes import check_grid
 from slagen.timing import StepRecorder, Times
 from slagen.wan.defaults import ModelDefaults
-from slagen.wan.folder import num_tokens
+from slagen.wan.folder import token_grid
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def bench_model(
         pipe, name, defaults = load_pipeline(source, device, dtype), source.name, source.defaults
     head_dim = pipe.transformer.config.attention_head_dim
     width, height, num_frames = _size(config, defaults)
+    factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+    grid = token_grid(width, height, num_frames, pipe.transformer.config.patch_size, *factors)
     rows = []
-    for contender in [*_dense(config, device), *_methods(config, defaults, head_dim, device, dtype)]:
+    for contender in [*_dense(config, device), *_methods(config, grid, head_dim, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
             on_note(f"{name}, {contender.label}" + ", compiled" * compiled)
             contender.install(pipe.transformer)
@@ -131,13 +133,11 @@ def _dense(config: BenchConfig, device: torch.device) -> list[Contender]:
 
 
 def _methods(
-    config: BenchConfig, defaults: ModelDefaults, head_dim: int, device: torch.device, dtype: torch.dtype
+    config: BenchConfig, grid: Grid, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> list[Contender]:
     """slagen's other methods, at each sparsity where they have one."""
     from slagen.wan.processor import install_method
 
-    width, height, num_frames = _size(config, defaults)
-    tokens = num_tokens(width, height, num_frames)
     found = []
     for method in config.loop_methods:
         chosen = config.backend if config.backend in [backend.name for backend in method.backends] else "auto"
@@ -145,7 +145,7 @@ def _methods(
         sparsities = (config.sparsities or (0.95,)) if "sparsity" in method.option_names else (None,)
         for sparsity in sparsities:
             options = {**dataclasses.asdict(config.sla(sparsity or 0.0)), **dict(config.attention_options)}
-            own = method.configure(method.config(), method.own(options), tokens)
+            own = method.configure(method.config(), method.own(options), grid)
             put = partial(install_method, method=method, config=own, backend=chosen)
             found.append(Contender(method.name, label, sparsity, put))
     return found

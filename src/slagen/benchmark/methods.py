@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention import protocol, registry
-from slagen.attention.protocol import Attend, Inputs, Layer, StepContext, Unavailable
+from slagen.attention.protocol import Attend, Grid, Inputs, Layer, StepContext, Unavailable
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import EnvironmentProblem
 
@@ -83,7 +83,7 @@ class Contender:
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The exact output, by the reference."""
         if self.record is not None:
-            module, inputs = build_module(self.record, setting, q.shape[2])
+            module, inputs = build_module(self.record, setting, Grid.flat(q.shape[2]))
             parameters = {name: x.to(q.dtype) for name, x in module.state_dict().items()}
             return self.record.reference(module.config, q, k, v, parameters, inputs)
         parameters = {"proj_l.weight": setting.weight, "proj_l.bias": setting.bias}
@@ -92,9 +92,9 @@ class Contender:
         return record.reference(config, q, k, v, parameters, None)
 
 
-def build_module(record: protocol.Method, setting: Setting, num_tokens: int) -> tuple[Any, Inputs]:
+def build_module(record: protocol.Method, setting: Setting, grid: Grid) -> tuple[Any, Inputs]:
     """A method's module at a setting, its parameters drawn, and what it is told at each call."""
-    config = record.configure(record.config(), record.own(setting.options), num_tokens)
+    config = record.configure(record.config(), record.own(setting.options), grid)
     layer = Layer(0, 1, setting.num_heads, setting.weight.shape[0])
     names = [backend.name for backend in record.backends]
     backend = setting.backend if setting.backend in names else "auto"

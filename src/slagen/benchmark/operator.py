@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slagen.attention.protocol import Attend, Unavailable
+from slagen.attention.protocol import Attend, Grid, Unavailable
 from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
 from slagen.benchmark.compare import break_even, even_tokens, with_speedups
 from slagen.benchmark.config import BenchConfig, parse_shape
@@ -226,6 +226,6 @@ def _time_parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) 
     record = entry.method.record
     assert record is not None and record.parts is not None
     with torch.inference_mode():
-        module, _ = build_module(record, entry.setting, entry.sizes[2])
+        module, _ = build_module(record, entry.setting, Grid.flat(entry.sizes[2]))
         made = record.parts(module, *inputs[0][:3])
     return {name: median_ms(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}

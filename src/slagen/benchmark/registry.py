@@ -21,11 +21,11 @@ def _own(record: protocol.Method) -> Callable[[Setting], Attend]:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if not made:
-                made.append(build_module(record, setting, q.shape[2]))
+                made.append(build_module(record, setting, Grid.flat(q.shape[2])))
             module, inputs = made[0]
             if record.needs.context:
                 inputs.memory.clear()  # as outside a denoising loop
-                inputs.context.begin_pass(Grid(1, 1, q.shape[2]))
+                inputs.context.begin_pass(Grid.flat(q.shape[2]))
             return module(q, k, v, inputs)  # type: ignore[no-any-return]
 
         return attend

@@ -9,7 +9,7 @@ from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
-from slagen.attention.protocol import Method
+from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import read_header, read_strings
@@ -32,7 +32,7 @@ from slagen.generation.run_estimate import (
 )  # fmt: skip
 from slagen.io.paths import is_video, user_path
 from slagen.wan.defaults import ModelDefaults
-from slagen.wan.folder import BUNDLED, bundled_folder, describe_folder, num_tokens
+from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder, token_grid
 from slagen.wan.presets import CUDA_DEFAULT, PRESETS, Preset, local_folder, never_tuned
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
@@ -49,21 +49,31 @@ class _Model:
     Args:
         preset: itself, or one made of what a folder says. name: as `generate` tells it.
         trained: what SLA's weights were trained with; None without any, and where only their tensors tell.
-        grid: pixels that one token is wide. factor: video frames of one latent frame.
-        folder: None where it is not on this machine.
+        source: None where it is not on this machine.
     """
 
     preset: Preset
     name: str
     trained: SLAConfig | None
-    grid: int = 16
-    factor: int = 4
-    folder: Path | None = None
+    source: ModelSource | None = None
 
     @property
     def defaults(self) -> ModelDefaults:
         """Its own settings."""
         return self.preset.defaults
+
+    def size(self, config: GenerateConfig) -> tuple[tuple[int, int, int], Grid]:
+        """Width, height and frames of a filled config, and its tokens. Raises UsageError as `check_grid`."""
+        if self.source is None:
+            size = check_size(config, 16)
+            return size, token_grid(*size)
+        size = check_size(config, self.source.spatial_grid)
+        return size, self.source.token_grid(*size)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies."""
+        return None if self.source is None else self.source.folder
 
     @property
     def shape(self) -> ModelShape:
@@ -89,19 +99,19 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     if distilled is None:  # what is asked for is taken at its word
         distilled = (config.sampler or model.defaults.sampler) == "rcm"
     asked, config = config, fill_defaults(config, model.defaults, distilled, notes)
-    size = check_size(config, model.grid)
-    tokens = num_tokens(*size, model.grid, model.factor)
+    size, grid = model.size(config)
+    tokens = grid.num_tokens
     method = registry.get(config.attention)
     is_dense = method.family == "dense"
     method = registry.get("sla") if is_dense else method  # what SLA would take is said beside dense attention
     base = model.trained if method.needs.weights and model.trained is not None else method.config()
-    attention = method.configure(base, method.own(config.attention_settings), tokens)
-    about = method.describe(attention, tokens)
+    attention = method.configure(base, method.own(config.attention_settings), grid)
+    about = method.describe(attention, grid)
     notes = _notes(config, model, None if is_dense else method, attention, size) + notes
     cpu = _cpu_need(config, model, tokens, size)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
-    flops = _flops(model, method, attention, tokens)
+    flops = _flops(model, method, attention, grid)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(
         model=model.preset.name,
@@ -118,7 +128,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         key_blocks=about.get("key_blocks"),
         tail_tokens=tokens % about["block_n"] if "block_n" in about else None,
         topk_blocks=about.get("key_blocks" if is_dense else "critical"),
-        kept_fraction=1.0 if is_dense else method.density(attention, tokens),
+        kept_fraction=1.0 if is_dense else method.density(attention, grid),
         flops=flops,
         flops_of=method.name,
         flops_speedup=flops.dense_forward / flops.sla_forward,
@@ -144,11 +154,11 @@ def _placed(config: GenerateConfig, device: str | None) -> tuple[GenerateConfig,
     return config, device
 
 
-def _flops(model: _Model, method: Method, attention: Any, tokens: int) -> Flops:
+def _flops(model: _Model, method: Method, attention: Any, grid: Grid) -> Flops:
     """FLOPs of a forward pass, with the method and with dense attention."""
     shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
-    dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
-    own = method.cost(attention, shape, tokens)
+    dense, other = cost.dense_attention_flops(shape, grid.num_tokens), cost.other_flops(shape, grid.num_tokens)
+    own = method.cost(attention, shape, grid)
     return Flops(dense + other, own + other, dense, own, other)
 
 
@@ -231,7 +241,7 @@ def _model(config: GenerateConfig) -> _Model:
     if trained is None and weights is None:
         trained = read_sla_config(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
     preset = Preset(name, "", None, None, source.shape, source.defaults, trained)
-    return _Model(preset, folder.resolve().name, trained, source.spatial_grid, source.temporal_factor, folder)
+    return _Model(preset, folder.resolve().name, trained, source)
 
 
 def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
@@ -282,8 +292,8 @@ def _lack(needed: memory.Need, width: int, height: int, num_frames: int) -> str 
 def _cpu_need(config: GenerateConfig, model: _Model, tokens: int, size: tuple[int, int, int]) -> memory.Need:
     """Estimates of the host's memory for a run on a CPU, where everything is loaded at once."""
     item_bytes = 2 if config.dtype in ("bf16", "fp16") else 4
-    if model.folder is not None:
-        return memory.need(describe_folder(model.folder, ""), *size, item_bytes)
+    if model.source is not None:
+        return memory.need(model.source, *size, item_bytes)
     weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(model.shape)) + 4 * VAE_PARAMETERS
     stages = memory.activations(model.shape, tokens, memory.WAN_VAE, size[0] * size[1], size[2], item_bytes)
     return memory.Need(weights, 0, *stages)

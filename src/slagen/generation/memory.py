@@ -79,7 +79,7 @@ def need(
             here, copied = _in_memory(file, 4 if part == "vae" else item_bytes)
             weights, fresh = weights + here, fresh + copied
     vae = read_json(source.folder / "vae" / "config.json", source.folder)
-    tokens = source.num_tokens(width, height, num_frames) if "transformer" in parts else 0
+    tokens = source.token_grid(width, height, num_frames).num_tokens if "transformer" in parts else 0
     return Need(weights, fresh, *activations(source.shape, tokens, vae, width * height, num_frames, item_bytes))
 
 

@@ -150,10 +150,10 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
     attention = {
-        "mode": config.attention, "tokens": plan.num_tokens, **method.describe(plan.attention, plan.num_tokens),
+        "mode": config.attention, "tokens": plan.num_tokens, **method.describe(plan.attention, plan.grid),
         **({} if plan.backend is None else {"backend": plan.backend}),
     }  # fmt: skip
-    flops = method.cost(plan.attention, shape, plan.num_tokens)
+    flops = method.cost(plan.attention, shape, plan.grid)
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return {
         "schema_version": SCHEMA_VERSION,

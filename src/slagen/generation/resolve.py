@@ -16,7 +16,7 @@ import torch
 
 from slagen import machine
 from slagen.attention import registry
-from slagen.attention.protocol import Method
+from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
@@ -67,10 +67,15 @@ class Plan:
     config: GenerateConfig
     weights: Weights
     attention: Any  # the attention method's config, with this video's options; None leaves what is installed as it is
-    num_tokens: int
+    grid: Grid  # of the clip's tokens
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     backend: str | None = None  # what the attention will run on; None is PyTorch's choice for dense attention
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens of the clip."""
+        return self.grid.num_tokens
 
     @property
     def method(self) -> Method:
@@ -192,27 +197,27 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         warnings.append(source.defaults.tell_unknown(source.name, unknown))
     if (off_size := source.defaults.size_warning(source.name, *size)) is not None:
         warnings.append(off_size)
-    num_tokens = source.num_tokens(*size)
+    grid = source.token_grid(*size)
     options = method.own(config.attention_settings)
-    attention = method.configure(weights.sla or method.config(), options, num_tokens)
+    attention = method.configure(weights.sla or method.config(), options, grid)
     if weights.sla is not None and weights.sla_path is not None:
         warnings += attention.differences(weights.sla)
-    if not method.applies(attention, num_tokens):
+    if not method.applies(attention, grid):
         method = registry.get("dense")
         attention, options = method.config(), {}
         config = config.with_dense_attention()
         warnings.append(
-            f"{counted(num_tokens, 'token')} make fewer than 2 key blocks, so no block can be skipped: this clip "
-            "uses dense attention"
+            f"{counted(grid.num_tokens, 'token')} make fewer than 2 key blocks, so no block can be skipped: this "
+            "clip uses dense attention"
         )
-    elif (note := method.note(attention, options, num_tokens)) is not None:
+    elif (note := method.note(attention, options, grid)) is not None:
         notes.append(note)
     backend = None
     if method.family != "dense" or config.backend != "auto":
         backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
         name = "SLA" if weights.sla is not None else f"{method.name} attention"
         notes.append(f"{name} runs on the {backend} backend")
-    return Plan(config, weights, attention, num_tokens, notes, warnings, backend)
+    return Plan(config, weights, attention, grid, notes, warnings, backend)
 
 
 def _look_at(path: Path) -> Found:

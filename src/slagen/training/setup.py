@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from slagen.attention import registry
-from slagen.attention.protocol import Method
+from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.events import Event
@@ -68,10 +67,14 @@ class Setup:
         """Where hashes of files are remembered."""
         return user_path(CACHE)
 
-    def num_tokens(self, clip: Clip) -> int:
-        """Tokens of a clip in self-attention."""
+    def grid(self, clip: Clip) -> Grid:
+        """The tokens of a clip in self-attention."""
         patch = self.weights.source.patch_size
-        return math.prod(size // part for size, part in zip(clip.shape[1:], patch, strict=True))
+        return Grid(*(size // part for size, part in zip(clip.shape[1:], patch, strict=True)))
+
+    def num_tokens(self, clip: Clip) -> int:
+        """L, the number of them."""
+        return self.grid(clip).num_tokens
 
 
 def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) -> Setup:
@@ -164,11 +167,12 @@ def _check_output(config: FinetuneConfig, folder: Path, weights: Weights) -> Non
 def check_tokens(setup: Setup, data: Dataset) -> None:
     """Raise UsageError where a clip is too short for sparse attention, or its tokens cannot be shared evenly."""
     clips = [*data.training, *data.held_out]
-    least = min(map(setup.num_tokens, clips))
-    if not setup.is_dense and not setup.method.applies(setup.sla, least):
+    grids = {setup.grid(clip) for clip in clips}
+    short = [grid.num_tokens for grid in grids if not setup.is_dense and not setup.method.applies(setup.sla, grid)]
+    if short:
         raise UsageError(
-            f"a clip has {counted(least, 'token')}, fewer than 2 key blocks of {setup.sla.block_n}, so no block can "
-            "be skipped. Give larger or longer clips, or a smaller --block-n."
+            f"a clip has {counted(min(short), 'token')}, fewer than 2 key blocks of {setup.sla.block_n}, so no block "
+            "can be skipped. Give larger or longer clips, or a smaller --block-n."
         )
     parts = setup.config.context_parallel
     for clip in clips:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slagen.attention.cost import ModelShape
+from slagen.attention.protocol import Grid
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
 from slagen.formats.model_files import SETTINGS_KEY, check_parts, read_json
 from slagen.io.reading import kind_of_path
@@ -39,15 +40,19 @@ class ModelSource:
     def head_dim(self) -> int:
         return self.shape.head_dim
 
-    def num_tokens(self, width: int, height: int, num_frames: int) -> int:
-        """L, the length of the self-attention sequence; sizes in pixels and video frames."""
-        return num_tokens(width, height, num_frames, self.spatial_grid, self.temporal_factor)
+    def token_grid(self, width: int, height: int, num_frames: int) -> Grid:
+        """The tokens of self-attention; sizes in pixels and video frames."""
+        return token_grid(width, height, num_frames, self.patch_size, self.spatial_factor, self.temporal_factor)
 
 
-def num_tokens(width: int, height: int, num_frames: int, spatial_grid: int = 16, temporal_factor: int = 4) -> int:
-    """L, the length of the self-attention sequence; sizes in pixels and video frames."""
-    frames = (num_frames - 1) // temporal_factor + 1
-    return frames * (width // spatial_grid) * (height // spatial_grid)
+def token_grid(
+    width: int, height: int, num_frames: int, patch_size: tuple[int, ...] = (1, 2, 2), spatial_factor: int = 8,
+    temporal_factor: int = 4,
+) -> Grid:  # fmt: skip
+    """The tokens of self-attention, of Wan2.1 unless told otherwise; arguments as in ModelSource, sizes in pixels and
+    video frames."""
+    latent = (num_frames - 1) // temporal_factor + 1, height // spatial_factor, width // spatial_factor
+    return Grid(*(size // part for size, part in zip(latent, patch_size, strict=True)))
 
 
 def bundled_folder() -> Path:

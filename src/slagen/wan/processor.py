@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor, nn
 
 from slagen.attention import registry
-from slagen.attention.protocol import Grid, Inputs, Layer, Method, StepContext
+from slagen.attention.protocol import NO_PASS, Grid, Inputs, Layer, Method, StepContext
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
 from slagen.errors import UsageError
@@ -80,15 +80,23 @@ class _Processor:
             return self._timed(q, k, v, Inputs(self.place, self.context, hidden_states, means, self.kept))
 
         # Of a process's own tokens no blocks can be formed: they are those of the whole clip.
-        blocks = None if self.token_group is not None else self._blocks(hidden_states.shape[1])
+        blocks = None if self.token_group is not None else self._blocks(self._grid(hidden_states.shape[1]))
         return _self_attention(attn, hidden_states, rotary_emb, attend, self.rotary_backend, blocks)
 
-    def _blocks(self, num_tokens: int) -> tuple[int, int] | None:
+    def _grid(self, num_tokens: int) -> Grid:
+        """The arrangement of the tokens, as the hooks have noted it; flat where the method does not need it."""
+        if not self.method.needs.context:
+            return Grid.flat(num_tokens)
+        if self.context.grid is None:
+            raise RuntimeError(NO_PASS)
+        return self.context.grid
+
+    def _blocks(self, grid: Grid) -> tuple[int, int] | None:
         """The sizes of blocks whose means the method takes."""
         block_sizes = getattr(self, "block_sizes", None)
-        if block_sizes is None or not self.method.applies(self.config, num_tokens):
+        if block_sizes is None or not self.method.applies(self.config, grid):
             return None
-        return block_sizes(num_tokens)  # type: ignore[no-any-return]
+        return block_sizes(grid)  # type: ignore[no-any-return]
 
     def _timed(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         if self.recorder is None:
@@ -98,7 +106,7 @@ class _Processor:
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attention of q, k, v, each (B, H, L, D). What has nothing to choose from is attended densely."""
-        if not self.method.applies(self.config, q.shape[2]):
+        if not self.method.applies(self.config, self._grid(q.shape[2])):
             return F.scaled_dot_product_attention(q, k, v)
         # Called as a module, so that hooks on it run; `__call__` itself is what diffusers calls a processor by.
         return nn.Module.__call__(self, q, k, v, inputs)  # type: ignore[arg-type, no-any-return]

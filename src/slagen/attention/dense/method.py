@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from slagen.attention.cost import ModelShape, dense_attention_flops
 from slagen.attention.dense.config import BACKENDS, DenseConfig
-from slagen.attention.protocol import Inputs, Layer, Method
+from slagen.attention.protocol import Grid, Inputs, Layer, Method
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 
-def _cost(config: DenseConfig, shape: ModelShape, num_tokens: int) -> int:
-    return dense_attention_flops(shape, num_tokens)
+def _cost(config: DenseConfig, shape: ModelShape, grid: Grid) -> int:
+    return dense_attention_flops(shape, grid.num_tokens)
 
 
 def _build(config: DenseConfig, layer: Layer, backend: str, device: torch.device | str | None) -> nn.Module:
@@ -55,5 +55,5 @@ DENSE = Method(
     backends=BACKENDS,
     choose_backend=_choose_backend,
     check=_check,
-    describe=lambda config, num_tokens: {},
+    describe=lambda config, grid: {},
 )

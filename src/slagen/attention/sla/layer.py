@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slagen.attention.protocol import Inputs
+from slagen.attention.protocol import Grid, Inputs
 from slagen.attention.sla.module import SparseLinearAttention
 
 
 class SLA(SparseLinearAttention):
     """Sparse-linear attention in one layer. Holds that layer's `proj_l`."""
 
-    def block_sizes(self, num_tokens: int) -> tuple[int, int] | None:
+    def block_sizes(self, grid: Grid) -> tuple[int, int] | None:
         """The blocks whose means it takes; None where it chooses none."""
         chooses = self.branches != "linear" or self.config.linear_domain == "marginal"
         return (self.config.block_m, self.config.block_n) if chooses else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from slagen.attention.cost import ModelShape
-from slagen.attention.protocol import Backend, Inputs, Layer, Method, Needs, ParameterGroup
+from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.sla import config as settings
 from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.cost import block_counts, sla_attention_flops
@@ -27,8 +27,9 @@ def _build(
     return SLA(layer.head_dim, config, backend=backend, branches=branches, device=device)  # type: ignore[arg-type]
 
 
-def _cost(branches: Branches, config: SLAConfig, shape: ModelShape, num_tokens: int) -> int:
-    return sla_attention_flops(shape, num_tokens, config, sparse=branches != "linear", linear=branches != "sparse")
+def _cost(branches: Branches, config: SLAConfig, shape: ModelShape, grid: Grid) -> int:
+    sparse, linear = branches != "linear", branches != "sparse"
+    return sla_attention_flops(shape, grid.num_tokens, config, sparse=sparse, linear=linear)
 
 
 def _reference(
@@ -59,27 +60,27 @@ def _parts(module: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     return stages(module, q, k, v)
 
 
-def _configure(config: SLAConfig, options: Mapping[str, Any], num_tokens: int) -> SLAConfig:
-    return config.with_options(options, num_tokens)
+def _configure(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> SLAConfig:
+    return config.with_options(options, grid.num_tokens)
 
 
-def _describe(config: SLAConfig, num_tokens: int) -> dict[str, Any]:
-    counts = block_counts(config, num_tokens)
+def _describe(config: SLAConfig, grid: Grid) -> dict[str, Any]:
+    counts = block_counts(config, grid.num_tokens)
     fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
     return {**config.to_dict(), **counts, "fractions": fractions}
 
 
-def _applies(config: SLAConfig, num_tokens: int) -> bool:
-    return config.num_blocks(num_tokens)[1] >= 2
+def _applies(config: SLAConfig, grid: Grid) -> bool:
+    return config.num_blocks(grid.num_tokens)[1] >= 2
 
 
-def _density(config: SLAConfig, num_tokens: int) -> float:
-    counts = block_counts(config, num_tokens)
+def _density(config: SLAConfig, grid: Grid) -> float:
+    counts = block_counts(config, grid.num_tokens)
     return counts["critical"] / counts["key_blocks"]
 
 
-def _note(config: SLAConfig, options: Mapping[str, Any], num_tokens: int) -> str:
-    counts, topk = block_counts(config, num_tokens), options.get("sla_topk")
+def _note(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> str:
+    counts, topk = block_counts(config, grid.num_tokens), options.get("sla_topk")
     asked = f"sparsity {config.sparsity:g}" if topk is None else f"sla-topk {topk:g}"
     return f"{asked} -> {counts['critical']} of {counts['key_blocks']} key blocks per query block"
 
@@ -121,5 +122,5 @@ SPARSE = _method(
 )  # fmt: skip
 LINEAR = _method(
     "linear", "the linear branch of sla alone", "linear", ParameterGroup("proj_l", identity=True),
-    family="sla", note=lambda config, options, num_tokens: None, benched=False,
+    family="sla", note=lambda config, options, grid: None, benched=False,
 )  # fmt: skip
