@@ -58,10 +58,7 @@ def sparse_linear_attention(
     if not isinstance(config, SLAConfig):
         raise ValueError(f"config is {config!r}; it must be an SLAConfig. Try SLAConfig().")
     _check_means(q, config, block_means)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    elif not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; it must be finite and above 0, or the lowest scores would win. Try None.")
+    scale = pick_scale(q, scale)
     if branches not in BRANCHES:
         raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(BRANCHES)}.")
     if branches == "linear" and proj_weight is None:
@@ -73,7 +70,7 @@ def sparse_linear_attention(
     chosen = choose_backend(q, backend)
     known = {"block_means": block_means} if chosen == "triton" and block_means is not None else {}
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, float(scale), branches != "linear", **known)
+        return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, scale, branches != "linear", **known)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -92,7 +89,17 @@ def choose_backend(q: Tensor, backend: Backend = "auto") -> Literal["reference",
     return backend
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:
+def pick_scale(q: Tensor, scale: float | None) -> float:
+    """The factor on scores: as given, or D ** -0.5. Raises ValueError unless it is finite and above 0."""
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; it must be finite and above 0, or the lowest scores would win. Try None.")
+    return float(scale)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k and v are (B, H, L, D) of one shape, dtype and device."""
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.numel() == 0:
         raise ValueError(
             f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
@@ -103,25 +110,32 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, 
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; "
             f"all must be one of {', '.join(map(str, DTYPES))}. Convert them with .to()."
         )
+    for name, tensor in (("k", k), ("v", v)):
+        _check_device(name, tensor, q)
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} is on {tensor.device}, but q is on {q.device}. Move it with .to(q.device).")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:
+    check_qkv(q, k, v)
     if proj_weight is None and proj_bias is not None:
         raise ValueError("proj_bias is given without proj_weight, so there is no linear branch. Give both or neither.")
     head_dim = q.shape[-1]
-    given = {"k": k, "v": v}
     for name, tensor, shape in (
         ("proj_weight", proj_weight, (head_dim, head_dim)),
         ("proj_bias", proj_bias, (head_dim,)),
     ):
         if tensor is None:
             continue
-        given[name] = tensor
         if tensor.shape != shape or not tensor.is_floating_point():
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; "
                 f"for head dimension {head_dim} it must be {shape}, floating point."
             )
-    for name, tensor in given.items():
-        if tensor.device != q.device:
-            raise ValueError(f"{name} is on {tensor.device}, but q is on {q.device}. Move it with .to(q.device).")
+        _check_device(name, tensor, q)
 
 
 def _check_means(q: Tensor, config: SLAConfig, block_means: tuple[Tensor, Tensor] | None) -> None:
