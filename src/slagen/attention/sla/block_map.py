@@ -23,17 +23,21 @@ def block_scores(q: Tensor, k: Tensor, config: SLAConfig) -> Tensor:
 def block_map(scores: Tensor, config: SLAConfig) -> Tensor:
     """Class every block: (B, H, M, N) scores -> int8 CRITICAL, MARGINAL or NEGLIGIBLE."""
     num_key_blocks = scores.shape[-1]
-    critical = _highest(scores, config.num_critical(num_key_blocks))
+    critical = highest(scores, config.num_critical(num_key_blocks))
     # The end of one and the same order: of equal scores the higher index is dropped first.
-    negligible = _highest(-scores.flip(-1), config.num_negligible(num_key_blocks)).flip(-1)
+    negligible = highest(-scores.flip(-1), config.num_negligible(num_key_blocks)).flip(-1)
     return critical.to(torch.int8) - negligible.to(torch.int8)
 
 
 def critical_indices(scores: Tensor, config: SLAConfig) -> Tensor:
     """List the critical blocks of each row, ascending: (B, H, M, N) scores -> kv_indices (B, H, M, topk) int64."""
-    topk = config.num_critical(scores.shape[-1])
-    kept = _highest(scores, topk)
-    return kept.flatten().nonzero().remainder(scores.shape[-1]).view(*scores.shape[:-1], topk)
+    return highest_indices(scores, config.num_critical(scores.shape[-1]))
+
+
+def highest_indices(scores: Tensor, count: int) -> Tensor:
+    """List the `count` highest scores of each row, in ascending order of index: (..., N) -> (..., count) int64."""
+    kept = highest(scores, count)
+    return kept.flatten().nonzero().remainder(scores.shape[-1]).view(*scores.shape[:-1], count)
 
 
 def block_means(x: Tensor, block: int) -> Tensor:
@@ -46,7 +50,7 @@ def block_means(x: Tensor, block: int) -> Tensor:
     return torch.cat([means, x[:, :, -rest:].mean(2, keepdim=True, dtype=dtype)], dim=2)
 
 
-def _highest(scores: Tensor, count: int) -> Tensor:
+def highest(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` highest scores of each row; of equal ones at the border, those of lower index."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)

@@ -5,6 +5,9 @@ stay in the cache. G, R and blocks are as in `blocks.py`.
 
 Rows may keep different numbers of blocks. Their lists then end with the kept blocks, ascending, behind as many others
 as make them equally long, and `counts` (G, R) tells how many are kept: what stands before those is masked.
+
+The last key block may be partial, by the length. Where others may be too, `filled` (N,) int64 tells how many keys of
+each are true: those stand first, and the rest is masked.
 """
 
 from collections.abc import Iterator
@@ -24,19 +27,21 @@ def kept_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _critical_chunks(
-    q: Tensor, k: Tensor, kv_indices: Tensor, counts: Tensor | None
+    q: Tensor, k: Tensor, kv_indices: Tensor, counts: Tensor | None, filled: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
     """Split the G * R query blocks into cache-sized chunks of C.
 
     Yields their slice, their C * topk critical blocks among the G * N key blocks, and which of them, (C, 1, 1), end
     with the last block of a head. Critical blocks ascend, so no other position can hold that block. With counts, topk
-    is the largest of the chunk, and the last that it yields marks the keys to mask, (C, 1, topk * block_n) bool.
+    is the largest of the chunk. With counts or filled, the last that it yields marks the keys to mask,
+    (C, 1, topk * block_n) bool.
     """
     num_heads, num_key_blocks, block_n, head_dim = k.shape
     topk = kv_indices.shape[2]
     offsets = torch.arange(0, num_heads * num_key_blocks, num_key_blocks, device=k.device)
     flat = (kv_indices + offsets[:, None, None]).flatten(0, 1)
     ends = (kv_indices[..., -1] == num_key_blocks - 1).view(-1, 1, 1)
+    unfilled = None if filled is None else torch.arange(block_n, device=k.device) >= filled[:, None]
 
     size = k.element_size() * topk * block_n * (head_dim + 2 * q.shape[2])  # gathered keys or values, scores, weights
     chunk = max(1, CHUNK_BYTES // size) * torch.get_num_threads()
@@ -47,6 +52,9 @@ def _critical_chunks(
             own = own[:, topk - int(count.max()) :]
             places = torch.arange(own.shape[1], device=k.device).repeat_interleave(block_n)
             hidden = places < (own.shape[1] - count).view(-1, 1, 1)
+        if unfilled is not None:
+            rest = unfilled.index_select(0, own.flatten() % num_key_blocks).view(len(own), 1, -1)
+            hidden = rest if hidden is None else hidden | rest
         yield rows, own.flatten(), ends[rows], hidden
 
 
@@ -72,6 +80,7 @@ def sparse_forward(
     lse: Tensor | None = None,
     bias: Tensor | None = None,
     counts: Tensor | None = None,
+    filled: Tensor | None = None,
 ) -> None:
     """Write O^s into `out` (G, R, block_m, D), and the log of each row's denominator into `lse` (G, R, block_m).
 
@@ -79,7 +88,7 @@ def sparse_forward(
     """
     q_flat, k_flat, v_flat, out_flat = (x.flatten(0, 1) for x in (q, k, v, out))
     padding = k.shape[1] * k.shape[2] - length
-    for rows, blocks, ends, hidden in _critical_chunks(q, k, kv_indices, counts):
+    for rows, blocks, ends, hidden in _critical_chunks(q, k, kv_indices, counts, filled):
         gathered = (len(ends), -1, k.shape[3])
         bias_c = None if bias is None else bias.flatten(0, 1)[rows]
         k_c = k_flat.index_select(0, blocks).view(gathered)
@@ -104,6 +113,7 @@ def sparse_backward(
     dbias: Tensor | None = None,
     counts: Tensor | None = None,
     merged: tuple[Tensor, Tensor] | None = None,
+    filled: Tensor | None = None,
 ) -> Tensor:
     """Add to dk and dv, write dbias, and return dq; q comes scaled, and dq is the gradient of that.
 
@@ -115,7 +125,7 @@ def sparse_backward(
     q_flat, k_flat, v_flat, do_flat, dq_flat, dk_flat, dv_flat = (x.flatten(0, 1) for x in (q, k, v, do, dq, dk, dv))
     block = (-1, k.shape[2], k.shape[3])
     padding = k.shape[1] * k.shape[2] - length
-    for rows, blocks, ends, hidden in _critical_chunks(q, k, kv_indices, counts):
+    for rows, blocks, ends, hidden in _critical_chunks(q, k, kv_indices, counts, filled):
         q_c, do_c = q_flat[rows], do_flat[rows]
         gathered = (len(ends), -1, k.shape[3])
         k_c = k_flat.index_select(0, blocks).view(gathered)

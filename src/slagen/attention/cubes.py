@@ -1,0 +1,33 @@
+"""A clip's tokens in cubes of 4 x 4 x 4: how many there are, and whether a sequence is a grid's. No torch here."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from slagen.attention.protocol import Grid
+
+Order = Literal["raster", "cube"]
+
+EDGE = 4  # latent frames, rows and columns of a cube
+CUBE_TOKENS = EDGE**3
+
+
+def num_cubes(grid: Grid) -> int:
+    """N, the cubes that cover a grid; those at its far ends hold fewer tokens where a side is no multiple of 4."""
+    return math.prod(math.ceil(size / EDGE) for size in (grid.num_frames, grid.height, grid.width))
+
+
+def check_tokens(grid: Grid | None, num_tokens: int) -> Grid:
+    """The grid of a sequence. Raises ValueError unless it holds as many tokens."""
+    if grid is None:
+        raise ValueError(
+            f"the grid of {num_tokens} tokens is unknown, and cubes are cut from it. Give its frames, rows and columns."
+        )
+    if grid.num_tokens != num_tokens or min(grid.num_frames, grid.height, grid.width) < 1:
+        sizes = f"{grid.num_frames} x {grid.height} x {grid.width}"
+        raise ValueError(
+            f"a grid of {sizes} has {grid.num_tokens} tokens, but the sequence has {num_tokens}. Give the grid of this "
+            "sequence: frames, rows and columns."
+        )
+    return grid

@@ -1,0 +1,83 @@
+"""Tokens in cube order: the permutation of a grid's tokens, and cubes of 64 rows with true counts.
+
+The 4 x 4 x 4 cubes of a grid are numbered by frames, rows and columns, and so are the tokens in each. A side that is no
+multiple of 4 leaves ragged cubes at its far end. Two layouts hold them:
+
+    sequence  L tokens, nothing added: whole cubes first, then ragged ones, those of one shape together. Code that cuts
+              a sequence into blocks of fixed size takes it as it is: of whole cubes, blocks of 64 are cubes, and blocks
+              of 16 and 32 are one and two frames of a cube; of ragged cubes, a block joins some that are alike.
+    slots     N * 64 rows, cube by cube: the tokens of a cube, then padding, which is not attended to and counts in no
+              mean. Each block is one cube: as FastVideo defines VSA.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slagen.attention.cubes import CUBE_TOKENS, EDGE
+from slagen.attention.protocol import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class CubeOrder:
+    """The cubes of one grid, on one device.
+
+    Args:
+        order: (L,) int64, which token in raster order stands at each place of the sequence.
+        inverse: (L,) int64, the place in the sequence of each token in raster order.
+        slots: (L,) int64, the row of each token in raster order among N * 64.
+        counts: (N,) int64, the tokens of each cube, from 1 to 64.
+        ragged: whether any holds fewer than 64.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    slots: Tensor
+    counts: Tensor
+    ragged: bool
+
+    def means(self, x: Tensor) -> Tensor:
+        """The mean over the tokens of each cube, (..., L, D) -> (..., N, D) float32, or float64. Differentiable."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return to_slots(x, self.slots, len(self.counts)).sum(-2, dtype=dtype) / self.counts[:, None]
+
+    def reordered(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend in cube order: q, k, v and the result (B, H, L, D) in raster order; `attend` gets the sequence."""
+        q, k, v = (x.index_select(2, self.order) for x in (q, k, v))
+        return attend(q, k, v).index_select(2, self.inverse)
+
+
+def to_slots(x: Tensor, slots: Tensor, num_cubes: int) -> Tensor:
+    """(..., L, D) in raster order -> (..., N, 64, D), zeros for padding. Differentiable."""
+    rows = x.new_zeros(*x.shape[:-2], num_cubes * CUBE_TOKENS, x.shape[-1])
+    return rows.index_copy(-2, slots, x).unflatten(-2, (-1, CUBE_TOKENS))
+
+
+def from_slots(cubes: Tensor, slots: Tensor) -> Tensor:
+    """(..., N, 64, D) -> (..., L, D) in raster order, without the padding. Differentiable."""
+    return cubes.flatten(-3, -2).index_select(-2, slots)
+
+
+@functools.lru_cache(maxsize=16)
+def cube_order(grid: Grid, device: torch.device) -> CubeOrder:
+    """The cubes of a grid. Made once for each grid and device: callers in compiled code get it from outside."""
+    with torch.inference_mode(False):
+        sizes = (grid.num_frames, grid.height, grid.width)
+        places = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
+        number, inside = torch.zeros_like(places[0]), torch.zeros_like(places[0])
+        shape = torch.zeros_like(places[0])  # of the cube, as one number
+        for place, size in zip(places, sizes, strict=True):
+            first = place // EDGE * EDGE
+            extent = (size - first).clamp(max=EDGE)
+            number = number * -(-size // EDGE) + place // EDGE
+            inside = inside * extent + place - first
+            shape = shape * (EDGE + 1) + extent
+        number, inside, shape = (x.flatten() for x in (number, inside, shape))
+        slots = number * CUBE_TOKENS + inside
+        in_slots = slots.argsort()
+        order = in_slots[shape[in_slots].argsort(descending=True, stable=True)]
+        counts = number.bincount()
+        return CubeOrder(order, order.argsort(), slots, counts, bool((counts < CUBE_TOKENS).any()))

@@ -1,0 +1,70 @@
+"""`video_sparse_attention`: checks what it is given, and hands it to a backend."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slagen.attention.cubes import check_tokens
+from slagen.attention.order import CubeOrder, cube_order
+from slagen.attention.protocol import Grid
+from slagen.attention.sla.functional import DTYPES
+from slagen.attention.vsa.blockwise import blockwise_attention
+from slagen.attention.vsa.config import Backend, VSAConfig
+from slagen.attention.vsa.reference import reference_attention
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference_attention, "torch": blockwise_attention}
+
+
+def video_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: VSAConfig,
+    grid: Grid | CubeOrder,
+    gate: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend exactly to the best cubes, and, times a gate, coarsely to all: o = O^f + g * O^c.
+
+    The maths is written out at the head of `reference.py`. Means, scores, softmax and sums run in float32, or float64
+    for float64 input, under autocast too. Gradients reach q, k, v and the gate; the choice of cubes has none.
+
+    Args:
+        q, k, v: (B, H, L, D), one of float16, bfloat16, float32 and float64, any strides, tokens in raster order.
+        grid: of the L tokens, or its cubes, on q's device.
+        gate: (B, H, L, D), any floating dtype; None leaves the coarse branch out.
+        backend: "reference" is the definition, with dense masks; "torch", which is "auto", gathers the cubes kept, in
+            bounded memory.
+    Returns: o, (B, H, L, D) in q's dtype.
+    Raises: ValueError if shapes, dtypes, devices or the grid do not fit.
+    """
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.numel() == 0:
+        raise ValueError(
+            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
+            "all must be one (B, H, L, D) with no size 0."
+        )
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; "
+            f"all must be one of {', '.join(map(str, DTYPES))}. Convert them with .to()."
+        )
+    if gate is not None and (gate.shape != q.shape or not gate.is_floating_point()):
+        raise ValueError(
+            f"gate is {tuple(gate.shape)} of {gate.dtype}; it must be {tuple(q.shape)}, floating point, as q is."
+        )
+    chosen = choose_backend(backend)
+    cubes = grid if isinstance(grid, CubeOrder) else cube_order(check_tokens(grid, q.shape[2]), q.device)
+    if len(cubes.slots) != q.shape[2]:
+        raise ValueError(f"the cubes are those of {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give q's grid.")
+    with torch.autocast(q.device.type, enabled=False):
+        return BACKENDS[chosen](q, k, v, config, cubes, gate, q.shape[3] ** -0.5)
+
+
+def choose_backend(name: str) -> Literal["reference", "torch"]:
+    """The backend of a name. Raises ValueError for one that there is not."""
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {name!r}, but vsa attention has auto, {', '.join(BACKENDS)}. Try torch or auto.")
+    return "reference" if name == "reference" else "torch"
