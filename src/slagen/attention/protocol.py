@@ -141,7 +141,8 @@ class Inputs:
         layer: the layer it stands in. Compiled code does not read its `index`: it would be compiled anew for each
             layer, of which torch.compile allows 8.
         context: where in the denoising it is called.
-        hidden_states: (B, L, H * D), what q, k and v were projected from; None where there is none, as in a bench.
+        hidden_states: (B, L, H * D), what q, k and v were projected from; None where the method does not need them and
+            they are not at hand, as in a bench.
         block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, of the sizes that
             the module's `block_sizes` names; None where they would cost something.
         kept: `memory`, handed over outside compiled code as a forward pass begins; None where none has begun.
@@ -173,12 +174,14 @@ class Needs:
         gpu: a CUDA device.
         context: the grid, pass and time embedding of `StepContext`, which hooks on the transformer fill in, and the
             memory of `Inputs`.
+        hidden_states: those of `Inputs`.
     """
 
     training: bool = False
     weights: bool = False
     gpu: bool = False
     context: bool = False
+    hidden_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ class Method:
         choose_backend: (name, head_dim, device, dtype) -> the one that runs. Raises EnvironmentProblem where a named
             one cannot; None takes the name as it is.
         check: (backend, head_dim, device, dtype, config): try the kernels. Raises EnvironmentProblem.
-        parts: (module, q, k, v) -> what a forward pass consists of, each to be timed alone; None times none.
+        parts: (module, q, k, v, inputs) -> what a forward pass consists of, each to be timed alone; None times none.
         parameters: what it adds to the model.
         options: names beside the config's fields that `configure` understands.
         configure: (config, options by name, grid) -> the config for a clip of so many tokens.
@@ -268,7 +271,7 @@ class Method:
     backends: tuple[Backend, ...] = (Backend("auto"),)
     choose_backend: Callable[[str, int, torch.device, torch.dtype], str] | None = None
     check: Callable[[str, int, torch.device, torch.dtype, Any], None] | None = None
-    parts: Callable[[Any, Tensor, Tensor, Tensor], dict[str, Attend]] | None = None
+    parts: Callable[[Any, Tensor, Tensor, Tensor, Inputs], dict[str, Attend]] | None = None
     parameters: tuple[ParameterGroup, ...] = ()
     options: tuple[str, ...] = ()
     configure: Callable[[Any, Mapping[str, Any], Grid], Any] = _with_options

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from slagen.attention import registry
 from slagen.attention.dense.config import BACKENDS
-from slagen.attention.protocol import Method
+from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
 from slagen.errors import UsageError
 from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
@@ -20,11 +20,11 @@ MAX_ELEMENTS = 2**34  # of q, k and v in a bench
 WHAT, HOW = "What to measure", "How to measure"
 # Self-attention calls of real models: batch, heads, tokens, head dimension.
 SHAPES = {
-    "wan-1.3b-480p": (1, 12, 32760, 128),  # 832x480, 81 frames
-    "wan-1.3b-720p": (1, 12, 75600, 128),  # 1280x720, 81 frames
-    "wan-14b-480p": (1, 40, 32760, 128),
-    "wan-14b-720p": (1, 40, 75600, 128),
-    "tiny-wan": (1, 4, 320, 64),
+    "wan-1.3b-480p": (1, 12, Grid(21, 30, 52), 128),  # 832x480, 81 frames: 32760 tokens
+    "wan-1.3b-720p": (1, 12, Grid(21, 45, 80), 128),  # 1280x720, 81 frames: 75600 tokens
+    "wan-14b-480p": (1, 40, Grid(21, 30, 52), 128),
+    "wan-14b-720p": (1, 40, Grid(21, 45, 80), 128),
+    "tiny-wan": (1, 4, Grid(5, 8, 8), 64),
 }
 RandomInit = Literal["wan-1.3b", "wan-14b"]
 OTHERS = ("flex", "cudnn-blocks", "flashinfer-blocks", "sla-public")  # other libraries' sparse attention
@@ -199,7 +199,8 @@ class BenchConfig:
 def parse_shape(text: str) -> tuple[int, int, int, int]:
     """(B, H, L, D) of a name in SHAPES or of "BxHxLxD". Raises UsageError."""
     if text in SHAPES:
-        return SHAPES[text]
+        batch, num_heads, grid, head_dim = SHAPES[text]
+        return batch, num_heads, grid.num_tokens, head_dim
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})x(\d{1,7})x(\d{1,4})", text.strip().lower())
     sizes = tuple(int(number) for number in match.groups()) if match else ()
     if len(sizes) != 4 or 0 in sizes:
@@ -208,3 +209,9 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
             "dimension. Try --shape 1x12x8192x128."
         )
     return sizes  # type: ignore[return-value]
+
+
+def grid_of(shape: str, num_tokens: int) -> Grid:
+    """How so many tokens are arranged: as in the shape where it is of a model and has as many, otherwise in one row."""
+    grid = SHAPES[shape][2] if shape in SHAPES else None
+    return grid if grid is not None and grid.num_tokens == num_tokens else Grid.flat(num_tokens)

@@ -23,6 +23,7 @@ class Setting:
 
     Args:
         own: options that only some methods have, by name.
+        grid: how the tokens are arranged; None is in one row.
     """
 
     config: SLAConfig
@@ -33,6 +34,7 @@ class Setting:
     dtype: torch.dtype
     num_heads: int = 1
     own: Mapping[str, Any] = field(default_factory=dict)
+    grid: Grid | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,7 +85,8 @@ class Contender:
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The exact output, by the reference."""
         if self.record is not None:
-            module, inputs = build_module(self.record, setting, Grid.flat(q.shape[2]))
+            module, inputs = build_module(self.record, setting, q)
+            begin_pass(module, inputs)
             parameters = {name: x.to(q.dtype) for name, x in module.state_dict().items()}
             return self.record.reference(module.config, q, k, v, parameters, inputs)
         parameters = {"proj_l.weight": setting.weight, "proj_l.bias": setting.bias}
@@ -92,8 +95,13 @@ class Contender:
         return record.reference(config, q, k, v, parameters, None)
 
 
-def build_module(record: protocol.Method, setting: Setting, grid: Grid) -> tuple[Any, Inputs]:
-    """A method's module at a setting, its parameters drawn, and what it is told at each call."""
+def build_module(record: protocol.Method, setting: Setting, q: Tensor) -> tuple[Any, Inputs]:
+    """A method's module at a setting, its parameters drawn, and what it is told at each call.
+
+    Args:
+        q: (B, H, L, D), which it will be called with, or alike.
+    """
+    grid = setting.grid or Grid.flat(q.shape[2])
     config = record.configure(record.config(), record.own(setting.options), grid)
     layer = Layer(0, 1, setting.num_heads, setting.weight.shape[0])
     names = [backend.name for backend in record.backends]
@@ -104,9 +112,28 @@ def build_module(record: protocol.Method, setting: Setting, grid: Grid) -> tuple
         for parameter in module.requires_grad_(False).parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn.mul_(parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else drawn)
-    if not record.needs.context:
-        return module, Inputs(layer, StepContext())
-    return module, Inputs(layer, StepContext(position=torch.full((2,), -1)), kept={})
+        hidden_states = _drawn(setting, q, q.shape[2]) if record.needs.hidden_states else None
+        if not record.needs.context:
+            return module, Inputs(layer, StepContext(), hidden_states)
+        context = StepContext(grid=grid, time_embedding=_drawn(setting, q), position=torch.full((2,), -1))
+    return module, Inputs(layer, context, hidden_states, kept={})
+
+
+def _drawn(setting: Setting, q: Tensor, *sizes: int) -> Tensor:
+    """Random (B, *sizes, H * D), alike for q of every dtype."""
+    generator, channels = torch.Generator(q.device).manual_seed(2), q.shape[1] * q.shape[3]
+    drawn = torch.randn(q.shape[0], *sizes, channels, generator=generator, device=q.device)
+    return drawn.to(setting.dtype).to(q.dtype)
+
+
+def begin_pass(module: Any, inputs: Inputs) -> None:
+    """A forward pass begins, as outside a denoising loop: nothing is remembered."""
+    if inputs.kept is None:
+        return  # nobody asks
+    inputs.kept.clear()
+    inputs.context.begin_pass(inputs.context.grid)
+    if hasattr(module, "begin_pass"):
+        module.begin_pass(inputs.context)
 
 
 def unavailable(name: str, reason: str) -> EnvironmentProblem:

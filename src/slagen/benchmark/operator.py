@@ -15,8 +15,8 @@ from torch import Tensor
 from slagen.attention.protocol import Attend, Grid, Unavailable
 from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
 from slagen.benchmark.compare import break_even, even_tokens, with_speedups
-from slagen.benchmark.config import BenchConfig, parse_shape
-from slagen.benchmark.methods import Contender, Setting, build_module, unavailable
+from slagen.benchmark.config import BenchConfig, grid_of, parse_shape
+from slagen.benchmark.methods import Contender, Setting, begin_pass, build_module, unavailable
 from slagen.benchmark.rows import BenchRow, SameTopK
 from slagen.benchmark.tables import BenchResult
 from slagen.errors import SlagenError
@@ -24,7 +24,7 @@ from slagen.io.text import counted
 from slagen.timing import TURNS, Timer
 
 SPARSITIES = (0.8, 0.9, 0.95, 0.97)
-SHORT_LENGTH, SHORT_HEADS = 333, 2  # of the check against the reference
+SHORT_GRID, SHORT_HEADS = Grid(3, 3, 37), 2  # of the check against the reference
 
 
 @dataclass
@@ -63,7 +63,7 @@ def bench_shape(
         for key, method in zip(keys, methods, strict=True):
             if key not in entries:  # dense rows do not depend on the sparsity
                 sizes = (batch, num_heads, tokens, head_dim)
-                entries[key] = _entry(config, method, sizes, sparsity, device, dtype)
+                entries[key] = _entry(config, method, sizes, grid_of(shape, tokens), sparsity, device, dtype)
         compared.append([entries[key] for key in keys])
     for tokens in dict.fromkeys(tokens for tokens, _ in plans):
         _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
@@ -97,8 +97,8 @@ def _distinct_sparsities(
 
 
 def _entry(
-    config: BenchConfig, method: Contender, sizes: tuple[int, int, int, int], sparsity: float, device: torch.device,
-    dtype: torch.dtype,
+    config: BenchConfig, method: Contender, sizes: tuple[int, int, int, int], grid: Grid, sparsity: float,
+    device: torch.device, dtype: torch.dtype,
 ) -> Entry:  # fmt: skip
     """A row without results, and the setting it will be measured in."""
     head_dim = sizes[3]
@@ -106,7 +106,7 @@ def _entry(
     weight = torch.randn(head_dim, head_dim, generator=generator).mul_(head_dim**-0.5).to(device)
     bias = torch.randn(head_dim, generator=generator).to(device)
     own = dict(config.attention_options)
-    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1], own)
+    setting = Setting(config.sla(sparsity), weight, bias, config.backend, device, dtype, sizes[1], own, grid)
     row = BenchRow(
         method.name, method.kind, _backend_name(method, setting, head_dim), "x".join(map(str, sizes)),
         str(dtype).removeprefix("torch."), sparsity if method.takes_sparsity else None,
@@ -208,10 +208,10 @@ def _backend_name(method: Contender, setting: Setting, head_dim: int) -> str:
 
 def _error(method: Contender, setting: Setting, attend: Attend, head_dim: int) -> float:
     """The largest error to the float64 reference on a short sequence, in units of the largest output."""
-    sizes = (1, SHORT_HEADS, SHORT_LENGTH, head_dim)
+    sizes = (1, SHORT_HEADS, SHORT_GRID.num_tokens, head_dim)
     q, k, v, _ = draw(1, sizes, setting.device, setting.dtype)[0]
     if method.record is not None:  # what a module learned for each head is of so many heads
-        setting = dataclasses.replace(setting, num_heads=SHORT_HEADS)
+        setting = dataclasses.replace(setting, num_heads=SHORT_HEADS, grid=SHORT_GRID)
         attend = method.make(setting)
     with torch.inference_mode():
         actual = attend(q, k, v).double()
@@ -226,6 +226,8 @@ def _time_parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) 
     record = entry.method.record
     assert record is not None and record.parts is not None
     with torch.inference_mode():
-        module, _ = build_module(record, entry.setting, Grid.flat(entry.sizes[2]))
-        made = record.parts(module, *inputs[0][:3])
+        q, k, v = inputs[0][:3]
+        module, told = build_module(record, entry.setting, q)
+        begin_pass(module, told)
+        made = record.parts(module, q, k, v, told)
     return {name: median_ms(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}

@@ -10,8 +10,8 @@ from torch import Tensor
 from slagen.attention import protocol, registry
 from slagen.attention.dense.kernels import dense_kernel
 from slagen.attention.dense.method import DENSE
-from slagen.attention.protocol import Attend, Grid, Inputs
-from slagen.benchmark.methods import Contender, Setting, build_module
+from slagen.attention.protocol import Attend, Inputs
+from slagen.benchmark.methods import Contender, Setting, begin_pass, build_module
 from slagen.benchmark.other_libraries import OTHER_LIBRARIES
 
 
@@ -21,11 +21,9 @@ def _own(record: protocol.Method) -> Callable[[Setting], Attend]:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if not made:
-                made.append(build_module(record, setting, Grid.flat(q.shape[2])))
+                made.append(build_module(record, setting, q))
             module, inputs = made[0]
-            if record.needs.context:
-                inputs.memory.clear()  # as outside a denoising loop
-                inputs.context.begin_pass(Grid.flat(q.shape[2]))
+            begin_pass(module, inputs)
             return module(q, k, v, inputs)  # type: ignore[no-any-return]
 
         return attend

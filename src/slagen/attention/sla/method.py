@@ -54,7 +54,7 @@ def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype
     check_kernels(backend, head_dim, device, dtype, config)
 
 
-def _parts(module: Any, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+def _parts(module: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Any]:
     from slagen.attention.sla.stages import stages
 
     return stages(module, q, k, v)
