@@ -7,6 +7,8 @@ import torch
 from finetune_runs import settings
 from wan_models import save_pipeline
 
+from slagen.attention import registry
+from slagen.attention.protocol import Needs
 from slagen.errors import UsageError, WeightsError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
@@ -32,6 +34,12 @@ def test_what_cannot_train_is_refused(toy, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="Leave --optimizer out"):
         setup.check_setup(settings(model, tmp_path, data=data, optimizer="adamw8bit"), tmp_path, split, print)
     alone = Team(0, 1, split.device, "alone")
+    with monkeypatch.context() as patch:  # before a model is loaded
+        gated = dataclasses.replace(registry.get("sla"), needs=Needs(hidden_states=True))
+        patch.setitem(registry.METHODS, "sla", gated)
+        assert setup.check_setup(settings(model, tmp_path, data=data), tmp_path, alone, print).method is gated
+        with pytest.raises(UsageError, match="hidden states of all tokens of a layer in one .* Leave --context-paral"):
+            setup.check_setup(settings(model, tmp_path, data=data, context_parallel=2), tmp_path, alone, print)
     checked = setup.check_setup(settings(model, tmp_path, data=data), tmp_path, alone, print)
     checked = dataclasses.replace(checked, config=dataclasses.replace(checked.config, context_parallel=5))
     with pytest.raises(UsageError, match="which cannot be divided evenly among 5 processes"):

@@ -174,7 +174,8 @@ class Needs:
         gpu: a CUDA device.
         context: the grid, pass and time embedding of `StepContext`, which hooks on the transformer fill in, and the
             memory of `Inputs`.
-        hidden_states: those of `Inputs`.
+        hidden_states: those of `Inputs`, of all tokens.
+        all_heads: q, k and v of all heads of the layer, as where parameters are of one head.
     """
 
     training: bool = False
@@ -182,6 +183,7 @@ class Needs:
     gpu: bool = False
     context: bool = False
     hidden_states: bool = False
+    all_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -307,6 +309,15 @@ class Method:
         raise UsageError(
             f"backend is {shown(name)}, but {self.name} attention has {', '.join(names)}. Leave --backend out for auto."
         )
+
+    def check_context_parallel(self) -> None:
+        """Raise UsageError where processes that share a clip's tokens, and each layer's heads, cannot run it."""
+        missing = ["the hidden states of all tokens"] * self.needs.hidden_states + ["all heads"] * self.needs.all_heads
+        if missing:
+            raise UsageError(
+                f"{self.name} attention needs {' and '.join(missing)} of a layer in one process, and "
+                "context_parallel shares them out. Leave --context-parallel out."
+            )
 
     def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
         """The backend that runs. Raises EnvironmentProblem where a named one cannot."""

@@ -108,6 +108,8 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     heads = weights.source.shape.num_heads
     if heads % config.context_parallel:
         raise UsageError(f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads.")
+    if config.context_parallel > 1:
+        method.check_context_parallel()
     if not is_dense:
         about = weights.source.head_dim, team.device, recipe.dtype
         assert method.check is not None

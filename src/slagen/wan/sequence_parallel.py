@@ -70,8 +70,11 @@ def split_tokens(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -
 
     All of them must call it on the same inputs. Each then has the gradients of its own tokens, to be summed.
 
-    Raises: UsageError where the heads do not divide; the first forward pass does where the tokens do not.
+    Raises: UsageError where the heads do not divide, or the attention method needs all of them; the first forward pass
+        does where the tokens do not divide.
     """
+    for block in transformer.blocks:
+        block.attn1.processor.method.check_context_parallel()
     parts, heads = dist.get_world_size(group), transformer.config.num_attention_heads
     if heads % parts:
         raise UsageError(f"context_parallel is {parts}, but must divide the model's {heads} heads.")
