@@ -1,0 +1,158 @@
+"""The two branches of SLA2 block by block, as one operator for PyTorch with its gradients.
+
+Its pieces are those of SLA: `blockwise_sparse.py`, `blockwise_linear.py` and `blocks.py`. What bounds the memory there
+bounds it here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slagen.attention.sla.blocks import from_blocks, head_groups, query_runs, rows_of_run, to_blocks
+from slagen.attention.sla.blockwise_linear import key_states, linear_backward, linear_rows, states_backward
+from slagen.attention.sla.blockwise_sparse import sparse_backward, sparse_forward
+from slagen.attention.sla.config import SLAConfig
+
+
+def blockwise_branches(
+    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, log_kept: Tensor | None, rest: Tensor, config: SLAConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attend exactly to the listed blocks, and linearly to the rest. Differentiable once.
+
+    Args:
+        q, k, v: (B, H, L, D), any floating dtype; k may have another than q and v.
+        kv_indices: (B, H, M, topk) int64, ascending.
+        log_kept: (B, H, M, topk), log of the degree to which each of these is kept; None is 0.
+        rest: (B, H, M, N), bool, or the log of the degree to which each block enters the linear branch.
+        config: its block sizes count.
+    Returns: o_sparse and o_linear, (B, H, L, D), and the log of the sparse branch's denominator, (B, H, L); float32, or
+        float64 for float64.
+    """
+    return _forward(q, k, v, kv_indices, log_kept, rest, config.block_m, config.block_n, scale)
+
+
+def _config(block_m: int, block_n: int) -> SLAConfig:
+    return SLAConfig(linear_domain="marginal", block_m=block_m, block_n=block_n)
+
+
+@torch.library.custom_op("slagen::sla2_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    log_kept: Tensor | None,
+    rest: Tensor,
+    block_m: int,
+    block_n: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    config, length = _config(block_m, block_n), q.shape[2]
+    o_sparse, o_linear, lse = _outputs(q)
+    for heads in head_groups(q):
+        k_j, v_j = to_blocks(k[heads], block_n), to_blocks(v[heads], block_n)
+        z, means = key_states(k_j, v_j, config, length)
+        for run, tokens in query_runs(q, block_m):
+            q_i = to_blocks(q[heads][:, :, tokens], block_m)
+            o_i, lse_i = torch.empty_like(q_i), torch.empty_like(q_i[..., 0])
+            indices, bias = rows_of_run(kv_indices, heads, run), _rows(log_kept, heads, run)
+            sparse_forward(q_i * scale, k_j, v_j, indices, length, o_i, lse=lse_i, bias=bias)
+            from_blocks(o_i, o_sparse[heads][:, :, tokens])
+            from_blocks(lse_i[..., None], lse[heads][:, :, tokens, None])
+            *_, o_i = linear_rows(q_i, z, means, rows_of_run(rest, heads, run), config)
+            from_blocks(o_i, o_linear[heads][:, :, tokens])
+    return o_sparse, o_linear, lse
+
+
+@_forward.register_fake
+def _(q, k, v, kv_indices, log_kept, rest, block_m, block_n, scale):
+    return _outputs(q)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return *(torch.empty_like(q, dtype=dtype) for _ in range(2)), q.new_empty(q.shape[:3], dtype=dtype)  # type: ignore[return-value]
+
+
+def _rows(x: Tensor | None, heads: tuple[slice, slice], run: slice) -> Tensor | None:
+    return None if x is None else rows_of_run(x, heads, run)
+
+
+@torch.library.custom_op("slagen::sla2_backward", mutates_args=())
+def _backward(
+    do_sparse: Tensor,
+    do_linear: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_indices: Tensor,
+    log_kept: Tensor | None,
+    rest: Tensor,
+    block_m: int,
+    block_n: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, and those of log_kept and rest, empty where there is none."""
+    config, length = _config(block_m, block_n), q.shape[2]
+    grads = dq, dk, dv, dkept, drest = _gradients(q, k, v, log_kept, rest)
+    with torch.autocast(q.device.type, enabled=False):
+        for heads in head_groups(q):
+            k_j, v_j = to_blocks(k[heads], block_n), to_blocks(v[heads], block_n)
+            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
+            z, means = key_states(k_j, v_j, config, length)
+            dstates = means.new_zeros(*means.shape[:3], means.shape[3] + 1)
+            for run, tokens in query_runs(q, block_m):
+                q_i, do_i, do_l, dlse_i = (
+                    to_blocks(x[heads][:, :, tokens], block_m) for x in (q, do_sparse, do_linear, dlse[..., None])
+                )
+                indices, bias = rows_of_run(kv_indices, heads, run), _rows(log_kept, heads, run)
+                dbias = None if bias is None else torch.empty_like(bias)
+                dq_i = sparse_backward(
+                    q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j,
+                    dlse=dlse_i[..., 0], bias=bias, dbias=dbias,
+                ).mul_(scale)  # fmt: skip
+                rest_i = rows_of_run(rest, heads, run)
+                drest_i = None if rest_i.dtype == torch.bool else torch.empty_like(rest_i)
+                dq_i += linear_backward(q_i, z, means, rest_i, config, do_l, dstates, drest_i)[0]
+                from_blocks(dq_i, dq[heads][:, :, tokens])
+                for d, own in ((dkept, dbias), (drest, drest_i)):
+                    if own is not None:
+                        d[heads][:, :, run] = own.view_as(d[heads][:, :, run])
+            states_backward(k_j, v_j, config, length, z, dstates, dk_j, dv_j)
+            from_blocks(dk_j, dk[heads])
+            from_blocks(dv_j, dv[heads])
+    return grads
+
+
+@_backward.register_fake
+def _(do_sparse, do_linear, dlse, q, k, v, kv_indices, log_kept, rest, block_m, block_n, scale):
+    return _gradients(q, k, v, log_kept, rest)
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, log_kept: Tensor | None, rest: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        *(torch.empty_like(x) for x in (q, k, v)),
+        q.new_empty(0) if log_kept is None else torch.empty_like(log_kept),
+        q.new_empty(0) if rest.dtype == torch.bool else torch.empty_like(rest),
+    )  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, block_m, block_n, scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = block_m, block_n, scale
+
+
+def _autograd(ctx: Any, do_sparse: Tensor, do_linear: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, _, _, log_kept, rest = saved = ctx.saved_tensors
+    dq, dk, dv, dkept, drest = _backward(do_sparse, do_linear, dlse, *saved, *ctx.options)
+    none = (None,) * 3
+    return dq, dk, dv, None, None if log_kept is None else dkept, None if rest.dtype == torch.bool else drest, *none
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

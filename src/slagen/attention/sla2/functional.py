@@ -1,0 +1,202 @@
+"""`sla2_attention`: checks what it is given, and hands it to a backend."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slagen.attention.sla.block_map import MARGINAL, block_map, block_means, critical_indices
+from slagen.attention.sla.config import Backend
+from slagen.attention.sla.functional import BACKENDS, check_qkv, pick_scale, sparse_linear_attention
+from slagen.attention.sla.functional import choose_backend as choose_sla_backend
+from slagen.attention.sla2.blockwise import blockwise_branches
+from slagen.attention.sla2.config import SLA2Config
+from slagen.attention.sla2.reference import reference_attention
+from slagen.attention.sla2.soft_topk import soft_topk
+
+Branches = tuple[Tensor, Tensor, Tensor]  # O^s and O^l, (B, H, L, D), and the logits of a, broadcast to them
+
+
+def sla2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: SLA2Config,
+    router_q: Tensor,
+    router_k: Tensor,
+    logit: Tensor,
+    *,
+    scale: float | None = None,
+    soft: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attend exactly to the key blocks that the router chooses, linearly to all others, and mix: a O^s + (1 - a) O^l.
+
+    The maths is written out at the head of `reference.py`. All of it runs in float32, or float64 for float64 input,
+    under autocast too. Gradients reach q, k, v and logit; router_q and router_k only where blocks are kept by degrees.
+
+    Args:
+        q, k, v: (B, H, L, D), one of float16, bfloat16, float32 and float64, any L >= 1, any strides.
+        router_q, router_k: (D, D) as in `F.linear`, any floating dtype: Wq and Wk.
+        logit: (H, config.mixing_blocks), any floating dtype.
+        scale: factor on q @ k^T before softmax, above 0; None is D ** -0.5.
+        soft: keep every block by a degree, as in training of the router: at the cost of dense attention.
+        backend: "reference" is the definition, with dense masks; "torch" works block by block, in bounded memory;
+            "triton" runs SLA's fused kernels, once for each branch, where blocks are kept whole and `config.mixing` is
+            "learned". "auto" is "triton" on CUDA where it can be, otherwise "torch".
+    Returns: o, (B, H, L, D) in q's dtype.
+    Raises: ValueError if shapes, dtypes, devices or options do not fit.
+    """
+    check_qkv(q, k, v)
+    for name, weight in (("router_q", router_q), ("router_k", router_k)):
+        _check_weight(name, weight, (q.shape[3], q.shape[3]), q)
+    chosen = choose_backend(q, config, soft, backend)
+    if chosen == "reference":
+        _check_weight("logit", logit, (q.shape[1], config.mixing_blocks), q)
+        scale = pick_scale(q, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference_attention(q, k, v, config, router_q, router_k, logit, scale, soft)
+    with torch.autocast(q.device.type, enabled=False):
+        keys = smoothed(k, config)
+        q_means, k_means = block_means(q, config.block_m), block_means(keys, config.block_n)
+        routed = F.linear(q_means, router_q.to(q_means.dtype)), F.linear(k_means, router_k.to(k_means.dtype))
+        return routed_attention(q, keys, v, config, *routed, logit, scale=scale, soft=soft, backend=chosen)
+
+
+def smoothed(k: Tensor, config: SLA2Config) -> Tensor:
+    """The keys (B, H, L, D) in float32, or float64, without their mean where the config says so."""
+    k = k.to(torch.promote_types(k.dtype, torch.float32))
+    return k - k.mean(2, keepdim=True) if config.smooth_keys else k
+
+
+def routed_attention(
+    q: Tensor,
+    keys: Tensor,
+    v: Tensor,
+    config: SLA2Config,
+    q_routed: Tensor,
+    k_routed: Tensor,
+    logit: Tensor,
+    *,
+    scale: float | None = None,
+    soft: bool = False,
+    backend: Literal["torch", "triton"],
+) -> Tensor:
+    """`sla2_attention` after the router: of `smoothed` keys, and the means that went through Wq and Wk.
+
+    Args:
+        q_routed, k_routed: (B, H, M, D) and (B, H, N, D), in the dtype of `keys`.
+    """
+    _check_weight("logit", logit, (q.shape[1], config.mixing_blocks), q)
+    scale = pick_scale(q, scale)
+    everything = config.sla.num_critical(k_routed.shape[2]) == k_routed.shape[2]
+    branches = (
+        _triton_branches if backend == "triton" else _soft_branches if soft and not everything else _hard_branches
+    )
+    o_sparse, o_linear, logits = branches(q, keys, v, config, q_routed, k_routed, logit, scale)
+    if everything:  # the linear branch has no term
+        return o_sparse.to(q.dtype)
+    return (logits.sigmoid() * o_sparse + (-logits).sigmoid() * o_linear).to(q.dtype)
+
+
+def choose_backend(
+    q: Tensor, config: SLA2Config, soft: bool, backend: Backend = "auto"
+) -> Literal["reference", "torch", "triton"]:
+    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot take them."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
+    if soft or config.mixing == "mass":
+        if backend == "triton":
+            reason = "blocks are kept by degrees" if soft else "mixing is 'mass'"
+            raise ValueError(f"backend is 'triton', but {reason}, which has no kernels. Try torch or auto.")
+        return "torch" if backend == "auto" else backend
+    return choose_sla_backend(q, backend)
+
+
+def _check_weight(name: str, weight: Tensor, shape: tuple[int, int], q: Tensor) -> None:
+    if weight.shape != shape or not weight.is_floating_point() or weight.device != q.device:
+        raise ValueError(
+            f"{name} is {tuple(weight.shape)} of {weight.dtype} on {weight.device}; for q of {tuple(q.shape)} it must "
+            f"be {shape}, floating point, on {q.device}."
+        )
+
+
+def _scores(q_routed: Tensor, k_routed: Tensor) -> Tensor:
+    """The router's scores (B, H, M, N) without gradient, as SLA ranks them."""
+    scores = q_routed.detach() @ k_routed.detach().mT
+    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _hard_branches(
+    q: Tensor, keys: Tensor, v: Tensor, config: SLA2Config, q_routed: Tensor, k_routed: Tensor, logit: Tensor,
+    scale: float,
+) -> Branches:  # fmt: skip
+    scores, sla = _scores(q_routed, k_routed), config.sla
+    kv_indices, rest = critical_indices(scores, sla), block_map(scores, sla) == MARGINAL
+    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, kv_indices, None, rest, sla, scale)
+    return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)
+
+
+def _soft_branches(
+    q: Tensor, keys: Tensor, v: Tensor, config: SLA2Config, q_routed: Tensor, k_routed: Tensor, logit: Tensor,
+    scale: float,
+) -> Branches:  # fmt: skip
+    scores = q_routed @ k_routed.mT
+    every = torch.arange(scores.shape[3], device=q.device).expand(scores.shape)
+    logs = soft_topk(scores * (scale / config.router_tau), config.sla.num_critical(scores.shape[3]))
+    kept, rest = F.logsigmoid(logs), F.logsigmoid(-logs)
+    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, every, kept, rest, config.sla, scale)
+    return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)
+
+
+def _triton_branches(
+    q: Tensor, keys: Tensor, v: Tensor, config: SLA2Config, q_routed: Tensor, k_routed: Tensor, logit: Tensor,
+    scale: float,
+) -> Branches:  # fmt: skip
+    """SLA's kernels, which rank blocks by the means that they are given: those that went through the router."""
+    means = tuple(x.detach().float().flatten(0, 1).contiguous() for x in (q_routed, k_routed))
+    unprojected, k = torch.eye(q.shape[3], device=q.device), keys.to(q.dtype)
+
+    def attend(branches: Literal["sparse", "linear"]) -> Tensor:
+        weight = None if branches == "sparse" else unprojected
+        o = sparse_linear_attention(
+            q, k, v, config.sla, weight, scale=scale, backend="triton", branches=branches,
+            block_means=means,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return o.to(keys.dtype)
+
+    return attend("sparse"), attend("linear"), _learned_logits(q, config, logit)
+
+
+def _logits(
+    q: Tensor, keys: Tensor, config: SLA2Config, logit: Tensor, lse: Tensor, rest: Tensor, scale: float
+) -> Tensor:
+    """The logits of a: (B, H, L, 1), or (1, H, 1 or L, 1)."""
+    return (
+        _mass_logits(q, keys, config, lse, rest, scale)
+        if config.mixing == "mass"
+        else _learned_logits(q, config, logit)
+    )
+
+
+def _learned_logits(q: Tensor, config: SLA2Config, logit: Tensor) -> Tensor:
+    num_rows = config.sla.num_blocks(q.shape[2])[0]
+    logit = logit[None].to(torch.promote_types(q.dtype, torch.float32))
+    if logit.shape[2] == 1:
+        return logit[..., None]
+    if logit.shape[2] != num_rows:
+        logit = F.interpolate(logit, num_rows, mode="linear")
+    return logit.repeat_interleave(config.block_m, 2)[:, :, : q.shape[2], None]
+
+
+def _mass_logits(q: Tensor, keys: Tensor, config: SLA2Config, lse: Tensor, rest: Tensor, scale: float) -> Tensor:
+    """The logits of the sparse branch's share in a softmax where each other block is n copies of its mean key."""
+    length, (num_rows, num_columns) = q.shape[2], rest.shape[2:]
+    sizes = torch.full((num_columns,), config.block_n, dtype=lse.dtype, device=q.device)
+    sizes[-1] = length - (num_columns - 1) * config.block_n
+    logs = (rest.to(lse.dtype).log() if rest.dtype == torch.bool else rest) + sizes.log()
+    padded = F.pad(q.to(lse.dtype) * scale, (0, 0, 0, num_rows * config.block_m - length))
+    rows = padded.unflatten(2, (num_rows, config.block_m)) @ block_means(keys, config.block_n).mT[:, :, None]
+    estimated = (rows + logs[:, :, :, None]).logsumexp(-1).flatten(2)[:, :, :length]
+    return (lse - estimated)[..., None]

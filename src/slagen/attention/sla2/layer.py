@@ -1,0 +1,92 @@
+"""SLA2 as a layer of a transformer, with the router and the weights of the branches that it learns."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from slagen.attention.protocol import Inputs
+from slagen.attention.sla.block_map import block_means
+from slagen.attention.sla.config import Backend
+from slagen.attention.sla2.config import SLA2Config
+from slagen.attention.sla2.functional import choose_backend, routed_attention, sla2_attention, smoothed
+
+START = math.log(9)  # the logit of a = 0.9
+
+
+class _IdentityLinear(nn.Linear):
+    """A linear layer without bias that starts as the identity."""
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.weight)
+
+
+class _Mix(nn.Module):
+    """The logits (H, mixing_blocks) of the exact branch's weight."""
+
+    def __init__(self, num_heads: int, num_blocks: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.full((num_heads, num_blocks), START, dtype=torch.float32, device=device))
+
+    def forward(self) -> Tensor:
+        return self.logit
+
+
+class SLA2(nn.Module):
+    """SLA2 in one layer: exact attention to the blocks that the router chooses, linear attention to all others.
+
+    `router_q` and `router_k` (D x D, without bias, float32, shared by all heads) start as the identity, so that a fresh
+    module keeps the blocks that SLA keeps. `mix.logit` (H, mixing_blocks) starts where the exact branch weighs 0.9.
+    Making it draws no random numbers.
+
+    `soft` is False, and True in the stage that trains the router: blocks are then kept by degrees, which let gradients
+    through.
+
+    Args:
+        head_dim, num_heads: D and H of the q, k, v to come.
+        config: how to divide the work; None is `SLA2Config()`.
+        backend: as in `sla2_attention`.
+        device: where the weights are made; None is torch's default.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_heads: int,
+        config: SLA2Config | None = None,
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config or SLA2Config()
+        self.backend = backend
+        self.soft = False
+        self.router_q = _IdentityLinear(head_dim, head_dim, bias=False, dtype=torch.float32, device=device)
+        self.router_k = _IdentityLinear(head_dim, head_dim, bias=False, dtype=torch.float32, device=device)
+        self.mix = _Mix(num_heads, self.config.mixing_blocks, device)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs | None = None) -> Tensor:
+        """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype."""
+        chosen = choose_backend(q, self.config, self.soft, self.backend)
+        if chosen == "reference":
+            weights = self.router_q.weight, self.router_k.weight, self.mix()
+            return sla2_attention(q, k, v, self.config, *weights, soft=self.soft, backend=chosen)
+        with torch.autocast(q.device.type, enabled=False):
+            keys = smoothed(k, self.config)
+            q_routed = _routed(self.router_q, block_means(q, self.config.block_m))
+            k_routed = _routed(self.router_k, block_means(keys, self.config.block_n))
+            logit = self.mix()
+            return routed_attention(q, keys, v, self.config, q_routed, k_routed, logit, soft=self.soft, backend=chosen)
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, backend={self.backend!r}, soft={self.soft}"
+
+
+def _routed(router: nn.Module, means: Tensor) -> Tensor:
+    """The means through a layer in whatever dtype its weight has, if it has one."""
+    weight = getattr(router, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else means.dtype
+    return router(means.to(dtype)).to(means.dtype)  # type: ignore[no-any-return]
