@@ -290,7 +290,7 @@ def test_an_option_of_a_method_is_an_option_of_the_command_line(command, capsys)
         with pytest.raises(IndexError):  # no config is made
             command(name, "--help")
         shown = " ".join(capsys.readouterr().out.split())
-        assert shown.count("--window <int> Frames on each side. Of window and rings attention.") == 1, name
+        assert shown.count("--window <int> Frames on each side. For window and rings attention.") == 1, name
         assert shown.count("--closed / --no-closed") == 1 and "--secret" not in shown, name
 
 
@@ -425,7 +425,7 @@ def test_a_name_is_taken_once(toy):
 def test_a_shared_name_means_the_same(toy):
     """The command line took the first method's kind and help, and files the first one's parameters."""
     deep = dataclasses.make_dataclass("Deep", [("window", float, option(1.0, "Share of the frames."))], frozen=True)
-    with pytest.raises(ValueError, match="window is an option of deep and of window attention, of another kind"):
+    with pytest.raises(ValueError, match="window is an option of window attention too, but of another type or help"):
         registry.register(Method(**{**vars(TOY), "name": "deep", "config": deep}))
     with pytest.raises(ValueError, match="proj_l is a parameter group of deep and of sla attention"):
         registry.register(Method(**{**vars(TOY), "name": "deep", "parameters": (ParameterGroup("proj_l"),)}))

@@ -325,7 +325,7 @@ def test_the_original_folder_names_the_way_out(tmp_path):
 
 def test_another_size_of_model_is_refused(state, tmp_path):
     larger = build_transformer(num_heads=4, head_dim=64, num_layers=3)
-    with pytest.raises(WeightsError, match="2 layers of width 128, but the model is one of 3 layers of width 256"):
+    with pytest.raises(WeightsError, match="2 layers of width 128, but the model has 3 layers of width 256"):
         load(read_checkpoint(write(tmp_path / "x.pth", wan(state))), config_of(larger), torch.float32)
 
 
@@ -498,7 +498,7 @@ def test_a_merge_says_how_many_tensors_changed(state, tmp_path):
     """Of the same model before and after it said that all of them had."""
     base, told = str(write(tmp_path / "base.safetensors", wan(state))), list[str]()
     merge(base, str(tmp_path / "same.safetensors"), diff_base=base, diff_target=base, on_note=told.append)
-    assert told == ["nothing changed: every merged tensor is as in the base"]
+    assert told == ["nothing changed: every merged tensor equals the one of the base"]
     name = next(name for name, tensor in wan(state).items() if tensor.any())
     after = str(write(tmp_path / "after.safetensors", {**wan(state), name: 2 * wan(state)[name]}))
     merge(base, str(tmp_path / "new.safetensors"), diff_base=base, diff_target=after, on_note=told.append)

@@ -119,7 +119,9 @@ def test_other_quantisations_are_named(extra, kind, state, tmp_path):  # noqa: F
     content = {**forms.comfy_quant(state), **{f"blocks.0.ffn.0.{name}": x for name, x in extra.items()}}
     path = write(tmp_path / "x.safetensors", content)
     for read in (peek, read_checkpoint):
-        with pytest.raises(WeightsError, match=f"(is quantised in a form that|{kind}).*It reads fp8 and int8"):
+        with pytest.raises(
+            WeightsError, match=f"(is quantised in a form that|{kind}).*It reads GGUF, and fp8 and int8"
+        ):
             read(path)
 
 
@@ -205,7 +207,7 @@ def test_dictionaries_without_end_are_refused(tmp_path):
     shared: dict = {"nothing": {}}
     for _ in range(7):
         shared = dict.fromkeys(map(str, range(100)), shared)  # 10 ** 14 ways to the end
-    for content, words in ((endless, "without end"), (deep, "without end"), (shared, "without end")):
+    for content, words in ((endless, "in each other"), (deep, "in each other"), (shared, "in each other")):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(WeightsError, match=words):
             read_checkpoint(tmp_path / "x.pt")
@@ -249,7 +251,7 @@ def test_other_kinds_are_named_in_one_sentence(state, base, tmp_path, capsys):  
             assert "ive " in str(caught.value), what
     assert info(str(path)).meaning.startswith("this is a transformer with a LoRA")
     assert run(["generate", "a red circle", "--model", str(base), "--weights", str(path)] + QUIET) == 5
-    assert "never merged" in capsys.readouterr().err
+    assert "not merged into its weights" in capsys.readouterr().err
     vae = write(tmp_path / "vae.pth", {"encoder.downsamples.0.downsamples.0.residual.0.gamma": torch.zeros(2)})
     with pytest.raises(WeightsError, match="TI2V-5B"):
         load_vae(vae, None)
@@ -278,9 +280,9 @@ def test_folders_of_wan22_are_named(base, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("name", "metadata", "words"),
     [
-        ("wan2.2_t2v_high_noise_14B_bf16", {}, "Wan2.2 A14B is two transformers"),
-        ("model", {"modelspec.title": "Wan2.2-T2V-A14B low noise"}, "Wan2.2 A14B is two transformers"),
-        ("SkyReels-V2-DF-14B-540P", {}, "sampled piece by piece"),
+        ("wan2.2_t2v_high_noise_14B_bf16", {}, "Wan2.2 A14B consists of two transformers"),
+        ("model", {"modelspec.title": "Wan2.2-T2V-A14B low noise"}, "Wan2.2 A14B consists of two transformers"),
+        ("SkyReels-V2-DF-14B-540P", {}, "sampling chunk by chunk"),
         ("wan2.1_t2v_1.3B_lightx2v_4step", {}, "Try --steps 4 --guidance-scale 1"),
         ("self_forcing_dmd", {}, "Try --steps 4 --guidance-scale 1"),
     ],
@@ -389,11 +391,11 @@ def test_sla_weights_without_their_settings_are_asked_for(saved, tmp_path, capsy
     found = peek(path)
     assert found.untold and found.sla is None and found.sampler is None
     assert run(["generate", "a red circle", "--model", str(saved / "base"), "--weights", str(path)] + QUIET) == 5
-    assert "nothing says what they were trained with" in capsys.readouterr().err.replace("\n", " ")
+    assert "without the settings that they were trained with" in capsys.readouterr().err.replace("\n", " ")
     assert plan_of(model=str(saved / "base"), weights=str(path), attention="dense").sla is None
-    with pytest.raises(WeightsError, match="nothing says"):
+    with pytest.raises(WeightsError, match="without the settings"):
         convert(str(path), str(tmp_path / "out"))
-    assert info(str(path)).sla and "nothing says" in info(str(path)).notes[0]
+    assert info(str(path)).sla and "without the settings" in info(str(path)).notes[0]
 
 
 def test_convert_and_merge_carry_the_settings(saved, state, tmp_path):  # noqa: F811

@@ -278,7 +278,7 @@ def test_the_bundled_model_is_of_the_forms():
         ("transformer/config.json", {"num_layers": 10**9}, '"num_layers" is 1000000000, but must be a whole'),
         ("transformer/config.json", {"patch_size": 2}, '"patch_size" is a number, but must be a list of three'),
         ("vae/config.json", {"latents_std": [0.0] * 16}, '"latents_std" is a list, but'),
-        ("vae/config.json", {"latents_mean": [0.0]}, '"latents_mean" has not 16 numbers'),
+        ("vae/config.json", {"latents_mean": [0.0]}, '"latents_mean" must have 16 numbers'),
         ("text_encoder/config.json", {"vocab_size": "x"}, '"vocab_size" is text'),
         ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**9}, '"num_train_timesteps" is 1000000000'),
         ("slagen.json", {"steps": [1]}, "steps is a list"),

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from slagen.attention.cost import ModelShape
 
-NO_PASS = "no forward pass has begun. A method that reads this says needs=Needs(context=True)."
+NO_PASS = (
+    "no forward pass has begun. A method that reads the context must be registered with needs=Needs(context=True)."
+)
 
 Attend = Callable[..., Any]  # q, k, v, each (B, H, L, D) -> o (B, H, L, D), or what a timed part makes of them
 Family = Literal["dense", "sparse", "sla"]

@@ -38,8 +38,8 @@ def _check_shared(method: Method, other: Method) -> None:
         known = options.get(setting.field, setting)
         if setting.about.help and (setting.kind, setting.about) != (known.kind, known.about):
             raise ValueError(
-                f"{setting.field} is an option of {method.name} and of {other.name} attention, of another kind or with "
-                "another help. Describe it alike, or give it another name."
+                f"{setting.field} is an option of {other.name} attention too, but of another type or help. "
+                f"Use the same type and help in {method.name} attention, or another name."
             )
     for name in {group.name for group in method.parameters} & {group.name for group in other.parameters}:
         raise ValueError(
@@ -83,7 +83,7 @@ def own_settings(config: type) -> list[Setting]:
     for method in METHODS.values():
         for setting in settings_of(method.config):
             if setting.about.help and not {setting.field, setting.name} & taken:
-                help = f"{setting.about.help} Of {' and '.join(with_option(setting.field))} attention."
+                help = f"{setting.about.help} For {' and '.join(with_option(setting.field))} attention."
                 about = dataclasses.replace(setting.about, help=help)
                 found.setdefault(setting.field, dataclasses.replace(setting, default=None, about=about))
     return list(found.values())

@@ -36,17 +36,15 @@ def check_pickle(content: Any, path: Path) -> None:
         if not level or values + len(level) > MAX_VALUES:
             break
     if level:
-        raise WeightsError(
-            f"{path} holds containers that are nested too deeply, or without end. Get it from its authors again."
-        )
+        raise WeightsError(f"{path} holds containers that are nested too deeply, or in each other. Download it again.")
 
 
 def _check_tensor(tensor: Tensor, path: Path) -> None:
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise WeightsError(
-            f"{path} holds a tensor of shape {tuple(tensor.shape)} that is not stored in full, one number after the "
-            "other. Get it from its authors again."
+            f"{path} holds a tensor of shape {tuple(tensor.shape)} that is not stored contiguously and in full. "
+            "Download it again."
         )
 
 

@@ -27,9 +27,9 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     width = shapes.get("patch_embedding.bias", torch.Size((checkpoint.width,)))[0]
     if checkpoint.width and checkpoint.width != width:
         raise WeightsError(
-            f"{checkpoint.path} is a transformer of {counted(checkpoint.num_layers, 'layer')} of width "
-            f"{checkpoint.width}, but the model is one of {counted(num_layers, 'layer')} of width "
-            f"{width}. Give its own model: --model {preset_of_width(checkpoint.width) or 'FOLDER'}."
+            f"{checkpoint.path} is a transformer with {counted(checkpoint.num_layers, 'layer')} of width "
+            f"{checkpoint.width}, but the model has {counted(num_layers, 'layer')} of width "
+            f"{width}. Give the model that it belongs to: --model {preset_of_width(checkpoint.width) or 'FOLDER'}."
         )
     name = "patch_embedding.weight"
     flat = tensors.get(name)
@@ -61,8 +61,8 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     zero = [name for name, x in checkpoint.projections.items() if name.endswith("weight") and not x.any()]
     if zero and len(zero) < num_layers:
         raise WeightsError(
-            f"{checkpoint.path} has an all-zero {zero[0]} beside trained ones, so part of it was "
-            "lost. Download it again."
+            f"{checkpoint.path} has an all-zero {zero[0]} although other layers are trained, so "
+            "part of it was lost. Download it again."
         )
 
 
@@ -97,5 +97,5 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
     for role, found in kinds.items():  # a file in half precision may keep some in float32, but nothing else is mixed
         for dtype in set(found) - {main, torch.float32}:
             if "proj_l" not in role or main in FLOATS[:2]:
-                faults.append(f"{found[dtype][0]} is {dtype}, but the rest is {main}")
+                faults.append(f"{found[dtype][0]} is {dtype}, but the other tensors are {main}")
     return faults

@@ -27,14 +27,16 @@ def component_files(folder: Path) -> list[Path]:
         usual = [file for file in files if file.name in USUAL_NAMES]
         if len(usual or files) == 1:  # beside the usual name may lie the same weights in another precision
             return usual or files
-        what = "no safetensors" if not files else f"{len(files)} safetensors and no index"
+        what = "no .safetensors file" if not files else f"{len(files)} .safetensors files and no index"
         pickles = sorted(folder.glob("*.bin")) if not files else []
         why = f" ({pickles[0].name} is a pickle, which can run code)" if pickles else ""
-        raise WeightsError(f"{folder} holds {what}{why}. Get the model's safetensors: one file, or all of its shards.")
+        raise WeightsError(
+            f"{folder} holds {what}{why}. Download the model's .safetensors file, or all shards and the index."
+        )
     shards = read_shards(indices[0])
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise WeightsError(f"{folder} lacks the shard {missing[0]}. Get the model again.")
+        raise WeightsError(f"{folder} lacks the shard {missing[0]}. Download the model again.")
     return shards
 
 
@@ -43,5 +45,5 @@ def read_shards(index: Path) -> list[Path]:
     content = documents.read_json(index, {"weight_map": {str: str}}, advice=AGAIN)
     shards = sorted(set(content["weight_map"].values()))
     if not shards or any(re.fullmatch(r"\w[\w.-]*\.safetensors", shard) is None for shard in shards):
-        raise WeightsError(f"{index} names no shards, or shards outside its folder. {AGAIN}")
+        raise WeightsError(f"{index} lists no shards, or shards outside its folder. {AGAIN}")
     return [index.parent / shard for shard in shards]

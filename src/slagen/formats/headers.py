@@ -11,7 +11,7 @@ from slagen.io.forms import Fault, Kind, check
 from slagen.io.reading import no_file, open_regular
 
 MAX_HEADER = 32 * 2**20
-_PLACE = Kind("its first and last byte", (int, int), lambda pair: 0 <= pair[0] <= pair[1] <= 2**60)
+_PLACE = Kind("two byte offsets in ascending order", (int, int), lambda pair: 0 <= pair[0] <= pair[1] <= 2**60)
 TENSOR = {
     "dtype": str, "data_offsets": _PLACE,
     "shape": Kind("a list of at most 16 sizes", [int], lambda x: len(x) <= 16 and all(0 <= n <= 2**50 for n in x)),
@@ -34,7 +34,7 @@ def read_header(path: Path) -> dict[str, Any]:
         ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         size = 8 + length + max(ends, default=0)
         if path.stat().st_size != size:
-            raise Fault(f"it has {path.stat().st_size} bytes, but its header tells of {size}")
+            raise Fault(f"the file has {path.stat().st_size} bytes, but its header describes {size}")
     except (OSError, struct.error, Fault) as error:
         check_content(path)
         raise WeightsError(f"{path} is corrupt or incomplete ({error}). Copy or download it again.") from error
@@ -43,8 +43,8 @@ def read_header(path: Path) -> dict[str, Any]:
 
 WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
 FOREIGN = (  # what a file begins with, the suffixes that it should not have then, and what it is
-    (rb"(?i)\s*version https://git-lfs", WEIGHTS, "a Git LFS pointer, which only stands for the file. Get the file "
-     "itself: git lfs pull"),
+    (rb"(?i)\s*version https://git-lfs", WEIGHTS, "a Git LFS pointer instead of the file. Download the "
+     "file: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html)", WEIGHTS, "a web page, not the file. Download the file itself"),
     (rb"(?s).{4}ftyp", WEIGHTS, "a video. Give a weight file"),
     (rb"GGUF", tuple({*WEIGHTS} - {".gguf"}), "a GGUF file. Give it a name that ends in .gguf"),

@@ -18,37 +18,34 @@ from slagen.io.text import line
 
 TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
-_RUNS = (
-    "slagen runs Wan2.1 text-to-video: give such a transformer, for example that of Wan-AI/Wan2.1-T2V-14B-Diffusers."
-)
+_RUNS = "slagen runs Wan2.1 text-to-video. Give such a transformer, for example from Wan-AI/Wan2.1-T2V-14B-Diffusers."
 _MERGE = "Merge it into its model with the tool that made it, and give the merged transformer."
 REFUSALS = {
-    "vsa": "holds FastVideo's VSA (to_gate_compress), another sparse attention, whose gates SLA has no place for. "
-    "Give SLA weights, or the model it was trained from.",
-    "lora": "is a LoRA: it changes a transformer, but is not one itself. Merge it first (in diffusers: "
+    "vsa": "holds the gates (to_gate_compress) of FastVideo's VSA, another sparse attention, which slagen does not "
+    "support. Give SLA weights, or the model that it was trained from.",
+    "lora": "is a LoRA, not a transformer. Merge it first (in diffusers: "
     "load_lora_weights, fuse_lora, unload_lora_weights, transformer.save_pretrained), and give the merged transformer.",
-    "unmerged-lora": "is a transformer with a LoRA beside its weights that was never merged. Merge it (peft: "
+    "unmerged-lora": "is a transformer with a LoRA that is not merged into its weights. Merge it (peft: "
     "merge_and_unload), and give the merged transformer.",
-    "lokr": f"is a LoKr (LyCORIS): it changes a transformer, but is not one itself. {_MERGE}",
-    "loha": f"is a LoHa (LyCORIS): it changes a transformer, but is not one itself. {_MERGE}",
-    "lycoris": f"is a LyCORIS (GLoRA, OFT or BOFT): it changes a transformer, but is not one itself. {_MERGE}",
-    "difference": "is an adapter of differences (diff, diff_b): it changes a transformer, but is not one itself. "
-    f"{_MERGE}",
+    "lokr": f"is a LoKr adapter (LyCORIS), not a transformer. {_MERGE}",
+    "loha": f"is a LoHa adapter (LyCORIS), not a transformer. {_MERGE}",
+    "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), not a transformer. {_MERGE}",
+    "difference": f"is an adapter of weight differences (diff, diff_b), not a transformer. {_MERGE}",
     **NOT_READ,
     "vace": f"is Wan2.1 VACE, or its module, which edits and extends videos. {_RUNS}",
-    "skyreels": f"is SkyReels V2 diffusion forcing, which extends videos piece by piece. {_RUNS}",
+    "skyreels": f"is SkyReels V2 diffusion forcing, which generates videos chunk by chunk. {_RUNS}",
     "speech": f"is an audio-driven transformer (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
     "animate": f"is Wan2.2 Animate, which animates a given character. {_RUNS}",
     "control": f"is a transformer controlled by a video or a camera path (such as Fun-Control). {_RUNS}",
     "first-last": f"is Wan2.1 FLF2V, which generates the frames between a first and a last image. {_RUNS}",
     "image-to-video": f"is an image-to-video transformer. {_RUNS}",
-    "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need a VAE of their own. {_RUNS}",
+    "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need another VAE. {_RUNS}",
     "conditioned": "is a Wan transformer with more input than output channels, so it needs more than a text prompt. "
     f"{_RUNS}",
-    "text-encoder": "is a T5 text encoder, not a transformer, and only diffusers' own form of it is read. That of "
-    f"{TEXT_ENCODER_HOME} is the same: give it with --model.",
+    "text-encoder": "is a T5 text encoder, not a transformer. slagen reads it only from a model folder in diffusers "
+    f"format: give one with --model, such as {TEXT_ENCODER_HOME}.",
     "image-encoder": f"is a CLIP image encoder, for image-to-video. {_RUNS}",
-    "vae": "is a video autoencoder, not a transformer. Make a diffusers folder of it: slagen convert FILE FOLDER.",
+    "vae": "is a VAE, not a transformer. Give it with --vae, or make a diffusers folder: slagen convert FILE FOLDER.",
     "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 has another: give Wan2.1_VAE.pth with --vae.",
     "tiny-vae": "is a tiny autoencoder for previews (TAE). Give Wan2.1_VAE.pth with --vae.",
     "unknown": "holds no Wan2.1 transformer. Give Wan2.1 text-to-video or SLA weights.",
@@ -161,11 +158,12 @@ _DISTILLED = re.compile(
 )
 _PIECEWISE = re.compile(r"skyreels[-_ ]?v2[-_ ]?df|diffusion[-_ ]?forcing", re.IGNORECASE)
 EXPERT_NOTE = (
-    "calls itself {word!r}: Wan2.2 A14B is two transformers with the names and sizes of Wan2.1's, one for high and "
-    "one for low noise, and one alone makes poorer videos"
+    "has {word!r} in its name or metadata: Wan2.2 A14B consists of two transformers, one for high and one for low "
+    "noise, and either of them alone makes poorer videos"
 )
 PIECEWISE_NOTE = (
-    "calls itself {word!r}: such weights are sampled piece by piece, and slagen samples the whole clip at once"
+    "has {word!r} in its name or metadata: such weights are made for sampling chunk by chunk, and slagen samples the "
+    "whole clip at once"
 )
 
 

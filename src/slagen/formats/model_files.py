@@ -13,13 +13,13 @@ from slagen.errors import WeightsError
 from slagen.io import documents
 from slagen.io.forms import Kind, one_of, whole
 
-AGAIN = "Get the model again."
+AGAIN = "Download the model again."
 MAX_CONFIG = 2**20
 MAX_TOKENIZER = 64 * 2**20
 
 _SIZE, _COUNT, _FEW = whole(1, 2**20), whole(1, 1024), whole(1, 64)
 _CLASS = Kind(
-    "a list of a library (diffusers or transformers) and a class of it, or of two nulls", (str | None, str | None),
+    "a list of a library (diffusers or transformers) and one of its classes, or of two nulls", (str | None, str | None),
     lambda pair: pair == [None, None]
     or (pair[0] in ("diffusers", "transformers") and str(pair[1]).isidentifier()),
 )  # fmt: skip
@@ -76,8 +76,8 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
         is_there = False
     if not is_there:
         raise WeightsError(
-            f"{folder} has no {path.relative_to(folder)}, so it is not a diffusers pipeline. Give a folder as "
-            "WanPipeline.save_pretrained writes it."
+            f"{folder} has no {path.relative_to(folder)}, so it is not a diffusers pipeline. Give a folder "
+            "that WanPipeline.save_pretrained wrote."
         )
     name = path.name if path.name == "model_index.json" else f"{path.parent.name}/{path.name}"
     most = MAX_TOKENIZER if name == "tokenizer/tokenizer.json" else MAX_CONFIG
@@ -86,7 +86,7 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
         for list_name in ("latents_mean", "latents_std"):
             if len(content.get(list_name, [0] * content["z_dim"])) != content["z_dim"]:
                 raise WeightsError(
-                    f'{path}: "{list_name}" has not {content["z_dim"]} numbers, as "z_dim" says. {AGAIN}'
+                    f'{path}: "{list_name}" must have {content["z_dim"]} numbers, the value of "z_dim". {AGAIN}'
                 )
     return content
 

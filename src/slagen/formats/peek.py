@@ -43,9 +43,9 @@ class Found:
 
 
 UNTOLD = (
-    "holds SLA weights that diffusers saved, but nothing says what they were trained with. Give the sla.safetensors "
-    "that they came from, or save them again with this slagen, which writes it into config.json: load_sla(pipe, FILE), "
-    "pipe.save_pretrained(FOLDER)."
+    "holds SLA weights that diffusers saved without the settings that they were trained with. Give the original "
+    "sla.safetensors, or save the pipeline again with this version of slagen, which records the settings in "
+    "config.json: load_sla(pipe, FILE), pipe.save_pretrained(FOLDER)."
 )
 
 
@@ -74,7 +74,7 @@ def peek(path: Path, part: str | None = None) -> Found:
     notes, few_steps = hints(path, metadata)
     left = other_parts(content)
     if left:
-        notes.append(f"{path.name} holds more than a transformer ({', '.join(left)}), of which nothing else is used")
+        notes.append(f"{path.name} also holds {', '.join(left)}; only its transformer is used")
     found = Found(kind, notes=tuple(notes), few_steps=few_steps)
     spellings = {place[1] for name in values if (place := projection(name))}
     if OWN_SPELLING in spellings:

@@ -31,8 +31,8 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise", "int8_blockwise")
 _READ = (
-    "It reads fp8 and int8 with one scale for a tensor, a row or a block, and GGUF: give such a file of the same "
-    "model, or the bf16 one."
+    "It reads GGUF, and fp8 and int8 with one scale per tensor, row or block. Give such a file of the same model, or "
+    "its bf16 weights."
 )
 NOT_READ = {
     "packed": f"is quantised in a form that slagen does not read. {_READ}",
@@ -108,11 +108,11 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
         if last in SCALES and beside_a_weight(name, values):
             whole = f"{stem}.int8_weight" if f"{stem}.int8_weight" in values else f"{stem}.weight"
             if whole in scales:
-                plain.faults.append(f"{name} is a second scale beside {scales[whole]}")
+                plain.faults.append(f"{name} is a second scale for the weight that has {scales[whole]}")
             scales[whole] = name
     kinds = {x.dtype for name in scales.values() if isinstance(x := values[name], Tensor)}
     if len(kinds) > 1:
-        plain.faults.append(f"scales are {' and '.join(sorted(map(str, kinds)))}, but must be of one kind")
+        plain.faults.append(f"scales are {' and '.join(sorted(map(str, kinds)))}, but must have one dtype")
     scaled_fp8 = any(isinstance(x := values[name], Tensor) and x.dtype in FP8 for name in scales) or MARK in values
     for name, value in values.items():
         if beside_a_weight(name, values):
@@ -127,7 +127,7 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
         if target in plain.tensors:
             plain.faults.append(f"{target} appears twice")
         if name not in scales and scaled_fp8 and value.ndim == 2:
-            plain.faults.append(f"{name} is {value.dtype} and lacks its scale, which others have")
+            plain.faults.append(f"{name} is {value.dtype} but has no scale, although others have one")
         plain.forms[target] = str(value.dtype).removeprefix("torch.")
         shown = value.to("meta") if shapes_only else value
         plain.tensors[target] = _product(name, shown, scales.get(name), values, dtype, plain.faults)
@@ -145,7 +145,7 @@ def _product(
         kind = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
         faults.append(
             f"{name} is {value.dtype} {tuple(value.shape)} with scales {kind}, but must be int8 or fp8 with one "
-            f"scale, one a row, or one for each {QUANT_BLOCK} x {QUANT_BLOCK}"
+            f"scale, one per row, or one per block of {QUANT_BLOCK} x {QUANT_BLOCK}"
         )
         return value.to(dtype)
     if not torch.isfinite(scale.float()).all():

@@ -80,7 +80,7 @@ def read_component(folder: Path) -> dict[str, Any]:
     for file in component_files(folder):
         for name, tensor in _read_safetensors(file).items():
             if name in tensors:
-                raise WeightsError(f"{folder} holds {name} in two of its shards. Get the model again.")
+                raise WeightsError(f"{folder} holds {name} in two of its shards. Download the model again.")
             tensors[name] = tensor
     return tensors
 
@@ -95,8 +95,8 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         if tool := re.search(r"\b(torchao|quanto)\.", str(error)):
             raise WeightsError(f"{path} {NOT_READ[tool[1]]}") from error
         raise WeightsError(
-            f"{path} is a pickle that holds more than tensors, which could run code when loaded. slagen does not load "
-            "it: get the file from its authors as safetensors."
+            f"{path} is a pickle that holds more than tensors, which could run code when loaded, so slagen does not "
+            "load it. Give the weights as safetensors."
         ) from error
     except Exception as error:  # of whatever kind torch raises over a damaged file
         raise WeightsError(f"{path} is corrupt or incomplete. Copy or download it again.") from error
@@ -116,7 +116,7 @@ def _check_no_script(path: Path) -> None:
     with suppress(OSError, zipfile.BadZipFile, ValueError), zipfile.ZipFile(path) as archive:
         if any(re.fullmatch(r"[^/]+/(constants\.pkl|code/.*)", name) for name in archive.namelist()):
             raise WeightsError(
-                f"{path} is a TorchScript archive, a program with its weights, which slagen does not run. Give the "
+                f"{path} is a TorchScript archive, which contains code, so slagen does not load it. Give the "
                 "state_dict as safetensors."
             )
 

@@ -38,7 +38,7 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
                 f"{path} has a format version or separate feature maps for q and k, which slagen does not support."
             )
         if len(states) != 1 or set(states[0]) != {"proj_l.weight", "proj_l.bias"}:
-            raise WeightsError(f"{path} must hold one proj_l and nothing else, but does not. Download it again.")
+            raise WeightsError(f"{path} does not hold exactly one proj_l. Download it again.")
         config = SLAConfig(
             sparsity=round(1 - settings["topk"], 12), feature_map=settings["feature_map"], block_m=settings["blkq"],
             block_n=settings["blkk"],

@@ -117,11 +117,13 @@ def check_contents(metadata: SLAMetadata, tensors: dict[str, Tensor], path: Path
     listed = set(metadata.tensors)
     missing, extra = sorted(listed - tensors.keys()), sorted(tensors.keys() - listed)
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} too many"
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which it should not"
         more = f", and {len(missing) + len(extra) - 1} more differ" if len(missing) + len(extra) > 1 else ""
-        raise WeightsError(f"{path} does not hold what it was written with: it {what}{more}. Get the file again.")
+        raise WeightsError(f"{path} has changed since it was written: it {what}{more}. Copy or download it again.")
     if tensors_hash(tensors) != metadata.tensors_hash:
-        raise WeightsError(f"{path} has tensors that were changed since it was written. Get the file again.")
+        raise WeightsError(
+            f"{path} has changed since it was written: its tensors have another hash. Copy or download it again."
+        )
 
 
 def gaps(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:

@@ -43,5 +43,5 @@ def read_settings(path: Path, metadata: dict[str, Any]) -> dict[str, Any] | None
     try:
         config = SLAConfig.from_dict(told["config"])
     except UsageError as error:
-        raise WeightsError(f"{path} has SLA settings beside it that do not hold: {error} Get it again.") from error
+        raise WeightsError(f"{path} has invalid SLA settings: {error} Copy or download it again.") from error
     return {"sla": config, "sampler": "rcm" if told["sampler_family"] == "rcm" else None, "trained": told["trained"]}

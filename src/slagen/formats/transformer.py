@@ -60,7 +60,7 @@ def tensors_of_one(path: Path, content: dict[str, Any], part: str | None) -> tup
         holds = f"{path} holds {len(found)} transformers: {', '.join(found)}. " if len(found) > 1 else ""
         if part is None:
             raise WeightsError(
-                f"{holds}Take one out, and give the folder that it makes: slagen convert {path} FOLDER "
+                f"{holds}Extract one of them into a folder, and give that: slagen convert {path} FOLDER "
                 f"--part {list(found)[-1]}"
             )
         wanted = "Give one of these." if holds else "Leave --part out."
@@ -99,14 +99,12 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
         if name in plain.forms and target is not None:
             checkpoint.forms[target] = plain.forms[name]
     if len(spellings) > 1:
-        faults.append(f"proj_l is spelt in {len(spellings)} ways ({', '.join(sorted(spellings))})")
+        faults.append(f"proj_l has {len(spellings)} different names ({', '.join(sorted(spellings))})")
     if plain.turbo:  # all linear layers of the blocks are int8 there, and nothing else
         faults += [
-            f"{name} is not int8, though others are"
+            f"{name} is not int8, although others are"
             for name in checkpoint.tensors
             if LINEARS_OF_A_BLOCK.fullmatch(name) and name not in checkpoint.forms
         ]
-        faults += [
-            f"{name} is unexpected as int8" for name in checkpoint.forms if not LINEARS_OF_A_BLOCK.fullmatch(name)
-        ]
+        faults += [f"{name} must not be int8" for name in checkpoint.forms if not LINEARS_OF_A_BLOCK.fullmatch(name)]
     return checkpoint

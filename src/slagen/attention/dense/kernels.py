@@ -45,7 +45,7 @@ def pick_kernel(name: str, device: torch.device) -> str:
         dense_kernel(name, device)
     except (Unavailable, ImportError) as error:
         reason = str(error).removesuffix(".")
-        raise EnvironmentProblem(f"{name} does not run here: {reason}. Leave --backend out.") from error
+        raise EnvironmentProblem(f"{name} cannot run on this machine: {reason}. Leave --backend out.") from error
     return name
 
 
@@ -59,7 +59,7 @@ def check_kernel(name: str, head_dim: int, device: torch.device, dtype: torch.dt
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EnvironmentProblem(
-            f"{name} does not take a head dimension of {head_dim} in {str(dtype).removeprefix('torch.')} here "
+            f"{name} does not support head dimension {head_dim} in {str(dtype).removeprefix('torch.')} on this machine "
             f"({reason}). Leave --backend out."
         ) from error
 
@@ -72,7 +72,7 @@ def _sdpa(backend: SDPBackend, device: torch.device) -> Attend:
         if backend == SDPBackend.MATH:
             gib = q.shape[0] * q.shape[1] * q.shape[2] ** 2 * 4 / 2**30
             if gib > MATH_LIMIT_GIB:
-                raise Unavailable(f"its scores take {gib:.0f} GiB")
+                raise Unavailable(f"its attention matrix takes {gib:.0f} GiB")
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 

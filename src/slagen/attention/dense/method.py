@@ -46,7 +46,7 @@ def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype
 
 DENSE = Method(
     name="dense",
-    summary="every query attends to every key: the model as it was made",
+    summary="full attention: every query attends to every key",
     config=DenseConfig,
     cost=_cost,
     build=_build,

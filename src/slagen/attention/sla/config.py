@@ -110,7 +110,7 @@ class SLAConfig:
     def from_dict(cls, fields: dict[str, Any]) -> SLAConfig:
         """Rebuild what `to_dict` gave. Raises UsageError unless every field is there, and no other."""
         if not isinstance(fields, dict):
-            raise UsageError(f"SLA settings are {shown(fields)}. Give an object.")
+            raise UsageError(f"SLA settings are {shown(fields)}. Give a JSON object.")
         expected = {field.name for field in dataclasses.fields(cls)}
         faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
         faults += [f"have the unknown {name}" for name in sorted(fields.keys() - expected)]

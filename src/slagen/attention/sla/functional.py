@@ -62,7 +62,7 @@ def sparse_linear_attention(
     if branches not in BRANCHES:
         raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(BRANCHES)}.")
     if branches == "linear" and proj_weight is None:
-        raise ValueError("branches is 'linear' without proj_weight, which leaves no branch. Give proj_weight.")
+        raise ValueError("branches is 'linear', but the linear branch needs proj_weight. Give proj_weight.")
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
     if branches == "sparse":

@@ -78,7 +78,7 @@ def verify(q: Tensor, config: SLAConfig) -> None:
         return
     fault, gave_way = prove(q, config)
     for text in gave_way:
-        warnings.warn(f"{text}; the next smaller tiles are used.", stacklevel=2)
+        warnings.warn(f"{text}; using the next smaller tiles.", stacklevel=2)
     if fault is not None:
         raise KernelProblem(f"the Triton kernels fail on {q.device}: {fault}. Try --backend torch.")
 

@@ -113,14 +113,14 @@ def branches_of(method: Method) -> Branches:
 
 
 SLA = _method(
-    "sla", "exact attention to the key blocks of highest score, linear attention for the rest", "both",
+    "sla", "exact attention to the highest-scoring key blocks, linear attention to the others", "both",
     ParameterGroup("proj_l"), family="sla", parts=_parts,
 )  # fmt: skip
 SPARSE = _method(
-    "sparse", "the sparse branch of sla alone", "sparse", ParameterGroup("proj_l", used=False),
+    "sparse", "only the sparse branch of sla", "sparse", ParameterGroup("proj_l", used=False),
     family="sparse",
 )  # fmt: skip
 LINEAR = _method(
-    "linear", "the linear branch of sla alone", "linear", ParameterGroup("proj_l", identity=True),
+    "linear", "only the linear branch of sla", "linear", ParameterGroup("proj_l", identity=True),
     family="sla", note=lambda config, options, grid: None, benched=False,
 )  # fmt: skip
