@@ -255,7 +255,7 @@ class RingsConfig:
 
 READERS = (
     "generation.config", "generation.prompts", "batch.config", "benchmark.config", "cli.options", "cli.generate",
-    "cli.batch", "cli.bench", "cli.info", "cli.app", "cli.main",
+    "cli.batch", "cli.bench", "cli.info", "cli.app", "cli.main", "training.config", "cli.finetune",
 )  # fmt: skip
 
 
@@ -292,6 +292,18 @@ def test_an_option_of_a_method_is_an_option_of_the_command_line(command, capsys)
         shown = " ".join(capsys.readouterr().out.split())
         assert shown.count("--window <int> Frames on each side. For window and rings attention.") == 1, name
         assert shown.count("--closed / --no-closed") == 1 and "--secret" not in shown, name
+
+
+def test_a_method_is_in_every_help(command, capsys, monkeypatch):
+    """Where it was listed by hand, it was in none."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("generate", "batch", "plan", "finetune"):
+        with pytest.raises(IndexError):
+            command(name, "--help")
+        assert re.search(r"--attention <sla\|.*\|window\|rings>", capsys.readouterr().out), name
+    with pytest.raises(IndexError):
+        command("bench", "--help")
+    assert re.search(r"--method .* sla, .*window, rings, sdpa", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +343,10 @@ def test_an_option_of_a_method_runs_from_the_command_line(anew, tmp_path, capsys
     more = ["--seed", "1", "--device", "cpu", "--dtype", "fp32", "--output", str(tmp_path / "toy.mp4")]
     assert cli.run(["generate", "a red circle", *video, *chosen, *more]) == 0
     told = json.loads(capsys.readouterr().out)
+    assert cli.run(["plan", *video, *chosen[:-1]]) == 0
+    assert "window: 50.00% of all query-key pairs exactly" in " ".join(capsys.readouterr().out.split())
+    assert cli.run(["generate", "a red circle", *video, *chosen[:-1], *more, "--overwrite"]) == 0
+    assert "window attention, 48 tokens" in " ".join(capsys.readouterr().err.split())
     assert told["attention"]["window"] == 0 and told["settings"]["attention_options"] == {"window": 0}
 
 

@@ -110,10 +110,7 @@ class GenerateConfig:
     )  # fmt: skip
     dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
-    attention: Attention = option(
-        "sla", "sla; sparse or linear: one branch of it, if so trained; dense: the base model with full attention.",
-        panel=ATTENTION,
-    )  # fmt: skip
+    attention: Attention = option("sla", "Attention method; slagen methods describes each.", panel=ATTENTION)
     backend: AttentionBackend = option(
         "auto", "Which of the method's implementations; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
     )
