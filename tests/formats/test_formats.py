@@ -154,7 +154,7 @@ def test_every_spelling_of_proj_l(spelling, model, state, tmp_path):
     for layer, block in enumerate(loaded.blocks):
         assert torch.equal(block.attn1.processor.proj_l.weight, pairs[layer][0])
         assert torch.equal(block.attn1.processor.proj_l.bias, pairs[layer][1])
-    assert peek(path).sla == TURBO_SLA and peek(path).sampler == "rcm"
+    assert peek(path).trained_with == TURBO_SLA and peek(path).sampler == "rcm"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -258,9 +258,9 @@ def test_simpletuners_side_file(base, tmp_path):
     path = tmp_path / "sla_attention.pt"
     torch.save(payload, path)
     found = peek(path)
-    assert found.kind == "side-file" and found.sla == SLAConfig(0.85)
+    assert found.kind == "side-file" and found.trained_with == SLAConfig(0.85)
     transformer = build_transformer(**SIZES)
-    install_projections(transformer, path, found.sla)
+    install_projections(transformer, path, found.trained_with)
     assert all(torch.equal(block.attn1.processor.proj_l.weight, weight) for block in transformer.blocks)
     with pytest.raises(UsageError, match="does not use SLA weights"):
         make_plan(GenerateConfig(prompt="a red circle", model=str(base), weights=str(path), attention="dense"))

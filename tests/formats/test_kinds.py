@@ -19,7 +19,7 @@ from slagen.formats.merge import merge
 from slagen.formats.peek import peek
 from slagen.formats.published import TURBO_SLA
 from slagen.formats.sla import SLAMetadata, read_metadata, weights_hash
-from slagen.formats.sla_settings import read_sla_config
+from slagen.formats.sla_settings import read_trained_with
 from slagen.formats.transformer import read_checkpoint
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import make_plan
@@ -363,7 +363,9 @@ def test_sla_weights_saved_by_diffusers_keep_their_settings(way, saved):
     path = {"weights": saved / "saved", "transformer": inner, "file": next(inner.glob("*.safetensors"))}.get(way)
     given = dict(model=str(saved / "saved")) if path is None else dict(model=str(saved / "base"), weights=str(path))
     plan = plan_of(**given)
-    assert plan.sla == OWN and plan.config.sampler == "unipc" and plan.config.steps == 3 and plan.config.width == 64
+    assert (
+        plan.attention == OWN and plan.config.sampler == "unipc" and plan.config.steps == 3 and plan.config.width == 64
+    )
     assert plan.weights.sla_path is not None and not plan.weights.distilled
 
 
@@ -372,7 +374,7 @@ def test_sla_weights_saved_by_diffusers_make_the_same_video(saved, tmp_path):
     for name in ("base", "saved"):
         report = run_long(saved / name, tmp_path, name, steps=2, save_latents=True)
         latents.append(load_file(tmp_path / f"{name}.latents.safetensors")["latents"])
-    assert report["attention"]["block_n"] == 16 and read_sla_config(saved / "saved") == OWN
+    assert report["attention"]["block_n"] == 16 and read_trained_with(saved / "saved") == ("sla", OWN)
     torch.testing.assert_close(*latents, rtol=0, atol=1e-4)  # other addresses, other order of sums
     pipe = build_pipeline(**forms.SIZES)
     assert load_sla(pipe, saved / "saved").config == OWN  # in Python too
@@ -389,10 +391,10 @@ def test_sla_weights_without_their_settings_are_asked_for(saved, tmp_path, capsy
     path = tmp_path / "moved.safetensors"
     save_file({name: x.contiguous() for name, x in {**tensors.tensors, **tensors.projections}.items()}, path)
     found = peek(path)
-    assert found.untold and found.sla is None and found.sampler is None
+    assert found.untold and found.trained_with is None and found.sampler is None
     assert run(["generate", "a red circle", "--model", str(saved / "base"), "--weights", str(path)] + QUIET) == 5
     assert "without the settings that they were trained with" in capsys.readouterr().err.replace("\n", " ")
-    assert plan_of(model=str(saved / "base"), weights=str(path), attention="dense").sla is None
+    assert plan_of(model=str(saved / "base"), weights=str(path), attention="dense").weights.trained_with is None
     with pytest.raises(WeightsError, match="without the settings"):
         convert(str(path), str(tmp_path / "out"))
     assert info(str(path)).sla and "without the settings" in info(str(path)).notes[0]
@@ -405,7 +407,7 @@ def test_convert_and_merge_carry_the_settings(saved, state, tmp_path):  # noqa: 
         str(saved / "base" / "transformer"), str(tmp_path / "m.safetensors"),
         diff_base=str(saved / "base" / "transformer"), diff_target=str(saved / "saved"),
     )  # fmt: skip
-    assert peek(merged).sla == OWN and peek(merged).sampler is None and peek(merged).trained == "proj_l"
+    assert peek(merged).trained_with == OWN and peek(merged).sampler is None and peek(merged).trained == "proj_l"
     turbo = write(tmp_path / "turbo.pth", forms.turbo(state, forms.projections()))
     merged = merge(str(turbo), str(tmp_path / "t.safetensors"), diff_base=str(turbo), diff_target=str(turbo))
-    assert peek(merged).sla == TURBO_SLA and peek(merged).sampler == "rcm"
+    assert peek(merged).trained_with == TURBO_SLA and peek(merged).sampler == "rcm"

@@ -83,5 +83,5 @@ def test_foreign_names_stand_in_one_file():
 def test_a_projection_is_found_where_its_form_puts_it():
     for place in ("self_attn.attn_op.local_attn", "attn1.attn_op.local_attn", "attn1.attn_impl", "attn1.processor"):
         names = spell(projections(), place)
-        assert {layouts.projection(name)[1] for name in names} == {place}
-    assert layouts.projection("blocks.0.attn1.elsewhere.proj_l.weight") is None
+        assert {layouts.learned(name)[1] for name in names} == {place}
+    assert layouts.learned("blocks.0.attn1.elsewhere.proj_l.weight") is None

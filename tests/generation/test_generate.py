@@ -104,7 +104,7 @@ def test_one_branch_alone(toy, tmp_path, attention):
 
 def test_a_clip_of_one_block_runs_dense_and_says_so(toy, tmp_path):
     plan = make_plan(toy_config(toy, tmp_path, width=64, height=64))
-    assert plan.num_tokens == 48 and plan.sla is None
+    assert plan.num_tokens == 48 and plan.method.name == "dense"
     assert "uses dense attention" in plan.warnings[0]
 
 

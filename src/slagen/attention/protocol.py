@@ -172,7 +172,8 @@ class Needs:
     """What a method takes before it gives good videos.
 
     Args:
-        training: the model must be fine-tuned with it. weights: a file with what it learned must be there.
+        training: the model must be fine-tuned with it. weights: a file with what it learned must be there; one that is
+            there is loaded in any case, so that without this need its parameters may stay as the module makes them.
         gpu: a CUDA device.
         context: the grid, pass and time embedding of `StepContext`, which hooks on the transformer fill in, and the
             memory of `Inputs`.
@@ -195,7 +196,8 @@ class ParameterGroup:
     `--proj-multiplier` is the factor on the learning rate of them all.
 
     Args:
-        name: attribute of the module; the keys in files are `blocks.{i}.attn1.processor.{name}.*`.
+        name: attribute of the module, a parameter or a module; the keys in files are
+            `blocks.{i}.attn1.processor.{name}` and what is below it.
         used: whether this method's output depends on them; what is not used is kept, but not trained.
         identity: whether a matrix starts as the identity in training; otherwise as the module makes it.
     """
@@ -295,7 +297,7 @@ class Method:
 
     def group(self, key: str) -> ParameterGroup | None:
         """The group of a transformer's parameter, by its key; None for one that is not this method's."""
-        return next((group for group in self.parameters if f".processor.{group.name}." in key), None)
+        return next((group for group in self.parameters if f".processor.{group.name}." in f"{key}."), None)
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of some options that are its own and given."""

@@ -15,7 +15,8 @@ class Checkpoint:
         path: the file or folder it was read from.
         layout: the form's name in LAYOUTS.
         tensors: of the transformer; what was int8 or fp8 is multiplied out.
-        projections: `proj_l` of the layers, by the processors' names; empty where there is no SLA in the file.
+        projections: what an attention method learned (of SLA `proj_l`), by the processors' names; empty where there is
+            none of it in the file.
         forms: what each tensor of 8 bits was in the file, such as "int8"; here it is of the kind that was asked for.
         faults: what is wrong in the file itself, reported together with what does not fit a model.
     """

@@ -6,6 +6,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from slagen.attention.registry import parameter_group
 from slagen.errors import WeightsError
 from slagen.formats.bounds import is_finite
 from slagen.formats.checkpoint import Checkpoint
@@ -38,10 +39,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         if tuple(flat.shape) == (shape[0], shape[1:].numel()):
             tensors[name] = flat.reshape(shape)
     expected = dict(shapes)
-    if checkpoint.projections:
-        for layer in range(num_layers):
-            prefix = f"blocks.{layer}.attn1.processor.proj_l."
-            expected |= {prefix + "weight": torch.Size((head_dim, head_dim)), prefix + "bias": torch.Size((head_dim,))}
+    expected |= _learned_shapes(checkpoint.projections, num_layers, head_dim)
     held = {**tensors, **checkpoint.projections}
     faults += [f"{name} is missing" for name in expected if name not in held]
     faults += [f"{name} is unexpected" for name in held if name not in expected]
@@ -58,12 +56,31 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
             f"{'; '.join(cut(fault, 300) for fault in faults[:8])}"
             f"{more}. Get the file again, or the model it belongs to."
         )
-    zero = [name for name, x in checkpoint.projections.items() if name.endswith("weight") and not x.any()]
+    zero = [name for name, x in checkpoint.projections.items() if name.endswith("proj_l.weight") and not x.any()]
     if zero and len(zero) < num_layers:
         raise WeightsError(
             f"{checkpoint.path} has an all-zero {zero[0]} although other layers are trained, so "
             "part of it was lost. Download it again."
         )
+
+
+def _learned_shapes(found: dict[str, Tensor], num_layers: int, head_dim: int) -> dict[str, torch.Size]:
+    """The shapes of what an attention method learned, in every layer: of SLA as they must be, of another as they are in
+    the first layer that has it; the model that they are put into says whether they suit."""
+    shapes = dict[str, torch.Size]()
+    for name, tensor in found.items():
+        shapes.setdefault(re.sub(r"^blocks\.\d+\.", "", name), tensor.shape)
+    if own := [role for role in shapes if ".proj_l." in role]:
+        for role in own:
+            del shapes[role]
+        prefix = "attn1.processor.proj_l."
+        shapes |= {prefix + "weight": torch.Size((head_dim, head_dim)), prefix + "bias": torch.Size((head_dim,))}
+    return {f"blocks.{layer}.{role}": shape for layer in range(num_layers) for role, shape in shapes.items()}
+
+
+def _is_learned(name: str) -> bool:
+    """Whether an attention method learned it, by any spelling."""
+    return "proj_l" in name or parameter_group(name) is not None
 
 
 def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = None) -> list[str]:
@@ -86,7 +103,7 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
             continue
         role = re.sub(r"\.\d+(?=\.)", ".*", name)
         kinds.setdefault(role, {}).setdefault(tensor.dtype, []).append(name)
-        sizes[tensor.dtype] += 0 if "proj_l" in name else tensor.numel()
+        sizes[tensor.dtype] += 0 if _is_learned(name) else tensor.numel()
     for found in kinds.values():
         rarest = min(found, key=lambda dtype: len(found[dtype]))
         if len(found) > 1:
@@ -96,6 +113,6 @@ def number_faults(tensors: dict[str, Tensor], forms: dict[str, str] | None = Non
     main = sizes.most_common(1)[0][0] if sizes else torch.float32
     for role, found in kinds.items():  # a file in half precision may keep some in float32, but nothing else is mixed
         for dtype in set(found) - {main, torch.float32}:
-            if "proj_l" not in role or main in FLOATS[:2]:
+            if not _is_learned(role) or main in FLOATS[:2]:
                 faults.append(f"{found[dtype][0]} is {dtype}, but the other tensors are {main}")
     return faults

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from slagen.attention.registry import parameter_group
 from slagen.formats.layouts import LAYOUTS
 from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import NOT_READ, beside_a_weight, form_not_read
@@ -96,7 +97,7 @@ def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
         return _first(_OTHERS, content) or "unknown"
     if any("to_gate_compress" in name for name in values):
         return "vsa"
-    if all(".processor.proj_l." in name for name in values):
+    if all(map(parameter_group, values)):
         return "sla"
     kind = _first(_ADAPTERS, values) or _first(_VARIANTS, values)
     if kind:

@@ -12,6 +12,8 @@ import functools
 import re
 from dataclasses import dataclass
 
+from slagen.attention.registry import parameter_group
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -64,16 +66,21 @@ def _start_pattern(layouts: tuple[Layout, ...]) -> re.Pattern[str]:
     return re.compile(rf"((?:.*/)?(?:[^./]+\.)*?)(?:{'|'.join(starts)})")
 
 
-def projection(name: str) -> tuple[int, str, str] | None:
-    """Layer, place in the block, and "weight" or "bias" of a `proj_l`; None for any other name."""
-    match = _projection_pattern(tuple(LAYOUTS.values())).fullmatch(name)
+def learned(name: str) -> tuple[int, str, str] | None:
+    """Of a parameter that an attention method learned: its layer, place in the block, and name there, such as
+    "proj_l.weight"; None for any other name.
+
+    As published forms spell it, it is `proj_l` of SLA; under slagen's own names, what any method registered has.
+    """
+    match = _own_pattern.fullmatch(name) if parameter_group(name) is not None else None
+    match = match or _projection_pattern(tuple(LAYOUTS.values())).fullmatch(name)
     return None if match is None else (int(match[1]), match[2], match[3])
 
 
 @functools.cache
 def _projection_pattern(layouts: tuple[Layout, ...]) -> re.Pattern[str]:
     places = dict.fromkeys(re.escape(place) for layout in layouts for place in layout.projections)
-    return re.compile(rf"blocks\.(\d+)\.({'|'.join(places)})\.proj_l{_END}")
+    return re.compile(rf"blocks\.(\d+)\.({'|'.join(places)})\.(proj_l{_END})")
 
 
 _END = r"\.(weight|bias)"
@@ -124,7 +131,8 @@ _DIFFUSERS = (
     (r"(blocks\.\d+\.attn[12]\.norm_[qk]\.weight)", r"\1"),
     (rf"(blocks\.\d+\.(?:norm2|ffn\.net\.0\.proj|ffn\.net\.2)){_END}", r"\1.\2"),
 )
-OWN_SPELLING = "attn1.processor"  # where slagen puts `proj_l`, so that diffusers saves it under this name
+OWN_SPELLING = "attn1.processor"  # where slagen puts what is learned, so that diffusers saves it under this name
+_own_pattern = re.compile(rf"blocks\.(\d+)\.({re.escape(OWN_SPELLING)})\.(.+)")
 
 register(Layout(
     "diffusers", _DIFFUSERS, projections=("attn1.attn_op.local_attn", OWN_SPELLING),

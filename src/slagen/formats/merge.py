@@ -17,7 +17,7 @@ from slagen.formats.bounds import is_finite
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import check_fit
 from slagen.formats.peek import Found, peek
-from slagen.formats.sla_settings import SETTINGS_METADATA
+from slagen.formats.sla_settings import SETTINGS_METADATA, describe_settings
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.files import reserved, writing
 from slagen.io.paths import check_utf8, user_path
@@ -33,8 +33,8 @@ def merge(
     Args:
         base: transformer that gets the change, such as a step-distilled one.
         output: a .safetensors file, in diffusers' names, in the base's dtypes.
-        diff_base, diff_target: the transformer before and after tuning. What only the target has (`proj_l`) is copied;
-            what either lacks, or has in another shape, stays the base's.
+        diff_base, diff_target: the transformer before and after tuning. What only the target has, as `proj_l`, is
+            copied; what either lacks, or has in another shape, stays the base's.
         weight: w.
     Raises: WeightsError if a file is not a transformer; UsageError for an output that exists, or a weight that is not
         finite or takes a sum beyond its dtype.
@@ -91,12 +91,12 @@ def _merged(
 
 
 def _settings_of(base: Found, target: Found) -> dict[str, str] | None:
-    """The metadata that tell what a merged transformer's SLA weights were trained with; None where it has none."""
-    found = target if target.sla is not None else base
-    if found.sla is None:
+    """The metadata that tell what a merged transformer's attention was trained with; None where it has none."""
+    found = target if target.trained_with is not None else base
+    if found.trained_with is None:
         return None
     family = "rcm" if "rcm" in (base.sampler, target.sampler) else "flow"
-    settings = {"config": found.sla.to_dict(), "sampler_family": family, "trained": found.trained}
+    settings = describe_settings(found.method, found.trained_with, family, found.trained)
     return {SETTINGS_METADATA: json.dumps(settings, sort_keys=True)}
 
 
@@ -104,7 +104,7 @@ def _whole(path: Path) -> Checkpoint:
     """Read a transformer and check that it is complete: the same tensors in every layer, and no unknown ones."""
     checkpoint = read_checkpoint(path, torch.float32)
     if not isinstance(checkpoint, Checkpoint):
-        raise WeightsError(f"{path} holds SLA weights alone. Give a whole transformer.")
+        raise WeightsError(f"{path} holds an attention's weights alone. Give a whole transformer.")
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     roles = {re.sub(r"^blocks\.\d+\.", "", name) for name in shapes if name.startswith("blocks.")}
     for layer in range(checkpoint.num_layers):

@@ -26,8 +26,10 @@ _CLASS = Kind(
 _TEXT = Kind("text of at most 200 characters", str, lambda value: len(value) <= 200)
 _POSITIVE = Kind("a list of at most 4096 numbers above 0", [float], lambda x: len(x) <= 4096 and all(n > 0 for n in x))
 
-SETTINGS_KEY = "slagen"  # in a transformer's config.json, where diffusers saved it with SLA weights inside
-SLA_SETTINGS = {"config": dict, "sampler_family": one_of("flow", "rcm"), "trained": str, "defaults?": dict | None}
+SETTINGS_KEY = "slagen"  # in a transformer's config.json, where diffusers saved it with attention weights inside
+SLA_SETTINGS = {
+    "config": dict, "sampler_family": one_of("flow", "rcm"), "trained": str, "defaults?": dict | None, "method?": str,
+}  # fmt: skip
 
 FORMS: dict[str, Any] = {
     "model_index.json": {

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slagen.attention.sla.config import SLAConfig
+from slagen.attention.learned import SLA_NAME, owner
 from slagen.errors import WeightsError
 from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.headers import check_no_shard, read_header
 from slagen.formats.kinds import REFUSALS, hints, identify
-from slagen.formats.layouts import OWN_SPELLING, projection
+from slagen.formats.layouts import OWN_SPELLING, learned
 from slagen.formats.names import other_parts
 from slagen.formats.published import TURBO_SLA, Sampler
 from slagen.formats.reading import read_tensors
@@ -25,16 +25,18 @@ class Found:
 
     Args:
         kind: as `identify` says it.
-        sla: what its SLA weights were trained with; None without any, or where metadata says it.
+        trained_with: the config that its attention weights were trained with; None without any, or where metadata
+            says it. method: that they are of.
         sampler: the sampler that it is distilled for; None for any flow-matching one.
         trained: what was trained, as an SLA file says it; "" where that is unknown.
-        untold: it holds SLA weights, and nothing says what they were trained with.
+        untold: it holds attention weights, and nothing says what they were trained with.
         notes: what else a user should know.
         few_steps: the word in its name or metadata that says it is distilled to few steps; "" where none does.
     """
 
     kind: str
-    sla: SLAConfig | None = None
+    trained_with: Any = None
+    method: str = SLA_NAME
     sampler: Sampler | None = None
     trained: str = ""
     untold: bool = False
@@ -67,7 +69,7 @@ def peek(path: Path, part: str | None = None) -> Found:
         content = read_headers(path) if path.is_dir() else read_tensors(path)
     kind = identify(content)
     if kind == "side-file":
-        return Found(kind, sla=read_side_file(path, content).config)
+        return Found(kind, trained_with=read_side_file(path, content).config)
     if kind not in ("transformer", "sla"):
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     values, _ = tensors_of_one(path, content, part)
@@ -76,12 +78,12 @@ def peek(path: Path, part: str | None = None) -> Found:
     if left:
         notes.append(f"{path.name} also holds {', '.join(left)}; only its transformer is used")
     found = Found(kind, notes=tuple(notes), few_steps=few_steps)
-    spellings = {place[1] for name in values if (place := projection(name))}
+    spellings = {place[1]: name for name in values if (place := learned(name))}
     if OWN_SPELLING in spellings:
-        told = read_settings(path, metadata)
-        return dataclasses.replace(found, untold=told is None, **(told or {}))
+        told = read_settings(path, metadata) or {"untold": True, "method": owner(spellings[OWN_SPELLING])}
+        return dataclasses.replace(found, **told)
     if kind == "transformer" and spellings:
-        return dataclasses.replace(found, sla=TURBO_SLA, sampler="rcm")
+        return dataclasses.replace(found, trained_with=TURBO_SLA, sampler="rcm")
     return found
 
 

@@ -1,4 +1,4 @@
-"""SLA weight files (`sla.safetensors`): read, checked and written, with the metadata that describe them."""
+"""The weight files that slagen writes (`sla.safetensors`), of SLA or another attention method, with their metadata."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slagen.attention.learned import SLA_NAME, read_config, to_fields
 from slagen.attention.registry import parameter_group
-from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
 from slagen.formats.model_files import SLA_FILE
@@ -30,41 +31,45 @@ FORMAT_VERSION = 2
 UNLISTED = 1  # the version that does not list its tensors
 FORM = {
     "format_version": int, "config": dict, "base_model": str, "base_hash": str, "trained": str, "steps": int,
-    "sampler_family?": one_of("flow", "rcm"), "source_hash?": str,
+    "sampler_family?": one_of("flow", "rcm"), "source_hash?": str, "method?": str,
 }  # fmt: skip
 LIST = {"tensors": [str], "tensors_hash": sha256()}
 
 
 @dataclass(frozen=True)
 class SLAMetadata:
-    """What an SLA file says of itself.
+    """What a weight file of slagen's says of itself.
 
     Args:
-        config: the settings the weights were trained with.
+        config: the settings the weights were trained with: an SLAConfig, or that of another `method`.
         base_model: name of the model they were trained from, for messages.
         base_hash: `weights_hash` of that model's transformer.
-        trained: what was trained, such as "all" or "proj_l".
+        trained: what was trained, such as "all" or "proj_l"; of one of SLA's branches alone with its name behind it.
         steps: optimiser steps.
         sampler_family: the sampler the weights are made for: "flow" for UniPC, Euler or DPM-Solver++, or "rcm".
         source_hash: SHA-256 of the file that they were converted from; empty where slagen trained them.
+        method: the attention method that they are of. Files of SLA, and of its branches, do not name it.
         tensors: names of all tensors in the file; None in files of version 1, which do not list them.
         tensors_hash: `tensors_hash` of them.
     """
 
-    config: SLAConfig
+    config: Any
     base_model: str
     base_hash: str
     trained: str
     steps: int
     sampler_family: str = "flow"
     source_hash: str = ""
+    method: str = SLA_NAME
     format_version: int = FORMAT_VERSION
     tensors: tuple[str, ...] | None = field(default=None, compare=False)
     tensors_hash: str = field(default="", compare=False)
 
     def to_strings(self) -> dict[str, str]:
         """The safetensors metadata that holds it."""
-        fields = dict(self.__dict__, config=self.config.to_dict())
+        fields = dict(self.__dict__, config=to_fields(self.config))
+        if self.method == SLA_NAME:
+            del fields["method"]  # as files have always been, so that any slagen reads them
         return {"slagen": json.dumps(fields, sort_keys=True)}
 
     @classmethod
@@ -85,7 +90,7 @@ class SLAMetadata:
         read_strings(path, text, FORM if version == UNLISTED else FORM | LIST)
         names = fields.pop("tensors", None)
         try:
-            config = SLAConfig.from_dict(fields["config"])
+            config = read_config(fields.get("method", SLA_NAME), fields["config"])
             return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
         except (TypeError, UsageError) as error:
             raise WeightsError(f"{path} has metadata that slagen cannot read: {error}. Get the file again.") from error
@@ -196,7 +201,8 @@ def _read(path: str | Path, with_tensors: bool) -> tuple[SLAMetadata, dict[str, 
 
 
 def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | None) -> None:
-    """Write an SLA file, whole or not at all: every `proj_l`, and what else was trained, by the model's names.
+    """Write a weight file, whole or not at all: what the attention learned (of SLA every `proj_l`), and what else was
+    trained, by the model's names.
 
     A low-rank change of `X.weight` is `X.lora_A.weight` (rank, in) and `X.lora_B.weight` (out, rank), to be added as
     B A, to the file's own `X.weight` where it has one. Without metadata it is a plain transformer file. Raises
@@ -212,7 +218,7 @@ def write_sla(tensors: dict[str, Tensor], file: Path, metadata: SLAMetadata | No
 
 
 def trained_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Trained parameters as an SLA file keeps them: `proj_l` in float32, all else in float16; peft's names plain."""
+    """Trained parameters as a file keeps them: the attention's own in float32, the rest in float16, by plain names."""
     return {plain_name(name): x.float() if is_projection(name) else x.half() for name, x in named.items()}
 
 

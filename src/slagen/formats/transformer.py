@@ -14,7 +14,7 @@ from torch import Tensor
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import REFUSALS, identify
-from slagen.formats.layouts import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, projection
+from slagen.formats.layouts import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, learned
 from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import multiply_out
 from slagen.formats.reading import read_tensors
@@ -33,7 +33,7 @@ def read_checkpoint(
 
     Args:
         dtype: of the tensors that are int8 or fp8 in the file.
-        projections_only: leave all tensors out but `proj_l`.
+        projections_only: leave all tensors out but what an attention method learned.
         part: which transformer, where the file holds several.
         shapes_only: do not dequantise: tensors that are int8 or fp8 get a shape and no values.
     Raises: WeightsError if the file is broken, or holds something else. `check_fit` compares it with a model.
@@ -46,7 +46,7 @@ def read_checkpoint(
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     values, twice = tensors_of_one(path, content, part)
     if projections_only:
-        values = {name: value for name, value in values.items() if "proj_l" in name}
+        values = {name: value for name, value in values.items() if learned(name) or "proj_l" in name}
     checkpoint = _checkpoint(path, values, dtype, shapes_only)
     checkpoint.faults += [f"{name} appears twice" for name in twice]
     return checkpoint
@@ -87,10 +87,10 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
             faults.append(f"{name} is a {type(value).__name__}, not a tensor")
             continue
         target = layout.rename(name)
-        if learned := projection(name):
-            layer, place, kind = learned
+        if parts := learned(name):
+            layer, place, own_name = parts
             spellings.add(place)
-            target = f"blocks.{layer}.{OWN_SPELLING}.proj_l.{kind}"
+            target = f"blocks.{layer}.{OWN_SPELLING}.{own_name}"
             checkpoint.projections[target] = value
         elif target is None:
             faults.append(f"{name} is unexpected")

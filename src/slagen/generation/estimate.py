@@ -9,13 +9,13 @@ from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
+from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
 from slagen.attention.protocol import Grid, Method
-from slagen.attention.sla.config import SLAConfig
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.names import is_untuned
-from slagen.formats.sla_settings import read_sla_config
+from slagen.formats.sla_settings import read_trained_with
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
 from slagen.generation.defaults import check_size, fill_defaults
@@ -48,13 +48,15 @@ class _Model:
 
     Args:
         preset: itself, or one made of what a folder says. name: as `generate` tells it.
-        trained: what SLA's weights were trained with; None without any, and where only their tensors tell.
+        trained: the config that its attention's weights were trained with; None without any, and where only their
+            tensors tell. method: that they are of.
         source: None where it is not on this machine.
     """
 
     preset: Preset
     name: str
-    trained: SLAConfig | None
+    trained: Any
+    method: str = SLA_NAME
     source: ModelSource | None = None
 
     @property
@@ -104,7 +106,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     method = registry.get(config.attention)
     is_dense = method.family == "dense"
     method = registry.get("sla") if is_dense else method  # what SLA would take is said beside dense attention
-    base = model.trained if method.needs.weights and model.trained is not None else method.config()
+    base = model.trained if model.trained is not None and suits(method, model.method) else method.config()
     attention = method.configure(base, method.own(config.attention_settings), grid)
     about = method.describe(attention, grid)
     notes = _notes(config, model, None if is_dense else method, attention, size) + notes
@@ -122,7 +124,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
             **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
             **dict(config.attention_options),
         },
-        trained_sparsity=None if model.trained is None else model.trained.sparsity,
+        trained_sparsity=getattr(model.trained, "sparsity", None),
         tokens=tokens,
         query_blocks=about.get("query_blocks"),
         key_blocks=about.get("key_blocks"),
@@ -172,15 +174,18 @@ def _notes(
     defaults, notes = model.defaults, list[str]()
     if method is None:
         notes.append("attention is dense; SLA's cost is shown for comparison")
+    elif model.trained is not None and suits(method, model.method):
+        notes += differences(attention, model.trained)
     elif method.needs.weights:
         if not config.allow_untrained and _is_untuned(model.folder if config.weights is None else config.weights):
-            raise never_tuned(model.name)
-        if model.trained is not None:
-            notes += attention.differences(model.trained)
-        elif config.weights is None:
+            raise never_tuned(model.name, method)
+        if model.trained is not None and not config.allow_untrained:
+            raise of_another(config.weights or model.name, method, model.method)
+        if config.weights is None:
+            tuned = f"these weights were never tuned for {label(method.name)}"
             notes.append(
-                "these weights were never tuned for SLA, and the video will be poor" if config.allow_untrained else
-                "these weights were never tuned for SLA: generate needs --weights, or --allow-untrained"
+                f"{tuned}, and the video will be poor" if config.allow_untrained else
+                f"{tuned}: generate needs --weights, or --allow-untrained"
             )  # fmt: skip
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
@@ -224,13 +229,14 @@ def _model(config: GenerateConfig) -> _Model:
     name = config.model or BUNDLED
     preset = PRESETS.get(name)
     weights = None if config.weights is None else user_path(config.weights)
-    trained = None
+    told = None
     if weights is not None:
         file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
         known = file.suffix == ".safetensors" and file.is_file()
-        trained = read_sla_config(file) if known or (file / "transformer" / "config.json").is_file() else None
+        told = read_trained_with(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
-        return _Model(preset, preset.name, trained or preset.sla)
+        method, trained = told or (SLA_NAME, preset.sla)
+        return _Model(preset, preset.name, trained, method)
     folder = local_folder(name)
     if folder is None:
         raise UsageError(
@@ -238,10 +244,11 @@ def _model(config: GenerateConfig) -> _Model:
             f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
         )
     source = describe_folder(folder, name)
-    if trained is None and weights is None:
-        trained = read_sla_config(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
-    preset = Preset(name, "", None, None, source.shape, source.defaults, trained)
-    return _Model(preset, folder.resolve().name, trained, source)
+    if told is None and weights is None:
+        told = read_trained_with(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
+    method, trained = told or (SLA_NAME, None)
+    preset = Preset(name, "", None, None, source.shape, source.defaults)
+    return _Model(preset, folder.resolve().name, trained, method, source)
 
 
 def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
@@ -333,7 +340,7 @@ def models() -> list[ListedModel]:
     """Every preset, as `slagen models` lists it."""
     folder = bundled_folder()
     source = describe_folder(folder, BUNDLED)
-    own = read_sla_config(folder / SLA_FILE) if (folder / SLA_FILE).is_file() else None
+    _, own = (read_trained_with(folder / SLA_FILE) if (folder / SLA_FILE).is_file() else None) or (SLA_NAME, None)
     bundled = Preset(BUNDLED, "bundled: circles, squares, triangles and stars", None, None, source.shape,
                      source.defaults, own)  # fmt: skip
     return [_row(preset) for preset in (bundled, *PRESETS.values())]

@@ -16,8 +16,8 @@ import torch
 
 from slagen import machine
 from slagen.attention import registry
+from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
 from slagen.attention.protocol import Grid, Method
-from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.peek import UNTOLD, Found, peek
@@ -42,9 +42,10 @@ class Weights:
 
     Args:
         source: the pipeline's folder, and the transformer file that replaces its own, if one does.
-        sla: what SLA's weights were trained with; None where the attention is dense.
+        trained_with: the config that the attention's weights were trained with, and the method's own where they are
+            needed and not there; None where the attention runs without any.
         sla_path: the file that holds them: slagen's own where `sla_alone`, otherwise the transformer's or a side file;
-            None for untrained SLA.
+            None where they are not there.
         distilled: whether they are made for the rCM sampler.
         few_steps: the word in a file's name or metadata that says it is distilled to few steps of another sampler.
     """
@@ -52,7 +53,7 @@ class Weights:
     source: ModelSource
     device: torch.device
     dtype: torch.dtype
-    sla: SLAConfig | None
+    trained_with: Any
     sla_path: Path | None
     sla_alone: bool
     distilled: bool
@@ -83,16 +84,11 @@ class Plan:
         return registry.get(self.config.attention)
 
     @property
-    def sla(self) -> SLAConfig | None:
-        """The config where the method is SLA, or a branch of it."""
-        return self.attention if isinstance(self.attention, SLAConfig) else None
-
-    @property
     def settings(self) -> dict[str, Any]:
         """Every setting by option name, as it will be used."""
         c, weights = self.config, self.weights
-        file = weights.source.weights or (None if self.sla is None else weights.sla_path)
-        base = weights.sla or self.method.config()
+        file = weights.source.weights or (None if self.method.family == "dense" else weights.sla_path)
+        base = weights.trained_with or self.method.config()
         sparsity = getattr(self.attention, "sparsity", None)
         has_topk = "sla_topk" in self.method.option_names
         complement = None if sparsity is None or not has_topk else round(1 - sparsity, 12)
@@ -166,7 +162,7 @@ def find_weights(
     if found is not None and found.kind == "transformer":
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
         notes += found.notes
-    sla, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
+    trained_with, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
     if registry.get(config.attention).family == "dense" and source.weights is not None:
         notes.append(f"{source.weights.name} is the only transformer here: its weights are run with full attention")
     bundled = sla_path == bundled_folder() / SLA_FILE  # of that older kind: a new file would begin every batch anew
@@ -175,7 +171,7 @@ def find_weights(
             f"{sla_path} was written by an older slagen and does not list its tensors, so changes to it go undetected"
         )
     few_steps = "" if found is None or distilled else found.few_steps
-    return Weights(source, device, dtype, sla, sla_path, sla_alone, distilled, tuple(notes), few_steps)
+    return Weights(source, device, dtype, trained_with, sla_path, sla_alone, distilled, tuple(notes), few_steps)
 
 
 def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
@@ -199,9 +195,9 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         warnings.append(off_size)
     grid = source.token_grid(*size)
     options = method.own(config.attention_settings)
-    attention = method.configure(weights.sla or method.config(), options, grid)
-    if weights.sla is not None and weights.sla_path is not None:
-        warnings += attention.differences(weights.sla)
+    attention = method.configure(weights.trained_with or method.config(), options, grid)
+    if weights.trained_with is not None and weights.sla_path is not None:
+        warnings += differences(attention, weights.trained_with)
     if not method.applies(attention, grid):
         method = registry.get("dense")
         attention, options = method.config(), {}
@@ -215,8 +211,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     backend = None
     if method.family != "dense" or config.backend != "auto":
         backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
-        name = "SLA" if weights.sla is not None else f"{method.name} attention"
-        notes.append(f"{name} runs on the {backend} backend")
+        notes.append(f"{label(method.name)} runs on the {backend} backend")
     return Plan(config, weights, attention, grid, notes, warnings, backend)
 
 
@@ -248,56 +243,67 @@ def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
 
 def _plan_attention(
     config: GenerateConfig, source: ModelSource, found: Found | None
-) -> tuple[SLAConfig | None, Path | None, bool, bool]:
-    """What SLA to run and from where.
+) -> tuple[Any, Path | None, bool, bool]:
+    """What attention to run and from where.
 
-    Returns: the settings it was trained with (None runs dense), the file of its weights (None without any), whether
-        that is a file of slagen's own, and whether the weights in all are distilled for rCM.
-    Raises: WeightsError where SLA is asked for and there are no weights for it, or ones of one branch alone.
+    Returns: the config that its weights were trained with, the method's own where it needs some and runs without, None
+        where it has none and needs none; their file (None without any); whether that is a file of slagen's own; and
+        whether the weights in all are distilled for rCM.
+    Raises: WeightsError where a method needs weights and there are none, or ones of another method or of one branch of
+        SLA alone; UsageError where weights are given that are of another method.
     """
     method = registry.get(config.attention)
-    path, alone = None, True
-    if found is not None and found.kind in ("sla", "side-file"):
-        if not method.needs.weights:
-            raise UsageError(f"{method.name} attention does not use SLA weights. Leave --weights out.")
-        path, alone = user_path(config.weights or ""), found.kind == "sla"
-    elif found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
-        path = source.folder / SLA_FILE
-    elif source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
-        path = source.weights / SLA_FILE
+    given = found is not None and found.kind in ("sla", "side-file")
+    path, alone = _attention_file(config, source, found)
     own = source.folder / "transformer"
     if path is not None:
-        inside = None
+        inside = None if alone else found
     elif source.weights is not None:
         inside = peek(source.weights)
-    else:  # diffusers may have saved SLA weights with the model itself
+    else:  # diffusers may have saved attention weights with the model itself
         inside = peek(own) if any(own.glob("*.safetensors")) else None
-    if inside is not None and inside.sla is not None:
+    if path is None and inside is not None and inside.trained_with is not None:
         path, alone = source.weights or own, False
     metadata = read_metadata(path) if path is not None and alone else None
     if metadata is not None:
         distilled = metadata.sampler_family == "rcm"
-    elif source.weights is not None or (inside is not None and inside.sla is not None):
+    elif source.weights is not None or (inside is not None and inside.trained_with is not None and not given):
         distilled = inside is not None and inside.sampler == "rcm"
     else:
         distilled = source.defaults.sampler == "rcm"
-    if not method.needs.weights:
-        return None, None, True, distilled
-    if inside is not None and inside.untold:
+    of = metadata.method if metadata is not None else SLA_NAME if inside is None else inside.method
+    if not suits(method, of):
+        if given:
+            raise UsageError(
+                f"{method.name} attention does not use {label(of)} weights. Leave --weights out, or give --attention "
+                f"{of}."
+            )
+        if path is not None and method.needs.weights and not config.allow_untrained:
+            raise of_another(path, method, of)
+        path = None
+    elif inside is not None and inside.untold:
         raise WeightsError(f"{source.weights or source.folder} {UNTOLD}")
     if path is None:
-        if not config.allow_untrained:
-            raise never_tuned(source.name)
-        return SLAConfig(), None, True, distilled
-    trained = metadata.trained if metadata is not None else "" if inside is None else inside.trained
-    branch = trained.rpartition(", ")[2]
+        if method.needs.weights and not config.allow_untrained:
+            raise never_tuned(source.name, method)
+        return method.config() if method.needs.weights else None, None, True, distilled
+    told = metadata or inside
+    assert told is not None
+    branch = told.trained.rpartition(", ")[2]
     if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
         raise WeightsError(
             f"{path} was trained with the {branch} branch only, and the other branch would spoil the video. Use "
             f"--attention {branch}, or run it anyway with --allow-untrained."
         )
-    if metadata is not None:
-        return metadata.config, path, True, distilled
-    sla = inside.sla if inside is not None else found.sla if found is not None else None
-    assert sla is not None
-    return sla, path, False, distilled
+    return (told.trained_with if isinstance(told, Found) else told.config), path, metadata is not None, distilled
+
+
+def _attention_file(config: GenerateConfig, source: ModelSource, found: Found | None) -> tuple[Path | None, bool]:
+    """The file with the attention's weights alone, given or beside the model, and whether it is slagen's own."""
+    if found is not None and found.kind in ("sla", "side-file"):
+        return user_path(config.weights or ""), found.kind == "sla"
+    if found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
+        return source.folder / SLA_FILE, True
+    if source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
+        return source.weights / SLA_FILE, True
+    return None, True

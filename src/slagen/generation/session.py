@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slagen.attention.sla.method import branches_of
+from slagen.attention.learned import label
 from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
@@ -21,7 +21,7 @@ from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import quote
 from slagen.timing import StepRecorder
-from slagen.wan.install import install_projections, install_untrained, load_sla
+from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
 from slagen.wan.processor import attach_recorder, denoising, install_method, processors
 from slagen.wan.samplers import set_sampler
@@ -170,28 +170,26 @@ def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
         "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
     }  # fmt: skip
     method = plan.method
-    if not method.needs.weights:
+    if weights.trained_with is None or method.family == "dense":
         install_method(pipe.transformer, method, plan.attention, backend=config.backend)
         attention = "full" if method.family == "dense" else method.name
         return {**found, "used": "base" if source.weights is None else f"the same weights, {attention} attention"}
-    branches = branches_of(method)
-    assert plan.sla is not None
+    name = label(method.name)
     if weights.sla_path is None:
-        install_untrained(pipe, plan.sla, config.backend, branches)  # type: ignore[arg-type]
-        return {**found, "used": "base with untrained SLA"}
-    options: dict[str, Any] = {
-        "backend": config.backend, "branches": branches, "allow_untrained": config.allow_untrained,
-    }  # fmt: skip
+        install_untrained(pipe, plan.attention, config.backend, method)
+        return {**found, "used": f"base with untrained {name}"}
+    options: dict[str, Any] = {"backend": config.backend, "allow_untrained": config.allow_untrained}
     if not weights.sla_alone:
-        install_projections(pipe, weights.sla_path, plan.sla, **options)
-        return {**found, "used": "SLA", "sla_file": report.shareable(str(weights.sla_path))}
-    metadata: SLAMetadata = load_sla(
-        pipe, weights.sla_path, config=plan.sla, other_blocks=True, base_hash=found["model_hash"], **options
+        install_projections(pipe, weights.sla_path, plan.attention, method=method, **options)
+        return {**found, "used": name, "sla_file": report.shareable(str(weights.sla_path))}
+    metadata: SLAMetadata = load_weights(
+        pipe, weights.sla_path, method, config=plan.attention, other_blocks=True, base_hash=found["model_hash"],
+        **options,
     )  # fmt: skip
     file = find_sla_file(weights.sla_path)
-    return {**found, "used": "SLA", "sla_file": report.shareable(str(file)), "sla_hash": file_hash(file),
+    return {**found, "used": name, "sla_file": report.shareable(str(file)), "sla_hash": file_hash(file),
             "trained": metadata.trained, "trained_steps": metadata.steps,
-            "trained_sparsity": metadata.config.sparsity}  # fmt: skip
+            "trained_sparsity": getattr(metadata.config, "sparsity", None)}  # fmt: skip
 
 
 def _denoise(

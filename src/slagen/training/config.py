@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from slagen.attention import registry
+from slagen.attention.protocol import Method
 from slagen.attention.sla.config import (
     BLOCK_SIZES,
-    Backend,
     FeatureMap,
     LinearDomain,
     SLAConfig,
@@ -16,7 +16,7 @@ from slagen.attention.sla.config import (
     check_fraction,
 )
 from slagen.errors import UsageError
-from slagen.generation.config import MAX_SEED, OUTPUT, Attention, Dtype, GenerateConfig
+from slagen.generation.config import MAX_SEED, OUTPUT, Attention, AttentionBackend, Dtype, GenerateConfig
 from slagen.io.forms import shown
 from slagen.io.paths import check_folder
 from slagen.io.text import read_device
@@ -33,6 +33,7 @@ def _check_count(name: str, value: object) -> None:
 
 
 DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Machine"
+OWN_FIELDS = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n")  # of methods' configs
 Loss = Literal["distill", "flow"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Optimizer = Literal["adamw", "adamw8bit"]
@@ -103,16 +104,17 @@ class FinetuneConfig:
         data: what to train on.
         model: preset, folder or hub id; None is Wan2.1 1.3B on CUDA and the bundled model elsewhere.
         weights: SLA weights to go on from, or a whole transformer; None takes the model's own.
-        from_dense: begin with the model's dense weights and a fresh `proj_l`.
+        from_dense: begin with the model's dense weights and what the attention learns fresh: of SLA `proj_l`.
         output: a folder for `sla.safetensors`, checkpoints, log, clips and page, and for the transformer where
             `weights` is a whole one of your own.
-        attention: "sla", or one of its branches alone; "dense" for a control that is tuned as long.
+        attention: a method's name, see `slagen methods`; "dense" for a control that is tuned as long.
         sparsity, and the five after it: as in SLAConfig; None is what the weights were trained with, or SLAConfig's.
+        attention_options: (name, value) of options that only this method has.
         anneal_from: sparsity to begin with; it rises to `sparsity` over the first half of the steps.
         loss: "distill" is the squared difference of the student's velocity from the frozen dense model's on the same
             noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
-        train: "all" of the transformer, "attn": its self-attention, "proj": `proj_l` alone, or "lora": low-rank
-            changes of self-attention, of rank `lora_rank` (None is 32), and `proj_l`.
+        train: "all" of the transformer, "attn": its self-attention, "proj": what the attention learns alone (of SLA
+            `proj_l`), or "lora": that, and low-rank changes of self-attention, of rank `lora_rank` (None is 32).
         steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch, caption_dropout: see TrainingDefaults.
         weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
         optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
@@ -135,11 +137,16 @@ class FinetuneConfig:
     weights: str | None = option(
         None, "SLA weights or a whole transformer to start from.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
     )
-    from_dense: bool = option(False, "Start from dense weights, with proj_l set to zero.", panel=MODEL)
+    from_dense: bool = option(
+        False, "Start from dense weights and untrained attention: of SLA, with proj_l set to zero.", panel=MODEL
+    )
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=MODEL, pixels=False)
     attention: Attention = option(
-        "sla", "sla; or, for comparison, sparse or linear (one branch of SLA alone) or dense.", panel=MODEL
-    )
+        "sla",
+        "sla, or another method with a backward pass; for comparison, sparse or linear (one branch of SLA alone) or "
+        "dense.",
+        panel=MODEL,
+    )  # fmt: skip
     sparsity: float | None = option(
         None,
         "Fraction of key blocks not attended exactly. Default: as the model's SLA weights were trained, or 0.95.",
@@ -152,6 +159,7 @@ class FinetuneConfig:
     )
     block_m: int | None = option(None, "Query rows per block.", panel=MODEL)
     block_n: int | None = option(None, "Key columns per block.", panel=MODEL)
+    attention_options: tuple[tuple[str, Any], ...] = option((), panel=MODEL, of_methods=True)
     anneal_from: float | None = option(
         None, "Initial sparsity, which rises to --sparsity over the first half of the steps.", panel=MODEL
     )
@@ -160,14 +168,19 @@ class FinetuneConfig:
     )
     layer_loss: float = option(0.0, "Weight of every layer's attention error in the loss.", panel=TRAINING)
     train: Trained = option(
-        "all", "What is trained: all, attn (self-attention), proj (proj_l) or lora (LoRA and proj_l).", panel=TRAINING
+        "all",
+        "What is trained: all, attn (self-attention), proj (proj_l, or what another method learns) or lora (LoRA and "
+        "that).",
+        panel=TRAINING,
     )
     lora_rank: int | None = option(None, "Rank of the LoRA. Default: 32.", panel=TRAINING)
     steps: int | None = option(
         None, "Optimizer steps. Default, also of the next six options: what the model recommends.", panel=TRAINING
     )
     lr: float | None = option(None, "Learning rate.", panel=TRAINING)
-    proj_multiplier: float | None = option(None, "Multiplier of the learning rate for proj_l.", panel=TRAINING)
+    proj_multiplier: float | None = option(
+        None, "Multiplier of the learning rate for proj_l, or what another method learns.", panel=TRAINING
+    )
     warmup_steps: int | None = option(
         None, "Learning-rate warm-up steps; at most a tenth of all steps are used.", panel=TRAINING
     )
@@ -190,7 +203,10 @@ class FinetuneConfig:
         "auto", "Compute dtype: bf16, fp32, or auto (bf16 on a GPU that supports it, otherwise fp32).", panel=MACHINE
     )
     device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False)
-    backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=MACHINE)
+    backend: AttentionBackend = option(
+        "auto", "Implementation of the attention; of SLA auto, reference, torch or triton.", panel=MACHINE,
+        metavar="NAME",
+    )  # fmt: skip
     parallel: Parallel = option(
         "auto",
         "Parallelism under torchrun: ddp copies the model, fsdp shards it; auto is ddp.",
@@ -220,7 +236,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_folder("output", self.output)
         for name, kinds in (("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
-                            ("dtype", Dtype), ("backend", Backend), ("parallel", Parallel)):  # fmt: skip
+                            ("dtype", Dtype), ("parallel", Parallel)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
                 raise UsageError(
                     f"{name} is {shown(getattr(self, name))}, but must be one of {', '.join(get_args(kinds))}."
@@ -248,23 +264,20 @@ class FinetuneConfig:
                 check_choice(name, getattr(self, name), BLOCK_SIZES)
         method = registry.get(self.attention)
         is_dense = method.family == "dense"
-        if not is_dense and method.config is not SLAConfig:
-            raise UsageError(f"{method.name} attention cannot be fine-tuned yet. Try --attention sla.")
+        self._check_method(method)
         if is_dense and (self.loss != "flow" or self.train not in ("all", "attn")):
             raise UsageError(
                 "--attention dense cannot be distilled from itself, and has no proj_l to train. Give --loss flow and "
                 "--train all."
             )
-        for name in ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n", "anneal_from"):
-            if is_dense and getattr(self, name) is not None:
-                raise UsageError(
-                    f"{name} is for SLA, but the attention is dense. Leave --{name.replace('_', '-')} out."
-                )
         if self.lora_rank is not None and self.train != "lora":
             raise UsageError(f"--lora-rank is for --train lora, but this is {self.train}. Leave it out.")
         learns = any(group.used for group in method.parameters)
         if self.proj_multiplier is not None and not learns:
-            raise UsageError(f"{self.attention} attention has no proj_l for --proj-multiplier. Leave it out.")
+            raise UsageError(
+                f"{self.attention} attention learns nothing of its own, and has no proj_l for --proj-multiplier. Leave "
+                "it out."
+            )
         if not learns and not is_dense and self.train == "proj":
             raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
         if self.layer_loss > 0 and self.loss == "flow":
@@ -276,11 +289,37 @@ class FinetuneConfig:
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
 
-    def sla(self, trained: SLAConfig | None) -> SLAConfig:
-        """The attention that is trained: what is asked for, in place of what the weights were made with."""
-        names = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        base = trained or SLAConfig()
+    def _check_method(self, method: Method) -> None:
+        """Raise UsageError for a method that cannot be trained, and for what it does not take."""
+        asked = {name: getattr(self, name) for name in OWN_FIELDS} | dict(self.attention_options)
+        for name, value in (asked | {"anneal_from": self.anneal_from}).items():
+            if value is not None and (name if name != "anneal_from" else "sparsity") not in method.option_names:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
+        method.config(**dict(self.attention_options))  # it checks what is out of range
+        method.check_backend(self.backend)
+        check_backward(method, self.backend)
+
+    def attention_config(self, trained: Any) -> Any:
+        """The attention that is trained: what is asked for, in place of what the weights were made with, if any were.
+
+        For a dense control it is SLA's.
+        """
+        method = registry.get(self.attention)
+        given = {name: getattr(self, name) for name in OWN_FIELDS} | dict(self.attention_options)
+        given = {name: value for name, value in given.items() if value is not None}
+        base = trained or (SLAConfig() if method.family == "dense" else method.config())
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
         return dataclasses.replace(base, **given)
+
+
+def check_backward(method: Method, backend: str) -> None:
+    """Raise UsageError for an implementation of a method that gradients do not pass through."""
+    if next(each.backward for each in method.backends if each.name == backend):
+        return
+    others = [each.name for each in method.backends if each.backward]
+    raise UsageError(
+        f"{method.name} attention has no backward pass"
+        + (f" on the {backend} backend. Try --backend {others[0]}." if others else ", so it cannot be fine-tuned.")
+    )

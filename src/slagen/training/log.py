@@ -37,7 +37,8 @@ class StepRecord:
         step, steps: which one, from 1, and how many there will be.
         loss: its mean over the clips. error: relative L2 error of the velocity to the dense teacher's; None where the
             loss does not use the teacher.
-        grad_norm: before any clipping. lr: of all but `proj_l`. proj_norms: of each layer's `proj_l`.
+        grad_norm: before any clipping. lr: of all but what the attention learns. proj_norms: of that by layer, of SLA
+            of `proj_l`.
         seconds: of training so far. left_s: expected until the last step.
     """
 

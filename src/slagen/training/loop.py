@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from slagen.attention.learned import matrix_norms
 from slagen.attention.registry import parameter_group
 from slagen.events import Event
 from slagen.interrupts import stopping
@@ -71,10 +73,9 @@ def _log_step(
     run: Run, step: int, result: StepResult, step_s: float, seconds: float, left_s: float, board: Any
 ) -> None:
     """Write a step to the log and to TensorBoard."""
-    norms = [
-        float(full_tensor(p.detach()).norm()) for name, p in run.trainer.student.named_parameters()
-        if parameter_group(name) is not None and name.endswith(".weight")
-    ]  # fmt: skip
+    parameters = {name: p.detach() for name, p in run.trainer.student.named_parameters() if parameter_group(name)}
+    groups = matrix_norms({name: full_tensor(p) for name, p in parameters.items() if not name.endswith(".bias")})
+    norms = [math.hypot(*of_layer) for of_layer in zip(*groups.values(), strict=False)]
     if not run.is_first:
         return
     record = StepRecord(

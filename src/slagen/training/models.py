@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from slagen.attention.sla.method import branches_of
 from slagen.formats.sla import read_metadata, weights_hash
 from slagen.training.lora import LORA_RANK, add_lora
 from slagen.training.setup import Setup
 from slagen.training.trainer import Recipe
-from slagen.wan.install import install_projections, install_untrained, load_sla
-from slagen.wan.processor import install
+from slagen.wan.install import install_projections, install_untrained, load_weights
+from slagen.wan.processor import install, install_method
 from slagen.wan.sequence_parallel import split_tokens
 from slagen.wan.transformer import load_transformer
 
@@ -26,8 +25,8 @@ class Models:
     Args:
         student: float32, with its attention installed and `requires_grad` set on what trains.
         teacher: the same model with dense attention, frozen.
-        base_hash: of the student's weights before SLA was installed.
-        steps_before: steps that the SLA weights had been trained for.
+        base_hash: of the student's weights before its attention was installed.
+        steps_before: steps that the attention's weights had been trained for.
     """
 
     student: Any
@@ -62,25 +61,24 @@ def recomputes(checkpointing: bool | None, device: torch.device) -> bool:
 
 def _install_attention(student: Any, setup: Setup, base_hash: str) -> int:
     """Give the student its attention, fresh or as it was trained; returns the steps that it was trained for."""
-    config, weights = setup.config, setup.weights
-    branches = branches_of(setup.method)
+    config, weights, method = setup.config, setup.weights, setup.method
     if setup.is_dense:
-        install(student, None)
+        install_method(student, method, method.config(), backend=config.backend)
     elif config.from_dense or weights.sla_path is None:
-        install_untrained(student, setup.sla, config.backend, branches)
+        install_untrained(student, setup.attention, config.backend, method)
         for name, parameter in student.named_parameters():
-            group = setup.method.group(name)
+            group = method.group(name)
             if group is not None and group.identity and parameter.ndim == 2:  # the output is O^l at first
                 torch.nn.init.eye_(parameter)
     elif weights.sla_alone:
-        load_sla(
-            student, weights.sla_path, config=setup.sla, backend=config.backend, branches=branches,
-            allow_untrained=True, base_hash=base_hash,
+        load_weights(
+            student, weights.sla_path, method, config=setup.attention, backend=config.backend, allow_untrained=True,
+            base_hash=base_hash,
         )  # fmt: skip
         return read_metadata(weights.sla_path).steps
     else:
         install_projections(
-            student, weights.sla_path, setup.sla, backend=config.backend, branches=branches, allow_untrained=True
+            student, weights.sla_path, setup.attention, method=method, backend=config.backend, allow_untrained=True
         )
     return 0
 

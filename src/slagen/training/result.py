@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from slagen.attention.learned import name_in_files, to_fields
 from slagen.attention.registry import parameter_group
 from slagen.errors import SlagenError
 from slagen.events import Event
@@ -127,16 +128,16 @@ def _gather(parameters: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 def _metadata(run: Run) -> SLAMetadata:
     setup = run.setup
-    train, attention = setup.config.train, setup.config.attention
+    train, attention, method = setup.config.train, setup.config.attention, name_in_files(setup.method)
     return SLAMetadata(
-        setup.sla, setup.weights.source.name, run.models.base_hash,
-        train if attention == "sla" else f"{train}, {attention}", run.models.steps_before + setup.schedule.steps,
-        "rcm" if setup.weights.distilled else "flow",
+        setup.attention, setup.weights.source.name, run.models.base_hash,
+        train if attention == method else f"{train}, {attention}", run.models.steps_before + setup.schedule.steps,
+        "rcm" if setup.weights.distilled else "flow", method=method,
     )  # fmt: skip
 
 
 def _write_base(setup: Setup) -> None:
-    """Write the transformer that SLA was trained on beside the SLA weights, where no preset or folder has it."""
+    """Write the transformer that the attention was trained on beside its weights, where no preset or folder has it."""
     final = setup.folder / "transformer"
     try:
         with writing(final) as part:
@@ -160,9 +161,9 @@ def _write_result(run: Run, result: FinetuneResult, after: TeacherErrors) -> Non
 def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None:
     setup, config, source = run.setup, run.setup.config, run.setup.weights.source
     before, after = result.teacher_error_before, result.teacher_error_after
-    sparsity = "" if setup.is_dense else f", sparsity {setup.sla.sparsity:g}"
+    about = "" if setup.is_dense else _told(setup.attention)
     facts = {
-        "model": source.name, "attention": config.attention + sparsity, "trained": config.train, "loss": config.loss,
+        "model": source.name, "attention": config.attention + about, "trained": config.train, "loss": config.loss,
         "steps": str(result.steps),
         "relative L2 error to the dense teacher": f"{before:.4f} before, {after:.4f} after "
         f"({1 - after / (before or 1):.0%} lower)",
@@ -173,3 +174,10 @@ def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None
     title = f"{setup.folder.resolve().name}: {source.name} with {attention}"
     layers = {"before": run.before.layers, "after": errors.layers}
     write_page(setup.folder, title, facts, layers, [clip.caption for clip in shown_clips(run.data)])
+
+
+def _told(config: Any) -> str:
+    """The sparsity of a method that has one, otherwise its settings."""
+    if (sparsity := getattr(config, "sparsity", None)) is not None:
+        return f", sparsity {sparsity:g}"
+    return "".join(f", {name.replace('_', ' ')} {value}" for name, value in to_fields(config).items())

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from slagen.attention.learned import to_fields
 from slagen.errors import UsageError
 from slagen.formats.sla import find_sla_file
 from slagen.generation.embeddings import file_hashes
@@ -25,6 +26,7 @@ def run_settings(setup: Setup) -> dict[str, Any]:
     """Every setting that changes what is learnt, except the data themselves, as read back from JSON."""
     config, source = setup.config, setup.weights.source
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
+    del fields["attention_options"]  # the attention's own settings tell them
     fields["lora_rank"] = (config.lora_rank or LORA_RANK) if config.train == "lora" else None
     schedule = {name: value for name, value in dataclasses.asdict(setup.schedule).items() if name not in MAY_CHANGE}
     files, sla = transformer_files(source), setup.weights.sla_path
@@ -32,7 +34,7 @@ def run_settings(setup: Setup) -> dict[str, Any]:
         files.append(find_sla_file(sla) if setup.weights.sla_alone else sla)
     options = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("path", "self_generate")}
     return json.loads(json.dumps({
-        **fields, **schedule, **setup.sla.to_dict(), "data_options": options, "dtype": str(setup.recipe.dtype),
+        **fields, **schedule, **to_fields(setup.attention), "data_options": options, "dtype": str(setup.recipe.dtype),
         "model": source.name, "weights_hash": file_hashes(files, setup.cache),
     }))  # fmt: skip
 

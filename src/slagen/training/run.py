@@ -90,10 +90,10 @@ def measure(trainer: Trainer, held_out: HeldOut) -> TeacherErrors:
 
 def anneal(run: Run, step: int) -> None:
     """With --anneal-from, set the sparsity of a step: it rises linearly over the first half of the steps."""
-    start, sla = run.setup.config.anneal_from, run.setup.sla
+    start, attention = run.setup.config.anneal_from, run.setup.attention
     if start is None:
         return
     part = min(1.0, 2 * step / run.setup.schedule.steps)
-    sla = dataclasses.replace(sla, sparsity=start + (sla.sparsity - start) * part)
+    attention = dataclasses.replace(attention, sparsity=start + (attention.sparsity - start) * part)
     for block in run.models.student.blocks:
-        block.attn1.processor.config = sla
+        block.attn1.processor.config = attention

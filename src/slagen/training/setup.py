@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from slagen.attention import registry
+from slagen.attention.learned import label, name_in_files
 from slagen.attention.protocol import Grid, Method
-from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
@@ -19,7 +20,7 @@ from slagen.generation.resolve import Weights, find_weights
 from slagen.io.paths import user_path
 from slagen.io.text import counted, quote
 from slagen.machine import pick_device, pick_dtype
-from slagen.training.config import FinetuneConfig
+from slagen.training.config import FinetuneConfig, check_backward
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team
 from slagen.training.log import Emit
@@ -38,7 +39,8 @@ class Setup:
     Args:
         folder: for the output. emit: called with each stage, note, warning and step.
         method: the student's attention. base: how the dense model would generate: model, device, dtype, backend.
-        weights: where the model and its SLA weights lie. sla: how attention is divided at the end.
+        weights: where the model and its attention's weights lie. attention: the method's config at the end, of a
+            dense control SLA's.
         recipe: how the student is trained.
     """
 
@@ -49,7 +51,7 @@ class Setup:
     method: Method
     base: GenerateConfig
     weights: Weights
-    sla: SLAConfig
+    attention: Any
     recipe: Recipe
 
     @property
@@ -83,26 +85,25 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     Raises: UsageError, WeightsError or EnvironmentProblem.
     """
     method = registry.get(config.attention)
-    is_dense = method.family == "dense"
     base = GenerateConfig(
         "-", model=default_model(config.model, str(team.device)),
         weights=config.weights, local_files_only=config.local_files_only,
-        allow_untrained=True, attention="dense" if is_dense else "sla",
+        allow_untrained=True, attention=name_in_files(method),
         device=str(team.device), dtype=config.dtype, backend=config.backend,
     )  # fmt: skip
     weights = find_weights(base, lambda text: emit(Event("note", text)))
-    _check_weights(config, weights, is_dense)
+    _check_weights(config, weights, method)
     if weights.source.weights is None:
         base = dataclasses.replace(base, weights=None)  # the dense model has no use for SLA weights
     if config.optimizer == "adamw8bit" and team.kind == "fsdp":
         raise UsageError(
             "adamw8bit does not support FSDP's sharded parameters. Leave --optimizer out, or use --parallel ddp."
         )
-    sla = config.sla(weights.sla)
-    if config.anneal_from is not None and config.anneal_from > sla.sparsity:
+    attention = config.attention_config(weights.trained_with)
+    if config.anneal_from is not None and config.anneal_from > attention.sparsity:
         raise UsageError(
-            f"anneal_from is {config.anneal_from:g}, but sparsity can only rise from there to {sla.sparsity:g}. Give "
-            "a lower value."
+            f"anneal_from is {config.anneal_from:g}, but sparsity can only rise from there to {attention.sparsity:g}. "
+            "Give a lower value."
         )
     recipe = _recipe(config, weights, team)
     heads = weights.source.shape.num_heads
@@ -110,16 +111,17 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
         raise UsageError(f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads.")
     if config.context_parallel > 1:
         method.check_context_parallel()
-    if not is_dense:
-        about = weights.source.head_dim, team.device, recipe.dtype
-        assert method.check is not None
-        method.check(method.pick_backend(config.backend, *about), *about, sla)
+    about = weights.source.head_dim, team.device, recipe.dtype
+    backend = method.pick_backend(config.backend, *about)
+    check_backward(method, backend)
+    if method.check is not None:
+        method.check(backend, *about, method.config() if method.family == "dense" else attention)
     if config.train == "lora":
         lora_config()
     if config.optimizer == "adamw8bit":
         optimizer_8bit()
     _check_output(config, folder, weights)
-    return Setup(config, folder, team, emit, method, base, weights, sla, recipe)
+    return Setup(config, folder, team, emit, method, base, weights, attention, recipe)
 
 
 def default_model(name: str | None, device: str) -> str | None:
@@ -127,14 +129,17 @@ def default_model(name: str | None, device: str) -> str | None:
     return name or (DEFAULT_ON_CUDA if pick_device(device).type == "cuda" else None)
 
 
-def _check_weights(config: FinetuneConfig, weights: Weights, is_dense: bool) -> None:
+def _check_weights(config: FinetuneConfig, weights: Weights, method: Method) -> None:
     """Raise where the weights to start from are missing, given twice, or cannot be trained."""
     if config.from_dense and config.weights is not None and weights.source.weights is None:
-        raise UsageError("--from-dense starts without SLA weights, but --weights gives some. Leave one of them out.")
-    if not config.from_dense and not is_dense and weights.sla_path is None:
+        name = label(method.name)
+        raise UsageError(
+            f"--from-dense starts without {name} weights, but --weights gives some. Leave one of them out."
+        )
+    if not config.from_dense and method.needs.weights and weights.sla_path is None:
         raise WeightsError(
-            f"{weights.source.name} has no SLA weights to continue from. Start with --from-dense, or give SLA weights "
-            "with --weights."
+            f"{weights.source.name} has no {label(method.name)} weights to continue from. Start with --from-dense, or "
+            "give such weights with --weights."
         )
     if (file := weights.source.weights) is not None and file.suffix == ".gguf":
         raise UsageError(f"{file} is quantised and cannot be trained. Give the model in full precision.")
@@ -170,10 +175,16 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
     """Raise UsageError where a clip is too short for sparse attention, or its tokens cannot be shared evenly."""
     clips = [*data.training, *data.held_out]
     grids = {setup.grid(clip) for clip in clips}
-    short = [grid.num_tokens for grid in grids if not setup.is_dense and not setup.method.applies(setup.sla, grid)]
+    attention = setup.attention
+    short = [grid.num_tokens for grid in grids if not setup.is_dense and not setup.method.applies(attention, grid)]
+    if short and (block_n := getattr(attention, "block_n", None)) is None:
+        raise UsageError(
+            f"a clip has {counted(min(short), 'token')}, of which {setup.method.name} attention can leave nothing out. "
+            "Give larger or longer clips."
+        )
     if short:
         raise UsageError(
-            f"a clip has {counted(min(short), 'token')}, fewer than 2 key blocks of {setup.sla.block_n}, so no block "
+            f"a clip has {counted(min(short), 'token')}, fewer than 2 key blocks of {block_n}, so no block "
             "can be skipped. Give larger or longer clips, or a smaller --block-n."
         )
     parts = setup.config.context_parallel

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from slagen.attention import registry
 from slagen.attention.cost import ModelShape
+from slagen.attention.learned import label
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import identify
@@ -31,7 +33,7 @@ from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder
 from slagen.wan.install import save_sla
 from slagen.wan.presets import WAN_1_3B
-from slagen.wan.processor import install
+from slagen.wan.processor import install_method
 from slagen.wan.transformer import build_transformer, wan_config
 from slagen.wan.vae import load_vae
 
@@ -44,7 +46,7 @@ def convert(
     source: str, output: str, *, base: str | None = None, dtype: torch.dtype = torch.bfloat16,
     overwrite: bool = False, part: str | None = None, on_note: Callable[[str], None] = lambda text: None,
 ) -> Path:  # fmt: skip
-    """Write a transformer of any public form as a diffusers folder, with its SLA weights in `sla.safetensors`.
+    """Write a transformer of any public form as a diffusers folder, with its attention weights in `sla.safetensors`.
 
     Args:
         source: the transformer's file or folder, or the original VAE's file.
@@ -114,31 +116,33 @@ def _convert_transformer(
     checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
     if not isinstance(checkpoint, Checkpoint):
         raise UsageError(
-            f"{path} holds SLA weights alone. Use it beside its model: generate --model MODEL --weights {path}."
+            f"{path} holds an attention's weights alone. Use it beside its model: generate --model MODEL --weights "
+            f"{path}."
         )
     for note in found.notes:
         on_note(note)
     config = _config_for(checkpoint, folder)
     model = build_transformer(checkpoint, config, dtype)
-    layers = len(checkpoint.projections) // 2
+    layers = len({name.split(".")[1] for name in checkpoint.projections})
     on_note(
-        f"{checkpoint.layout} names, {counted(len(checkpoint.tensors), 'tensor')}, SLA in {counted(layers, 'layer')}: "
-        "all used"
+        f"{checkpoint.layout} names, {counted(len(checkpoint.tensors), 'tensor')}, {label(found.method)} in "
+        f"{counted(layers, 'layer')}: all used"
     )
     model.save_pretrained(target / "transformer", max_shard_size=MAX_SHARD)
     distilled = found.sampler == "rcm"
-    if found.sla is not None:
+    if found.trained_with is not None:
         name = folder.name if folder is not None else preset_of_width(checkpoint.width) or "wan2.1"
         metadata = SLAMetadata(
-            found.sla,
+            found.trained_with,
             name,
             weights_hash(model),
             trained=found.trained or "all",
             steps=0,
             sampler_family="rcm" if distilled else "flow",
             source_hash=_digest(path),
+            method=found.method,
         )
-        install(model, found.sla)
+        install_method(model, registry.get(found.method), found.trained_with)
         state = model.state_dict()
         with torch.no_grad():
             for key, tensor in checkpoint.projections.items():

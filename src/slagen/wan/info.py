@@ -1,12 +1,13 @@
 """`slagen info`: what a weight file or a model's folder holds, as numbers and words."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from slagen.attention.learned import SLA_NAME, matrix_norms, to_fields
 from slagen.attention.sla.config import SLAConfig
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.headers import read_header, shard_of
@@ -22,7 +23,7 @@ from slagen.io.paths import user_path
 from slagen.wan.folder import describe_folder
 
 FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
-LEFT_OUT = ("trained_with", "notes", "sla_file")  # of the JSON, where there is none
+LEFT_OUT = ("trained_with", "notes", "sla_file", "proj_l_norms", "parameter_norms")  # of the JSON, where there is none
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Info:
     def to_dict(self) -> dict[str, Any]:
         """What --json prints."""
         return {
-            name: value.to_dict() if isinstance(value, Info | SLAConfig) else value
+            name: value.to_dict() if isinstance(value, Info) else to_fields(value) if is_dataclass(value) else value
             for name, value in vars(self).items()
             if value is not None or name not in LEFT_OUT
         }
@@ -84,14 +85,21 @@ class SideFileInfo(FileInfo):
 
 @dataclass(frozen=True)
 class SLAInfo(FileInfo):
-    """SLA weights that slagen wrote. metadata: how they were trained. proj_l_norms: of each layer's `proj_l`."""
+    """Attention weights that slagen wrote.
+
+    Args:
+        trained_with: the config of the method that `metadata` names; of SLA where they name none.
+        layers: that learned something of their own. proj_l_norms: of SLA, by layer. parameter_norms: of another method,
+            by parameter group and layer.
+    """
 
     base_model: str
-    trained_with: SLAConfig
+    trained_with: Any
     metadata: dict[str, Any]
     layers: int
-    proj_l_norms: list[float]
+    proj_l_norms: list[float] | None
     trained: bool
+    parameter_norms: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ class TransformerInfo(FileInfo):
     Args:
         layout: whose names its tensors have. width: of a hidden state. sampler: that its weights are for.
         sla: whether it holds SLA weights; proj_l_norms are theirs, by layer. faults: what keeps it from being loaded.
-        trained_with: the settings of its SLA weights, if it tells them. sla_file: beside it.
+        trained_with: the settings of its attention weights, if it tells them. sla_file: beside it.
+        parameter_norms: of another attention method, by parameter group and layer.
     """
 
     layout: str
@@ -113,7 +122,8 @@ class TransformerInfo(FileInfo):
     proj_l_norms: list[float]
     trained: bool
     faults: list[str]
-    trained_with: SLAConfig | None = None
+    trained_with: Any = None
+    parameter_norms: dict[str, list[float]] | None = None
     notes: list[str] | None = None
     sla_file: Info | None = None
 
@@ -170,15 +180,15 @@ def info(path_text: str) -> Info:
 def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> TransformerInfo:
     checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
     assert isinstance(checkpoint, Checkpoint)
-    norms = _norms(checkpoint.projections)
+    norms, others = _norms(checkpoint.projections)
     notes = [*found.notes, *([f"this {UNTOLD}"] if found.untold else [])]
     if found.few_steps:
         notes.append(f"the name or metadata say {found.few_steps!r}: it may be distilled to few steps without guidance")
     return TransformerInfo(
         **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,
         quantised=quantised, sampler=found.sampler or "unipc", sla=bool(norms), proj_l_norms=norms,
-        trained=bool(norms) and min(norms) > 0, faults=checkpoint.faults, trained_with=found.sla, notes=notes or None,
-        sla_file=_beside(path),
+        trained=_all_trained(norms, others), faults=checkpoint.faults, trained_with=found.trained_with,
+        notes=notes or None, parameter_norms=others or None, sla_file=_beside(path),
     )  # fmt: skip
 
 
@@ -194,16 +204,25 @@ def _beside(folder: Path) -> Info | None:
 
 def _describe_sla(file: FileInfo, path: Path, tensors: dict[str, Tensor]) -> SLAInfo:
     metadata = read_metadata(path)
-    norms = _norms({name: x for name, x in tensors.items() if ".proj_l." in name})
-    untold = {"config", "tensors"} if metadata.tensors is not None else {"config", "tensors", "tensors_hash"}
+    norms, others = _norms(tensors)
+    of_sla = metadata.method == SLA_NAME
+    untold = {"config", "tensors"} | ({"tensors_hash"} if metadata.tensors is None else set())
+    untold |= {"method"} if of_sla else set()
     about = {name: value for name, value in vars(metadata).items() if name not in untold}
     return SLAInfo(
         **vars(file), base_model=about.pop("base_model"), trained_with=metadata.config, metadata=about,
-        layers=len(norms), proj_l_norms=norms, trained=bool(norms) and min(norms) > 0,
+        layers=max(map(len, [norms, *others.values()])), proj_l_norms=norms if of_sla else None,
+        trained=_all_trained(norms, others) or not (of_sla or others), parameter_norms=others or None,
     )  # fmt: skip
 
 
-def _norms(projections: dict[str, Tensor]) -> list[float]:
-    """The Frobenius norm of each layer's `proj_l` weight, in the layers' order."""
-    weights = {int(name.split(".")[1]): x for name, x in projections.items() if name.endswith("proj_l.weight")}
-    return [weights[layer].float().norm().item() for layer in sorted(weights)]
+def _norms(tensors: dict[str, Tensor]) -> tuple[list[float], dict[str, list[float]]]:
+    """The Frobenius norms of each layer's `proj_l`, in the layers' order, and of what other methods learned."""
+    found = matrix_norms(tensors)
+    return found.pop("proj_l", []), found
+
+
+def _all_trained(norms: list[float], others: dict[str, list[float]]) -> bool:
+    """Whether every layer learned something."""
+    every = [*norms, *(norm for group in others.values() for norm in group)]
+    return bool(every) and min(every) > 0

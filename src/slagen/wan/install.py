@@ -1,4 +1,4 @@
-"""SLA in a Wan pipeline: install it fresh or with the weights of a file, save what was trained, remove it."""
+"""SLA, or another attention that learns, in a Wan pipeline: install it fresh or with a file's weights, save, remove."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from slagen.attention import registry
+from slagen.attention.learned import name_in_files, of_another, suits
+from slagen.attention.protocol import Method
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
+from slagen.attention.sla.method import SLA
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import number_faults
@@ -33,11 +36,12 @@ from slagen.formats.sla import (
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.forms import shown
 from slagen.io.paths import user_path
+from slagen.io.text import counted
 from slagen.settings import no_argument
 from slagen.wan.folder import is_hub_id
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.hub import fetch_sla
-from slagen.wan.processor import install, installation, remove
+from slagen.wan.processor import Installation, install_method, installation, processors, remove, version_of
 from slagen.wan.saved import tell_settings
 
 UNTRAINED = (
@@ -74,13 +78,31 @@ def load_sla(
     Returns: what the file says of itself.
     Raises: WeightsError, before anything is changed, if the file is broken, made for another base, does not hold the
         very tensors that it was written with, lacks a `proj_l`, or holds a tensor that the model has not, or in another
-        shape, or with values that are not finite; UsageError if a LoRA is loaded or fused, hooks offload the
-        transformer's layers, or its weights are quantised; EnvironmentProblem if the hub does not give the file.
+        shape, or with values that are not finite, or is of another attention method; UsageError if a LoRA is loaded or
+        fused, hooks offload the transformer's layers, or its weights are quantised; EnvironmentProblem if the hub does
+        not give the file.
     """
-    transformer = getattr(pipe, "transformer", pipe)
     _check_how(config, backend, branches)
     path = _fetched(path, local_files_only)
+    return load_weights(
+        pipe, path, registry.of_branches(branches), config=config, backend=backend, allow_untrained=allow_untrained,
+        other_blocks=other_blocks, base_hash=base_hash,
+    )  # fmt: skip
+
+
+def load_weights(
+    pipe: Any, path: str | Path, method: Method, *, config: Any = None, backend: str = "auto",
+    allow_untrained: bool = False, other_blocks: bool = False, base_hash: str | None = None,
+) -> SLAMetadata:  # fmt: skip
+    """`load_sla` for any attention method, of a file on this machine.
+
+    Args:
+        config: of the method, instead of the file's. backend: one of the method's.
+    """
+    transformer = getattr(pipe, "transformer", pipe)
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
+    if not suits(method, metadata.method):
+        raise of_another(path, method, metadata.method)
     config = config or metadata.config
     _check_same_form(config, metadata.config, path, other_blocks)
     refuse_adapters(pipe, "loaded")
@@ -95,18 +117,22 @@ def load_sla(
             f"the weights {found[:12]}: it is another model, or has a LoRA fused into it. Give the model that the "
             "weights were trained from, or SLA weights for this one."
         )
-    install(transformer, config, backend=backend, branches=branches)
+    install_method(transformer, method, config, backend=backend)
     missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
     try:
         _fill(transformer, tensors, path, allow_untrained, missing)
     except SlagenError:
         remove(transformer)
         raise
-    tell_settings(transformer, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
+    _tell(transformer, method, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
     record = installation(transformer)
     assert record is not None
     record.metadata = metadata
     return metadata
+
+
+def _tell(transformer: Any, method: Method, config: Any, family: str, trained: str, path: Path | None = None) -> None:
+    tell_settings(transformer, name_in_files(method), config, family, trained, path)
 
 
 def _fetched(path: str | Path, local_files_only: bool) -> str | Path:
@@ -117,31 +143,32 @@ def _fetched(path: str | Path, local_files_only: bool) -> str | Path:
 
 
 def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
-    """The SLA weights inside a model that diffusers saved; None where a path names anything else."""
+    """The attention weights inside a model that diffusers saved; None where a path names anything else."""
     if not path.is_dir() or (path / SLA_FILE).is_file() or not (path / "transformer").is_dir():
         return None
     found = peek(path)
     if found.untold:
         raise WeightsError(f"{path} {UNTOLD}")
-    if found.sla is None:
+    if found.trained_with is None:
         return None
     checkpoint = read_checkpoint(path)
     assert isinstance(checkpoint, Checkpoint)
     family = "rcm" if found.sampler == "rcm" else "flow"
     base = state_hash(checkpoint.tensors)
-    return SLAMetadata(found.sla, path.name, base, found.trained, 0, family), checkpoint.projections
+    metadata = SLAMetadata(found.trained_with, path.name, base, found.trained, 0, family, method=found.method)
+    return metadata, checkpoint.projections
 
 
 def install_projections(
     pipe: Any,
     path: str | Path,
-    config: SLAConfig,
+    config: Any,
     *,
-    backend: Backend = "auto",
-    branches: Branches = "both",
+    method: Method = SLA,
+    backend: str = "auto",
     allow_untrained: bool = False,
 ) -> None:
-    """Install SLA with the `proj_l` that a transformer's own file holds, or SimpleTuner's side file.
+    """Install attention with what a transformer's own file holds of it (of SLA `proj_l`), or SimpleTuner's side file.
 
     Raises: WeightsError if there is none, or it does not fit; the pipeline is as before then.
     """
@@ -152,14 +179,14 @@ def install_projections(
     else:
         layers = range(transformer.config.num_layers)
         tensors = {f"blocks.{i}.attn1.processor.proj_l.{name}": x for i in layers for name, x in _pair(found)}
-    install(transformer, config, backend=backend, branches=branches)
+    install_method(transformer, method, config, backend=backend)
     try:
         _fill(transformer, tensors, path, allow_untrained, [])
     except SlagenError:
         remove(transformer)
         raise
     told = peek(Path(path))
-    tell_settings(transformer, told.sla or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
+    _tell(transformer, method, told.trained_with or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
 
 
 def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
@@ -171,28 +198,31 @@ def save_sla(
 ) -> Path:
     """Write the SLA weights of a pipeline: every `proj_l`, and every tensor that differs from the base.
 
+    Those of another attention method too: what it learned, and every tensor that differs.
+
     Args:
         pipe: a WanPipeline with SLA installed, or its transformer.
         path: a file, or a folder that gets `sla.safetensors`.
         metadata: what the file will say of itself; None is what `load_sla` read, and after `apply_sla` what it was
             called with.
         base: the base's transformer tensors by name; None means that only `proj_l` and what `load_sla` put aside
-            can differ from it. That is checked against the metadata's base_hash; after `apply_sla` there is none, so
-            give the base if more than `proj_l` was trained.
+            can differ from it. Give the base if more than `proj_l` was trained.
     Returns: the file's path.
-    Raises: UsageError if no SLA is installed, the base is not the one that the metadata names, a LoRA is loaded or
-        fused, or hooks offload the transformer's layers.
+    Raises: UsageError if no SLA is installed, the base is not the one that the metadata names, or is not given and was
+        trained, a LoRA is loaded or fused, or hooks offload the transformer's layers.
     """
     transformer = getattr(pipe, "transformer", pipe)
     refuse_adapters(pipe, "saved")
     refuse_offloaded(transformer, "saved")
     record = installation(transformer)
     state = transformer.state_dict()
-    if record is None or not any(is_projection(name) for name in state):
+    if record is None or processors(transformer)[0].method.family == "dense":
         raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
-    if base is None:
-        base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
     metadata = metadata or record.metadata
+    if base is None:
+        if metadata is None:  # otherwise its hash tells
+            _refuse_trained(record, state)
+        base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
     found = state_hash(base)
     if metadata is not None and found != metadata.base_hash:
         raise UsageError(
@@ -205,7 +235,7 @@ def save_sla(
         if is_projection(name) or (name in base and not torch.equal(tensor.cpu(), base[name].to(tensor.dtype)))
     }
     if metadata is None:
-        metadata = _made_here(pipe, found, "proj_l" if all(map(is_projection, kept)) else "all")
+        metadata = _made_here(pipe, found, "all" if not kept or not all(map(is_projection, kept)) else None)
     file = user_path(path)
     if file.suffix != ".safetensors":
         file = file / SLA_FILE
@@ -213,14 +243,29 @@ def save_sla(
     return file
 
 
-def _made_here(pipe: Any, base_hash: str, trained: str) -> SLAMetadata:
-    """What a file says of SLA that `apply_sla` installed."""
+def _refuse_trained(record: Installation, state: dict[str, Tensor]) -> None:
+    """Raise UsageError where tensors of the model, which are to be taken for the base, were changed since the attention
+    was installed: nobody could load a file that names them as its base."""
+    changed = [name for name, version in record.versions.items() if name in state and version_of(state[name]) > version]
+    if changed:
+        raise UsageError(
+            f"{counted(len(changed), 'tensor')} of the model changed since the attention was installed, such as "
+            f"{changed[0]}, and nothing tells what they were. Give the tensors from before training as base."
+        )
+
+
+def _made_here(pipe: Any, base_hash: str, trained: str | None) -> SLAMetadata:
+    """What a file says of attention that was installed here; `trained` is None for what it learned alone."""
     transformer = getattr(pipe, "transformer", pipe)
     told = transformer.config.get(SETTINGS_KEY) or {}
     origin = Path(str(getattr(pipe, "name_or_path", None) or transformer.config.get("_name_or_path") or ""))
     name = (origin.parent if origin.name == "transformer" else origin).name or type(transformer).__name__
-    config = transformer.blocks[0].attn1.processor.config
-    return SLAMetadata(config, name, base_hash, told.get("trained") or trained, 0, told.get("sampler_family", "flow"))
+    processor = processors(transformer)[0]
+    trained = trained or " and ".join(group.name for group in processor.method.parameters)
+    return SLAMetadata(
+        processor.config, name, base_hash, told.get("trained") or trained, 0, told.get("sampler_family", "flow"),
+        method=name_in_files(processor.method),
+    )  # fmt: skip
 
 
 def apply_sla(
@@ -248,16 +293,17 @@ def apply_sla(
     for name in settings.keys() - fields.keys():
         reason = f". Give sparsity, which is 1 - {name}." if name in ("topk", "sla_topk", "topk_ratio") else ""
         raise no_argument("apply_sla", name, [*fields, "config", "backend", "branches"], reason=reason)
-    install_untrained(pipe, dataclasses.replace(config or SLAConfig(), **settings), backend, branches)
+    method = registry.of_branches(branches)
+    install_untrained(pipe, dataclasses.replace(config or SLAConfig(), **settings), backend, method)
     if branches != "sparse":
         warnings.warn(UNTRAINED, stacklevel=2)
 
 
-def install_untrained(pipe: Any, config: SLAConfig, backend: Backend = "auto", branches: Branches = "both") -> None:
-    """`apply_sla` for callers that say themselves, or know, that it is untrained."""
+def install_untrained(pipe: Any, config: Any, backend: str = "auto", method: Method = SLA) -> None:
+    """`apply_sla` of any method, for callers that say themselves, or know, that it is untrained."""
     transformer = getattr(pipe, "transformer", pipe)
-    install(transformer, config, backend=backend, branches=branches)
-    tell_settings(transformer, config, "flow", "" if branches == "both" else branches)
+    install_method(transformer, method, config, backend=backend)
+    _tell(transformer, method, config, "flow", "" if name_in_files(method) == method.name else method.name)
 
 
 def remove_sla(pipe: Any) -> None:
@@ -274,9 +320,9 @@ def _check_how(config: object, backend: str, branches: str) -> None:
     registry.of_branches(branches).check_backend(backend)
 
 
-def _check_same_form(config: SLAConfig, trained: SLAConfig, path: str | Path, other_blocks: bool) -> None:
+def _check_same_form(config: Any, trained: Any, path: str | Path, other_blocks: bool) -> None:
     for name in ("linear_domain", "feature_map", *(() if other_blocks else ("block_m", "block_n"))):
-        if getattr(config, name) != getattr(trained, name):
+        if getattr(config, name, None) != getattr(trained, name, None):
             raise WeightsError(
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
                 "weights work with that only. Leave the setting out."
@@ -299,6 +345,13 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
     return changed
 
 
+def _untrained(method: Method, tensors: dict[str, Tensor]) -> list[str]:
+    """The names of all-zero matrices that a method's output depends on, where it cannot do without them."""
+    groups = {name: method.group(name) for name in tensors} if method.needs.weights else {}
+    used = [name for name, group in groups.items() if group is not None and group.used]
+    return [name for name in used if tensors[name].ndim > 1 and not tensors[name].any()]
+
+
 def _fill(
     transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool,
     missing: list[str],
@@ -319,13 +372,11 @@ def _fill(
         raise WeightsError(
             f"{path} does not match the model: {'; '.join(faults[:3])}{more}. Give weights for this model."
         )
-    zero = [name for name in tensors if name.endswith("proj_l.weight") and not tensors[name].any()]
-    method = transformer.blocks[0].attn1.processor.method
-    zero = [name for name in zero if method.group(name).used]
+    zero = _untrained(processors(transformer)[0].method, tensors)
     if zero and not allow_untrained:
         raise WeightsError(
-            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}: its linear "
-            "branch is untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
+            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}, which is "
+            "untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
         )
     record = installation(transformer)
     assert record is not None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slagen.attention.cost import ModelShape
+from slagen.attention.learned import label
+from slagen.attention.protocol import Method
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.published import TURBO_SLA
@@ -110,8 +112,14 @@ def check_sampler(sampler: str, distilled: bool) -> None:
         )
 
 
-def never_tuned(name: str) -> WeightsError:
-    """The error for SLA asked of a model that has no weights for it."""
+def never_tuned(name: str, method: Method) -> WeightsError:
+    """The error for attention that needs weights, asked of a model that has none for it."""
+    if label(method.name) != "SLA":
+        return WeightsError(
+            f"{name} has no weights of {method.name} attention, which needs what it learns in training. Give them with "
+            f"--weights, train them with slagen finetune --attention {method.name} --from-dense, run these as they are "
+            "with --attention dense, or go on with --allow-untrained."
+        )
     return WeightsError(
         f"{name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply lost, and the "
         "video is poor. Give SLA weights with --weights, run these as they are with --attention dense, or go on with "

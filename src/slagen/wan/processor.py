@@ -162,6 +162,12 @@ class Installation:
     context: StepContext = field(default_factory=StepContext)
     hooks: list[Any] = field(default_factory=list)
     metadata: SLAMetadata | None = None  # of the file that is loaded
+    versions: dict[str, int] = field(default_factory=dict)  # of the base's tensors, as PyTorch counts their changes
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, as PyTorch counts it; 0 for one of inference mode, which trains not."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def installation(transformer: WanTransformer3DModel) -> Installation | None:
@@ -205,7 +211,8 @@ def install_method(transformer: WanTransformer3DModel, method: Method, config: A
     method.check_backend(backend)
     layers = self_attention_layers(transformer)
     refuse_offloaded(transformer, "put in")
-    record = Installation([attn.processor for attn in layers])
+    versions = {name: version_of(tensor) for name, tensor in transformer.state_dict().items()}
+    record = Installation([attn.processor for attn in layers], versions=versions)
     transformer._slagen_installation = record  # type: ignore[assignment]
     for index, attn in enumerate(layers):
         layer = Layer(index, len(layers), attn.heads, attn.inner_dim // attn.heads)

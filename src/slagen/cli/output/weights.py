@@ -74,6 +74,8 @@ def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
         elif name == "proj_l_norms":
             norms = ", ".join(f"{norm:.3g}" for norm in value) or "none"
             table.add_row(Cell(line(f"{prefix}proj_l norms by layer"), "dim"), norms)
+        elif prefix.endswith("parameter_norms."):
+            table.add_row(Cell(line(f"{name} norms by layer"), "dim"), ", ".join(f"{norm:.3g}" for norm in value))
         else:
             plain = isinstance(value, bool) or not isinstance(value, int) or name == "seed"  # a seed is typed again
             text = str(value) if plain else f"{value:,}"
