@@ -194,6 +194,7 @@ def test_model_is_timed_dense_and_with_sla():
     assert [(row.attention, row.backend, row.sparsity) for row in rows] == [
         ("dense", "sdpa", None),
         ("sla", "torch", 0.9),
+        ("vsa", "torch", 0.9),
     ]
     for row in rows:
         assert 0 < row.attention_share < 1 and row.step_ms.median > row.attention_ms.median > 0

@@ -427,4 +427,5 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
     monkeypatch.setattr(loop, "time_loop", lambda *args: loop.LoopTimes(clock.spread([2.0]), None, None, 1.0))
     rows = loop.bench_model(BenchConfig(model="toy", sparsities=(0.9,)), CARD, torch.float32, print)
-    assert [row.backend for row in rows] == ["sdpa-flash", "sdpa-cudnn", "triton"]
+    assert {row.attention: row.backend for row in rows if row.attention != "dense"} == {"sla": "triton", "vsa": "torch"}
+    assert [row.backend for row in rows if row.attention == "dense"] == ["sdpa-flash", "sdpa-cudnn"]

@@ -18,6 +18,17 @@ def num_cubes(grid: Grid) -> int:
     return math.prod(math.ceil(size / EDGE) for size in (grid.num_frames, grid.height, grid.width))
 
 
+def compact_grid(num_tokens: int) -> Grid:
+    """Of all grids with so many tokens one that falls into the fewest cubes, for a sequence of no known arrangement."""
+
+    def divisors(number: int) -> list[int]:
+        small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+        return sorted({*small, *(number // n for n in small)})
+
+    found = [Grid(t, h, num_tokens // t // h) for t in divisors(num_tokens) for h in divisors(num_tokens // t)]
+    return min(found, key=lambda grid: (num_cubes(grid), max(grid.num_frames, grid.height, grid.width)))
+
+
 def check_tokens(grid: Grid | None, num_tokens: int) -> Grid:
     """The grid of a sequence. Raises ValueError unless it holds as many tokens."""
     if grid is None:

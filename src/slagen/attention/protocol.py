@@ -240,7 +240,8 @@ class Method:
         config: a torch-free frozen dataclass whose fields are its options, each with a default; it raises UsageError
             for what is out of range. A field with a help (`settings.option`) is an option of the command line, of type
             int, float, bool, str or a Literal of strings; with `prompt_line=True` of prompt files too. A field named
-            as a setting of `generate` is (sparsity, block_m, block_n) takes that.
+            as a setting of `generate` is (sparsity, block_m, block_n) takes that. With `hidden=True` the weights alone
+            say it.
         needs: what it takes.
         cost: (config, shape, grid) -> FLOPs of self-attention in one forward pass of one sample, all layers.
         build: (config, layer, backend, device) -> a module with `config`, which may be replaced between clips, and
@@ -293,7 +294,7 @@ class Method:
     @property
     def option_names(self) -> tuple[str, ...]:
         """The options that it takes."""
-        return (*(each.name for each in dataclasses.fields(self.config)), *self.options)
+        return (*(each.field for each in settings_of(self.config) if not each.about.hidden), *self.options)
 
     def group(self, key: str) -> ParameterGroup | None:
         """The group of a transformer's parameter, by its key; None for one that is not this method's."""
@@ -336,7 +337,7 @@ class Method:
             "needs_training": self.needs.training,
             "needs_weights": self.needs.weights,
             "needs_gpu": self.needs.gpu,
-            "options": {each.name: each.default for each in dataclasses.fields(self.config)},
+            "options": {each.field: each.default for each in settings_of(self.config) if not each.about.hidden},
             "flags": {f"--{each.name}": each.about.help for each in settings_of(self.config) if each.about.help},
             "backends": [backend.name for backend in self.backends],
         }

@@ -9,6 +9,7 @@ from typing import Any
 from slagen.attention.dense.method import DENSE
 from slagen.attention.protocol import Method, ParameterGroup
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
+from slagen.attention.vsa.method import VSA
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.settings import Setting, settings_of
@@ -108,3 +109,4 @@ register(SLA)
 register(SPARSE)
 register(LINEAR)
 register(DENSE)
+register(VSA)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from slagen.attention import registry
+from slagen.attention.cubes import compact_grid
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
@@ -212,6 +213,6 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
 
 
 def grid_of(shape: str, num_tokens: int) -> Grid:
-    """How so many tokens are arranged: as in the shape where it is of a model and has as many, otherwise in one row."""
+    """How so many tokens are arranged: as in the shape where it is of a model and has as many, otherwise compactly."""
     grid = SHAPES[shape][2] if shape in SHAPES else None
-    return grid if grid is not None and grid.num_tokens == num_tokens else Grid.flat(num_tokens)
+    return grid if grid is not None and grid.num_tokens == num_tokens else compact_grid(num_tokens)

@@ -9,7 +9,7 @@ from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import DTYPES, Branches, sparse_linear_attention
 
 
-class _ZeroLinear(nn.Linear):
+class ZeroLinear(nn.Linear):
     """A linear layer that starts at zero. (`nn.utils.skip_init` goes by the meta device, and so imports sympy.)"""
 
     def reset_parameters(self) -> None:
@@ -26,7 +26,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
     Hooks of accelerate and diffusers replace `forward`; adapters and quantisation replace the layer or its weight.
     """
-    if type(linear) is not _ZeroLinear or "forward" in linear.__dict__ or type(linear.weight) not in _WEIGHTS:
+    if type(linear) is not ZeroLinear or "forward" in linear.__dict__ or type(linear.weight) not in _WEIGHTS:
         return False
     return not any(getattr(linear, name) for name in _HOOKS)
 
@@ -60,7 +60,7 @@ class SparseLinearAttention(nn.Module):
         self.config = config or SLAConfig()
         self.backend = backend
         self.branches = branches
-        self.proj_l = _ZeroLinear(head_dim, head_dim, dtype=torch.float32, device=device)
+        self.proj_l = ZeroLinear(head_dim, head_dim, dtype=torch.float32, device=device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, block_means: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.

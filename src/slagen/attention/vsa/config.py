@@ -9,6 +9,7 @@ from typing import Literal
 from slagen.attention.sla.config import check_fraction
 from slagen.errors import UsageError
 from slagen.io.forms import shown
+from slagen.settings import option
 
 Backend = Literal["auto", "reference", "torch"]
 
@@ -20,13 +21,13 @@ class VSAConfig:
     Args:
         sparsity: fraction of the cubes that is not attended exactly, in [0, 1). At least one cube always is. FastWan2.1
             was trained with 0.8.
-        gate: whether the coarse branch is added, times the gate that FastVideo's checkpoints hold. Without it, the
-            fine branch is all there is.
+        gate: whether the coarse branch is added, times a gate, as the weights were trained. Without it, the fine branch
+            is all there is.
     Raises: UsageError if a value is out of range.
     """
 
     sparsity: float = 0.8
-    gate: bool = False
+    gate: bool = option(False, hidden=True)
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity, "Try --sparsity 0.8.")

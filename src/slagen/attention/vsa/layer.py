@@ -1,0 +1,71 @@
+"""Video Sparse Attention as a layer of a transformer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slagen.attention.cubes import check_tokens
+from slagen.attention.order import CubeOrder, cube_order
+from slagen.attention.protocol import Inputs, Layer, StepContext
+from slagen.attention.sla.module import ZeroLinear
+from slagen.attention.vsa.config import VSAConfig
+from slagen.attention.vsa.functional import video_sparse_attention
+
+
+class GateLinear(ZeroLinear):
+    """The gate of the coarse branch, computed in the dtype of the hidden states whatever its own is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, channels) -> (B, L, channels)."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class VSA(nn.Module):
+    """Video Sparse Attention in one layer.
+
+    `to_gate_compress` (channels x channels, with bias, float32), named as in FastVideo's checkpoints, starts at zero,
+    so that a fresh module is the fine branch alone. Where the config has no gate, there is none, nor its memory.
+
+    Args:
+        layer: it stands in. backend: as in `video_sparse_attention`. device: where the gate is made.
+    """
+
+    def __init__(
+        self, config: VSAConfig, layer: Layer, backend: str = "auto", device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        channels = layer.num_heads * layer.head_dim
+        self.to_gate_compress = None
+        if config.gate:
+            self.to_gate_compress = GateLinear(channels, channels, dtype=torch.float32, device=device)
+        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)  # moves with the model
+        self._cubes: CubeOrder | None = None
+
+    def begin_pass(self, context: StepContext) -> None:
+        """Look the cubes up outside compiled code, which then reads them as tensors and is not compiled again."""
+        if context.grid is not None:
+            self._cubes = cube_order(context.grid, self._here.device)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D) in q's dtype.
+
+        Raises: ValueError where the grid is unknown or not one of L tokens, or a gate lacks the hidden states.
+        """
+        cubes = self._cubes
+        if cubes is None or cubes.slots.device != q.device or len(cubes.slots) != q.shape[2]:
+            cubes = cube_order(check_tokens(inputs.context.grid, q.shape[2]), q.device)
+        gate = None if self.to_gate_compress is None else self.to_gate_compress(_hidden_states(inputs))
+        gate = None if gate is None else gate.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+        return video_sparse_attention(q, k, v, self.config, cubes, gate, backend=self.backend)  # type: ignore[arg-type]
+
+
+def _hidden_states(inputs: Inputs) -> Tensor:
+    if inputs.hidden_states is None:
+        raise ValueError(
+            "vsa's gate is computed from a layer's hidden states, and here there are none, or each process has only "
+            "those of its own tokens. Run it in a model, on one device."
+        )
+    return inputs.hidden_states
