@@ -187,7 +187,7 @@ def save(path: Path, content: dict) -> None:
     from slagen.packages import versions
 
     about = {
-        "machine": {**describe_device(torch.device("cuda")), "versions": versions()},
+        "machine": {**describe_device(torch.device("cuda")).to_dict(), "versions": versions()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     files.write_json(path, {**about, **content})
@@ -266,7 +266,7 @@ def print_tables() -> None:
     for path in sorted(RESULTS.glob("*/*.json")):
         content = json.loads(path.read_text())
         if "break_even_tokens" in content:
-            print(f"<!-- {path.relative_to(ROOT)} -->\n{markdown(BenchResult(content))}")
+            print(f"<!-- {path.relative_to(ROOT)} -->\n{markdown(BenchResult.from_dict(content))}")
 
 
 if __name__ == "__main__":

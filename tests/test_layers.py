@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A package or module of the top folder imports from lower floors only; not from its own floor, nor from above.
 FLOORS = (
-    {"errors", "packages", "interrupts"},
+    {"errors", "packages", "interrupts", "device"},
     {"io"},
     {"machine", "timing", "plot", "html", "video", "settings", "events"},
     {"kernels"},

@@ -122,7 +122,7 @@ def main() -> None:
     if args.json:
         about = {
             "date": datetime.now(UTC).date().isoformat(),
-            "device": describe_device(device),
+            "device": describe_device(device).to_dict(),
             "versions": versions(),
             "size": args.size,
             "steps": steps,

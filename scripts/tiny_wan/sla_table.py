@@ -131,7 +131,7 @@ def adherence(run: Run) -> dict:
     return {
         "clips": NUM_CLIPS, **{a: sum(r[a] for r in right) / len(right) for a in ATTRIBUTES},
         "latents_error_to_dense": ((found - dense).norm() / dense.norm()).item(),
-        "device": describe_device(device),
+        "device": describe_device(device).to_dict(),
     }  # fmt: skip
 
 

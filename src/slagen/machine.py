@@ -9,25 +9,22 @@ from typing import Any
 
 import torch
 
+from slagen.device import Device
 from slagen.errors import EnvironmentProblem
 from slagen.io.text import counted, quote, read_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """The device and its host, for reports: name, memory in GiB, cores, threads."""
-    host = {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-    if device.type != "cuda":
-        return {"type": "cpu", "name": host["cpu"], **host}
-    card = torch.cuda.get_device_properties(device)
-    return {"type": "cuda", "name": card.name, "memory_gib": card.total_memory / 2**30,
-            "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda, **host}  # fmt: skip
+def describe_device(device: torch.device) -> Device:
+    """The device and its host, for reports."""
+    cpu = cpu_name()
+    about: dict[str, Any] = {"type": "cpu", "name": cpu}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        about = {"type": "cuda", "name": card.name, "memory_gib": card.total_memory / 2**30,
+                 "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}  # fmt: skip
+    return Device(**about, cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), platform=platform.platform())
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -13,13 +13,15 @@ from slagen.benchmark import run as task
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import Contender
 from slagen.benchmark.registry import all_methods
-from slagen.benchmark.rows import BenchRow, ModelRow
+from slagen.benchmark.rows import BenchMachine, BenchRow, ModelRow, SameTopK
 from slagen.cli.output.bench import show_bench
 from slagen.cli.output.doctor import show_findings, show_selftest
 from slagen.cli.output.kernels import MAIN_KERNELS, show_kernels
 from slagen.cli.output.weights import show_models
 from slagen.cli.table import Cell, Table
+from slagen.device import Device
 from slagen.doctor.checks import Finding
+from slagen.doctor.selftest import Check, Machine, Selftest
 from slagen.generation.estimate import models
 from slagen.io.records import read_record
 from slagen.kernels.costs import KernelCosts
@@ -60,7 +62,8 @@ def bench_row(method, **changes):
 
 
 def bench_result(rows, models=(), **content):
-    machine = {"name": "Some card", "matmul_tflops": 700.0, "copy_gb_s": 3000.0}
+    device = Device(type="cpu", name="Some card", cpu="c", cores=1, threads=1, platform="p")
+    machine = BenchMachine(device, {"torch": "2"}, 700.0, 3000.0, "2026-11-30T00:00:00+00:00")
     return tables.BenchResult(machine, rows, list(models), **content)
 
 
@@ -152,14 +155,15 @@ def test_findings_are_whole_and_end_without_blanks(stdout):
 
 def test_selftest_says_a_thing_once(stdout, tmp_path):
     """Twelve checks of the kernels that end alike said one sentence twelve times."""
-    agree, rest = "all agree", {"status": "ok", "seconds": 0.5}
+    agree = "all agree"
     checks = [
-        {"name": f"triton {dtype}, head dimension {size}, domain {domain}", "detail": agree, **rest}
+        Check(f"triton {dtype}, head dimension {size}, domain {domain}", "ok", 0.5, agree)
         for dtype in ("fp16", "bf16", "fp32") for size in (64, 128) for domain in ("all", "marginal")
     ]  # fmt: skip
-    checks[7] |= {"status": "failed", "detail": "dq is wrong"}
-    checks.append({"name": "generate", "detail": "4 steps", **rest})
-    show_selftest({"checks": checks}, tmp_path / "file.json", False)
+    checks[7] = dataclasses.replace(checks[7], status="failed", detail="dq is wrong")
+    checks.append(Check("generate", "ok", 0.5, "4 steps"))
+    device = Device(type="cpu", name="cpu", cpu="c", cores=1, threads=1, platform="p")
+    show_selftest(Selftest("2026-11-30", Machine(device, {}), [], None, checks), tmp_path / "file.json", False)
     text = " ".join(" ".join(stdout()).split())
     assert text.count(agree) == 3 and text.count("dq is wrong") == 1 and text.count("generate") == 1
     for dtype, counts in (("fp16", "4 checks, 2.0 s"), ("bf16", "3 checks, 1.5 s"), ("fp32", "4 checks, 2.0 s")):
@@ -209,7 +213,7 @@ def test_no_verdict_within_the_noise(sla, said, mark):
 def quick(monkeypatch, methods, **changes):
     """A bench of an instant: its content, and the notes."""
     notes = []
-    monkeypatch.setattr(task, "measure_ceilings", lambda device, dtype: {"matmul_tflops": 1.0, "copy_gb_s": 1.0})
+    monkeypatch.setattr(task, "measure_ceilings", lambda device, dtype: (1.0, 1.0))
     monkeypatch.setattr(task, "all_methods", lambda: methods)
     monkeypatch.setattr(operator, "_time_parts", lambda *given: None)
     config = BenchConfig(
@@ -261,3 +265,15 @@ def test_a_plain_table_with_headers_of_two_lines():
     table.add_row("x", 7)
     table.add_row(Cell("1\n2"), "")
     assert str(table) == "a   long\nms\nx      7\n1\n2"
+
+
+def test_a_result_is_read_as_it_was_written():
+    """What `scripts/gpu.py --tables` prints of a bench.json."""
+    row = bench_row(METHODS[0], parts_ms={"select": 0.5})
+    model = ModelRow("m", "sla", "torch", 0.9, "8x8", 9, 1, False, Times(1.0, 0.5, 2.0, 9), None, None, 1.0)
+    kept = [SameTopK("1x1x256x16", 0.9, [0.91], 2, 16)]
+    written = bench_result([row], [model], break_even_tokens={"1x1x256x16": None}, same_top_k=kept)
+    content = json.loads(json.dumps(written.to_dict()))
+    again = tables.BenchResult.from_dict(content)
+    assert again == written and list(again.to_dict()) == list(content)
+    assert tables.markdown(again) == tables.markdown(written)

@@ -20,11 +20,13 @@ from slagen.attention import registry
 from slagen.attention.sla.config import SLAConfig
 from slagen.batch.result import BatchResult
 from slagen.benchmark.compare import FASTER
-from slagen.benchmark.rows import BenchRow, ModelRow
+from slagen.benchmark.rows import BenchMachine, BenchRow, ModelRow
 from slagen.benchmark.tables import BenchResult
 from slagen.cli import console, output, plain, progress
 from slagen.cli.main import app, run
+from slagen.device import Device
 from slagen.doctor.checks import Finding
+from slagen.doctor.selftest import Check, Machine, Selftest
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
@@ -44,7 +46,8 @@ def poisoned(content, keep=("status", "kind")):
     if isinstance(content, list | tuple):
         return type(content)(map(poisoned, content))
     if dataclasses.is_dataclass(content) and not isinstance(content, SLAConfig):  # which refuses such text
-        fields = {name: value if name == "shape" else poisoned(value) for name, value in vars(content).items()}
+        kept = ("shape", "status")
+        fields = {name: value if name in kept else poisoned(value) for name, value in vars(content).items()}
         return dataclasses.replace(content, **fields)
     if isinstance(content, Path):
         return Path(str(content) + HOSTILE.replace("\0", ""))
@@ -68,8 +71,9 @@ KERNELS = KernelCosts(
                 1, 0, "wgmma", True, 1, 3, 0, 2, 1, ["warning"])],
 )  # fmt: skip
 TIMES = TurnTimes(1.0, 1.0, 1.0, 9, [1.0, 1.0])
+DEVICE = Device(type="cpu", name="cpu", cpu="c", cores=1, threads=1, platform="p")
 BENCH = BenchResult(
-    {"name": "cpu", "matmul_tflops": 1.0, "copy_gb_s": 1.0},
+    BenchMachine(DEVICE, {"torch": "2"}, 1.0, 1.0, "2026-11-30"),
     [BenchRow("sla", "sla", "torch", "1x1x8x16", "float32", 0.9, correct=True, forward_ms=TIMES, reason="why",
               tflops_dense_equivalent=1.0, speedup=2.0, against_dense=FASTER)],
     [ModelRow("m", "sla", "torch", 0.9, "8x8", 9, 1, False, TIMES, TIMES, 0.5, 1.0, 2.0, FASTER)],
@@ -95,9 +99,9 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     "show_batch": lambda: [BatchResult(**poisoned({"folder": Path("f"), "made": ["m"], "kept": ["k"], "elsewhere":
                            ["e"], "failed": [("n", "why")], "interrupted": False, "page": Path("p")}))],
     "show_bench": lambda: [poisoned(BENCH)],
-    "show_findings": lambda: [[Finding(**poisoned({"name": "n", "status": "ok", "found": "f", "fix": "x"}))]],
-    "show_selftest": lambda: [poisoned({"checks": [{"status": "failed", "name": "n", "seconds": 1.0, "detail": "d"}]}),
-                              poisoned(Path("p"))],
+    "show_findings": lambda: [[poisoned(Finding("n", "ok", "f", "x"))]],
+    "show_selftest": lambda: [poisoned(Selftest("2026-11-30", Machine(DEVICE, {"torch": "2"}), [], None,
+                                                [Check("n", "failed", 1.0, "d")])), poisoned(Path("p"))],
     "show_kernels": lambda: [poisoned(KERNELS)],
     "show_plan": lambda: [poisoned(PLAN)],
     "show_models": lambda: [poisoned(plan.models())],

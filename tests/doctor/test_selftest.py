@@ -51,7 +51,7 @@ def test_a_failure_stops_no_other(small, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(selftest, "_torch_trial", lambda q, config: "dk is wrong" if q.shape[-1] == 128 else None)
     monkeypatch.setattr(selftest, "_generate", crash)
-    monkeypatch.setattr(selftest, "_bench", lambda device, content: "fast")
+    monkeypatch.setattr(selftest, "_bench", lambda device, rows: "fast")
     file = tmp_path / "result.json"
     assert run(["doctor", "--selftest", "--output", str(file)]) == 6
     status = {check["name"]: (check["status"], check["detail"]) for check in json.loads(file.read_text())["checks"]}
@@ -68,7 +68,7 @@ def test_what_is_missing_is_the_environment(small, tmp_path, capsys, monkeypatch
         raise EnvironmentProblem("diffusers is not installed. Try pip install diffusers.")
 
     monkeypatch.setattr(selftest, "_generate", lacking)
-    monkeypatch.setattr(selftest, "_bench", lambda device, content: "fast")
+    monkeypatch.setattr(selftest, "_bench", lambda device, rows: "fast")
     assert run(["doctor", "--selftest", "--output", str(tmp_path / "result.json")]) == 4
     assert (
         "1 of 7 checks ended as missing; the first is generate: diffusers is not installed" in capsys.readouterr().err

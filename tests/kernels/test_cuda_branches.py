@@ -22,9 +22,10 @@ from slagen.benchmark import clock, loop, methods, operator, other_libraries
 from slagen.benchmark import run as bench
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.registry import all_methods
-from slagen.benchmark.rows import BenchRow
+from slagen.benchmark.rows import BenchMachine, BenchRow
 from slagen.benchmark.tables import BenchResult
 from slagen.cli.main import run
+from slagen.device import Device
 from slagen.doctor import checks as doctor
 from slagen.doctor import selftest
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError
@@ -44,6 +45,9 @@ if torch.cuda.is_available():
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
+MACHINE = BenchMachine(
+    Device(type="cuda", name="card", cpu="c", cores=1, threads=1, platform="p"), {}, 1.0, 1.0, "2026-11-30"
+)
 
 
 @pytest.fixture
@@ -120,7 +124,8 @@ def test_device_and_dtype(card):
 
 
 def test_reports_name_the_card(card):
-    about = machine.describe_device(CARD)
+    about = machine.describe_device(CARD).to_dict()
+    assert list(about) == ["type", "name", "memory_gib", "capability", "cuda", "cpu", "cores", "threads", "platform"]
     assert about["type"] == "cuda" and about["name"] == "Fake H100" and about["capability"] == "9.0"
     assert about["memory_gib"] == 80 and "cuda" in about and about["cores"]
     card.peak_bytes = 3 * 2**30
@@ -357,7 +362,7 @@ def test_doctor_goes_on_where_a_card_is_full_or_lost(card, monkeypatch):
 def row_of(method, shape):
     """The row of one method on the card."""
     config = BenchConfig(shapes=(shape,), sparsities=(0.5,), lengths=(), seconds=0.001, device="cuda")
-    result = BenchResult({})
+    result = BenchResult(MACHINE)
     operator.bench_shape(config, shape, [method], CARD, torch.float32, result, print)
     return result.rows[0]
 
@@ -394,9 +399,9 @@ def test_dense_backends_need_a_card(card):
 def test_selftest_benches_wan_on_a_card(monkeypatch):
     asked = []
     row = BenchRow("sla", "sla", "triton", "1x12x4096x128", "bfloat16", 0.95, correct=True, speedup=2.0)
-    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or BenchResult({}, [row]))
+    monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or BenchResult(MACHINE, [row]))
     for device in (GPU, CPU):
-        assert selftest._bench(device, {}) == "SLA against dense attention: 2.00x at 1x12x4096x128"
+        assert selftest._bench(device, []) == "SLA against dense attention: 2.00x at 1x12x4096x128"
     assert asked[0].shapes == ("wan-1.3b-480p",) and asked[0].device == "auto"
     assert asked[1].shapes == ("1x2x4096x64",) and asked[1].device == "cpu"
 
@@ -412,7 +417,7 @@ def test_ceilings_of_a_card(monkeypatch):
     monkeypatch.setattr(clock, "median_ms", lambda attend, inputs, *rest: sizes.append(inputs[0][0].shape) or 2.0)
     found = clock.measure_ceilings(GPU, torch.bfloat16)
     assert sizes == [(8192, 8192), (2**28,)]
-    assert found == {"matmul_tflops": 2 * 8192**3 / 2e9, "copy_gb_s": 2 * 2**30 / 2e6}
+    assert found == (2 * 8192**3 / 2e9, 2 * 2**30 / 2e6)
 
 
 def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):

@@ -232,9 +232,10 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
             "torch.cuda.get_device_capability",
         )
     },
+    "device.py::Device.to_dict": {"test_reports_name_the_card": ("self.type == 'cuda'", "'cuda'")},
     "machine.py::describe_device": {
         "test_reports_name_the_card": (
-            "device.type != 'cuda'",
+            "device.type == 'cuda'",
             "torch.cuda.get_device_properties",
             "'cuda'",
             "torch.version.cuda",

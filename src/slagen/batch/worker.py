@@ -70,7 +70,7 @@ def run_worker(
     todo = find_remaining(manifest, jobs, tasks, config.retry_failed, worker, result, on_event)
     check_disk_space(folder, todo)
     check_batch_memory(todo)
-    times = RecordedTimes(cache, [identity, describe_device(weights.device)["name"]])
+    times = RecordedTimes(cache, [identity, describe_device(weights.device).name])
     on_event(Event("plan", describe_forecast(folder, tasks, todo, times)))
     if todo:
         with stop_on_signals(stop, on_event):

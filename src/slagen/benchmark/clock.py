@@ -57,7 +57,7 @@ def median_ms(attend: Attend, inputs: list[tuple[Tensor, ...]], device: torch.de
     return timer.times("forward").median
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """The peak of this machine: a matrix product in TFLOP/s, a copy in GB/s (read and written)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -65,7 +65,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, floa
     source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     copy = median_ms(lambda q, k, v: q.copy_(k), [(target, source, source)], device, 1.0)
-    return {"matmul_tflops": 2 * n**3 / product / 1e9, "copy_gb_s": 2 * source.nbytes / copy / 1e6}
+    return 2 * n**3 / product / 1e9, 2 * source.nbytes / copy / 1e6
 
 
 def spread(times: list[float]) -> Times:

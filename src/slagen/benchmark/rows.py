@@ -1,4 +1,4 @@
-"""The rows of what `slagen bench` measured, typed: of attention calls and of models. No torch here."""
+"""What `slagen bench` measured, typed: the machine, rows of attention calls and of models. No torch here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,24 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from slagen.device import Device
 from slagen.timing import Times, TurnTimes
+
+
+@dataclass(frozen=True)
+class BenchMachine:
+    """Where and when something was measured: the device, versions, the peak of a matrix product and of a copy."""
+
+    device: Device
+    versions: dict[str, str]
+    matmul_tflops: float
+    copy_gb_s: float
+    date: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its object in the JSON."""
+        about = vars(self).copy()
+        return {**about.pop("device").to_dict(), **about}
 
 
 @dataclass(frozen=True)

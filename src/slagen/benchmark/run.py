@@ -25,6 +25,7 @@ from slagen.benchmark.loop import bench_model
 from slagen.benchmark.methods import Contender, unavailable
 from slagen.benchmark.operator import SPARSITIES, bench_shape
 from slagen.benchmark.registry import all_methods
+from slagen.benchmark.rows import BenchMachine
 from slagen.benchmark.tables import BenchResult, markdown
 from slagen.errors import UsageError
 from slagen.io.files import check_writable, reserved, write_json, write_text
@@ -73,10 +74,9 @@ def _rows(
         backend = pick_backend(config.backend, head_dim, device, dtype)
         if any(_has_kernels(method) for method in methods) and not (config.model or config.random_init):
             check_kernels(backend, head_dim, device, dtype, config.sla(SPARSITIES[0]))
-    result = BenchResult({
-        **machine.describe_device(device), "versions": packages.versions(), **measure_ceilings(device, dtype),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    })  # fmt: skip
+    about, versions = machine.describe_device(device), packages.versions()
+    ceilings = measure_ceilings(device, dtype)
+    result = BenchResult(BenchMachine(about, versions, *ceilings, datetime.now(UTC).isoformat(timespec="seconds")))
     if config.model or config.random_init:
         result.models = bench_model(config, device, dtype, on_note)
     else:
@@ -108,7 +108,7 @@ def _write(folder: Path, result: BenchResult, on_note: Callable[[str], None]) ->
         if points:
             from slagen.plot import draw_bench
 
-            title = f"{result.machine['name']}, {result.rows[0].dtype}, {result.machine['date'][:10]}"
+            title = f"{result.machine.device.name}, {result.rows[0].dtype}, {result.machine.date[:10]}"
             try:
                 files += draw_bench(points, title, stage.folder)
             except ImportError as error:

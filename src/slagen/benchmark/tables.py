@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from slagen.benchmark.compare import EVEN, SLOWER
-from slagen.benchmark.rows import BenchRow, ModelRow, SameTopK
+from slagen.benchmark.rows import BenchMachine, BenchRow, ModelRow, SameTopK
+from slagen.io.records import read_record
 from slagen.io.text import counted
 from slagen.timing import TurnTimes
 
@@ -28,7 +29,7 @@ class BenchResult:
     """What was measured.
 
     Args:
-        machine: the device, versions, ceilings and date.
+        machine: where and when.
         rows: of attention calls. models: of denoising loops.
         break_even_tokens: by shape, the length from which on SLA is faster than dense attention; None if never.
         same_top_k: sparsities that were not timed, as they keep the same blocks; None where no shape was timed.
@@ -36,7 +37,7 @@ class BenchResult:
         files: that were written.
     """
 
-    machine: dict[str, Any]
+    machine: BenchMachine
     rows: list[BenchRow] = field(default_factory=list)
     models: list[ModelRow] = field(default_factory=list)
     break_even_tokens: dict[str, int | None] = field(default_factory=dict)
@@ -44,10 +45,17 @@ class BenchResult:
     even_tokens: dict[str, int | None] | None = None
     files: list[Path] = field(default_factory=list)
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> BenchResult:
+        """What a bench.json says."""
+        about = content["machine"]
+        machine = read_record(BenchMachine, {**about, "device": about})
+        return read_record(cls, {**content, "machine": machine})
+
     def to_dict(self) -> dict[str, Any]:
         """What --json prints and bench.json holds."""
         content: dict[str, Any] = {
-            "machine": self.machine,
+            "machine": self.machine.to_dict(),
             "rows": [row.to_dict() for row in self.rows],
             "models": [row.to_dict() for row in self.models],
             "break_even_tokens": self.break_even_tokens,
@@ -124,9 +132,9 @@ class BenchResult:
 def markdown(result: BenchResult) -> str:
     """The rows as tables, under the machine they were measured on."""
     about = result.machine
-    lines = [f"# slagen bench: {about['name']}", "", f"{about['date']}; " + ", ".join(
-        f"{package} {number}" for package, number in about["versions"].items()
-    ) + f"; matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s.", ""]  # fmt: skip
+    lines = [f"# slagen bench: {about.device.name}", "", f"{about.date}; " + ", ".join(
+        f"{package} {number}" for package, number in about.versions.items()
+    ) + f"; matmul {about.matmul_tflops:.3g} TFLOP/s, copy {about.copy_gb_s:.3g} GB/s.", ""]  # fmt: skip
     for columns, rows in result.tables:
         if rows:
             lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]

@@ -61,10 +61,10 @@ def _test_itself(output: str | None, as_json: bool) -> None:
     from slagen.doctor import selftest
 
     path = selftest.claim(output)
-    content = selftest.selftest(console.note)
-    selftest.write(content, path)
-    show_selftest(content, path, as_json)
-    selftest.check(content)
+    result = selftest.selftest(console.note)
+    selftest.write(result, path)
+    show_selftest(result, path, as_json)
+    selftest.check(result)
 
 
 def _list_kernels(as_json: bool) -> None:

@@ -25,7 +25,10 @@ from slagen.attention.sla import fused
 from slagen.attention.sla.config import Backend, LinearDomain, SLAConfig
 from slagen.attention.sla.functional import choose_backend
 from slagen.benchmark.config import BenchConfig
+from slagen.benchmark.rows import BenchRow
+from slagen.device import Device
 from slagen.doctor import checks as doctor
+from slagen.doctor.checks import Finding
 from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.io.files import scratch, write_json
@@ -51,39 +54,69 @@ class Check:
     detail: str
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a self-test ran on, and with which packages."""
+
+    device: Device
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its object in the JSON."""
+        return {**self.device.to_dict(), "versions": self.versions}
+
+
+@dataclass(frozen=True)
+class Selftest:
+    """What came of every check.
+
+    Args:
+        findings: of `doctor`. bench: rows of the short bench; None where it did not run.
+    """
+
+    date: str
+    machine: Machine
+    findings: list[Finding]
+    bench: list[BenchRow] | None
+    checks: list[Check]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints and the file holds."""
+        return {
+            "selftest": SCHEMA_VERSION, "date": self.date, "machine": self.machine.to_dict(),
+            "findings": [finding.to_dict() for finding in self.findings],
+            "bench": None if self.bench is None else [row.to_dict() for row in self.bench],
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+        }  # fmt: skip
+
+
 class Wrong(Exception):
     """What a check found wrong."""
 
 
-def selftest(on_note: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def selftest(on_note: Callable[[str], None] = lambda text: None) -> Selftest:
     """Check everything that this machine can run, on its GPU or else on its CPU.
 
     Args:
         on_note: called with one line for each check that begins.
-    Returns: "date", "machine" (device and versions), "findings" of `doctor`, "checks" and "bench" (its rows, or None).
-        Paths of the user are shortened.
+    Returns: what came of it; paths of the user are shortened.
     """
     device = machine.pick_device("auto")
-    content: dict[str, Any] = {
-        "selftest": SCHEMA_VERSION,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {**machine.describe_device(device), "versions": packages.versions()},
-        "findings": [],
-        "bench": None,
-    }
-    parts: list[tuple[str, Callable[[], str]]] = [("doctor", partial(_examine, content))]
+    date, about = datetime.now(UTC).isoformat(timespec="seconds"), machine.describe_device(device)
+    findings: list[Finding] = []
+    rows: list[BenchRow] = []
+    parts: list[tuple[str, Callable[[], str]]] = [("doctor", partial(_examine, findings))]
     for backend, dtype in kernels_here(device):
         for head_dim in (64, 128):
             for domain in ("all", "marginal"):
                 name = f"{backend} {dtype}, head dimension {head_dim}, domain {domain}"
                 parts.append((name, partial(_agrees, device, backend, dtype, head_dim, domain)))
-    parts += [("generate", partial(_generate, device)), ("bench", partial(_bench, device, content))]
+    parts += [("generate", partial(_generate, device)), ("bench", partial(_bench, device, rows))]
     checks = []
     for name, part in parts:
         on_note(name)
         checks.append(_try(name, part))
-    content["checks"] = [dataclasses.asdict(check) for check in checks]
-    return shortened(content)
+    return shortened(Selftest(date, Machine(about, packages.versions()), findings, rows or None, checks))
 
 
 def kernels_here(device: torch.device) -> list[tuple[Backend, str]]:
@@ -116,9 +149,9 @@ def _try(name: str, part: Callable[[], str]) -> Check:
     return Check(name, status, round(time.perf_counter() - began, 3), detail)
 
 
-def _examine(content: dict[str, Any]) -> str:
-    findings = doctor.examine()
-    content["findings"] = [finding.to_dict() for finding in findings]
+def _examine(findings: list[Finding]) -> str:
+    """What `doctor` finds, which is added to `findings`."""
+    findings += doctor.examine()
     problems = [f"{finding.name}: {finding.found}" for finding in findings if finding.status == "problem"]
     if problems:
         raise EnvironmentProblem("; ".join(problems))
@@ -175,12 +208,13 @@ def _generate(device: torch.device) -> str:
     return f"4 steps with the {backend} backend, {size:,} bytes, latents {video.report['latents_hash'][:12]}"
 
 
-def _bench(device: torch.device, content: dict[str, Any]) -> str:
+def _bench(device: torch.device, rows: list[BenchRow]) -> str:
+    """A short bench, whose rows are added to `rows`."""
     from slagen.benchmark.run import bench
 
     config = BENCH_ON_CPU if device.type == "cpu" else BENCH
     result = bench(config)
-    content["bench"] = [row.to_dict() for row in result.rows]
+    rows += result.rows
     wrong = [f"{row.method}: {row.reason}" for row in result.rows if row.correct is False]
     if wrong:
         raise Wrong("; ".join(wrong))
@@ -189,6 +223,8 @@ def _bench(device: torch.device, content: dict[str, Any]) -> str:
 
 def shortened(value: Any) -> Any:
     """The same with the home folder as ~, and the folders of slagen and of this run by what they are."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **shortened(vars(value)))
     if isinstance(value, dict):
         return {name: shortened(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -211,16 +247,16 @@ def claim(output: str | None) -> Path:
     return path
 
 
-def write(content: dict[str, Any], path: Path) -> None:
-    write_json(path, content)
+def write(result: Selftest, path: Path) -> None:
+    write_json(path, result.to_dict())
 
 
-def check(content: dict[str, Any]) -> None:
+def check(result: Selftest) -> None:
     """Raise GateError if a check failed, EnvironmentProblem if one could not run."""
     for status, problem in ((FAILED, GateError), (MISSING, EnvironmentProblem)):
-        found = [row for row in content["checks"] if row["status"] == status]
+        found = [row for row in result.checks if row.status == status]
         if found:
             raise problem(
-                f"{len(found)} of {len(content['checks'])} checks ended as {status}; the first is "
-                f"{found[0]['name']}: {found[0]['detail']}"
+                f"{len(found)} of {len(result.checks)} checks ended as {status}; the first is "
+                f"{found[0].name}: {found[0].detail}"
             )

@@ -109,7 +109,7 @@ def _write(
                 **told, "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "video": report.video_section(video, frames.shape, settings["fps"], frames_hash),
                 "stages_s": {**stages, "total": sum(stages.values())},
-                "decoded": {"versions": packages.versions(), "device": machine.describe_device(place)},
+                "decoded": {"versions": packages.versions(), "device": machine.describe_device(place).to_dict()},
             }  # fmt: skip
             write_json(stage.folder / target.with_suffix(".json").name, content)
             beside = target.with_suffix(SUFFIX)

@@ -161,7 +161,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         "video": video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
         "settings": plan.told,
         "versions": versions(),
-        "device": machine.describe_device(plan.weights.device),
+        "device": machine.describe_device(plan.weights.device).to_dict(),
         "weights": sample.weights,
         "latents_hash": latents_hash,
         "attention": attention,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, fields, is_dataclass
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
@@ -25,8 +26,8 @@ def read_record(kind: type[Record], content: Any) -> Record:
     """A record of what a document says, which has its form; other names in it are passed over.
 
     Args:
-        kind: a dataclass whose fields are text, numbers, records, and lists and dicts of these. What is such a record
-            already stays.
+        kind: a dataclass whose fields are text, numbers, records, these or None, and lists and dicts of them. What
+            is such a record already stays.
     """
     return _read(kind, content)  # type: ignore[no-any-return]
 
@@ -36,6 +37,8 @@ def _read(kind: Any, value: Any) -> Any:
         hints = get_type_hints(kind)
         return kind(**{name: _read(hint, value[name]) for name, hint in hints.items() if name in value})
     inner = get_args(kind)
+    if isinstance(kind, UnionType):  # of None and something
+        return None if value is None else _read(inner[0], value)
     if get_origin(kind) is list:
         return [_read(inner[0], item) for item in value]
     if get_origin(kind) is dict:

@@ -17,7 +17,7 @@ def show_bench(result: BenchResult, as_json: bool) -> None:
         write_json(result.to_dict(), allow_nan=False)
         return
     about = result.machine
-    write_sentence(f"{about['name']}: matmul {about['matmul_tflops']:.3g} TFLOP/s, copy {about['copy_gb_s']:.3g} GB/s")
+    write_sentence(f"{about.device.name}: matmul {about.matmul_tflops:.3g} TFLOP/s, copy {about.copy_gb_s:.3g} GB/s")
     for heading, columns, rows, below in result.short_tables:
         used = [index for index, name in enumerate(columns) if any(row[index] for row in rows)]
         table = Table(*(columns[index] for index in used))
