@@ -36,6 +36,7 @@ from slagen.generation import provenance as told
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.prompts import read_prompts
 from slagen.generation.report import comment
+from slagen.generation.video_report import UsedWeights
 from slagen.training.checkpoints import HASHES, read_latest
 from slagen.training.data.dataset import Dataset
 from slagen.training.data.store import INDEX_FILE, SET_FILE, Store
@@ -189,7 +190,8 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
     settings = {"prompt": "a red circle", "size": "16x16", "num_frames": 5, "fps": 8, "seed": 1, "attention": "sla",
                 "sparsity": 0.5, "steps": 2, "guidance_scale": 1.0, "negative_prompt": "", "model": None}  # fmt: skip
     (job,) = manifest.queue([Wanted(settings, 1, "a")])
-    video, text = out / job.name, comment(settings, "l" * 64, "f" * 64, {"model_hash": "m" * 64})
+    weights = UsedWeights(model="m", model_hash="m" * 64, used="base")
+    video, text = out / job.name, comment(settings, "l" * 64, "f" * 64, weights)
     write_mp4(np.zeros((5, 16, 16, 3), np.uint8), video, 8, text)
     end = {"event": "done", "key": job.key, "sha256": "a" * 64, "latents_hash": "l" * 64, "seconds": 1.0}
     manifest.append({"event": "running", "key": job.key, "attempt": "x", "worker": "y:z:1"}, {**end, "attempt": "x"})
@@ -213,7 +215,7 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
     again = Path(shutil.copy(report, folder / "replay.json"))
 
     def make_again() -> None:
-        made = SimpleNamespace(videos=[SimpleNamespace(report=content)])
+        made = SimpleNamespace(videos=[SimpleNamespace(record=told.Made(report, "report", content))])
         with pytest.MonkeyPatch.context() as patch:  # nothing is rendered
             patch.setattr("slagen.generation.replay.generate", lambda config, on_event: made)
             command("replay", again)()

@@ -30,7 +30,17 @@ from slagen.doctor.selftest import Check, Machine, Selftest
 from slagen.errors import SlagenError
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
+from slagen.generation.provenance import Made
 from slagen.generation.replay import Compared, ReplayResult
+from slagen.generation.video_report import (
+    Cost,
+    Overhead,
+    ReportedAttention,
+    ReportedStep,
+    UsedWeights,
+    VideoFile,
+    VideoReport,
+)
 from slagen.kernels.costs import Bounds, KernelCost, KernelCosts, OperatorCall
 from slagen.timing import TurnTimes
 from slagen.training.data.dataset import Dataset
@@ -54,16 +64,6 @@ def poisoned(content, keep=("status", "kind")):
     return content + HOSTILE if isinstance(content, str) else content
 
 
-REPORT = {
-    "attention": {"mode": "sla", "tokens": 9, "fractions": {"critical": 0.1}, "key_blocks": 9, "block_n": 64,
-                  "critical": 1, "marginal": 8, "negligible": 0, "backend": "torch"},
-    "cost": {"attention_tflop": 1.0, "dense_attention_tflop": 2.0, "flops_speedup": 1.5, "amdahl_ceiling": 3.0,
-             "achieved_share_of_ceiling": 0.5, "measured_attention_share": 0.3},
-    "stages_s": {"load": 1.0}, "timing": {"level": "layer", "overhead_share": 0.1}, "peak_memory_gib": 1.0,
-    "weights": {"used": "SLA", "model": "m"}, "settings": {"seed": 3, "prompt": "p"}, "latents_hash": "ab",
-    "steps": [{"step": 0, "timestep": 1.0, "latency_ms": 1.0, "attention_ms": 1.0, "attention_conditional_ms": 1.0,
-               "attention_unconditional_ms": None, "attention_share": 0.1}] * 13,
-}  # fmt: skip
 KERNELS = KernelCosts(
     "3.0",
     OperatorCall("s", "d", 0.9, "all", "H", False, 6, {"total": 1.0}, {"k": Bounds(1, 1.0, 1.0, 1.0, 1.0, 1.0)}),
@@ -72,6 +72,15 @@ KERNELS = KernelCosts(
 )  # fmt: skip
 TIMES = TurnTimes(1.0, 1.0, 1.0, 9, [1.0, 1.0])
 DEVICE = Device(type="cpu", name="cpu", cpu="c", cores=1, threads=1, platform="p")
+STEP = ReportedStep(0, 1.0, 1.0, 1.0, 1.0, None, 0.1)
+REPORT = VideoReport(
+    1, "2026-11-30", VideoFile("v.mp4", 9, 64, 64, 8, 1.0, "ab"), {"seed": 3, "prompt": "p"}, {"torch": "2"}, DEVICE,
+    UsedWeights(model="m", used="SLA"), "ab",
+    ReportedAttention("sla", 9, {"fractions": {"critical": 0.1}, "key_blocks": 9, "block_n": 64, "critical": 1,
+                                 "marginal": 8, "negligible": 0}, "torch"),
+    {"load": 1.0}, 1.0, 1.0, [STEP] * 13, [], Cost(1, 2.0, 1.0, 1.0, 0.5, 0.5, 3.0, 1.5, 0.5, 0.3, None),
+    Overhead("layer", 1, 0.1, 0.1, "all of it"),
+)  # fmt: skip
 BENCH = BenchResult(
     BenchMachine(DEVICE, {"torch": "2"}, 1.0, 1.0, "2026-11-30"),
     [BenchRow("sla", "sla", "torch", "1x1x8x16", "float32", 0.9, correct=True, forward_ms=TIMES, reason="why",
@@ -94,7 +103,7 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
                               "teacher_error_after": 0.5, "seconds": 1.0, "page": Path("p"), "weights": Path("w")}))],
     "show_data": lambda: [prepared(folder=poisoned(Path("f")), training=[1], held_out=[2], hash="h")],
     "show_videos": lambda: [SimpleNamespace(videos=[SimpleNamespace(path=poisoned(Path("v")),
-                            report_path=poisoned(Path("r")), report=poisoned(REPORT))])],
+                            report_path=poisoned(Path("r")), record=poisoned(REPORT))])],
     "show_report": lambda: [poisoned(REPORT)],
     "show_batch": lambda: [BatchResult(**poisoned({"folder": Path("f"), "made": ["m"], "kept": ["k"], "elsewhere":
                            ["e"], "failed": [("n", "why")], "interrupted": False, "page": Path("p")}))],
@@ -106,8 +115,8 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     "show_plan": lambda: [poisoned(PLAN)],
     "show_models": lambda: [poisoned(plan.models())],
     "show_methods": lambda: [poisoned(registry.describe())],
-    "show_info": lambda: [{HOSTILE: HOSTILE, "a": {HOSTILE: [HOSTILE, 1]}, HOSTILE + "x": [{"b": 1}], "n": 1000,
-                           "proj_l_norms": [1.0]}],
+    "show_info": lambda: [Made(Path("v"), "report", {HOSTILE: HOSTILE, "a": {HOSTILE: [HOSTILE, 1]}, "n": 1000,
+                                                     HOSTILE + "x": [{"b": 1}], "proj_l_norms": [1.0]})],
     "show_replay": lambda: [ReplayResult(Path("p"), {HOSTILE: Compared(HOSTILE, HOSTILE, False)},
                                          {HOSTILE: (HOSTILE, None)}, None)],
     "show_error": lambda: [HOSTILE],
@@ -142,7 +151,7 @@ def printer(request, monkeypatch):
 def test_a_dense_video_is_not_compared_with_dense_attention(capsys):
     """It had "1.00x fewer FLOPs, 83% of the 1.20x limit"."""
     for mode, is_compared in (("sla", True), ("dense", False)):
-        SHOWING["show_report"]({**REPORT, "attention": {"mode": mode, "tokens": 9}})
+        SHOWING["show_report"](dataclasses.replace(REPORT, attention=ReportedAttention(mode, 9, {}, None)))
         assert ("fewer FLOPs" in " ".join(capsys.readouterr().err.split())) == is_compared
 
 
@@ -225,7 +234,7 @@ def test_json_says_the_same(monkeypatch, name, encoding):
     assert is_harmless(out + err)
     content = json.loads(out)
     if name in ("show_info", "show_kernels"):
-        assert content == (arguments[0].to_dict() if name == "show_kernels" else arguments[0])
+        assert content == arguments[0].to_dict()
     if name != "show_data":
         assert any(HOSTILE.replace("\0", "") in text.replace("\0", "") for text in strings_of(content))
 

@@ -11,8 +11,9 @@ from slagen.cli.main import run
 from slagen.errors import UsageError, WeightsError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
-from slagen.generation.provenance import describe
+from slagen.generation.provenance import Made, describe
 from slagen.generation.replay import replay
+from slagen.generation.video_report import UsedWeights
 from slagen.video import is_mp4, other_kind, read_comment, write_mp4
 
 
@@ -28,10 +29,12 @@ def video(tmp_path_factory):
 
 def test_the_video_itself_says_how_it_was_made(video):
     told = describe(video.path)
-    assert told["settings"]["prompt"] == video.report["settings"]["prompt"]
-    assert told["settings"].items() <= video.report["settings"].items()
-    assert told["latents_hash"] == video.report["latents_hash"]
-    assert describe(video.report_path)["settings"] == video.report["settings"]
+    assert told.settings["prompt"] == video.report["settings"]["prompt"]
+    assert told.settings.items() <= video.report["settings"].items()
+    beside = describe(video.report_path)
+    assert beside.settings == video.report["settings"] and beside.versions == told.versions
+    assert beside.hashes == video.record.hashes
+    assert told.hashes == {name: value for name, value in video.record.hashes.items() if name != "file"}
 
 
 @pytest.mark.parametrize("source", ["path", "report_path"])
@@ -71,7 +74,8 @@ def test_what_differs_is_named(video, tmp_path, capsys):
 def test_a_long_prompt_is_kept_as_its_hash(tmp_path):
     from slagen.generation import report
 
-    text = report.comment({"prompt": "圆" * 20_000, "negative_prompt": "", "seed": 1}, "a", "b", weights={})
+    weights = UsedWeights(model="m", used="base")
+    text = report.comment({"prompt": "圆" * 20_000, "negative_prompt": "", "seed": 1}, "a", "b", weights=weights)
     assert len(text.encode()) <= 32 * 1024 and "prompt_sha256" in json.loads(text)["settings"]
 
 
@@ -146,16 +150,18 @@ def test_the_bundled_weights_of_another_installation(monkeypatch, tmp_path):
 
     own = hashlib.sha256((bundled_folder() / "sla.safetensors").read_bytes()).hexdigest()
     elsewhere = "/home/alice/slagen/weights/tiny-wan/sla.safetensors"
+    place = tmp_path / "x.json"
+
+    def told(weights, known):
+        return Made(place, "report", {"settings": {"weights": weights}, "latents_hash": "", "weights": known})
+
     for known in ({"sla_hash": own}, {}):
-        told = {"settings": {"weights": elsewhere}, "latents_hash": "", "weights": known}
-        assert _find_weights(tmp_path / "x.json", told, "tiny-wan") is None
-    told = {"settings": {"weights": elsewhere}, "latents_hash": "", "weights": {"sla_hash": "0" * 64}}
+        assert _find_weights(place, told(elsewhere, known), "tiny-wan") is None
     with pytest.raises(UsageError, match="not found. Give them with --weights"):
-        _find_weights(tmp_path / "x.json", told, "tiny-wan")
+        _find_weights(place, told(elsewhere, {"sla_hash": "0" * 64}), "tiny-wan")
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
-    told["settings"]["weights"] = "mine.safetensors"
-    told["weights"] = {"sla_hash": hashlib.sha256(b"mine").hexdigest()}
-    assert _find_weights(tmp_path / "x.json", told, "tiny-wan") == str(tmp_path / "mine.safetensors")
+    own = told("mine.safetensors", {"sla_hash": hashlib.sha256(b"mine").hexdigest()})
+    assert _find_weights(place, own, "tiny-wan") == str(tmp_path / "mine.safetensors")
 
 
 def test_a_report_without_its_video_is_replayed(video, tmp_path):

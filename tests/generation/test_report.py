@@ -16,6 +16,8 @@ from slagen.generation.report import (
     step_section,
     timing_section,
 )
+from slagen.generation.video_report import FORM, ReportedStep, VideoReport
+from slagen.io import forms
 from slagen.io.files import write_json
 from slagen.timing import SpanClock, StepRecorder, StepTimes
 
@@ -37,11 +39,11 @@ def test_sla_flops_and_amdahl():
     flops = sla_attention_flops(WAN_1_3B, 32760, config)
     assert flops / 1e12 == pytest.approx(10.8, abs=0.1)
     cost = cost_section(WAN_1_3B, 32760, 100, flops, [])
-    assert cost["amdahl_ceiling"] == pytest.approx(3.32, abs=0.01)
-    assert cost["flops_speedup"] == pytest.approx(2.95, abs=0.02)
-    assert cost["dense_attention_tflop"] == pytest.approx(19780, rel=1e-3)
-    assert cost["achieved_share_of_ceiling"] == pytest.approx(2.95 / 3.32, abs=0.01)
-    assert cost["measured_attention_share"] is None and cost["remaining_time_ceiling"] is None
+    assert cost.amdahl_ceiling == pytest.approx(3.32, abs=0.01)
+    assert cost.flops_speedup == pytest.approx(2.95, abs=0.02)
+    assert cost.dense_attention_tflop == pytest.approx(19780, rel=1e-3)
+    assert cost.achieved_share_of_ceiling == pytest.approx(2.95 / 3.32, abs=0.01)
+    assert cost.measured_attention_share is None and cost.remaining_time_ceiling is None
 
 
 def test_branches_cost_less_than_both():
@@ -73,8 +75,8 @@ def test_the_recorder_adds_up(clock):
     assert step.attention_ms == pytest.approx([6.0, 6.0]) and step.latency_ms == pytest.approx(18.0)
     assert step.layers_ms == pytest.approx([4.0, 4.0, 4.0]) and step.num_spans == 6
     row = step_section([step])[0]
-    assert row["attention_conditional_ms"] + row["attention_unconditional_ms"] == pytest.approx(row["attention_ms"])
-    assert [r["layer"] for r in layer_section(recorder.steps)] == [0, 1, 2]
+    assert row.attention_conditional_ms + row.attention_unconditional_ms == pytest.approx(row.attention_ms)
+    assert [row.layer for row in layer_section(recorder.steps)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("level", "layers", "timed"), [("step", 0, True), ("off", 0, False)])
@@ -87,9 +89,9 @@ def test_coarser_timing(level, layers, timed):
     step = recorder.end_step(1.0)
     assert len(step.layers_ms) == layers
     assert (step.latency_ms is not None) == timed and (step.attention_share is not None) == timed
-    assert step_section([step])[0]["timestep"] == 1.0
+    assert step_section([step])[0].timestep == 1.0
     assert layer_section([step]) == []
-    assert (timing_section(level, [step], 0.001)["spans"] > 0) == timed
+    assert (timing_section(level, [step], 0.001).spans > 0) == timed
 
 
 def test_the_cost_of_a_span_is_two_looks_at_the_clock(monkeypatch):
@@ -101,7 +103,7 @@ def test_the_cost_of_a_span_is_two_looks_at_the_clock(monkeypatch):
 
 def test_overhead_is_spans_times_their_cost():
     step = StepTimes(0, 1.0, latency_ms=100.0, attention_ms=[10.0], num_spans=9)
-    assert timing_section("layer", [step], 0.1)["overhead_share"] == pytest.approx(10 * 0.1 / 100)
+    assert timing_section("layer", [step], 0.1).overhead_share == pytest.approx(10 * 0.1 / 100)
 
 
 def test_json_is_written_whole(tmp_path):
@@ -111,3 +113,42 @@ def test_json_is_written_whole(tmp_path):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_report_is_read_as_it_was_written(report_of_a_video):
+    """Names, order and values; a file that lacks one is refused before that."""
+    content = report_of_a_video
+    forms.check(content, FORM)
+    read = VideoReport.from_dict(content)
+    assert json.dumps(read.to_dict()) == json.dumps(content)
+    assert read.attention.blocks.critical == content["attention"]["critical"]
+    for name in content:
+        with pytest.raises(forms.Fault, match=f'has no "{name}"'):
+            forms.check({key: value for key, value in content.items() if key != name}, FORM)
+
+
+@pytest.fixture
+def report_of_a_video():
+    """As `generate` wrote one, on a card, with SLA weights of their own."""
+    block = {"query_blocks": 3, "key_blocks": 3, "critical": 1, "negligible": 0, "marginal": 2}
+    step = ReportedStep(0, 999.0, 10.5, 3.0, 2.0, 1.0, 0.3)
+    return {
+        "schema_version": 1, "created": "2026-11-30T00:00:00+00:00",
+        "video": {"file": "a.mp4", "frames": 9, "width": 64, "height": 48, "fps": 8, "duration_s": 1.125,
+                  "frames_hash": "f" * 64, "sha256": "a" * 64},
+        "settings": {"prompt": "a circle", "model": "toy", "vae": None, "sparsity": 0.5, "size": "64x48",
+                     "num_frames": 9, "fps": 8, "seed": 3},
+        "versions": {"torch": "2.11"},
+        "device": {"type": "cuda", "name": "card", "memory_gib": 80.0, "capability": "9.0", "cuda": None, "cpu": "c",
+                   "cores": None, "threads": 1, "platform": "Linux"},
+        "weights": {"model": "toy", "model_file": None, "model_hash": "m" * 64, "sla_file": "sla.safetensors",
+                    "sla_hash": "b" * 64, "used": "SLA", "trained": "all", "trained_steps": 2,
+                    "trained_sparsity": 0.5},
+        "latents_hash": "1" * 64,
+        "attention": {"mode": "sla", "tokens": 192, "sparsity": 0.5, "block_n": 64, **block,
+                      "fractions": {"critical": 1 / 3}, "backend": "triton"},
+        "stages_s": {"load": 1, "total": 1.5}, "since_process_start_s": 3.5, "peak_memory_gib": 1.0,
+        "steps": [vars(step)], "layers": [{"layer": 0, "attention_ms": 3.0}],
+        "cost": vars(cost_section(WAN_1_3B, 192, 1, 10**9, [])),
+        "timing": vars(timing_section("layer", [], 0.1)),
+    }  # fmt: skip

@@ -209,7 +209,7 @@ def test_a_video_of_one_colour_or_none_is_named():
 
 def test_a_black_video_is_told(monkeypatch):
     session = Session.__new__(Session)
-    session.pipe, session.about = build_pipeline(), {}
+    session.pipe, session.about = build_pipeline(), None
     torch.nn.init.zeros_(session.pipe.vae.decoder.conv_out.weight)
     torch.nn.init.constant_(session.pipe.vae.decoder.conv_out.bias, -2.0)
     monkeypatch.setattr(Session, "denoise", lambda self, plan, embeds, on_event: (torch.zeros(1, 4, 2, 4, 4), None))

@@ -71,7 +71,7 @@ def _restore_report(manifest: Manifest, job: Job, on_event: Callable[[Event], No
     if lock is None:
         return
     try:
-        write_json(lost, restored_report(path, job.settings, job.result))
+        write_json(lost, restored_report(path, job.settings, job.result).to_dict())
         on_event(Event("note", f"{lost.name} was missing; it is restored from the video's metadata, without timings"))
     except (SlagenError, OSError) as error:
         on_event(

@@ -179,10 +179,10 @@ class WorkerLoop:
             except (SlagenError, RuntimeError, OSError) as error:
                 self._fail(attempt, error)
                 return
-            seconds = video.report["stages_s"]["total"]
+            seconds = video.record.stages_s["total"]
             counts = self.manifest.finish(
                 task.job, attempt.id, event="done", worker=self.worker, seconds=seconds,
-                sha256=video.report["video"]["sha256"], latents_hash=video.report["latents_hash"],
+                sha256=video.record.video.sha256, latents_hash=video.record.latents_hash,
             )  # fmt: skip
             (self.result.made if counts else self.result.elsewhere).append(task.job.name)
             self.times.add(task, seconds)

@@ -91,7 +91,7 @@ def info(
     from slagen.io.reading import no_file
 
     place = user_path(path)
-    about = provenance.describe(place) or latents.describe_latents(place)
+    about: Any = provenance.describe(place) or latents.describe_latents(place)
     if about is None and not place.exists():
         raise no_file(place, "Give a weight file, a model folder, a video or its .json.")
     if about is None:
@@ -99,5 +99,5 @@ def info(
         say_loading()
         from slagen.wan import info as task
 
-        about = task.info(path).to_dict()
+        about = task.info(path)
     show_info(about, as_json)

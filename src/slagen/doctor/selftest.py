@@ -205,7 +205,7 @@ def _generate(device: torch.device) -> str:
         size = len(video.mp4())
     if size == 0:
         raise Wrong("the video is empty")
-    return f"4 steps with the {backend} backend, {size:,} bytes, latents {video.report['latents_hash'][:12]}"
+    return f"4 steps with the {backend} backend, {size:,} bytes, latents {video.record.latents_hash[:12]}"
 
 
 def _bench(device: torch.device, rows: list[BenchRow]) -> str:

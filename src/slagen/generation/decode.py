@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import time
@@ -21,6 +22,7 @@ from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import warn_of_one_colour
+from slagen.generation.video_report import Decoded, VideoReport
 from slagen.io.files import check_writable, reserved, write_json
 from slagen.io.paths import check_video, user_path
 from slagen.io.stages import staging
@@ -47,14 +49,15 @@ def decode(
         file names and would be downloaded, EnvironmentProblem without ffmpeg.
     """
     path = user_path(path_text)
-    latents, vae_hash, told = read_latents(path)
+    latents, about = read_latents(path)
+    told = about.report
     target = _target(path, output)
     check_ffmpeg()
     if model is None:
-        check_told_model(path, told["settings"]["model"])
-    source = _find_model(path, model or told["settings"]["model"], local_files_only, on_event)
-    size = _check_shape(path, latents, told["settings"], source)
-    place, own = machine.pick_device(device), vae or told["settings"].get("vae")
+        check_told_model(path, told.settings["model"])
+    source = _find_model(path, model or told.settings["model"], local_files_only, on_event)
+    size = _check_shape(path, latents, told.settings, source)
+    place, own = machine.pick_device(device), vae or told.settings.get("vae")
     if place == CPU:
         needed = memory.need(source, *size, 4, parts=("vae",))
         if (text := memory.check(needed, *size, advice=LESS)) is not None:
@@ -68,7 +71,7 @@ def decode(
         decoder = load_pipeline(
             source, place, torch.float32, None if own is None else user_path(own), text_encoder=False, transformer=False
         ).vae
-        if weights_hash(decoder) != vae_hash or latents.shape[1] != decoder.config.z_dim:
+        if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(
                 f"{path} was made for another VAE than that of {own or source.name}. Give its own with --vae, or the "
                 "folder of its model with --model."
@@ -77,11 +80,11 @@ def decode(
 
 
 def _write(
-    told: dict[str, Any], latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
+    told: VideoReport, latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
     overwrite: bool, on_event: Callable[[Event], None],
 ) -> Video:  # fmt: skip
     """Decode latents, and write the video and its report."""
-    settings, stages = told["settings"], {name: s for name, s in told["stages_s"].items() if name != "total"}
+    settings, stages = told.settings, {name: s for name, s in told.stages_s.items() if name != "total"}
     on_event(Event("stage", "decode"))
     began = time.perf_counter()
     try:
@@ -94,30 +97,28 @@ def _write(
     on_event(Event("stage", "write"))
     began = time.perf_counter()
     frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
-    if told["video"].get("frames_hash") not in (None, frames_hash):
+    if told.video.frames_hash != frames_hash:
         text = "the frames differ from those of the first decoding, as on another device or with another version"
         on_event(Event("note", text))
-    comment = report.comment(
-        settings, told["latents_hash"], frames_hash, weights=told["weights"], packages=told["versions"]
-    )
+    comment = report.comment(settings, told.latents_hash, frames_hash, weights=told.weights, packages=told.versions)
     try:
         with staging(target.parent) as stage:
             video = stage.folder / target.name
             encode_mp4(frames, video, settings["fps"], comment)
             stages["write"] = time.perf_counter() - began
-            content = {
-                **told, "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "video": report.video_section(video, frames.shape, settings["fps"], frames_hash),
-                "stages_s": {**stages, "total": sum(stages.values())},
-                "decoded": {"versions": packages.versions(), "device": machine.describe_device(place).to_dict()},
-            }  # fmt: skip
-            write_json(stage.folder / target.with_suffix(".json").name, content)
+            record = dataclasses.replace(
+                told, created=datetime.now(UTC).isoformat(timespec="seconds"),
+                video=report.video_section(video, frames.shape, settings["fps"], frames_hash),
+                stages_s={**stages, "total": sum(stages.values())},
+                decoded=Decoded(packages.versions(), machine.describe_device(place)),
+            )  # fmt: skip
+            write_json(stage.folder / target.with_suffix(".json").name, record.to_dict())
             beside = target.with_suffix(SUFFIX)
             own = beside.exists() and beside.samefile(path)
             stage.publish(replace=overwrite, without=() if own else tuple(latents_beside(target)))
     except OSError as error:
         raise not_written(target, error) from error
-    return Video(target, target.with_suffix(".json"), content, path)
+    return Video(target, target.with_suffix(".json"), record, path)
 
 
 def _target(path: Path, output: str | None) -> Path:

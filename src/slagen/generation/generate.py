@@ -126,8 +126,8 @@ def _hashes(sample: Sample) -> dict[str, str]:
 
 def _unwritten(sample: Sample) -> Video:
     """A video that stays in memory; its report names no file."""
-    content = report.video_report(sample, None, **_hashes(sample))
-    return Video(None, None, {**content, "settings": {**content["settings"], "output": None}})
+    record = report.video_report(sample, None, **_hashes(sample))
+    return Video(None, None, dataclasses.replace(record, settings={**record.settings, "output": None}))
 
 
 def save(
@@ -154,16 +154,16 @@ def save(
             comment = report.comment(sample.plan.told, hashes["latents_hash"], hashes["frames_hash"], sample.weights)
             encode_mp4(sample.frames, video, config.fps, comment)
             sample.stages["write"] = time.perf_counter() - began
-            content = report.video_report(sample, video, **hashes)
+            record = report.video_report(sample, video, **hashes)
             going = []
             try:
-                write_json(stage.folder / report_path.name, content)
+                write_json(stage.folder / report_path.name, record.to_dict())
             except OSError as error:
                 lost[report_path] = error
                 going.append(report_path.name)
             try:
                 if config.save_latents:
-                    write_latents(latents, sample.latents, weights_hash(sample.vae), content)
+                    write_latents(latents, sample.latents, weights_hash(sample.vae), record)
             except (OSError, SafetensorError) as error:
                 lost[latents_path] = error
                 latents.unlink(missing_ok=True)
@@ -176,10 +176,10 @@ def save(
         names = " and ".join(map(str, lost))
         text = f"{path} is written, but {names} could not be ({next(iter(lost.values()))}). Check the free space there."
         if latents_path in lost:
-            kept = keep_latents(path, sample.latents, weights_hash(sample.vae), content)
+            kept = keep_latents(path, sample.latents, weights_hash(sample.vae), record)
             text += " The latents are lost." if kept is None else f" The latents are kept in {kept}."
         raise SlagenError(text) from next(iter(lost.values()))
-    return Video(path, report_path, content, latents_path if config.save_latents else None)
+    return Video(path, report_path, record, latents_path if config.save_latents else None)
 
 
 def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]) -> SlagenError:

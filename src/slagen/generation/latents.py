@@ -3,17 +3,21 @@ writes, what is kept where a video could not be written, and what `slagen decode
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shlex
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slagen.errors import WeightsError
 from slagen.formats.headers import read_header, read_strings
+from slagen.generation import video_report
+from slagen.generation.video_report import VideoReport
 from slagen.io.files import writing
-from slagen.io.forms import Kind, matching, sha256, whole
+from slagen.io.forms import sha256, whole
 from slagen.io.reading import no_file
 from slagen.io.text import to_json
 
@@ -23,39 +27,36 @@ if TYPE_CHECKING:  # what a file says of itself is read without torch
 SUFFIX = ".latents.safetensors"
 NAME, METADATA, VERSION = "latents", "slagen_latents", 1
 AGAIN = "Make it again: slagen generate ... --save-latents."
-BLOCKS = {"critical": int, "marginal": int, "negligible": int, "key_blocks": int, "block_n": int, "backend": str,
-          "fractions": {"critical": float}}  # fmt: skip
-ATTENTION = Kind(
-    "an object that has all numbers of its blocks or none",
-    {"mode": str, "tokens": int, **{f"{name}?": form for name, form in BLOCKS.items()}},
-    lambda value: "critical" not in value or value.keys() >= BLOCKS.keys(),
-)
-FORM: dict[str, Any] = {
-    "version": whole(1, 10**6),
-    "vae_hash": sha256(),
-    "report": {
-        "settings": {
-            "prompt": str, "model": str, "vae?": str | None,
-            "size": matching(r"\d{1,5}x\d{1,5}", "a size such as 832x480"), "num_frames": whole(1, 10**6),
-            "fps": whole(1, 1000), "seed": int,
-        },
-        "latents_hash": sha256(), "video": dict, "stages_s": {str: float}, "versions": {str: str},
-        "weights": {"used": str, "model": str, "model_hash?": str | None, "sla_hash?": str | None},
-        "attention": ATTENTION, "timing": {"level": str, "overhead_share": float}, "peak_memory_gib": float,
-        "cost": {
-            "attention_tflop": float, "dense_attention_tflop": float, "flops_speedup": float, "amdahl_ceiling": float,
-            "achieved_share_of_ceiling": float, "measured_attention_share": float | None,
-        },
-        "steps": [{
-            "step": int, "timestep": float, **dict.fromkeys(
-                ("latency_ms", "attention_ms", "attention_conditional_ms", "attention_unconditional_ms",
-                 "attention_share"), float | None),
-        }],
-    },
-}  # fmt: skip
+FORM: dict[str, Any] = {"version": whole(1, 10**6), "vae_hash": sha256(), "report": video_report.FORM}
 
 
-def write_latents(path: Path, latents: Tensor, vae_hash: str, report: dict[str, Any], *, replace: bool = True) -> None:
+@dataclass(frozen=True)
+class About:
+    """What a file of latents says of itself. vae_hash: of the VAE that they are for. report: of their video."""
+
+    vae_hash: str
+    report: VideoReport
+
+
+@dataclass(frozen=True)
+class LatentsInfo:
+    """What `slagen info` says of a file of latents. decode: the command that makes the video of them."""
+
+    path: str
+    kind: str
+    meaning: str
+    decode: str
+    shape: list[int]
+    vae_hash: str
+    latents_hash: str
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return dict(vars(self))
+
+
+def write_latents(path: Path, latents: Tensor, vae_hash: str, report: VideoReport, *, replace: bool = True) -> None:
     """Write a file that `read_latents` reads.
 
     Args:
@@ -65,14 +66,15 @@ def write_latents(path: Path, latents: Tensor, vae_hash: str, report: dict[str, 
     """
     from safetensors.torch import save
 
-    video = {name: value for name, value in report["video"].items() if name != "sha256"}  # this file makes another
-    about = {"version": VERSION, "vae_hash": vae_hash, "report": {**report, "video": video}}
+    video = dataclasses.replace(report.video, sha256=None)  # this file makes another
+    content = dataclasses.replace(report, video=video).to_dict()
+    about = {"version": VERSION, "vae_hash": vae_hash, "report": content}
     data = save({NAME: latents.contiguous()}, metadata={METADATA: to_json(about)})
     with writing(path, replace=replace) as part:
         part.write_bytes(data)  # safetensors itself opens no path that is not UTF-8
 
 
-def keep_latents(video: Path, latents: Tensor, vae_hash: str, report: dict[str, Any]) -> Path | None:
+def keep_latents(video: Path, latents: Tensor, vae_hash: str, report: VideoReport) -> Path | None:
     """Write the latents of a video that could not be written: beside it, or where temporary files go.
 
     Returns: their file, under a name that was free; None where neither disk takes it.
@@ -104,12 +106,12 @@ def latents_beside(video: Path) -> list[str]:
     return [path.name] if METADATA in about else []
 
 
-def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
-    """Latents (1, C, T, h, w) float32, the hash of their VAE, and their report, each held against the other.
+def read_latents(path: Path) -> tuple[Tensor, About]:
+    """Latents (1, C, T, h, w) float32, and what their file says of them, each held against the other.
 
     Raises: WeightsError for a file that holds something else, is damaged, or does not say how it was made.
     """
-    content = read_about(path)
+    about = read_about(path)
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -120,13 +122,13 @@ def read_latents(path: Path) -> tuple[Tensor, str, dict[str, Any]]:
         raise WeightsError(f"{path} cannot be read ({error}). {AGAIN}") from error
     if not torch.isfinite(latents).all():
         raise WeightsError(f"{path} contains NaN or Inf. {AGAIN}")
-    if latents_hash(latents) != content["report"]["latents_hash"]:
+    if latents_hash(latents) != about.report.latents_hash:
         raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
-    return latents, content["vae_hash"], content["report"]
+    return latents, about
 
 
-def read_about(path: Path) -> dict[str, Any]:
-    """What a file of latents says of itself, of the form FORM. Raises as `read_latents`, but for its numbers."""
+def read_about(path: Path) -> About:
+    """What a file of latents says of itself, which has the form FORM. Raises as `read_latents`, but for its numbers."""
     if not path.is_file():
         raise no_file(path, f"Give a file that ends in {SUFFIX}.")
     header = read_header(path)
@@ -151,10 +153,10 @@ def read_about(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path} holds {entry['dtype']} of {entry['shape']}, but must hold the F32 latents of one video. {AGAIN}"
         )
-    return content
+    return About(content["vae_hash"], VideoReport.from_dict(content["report"]))
 
 
-def describe_latents(path: Path) -> dict[str, Any] | None:
+def describe_latents(path: Path) -> LatentsInfo | None:
     """What a file of latents says of itself, and how to make its video; None for a file of anything else.
 
     Raises: as `read_latents`.
@@ -163,12 +165,12 @@ def describe_latents(path: Path) -> dict[str, Any] | None:
         return None
     if METADATA not in read_header(path).get("__metadata__", {}):
         return None
-    latents, vae_hash, report = read_latents(path)
-    return {
-        "path": str(path), "kind": "latents", "meaning": "a video before its VAE decodes it",
-        "decode": f"slagen decode {shlex.quote(str(path))}", "shape": list(latents.shape), "vae_hash": vae_hash,
-        "latents_hash": report["latents_hash"], "settings": report["settings"],
-    }  # fmt: skip
+    latents, about = read_latents(path)
+    return LatentsInfo(
+        path=str(path), kind="latents", meaning="a video before its VAE decodes it",
+        decode=f"slagen decode {shlex.quote(str(path))}", shape=list(latents.shape), vae_hash=about.vae_hash,
+        latents_hash=about.report.latents_hash, settings=about.report.settings,
+    )  # fmt: skip
 
 
 def latents_hash(latents: Tensor) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from slagen.errors import UsageError, WeightsError
-from slagen.generation import report
+from slagen.generation.video_report import RestoredReport, VideoFile, named_hashes
 from slagen.io.documents import parse_json, read_json
 from slagen.io.forms import Fault, matching
 from slagen.io.reading import kind_of_path
@@ -25,10 +26,46 @@ TOLD = {
     "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
     "video?": {"frames_hash?": str, "sha256?": str}, "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
 }  # fmt: skip
-OWN = ("path", "kind")
 
 
-def describe(path: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Made:
+    """What a video or its report says of how it was made.
+
+    Args:
+        kind: "video" or "report". content: all that it says, of the form TOLD.
+    """
+
+    path: Path
+    kind: str
+    content: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """By option name."""
+        return self.content["settings"]  # type: ignore[no-any-return]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of packages; empty in old reports."""
+        return self.content.get("versions", {})  # type: ignore[no-any-return]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """By what they are of, as `named_hashes`; a video tells none of its own file, and old reports fewer."""
+        video, weights = self.content.get("video", {}), self.content.get("weights", {})
+        return named_hashes(
+            self.content["latents_hash"], weights.get("model_hash"), weights.get("sla_hash"), video.get("frames_hash"),
+            video.get("sha256"),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `slagen info --json` prints."""
+        told = {name: value for name, value in self.content.items() if name not in ("path", "kind")}
+        return {"path": str(self.path), "kind": self.kind, **told}
+
+
+def describe(path: Path) -> Made | None:
     """What a video or its report says of how it was made; None for a file that is neither.
 
     Raises: WeightsError for a video without slagen's words in it or of another kind, for JSON that is no report, and
@@ -37,18 +74,17 @@ def describe(path: Path) -> dict[str, Any] | None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise WeightsError(f"{path} {kind_of_path(path)}. Give a video, its .json, or weights that lie on a disk.")
     if is_mp4(path):
-        return {"path": str(path), "kind": "video", **_without_own(read_video(path))}
+        return read_video(path)
     if (kind := other_kind(path)) is not None:
         raise WeightsError(
             f"{path} is {kind}. What is read here: an MP4 that slagen made, its report (.json), and for info weights."
         )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
-    content = read_json(path, TOLD, advice="Give a complete report that slagen wrote.")
-    return {"path": str(path), "kind": "report", **_without_own(content)}
+    return Made(path, "report", read_json(path, TOLD, advice="Give a complete report that slagen wrote."))
 
 
-def read_made(path: Path) -> dict[str, Any]:
+def read_made(path: Path) -> Made:
     """What a video or its report says of how it was made. Raises as `describe`, and UsageError for all else."""
     told = describe(path)
     if told is not None:
@@ -58,23 +94,19 @@ def read_made(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path} is neither a video that slagen made nor its report. Give an .mp4 or its .json.")
 
 
-def _without_own(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name not in OWN}
-
-
-def read_video(path: Path) -> dict[str, Any]:
+def read_video(path: Path) -> Made:
     """What a video's metadata say. Raises WeightsError unless slagen made it."""
     foreign = f"{path} is a video, but not one that slagen made, or its metadata is lost"
     text = read_comment(path)
     if not text:
         raise WeightsError(f"{foreign}.")
     try:
-        return parse_json(text, TOLD)
+        return Made(path, "video", parse_json(text, TOLD))
     except Fault as fault:
         raise WeightsError(f"{foreign}: its comment {fault}.") from fault
 
 
-def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> RestoredReport:
     """A report without times, of what a video and its entry in the manifest say.
 
     Args:
@@ -82,20 +114,14 @@ def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]
     Raises: WeightsError where the video does not say all that a report needs, or is another.
     """
     told = read_video(path)
-    made = {**told["settings"]}
+    made, hashes = {**told.settings}, told.hashes
     made["prompt"] = made.get("prompt") or settings["prompt"]  # a long one is in the video as its hash
     width, _, height = made.get("size", "").partition("x")
-    frames, fps, hashed = made.get("num_frames"), made.get("fps"), told.get("video", {}).get("frames_hash")
-    if not (width and frames and fps and hashed) or told["latents_hash"] != result.get("latents_hash"):
+    frames, fps, hashed = made.get("num_frames"), made.get("fps"), hashes.get("frames")
+    if not (width and frames and fps and hashed) or hashes["latents"] != result.get("latents_hash"):
         raise WeightsError(f"{path} does not say all of it, or is the video of another job.")
-    return {
-        "schema_version": report.SCHEMA_VERSION,
-        "created": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
-        "restored": "from the video's metadata, which hold no times",
-        "video": {
-            "file": path.name, "frames": frames, "width": int(width), "height": int(height), "fps": fps,
-            "duration_s": frames / fps, "sha256": result["sha256"], "frames_hash": hashed,
-        },
-        "settings": made, "versions": told.get("versions", {}),
-        "weights": told.get("weights", {}), "latents_hash": told["latents_hash"],
-    }  # fmt: skip
+    return RestoredReport(
+        created=datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        video=VideoFile(path.name, frames, int(width), int(height), fps, frames / fps, hashed, result["sha256"]),
+        settings=made, versions=told.versions, weights=told.content.get("weights", {}), latents_hash=hashes["latents"],
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
-from slagen.generation.provenance import read_made
+from slagen.generation.provenance import Made, read_made
 from slagen.io.files import scratch
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
@@ -87,7 +87,7 @@ def replay(
     """
     path = user_path(path_text)
     told = read_made(path)
-    settings = dict(told["settings"])
+    settings = dict(told.settings)
     if settings.get("prompt") is None and "prompt_sha256" in settings:
         raise UsageError(f"{path} holds only a hash of its prompt, which is long. Give the report beside it, a .json.")
     try:
@@ -104,29 +104,16 @@ def replay(
                 **fields, width=width, height=height, ode=bool(settings.get("ode")),
                 local_files_only=local_files_only, output=output or str(folder / "replay.mp4"),
             )  # fmt: skip
-            made = generate(config, on_event).videos[0].report
+            made = generate(config, on_event).videos[0].record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} has settings that this slagen cannot run again: {error}.") from error
-    before, after = _hashes(told), _hashes(made)
+    before, after = told.hashes, made.hashes
     compared = {
         name: Compared(before[name], after[name], before[name] == after[name]) for name in before if name in after
     }
-    old, new = told.get("versions", {}), packages.versions()
+    old, new = told.versions, packages.versions()
     changed = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
     return ReplayResult(path, compared, changed, output)
-
-
-def _hashes(content: dict[str, Any]) -> dict[str, str]:
-    """The hashes that a report tells; a video tells none of its own file, and old reports fewer."""
-    video, weights = content.get("video"), content.get("weights")
-    found = {"latents": content["latents_hash"]}
-    for name, section, key in (
-        ("model weights", weights, "model_hash"), ("SLA weights", weights, "sla_hash"),
-        ("frames", video, "frames_hash"), ("file", video, "sha256"),
-    ):  # fmt: skip
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            found[name] = section[key]
-    return found
 
 
 def _find(path: Path, option: str, name: str | None) -> str | None:
@@ -141,21 +128,21 @@ def _find(path: Path, option: str, name: str | None) -> str | None:
     raise UsageError(f"{path} was made with the {option} {name}, which is not found. Give it with --{option}.")
 
 
-def _checked(weights: str, told: dict[str, Any]) -> str:
+def _checked(weights: str, told: Made) -> str:
     """Weights that are given, if they are those that made the video. Raises WeightsError."""
-    path, expected = user_path(weights), _hashes(told).get("SLA weights")
+    path, expected = user_path(weights), told.hashes.get("SLA weights")
     if expected is not None and path.is_file() and file_hash(path) != expected:
         raise WeightsError(f"{path} has another SHA-256 than the weights that made this ({expected}). Give those.")
     return weights
 
 
-def _find_weights(path: Path, told: dict[str, Any], model: str) -> str | None:
+def _find_weights(path: Path, told: Made, model: str) -> str | None:
     """The weights that a report names, where they lie now; None for the model's own.
 
     Earlier reports name the model's own too, where they lay on the machine that made the video.
     Raises: UsageError where they are not found.
     """
-    name, expected = told["settings"].get("weights"), _hashes(told).get("SLA weights")
+    name, expected = told.settings.get("weights"), told.hashes.get("SLA weights")
     if name is None:
         return None
     for candidate in (user_path(name), path.parent / name):

@@ -1,4 +1,4 @@
-"""What a run measured, as the JSON beside its video says it."""
+"""From what a run measured to the report of its video, and to what the MP4 says of itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ import psutil
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.generation.config import GenerateConfig
+from slagen.generation.video_report import (
+    SCHEMA_VERSION,
+    Cost,
+    Overhead,
+    ReportedAttention,
+    ReportedLayer,
+    ReportedStep,
+    UsedWeights,
+    VideoFile,
+    VideoReport,
+)
 from slagen.io.reading import file_hash
 from slagen.io.text import to_json
 from slagen.packages import versions
@@ -21,23 +32,19 @@ from slagen.timing import StepTimes
 if TYPE_CHECKING:
     from slagen.generation.session import Sample
 
-SCHEMA_VERSION = 1
 COMMENT_BYTES = 32 * 1024
 AROUND = names_where(GenerateConfig, lambda option: not option.pixels)  # settings that are not of the video
 
 
 def cost_section(
     shape: ModelShape, num_tokens: int, num_passes: int, attention_flops: int, steps: list[StepTimes]
-) -> dict[str, Any]:
+) -> Cost:
     """What dense attention would have cost, what was spent, and how near that is to the limit Amdahl's law sets.
 
     Args:
         num_passes: forward passes of the whole run.
         attention_flops: of the attention that ran, in one pass.
         steps: as timed.
-    Returns: a dict: TFLOP of the run; `flops_speedup` of the forward passes over dense attention, its
-        `amdahl_ceiling` if attention were free, and the share of that which was reached; `remaining_time_ceiling`, how
-        much faster the measured steps would be if attention were free (None if untimed).
     """
     dense, other = dense_attention_flops(shape, num_tokens), other_flops(shape, num_tokens)
     ceiling = (dense + other) / other
@@ -45,57 +52,56 @@ def cost_section(
     timed = [s for s in steps if s.attention_share is not None]
     latency = sum(s.latency_ms or 0.0 for s in timed)
     attention = sum(sum(s.attention_ms) for s in timed)
-    return {
-        "forward_passes": num_passes,
-        "dense_attention_tflop": dense * num_passes / 1e12,
-        "attention_tflop": attention_flops * num_passes / 1e12,
-        "other_tflop": other * num_passes / 1e12,
-        "attention_flops_saved": 1 - attention_flops / dense,
-        "dense_attention_share_of_flops": dense / (dense + other),
-        "amdahl_ceiling": ceiling,
-        "flops_speedup": speedup,
-        "achieved_share_of_ceiling": speedup / ceiling,
-        "measured_attention_share": attention / latency if latency else None,
-        "remaining_time_ceiling": latency / (latency - attention) if latency > attention else None,
-    }
+    return Cost(
+        forward_passes=num_passes,
+        dense_attention_tflop=dense * num_passes / 1e12,
+        attention_tflop=attention_flops * num_passes / 1e12,
+        other_tflop=other * num_passes / 1e12,
+        attention_flops_saved=1 - attention_flops / dense,
+        dense_attention_share_of_flops=dense / (dense + other),
+        amdahl_ceiling=ceiling,
+        flops_speedup=speedup,
+        achieved_share_of_ceiling=speedup / ceiling,
+        measured_attention_share=attention / latency if latency else None,
+        remaining_time_ceiling=latency / (latency - attention) if latency > attention else None,
+    )
 
 
-def step_section(steps: list[StepTimes]) -> list[dict[str, Any]]:
-    """The steps as the report lists them; times in milliseconds, None where they were not taken."""
+def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
+    """The steps as the report lists them."""
     rows = []
     for step in steps:
         passes = step.attention_ms if step.num_spans else []
-        rows.append(
-            {
-                "step": step.index,
-                "timestep": step.timestep,
-                "latency_ms": step.latency_ms,
-                "attention_ms": sum(passes) if passes else None,
-                "attention_conditional_ms": passes[0] if passes else None,
-                "attention_unconditional_ms": passes[1] if len(passes) > 1 else None,
-                "attention_share": step.attention_share,
-            }
+        row = ReportedStep(
+            step=step.index,
+            timestep=step.timestep,
+            latency_ms=step.latency_ms,
+            attention_ms=sum(passes) if passes else None,
+            attention_conditional_ms=passes[0] if passes else None,
+            attention_unconditional_ms=passes[1] if len(passes) > 1 else None,
+            attention_share=step.attention_share,
         )
+        rows.append(row)
     return rows
 
 
-def layer_section(steps: list[StepTimes]) -> list[dict[str, Any]]:
-    """Attention time of each layer over all steps and passes, in milliseconds; empty if it was not taken."""
+def layer_section(steps: list[StepTimes]) -> list[ReportedLayer]:
+    """Attention time of each layer; empty if it was not taken."""
     timed = [s.layers_ms for s in steps if s.layers_ms]
-    return [{"layer": i, "attention_ms": sum(times)} for i, times in enumerate(zip(*timed, strict=True))]
+    return [ReportedLayer(i, sum(times)) for i, times in enumerate(zip(*timed, strict=True))]
 
 
-def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> dict[str, Any]:
+def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> Overhead:
     """How the times were taken, and what taking them cost: spans x measured cost of one, as a share of the steps."""
     spans = sum(s.num_spans + 1 for s in steps) if level != "off" else 0
     latency = sum(s.latency_ms or 0.0 for s in steps)
-    return {
-        "level": level,
-        "spans": spans,
-        "span_cost_ms": span_cost_ms if spans else 0.0,
-        "overhead_share": spans * span_cost_ms / latency if latency else 0.0,
-        "attention_means": "block map, both branches and proj_l; not the q, k, v and output layers around them",
-    }
+    return Overhead(
+        level=level,
+        spans=spans,
+        span_cost_ms=span_cost_ms if spans else 0.0,
+        overhead_share=spans * span_cost_ms / latency if latency else 0.0,
+        attention_means="block map, both branches and proj_l; not the q, k, v and output layers around them",
+    )
 
 
 def shareable(path: str | None) -> str | None:
@@ -106,32 +112,31 @@ def shareable(path: str | None) -> str | None:
     return PureWindowsPath(path).name if "\\" in path and not Path(path).is_absolute() else Path(path).name
 
 
-def video_section(path: Path | None, shape: tuple[int, ...], fps: int, frames_hash: str) -> dict[str, Any]:
+def video_section(path: Path | None, shape: tuple[int, ...], fps: int, frames_hash: str) -> VideoFile:
     """What a report says of a video's file, which may not be there yet, or ever. `shape`: (F, H, W, 3)."""
     num_frames, height, width, _ = shape
-    about = {
-        "file": None if path is None else path.name, "frames": num_frames, "width": width, "height": height, "fps": fps,
-        "duration_s": num_frames / fps, "frames_hash": frames_hash,
-    }  # fmt: skip
-    if path is not None and path.is_file():
-        about["sha256"] = file_hash(path)
-    return about
+    return VideoFile(
+        file=None if path is None else path.name, frames=num_frames, width=width, height=height, fps=fps,
+        duration_s=num_frames / fps, frames_hash=frames_hash,
+        sha256=None if path is None or not path.is_file() else file_hash(path),
+    )  # fmt: skip
 
 
 def comment(
-    settings: dict[str, Any], latents_hash: str, frames_hash: str, weights: dict[str, Any],
+    settings: dict[str, Any], latents_hash: str, frames_hash: str, weights: UsedWeights,
     packages: dict[str, str] | None = None,
 ) -> str:  # fmt: skip
     """What an MP4 says of itself: how it was made, in at most 32 KiB; a longer prompt is there as its hash.
 
     Args:
-        settings: as they may be told. weights: of a report; their hashes are told.
+        settings: as they may be told. weights: whose hashes are told.
         packages: their versions, if not those of now.
     """
     kept = {name: value for name, value in settings.items() if name not in AROUND}
+    hashes = {"model_hash": weights.model_hash, "sla_hash": weights.sla_hash}
     content = {
         "schema_version": SCHEMA_VERSION, "settings": kept, "versions": packages or versions(),
-        "weights": {name: weights[name] for name in ("model_hash", "sla_hash") if weights.get(name) is not None},
+        "weights": {name: value for name, value in hashes.items() if value is not None},
         "latents_hash": latents_hash, "video": {"frames_hash": frames_hash},
     }  # fmt: skip
     text = to_json(content)
@@ -142,34 +147,31 @@ def comment(
     return text
 
 
-def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_hash: str) -> dict[str, Any]:
+def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_hash: str) -> VideoReport:
     """The report of a video, whose file may not be there yet."""
     from slagen import machine  # with torch, which nothing else here needs
 
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
     config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
-    attention = {
-        "mode": config.attention, "tokens": plan.num_tokens, **method.describe(plan.attention, plan.grid),
-        **({} if plan.backend is None else {"backend": plan.backend}),
-    }  # fmt: skip
+    about = method.describe(plan.attention, plan.grid)
     flops = method.cost(plan.attention, shape, plan.grid)
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "video": video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
-        "settings": plan.told,
-        "versions": versions(),
-        "device": machine.describe_device(plan.weights.device).to_dict(),
-        "weights": sample.weights,
-        "latents_hash": latents_hash,
-        "attention": attention,
-        "stages_s": {**stages, "total": sum(stages.values())},
-        "since_process_start_s": time.time() - psutil.Process().create_time(),
-        "peak_memory_gib": machine.peak_memory_gib(plan.weights.device),
-        "steps": step_section(steps),
-        "layers": layer_section(steps),
-        "cost": cost_section(shape, plan.num_tokens, passes, flops, steps),
-        "timing": timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
-    }  # fmt: skip
+    return VideoReport(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        video=video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
+        settings=plan.told,
+        versions=versions(),
+        device=machine.describe_device(plan.weights.device),
+        weights=sample.weights,
+        latents_hash=latents_hash,
+        attention=ReportedAttention(config.attention, plan.num_tokens, about, plan.backend),
+        stages_s={**stages, "total": sum(stages.values())},
+        since_process_start_s=time.time() - psutil.Process().create_time(),
+        peak_memory_gib=machine.peak_memory_gib(plan.weights.device),
+        steps=step_section(steps),
+        layers=layer_section(steps),
+        cost=cost_section(shape, plan.num_tokens, passes, flops, steps),
+        timing=timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slagen.generation.video_report import VideoReport
 from slagen.io.files import scratch
 from slagen.io.text import escaped
 from slagen.video import encode_mp4
@@ -25,7 +27,8 @@ class Video:
     Args:
         path: its MP4; None where it was not written.
         report_path: the JSON beside it, None as well then.
-        report: what that says: settings, versions, times, cost.
+        record: what that says: settings, versions, times, cost. `report` is the same as a dict, with the names of the
+            JSON.
         latents_path: of its final latents, where they were saved.
         frames: (T, H, W, 3) uint8 RGB, as they were before the MP4's lossy encoding; None where the caller is the
             command line.
@@ -33,15 +36,20 @@ class Video:
 
     path: Path | None
     report_path: Path | None
-    report: dict[str, Any]
+    record: VideoReport
     latents_path: Path | None = None
     frames: np.ndarray | None = None
 
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """The report as the JSON beside the video has it."""
+        return self.record.to_dict()
+
     def __repr__(self) -> str:
-        video, place = self.report["video"], "in memory" if self.path is None else repr(str(self.path))
+        video, place = self.record.video, "in memory" if self.path is None else repr(str(self.path))
         return (
-            f"<Video {place}: {video['frames']} frames of {video['width']}x{video['height']} at {video['fps']} fps, "
-            f"seed {self.report['settings']['seed']}, {self.report['stages_s']['total']:.1f} s>"
+            f"<Video {place}: {video.frames} frames of {video.width}x{video.height} at {video.fps} fps, "
+            f"seed {self.record.settings['seed']}, {self.record.stages_s['total']:.1f} s>"
         )
 
     def mp4(self) -> bytes:
@@ -51,15 +59,15 @@ class Video:
         if self.frames is None:
             raise FileNotFoundError(f"{self.path} is gone, and its frames were not kept")
         with scratch() as folder:
-            encode_mp4(self.frames, folder / "video.mp4", self.report["video"]["fps"])
+            encode_mp4(self.frames, folder / "video.mp4", self.record.video.fps)
             return (folder / "video.mp4").read_bytes()
 
     def _repr_html_(self) -> str:
-        video, settings = self.report["video"], self.report["settings"]
+        settings, width = self.record.settings, max(256, self.record.video.width)
         data = base64.b64encode(self.mp4()).decode()
         told = f"{settings['prompt']} (seed {settings['seed']})" + ("" if self.path is None else f", {self.path}")
         return (
-            f'<figure style="margin: 0 1em 1em 0; display: inline-block; max-width: {max(256, video["width"])}px">'
+            f'<figure style="margin: 0 1em 1em 0; display: inline-block; max-width: {width}px">'
             f'<video controls autoplay loop muted playsinline style="width: 100%" src="data:video/mp4;base64,{data}">'
             f"</video><figcaption>{escape(escaped(told))}</figcaption></figure>"
         )

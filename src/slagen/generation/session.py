@@ -1,6 +1,7 @@
 """A model in memory that denoises and decodes the videos of many plans."""
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.defaults import SIGMA_MAX
 from slagen.generation.resolve import Plan
+from slagen.generation.video_report import UsedWeights
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import quote
@@ -48,7 +50,7 @@ class Sample:
     latents: torch.Tensor
     recorder: StepRecorder
     stages: dict[str, float]
-    weights: dict[str, Any]
+    weights: UsedWeights
     vae: Any = None
 
 
@@ -65,7 +67,7 @@ class Session:
     def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
         self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
-            self.pipe, self.about = pipe, {"model": plan.weights.source.name}
+            self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="those of the pipeline")
             return
         weights, vae = plan.weights, plan.config.vae
         method = plan.method
@@ -162,34 +164,33 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _install_attention(pipe: Any, plan: Plan) -> dict[str, Any]:
+def _install_attention(pipe: Any, plan: Plan) -> UsedWeights:
     """Put the planned attention into the pipeline; returns what the report says of the weights."""
     weights, source, config = plan.weights, plan.weights.source, plan.config
-    found: dict[str, Any] = {
-        "model": source.name, "model_file": None if source.weights is None else report.shareable(str(source.weights)),
-        "model_hash": weights_hash(pipe.transformer), "sla_file": None, "sla_hash": None,
-    }  # fmt: skip
+    model_file = None if source.weights is None else report.shareable(str(source.weights))
+    model_hash = weights_hash(pipe.transformer)
+    used = functools.partial(UsedWeights, model=source.name, model_file=model_file, model_hash=model_hash)
     method = plan.method
     if weights.trained_with is None or method.family == "dense":
         install_method(pipe.transformer, method, plan.attention, backend=config.backend)
         attention = "full" if method.family == "dense" else method.name
-        return {**found, "used": "base" if source.weights is None else f"the same weights, {attention} attention"}
+        return used(used="base" if source.weights is None else f"the same weights, {attention} attention")
     name = label(method.name)
     if weights.sla_path is None:
         install_untrained(pipe, plan.attention, config.backend, method)
-        return {**found, "used": f"base with untrained {name}"}
+        return used(used=f"base with untrained {name}")
     options: dict[str, Any] = {"backend": config.backend, "allow_untrained": config.allow_untrained}
     if not weights.sla_alone:
         install_projections(pipe, weights.sla_path, plan.attention, method=method, **options)
-        return {**found, "used": name, "sla_file": report.shareable(str(weights.sla_path))}
+        return used(used=name, sla_file=report.shareable(str(weights.sla_path)))
     metadata: SLAMetadata = load_weights(
-        pipe, weights.sla_path, method, config=plan.attention, other_blocks=True, base_hash=found["model_hash"],
-        **options,
-    )  # fmt: skip
+        pipe, weights.sla_path, method, config=plan.attention, other_blocks=True, base_hash=model_hash, **options
+    )
     file = find_sla_file(weights.sla_path)
-    return {**found, "used": name, "sla_file": report.shareable(str(file)), "sla_hash": file_hash(file),
-            "trained": metadata.trained, "trained_steps": metadata.steps,
-            "trained_sparsity": getattr(metadata.config, "sparsity", None)}  # fmt: skip
+    return used(
+        used=name, sla_file=report.shareable(str(file)), sla_hash=file_hash(file), trained=metadata.trained,
+        trained_steps=metadata.steps, trained_sparsity=getattr(metadata.config, "sparsity", None),
+    )  # fmt: skip
 
 
 def _denoise(

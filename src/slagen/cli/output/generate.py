@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slagen.cli.console import log, log_table, write, write_json, write_table
 from slagen.cli.table import Cell, Table
@@ -10,60 +10,61 @@ from slagen.io.text import counted
 
 if TYPE_CHECKING:
     from slagen.generation.replay import ReplayResult
+    from slagen.generation.result import GenerateResult
+    from slagen.generation.video_report import ReportedStep, VideoReport
 
 
-def show_videos(result: Any, as_json: bool) -> None:
+def show_videos(result: GenerateResult, as_json: bool) -> None:
     """Print what `generate` made: tables on stderr and one path a line on stdout, or JSON alone on stdout."""
     if as_json:
-        rows = [{"video": str(v.path), "report": str(v.report_path), **v.report} for v in result.videos]
+        rows = [{"video": str(v.path), "report": str(v.report_path), **v.record.to_dict()} for v in result.videos]
         write_json(rows if len(rows) > 1 else rows[0])
         return
     for video in result.videos:
-        show_report(video.report)
+        show_report(video.record)
         write(str(video.path))
 
 
-def show_report(content: dict[str, Any]) -> None:
+def show_report(report: VideoReport) -> None:
     """A report as a table of steps, and lines for the totals, on stderr."""
-    attention, cost, stages = content["attention"], content["cost"], content["stages_s"]
-    if content["timing"]["level"] != "off":
-        log_table(_step_table(content["steps"]))
-    what = f"{attention['mode']} attention, {counted(attention['tokens'], 'token')}"
-    if "critical" in attention:
-        fractions = attention["fractions"]
+    attention, cost = report.attention, report.cost
+    if report.timing.level != "off":
+        log_table(_step_table(report.steps))
+    what = f"{attention.mode} attention, {counted(attention.tokens, 'token')}"
+    if (blocks := attention.blocks) is not None:
         what += (
-            f", {counted(attention['key_blocks'], 'key block')} of {attention['block_n']}: "
-            f"{attention['critical']} critical ({fractions['critical']:.1%}), "
-            f"{attention['marginal']} marginal, {attention['negligible']} negligible; {attention['backend']} backend"
+            f", {counted(blocks.key_blocks, 'key block')} of {blocks.block_n}: "
+            f"{blocks.critical} critical ({blocks.critical_share:.1%}), "
+            f"{blocks.marginal} marginal, {blocks.negligible} negligible; {attention.backend} backend"
         )
     log(what)
-    log(f"weights: {content['weights']['used']}, model {content['weights']['model']}")
-    if attention["mode"] != "dense":
+    log(f"weights: {report.weights.used}, model {report.weights.model}")
+    if attention.mode != "dense":
         log(
-            f"attention: {cost['attention_tflop']:.3g} TFLOP, dense attention {cost['dense_attention_tflop']:.3g} "
-            f"TFLOP; forward pass: {cost['flops_speedup']:.2f}x fewer FLOPs, {cost['achieved_share_of_ceiling']:.0%} "
-            f"of the {cost['amdahl_ceiling']:.2f}x limit (Amdahl's law)"
+            f"attention: {cost.attention_tflop:.3g} TFLOP, dense attention {cost.dense_attention_tflop:.3g} "
+            f"TFLOP; forward pass: {cost.flops_speedup:.2f}x fewer FLOPs, {cost.achieved_share_of_ceiling:.0%} "
+            f"of the {cost.amdahl_ceiling:.2f}x limit (Amdahl's law)"
         )
-    if cost["measured_attention_share"] is not None:
+    if cost.measured_attention_share is not None:
         log(
-            f"attention time: {cost['measured_attention_share']:.1%} of the steps; the overhead of timing is "
-            f"{content['timing']['overhead_share']:.2%}"
+            f"attention time: {cost.measured_attention_share:.1%} of the steps; the overhead of timing is "
+            f"{report.timing.overhead_share:.2%}"
         )
-    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items())
-    log(f"time in seconds: {spent}; peak memory {content['peak_memory_gib']:.2f} GiB")
-    log(f"seed {content['settings']['seed']}, latents {content['latents_hash'][:12]}")
+    spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages_s.items())
+    log(f"time in seconds: {spent}; peak memory {report.peak_memory_gib:.2f} GiB")
+    log(f"seed {report.settings['seed']}, latents {report.latents_hash[:12]}")
 
 
-def _step_table(steps: list[dict[str, Any]]) -> Table:
+def _step_table(steps: list[ReportedStep]) -> Table:
     table = Table("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share", right=True)
     shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]
     for step in shown:
         if len(steps) > 12 and step is steps[-5]:
             table.add_row("...")
         table.add_row(
-            str(step["step"] + 1), f"{step['timestep']:g}", _ms(step["latency_ms"]), _ms(step["attention_ms"]),
-            _ms(step["attention_conditional_ms"]), _ms(step["attention_unconditional_ms"]),
-            "" if step["attention_share"] is None else f"{step['attention_share']:.0%}",
+            str(step.step + 1), f"{step.timestep:g}", _ms(step.latency_ms), _ms(step.attention_ms),
+            _ms(step.attention_conditional_ms), _ms(step.attention_unconditional_ms),
+            "" if step.attention_share is None else f"{step.attention_share:.0%}",
         )  # fmt: skip
     return table
 

@@ -10,7 +10,10 @@ from slagen.generation.peers import SET_IN_TRAINING
 from slagen.io.text import counted, line
 
 if TYPE_CHECKING:
+    from slagen.generation.latents import LatentsInfo
+    from slagen.generation.provenance import Made
     from slagen.generation.run_estimate import ListedModel
+    from slagen.wan.info import Info
 
 
 def show_models(rows: list[ListedModel], as_json: bool) -> None:
@@ -55,8 +58,9 @@ def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
     write_table(table)
 
 
-def show_info(content: dict[str, Any], as_json: bool) -> None:
-    """Print what a weight file is: a table on stdout, or JSON alone."""
+def show_info(info: Info | Made | LatentsInfo, as_json: bool) -> None:
+    """Print what a weight file, latents or a video are: a table on stdout, or JSON alone."""
+    content = info.to_dict()
     if as_json:
         write_json(content)
         return
