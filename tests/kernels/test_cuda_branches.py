@@ -241,7 +241,7 @@ def out_of_memory(*args, **options):
 
 def test_decode_out_of_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "decode_latents", out_of_memory)
-    told = {"settings": {}, "stages_s": {}}
+    told = SimpleNamespace(settings={}, stages_s={})
     with pytest.raises(SlagenError, match="the GPU ran out of memory. Try --device cpu"):
         decode._write(told, torch.zeros(1), None, torch.device("cpu"), tmp_path, tmp_path, False, lambda event: None)
 
