@@ -1,0 +1,94 @@
+"""The method `sla2`. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from slagen.attention.cost import ModelShape
+from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
+from slagen.attention.sla import config as settings
+from slagen.attention.sla.cost import block_counts
+from slagen.attention.sla2.config import SLA2Config
+from slagen.attention.sla2.cost import sla2_attention_flops
+from slagen.errors import EnvironmentProblem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+def _build(config: SLA2Config, layer: Layer, backend: str, device: torch.device | str | None) -> nn.Module:
+    from slagen.attention.sla2.layer import SLA2
+
+    return SLA2(layer.head_dim, layer.num_heads, config, backend=backend, device=device)  # type: ignore[arg-type]
+
+
+def _cost(config: SLA2Config, shape: ModelShape, grid: Grid) -> int:
+    return sla2_attention_flops(config, shape, grid.num_tokens)
+
+
+def _reference(
+    config: SLA2Config, q: Tensor, k: Tensor, v: Tensor, parameters: Mapping[str, Tensor], inputs: Inputs | None
+) -> Tensor:
+    from slagen.attention.sla2.functional import sla2_attention
+
+    weights = (parameters[name].to(q.device) for name in ("router_q.weight", "router_k.weight", "mix.logit"))
+    return sla2_attention(q, k, v, config, *weights, backend="reference")
+
+
+def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    from slagen.attention.sla.backends import pick_backend
+
+    return pick_backend(name, head_dim, device, dtype)  # type: ignore[arg-type]
+
+
+def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLA2Config) -> None:
+    from slagen.attention.sla.backends import check_kernels
+
+    if backend == "triton" and config.mixing == "mass":
+        raise EnvironmentProblem("sla2 attention with --mixing mass has no Triton kernels. Give --backend torch.")
+    check_kernels(backend, head_dim, device, dtype, config.sla)
+
+
+def _describe(config: SLA2Config, grid: Grid) -> dict[str, Any]:
+    counts = block_counts(config.sla, grid.num_tokens)
+    return {**dataclasses.asdict(config), **{name: counts[name] for name in ("query_blocks", "key_blocks", "critical")}}
+
+
+def _applies(config: SLA2Config, grid: Grid) -> bool:
+    key_blocks = config.sla.num_blocks(grid.num_tokens)[1]
+    return config.sla.num_critical(key_blocks) < key_blocks
+
+
+def _density(config: SLA2Config, grid: Grid) -> float:
+    counts = block_counts(config.sla, grid.num_tokens)
+    return counts["critical"] / counts["key_blocks"]
+
+
+def _note(config: SLA2Config, options: Mapping[str, Any], grid: Grid) -> str:
+    counts = block_counts(config.sla, grid.num_tokens)
+    kept = f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
+    return f"sparsity {config.sparsity:g} -> {kept}"
+
+
+SLA2 = Method(
+    name="sla2",
+    summary="exact attention to the key blocks that a learned router chooses, linear attention for the rest",
+    config=SLA2Config,
+    needs=Needs(training=True, weights=True, all_heads=True),
+    cost=_cost,
+    build=_build,
+    reference=_reference,
+    family="sla",
+    backends=tuple(map(Backend, get_args(settings.Backend))),
+    choose_backend=_choose_backend,
+    check=_check,
+    parameters=(ParameterGroup("router_q"), ParameterGroup("router_k"), ParameterGroup("mix")),
+    describe=_describe,
+    applies=_applies,
+    density=_density,
+    note=_note,
+    benched=False,
+)
