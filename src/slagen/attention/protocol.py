@@ -200,11 +200,14 @@ class ParameterGroup:
             `blocks.{i}.attn1.processor.{name}` and what is below it.
         used: whether this method's output depends on them; what is not used is kept, but not trained.
         identity: whether a matrix starts as the identity in training; otherwise as the module makes it.
+        stage: "router" where only that stage of a training reaches them: the module then has `soft`, which is True
+            there, and every layer learns to do as dense attention does with the same q, k and v.
     """
 
     name: str
     used: bool = True
     identity: bool = False
+    stage: Literal["router"] | None = None
 
 
 @dataclass(frozen=True)

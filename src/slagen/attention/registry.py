@@ -9,6 +9,7 @@ from typing import Any
 from slagen.attention.dense.method import DENSE
 from slagen.attention.protocol import Method, ParameterGroup
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
+from slagen.attention.sla2.method import SLA2
 from slagen.attention.vsa.method import VSA
 from slagen.errors import UsageError
 from slagen.io.forms import shown
@@ -108,5 +109,6 @@ def parameter_group(key: str) -> ParameterGroup | None:
 register(SLA)
 register(SPARSE)
 register(LINEAR)
+register(SLA2)
 register(DENSE)
 register(VSA)

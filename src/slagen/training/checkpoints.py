@@ -198,6 +198,9 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.student, trainer.optimizer, model_state_dict=weights,
         optim_state_dict={"state": state, "param_groups": groups}, options=options,
     )  # fmt: skip
+    if trainer.recipe.router_steps:  # what no stage has trained yet was given the state of a step without gradients
+        for untrained in trainer.named.keys() - state.keys():
+            trainer.optimizer.state.pop(trainer.named[untrained], None)
     with torch.no_grad():
         for name, average in trainer.average.items():
             average.copy_(_shard_of(tensors[f"average/{name}"], trainer.named[name].detach()))

@@ -36,6 +36,7 @@ DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Mac
 OWN_FIELDS = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n")  # of methods' configs
 Loss = Literal["distill", "flow"]
 Trained = Literal["all", "attn", "proj", "lora"]
+Stages = Literal["all", "router,all", "router"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 
@@ -115,6 +116,8 @@ class FinetuneConfig:
             noisy latents, "flow" from the data's. layer_loss: weight of the same for every layer's attention.
         train: "all" of the transformer, "attn": its self-attention, "proj": what the attention learns alone (of SLA
             `proj_l`), or "lora": that, and low-rank changes of self-attention, of rank `lora_rank` (None is 32).
+        stages: "router,all" first trains what chooses blocks, and their mix, for `router_steps` (None is half of the
+            steps), then what `train` says; "router" ends there, and "all" has no such steps.
         steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch, caption_dropout: see TrainingDefaults.
         weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
         optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
@@ -174,6 +177,15 @@ class FinetuneConfig:
         panel=TRAINING,
     )
     lora_rank: int | None = option(None, "Rank of the LoRA. Default: 32.", panel=TRAINING)
+    stages: Stages = option(
+        "all",
+        "Training stages: all; or for attention with a router (sla2), router,all or router, which first train the "
+        "router, each layer against dense attention.",
+        panel=TRAINING,
+    )
+    router_steps: int | None = option(
+        None, "Steps of the stage router in router,all. Default: half of --steps.", panel=TRAINING
+    )
     steps: int | None = option(
         None, "Optimizer steps. Default, also of the next six options: what the model recommends.", panel=TRAINING
     )
@@ -236,7 +248,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         check_folder("output", self.output)
         for name, kinds in (("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
-                            ("dtype", Dtype), ("parallel", Parallel)):  # fmt: skip
+                            ("dtype", Dtype), ("parallel", Parallel), ("stages", Stages)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
                 raise UsageError(
                     f"{name} is {shown(getattr(self, name))}, but must be one of {', '.join(get_args(kinds))}."
@@ -297,8 +309,29 @@ class FinetuneConfig:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
         method.config(**dict(self.attention_options))  # it checks what is out of range
+        self._check_stages(method)
         method.check_backend(self.backend)
         check_backward(method, self.backend)
+
+    def _check_stages(self, method: Method) -> None:
+        """Raise UsageError for a stage that the method or the other settings do not have."""
+        if self.stages != "all" and not any(group.stage == "router" for group in method.parameters):
+            raise UsageError(f"{method.name} attention has no router to train. Leave --stages out.")
+        most = MAX_TRAINING["steps"]
+        if self.router_steps is not None and not 1 <= self.router_steps <= most:
+            raise UsageError(
+                f"router_steps is {shown(self.router_steps)}, but must be from 1 to {most:,}. Try --router-steps 100."
+            )
+        if self.router_steps is not None and self.stages != "router,all":
+            raise UsageError(f"router_steps is for stages router,all, not {self.stages}. Leave --router-steps out.")
+        if self.stages != "all" and self.backend == "triton":
+            raise UsageError("the stage router has no Triton kernels. Leave --backend out, or give --backend torch.")
+
+    def num_router_steps(self, steps: int) -> int:
+        """How many of the steps, the first ones, train the router."""
+        if self.stages == "router,all":
+            return min(steps, steps // 2 if self.router_steps is None else self.router_steps)
+        return steps if self.stages == "router" else 0
 
     def attention_config(self, trained: Any) -> Any:
         """The attention that is trained: what is asked for, in place of what the weights were made with, if any were.

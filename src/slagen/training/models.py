@@ -87,11 +87,15 @@ def _choose_trained(student: Any, setup: Setup) -> None:
     """Set `requires_grad` on the parameters that `--train` asks for."""
     for name, parameter in student.named_parameters():
         group = setup.method.group(name)
+        alone = setup.config.stages == "router"  # then nothing else is reached
         trained = {
             "all": True, "attn": ".attn1." in name, "proj": group is not None,
             "lora": group is not None or ".lora_" in name,
-        }[setup.config.train]  # fmt: skip
-        parameter.requires_grad_(trained and (group is None or group.used))
+        }["proj" if alone else setup.config.train]  # fmt: skip
+        learns = group is None or (
+            group.used and (group.stage is None or group.stage in setup.config.stages.split(","))
+        )
+        parameter.requires_grad_(trained and learns)
 
 
 def checkpoint_bytes(student: nn.Module, recipe: Recipe) -> int:

@@ -154,10 +154,13 @@ def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
         raise UsageError(
             f"batch_size is {schedule.batch_size}, but must be a multiple of the number of processes, {team.data_size}."
         )
+    if config.stages != "all" and team.size > 1:
+        raise UsageError(f"--stages {config.stages} trains the router in one process. Start without torchrun.")
     dtype = pick_dtype(config.dtype, team.device)
     return Recipe(
         schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
         config.seed, torch.float32 if dtype == torch.float16 else dtype,  # float16 is picked for a card without bf16
+        config.num_router_steps(schedule.steps),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from slagen.training.config import Loss, Optimizer
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team, full_tensor, local_shard
 from slagen.training.metrics import AttentionOutputs, mix, velocity
+from slagen.training.stages import layer_distillation
 from slagen.wan.defaults import TrainingDefaults
 
 MAX_DECAY = 0.999  # of the averaged weights
@@ -34,6 +35,7 @@ class Recipe:
     Args:
         schedule: steps, learning rate and batches.
         max_grad_norm: gradients are clipped to it; None clips nothing. dtype: of the computation.
+        router_steps: the first steps, which train the attention's router alone.
     """
 
     schedule: TrainingDefaults
@@ -44,6 +46,7 @@ class Recipe:
     optimizer: Optimizer
     seed: int
     dtype: torch.dtype
+    router_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class StepResult:
 
     Args:
         loss: its mean over the clips. error: relative L2 error of the velocity to the teacher's; None where the loss
-            does not use the teacher.
+            does not use the teacher, and of all layers' attention where the router is trained.
         grad_norm: before clipping. lr: of all parameters but `proj_l`. num_tokens: of all clips.
     """
 
@@ -134,7 +137,10 @@ class Trainer:
             level = torch.tensor([levels[i] for i, _ in piece], device=team.device)
             noisy = mix(x, noise, level.view(-1, 1, 1, 1, 1))
             with team.syncing(self.shared, last=j == passes - 1):
-                loss, difference, scale = self._loss(noisy, level, text, noise - x)
+                if number < recipe.router_steps:
+                    loss, difference, scale = self._router_loss(noisy, level, text)
+                else:
+                    loss, difference, scale = self._loss(noisy, level, text, noise - x)
                 # DDP and FSDP average over all processes, so each contributes its part of the sum times their number;
                 # processes that share a clip each have the gradients of their own tokens
                 (loss.sum() * (counts * team.size / batch)).backward()
@@ -158,6 +164,13 @@ class Trainer:
         self._update_average(number)
         error = math.sqrt(difference_sum / scale_sum) if scale_sum > 0 else None
         return StepResult(loss_sum / batch, error, norm_value, rate, int(latents) // self._patch())
+
+    def _router_loss(self, noisy: Tensor, level: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_loss`, of every layer's attention on the teacher's queries, keys and values."""
+        teacher = self.teacher
+        assert teacher is not None
+        with self.autocast():
+            return layer_distillation(self.student, teacher, lambda: velocity(teacher, noisy, level, text))
 
     def _loss(self, noisy: Tensor, level: Tensor, text: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each clip (B,), and the squared norms of the difference and of the teacher's velocity."""

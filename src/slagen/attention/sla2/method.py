@@ -85,7 +85,11 @@ SLA2 = Method(
     backends=tuple(map(Backend, get_args(settings.Backend))),
     choose_backend=_choose_backend,
     check=_check,
-    parameters=(ParameterGroup("router_q"), ParameterGroup("router_k"), ParameterGroup("mix")),
+    parameters=(
+        ParameterGroup("router_q", stage="router"),
+        ParameterGroup("router_k", stage="router"),
+        ParameterGroup("mix"),
+    ),
     describe=_describe,
     applies=_applies,
     density=_density,
