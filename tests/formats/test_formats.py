@@ -298,14 +298,13 @@ def test_truncated_files_are_refused(suffix, state, tmp_path):
 @pytest.mark.parametrize(
     ("names", "kind", "words"),
     [
-        (["blocks.0.to_gate_compress.weight", "blocks.0.attn1.to_q.weight"], "vsa", "VSA"),
         (["blocks.0.self_attn.q.lora_A.weight"], "lora", "LoRA"),
         (["img_emb.proj.0.bias", "blocks.0.self_attn.q.weight"], "image-to-video", "text-to-video"),
         (["token_embedding.weight", "blocks.0.attn.q.weight"], "text-encoder", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
         (["encoder.conv1.weight", "decoder.conv1.weight", "conv1.weight"], "vae", "slagen convert"),
         (["model.layers.0.weight"], "unknown", "no Wan2.1 transformer"),
     ],
-    ids=["vsa", "lora", "i2v", "t5", "vae", "foreign"],
+    ids=["lora", "i2v", "t5", "vae", "foreign"],
 )
 def test_what_is_no_transformer_is_named_and_refused(names, kind, words, tmp_path):
     assert identify(names) == kind

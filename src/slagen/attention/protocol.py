@@ -261,6 +261,7 @@ class Method:
         parameters: what it adds to the model.
         options: names beside the config's fields that `configure` understands.
         configure: (config, options by name, grid) -> the config for a clip of so many tokens.
+        in_training: config -> the same with all that training adds to the model.
         describe: (config, grid) -> what the report says of it.
         applies: (config, grid) -> whether there is anything to leave out; otherwise the clip runs dense. In a model, it
             and `block_sizes` are given a flat grid where the method does not need the context.
@@ -285,6 +286,7 @@ class Method:
     parameters: tuple[ParameterGroup, ...] = ()
     options: tuple[str, ...] = ()
     configure: Callable[[Any, Mapping[str, Any], Grid], Any] = _with_options
+    in_training: Callable[[Any], Any] = lambda config: config
     describe: Callable[[Any, Grid], dict[str, Any]] = _own_fields
     applies: Callable[[Any, Grid], bool] = lambda config, grid: True
     density: Callable[[Any, Grid], float] = lambda config, grid: 1.0

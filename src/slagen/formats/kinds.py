@@ -22,8 +22,6 @@ TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _RUNS = "slagen runs Wan2.1 text-to-video. Give such a transformer, for example from Wan-AI/Wan2.1-T2V-14B-Diffusers."
 _MERGE = "Merge it into its model with the tool that made it, and give the merged transformer."
 REFUSALS = {
-    "vsa": "holds the gates (to_gate_compress) of FastVideo's VSA, another sparse attention, which slagen does not "
-    "support. Give SLA weights, or the model that it was trained from.",
     "lora": "is a LoRA, not a transformer. Merge it first (in diffusers: "
     "load_lora_weights, fuse_lora, unload_lora_weights, transformer.save_pretrained), and give the merged transformer.",
     "unmerged-lora": "is a transformer with a LoRA that is not merged into its weights. Merge it (peft: "
@@ -95,8 +93,6 @@ def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
     values = {plain: content[name] for name, plain in inside(content, prefix or "", found).items()}
     if not values:
         return _first(_OTHERS, content) or "unknown"
-    if any("to_gate_compress" in name for name in values):
-        return "vsa"
     if all(map(parameter_group, values)):
         return "sla"
     kind = _first(_ADAPTERS, values) or _first(_VARIANTS, values)

@@ -70,10 +70,11 @@ def learned(name: str) -> tuple[int, str, str] | None:
     """Of a parameter that an attention method learned: its layer, place in the block, and name there, such as
     "proj_l.weight"; None for any other name.
 
-    As published forms spell it, it is `proj_l` of SLA; under slagen's own names, what any method registered has.
+    As published forms spell it, it is `proj_l` of SLA, or the gate of FastVideo's VSA; under slagen's own names, what
+    any method registered has.
     """
     match = _own_pattern.fullmatch(name) if parameter_group(name) is not None else None
-    match = match or _projection_pattern(tuple(LAYOUTS.values())).fullmatch(name)
+    match = match or _projection_pattern(tuple(LAYOUTS.values())).fullmatch(name) or _gate_pattern.fullmatch(name)
     return None if match is None else (int(match[1]), match[2], match[3])
 
 
@@ -132,6 +133,8 @@ _DIFFUSERS = (
     (rf"(blocks\.\d+\.(?:norm2|ffn\.net\.0\.proj|ffn\.net\.2)){_END}", r"\1.\2"),
 )
 OWN_SPELLING = "attn1.processor"  # where slagen puts what is learned, so that diffusers saves it under this name
+# FastVideo puts the gate beside to_q in its own names, and leaves it there in diffusers'; others move it into attn1.
+_gate_pattern = re.compile(rf"blocks\.(\d+)((?:\.attn1)?)\.(to_gate_compress{_END})")
 _own_pattern = re.compile(rf"blocks\.(\d+)\.({re.escape(OWN_SPELLING)})\.(.+)")
 
 register(Layout(

@@ -12,7 +12,7 @@ from slagen.formats.headers import check_no_shard, read_header
 from slagen.formats.kinds import REFUSALS, hints, identify
 from slagen.formats.layouts import OWN_SPELLING, learned
 from slagen.formats.names import other_parts
-from slagen.formats.published import TURBO_SLA, Sampler
+from slagen.formats.published import FASTWAN_VSA, TURBO_SLA, Sampler
 from slagen.formats.reading import read_tensors
 from slagen.formats.side_file import read_side_file
 from slagen.formats.sla_settings import read_settings
@@ -82,6 +82,8 @@ def peek(path: Path, part: str | None = None) -> Found:
     if OWN_SPELLING in spellings:
         told = read_settings(path, metadata) or {"untold": True, "method": owner(spellings[OWN_SPELLING])}
         return dataclasses.replace(found, **told)
+    if kind == "transformer" and any("to_gate_compress" in name for name in spellings.values()):
+        return dataclasses.replace(found, trained_with=FASTWAN_VSA, method="vsa")
     if kind == "transformer" and spellings:
         return dataclasses.replace(found, trained_with=TURBO_SLA, sampler="rcm")
     return found

@@ -81,7 +81,7 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
     layout = max(LAYOUTS.values(), key=lambda layout: sum(layout.rename(name) is not None for name in names))
     checkpoint = Checkpoint(path, layout.name, {}, {}, faults=plain.faults)
     faults = checkpoint.faults
-    spellings = set()
+    spellings: dict[str, set[str]] = {}
     for name, value in names.items():
         if not isinstance(value, Tensor):
             faults.append(f"{name} is a {type(value).__name__}, not a tensor")
@@ -89,7 +89,7 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
         target = layout.rename(name)
         if parts := learned(name):
             layer, place, own_name = parts
-            spellings.add(place)
+            spellings.setdefault(own_name.split(".")[0], set()).add(f"{place}.".lstrip(".") + own_name.split(".")[0])
             target = f"blocks.{layer}.{OWN_SPELLING}.{own_name}"
             checkpoint.projections[target] = value
         elif target is None:
@@ -98,8 +98,9 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
             checkpoint.tensors[target] = value
         if name in plain.forms and target is not None:
             checkpoint.forms[target] = plain.forms[name]
-    if len(spellings) > 1:
-        faults.append(f"proj_l has {len(spellings)} different names ({', '.join(sorted(spellings))})")
+    for group, places in spellings.items():
+        if len(places) > 1:
+            faults.append(f"{group} has {len(places)} different names ({', '.join(sorted(places))})")
     if plain.turbo:  # all linear layers of the blocks are int8 there, and nothing else
         faults += [
             f"{name} is not int8, although others are"

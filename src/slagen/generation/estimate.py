@@ -128,7 +128,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         tokens=tokens,
         query_blocks=about.get("query_blocks"),
         key_blocks=about.get("key_blocks"),
-        tail_tokens=tokens % about["block_n"] if "block_n" in about else None,
+        tail_tokens=_tail(about, tokens),
         topk_blocks=about.get("key_blocks" if is_dense else "critical"),
         kept_fraction=1.0 if is_dense else method.density(attention, grid),
         flops=flops,
@@ -162,6 +162,12 @@ def _flops(model: _Model, method: Method, attention: Any, grid: Grid) -> Flops:
     dense, other = cost.dense_attention_flops(shape, grid.num_tokens), cost.other_flops(shape, grid.num_tokens)
     own = method.cost(attention, shape, grid)
     return Flops(dense + other, own + other, dense, own, other)
+
+
+def _tail(about: dict[str, Any], tokens: int) -> int | None:
+    """The tokens in the last key block, 0 where it is whole; None where blocks are not cut from the sequence."""
+    block = about.get("block_n")
+    return None if block is None or about["key_blocks"] != -(-tokens // block) else tokens % block
 
 
 def _notes(

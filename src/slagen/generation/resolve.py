@@ -163,8 +163,11 @@ def find_weights(
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
         notes += found.notes
     trained_with, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
-    if registry.get(config.attention).family == "dense" and source.weights is not None:
+    method = registry.get(config.attention)
+    if method.family == "dense" and source.weights is not None:
         notes.append(f"{source.weights.name} is the only transformer here: its weights are run with full attention")
+    elif found is not None and found.trained_with is not None and not suits(method, found.method):
+        notes.append(f"{method.name} attention leaves out what {config.weights} has learned of {label(found.method)}")
     bundled = sla_path == bundled_folder() / SLA_FILE  # of that older kind: a new file would begin every batch anew
     if sla_path is not None and sla_alone and not bundled and read_metadata(sla_path).tensors is None:
         notes.append(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from slagen.attention.learned import label
+from slagen.attention.learned import SLA_NAME, label, matrix_norms, name_in_files
+from slagen.attention.protocol import Method
 from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
@@ -182,7 +183,7 @@ def _install_attention(pipe: Any, plan: Plan) -> UsedWeights:
     options: dict[str, Any] = {"backend": config.backend, "allow_untrained": config.allow_untrained}
     if not weights.sla_alone:
         install_projections(pipe, weights.sla_path, plan.attention, method=method, **options)
-        return used(used=name, sla_file=report.shareable(str(weights.sla_path)))
+        return used(used=name, sla_file=report.shareable(str(weights.sla_path)), parameter_norms=_norms(pipe, method))
     metadata: SLAMetadata = load_weights(
         pipe, weights.sla_path, method, config=plan.attention, other_blocks=True, base_hash=model_hash, **options
     )
@@ -190,7 +191,13 @@ def _install_attention(pipe: Any, plan: Plan) -> UsedWeights:
     return used(
         used=name, sla_file=report.shareable(str(file)), sla_hash=file_hash(file), trained=metadata.trained,
         trained_steps=metadata.steps, trained_sparsity=getattr(metadata.config, "sparsity", None),
+        parameter_norms=_norms(pipe, method),
     )  # fmt: skip
+
+
+def _norms(pipe: Any, method: Method) -> dict[str, list[float]] | None:
+    """The norms of what an attention method other than SLA has learned; None where that is nothing."""
+    return None if name_in_files(method) == SLA_NAME else matrix_norms(pipe.transformer.state_dict()) or None
 
 
 def _denoise(

@@ -49,6 +49,7 @@ class UsedWeights:
         model: its name. model_file: what replaced the transformer's own weights; None where nothing did.
         model_hash: of the transformer. sla_file, sla_hash: SLA weights in a file of their own, and its SHA-256.
         used: which they are, in words. trained, trained_steps, trained_sparsity: how those of slagen's files were.
+        parameter_norms: of what an attention method other than SLA learned, by parameter group and layer.
     """
 
     model: str
@@ -60,10 +61,12 @@ class UsedWeights:
     trained: str | None = None
     trained_steps: int | None = None
     trained_sparsity: float | None = None
+    parameter_norms: dict[str, list[float]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
-        return {name: value for name, value in vars(self).items() if name[:7] != "trained" or value is not None}
+        known = ("trained", "trained_steps", "trained_sparsity", "parameter_norms")  # only of some weights
+        return {name: value for name, value in vars(self).items() if name not in known or value is not None}
 
 
 @dataclass(frozen=True)

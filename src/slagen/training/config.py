@@ -344,7 +344,7 @@ class FinetuneConfig:
         base = trained or (SLAConfig() if method.family == "dense" else method.config())
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
-        return dataclasses.replace(base, **given)
+        return method.in_training(dataclasses.replace(base, **given))
 
 
 def check_backward(method: Method, backend: str) -> None:

@@ -23,7 +23,14 @@ from slagen.io.paths import user_path
 from slagen.wan.folder import describe_folder
 
 FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
-LEFT_OUT = ("trained_with", "notes", "sla_file", "proj_l_norms", "parameter_norms")  # of the JSON, where there is none
+LEFT_OUT = (
+    "trained_with",
+    "notes",
+    "sla_file",
+    "proj_l_norms",
+    "parameter_norms",
+    "attention",
+)  # of the JSON, where there is none
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,8 @@ class TransformerInfo(FileInfo):
         layout: whose names its tensors have. width: of a hidden state. sampler: that its weights are for.
         sla: whether it holds SLA weights; proj_l_norms are theirs, by layer. faults: what keeps it from being loaded.
         trained_with: the settings of its attention weights, if it tells them. sla_file: beside it.
-        parameter_norms: of another attention method, by parameter group and layer.
+        attention: the method of its attention weights, where that is not SLA. parameter_norms: of what that learned, by
+            parameter group and layer.
     """
 
     layout: str
@@ -122,6 +130,7 @@ class TransformerInfo(FileInfo):
     proj_l_norms: list[float]
     trained: bool
     faults: list[str]
+    attention: str | None = None
     trained_with: Any = None
     parameter_norms: dict[str, list[float]] | None = None
     notes: list[str] | None = None
@@ -188,6 +197,7 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
         **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,
         quantised=quantised, sampler=found.sampler or "unipc", sla=bool(norms), proj_l_norms=norms,
         trained=_all_trained(norms, others), faults=checkpoint.faults, trained_with=found.trained_with,
+        attention=None if found.method == SLA_NAME else found.method,
         notes=notes or None, parameter_norms=others or None, sla_file=_beside(path),
     )  # fmt: skip
 

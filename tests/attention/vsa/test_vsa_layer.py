@@ -191,3 +191,14 @@ def test_triton_is_refused_in_one_line(capsys):
     assert code == 2 and "backend is 'triton', but vsa attention has auto, reference, torch" in re.sub(
         r"\s+", " ", told
     )
+
+
+def test_the_command_line_shows_its_blocks(tmp_path, capsys):
+    asked = ["a red circle moving right", "--attention", "vsa", "--sparsity", "0.7", "--device", "cpu"]
+    output = ["--steps", "1", "--seed", "1", "--output", str(tmp_path / "a.mp4")]
+    assert slagen(["generate", *asked, *output]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "8 key blocks of 64: 3 critical (37.5%), 0 marginal, 5 negligible; torch backend" in told
+    assert slagen(["plan", *asked]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "8 query blocks of 64, 8 key blocks of 64" in told and "the last with" not in told

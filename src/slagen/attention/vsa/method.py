@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
-from slagen.attention.cubes import num_cubes
+from slagen.attention.cubes import CUBE_TOKENS, num_cubes
 from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.vsa import config as settings
 from slagen.attention.vsa.config import VSAConfig
@@ -46,9 +47,12 @@ def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch
 def _describe(config: VSAConfig, grid: Grid) -> dict[str, Any]:
     cubes = num_cubes(grid)
     kept = config.num_kept(cubes)
+    coarse, unseen = (cubes - kept, 0) if config.gate else (0, cubes - kept)
+    counts = {"critical": kept, "marginal": coarse, "negligible": unseen}  # as SLA's report calls them
     return {
-        "sparsity": config.sparsity, "gate": config.gate, "query_blocks": cubes, "key_blocks": cubes, "critical": kept,
-        "fractions": {"critical": kept / cubes},
+        "sparsity": config.sparsity, "gate": config.gate, "block_m": CUBE_TOKENS, "block_n": CUBE_TOKENS,
+        "query_blocks": cubes, "key_blocks": cubes, **counts,
+        "fractions": {name: count / cubes for name, count in counts.items()},
     }  # fmt: skip
 
 
@@ -70,6 +74,7 @@ VSA = Method(
     backends=tuple(map(Backend, get_args(settings.Backend))),
     choose_backend=_choose_backend,
     parameters=(ParameterGroup("to_gate_compress"),),
+    in_training=lambda config: dataclasses.replace(config, gate=True),
     describe=_describe,
     applies=lambda config, grid: config.gate or num_cubes(grid) >= 2,
     density=lambda config, grid: config.num_kept(num_cubes(grid)) / num_cubes(grid),
