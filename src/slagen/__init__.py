@@ -9,6 +9,8 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` would be impor
 if TYPE_CHECKING:
     from slagen.attention import SparseLinearAttention as SparseLinearAttention
     from slagen.attention import sparse_linear_attention as sparse_linear_attention
+    from slagen.attention.call import attend as attend
+    from slagen.attention.registry import methods as methods
     from slagen.attention.sla.config import SLAConfig as SLAConfig
     from slagen.batch.config import BatchConfig as BatchConfig
     from slagen.benchmark.config import BenchConfig as BenchConfig
@@ -36,6 +38,8 @@ _HOMES = {
     "DataConfig": "slagen.training.config",
     "FinetuneConfig": "slagen.training.config",
     "SlagenError": "slagen.errors",
+    "attend": "slagen.attention.call",
+    "methods": "slagen.attention.registry",
     "sparse_linear_attention": "slagen.attention",
     "SparseLinearAttention": "slagen.attention",
     "apply_sla": "slagen.wan.install",

@@ -250,7 +250,9 @@ class Method:
         build: (config, layer, backend, device) -> a module with `config`, which may be replaced between clips, and
             `forward(q, k, v, inputs)`: (B, H, L, D) each, and Inputs -> o (B, H, L, D). It may have
             `block_sizes(grid)`, the query rows and key columns of the blocks whose means it takes, or None, and
-            `begin_pass(context)`, which is called outside compiled code before each forward pass.
+            `begin_pass(context)`, which is called outside compiled code before each forward pass; and where only the
+            inputs decide how much is left out, `take_density()`: the fraction of all query-key pairs attended exactly
+            since its last call, or None before any, for the report.
         reference: (config, q, k, v, parameters, inputs) -> o by the definition, in float64 for float64; `parameters`
             is the module's state.
         backends: its implementations; the first is "auto".

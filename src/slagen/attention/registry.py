@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from slagen.attention.dense.method import DENSE
+from slagen.attention.mean.method import MEAN, SOL
 from slagen.attention.protocol import Method, ParameterGroup
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
 from slagen.attention.sla2.method import SLA2
@@ -69,6 +70,9 @@ def describe() -> list[dict[str, Any]]:
     return [method.to_dict() for method in METHODS.values()]
 
 
+methods = describe  # as `slagen.methods`
+
+
 def with_option(name: str) -> list[str]:
     """The names of the methods that have an option."""
     return [method.name for method in METHODS.values() if name in method.option_names]
@@ -110,5 +114,7 @@ register(SLA)
 register(SPARSE)
 register(LINEAR)
 register(SLA2)
+register(MEAN)
+register(SOL)
 register(DENSE)
 register(VSA)

@@ -109,7 +109,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     base = model.trained if model.trained is not None and suits(method, model.method) else method.config()
     attention = method.configure(base, method.own(config.attention_settings), grid)
     about = method.describe(attention, grid)
-    notes = _notes(config, model, None if is_dense else method, attention, size) + notes
+    notes = _notes(config, model, None if is_dense else method, attention, size, grid) + notes
     cpu = _cpu_need(config, model, tokens, size)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
@@ -171,7 +171,12 @@ def _tail(about: dict[str, Any], tokens: int) -> int | None:
 
 
 def _notes(
-    config: GenerateConfig, model: _Model, method: Method | None, attention: Any, size: tuple[int, int, int]
+    config: GenerateConfig,
+    model: _Model,
+    method: Method | None,
+    attention: Any,
+    size: tuple[int, int, int],
+    grid: Grid,
 ) -> list[str]:
     """What looks wrong; `method` is None where dense attention runs.
 
@@ -193,6 +198,8 @@ def _notes(
                 f"{tuned}, and the video will be poor" if config.allow_untrained else
                 f"{tuned}: generate needs --weights, or --allow-untrained"
             )  # fmt: skip
+    elif (told := method.note(attention, method.own(config.attention_settings), grid)) is not None:
+        notes.append(told)
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
         notes.append(defaults.tell_unknown(model.name, unknown))
@@ -359,5 +366,5 @@ def _row(preset: Preset) -> ListedModel:
         size=f"{defaults.width}x{defaults.height}", num_frames=defaults.num_frames, steps=defaults.steps,
         guidance_scale=defaults.guidance_scale, sampler=defaults.sampler,
         flow_shift=None if defaults.sampler == "rcm" else defaults.flow_shift,
-        negative_prompt=defaults.negative_prompt, sla=preset.sla,
+        negative_prompt=defaults.negative_prompt, sla=preset.sla, recommended_attention=preset.recommended,
     )  # fmt: skip

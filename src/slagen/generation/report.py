@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,13 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
     return rows
 
 
+def density_section(densities: Sequence[float | None]) -> dict[str, Any]:
+    """The fraction of all query-key pairs that was attended exactly, on average and by layer; nothing where no layer
+    tells."""
+    told = [density for density in densities if density is not None]
+    return {"density": sum(told) / len(told), "layer_densities": list(densities)} if told else {}
+
+
 def layer_section(steps: list[StepTimes]) -> list[ReportedLayer]:
     """Attention time of each layer; empty if it was not taken."""
     timed = [s.layers_ms for s in steps if s.layers_ms]
@@ -154,7 +162,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
     config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
-    about = method.describe(plan.attention, plan.grid)
+    about = {**method.describe(plan.attention, plan.grid), **density_section(sample.densities)}
     flops = method.cost(plan.attention, shape, plan.grid)
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(

@@ -128,6 +128,7 @@ class ListedModel:
         base, weights: hub repositories; None for the bundled model, and where the base's own weights are taken.
         size: width x height in pixels. flow_shift: None where the sampler takes none.
         sla: what its SLA weights were trained with; None without any.
+        recommended_attention: the attention method to run its weights with, where that is not the default.
     """
 
     name: str
@@ -142,6 +143,7 @@ class ListedModel:
     flow_shift: float | None
     negative_prompt: str
     sla: SLAConfig | None
+    recommended_attention: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from slagen.io.text import quote
 from slagen.timing import StepRecorder
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
-from slagen.wan.processor import attach_recorder, denoising, install_method, processors
+from slagen.wan.processor import attach_recorder, denoising, install_method, processors, take_densities
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
 from slagen.wan.vae import decode_latents
@@ -44,6 +44,7 @@ class Sample:
         stages: seconds of each stage so far.
         weights: what the report says of them.
         vae: what decoded it.
+        densities: the fraction of all query-key pairs that each layer attended exactly; None where it does not say.
     """
 
     plan: Plan
@@ -53,6 +54,7 @@ class Sample:
     stages: dict[str, float]
     weights: UsedWeights
     vae: Any = None
+    densities: Sequence[float | None] = ()
 
 
 class Session:
@@ -134,7 +136,9 @@ class Session:
     ) -> Sample:
         """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
         began = time.perf_counter()
+        take_densities(self.pipe.transformer)  # what a clip that failed has left
         latents, recorder = self.denoise(plan, embeds, on_event)
+        densities = take_densities(self.pipe.transformer)
         stages["denoise"] = time.perf_counter() - began
 
         on_event(Event("stage", "decode"))
@@ -142,7 +146,8 @@ class Session:
         frames = decode_latents(self.pipe.vae, latents).numpy()
         stages["decode"] = time.perf_counter() - began
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
-        return Sample(plan, frames, latents.float().cpu().contiguous(), recorder, stages, self.about, self.pipe.vae)
+        latents = latents.float().cpu().contiguous()
+        return Sample(plan, frames, latents, recorder, stages, self.about, self.pipe.vae, densities)
 
 
 def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:

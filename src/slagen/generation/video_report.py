@@ -84,7 +84,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class ReportedAttention:
-    """The attention that ran. method: what the attention method says of itself. backend: None for PyTorch's choice."""
+    """The attention that ran. method: what the attention method says of itself, and what its layers counted. backend:
+    None for PyTorch's choice."""
 
     mode: str
     tokens: int
@@ -101,6 +102,12 @@ class ReportedAttention:
         """Its object in the JSON."""
         backend = {} if self.backend is None else {"backend": self.backend}
         return {"mode": self.mode, "tokens": self.tokens, **self.method, **backend}
+
+    @property
+    def density(self) -> float | None:
+        """The fraction of all query-key pairs that was attended exactly, where it was counted."""
+        density = self.method.get("density")
+        return density if isinstance(density, float) else None
 
     @property
     def blocks(self) -> Blocks | None:

@@ -38,6 +38,7 @@ class Preset:
         weights: hub id of the repository whose one transformer file replaces the base's; its file names and sizes are
             asked of the hub, as nothing here was able to verify them.
         sla: what its SLA weights were trained with; None where it has none.
+        recommended: the attention method to run its weights with, where that is not the default.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Preset:
     shape: ModelShape
     defaults: ModelDefaults
     sla: SLAConfig | None = None
+    recommended: str | None = None
 
 
 _WAN = ModelDefaults(negative_prompt=WAN_NEGATIVE_PROMPT)
@@ -58,8 +60,10 @@ _BASE_1_3B, _BASE_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-1
 PRESETS = {
     preset.name: preset
     for preset in (
-        Preset("wan2.1-t2v-1.3b", "Wan2.1 1.3B, best at 480p", _BASE_1_3B, None, WAN_1_3B, _WAN),
-        Preset("wan2.1-t2v-14b", "Wan2.1 14B, best at 720p", _BASE_14B, None, WAN_14B, _WAN_720P),
+        Preset("wan2.1-t2v-1.3b", "Wan2.1 1.3B, best at 480p", _BASE_1_3B, None, WAN_1_3B, _WAN,
+               recommended="sol"),
+        Preset("wan2.1-t2v-14b", "Wan2.1 14B, best at 720p", _BASE_14B, None, WAN_14B, _WAN_720P,
+               recommended="sol"),
         Preset("turbowan2.1-t2v-1.3b-480p", "TurboDiffusion 1.3B: SLA and 4 steps", _BASE_1_3B,
                "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, _TURBO, TURBO_SLA),
         Preset("turbowan2.1-t2v-14b-480p", "TurboDiffusion 14B: SLA and 4 steps", _BASE_14B,
@@ -118,10 +122,10 @@ def never_tuned(name: str, method: Method) -> WeightsError:
         return WeightsError(
             f"{name} has no weights of {method.name} attention, which needs what it learns in training. Give them with "
             f"--weights, train them with slagen finetune --attention {method.name} --from-dense, run these as they are "
-            "with --attention dense, or go on with --allow-untrained."
+            "with --attention sol, which needs no training, or --attention dense, or go on with --allow-untrained."
         )
     return WeightsError(
         f"{name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply lost, and the "
-        "video is poor. Give SLA weights with --weights, run these as they are with --attention dense, or go on with "
-        "--allow-untrained."
+        "video is poor. Run these weights as they are with --attention sol, which needs no training, or --attention "
+        "dense; or give SLA weights with --weights, or go on with --allow-untrained."
     )

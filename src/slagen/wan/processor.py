@@ -299,6 +299,12 @@ def processors(transformer: WanTransformer3DModel) -> list[Any]:
     return [attn.processor for attn in self_attention_layers(transformer)]
 
 
+def take_densities(transformer: WanTransformer3DModel) -> list[float | None]:
+    """The fraction of all query-key pairs that each layer attended exactly since the last call of this; None where it
+    does not say."""
+    return [take() if (take := getattr(each, "take_density", None)) else None for each in processors(transformer)]
+
+
 def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) -> Callable[[], None]:
     """Have every forward pass and every self-attention noted by a recorder. Returns what detaches it again."""
     for processor in processors(transformer):

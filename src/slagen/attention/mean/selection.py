@@ -28,13 +28,22 @@ def _above_threshold(q: Tensor, k: Tensor, config: SolConfig) -> Tensor:
     scores = block_means(q.detach(), config.block_m) @ (means - means.mean(2, keepdim=True)).mT
     scores = scores - scores.mean(-1, keepdim=True)
     kept = scores > config.tau * scores.std(-1, correction=0, keepdim=True)
-    return kept | _forced(config, q.shape[2]).to(q.device)
+    return kept | _forced(config, q.shape[2], q.device)
 
 
-def _forced(config: SolConfig, length: int) -> Tensor:
-    """(M, N) bool: the key blocks that each query block attends to whatever their score."""
+def _forced(config: SolConfig, length: int, device: torch.device) -> Tensor:
+    """(M, N) bool: the key blocks that each query block attends to whatever their score, as `SolConfig.forced` says."""
     rows, columns = config.num_blocks(length)
-    first = torch.arange(rows) * config.block_m
+    first = torch.arange(rows, device=device) * config.block_m
     last = (first + config.block_m).clamp(max=length) - 1
-    j = torch.arange(columns)
+    j = torch.arange(columns, device=device)
     return (j >= (first // config.block_n - 1)[:, None]) & (j <= (last // config.block_n + 1)[:, None])
+
+
+def kept_pairs(kept: Tensor, config: MeanConfig | SolConfig, length: int) -> Tensor:
+    """How many query-key pairs are attended exactly, and how many there are: (B, H, M, N) bool -> (2,) int64."""
+    (rows, columns), starts = config.num_blocks(length), torch.arange(max(kept.shape[2:]), device=kept.device)
+    queries = (length - starts[:rows] * config.block_m).clamp(max=config.block_m)
+    keys = (length - starts[:columns] * config.block_n).clamp(max=config.block_n)
+    exact = (kept.sum((0, 1)) * queries[:, None] * keys).sum()
+    return torch.stack([exact, torch.full_like(exact, kept.shape[0] * kept.shape[1] * length**2)])

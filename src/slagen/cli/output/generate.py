@@ -37,6 +37,8 @@ def show_report(report: VideoReport) -> None:
             f"{blocks.critical} critical ({blocks.critical_share:.1%}), "
             f"{blocks.marginal} marginal, {blocks.negligible} negligible; {attention.backend} backend"
         )
+    elif attention.density is not None:
+        what += f", {attention.density:.1%} of all query-key pairs exactly; {attention.backend} backend"
     log(what)
     log(f"weights: {report.weights.used}, model {report.weights.model}")
     if attention.mode != "dense":

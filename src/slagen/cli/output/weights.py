@@ -29,6 +29,8 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
         said = [f"{row.size}, {counted(row.num_frames, 'frame')}; {sampler}, guidance {row.guidance_scale:g}"]
         if sla is not None:
             said.append(f"SLA trained at sparsity {sla.sparsity:g}, blocks {sla.block_m}x{sla.block_n}")
+        if row.recommended_attention is not None:
+            said.append(f"recommended: --attention {row.recommended_attention}, which needs no training")
         said.append(f"from {row.weights or row.base or 'this installation'}")
         table.add_row(row.name, Cell("\n".join(map(line, said))))
     write_table(table)

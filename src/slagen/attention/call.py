@@ -1,0 +1,71 @@
+"""`attend`: any attention method that keeps nothing from call to call, on tensors, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slagen.attention import registry
+from slagen.attention.protocol import Grid, Inputs, Layer, StepContext
+from slagen.errors import UsageError
+from slagen.settings import no_argument
+
+
+@torch.compiler.disable  # it builds a module; compile that instead
+def attend(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: Grid | tuple[int, int, int] | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> Tensor:
+    """Attend by the method of a name: `slagen.attend("sol", q, k, v, tau=1.3)`.
+
+    Args:
+        name: of a method without learned weights; `slagen.methods()` lists them with their options.
+        q, k, v: (B, H, L, D) of one dtype and device.
+        grid: (latent frames, rows, columns) of the L tokens, for methods that depend on it; None is one row.
+        backend: one of the method's own.
+        options: of the method; what is left out is at its default.
+    Returns: o, (B, H, L, D).
+    Raises: UsageError, a SlagenError, for an unknown method, one with learned weights, a value out of range, a backend
+        that it does not have, or a grid that is not L tokens; TypeError for an option that it does not have;
+        ValueError for tensors that do not fit.
+    """
+    method = registry.get(name)
+    learned = [group.name for group in method.parameters if group.used]
+    if learned:
+        raise UsageError(f"{name} attention has learned weights ({', '.join(learned)}), and attend() takes none.")
+    for option in options:
+        if option not in method.option_names:
+            raise no_argument(f"attend with {name} attention", option, method.option_names)
+    method.check_backend(backend)
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")
+    layer = Layer(0, 1, q.shape[1], q.shape[3])
+    context = StepContext()
+    context.begin_pass(_grid(grid, q.shape[2]))
+    config = method.configure(method.config(), method.own(options), context.grid or Grid.flat(q.shape[2]))
+    backend = method.pick_backend(backend, q.shape[3], q.device, q.dtype)
+    module = method.build(config, layer, backend, q.device)
+    if (begin_pass := getattr(module, "begin_pass", None)) is not None:
+        begin_pass(context)
+    return module(q, k, v, Inputs(layer, context, kept={}))  # type: ignore[no-any-return]
+
+
+def _grid(grid: Grid | tuple[int, int, int] | None, num_tokens: int) -> Grid:
+    """The arrangement of the tokens. Raises UsageError unless there are as many."""
+    if grid is None:
+        return Grid.flat(num_tokens)
+    made = grid if isinstance(grid, Grid) else Grid(*grid)
+    if made.num_tokens != num_tokens or min(made.num_frames, made.height, made.width) < 1:
+        raise UsageError(
+            f"grid is {made.num_frames} x {made.height} x {made.width} = {made.num_tokens} tokens, but q has "
+            f"{num_tokens}. Give (latent frames, rows, columns) of the same tokens, or leave grid out."
+        )
+    return made
