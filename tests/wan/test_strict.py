@@ -108,14 +108,15 @@ def test_sla_weights_without_a_list_load_with_a_note(components, folder):
     file, load = components["sla"]
     whole = file.read_bytes()
     config = GenerateConfig("a red circle", model=str(folder), weights=str(file), device="cpu")
-    assert not any("list of tensors" in note for note in find_weights(config).notes)
+    assert not any("does not list its tensors" in note for note in find_weights(config).notes)
     tensors, metadata = unlisted(file)
     try:
         save_file(tensors, file, metadata=metadata)
         assert load().tensors is None
         assert "tensors_hash" not in describe(str(file)).metadata
-        assert any("list of tensors" in note for note in find_weights(config).notes)
-        assert not any("list of tensors" in note for note in find_weights(GenerateConfig("-", device="cpu")).notes)
+        assert any("does not list its tensors" in note for note in find_weights(config).notes)
+        others = find_weights(GenerateConfig("-", device="cpu")).notes
+        assert not any("does not list its tensors" in note for note in others)
     finally:
         file.write_bytes(whole)
 
