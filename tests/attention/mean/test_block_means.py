@@ -334,7 +334,7 @@ def test_extremes(config, kind, dtype):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"backend": "triton"}, "backend is 'triton'; it must be one of auto, reference, torch"),
+        ({"backend": "cuda"}, "backend is 'cuda'; it must be one of auto, reference, torch, triton"),
         ({"scale": 0.0}, "scale is 0.0; it must be finite and above 0"),
         ({"config": 3}, "it must be a MeanConfig or a SolConfig"),
     ],

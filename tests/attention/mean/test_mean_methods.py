@@ -30,7 +30,7 @@ def test_registered_without_needs():
     for method in (MEAN, SOL):
         about = method.to_dict()
         assert not (about["needs_training"] or about["needs_weights"] or about["needs_gpu"])
-        assert about["backends"] == ["auto", "reference", "torch"]
+        assert about["backends"] == ["auto", "reference", "torch", "triton"]
     assert SOL.to_dict()["options"] == {"block_m": 64, "block_n": 64, "tau": 1.0}
     assert "--tau" in SOL.to_dict()["flags"]
 
@@ -56,7 +56,7 @@ def test_what_is_out_of_range(config, fields, said):
         (["--attention", "mean", "--tau", "1"], "tau is not an option of mean attention"),
         (["--attention", "sol", "--sparsity", "0.9"], "sparsity is not an option of sol attention"),
         (["--tau", "1"], "give --attention sol."),
-        (["--attention", "sol", "--backend", "triton"], "backend is 'triton', but sol attention has auto, reference"),
+        (["--attention", "sol", "--backend", "sdpa"], "backend is 'sdpa', but sol attention has auto, reference"),
         (["--attention", "sol", "--tau", "inf"], "tau is inf, but must be a finite number"),
     ],
 )

@@ -1,17 +1,15 @@
 """`block_mean_attention`: checks what it is given, and hands it to a backend."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from slagen.attention.mean.blockwise import blockwise_attention
 from slagen.attention.mean.config import MeanConfig, SolConfig
+from slagen.attention.mean.fused import fused_attention
 from slagen.attention.mean.reference import reference_attention
 from slagen.attention.mean.selection import kept_blocks
-from slagen.attention.sla.functional import check_qkv, pick_scale
-
-BackendName = Literal["auto", "reference", "torch"]
+from slagen.attention.sla.config import Backend
+from slagen.attention.sla.functional import BACKENDS, check_qkv, choose_backend, pick_scale
 
 
 def block_mean_attention(
@@ -21,7 +19,7 @@ def block_mean_attention(
     config: MeanConfig | SolConfig,
     *,
     scale: float | None = None,
-    backend: BackendName = "auto",
+    backend: Backend = "auto",
     kept: Tensor | None = None,
 ) -> Tensor:
     """Attend exactly to the key blocks that `config` selects, and to every other block as its mean, in one softmax.
@@ -33,8 +31,8 @@ def block_mean_attention(
         q, k, v: (B, H, L, D), one of float16, bfloat16, float32 and float64, any L >= 1, any strides.
         config: `MeanConfig` keeps a fraction of the blocks, `SolConfig` those above a threshold.
         scale: factor on q @ k^T before softmax, above 0; None is D ** -0.5.
-        backend: "reference" is the definition, with dense masks; "torch", which "auto" is, works in bounded memory.
-        kept: (B, H, M, N) bool, the selection where it is made already ("torch" only); None makes it.
+        backend: as in `sparse_linear_attention`, with one kernel more for "triton".
+        kept: (B, H, M, N) bool, the selection where it is made already ("reference" makes its own); None makes it.
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or options do not fit.
     """
@@ -42,10 +40,12 @@ def block_mean_attention(
     if not isinstance(config, MeanConfig | SolConfig):
         raise ValueError(f"config is {config!r}; it must be a MeanConfig or a SolConfig. Try SolConfig().")
     scale = pick_scale(q, scale)
-    if backend not in get_args(BackendName):
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(get_args(BackendName))}.")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
+    chosen = choose_backend(q, backend)
     with torch.autocast(q.device.type, enabled=False):
-        if backend == "reference":
+        if chosen == "reference":
             return reference_attention(q, k, v, config, scale)
         kept = kept_blocks(q, k, config) if kept is None else kept
-        return blockwise_attention(q, k, v, kept, config.block_m, config.block_n, scale)
+        attend = fused_attention if chosen == "triton" else blockwise_attention
+        return attend(q, k, v, kept, config.block_m, config.block_n, scale)

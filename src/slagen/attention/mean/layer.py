@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from slagen.attention.mean.config import MeanConfig, SolConfig
-from slagen.attention.mean.functional import BackendName, block_mean_attention
+from slagen.attention.mean.functional import block_mean_attention
 from slagen.attention.mean.selection import kept_blocks, kept_pairs
 from slagen.attention.protocol import Inputs
+from slagen.attention.sla.config import Backend
 
 
 class BlockMeanAttention(nn.Module):
@@ -25,7 +26,7 @@ class BlockMeanAttention(nn.Module):
     def __init__(
         self,
         config: MeanConfig | SolConfig,
-        backend: BackendName = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from slagen.attention.cost import ModelShape
 from slagen.attention.mean.config import BlockMeanConfig, MeanConfig, SolConfig
 from slagen.attention.mean.cost import block_mean_flops, density, expected_share
 from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method
+from slagen.attention.sla import config as settings
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,18 @@ def _reference(
 
 
 def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    return "torch" if name == "auto" else name
+    from slagen.attention.sla.backends import pick_backend
+
+    return pick_backend(name, head_dim, device, dtype)  # type: ignore[arg-type]
+
+
+def _check(
+    backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: MeanConfig | SolConfig
+) -> None:
+    from slagen.attention.mean.fused import check_kernels
+
+    if backend == "triton":
+        check_kernels(head_dim, device, dtype, config)
 
 
 def _describe(config: BlockMeanConfig, grid: Grid) -> dict[str, Any]:
@@ -75,8 +87,9 @@ _COMMON: dict[str, Any] = {
     "cost": _cost,
     "build": _build,
     "reference": _reference,
-    "backends": (Backend("auto"), Backend("reference"), Backend("torch")),
+    "backends": tuple(map(Backend, get_args(settings.Backend))),
     "choose_backend": _choose_backend,
+    "check": _check,
     "describe": _describe,
     "applies": _applies,
     "density": _density,

@@ -128,7 +128,7 @@ def _attempt(q: Tensor, config: SLAConfig) -> tuple[str | None, str | None]:
         "device": q.device,
         "dtype": torch.float32,
     }
-    with _autograd_of_its_own():
+    with autograd_of_its_own():
         drawn = [torch.randn(1, 2, length, head_dim, **make).to(q.dtype) for _ in range(3)]
         drawn += [torch.randn(head_dim, head_dim, **make) * head_dim**-0.5, torch.randn(head_dim, **make)]
         inputs = [x.requires_grad_() for x in drawn]
@@ -155,7 +155,7 @@ def _attempt(q: Tensor, config: SLAConfig) -> tuple[str | None, str | None]:
 
 
 @contextlib.contextmanager
-def _autograd_of_its_own() -> Iterator[None]:
+def autograd_of_its_own() -> Iterator[None]:
     """Record gradients whatever the caller does: under inference mode or no_grad, or inside a checkpointed block, whose
     hooks would take what is saved here for its own."""
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
@@ -241,7 +241,7 @@ def _exact_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(x: Tensor) -> Iterator[None]:
+def alone(x: Tensor) -> Iterator[None]:
     """On x's device, without the caller's autocast and TF32: what is around a call changes nothing in it.
 
     Autograd runs a backward under the autocast of whoever asks for the gradients.
@@ -273,7 +273,7 @@ def _forward(
 
     block_means = None if q_means is None or k_means is None else (q_means, k_means)
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
-    with _alone(q):
+    with alone(q):
         return sla_forward(q, k, v, weight, bias, save=save, block_means=block_means, **options)
 
 
@@ -324,7 +324,7 @@ def _backward(
     from slagen.kernels import sla_backward
 
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
-    with _alone(q):
+    with alone(q):
         return sla_backward(do, q, k, v, weight, bias, *saved, **options)
 
 
