@@ -113,6 +113,5 @@ def readable_duration(seconds: float) -> str:
 def denoising_flops(task: Task) -> int:
     """FLOPs of a video's denoising, which its estimated time is proportional to."""
     plan, shape = task.plan, task.plan.weights.source.shape
-    attention = plan.method.cost(plan.attention, shape, plan.grid)
     passes = (plan.config.steps or 1) * (2 if (plan.config.guidance_scale or 0) > 1 else 1)
-    return passes * (attention + other_flops(shape, plan.num_tokens))
+    return passes * (plan.attention_flops + other_flops(shape, plan.num_tokens))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from slagen.attention import registry
+from slagen.attention.policy import AttentionPolicy
 from slagen.attention.sla.config import BLOCK_SIZES, check_choice, check_fraction
 from slagen.errors import UsageError
 from slagen.formats.published import Sampler
@@ -54,6 +55,7 @@ class GenerateConfig:
         attention: a method's name; see `slagen methods`.
         backend: which of the method's implementations.
         attention_options: (name, value) of options that only this method has.
+        dense_steps, dense_layers, min_tokens: what runs dense all the same; see AttentionPolicy.
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
         sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
             the two; see `SLAConfig.with_topk`.
@@ -127,6 +129,14 @@ class GenerateConfig:
     block_m: int | None = option(None, "Query rows per block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION)
     block_n: int | None = option(None, "Key columns per block. Default: as trained.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
+    dense_steps: str | None = option(
+        None, "Denoising steps that run dense: 0-9,-1 (-1 is the last), or 20% of them.", panel=ATTENTION,
+        prompt_line=True,
+    )  # fmt: skip
+    dense_layers: str | None = option(
+        None, "Layers that run dense, in the same form.", panel=ATTENTION, prompt_line=True
+    )
+    min_tokens: int | None = option(None, "Run clips of fewer tokens dense.", panel=ATTENTION, prompt_line=True)
     weights: str | None = option(
         None, "SLA weights, or a whole transformer in any public format. Default: the model's own.", panel=ATTENTION,
         metavar="FILE_OR_FOLDER", in_key=False,
@@ -244,6 +254,13 @@ class GenerateConfig:
                 raise UsageError(f"{name} is not an option of {method.name} attention (it has: {taken}). {advice}")
         method.config(**dict(self.attention_options))  # it checks what is out of range
         method.check_backend(self.backend)
+        if self.policy != AttentionPolicy() and method.family == "dense":
+            raise UsageError("dense attention is dense everywhere. Leave --dense-steps, -layers and --min-tokens out.")
+
+    @property
+    def policy(self) -> AttentionPolicy:
+        """What runs dense, whatever the attention."""
+        return AttentionPolicy(self.dense_steps, self.dense_layers, self.min_tokens)
 
     @property
     def attention_settings(self) -> dict[str, Any]:
@@ -253,7 +270,9 @@ class GenerateConfig:
 
     def with_dense_attention(self) -> "GenerateConfig":
         """The same with dense attention, without the options of another method."""
-        none = dict.fromkeys(("sparsity", "sla_topk", "block_m", "block_n"))
+        none = dict.fromkeys(
+            ("sparsity", "sla_topk", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens")
+        )
         return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
 
     @property

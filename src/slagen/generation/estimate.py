@@ -10,6 +10,7 @@ from typing import Any
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
+from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Grid, Method
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import read_header, read_strings
@@ -113,7 +114,9 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     cpu = _cpu_need(config, model, tokens, size)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
-    flops = _flops(model, method, attention, grid)
+    part = config.policy.resolve(config.steps or 1, model.shape.num_layers, tokens)
+    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0)
+    flops = _flops(model, method, attention, grid, part)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(
         model=model.preset.name,
@@ -122,7 +125,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
             "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
             "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
             **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
-            **dict(config.attention_options),
+            **dict(config.attention_options), **part.to_dict(),
         },
         trained_sparsity=getattr(model.trained, "sparsity", None),
         tokens=tokens,
@@ -130,7 +133,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         key_blocks=about.get("key_blocks"),
         tail_tokens=_tail(about, tokens),
         topk_blocks=about.get("key_blocks" if is_dense else "critical"),
-        kept_fraction=1.0 if is_dense else method.density(attention, grid),
+        kept_fraction=1.0 if is_dense else part.share + (1 - part.share) * method.density(attention, grid),
         flops=flops,
         flops_of=method.name,
         flops_speedup=flops.dense_forward / flops.sla_forward,
@@ -156,11 +159,11 @@ def _placed(config: GenerateConfig, device: str | None) -> tuple[GenerateConfig,
     return config, device
 
 
-def _flops(model: _Model, method: Method, attention: Any, grid: Grid) -> Flops:
+def _flops(model: _Model, method: Method, attention: Any, grid: Grid, part: DensePart) -> Flops:
     """FLOPs of a forward pass, with the method and with dense attention."""
     shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
     dense, other = cost.dense_attention_flops(shape, grid.num_tokens), cost.other_flops(shape, grid.num_tokens)
-    own = method.cost(attention, shape, grid)
+    own = part.mean(method.cost(attention, shape, grid), dense)
     return Flops(dense + other, own + other, dense, own, other)
 
 

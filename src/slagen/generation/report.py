@@ -164,6 +164,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     shape = plan.weights.source.shape
     about = {**method.describe(plan.attention, plan.grid), **density_section(sample.densities)}
     flops = method.cost(plan.attention, shape, plan.grid)
+    about = {**method.describe(plan.attention, plan.grid), **plan.dense.to_dict()}
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(
         schema_version=SCHEMA_VERSION,
@@ -180,6 +181,6 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         peak_memory_gib=machine.peak_memory_gib(plan.weights.device),
         steps=step_section(steps),
         layers=layer_section(steps),
-        cost=cost_section(shape, plan.num_tokens, passes, flops, steps),
+        cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops, steps),
         timing=timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
     )

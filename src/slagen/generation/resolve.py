@@ -16,7 +16,9 @@ import torch
 
 from slagen import machine
 from slagen.attention import registry
+from slagen.attention.cost import dense_attention_flops
 from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
+from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Grid, Method
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
@@ -77,6 +79,19 @@ class Plan:
     def num_tokens(self) -> int:
         """L, the tokens of the clip."""
         return self.grid.num_tokens
+
+    @property
+    def dense(self) -> DensePart:
+        """What runs dense whatever the method."""
+        c, shape = self.config, self.weights.source.shape
+        return c.policy.resolve(c.steps or 1, shape.num_layers, self.num_tokens)
+
+    @property
+    def attention_flops(self) -> int:
+        """FLOPs of self-attention in a forward pass, all layers, as the mean over the steps."""
+        shape = self.weights.source.shape
+        own = self.method.cost(self.attention, shape, self.grid)
+        return self.dense.mean(own, dense_attention_flops(shape, self.num_tokens))
 
     @property
     def method(self) -> Method:
@@ -211,6 +226,9 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         )
     elif (note := method.note(attention, options, grid)) is not None:
         notes.append(note)
+    dense = config.policy.resolve(config.steps or 1, source.shape.num_layers, grid.num_tokens)
+    if (dense_note := config.policy.note(grid.num_tokens, dense)) is not None:
+        notes.append(dense_note)
     backend = None
     if method.family != "dense" or config.backend != "auto":
         backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)

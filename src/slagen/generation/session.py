@@ -229,7 +229,7 @@ def _denoise(
         embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
     with contextlib.ExitStack() as stack:
         stack.callback(detach)
-        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0))
+        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0, plan.dense))
         recorder.begin_step()
         output = pipe(
             **embeds, height=config.height, width=config.width, num_frames=config.num_frames,

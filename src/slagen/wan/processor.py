@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor, nn
 
 from slagen.attention import registry
+from slagen.attention.policy import DensePart
 from slagen.attention.protocol import NO_PASS, Grid, Inputs, Layer, Method, StepContext
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
@@ -58,6 +59,7 @@ class _Processor:
     recorder: StepRecorder | None = None  # `attach_recorder` gives one
     token_group: Any = None  # the processes that share a clip's tokens, see sequence_parallel.py
     kept: dict[str, Any] | None = None  # the layer's memory in this pass
+    runs_dense: bool = False  # in this step, whatever the method
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _bare_processor, (self.base,), self.__dict__
@@ -94,7 +96,7 @@ class _Processor:
     def _blocks(self, grid: Grid) -> tuple[int, int] | None:
         """The sizes of blocks whose means the method takes."""
         block_sizes = getattr(self, "block_sizes", None)
-        if block_sizes is None or not self.method.applies(self.config, grid):
+        if block_sizes is None or self.runs_dense or not self.method.applies(self.config, grid):
             return None
         return block_sizes(grid)  # type: ignore[no-any-return]
 
@@ -106,7 +108,7 @@ class _Processor:
 
     def _operator(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attention of q, k, v, each (B, H, L, D). What has nothing to choose from is attended densely."""
-        if not self.method.applies(self.config, self._grid(q.shape[2])):
+        if self.runs_dense or not self.method.applies(self.config, self._grid(q.shape[2])):
             return F.scaled_dot_product_attention(q, k, v)
         # Called as a module, so that hooks on it run; `__call__` itself is what diffusers calls a processor by.
         return nn.Module.__call__(self, q, k, v, inputs)  # type: ignore[arg-type, no-any-return]
@@ -320,14 +322,34 @@ def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) 
 
 
 @contextmanager
-def denoising(transformer: WanTransformer3DModel, num_steps: int) -> Iterator[Callable[[], None]]:
-    """Tell the installed attention that a clip of so many steps is denoised meanwhile; the value ends a step."""
+def denoising(
+    transformer: WanTransformer3DModel, num_steps: int, dense: DensePart | None = None
+) -> Iterator[Callable[[], None]]:
+    """Tell the installed attention that a clip of so many steps is denoised meanwhile; the value ends a step.
+
+    Args:
+        dense: the steps and layers that run dense.
+    """
     record = installation(transformer)
     if record is None:
         yield lambda: None
         return
-    record.context.begin_clip(num_steps)
+    context = record.context
+
+    def choose() -> None:
+        """A processor's own bool, so that blocks are compiled twice at most."""
+        for index, processor in enumerate(processors(transformer)):
+            processor.runs_dense = dense is not None and (context.step in dense.steps or index in dense.layers)
+
+    def end_step() -> None:
+        context.end_step()
+        choose()
+
+    context.begin_clip(num_steps)
+    choose()
     try:
-        yield record.context.end_step
+        yield end_step
     finally:
-        record.context.end_clip()
+        context.end_clip()
+        for processor in processors(transformer):
+            processor.runs_dense = False

@@ -39,6 +39,9 @@ def show_report(report: VideoReport) -> None:
         )
     elif attention.density is not None:
         what += f", {attention.density:.1%} of all query-key pairs exactly; {attention.backend} backend"
+    for name in ("steps", "layers"):
+        if f"dense_{name}" in attention.method:
+            what += f"; dense {name} {', '.join(map(str, attention.method[f'dense_{name}']))}"
     log(what)
     log(f"weights: {report.weights.used}, model {report.weights.model}")
     if attention.mode != "dense":

@@ -1,0 +1,106 @@
+"""Where a clip runs dense, whatever its attention method: in some steps, in some layers, or whole. No torch here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from slagen.errors import UsageError
+from slagen.io.forms import shown
+from slagen.io.text import counted
+
+
+@dataclass(frozen=True)
+class AttentionPolicy:
+    """What every method has in common: where dense attention takes its place.
+
+    Args:
+        dense_steps: denoising steps, such as "0-9,-1": from 0, negative ones from the end; or "20%", the first ones.
+        dense_layers: transformer blocks, in the same form.
+        min_tokens: clips of fewer tokens run dense in all layers.
+    Raises: UsageError for what is none of these.
+    """
+
+    dense_steps: str | None = None
+    dense_layers: str | None = None
+    min_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dense_steps", "dense_layers"):
+            if getattr(self, name) is not None:
+                _parse(name, getattr(self, name))
+        if self.min_tokens is not None and (type(self.min_tokens) is not int or self.min_tokens < 0):
+            raise UsageError(f"min_tokens is {shown(self.min_tokens)}, but must be 0 or above. Try --min-tokens 4096.")
+
+    def resolve(self, num_steps: int, num_layers: int, num_tokens: int) -> DensePart:
+        """What runs dense of a clip. Raises UsageError for a step or layer that there is not."""
+        layers = _chosen("dense_layers", self.dense_layers, num_layers)
+        if self.min_tokens is not None and num_tokens < self.min_tokens:
+            layers = tuple(range(num_layers))
+        return DensePart(_chosen("dense_steps", self.dense_steps, num_steps), layers, num_steps, num_layers)
+
+    def note(self, num_tokens: int, part: DensePart) -> str | None:
+        """One line on what runs dense of a clip of so many tokens; None where nothing does."""
+        if self.min_tokens is not None and num_tokens < self.min_tokens:
+            return f"{counted(num_tokens, 'token')}, fewer than min_tokens ({self.min_tokens}): this clip runs dense"
+        if part.share == 0:
+            return None
+        steps, layers = counted(part.num_steps, "step"), counted(part.num_layers, "layer")
+        return f"{len(part.steps)} of {steps} and {len(part.layers)} of {layers} run dense"
+
+
+@dataclass(frozen=True)
+class DensePart:
+    """The steps and layers of a clip that run dense, in order, of so many."""
+
+    steps: tuple[int, ...]
+    layers: tuple[int, ...]
+    num_steps: int
+    num_layers: int
+
+    @property
+    def share(self) -> float:
+        """The fraction of all attention calls that are dense."""
+        return 1 - (1 - len(self.steps) / self.num_steps) * (1 - len(self.layers) / self.num_layers)
+
+    def mean(self, own: int, dense: int) -> int:
+        """A cost of one forward pass, all layers, as the mean over the steps: the method's own, and dense."""
+        return own if self.share == 0 else round(own + self.share * (dense - own))
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """What a report says of it; empty where nothing runs dense."""
+        found = {"dense_steps": list(self.steps), "dense_layers": list(self.layers)}
+        return {name: indices for name, indices in found.items() if indices}
+
+
+def _parse(name: str, text: object) -> list[tuple[int, int]] | float:
+    """The ranges of a text, their ends included, or a fraction of all. Raises UsageError."""
+    pieces = [piece.strip() for piece in text.split(",")] if isinstance(text, str) else []
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)\s*%", pieces[0]) if len(pieces) == 1 else None
+    if match is not None and float(match[1]) <= 100:
+        return float(match[1]) / 100
+    matches = [re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", piece) for piece in pieces]
+    if not pieces or None in matches:
+        raise UsageError(
+            f"{name} is {shown(text)}, but must be numbers and ranges, or a percentage. Try "
+            f"--{name.replace('_', '-')} 0-9,-1 or --{name.replace('_', '-')} 20%."
+        )
+    return [(int(match[1]), int(match[2] or match[1])) for match in matches if match]
+
+
+def _chosen(name: str, text: str | None, count: int) -> tuple[int, ...]:
+    """The numbers, from 0, that a text chooses of so many. Raises UsageError."""
+    parsed = [] if text is None else _parse(name, text)
+    if isinstance(parsed, float):
+        return tuple(range(min(count, round(parsed * count))))
+    found = set[int]()
+    for pair in parsed:
+        first, last = (index + count if index < 0 else index for index in pair)
+        if not 0 <= first <= last < count:
+            what = name.removeprefix("dense_")
+            raise UsageError(
+                f"{name} is {shown(text)}, but there are {count} {what}: 0 to {count - 1}, or -{count} to -1 from the "
+                f"end. Try --{name.replace('_', '-')} 0."
+            )
+        found |= set(range(first, last + 1))
+    return tuple(sorted(found))
