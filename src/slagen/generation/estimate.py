@@ -120,13 +120,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(
         model=model.preset.name,
-        settings={
-            "width": size[0], "height": size[1], "num_frames": size[2], "fps": config.fps, "steps": config.steps,
-            "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
-            "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
-            **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
-            **dict(config.attention_options), **part.to_dict(),
-        },
+        settings=_settings(config, size, about, is_dense, part),
         trained_sparsity=getattr(model.trained, "sparsity", None),
         tokens=tokens,
         query_blocks=about.get("query_blocks"),
@@ -146,6 +140,19 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         outputs=_outputs(asked),
         notes=notes,
     )  # fmt: skip
+
+
+def _settings(
+    config: GenerateConfig, size: tuple[int, int, int], about: dict[str, Any], is_dense: bool, part: DensePart
+) -> dict[str, Any]:
+    """The settings that an estimate is for, every default filled in."""
+    return {
+        "width": size[0], "height": size[1], "num_frames": size[2], "fps": config.fps, "steps": config.steps,
+        "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
+        "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
+        **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
+        **dict(config.attention_options), **part.to_dict(),
+    }  # fmt: skip
 
 
 def _placed(config: GenerateConfig, device: str | None) -> tuple[GenerateConfig, str | None]:

@@ -162,9 +162,9 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
     config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
-    about = {**method.describe(plan.attention, plan.grid), **density_section(sample.densities)}
-    flops = method.cost(plan.attention, shape, plan.grid)
-    about = {**method.describe(plan.attention, plan.grid), **plan.dense.to_dict()}
+    about = {
+        **method.describe(plan.attention, plan.grid), **density_section(sample.densities), **plan.dense.to_dict(),
+    }  # fmt: skip
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(
         schema_version=SCHEMA_VERSION,
