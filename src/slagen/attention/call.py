@@ -38,9 +38,6 @@ def attend(
         ValueError for tensors that do not fit.
     """
     method = registry.get(name)
-    learned = [group.name for group in method.parameters if group.used]
-    if learned:
-        raise UsageError(f"{name} attention has learned weights ({', '.join(learned)}), and attend() takes none.")
     for option in options:
         if option not in method.option_names:
             raise no_argument(f"attend with {name} attention", option, method.option_names)
@@ -53,6 +50,9 @@ def attend(
     config = method.configure(method.config(), method.own(options), context.grid or Grid.flat(q.shape[2]))
     backend = method.pick_backend(backend, q.shape[3], q.device, q.dtype)
     module = method.build(config, layer, backend, q.device)
+    learned = [each.name for each in method.parameters if each.used and getattr(module, each.name, None) is not None]
+    if learned:
+        raise UsageError(f"{name} attention has learned weights ({', '.join(learned)}), and attend() takes none.")
     if (begin_pass := getattr(module, "begin_pass", None)) is not None:
         begin_pass(context)
     return module(q, k, v, Inputs(layer, context, kept={}))  # type: ignore[no-any-return]

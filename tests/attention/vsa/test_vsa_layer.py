@@ -7,6 +7,7 @@ import torch
 from wan_models import build_pipeline, build_transformer, run
 
 from slagen.attention import registry
+from slagen.attention.call import attend
 from slagen.attention.cost import ModelShape, dense_attention_flops
 from slagen.attention.protocol import Grid, Inputs, Layer, StepContext
 from slagen.attention.vsa.config import VSAConfig
@@ -202,3 +203,9 @@ def test_the_command_line_shows_its_blocks(tmp_path, capsys):
     assert slagen(["plan", *asked]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "8 query blocks of 64, 8 key blocks of 64" in told and "the last with" not in told
+
+
+def test_from_python_on_tensors():
+    """Without a gate nothing is learned, so that `attend` runs it."""
+    expected = video_sparse_attention(*draw(), VSAConfig(0.5), GRID)
+    assert torch.equal(attend("vsa", *draw(), grid=GRID, sparsity=0.5), expected)
