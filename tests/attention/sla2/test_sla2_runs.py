@@ -8,6 +8,7 @@ import torch
 from finetune_runs import settings, steps_of, weights
 
 from slagen.attention.sla2.config import SLA2Config
+from slagen.cli.output.generate import show_report
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.sla import read_sla
 from slagen.generation.config import GenerateConfig
@@ -116,10 +117,13 @@ def test_it_resumes_in_either_stage(tuned, tmp_path, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
-def test_generate_and_plan_run_it(tuned, tmp_path):
+def test_generate_and_plan_run_it(tuned, tmp_path, capsys):
     model, _, folder = tuned
     config = video(model, tmp_path, weights=str(folder))
-    report = generate(config).videos[0].report
+    made = generate(config).videos[0]
+    report = made.report
+    show_report(made.record)
+    assert "3 key blocks of 16: 1 critical (33.3%), 2 marginal, 0 negligible; torch backend" in capsys.readouterr().err
     assert report["attention"]["mode"] == "sla2" and report["attention"]["critical"] < report["attention"]["key_blocks"]
     assert report["weights"]["used"] == "sla2 attention"
     hashes = {report["latents_hash"]}

@@ -54,7 +54,8 @@ def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype
 
 def _describe(config: SLA2Config, grid: Grid) -> dict[str, Any]:
     counts = block_counts(config.sla, grid.num_tokens)
-    return {**dataclasses.asdict(config), **{name: counts[name] for name in ("query_blocks", "key_blocks", "critical")}}
+    fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
+    return {**dataclasses.asdict(config), **counts, "fractions": fractions}
 
 
 def _applies(config: SLA2Config, grid: Grid) -> bool:
