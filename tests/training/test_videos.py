@@ -39,6 +39,19 @@ def look_at(path):
     return plan_clips(videos, FULL, 16, faults)
 
 
+def test_smaller_videos_keep_their_size(tmp_path):
+    """Without enlarging, each clip is of its video's own area, on the grid, and never larger than asked for."""
+    sizes = {"tiny": (40, 40), "small": (64, 32), "same": (64, 48), "large": (128, 96)}
+    for name, size in sizes.items():
+        write_ramp(tmp_path / f"{name}.mp4", size=size)
+    videos = [SourceVideo(tmp_path / f"{name}.mp4", "a", name) for name in sizes]
+    kept = plan_clips(videos, FULL, 16, upscale=False)
+    assert [(clip.width, clip.height) for clip in kept] == [(32, 32), (64, 32), (64, 48), (64, 48)]
+    enlarged = plan_clips(videos, FULL, 16)
+    assert all(clip.width * clip.height >= 48 * 48 for clip in enlarged)
+    assert read_clip(videos[0].path, kept[0]).shape == (kept[0].num_frames, 32, 32, 3)
+
+
 def ffmpeg(*arguments):
     import imageio_ffmpeg
 

@@ -125,6 +125,8 @@ def _prepared(setup: Setup) -> Dataset:
             if getattr(data, name) is not None:
                 option = {"width": "--size"}.get(name, f"--{name.replace('_', '-')}")
                 raise UsageError(f"{data.path} is already prepared, so {option} has no effect. Leave it out.")
+        if not data.upscale:
+            raise UsageError(f"{data.path} is already prepared, so --no-upscale has no effect. Leave it out.")
         return dataset.open_dataset(user_path(data.path), source, cache)
     folder = setup.folder / "data"
     if setup.team.first:

@@ -1,5 +1,8 @@
 """Choose the size and length of each video's clip, and decode it."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,16 +47,16 @@ def raise_faults(faults: list[str]) -> None:
 
 def plan_clips(
     videos: list[SourceVideo], full: ClipSpec, grid: int, faults: Sequence[str] = (),
-    on_look: Callable[[int], None] = lambda number: None,
+    on_look: Callable[[int], None] = lambda number: None, *, upscale: bool = True,
 ) -> list[ClipSpec]:  # fmt: skip
     """Probe every video and choose its clip: the nearest of a few aspect ratios, the longest of a few lengths.
 
     Args:
         full: the largest area and length. grid: width and height are multiples of this.
         faults: of the data set, known before. on_look: called with each video's number before it is probed.
+        upscale: whether a video of a smaller area is enlarged; otherwise its clip has the sizes of its own area.
     Raises: UsageError with those, and every video that cannot be read, has no frames, or is too short.
     """
-    sizes = _sizes(full, grid)
     fewest = min(full.num_frames, MIN_FRAMES)
     lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
     found, specs = list(faults), []
@@ -72,6 +75,7 @@ def plan_clips(
                 f"{item.where}: {item.path.name} is {video.duration_s:.2f} s long, but needs at least {least:.2f} s"
             )
             continue
+        sizes = _sizes(full if upscale else _no_larger(full, video, grid), grid)
         best = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * video.height / video.width)))
         specs.append(ClipSpec(*best, length, full.fps, video.interlaced))
     raise_faults(found)
@@ -81,6 +85,12 @@ def plan_clips(
 def _slack(unit: float, spec: ClipSpec) -> float:
     """Tolerance for timestamps in seconds: containers round them to their time base, Matroska to milliseconds."""
     return min(unit, 0.25 / spec.fps) + 1e-6
+
+
+def _no_larger(full: ClipSpec, video: _Video, grid: int) -> ClipSpec:
+    """The largest clip of a video that is not to be enlarged: its own size, where that is the smaller area."""
+    width, height = (max(grid, int(side) // grid * grid) for side in (video.width, video.height))
+    return full if width * height >= full.width * full.height else dataclasses.replace(full, width=width, height=height)
 
 
 def _sizes(full: ClipSpec, grid: int) -> list[tuple[int, int]]:
