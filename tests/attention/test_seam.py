@@ -180,7 +180,7 @@ def test_bench_and_plan(toy, capsys):
     from slagen.cli.output.plan import show_plan
 
     show_plan(content, False)
-    assert "window: 50.00% of all query-key pairs exactly" in " ".join(capsys.readouterr().out.split())
+    assert "window: 50.00% of all query-key pairs attended exactly" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_dense_flashinfer_agrees_with_sdpa(libraries):
 
 
 def test_what_a_rival_lacks_is_said(libraries):
-    with pytest.raises(Unavailable, match="takes blocks of 64 x 64 or 128 x 128, not 32 x 64"):
+    with pytest.raises(Unavailable, match="supports blocks of 64 x 64 or 128 x 128, not 32 x 64"):
         make("cudnn-blocks", CONFIGS[1])
     (libraries / "cudnn.py").write_text("")
     sys.modules.pop("cudnn", None)

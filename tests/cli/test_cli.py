@@ -167,7 +167,7 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
         ("batch p.txt --fry 3", "No such option: --fry. See slagen batch --help."),
         ("batch p.txt --lora a",
          "--lora is an option of other tools that slagen does not have: LoRA weights are not supported yet in "
-         "generation; slagen merge adds what a tuning changed to a whole model."),
+         "generation; slagen merge adds the change of a fine-tuned model to another."),
         ("batch p.txt --num-videos 2",
          "slagen batch has no --num-videos. Put --num-videos on a line of the file, or run slagen generate --prompts "
          "FILE --num-videos 2."),

@@ -196,14 +196,14 @@ def test_options_of_other_trainers(line, wanted):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("max_train_epochs", "as long as --steps says"),
+        ("max_train_epochs", "the length of training is set with --steps"),
         ("network_dim", "--train lora --lora-rank N"),
         ("network_module", "--train says what is trained"),
         ("lora", "--train lora --lora-rank N"),
         ("dataset_config", "--data names"),
         (
             "gradient_accumulation_steps",
-            "--batch-size counts the clips of a step over all processes, and --micro-batch",
+            "--batch-size is the number of clips per step over all processes, --micro-batch",
         ),
         ("lr_scheduler", "rises over --warmup-steps"),
         ("resume", "run the same command again to resume"),
@@ -224,29 +224,29 @@ def test_a_group_leaves_what_is_behind_its_command():
     ("line", "words"),
     [
         ("--image a.png", "--image is an option of other tools .* image-to-video is not supported yet"),
-        ("--Offload_Model True", "moves parts to the GPU one at a time"),
+        ("--Offload_Model True", "offloads models automatically"),
         ("--lora_weight=a", "LoRA weights are not supported"),
         ("--steps 3 --infer_steps 4", "--steps and --infer-steps are the same option"),
         ("--task i2v-14B", "image-to-video is not supported yet"),
         ("--task s2v", "t2v-1.3b or t2v-14b"),
         ("--video_size 480", "takes two numbers"),
         ("--task vace-1.3B", "task is 'vace-1.3B', but VACE is not supported yet. Try --task t2v-1.3b"),
-        ("--task t2i-14B", "images are not supported: slagen makes videos"),
+        ("--task t2i-14B", "images are not supported: slagen generates videos"),
         ("--quantization fp8", "fp8 and int8 weight files"),
         ("--sdpa", "full attention is --attention dense"),
         ("--xformers", "xFormers is not used; full attention is --attention dense"),
         ("--flash_attn", "--attention dense --backend flash-attn"),
         ("--STA-mode x", "another method"),
-        ("--vae-tiling", "no tiles"),
-        ("--enable-vae-tiling", "no tiles"),
+        ("--vae-tiling", "VAE tiling is not supported"),
+        ("--enable-vae-tiling", "VAE tiling is not supported"),
         ("--video in.mp4", "video-to-video"),
-        ("--model_type x", "--model names it"),
-        ("--nproc 2", "one video is made on one GPU"),
-        ("--ulysses-degree 2", "one video is made on one GPU"),
+        ("--model_type x", "choose the model with --model"),
+        ("--nproc 2", "each video is generated on one GPU"),
+        ("--ulysses-degree 2", "each video is generated on one GPU"),
         ("--dit-precision bf16", "slagen computes in"),
         ("--vae-precision fp16", "slagen computes in"),
         ("--embedded-cfg-scale 6", "no embedded guidance"),
-        ("--enable_model_cpu_offload", "moves parts to the GPU one at a time"),
+        ("--enable_model_cpu_offload", "offloads models automatically"),
         ("--enable_cfg true", "where --guidance-scale is above 1"),
         ("--low_noise_checkpoint x", "Wan2.2"),
         ("--lora a", "LoRA weights are not supported"),
@@ -274,7 +274,7 @@ def test_no_wrong_guess(capsys, command):
 
     assert run([*command.split(), "--ulysses_size", "8"]) == 2
     err = capsys.readouterr().err
-    assert "one video is made on one GPU" in " ".join(err.split()) and "Did you mean" not in err
+    assert "each video is generated on one GPU" in " ".join(err.split()) and "Did you mean" not in err
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ FAULTS = {  # by command line: the exit code, and a part of the message
     "finetune data nope -o out": (2, "nope does not exist"),
     "finetune data empty -o out --model nope": (2, "is not a preset, a folder or a hub id"),
     "replay nope.mp4": (2, "nope.mp4 does not exist"),
-    "replay good.txt": (2, "neither a video that slagen made nor its report"),
+    "replay good.txt": (2, "neither a video that slagen generated nor its report"),
     "replay nope.mp4 -o a.gif": (2, "output is 'a.gif'"),
     "decode nope.safetensors": (2, "nope.safetensors does not exist"),
     "decode kept.latents.safetensors": (5, "corrupt or incomplete"),

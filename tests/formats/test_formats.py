@@ -517,7 +517,7 @@ def test_samplers_must_suit_the_weights(base, state, tmp_path):
         make_plan(GenerateConfig(**common, weights=str(path), flow_shift=3.0))
     with pytest.raises(UsageError, match="for the rcm sampler"):
         make_plan(GenerateConfig(**common, attention="dense", ode=True))
-    with pytest.raises(WeightsError, match="never tuned for SLA"):
+    with pytest.raises(WeightsError, match="not fine-tuned for SLA"):
         make_plan(GenerateConfig(**common))
 
 

@@ -116,10 +116,8 @@ def test_an_argument_that_there_is_not(name, message):
 
 
 def test_weights_that_are_missing_are_told_in_the_words_of_python(toy):
-    said = (
-        "with attention='sol', which needs no training, or attention='dense'; or give SLA weights with weights=, or go"
-    )
-    with pytest.raises(WeightsError, match=f"{said} on with allow_untrained=True"):
+    said = "attention='sol', which needs no training, or attention='dense'; or give SLA weights with weights=, or run "
+    with pytest.raises(WeightsError, match=f"{said}it anyway with allow_untrained=True"):
         slagen.generate("a circle", model=toy, device="cpu")
 
 

@@ -140,7 +140,7 @@ def test_latents_that_cannot_be_written_cost_no_report(toy, tmp_path, monkeypatc
     file = other / f"v{kept.SUFFIX}"
     with pytest.raises(SlagenError) as told:
         generate(config(toy, output, save_latents=True, overwrite=True, fps=9))
-    assert f"{output} is written, but {output.with_suffix(kept.SUFFIX)} could not be" in str(told.value)
+    assert f"{output} was written, but {output.with_suffix(kept.SUFFIX)} could not be" in str(told.value)
     assert str(told.value).endswith(f"The latents are kept in {file}.")
     assert json.loads(output.with_suffix(".json").read_text())["video"]["fps"] == 9
     assert kept.read_latents(file)[1].report.video.fps == 9
@@ -187,7 +187,7 @@ def test_a_hub_model_that_only_a_file_names_is_not_fetched(video, tmp_path, caps
         path.write_text(json.dumps({**video.report, "settings": {**video.report["settings"], "model": "evil/m"}}))
     assert run([command, str(path), "--local-files-only"]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "was made with the hub model evil/m; give --model evil/m to fetch it" in told and not fetched
+    assert "was made with the hub model evil/m; give --model evil/m to download it" in told and not fetched
     assert run([command, str(path), "--model", "evil/m", "--local-files-only"]) == 1
     monkeypatch.setattr("slagen.wan.models.is_cached", lambda repo_id: True)
     assert run([command, str(path)]) == 1
@@ -210,10 +210,10 @@ DAMAGED = {
     "a-bit": ({"tensor": lambda x: x + 1e-3}, "changed or damaged"),
     "not-finite": ({"tensor": lambda x: x * NAN}, "NaN or Inf"),
     "half": ({"tensor": lambda x: x.half()}, "holds F16"),
-    "shape": ({"tensor": lambda x: x[0]}, "but must hold the F32 latents of one video"),
+    "shape": ({"tensor": lambda x: x[0]}, "but must hold float32 latents of one video"),
     "cut": ({"tensor": lambda x: x[:, :, :1]}, "changed or damaged"),
-    "other-tensors": ({"names": ("latents", "x")}, "holds no latents"),
-    "no-word": ({"metadata": False}, "does not say what made them"),
+    "other-tensors": ({"names": ("latents", "x")}, "does not hold the latents"),
+    "no-word": ({"metadata": False}, "not the settings that they were generated with"),
     "newer": ({"about": lambda c: c.update(version=2)}, "newer version of slagen"),
     "settings": ({"about": lambda c: c["report"].pop("settings")}, '"report" has no "settings"'),
     "size": ({"about": lambda c: c["report"]["settings"].update(size="64x128")}, "holds latents of"),

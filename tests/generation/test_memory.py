@@ -43,7 +43,7 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_loaded(monkeypat
     command = ["generate", "a red circle", "--model", "tiny-wan", "--device", "cpu", "--size", "1024x1024"]
     assert run([*command, "--attention", "dense", "--output", str(tmp_path / "o")]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "takes about 2.6 GiB of memory on a CPU" in told and "1.9 GiB is left" in told and "--size" in told
+    assert "needs about 2.6 GiB of memory on a CPU" in told and "1.9 GiB is left" in told and "--size" in told
     assert "a bug in slagen" not in told and not (tmp_path / "o").exists()
 
 

@@ -43,7 +43,7 @@ def test_the_published_case():
     assert flops.sla_forward / 1e12 == pytest.approx(96.0, rel=0.01)
     assert content.amdahl_ceiling == pytest.approx(3.32, rel=0.01)
     assert content.forward_passes == 100
-    assert any("never tuned" in text for text in content.notes)
+    assert any("not fine-tuned" in text for text in content.notes)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_weights_never_tuned_are_refused_where_their_headers_tell(tmp_path):
             plan(**settings)
         with pytest.raises(WeightsError) as refused:
             make_plan(GenerateConfig("a red circle", device="cpu", **settings))
-        assert str(planned.value) == str(refused.value) and "never tuned for SLA" in str(refused.value)
+        assert str(planned.value) == str(refused.value) and "not fine-tuned for SLA" in str(refused.value)
         plan(attention="dense", **settings)
         notes = plan(allow_untrained=True, **settings).notes
         assert ("the video will be poor" in " ".join(notes)) == ("weights" not in settings)
@@ -184,7 +184,7 @@ def test_what_generate_warns_of_a_plan_notes(monkeypatch):
     """Words that the bundled model does not know, and memory that this machine has not."""
     (note,) = plan(prompt="a red fox").notes
     assert note == make_plan(GenerateConfig("a red fox", model="tiny-wan", device="cpu")).warnings[0]
-    assert "does not know 'fox'" in note and not plan(prompt="prompt").notes
+    assert "was not trained on the words 'fox'" in note and not plan(prompt="prompt").notes
     monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
     (note,) = planning.plan(GenerateConfig("a red circle"), "cpu").notes
     assert "of memory on a CPU" in note and "0.0 GiB is left" in note
@@ -273,7 +273,7 @@ def test_convert_info_and_merge_by_command(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"steps": 8}, "rcm takes 1 to 4"), ({"flow_shift": 5.0}, "no flow shift"),
+    [({"steps": 8}, "the rcm sampler takes 1 to 4"), ({"flow_shift": 5.0}, "no flow shift"),
      ({"sampler": "euler"}, "distilled for rcm")],
 )  # fmt: skip
 def test_what_the_sampler_does_not_take_is_refused_as_generate_does(settings, message):

@@ -53,7 +53,7 @@ def test_other_metadata_around_the_same_frames_is_no_difference(video, tmp_path,
     content["video"]["sha256"] = "0" * 64
     (tmp_path / "x.json").write_text(json.dumps(content))
     assert run(["replay", str(tmp_path / "x.json")]) == 0
-    assert "same pictures, other metadata" in capsys.readouterr().out
+    assert "same frames, other metadata" in capsys.readouterr().out
 
 
 def test_what_differs_is_named(video, tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_info_and_foreign_files(video, tmp_path, capsys):
     foreign = tmp_path / "foreign.mp4"
     write_mp4(np.zeros((2, 16, 16, 3), np.uint8), foreign, 8)
     assert read_comment(foreign) == ""
-    with pytest.raises(WeightsError, match="not one that slagen made"):
+    with pytest.raises(WeightsError, match="not one that slagen generated"):
         describe(foreign)
     with pytest.raises(UsageError, match="neither a video"):
         replay(__file__)
@@ -184,7 +184,7 @@ def test_videos_of_other_kinds_are_named(tmp_path, capsys, command, name, start,
     (tmp_path / name).write_bytes(start + bytes(400))
     assert run([command, str(tmp_path / name)]) == 5
     told = " ".join(capsys.readouterr().err.split())
-    assert kind in told and "an MP4 that slagen made" in told
+    assert kind in told and "an MP4 that slagen generated" in told
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "json", "safetensors", "gguf", "pth"])

@@ -51,9 +51,9 @@ def aliases(inner: str, levels: int = 9) -> str:
         ('{"a": ' * 65 + "1" + "}" * 65, "is nested more than 64 levels deep, which slagen does not read"),
         ("7" * 5000, "contains a number with 5,000 digits, which is too long"),
         ('{"a": 1, "a": 2}', "contains the key 'a' twice"),
-        ("[],", "is not valid JSON: there is more behind its end"),
+        ("[],", "is not valid JSON: there is more after its end"),
         ("[" + "[]," * 4_000_001 + "[]]", "more than 4,000,000 values"),
-        ('{"a": "\\ud83d"}', "half a character"),
+        ('{"a": "\\ud83d"}', "incomplete character"),
         (b"\xff\xfe[]", "byte 0xff is not UTF-8"),
         (b'{"a": "\0"}', "NUL byte"),
         ("", "is not valid JSON: expected a value"),
@@ -131,7 +131,9 @@ def test_what_is_of_another_form_is_told_by_its_path(value, form, words):
 def test_a_file_is_told_by_name_and_place(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{\n  "a": }')
-    with pytest.raises(WeightsError, match=r"x\.json:2:8: is not valid JSON: expected a value\. Get the file again\."):
+    with pytest.raises(
+        WeightsError, match=r"x\.json:2:8: is not valid JSON: expected a value\. Copy or download it again\."
+    ):
         read_json(path)
     path.write_bytes(b"{}" + b" " * 100)
     with pytest.raises(WeightsError, match="longer than"):

@@ -194,8 +194,8 @@ def test_where_a_text_is_cut_is_told():
     assert tell_cut(tokenizer, "a red circle " * 2, 8) is None and tell_cut(tokenizer, "a " * 7, 8) is None
     told = tell_cut(tokenizer, "a red circle &amp; a red circle, and a blue one", 8)
     assert told == (
-        "has 12 tokens, of which the model reads the first 8. It reads as far as 'a red circle & a red circle,', and "
-        "nothing from 'and a blue one' on"
+        "has 12 tokens, but the model reads only the first 8: it reads up to 'a red circle & a red circle,' and "
+        "ignores all from 'and a blue one' on"
     )
     events = []
     pipe = SimpleNamespace(tokenizer=tokenizer, _execution_device="cpu", encode_prompt=lambda **options: ([None], None))

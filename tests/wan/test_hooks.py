@@ -99,9 +99,9 @@ def test_weights_that_are_away_are_neither_read_nor_written(kind, tmp_path):
     offload(loaded, tmp_path / "loaded")
     todo = [
         ("loaded", lambda: load_sla(before, file)),
-        ("put in", lambda: slagen.apply_sla(before, CONFIG)),
+        ("installed", lambda: slagen.apply_sla(before, CONFIG)),
         ("saved", lambda: save_sla(loaded, tmp_path / "again", metadata)),
-        ("taken out", lambda: slagen.remove_sla(loaded)),
+        ("removed", lambda: slagen.remove_sla(loaded)),
     ]
     if away:
         for words, action in todo:
@@ -146,7 +146,7 @@ def test_sla_weights_go_in_before_others_round_the_base(tmp_path):
     cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     doubled(quantised.blocks[1].ffn.net[2])
     for model, words in ((cast, "Parameter of torch.float8_e4m3fn"), (quantised, "net.2.weight is Quantised")):
-        with pytest.raises(UsageError, match=f"cannot be loaded into quantised weights .*{words}.*Do it first"):
+        with pytest.raises(UsageError, match=f"cannot be loaded into quantised weights .*{words}.*Do it before"):
             load_sla(model, file)
 
 
@@ -340,7 +340,7 @@ def test_a_lora_after_the_sla_weights(tmp_path):
     with pytest.raises(UsageError, match="saved while a LoRA is loaded"):
         save_sla(pipe, tmp_path, metadata)
     pipe.fuse_lora(["transformer"])
-    with pytest.raises(UsageError, match="taken out while a LoRA is fused"):
+    with pytest.raises(UsageError, match="removed while a LoRA is fused"):
         slagen.remove_sla(pipe)
     pipe.unfuse_lora(["transformer"])
     slagen.remove_sla(pipe)

@@ -69,7 +69,10 @@ class BenchConfig:
         panel=WHAT, name="shape",
     )  # fmt: skip
     sparsities: tuple[float, ...] = option(
-        (), "May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; for a model 0.95.", panel=WHAT, name="sparsity"
+        (),
+        "Sparsity to measure. May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; for a model 0.95.",
+        panel=WHAT,
+        name="sparsity",
     )
     methods: tuple[str, ...] = option(
         (),
@@ -85,7 +88,7 @@ class BenchConfig:
         None, "Time this model's denoising loop: a preset, folder or hub id.", panel=WHAT, short="-m"
     )
     random_init: RandomInit | None = option(
-        None, "The same for a Wan with random weights: wan-1.3b or wan-14b.", panel=WHAT
+        None, "Time the denoising loop of a Wan model with random weights: wan-1.3b or wan-14b.", panel=WHAT
     )
     width: int | None = option(None, "Video size of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
     height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)

@@ -76,7 +76,7 @@ def _cudnn_blocks(setting: Setting) -> Attend:
     config = setting.config
     block = config.block_n
     if config.block_m != block or block not in (64, 128):
-        raise Unavailable(f"takes blocks of 64 x 64 or 128 x 128, not {config.block_m} x {block}")
+        raise Unavailable(f"supports blocks of 64 x 64 or 128 x 128, not {config.block_m} x {block}")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
@@ -116,7 +116,7 @@ def _public_sla(setting: Setting) -> Attend:
 
     config = setting.config
     if config.linear_domain != "all":
-        raise Unavailable("computes the linear domain 'all' only")
+        raise Unavailable("supports the linear domain 'all' only")
     module = SparseLinearAttention(
         head_dim=setting.weight.shape[0], topk=1 - config.sparsity, feature_map=config.feature_map,
         BLKQ=config.block_m, BLKK=config.block_n,

@@ -135,7 +135,7 @@ def decode_latents(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model that it was made with, if that has moved.")
+        str | None, typer.Option("--model", "-m", help="The model that generated it, if that has moved.")
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
@@ -168,11 +168,11 @@ def replay(
         str | None, typer.Option("--output", "-o", help="Keep the new video under this name.", metavar="FILE")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model that it was made with, if that has moved.")
+        str | None, typer.Option("--model", "-m", help="The model that generated it, if that has moved.")
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="The weights, if they have moved.", metavar="FILE_OR_FOLDER"),
+        typer.Option(help="The weights that generated it, if they have moved.", metavar="FILE_OR_FOLDER"),
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,

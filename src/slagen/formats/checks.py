@@ -54,7 +54,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         raise WeightsError(
             f"{checkpoint.path} does not match the model ({counted(len(faults), 'faulty tensor')}): "
             f"{'; '.join(cut(fault, 300) for fault in faults[:8])}"
-            f"{more}. Get the file again, or the model it belongs to."
+            f"{more}. Copy or download it again, or give the model that it belongs to."
         )
     zero = [name for name, x in checkpoint.projections.items() if name.endswith("proj_l.weight") and not x.any()]
     if zero and len(zero) < num_layers:

@@ -57,4 +57,4 @@ def check_values(path: Path) -> None:
         else:
             numbers = torch.from_numpy(entry.data)
         if numbers.is_floating_point() and not is_finite(numbers):
-            raise WeightsError(f"{entry.name} in {path} contains NaN or Inf. Get the file again.")
+            raise WeightsError(f"{entry.name} in {path} contains NaN or Inf. Copy or download it again.")

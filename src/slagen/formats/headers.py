@@ -107,4 +107,6 @@ def read_strings(path: Path, text: str, form: Any) -> Any:
     try:
         return parse_json(text, form)
     except Fault as fault:
-        raise WeightsError(f"{path} has metadata that slagen cannot read: {fault}. Get the file again.") from fault
+        raise WeightsError(
+            f"{path} has metadata that slagen cannot read: {fault}. Copy or download it again."
+        ) from fault

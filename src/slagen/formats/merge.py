@@ -104,7 +104,7 @@ def _whole(path: Path) -> Checkpoint:
     """Read a transformer and check that it is complete: the same tensors in every layer, and no unknown ones."""
     checkpoint = read_checkpoint(path, torch.float32)
     if not isinstance(checkpoint, Checkpoint):
-        raise WeightsError(f"{path} holds an attention's weights alone. Give a whole transformer.")
+        raise WeightsError(f"{path} holds only attention weights. Give a whole transformer.")
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     roles = {re.sub(r"^blocks\.\d+\.", "", name) for name in shapes if name.startswith("blocks.")}
     for layer in range(checkpoint.num_layers):

@@ -93,7 +93,9 @@ class SLAMetadata:
             config = read_config(fields.get("method", SLA_NAME), fields["config"])
             return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
         except (TypeError, UsageError) as error:
-            raise WeightsError(f"{path} has metadata that slagen cannot read: {error}. Get the file again.") from error
+            raise WeightsError(
+                f"{path} has metadata that slagen cannot read: {error}. Copy or download it again."
+            ) from error
 
 
 def tensors_hash(tensors: dict[str, Tensor]) -> str:

@@ -103,18 +103,20 @@ class GenerateConfig:
     flow_shift: float | None = option(
         None, "Timestep shift of the flow-matching schedule.", panel=SAMPLING, prompt_line=True
     )
-    sampler: Sampler | None = option(None, "unipc, euler, dpm++ or rcm. Default: as the weights need.", panel=SAMPLING)
+    sampler: Sampler | None = option(
+        None, "unipc, euler, dpm++ or rcm. Default: the one that the weights are made for.", panel=SAMPLING
+    )
     sigma_max: float | None = option(None, "Initial noise level of rCM. Default: 80.", panel=SAMPLING)
     ode: bool = option(False, "Deterministic (ODE) rCM sampling.", panel=SAMPLING)
     seed: int | None = option(
-        None, "The same seed gives the same video. Default: -1, a random one.", panel=SAMPLING, read=drawn_seed,
-        prompt_line=True, in_key=False,
+        None, "Random seed; the same seed gives the same video. Default: -1, a random one.", panel=SAMPLING,
+        read=drawn_seed, prompt_line=True, in_key=False,
     )  # fmt: skip
     dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
     attention: Attention = option("sla", "Attention method; slagen methods describes each.", panel=ATTENTION)
     backend: AttentionBackend = option(
-        "auto", "Which of the method's implementations; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
+        "auto", "Implementation of the attention method; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
     )
     sparsity: float | None = option(
         None, "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.", panel=ATTENTION,
@@ -142,17 +144,21 @@ class GenerateConfig:
         metavar="FILE_OR_FOLDER", in_key=False,
     )  # fmt: skip
     vae: str | None = option(
-        None, "Another VAE, such as Wan2.1_VAE.pth.", panel=VIDEO, metavar="FILE_OR_FOLDER", in_key=False
+        None,
+        "VAE to use instead of the model's own, such as Wan2.1_VAE.pth.",
+        panel=VIDEO,
+        metavar="FILE_OR_FOLDER",
+        in_key=False,
     )
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=VIDEO, pixels=False)
     allow_untrained: bool = option(
-        False, "Run SLA although its weights are missing or zero.", panel=ATTENTION, in_key=False
+        False, "Run SLA even if its weights are missing or all zero.", panel=ATTENTION, in_key=False
     )
     output: str = option("outputs", "A folder, or a file that ends in .mp4.", panel=OUTPUT, short="-o", pixels=False)
     overwrite: bool = option(False, "Replace existing files.", panel=OUTPUT, pixels=False)
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
     timing: Timing = option(
-        "layer", "Detail of the timing of attention: layer, step or off.", panel=OUTPUT, pixels=False
+        "layer", "Time attention by layer, by step only, or not at all: layer, step or off.", panel=OUTPUT, pixels=False
     )
 
     def __post_init__(self) -> None:
@@ -212,7 +218,8 @@ class GenerateConfig:
                 raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
         if self.steps is not None and self.steps > 1000:
             raise UsageError(
-                f"steps is {self.steps}, but the sampler has 1000 timesteps, so at most 1000 steps. Try --steps 50."
+                f"steps is {self.steps}, but the sampler has 1000 timesteps, so at most 1000 steps are "
+                "possible. Try --steps 50."
             )
         if (self.width is None) != (self.height is None):
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")

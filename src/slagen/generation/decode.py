@@ -73,8 +73,8 @@ def decode(
         ).vae
         if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(
-                f"{path} was made for another VAE than that of {own or source.name}. Give its own with --vae, or the "
-                "folder of its model with --model."
+                f"{path} was generated for another VAE than that of {own or source.name}. Give the right VAE with "
+                "--vae, or the folder of its model with --model."
             )
         return GenerateResult([_write(told, latents, decoder, place, path, target, overwrite, on_event)])
 
@@ -98,7 +98,9 @@ def _write(
     began = time.perf_counter()
     frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
     if told.video.frames_hash != frames_hash:
-        text = "the frames differ from those of the first decoding, as on another device or with another version"
+        text = (
+            "the frames differ from those decoded before, as they may on another device or with other package versions"
+        )
         on_event(Event("note", text))
     comment = report.comment(settings, told.latents_hash, frames_hash, weights=told.weights, packages=told.versions)
     try:
@@ -152,7 +154,8 @@ def _check_shape(
     frames = (settings["num_frames"] - 1) // source.temporal_factor + 1
     if tuple(latents.shape[2:]) != (frames, rows, columns):
         raise WeightsError(
-            f"{path} holds latents of {tuple(latents.shape[2:])}, but {settings['num_frames']} frames of "
-            f"{settings['size']} are {(frames, rows, columns)} for {source.name}. Give its own model with --model."
+            f"{path} holds latents of shape {tuple(latents.shape[2:])}, but {settings['num_frames']} frames of "
+            f"{settings['size']} have the shape {(frames, rows, columns)} in {source.name}. Give the model that "
+            "generated them with --model."
         )
     return width, height, settings["num_frames"]

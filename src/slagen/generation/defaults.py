@@ -54,10 +54,11 @@ def choose_sampler(
         if config.flow_shift is not None:
             raise UsageError("the rcm sampler has no flow shift. Leave --flow-shift out.")
         if config.steps is not None and config.steps > 4:
-            raise UsageError(f"steps is {config.steps}, but rcm takes 1 to 4. Try --steps 4.")
+            raise UsageError(f"steps is {config.steps}, but the rcm sampler takes 1 to 4. Try --steps 4.")
         if config.guidance_scale is not None and config.guidance_scale > 1:
             warnings.append(
-                f"guidance {config.guidance_scale:g}: these weights are distilled with guidance in them; 1 is right"
+                f"the guidance scale is {config.guidance_scale:g}, but these weights are distilled with guidance "
+                "and need 1"
             )
         return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
     if config.sigma_max is not None or config.ode:

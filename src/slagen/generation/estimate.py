@@ -203,9 +203,9 @@ def _notes(
         if model.trained is not None and not config.allow_untrained:
             raise of_another(config.weights or model.name, method, model.method)
         if config.weights is None:
-            tuned = f"these weights were never tuned for {label(method.name)}"
+            tuned = f"these weights were not fine-tuned for {label(method.name)}"
             notes.append(
-                f"{tuned}, and the video will be poor" if config.allow_untrained else
+                f"{tuned}, so the video will be poor" if config.allow_untrained else
                 f"{tuned}: generate needs --weights, or --allow-untrained"
             )  # fmt: skip
     elif (told := method.note(attention, method.own(config.attention_settings), grid)) is not None:
@@ -216,7 +216,7 @@ def _notes(
     if (off_size := defaults.size_warning(model.name, *size)) is not None:
         notes.append(off_size)
     if size[2] > 81 and model.preset.base is not None:
-        notes.append(f"Wan2.1 was trained on 81 frames, and longer videos get worse; this one has {size[2]}")
+        notes.append(f"this video has {size[2]} frames, but Wan2.1 was trained on 81; longer videos look worse")
     return notes
 
 

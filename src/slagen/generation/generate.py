@@ -174,7 +174,9 @@ def save(
         raise _kept(sample, path, not_written(path, error), hashes) from error
     if lost:
         names = " and ".join(map(str, lost))
-        text = f"{path} is written, but {names} could not be ({next(iter(lost.values()))}). Check the free space there."
+        text = (
+            f"{path} was written, but {names} could not be ({next(iter(lost.values()))}). Check the free space there."
+        )
         if latents_path in lost:
             kept = keep_latents(path, sample.latents, weights_hash(sample.vae), record)
             text += " The latents are lost." if kept is None else f" The latents are kept in {kept}."
@@ -194,7 +196,7 @@ def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]
     for option, value in (("--model", config.model), ("--vae", config.vae)):
         if value is not None and report.shareable(value) != value:  # what the file itself does not say
             command += f" {option} {shlex.quote(value)}"
-    return SlagenError(f"{error} What was sampled is kept; this makes the video of it: {command}")
+    return SlagenError(f"{error} The latents are saved. To decode them, run {command}")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # what a file says of itself is read without torch
 
 SUFFIX = ".latents.safetensors"
 NAME, METADATA, VERSION = "latents", "slagen_latents", 1
-AGAIN = "Make it again: slagen generate ... --save-latents."
+AGAIN = "Generate it again: slagen generate ... --save-latents."
 FORM: dict[str, Any] = {"version": whole(1, 10**6), "vae_hash": sha256(), "report": video_report.FORM}
 
 
@@ -123,7 +123,7 @@ def read_latents(path: Path) -> tuple[Tensor, About]:
     if not torch.isfinite(latents).all():
         raise WeightsError(f"{path} contains NaN or Inf. {AGAIN}")
     if latents_hash(latents) != about.report.latents_hash:
-        raise WeightsError(f"{path} was changed or damaged: its latents have another hash than it says. {AGAIN}")
+        raise WeightsError(f"{path} was changed or damaged: its latents do not have the recorded hash. {AGAIN}")
     return latents, about
 
 
@@ -134,10 +134,13 @@ def read_about(path: Path) -> About:
     header = read_header(path)
     about = header.pop("__metadata__", {})
     if set(header) != {NAME}:
-        raise WeightsError(f"{path} holds no latents of a video. Give a file that generate --save-latents wrote.")
+        raise WeightsError(
+            f"{path} does not hold the latents of a video. Give a file that generate --save-latents wrote."
+        )
     if METADATA not in about:
         raise WeightsError(
-            f"{path} holds latents, but does not say what made them, so nothing can decode them. {AGAIN}"
+            f"{path} holds latents, but not the settings that they were generated with, so they cannot be "
+            f"decoded. {AGAIN}"
         )
     content = read_strings(path, about[METADATA], FORM)
     try:
@@ -151,7 +154,8 @@ def read_about(path: Path) -> About:
     entry = header[NAME]
     if entry["dtype"] != "F32" or len(entry["shape"]) != 5 or entry["shape"][0] != 1:
         raise WeightsError(
-            f"{path} holds {entry['dtype']} of {entry['shape']}, but must hold the F32 latents of one video. {AGAIN}"
+            f"{path} holds {entry['dtype']} of shape {entry['shape']}, but must hold float32 latents of one "
+            f"video. {AGAIN}"
         )
     return About(content["vae_hash"], VideoReport.from_dict(content["report"]))
 

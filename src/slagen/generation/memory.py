@@ -137,9 +137,9 @@ def check(needed: Need, width: int, height: int, num_frames: int, advice: str | 
     if needed.likely <= left:
         return None
     text = (
-        f"{width}x{height} with {counted(num_frames, 'frame')} takes about {needed.likely / GIB:.1f} GiB of memory "
+        f"{width}x{height} with {counted(num_frames, 'frame')} needs about {needed.likely / GIB:.1f} GiB of memory "
         f"on a CPU (weights {needed.weights / GIB:.1f}, denoising {needed.denoise / GIB:.1f}, decoding "
-        f"{needed.decode / GIB:.1f}), and {max(0, left) / GIB:.1f} GiB is left of {limit}."
+        f"{needed.decode / GIB:.1f}), but {max(0, left) / GIB:.1f} GiB is left of {limit}."
     )
     if advice is None:
         advice = "Try a smaller --size" + (" or fewer --num-frames" if num_frames > 1 else "")

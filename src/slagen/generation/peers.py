@@ -66,19 +66,21 @@ VALUES = {
 
 _IMAGE = "image-to-video is not supported yet"
 _VIDEO = "video-to-video and control videos are not supported yet"
-_LORA = "LoRA weights are not supported yet in generation; slagen merge adds what a tuning changed to a whole model"
-_MEMORY = "slagen moves parts to the GPU one at a time by itself where they do not fit together"
-_GPUS = "one video is made on one GPU; slagen batch --ray shares many videos among all GPUs"
+_LORA = (
+    "LoRA weights are not supported yet in generation; slagen merge adds the change of a fine-tuned model to another"
+)
+_MEMORY = "slagen offloads models automatically when they do not fit on the GPU together"
+_GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
 _FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files are read as they are with --weights"
 _REWRITE = "slagen does not rewrite prompts; give the full prompt"
-_TEXT = "the text encoder belongs to the model's folder, which --model names"
+_TEXT = "the text encoder is loaded from the model's folder, given with --model"
 _LAYER = "skip-layer guidance is not supported"
-_CACHE = "caching of steps is not supported; every step is computed"
-_CFG = "guidance is the same in every step, as --guidance-scale says"
+_CACHE = "step caching is not supported; every step is computed"
+_CFG = "the guidance scale is the same in every step: --guidance-scale"
 _TWO = f"Wan2.2 with its two transformers is not supported, and {_CFG}"
 _DENSE_IS = "full attention is --attention dense, with PyTorch's scaled_dot_product_attention"
-_TILES = "the VAE decodes one latent frame at a time, and no tiles"
-_ONLY = "slagen makes videos from text only, so there is nothing to choose"
+_TILES = "VAE tiling is not supported; the VAE decodes one latent frame at a time"
+_ONLY = "slagen generates videos from text only"
 # Their options that slagen has not, and why, in one line.
 REFUSED = {
     **dict.fromkeys(
@@ -116,8 +118,8 @@ REFUSED = {
     **dict.fromkeys(
         ("embedded-cfg-scale", "embedded-guidance-scale"), f"Wan's models have no embedded guidance; {_CFG}"),
     **dict.fromkeys(("enable-cfg", "use-cfg"), "guidance is on where --guidance-scale is above 1"),
-    "quant-linear": "a quantised file, such as -quant.pth, is recognised by itself",
-    "default-norm": "the norms of the original model always run",
+    "quant-linear": "a quantised file, such as -quant.pth, is recognised automatically",
+    "default-norm": "the model's original normalization layers are always used",
     **dict.fromkeys(
         ("use-prompt-extend", "prompt-extend-method", "prompt-extend-model", "prompt-extend-target-lang",
          "use-prompt-enhancer"), _REWRITE),
@@ -128,7 +130,7 @@ REFUSED = {
         ("cfg-skip-mode", "cfg-apply-ratio", "guidance-scale-high-noise", "timestep-boundary", "boundary",
          "boundary-ratio", "dit-high-noise", "high-noise-model-path", "low-noise-model-path",
          "low-noise-checkpoint", "high-noise-checkpoint"), _TWO),
-    "model-type": "the type of a model is read from its files; --model names it",
+    "model-type": "the type of a model is read from its files; choose the model with --model",
     **dict.fromkeys(("workload-type", "mode", "inference-mode", "model-cls", "pipeline-config"), _ONLY),
     **dict.fromkeys(("config-json", "config"), "settings are given as options, or with a prompt file (--prompts)"),
     **dict.fromkeys(
@@ -139,20 +141,22 @@ REFUSED = {
     "output-type": "the output is an MP4; --save-latents writes the final latents too",
     "interactive": "there is no interactive mode; slagen batch - reads prompts from stdin",
     "latent-path": "slagen decode FILE makes the video of saved latents",
-    "no-metadata": "a video always says how it was made",
-    "trim-tail-frames": "no frame is cut; give fewer with --num-frames",
-    "trust-remote-code": "slagen runs no code of a model's repository",
+    "no-metadata": "the metadata of a video always say how it was generated",
+    "trim-tail-frames": "frames are not trimmed; for a shorter video give --num-frames",
+    "trust-remote-code": "slagen never runs code from a model's repository",
 }  # fmt: skip
 
-_CLIPS = "--batch-size counts the clips of a step over all processes, and --micro-batch those at a time on one device"
+_CLIPS = (
+    "--batch-size is the number of clips per step over all processes, --micro-batch the number at a time on one device"
+)
 _RANK = "give --train lora --lora-rank N"
 _TORCHRUN = "several GPUs train under torchrun --nproc-per-node N -m slagen finetune"
 _TRAINING_MEMORY = "--checkpointing, and --parallel fsdp under torchrun, save memory"
 # What is said of options in fine-tuning, where it is not as above.
 TRAINER_REFUSED = {
-    **dict.fromkeys(("max-train-epochs", "num-train-epochs", "epochs"), "a training is as long as --steps says"),
+    **dict.fromkeys(("max-train-epochs", "num-train-epochs", "epochs"), "the length of training is set with --steps"),
     **dict.fromkeys(("network-dim", "rank", "lora", "use-lora", "lora-training"), _RANK),
-    **dict.fromkeys(("network-alpha", "lora-alpha"), f"the alpha of LoRA is its rank; {_RANK}"),
+    **dict.fromkeys(("network-alpha", "lora-alpha"), f"the LoRA alpha equals the rank; {_RANK}"),
     **dict.fromkeys(("network-module", "network-args"), f"--train says what is trained; for LoRA {_RANK}"),
     **dict.fromkeys(("network-weights",), "--weights names the weights to start from"),
     **dict.fromkeys(
@@ -260,7 +264,7 @@ def _of_task(value: str) -> str | None:
         raise UsageError(f"task is {quote(value)}, but {_IMAGE}.")
     for start, reason in (
         ("vace", "VACE is not supported yet"),
-        ("t2i", "images are not supported: slagen makes videos"),
+        ("t2i", "images are not supported: slagen generates videos"),
     ):
         if small.startswith(start):
             raise UsageError(f"task is {quote(value)}, but {reason}. Try --task {next(iter(TASKS))}.")

@@ -76,7 +76,7 @@ def read_prompts(source: str) -> list[Request]:
     ids: dict[str, str] = {}
     for line, entry in PARSERS[suffix](name, text):
         if len(requests) == MAX_PROMPTS:
-            raise UsageError(f"{name} holds more than {MAX_PROMPTS:,} prompts. Divide it into several files.")
+            raise UsageError(f"{name} holds more than {MAX_PROMPTS:,} prompts. Split it into several files.")
         if len(faults) == MAX_FAULTS:
             break
         where = f"{name}:{line}"
@@ -85,7 +85,7 @@ def read_prompts(source: str) -> list[Request]:
                 raise entry
             request = _request(entry, where)
             if request.id in ids:
-                raise _Fault(f"id {shown(request.id)} is that of {ids[request.id]} too")
+                raise _Fault(f"id {shown(request.id)} is already used in {ids[request.id]}")
             if request.id:
                 ids[request.id] = where
             requests.append(request)
@@ -119,7 +119,7 @@ def _load(source: str) -> tuple[str, str, bytes]:
 def _bounded(name: str, handle: BinaryIO) -> bytes:
     data = handle.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
-        raise UsageError(f"{name} is longer than {size_of(MAX_FILE)}. Divide it into several files.")
+        raise UsageError(f"{name} is longer than {size_of(MAX_FILE)}. Split it into several files.")
     return data
 
 
@@ -156,8 +156,7 @@ def check_dashes(line: str) -> None:
         if dash == "--" or not known or (len(name) == 1 and not re.match(r"\s*[=:]?\s*\d", line[match.end() :])):
             continue
         raise _Fault(
-            f"{dash}{name} does not begin with two hyphens. Write --{name}; where it is text, put a space behind the "
-            "dash",
+            f"{dash}{name} does not begin with two hyphens. Write --{name}; in text, put a space after the dash",
             match.start() + 1,
         )
 
@@ -242,7 +241,7 @@ def _convert(option: str, value: Any, column: int | None = None) -> Any:
 def _readable(name: str, text: str) -> str:
     """The text itself; half of a pair that JSON can write is no character. Raises _Fault."""
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise _Fault(f"{name} is {shown(text)}, which holds half a character")
+        raise _Fault(f"{name} is {shown(text)}, which holds an incomplete character (a lone surrogate)")
     return text
 
 
@@ -294,7 +293,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
                     yield rows.line_num, _Fault("has no column named prompt")
                     return
                 if len(set(header)) < len(header):
-                    yield rows.line_num, _Fault("names a column twice")
+                    yield rows.line_num, _Fault("has two columns of the same name")
                     return
                 continue
             row = without_empty_end(row, len(header))
@@ -381,7 +380,9 @@ def check_count(requests: list[Request], each: int) -> None:
     """Raise UsageError where a file asks for too many videos in all; `each`: of a prompt that does not say how many."""
     count = sum(request.fields.get("num_videos", each) for request in requests)
     if count > MAX_PROMPTS:
-        raise UsageError(f"{count:,} videos are asked for, but one run makes at most {MAX_PROMPTS:,}. Divide the file.")
+        raise UsageError(
+            f"the prompts ask for {count:,} videos, but one run makes at most {MAX_PROMPTS:,}. Split the file."
+        )
 
 
 def apply(base: GenerateConfig, request: Request) -> GenerateConfig:

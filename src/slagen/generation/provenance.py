@@ -72,12 +72,14 @@ def describe(path: Path) -> Made | None:
         for a pipe or device.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise WeightsError(f"{path} {kind_of_path(path)}. Give a video, its .json, or weights that lie on a disk.")
+        raise WeightsError(
+            f"{path} {kind_of_path(path)}. Give a video, its .json report, or weights, in a regular file or folder."
+        )
     if is_mp4(path):
         return read_video(path)
     if (kind := other_kind(path)) is not None:
         raise WeightsError(
-            f"{path} is {kind}. What is read here: an MP4 that slagen made, its report (.json), and for info weights."
+            f"{path} is {kind}. Give an MP4 that slagen generated, its .json report, or (for slagen info) weights."
         )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
@@ -90,13 +92,15 @@ def read_made(path: Path) -> Made:
     if told is not None:
         return told
     if not path.exists():
-        raise UsageError(f"{path} does not exist. Give an .mp4 that slagen made, or its .json.")
-    raise UsageError(f"{path} is neither a video that slagen made nor its report. Give an .mp4 or its .json.")
+        raise UsageError(f"{path} does not exist. Give an .mp4 that slagen generated, or its .json report.")
+    raise UsageError(
+        f"{path} is neither a video that slagen generated nor its report. Give an .mp4 or its .json report."
+    )
 
 
 def read_video(path: Path) -> Made:
     """What a video's metadata say. Raises WeightsError unless slagen made it."""
-    foreign = f"{path} is a video, but not one that slagen made, or its metadata is lost"
+    foreign = f"{path} is a video, but not one that slagen generated, or its metadata is lost"
     text = read_comment(path)
     if not text:
         raise WeightsError(f"{foreign}.")
@@ -119,7 +123,7 @@ def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]
     width, _, height = made.get("size", "").partition("x")
     frames, fps, hashed = made.get("num_frames"), made.get("fps"), hashes.get("frames")
     if not (width and frames and fps and hashed) or hashes["latents"] != result.get("latents_hash"):
-        raise WeightsError(f"{path} does not say all of it, or is the video of another job.")
+        raise WeightsError(f"{path} lacks some of the metadata, or is the video of another job.")
     return RestoredReport(
         created=datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         video=VideoFile(path.name, frames, int(width), int(height), fps, frames / fps, hashed, result["sha256"]),

@@ -89,7 +89,9 @@ def replay(
     told = read_made(path)
     settings = dict(told.settings)
     if settings.get("prompt") is None and "prompt_sha256" in settings:
-        raise UsageError(f"{path} holds only a hash of its prompt, which is long. Give the report beside it, a .json.")
+        raise UsageError(
+            f"{path} holds only a hash of its prompt, which is too long for the metadata. Give its .json report."
+        )
     try:
         settings["model"] = model or _find(path, "model", settings["model"])
         settings["vae"] = vae or _find(path, "vae", settings.get("vae"))
@@ -132,7 +134,9 @@ def _checked(weights: str, told: Made) -> str:
     """Weights that are given, if they are those that made the video. Raises WeightsError."""
     path, expected = user_path(weights), told.hashes.get("SLA weights")
     if expected is not None and path.is_file() and file_hash(path) != expected:
-        raise WeightsError(f"{path} has another SHA-256 than the weights that made this ({expected}). Give those.")
+        raise WeightsError(
+            f"{path} is not the file that generated this video, whose SHA-256 is {expected}. Give that file."
+        )
     return weights
 
 

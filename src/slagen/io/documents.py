@@ -25,7 +25,7 @@ JSON_FAULTS = {  # what Python's parser says, as whole clauses
     "Expecting property name enclosed in double quotes": "expected a key in double quotes",
     "Expecting ':' delimiter": "expected a colon",
     "Expecting ',' delimiter": "expected a comma",
-    "Extra data": "there is more behind its end",
+    "Extra data": "there is more after its end",
 }
 MAX_VALUES = 4_000_000  # of JSON, which bounds the memory that it takes
 MAX_YAML_BYTES = 2 * 2**20
@@ -34,7 +34,7 @@ TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep, which slagen does not 
 
 
 def read_json(
-    path: Path, form: Any = dict, error: type[SlagenError] = WeightsError, advice: str = "Get the file again.",
+    path: Path, form: Any = dict, error: type[SlagenError] = WeightsError, advice: str = "Copy or download it again.",
     most: int = MAX_BYTES,
 ) -> Any:  # fmt: skip
     """The JSON in a file. Raises `error`, with the file's name and the place, where it is not of the form."""
@@ -144,7 +144,7 @@ def _check_halves(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Fault("contains half a character (a lone surrogate)") from None
+        raise Fault("contains an incomplete character (a lone surrogate)") from None
 
 
 def parse_yaml(text: str) -> Any:

@@ -52,19 +52,21 @@ def _explain(error: Exception) -> LaunchError:
     if REJECTED in text:
         return LaunchError(f"Triton's compiler rejects the kernel ({text})", of_tile=True)
     if "Failed to find C compiler" in text:
-        return LaunchError("Triton finds no C compiler, which it starts kernels with", COMPILER)
+        return LaunchError("Triton finds no C compiler, which it needs to launch kernels", COMPILER)
     if isinstance(error, subprocess.CalledProcessError):
         header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
         if not header.is_file():
             return LaunchError(
-                f"{header} is missing, which Triton's launcher is compiled with", "apt install python3-dev"
+                f"{header} is missing, which is needed to compile Triton's launcher", "apt install python3-dev"
             )
         tool = Path(error.cmd[0] if isinstance(error.cmd, list | tuple) else str(error.cmd).split()[0]).name
-        reason = f"{tool} cannot compile Triton's launcher (exit code {error.returncode}; it says why above)"
+        reason = f"{tool} cannot compile Triton's launcher (exit code {error.returncode}; the reason is printed above)"
         return LaunchError(reason, COMPILER)
     if "Triton Error [CUDA]" in text or "CUDA error" in text:
-        return LaunchError(f"the driver does not run them ({text})", "a newer driver, and what nvidia-smi says")
+        return LaunchError(
+            f"the driver cannot run them ({text})", "a newer driver (nvidia-smi shows the installed one)"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-        return LaunchError(f"Triton cannot work ({text})", "TRITON_CACHE_DIR=<folder that takes files>, CC=<compiler>")
+        return LaunchError(f"Triton cannot work ({text})", "TRITON_CACHE_DIR=<writable folder>, CC=<compiler>")
     return LaunchError(text)

@@ -24,7 +24,7 @@ def reading_from(what: str | Path) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that is Rust's
             raise
         said = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"{what} is corrupt: {said[:300].rstrip('.')}. Get the model again.") from error
+        raise WeightsError(f"{what} is corrupt: {said[:300].rstrip('.')}. Download the model again.") from error
 
 
 @contextmanager

@@ -97,7 +97,9 @@ def _check_free(target: Path, overwrite: bool, read: list[Path]) -> None:
         raise UsageError(f"{target} is not a model folder, so slagen does not overwrite it. Choose another output.")
     for path in read:
         if path.resolve().is_relative_to(target.resolve()):
-            raise UsageError(f"{path} is read, but lies in {target}, which would be replaced. Choose another output.")
+            raise UsageError(
+                f"{path} is an input, but lies in {target}, which would be replaced. Choose another output."
+            )
 
 
 def _convert_vae(path: Path, part: Path, folder: ModelSource | None) -> None:
@@ -109,15 +111,17 @@ def _convert_transformer(
     on_note: Callable[[str], None],
 ) -> None:  # fmt: skip
     if path.suffix == ".gguf":
-        raise UsageError(f"{path} is GGUF, which runs as it is: generate --weights {path}.")
+        raise UsageError(
+            f"{path} is a GGUF file, which needs no conversion. Use it directly: slagen generate --weights {path}."
+        )
     found = peek(path, part)
     if found.untold:
         raise WeightsError(f"{path} {UNTOLD}")
     checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
     if not isinstance(checkpoint, Checkpoint):
         raise UsageError(
-            f"{path} holds an attention's weights alone. Use it beside its model: generate --model MODEL --weights "
-            f"{path}."
+            f"{path} holds only attention weights. Use it with its model: slagen generate --model MODEL "
+            f"--weights {path}."
         )
     for note in found.notes:
         on_note(note)
@@ -125,8 +129,8 @@ def _convert_transformer(
     model = build_transformer(checkpoint, config, dtype)
     layers = len({name.split(".")[1] for name in checkpoint.projections})
     on_note(
-        f"{checkpoint.layout} names, {counted(len(checkpoint.tensors), 'tensor')}, {label(found.method)} in "
-        f"{counted(layers, 'layer')}: all used"
+        f"converted {counted(len(checkpoint.tensors), 'tensor')} from the {checkpoint.layout} format, and "
+        f"{label(found.method)} in {counted(layers, 'layer')}"
     )
     model.save_pretrained(target / "transformer", max_shard_size=MAX_SHARD)
     distilled = found.sampler == "rcm"
@@ -191,7 +195,7 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
         }
     except (KeyError, IndexError) as error:
         raise WeightsError(
-            f"{checkpoint.path} lacks {error}, so it is not a complete transformer. Get it again."
+            f"{checkpoint.path} lacks {error}, so it is not a complete transformer. Copy or download it again."
         ) from error
     if not width or width % head_dim:
         raise WeightsError(

@@ -20,7 +20,7 @@ def refuse_offloaded(transformer: nn.Module, todo: str) -> None:
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook("group_offloading") is not None:
-            library, advice = "diffusers", "Do it in a pipeline that is not offloaded yet, and offload afterwards."
+            library, advice = "diffusers", "Do it before you enable offloading."
         elif hasattr(module, "_hf_hook") and any(x.is_meta for x in module.parameters(recurse=False)):
             library, advice = "accelerate", "Call pipe.remove_all_hooks() before, and offload again afterwards."
         else:
@@ -61,6 +61,6 @@ def refuse_rounded(transformer: nn.Module, todo: str) -> None:
         if type(x) is not nn.Parameter or not x.is_floating_point() or x.element_size() < 2:
             raise UsageError(
                 f"SLA weights cannot be {todo} into quantised weights ({name} is {type(x).__name__} of {x.dtype}): "
-                "they are checked against the exact weights that they were trained from. Do it first, then quantise "
-                "or cast."
+                "they are checked against the exact weights that they were trained from. Do it before you quantise "
+                "or cast them."
             )

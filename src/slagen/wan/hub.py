@@ -30,7 +30,7 @@ from slagen.wan.folder import BUNDLED
 
 PIPELINE_FILES = ["*.json", "*.safetensors", "tokenizer/*", "*.txt", "*.model"]
 TRANSFORMER_WEIGHTS = ["transformer/*.safetensors", "transformer/*.index.json"]
-OTHER_MODEL = f"give a folder with --model, or try the bundled model with --model {BUNDLED}"
+OTHER_MODEL = f"give a folder with --model, or use the bundled model with --model {BUNDLED}"
 # The hub's own errors are HTTPErrors too; a proxy or an address that no client takes are the last two.
 FAILURES = (HTTPError, OSError, RuntimeError, ImportError, ValueError)
 
@@ -130,7 +130,7 @@ def _unreached(error: Exception) -> str:
         package = "pysocks" if "requests" in type(error).__module__ else "socksio"
         return f"the SOCKS proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY needs a package (pip install {package})"
     if isinstance(error, ImportError | ValueError):
-        return f"the hub cannot be asked (see ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, HF_ENDPOINT): {first}"
+        return f"the hub cannot be reached (see ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, HF_ENDPOINT): {first}"
     return f"the hub cannot be reached: {first}"
 
 

@@ -192,7 +192,9 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     norms, others = _norms(checkpoint.projections)
     notes = [*found.notes, *([f"this {UNTOLD}"] if found.untold else [])]
     if found.few_steps:
-        notes.append(f"the name or metadata say {found.few_steps!r}: it may be distilled to few steps without guidance")
+        notes.append(
+            f"{found.few_steps!r} is in its name or metadata: it may be distilled to few steps without guidance"
+        )
     return TransformerInfo(
         **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,
         quantised=quantised, sampler=found.sampler or "unipc", sla=bool(norms), proj_l_norms=norms,

@@ -125,7 +125,7 @@ def never_tuned(name: str, method: Method) -> WeightsError:
             "with --attention sol, which needs no training, or --attention dense, or go on with --allow-untrained."
         )
     return WeightsError(
-        f"{name} was never tuned for SLA: without tuning the attention that SLA leaves out is simply lost, and the "
-        "video is poor. Run these weights as they are with --attention sol, which needs no training, or --attention "
-        "dense; or give SLA weights with --weights, or go on with --allow-untrained."
+        f"{name} was not fine-tuned for SLA: without fine-tuning, the attention that SLA skips is lost, and videos are "
+        "poor. Use --attention sol, which needs no training, or --attention dense; or give SLA weights with --weights, "
+        "or run it anyway with --allow-untrained."
     )

@@ -212,7 +212,7 @@ def install_method(transformer: WanTransformer3DModel, method: Method, config: A
         raise UsageError("this transformer has slagen's attention installed already. Call remove_sla(pipe) first.")
     method.check_backend(backend)
     layers = self_attention_layers(transformer)
-    refuse_offloaded(transformer, "put in")
+    refuse_offloaded(transformer, "installed")
     versions = {name: version_of(tensor) for name, tensor in transformer.state_dict().items()}
     record = Installation([attn.processor for attn in layers], versions=versions)
     transformer._slagen_installation = record  # type: ignore[assignment]
@@ -272,8 +272,8 @@ def remove(transformer: WanTransformer3DModel) -> None:
     if record is None:
         return
     if record.replaced:
-        refuse_offloaded(transformer, "taken out")
-        refuse_fused(transformer, "taken out")
+        refuse_offloaded(transformer, "removed")
+        refuse_fused(transformer, "removed")
     for attn, processor in zip(self_attention_layers(transformer), record.processors, strict=True):
         attn.set_processor(processor)
     for hook in record.hooks:

@@ -98,7 +98,7 @@ class RCMScheduler(SchedulerMixin, ConfigMixin):
         Raises: RuntimeError before `set_timesteps`, or after the last step.
         """
         if self._index + 1 >= len(self.sigmas):
-            raise RuntimeError("set_timesteps was not called for another step.")
+            raise RuntimeError("the schedule has ended. Call set_timesteps before another step.")
         level, following = (self.sigmas[self._index + i].item() for i in (0, 1))
         x, velocity = sample.double(), model_output.double()
         if self.config.stochastic:

@@ -97,7 +97,10 @@ def _is_proven(x: Tensor) -> bool:
         fault = trial(x)
         _works[key] = fault is None
         if fault is not None:
-            warnings.warn(f"the norm-and-rotation kernel fails on {x.device} ({fault}); PyTorch is used.", stacklevel=2)
+            warnings.warn(
+                f"the fused norm and rotary-embedding kernel fails on {x.device} ({fault}); using PyTorch.",
+                stacklevel=2,
+            )
     return _works[key]
 
 

@@ -81,7 +81,9 @@ def split_tokens(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -
 
     def split_rope(module: Any, args: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         if tables[0].shape[1] % parts:
-            raise UsageError(f"a clip has {tables[0].shape[1]} tokens, which {parts} processes cannot share evenly.")
+            raise UsageError(
+                f"a clip has {tables[0].shape[1]} tokens, which cannot be divided evenly among {parts} processes."
+            )
         return tuple(_own(table, group) for table in tables)
 
     def split_hidden(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -40,8 +40,8 @@ def tell_cut(tokenizer: Any, text: str, limit: int) -> str | None:
     ends = [end for (_, end), mark in zip(found["offset_mapping"], marks, strict=True) if not mark]
     place = ends[max(0, limit - sum(marks) - 1)]
     return (
-        f"has {len(marks):,} tokens, of which the model reads the first {limit:,}. It reads as far as "
-        f"{quote(_last(text[:place]))}, and nothing from {quote(_first(text[place:]))} on"
+        f"has {len(marks):,} tokens, but the model reads only the first {limit:,}: it reads up to "
+        f"{quote(_last(text[:place]))} and ignores all from {quote(_first(text[place:]))} on"
     )
 
 

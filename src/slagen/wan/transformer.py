@@ -31,9 +31,7 @@ def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3
         component_files(config)
     checkpoint = read_checkpoint(source.weights or config, dtype)
     if not isinstance(checkpoint, Checkpoint):
-        raise WeightsError(
-            f"{source.weights} holds an attention's weights alone, not a transformer. Give it with --weights."
-        )
+        raise WeightsError(f"{source.weights} holds only attention weights, not a transformer. Give it with --weights.")
     return build_transformer(checkpoint, read_json(config / "config.json", source.folder), dtype)
 
 

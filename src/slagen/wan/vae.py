@@ -62,7 +62,7 @@ def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor
     if (squares == first).all() and (first.abs() < 1).any():
         raise WeightsError(
             "the decoded video is one constant colour in every frame, so the weights of the VAE or the "
-            "transformer are damaged or do not fit together. Get the model again."
+            "transformer are damaged or do not fit together. Download the model again."
         )
     frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return frames.permute(1, 2, 3, 0).cpu()

@@ -73,7 +73,7 @@ def _planned_attention(estimate: RunEstimate) -> str:
     if settings["attention"] == "dense":
         return "dense: every key block"
     if estimate.topk_blocks is None or estimate.key_blocks is None:
-        return f"{settings['attention']}: {estimate.kept_fraction:.2%} of all query-key pairs exactly"
+        return f"{settings['attention']}: {estimate.kept_fraction:.2%} of all query-key pairs attended exactly"
     return (
         f"{_kept(settings)} -> top-k {estimate.topk_blocks} of {counted(estimate.key_blocks, 'key block')} "
         f"(kept {estimate.kept_fraction:.2%})"

@@ -31,7 +31,7 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
             said.append(f"SLA trained at sparsity {sla.sparsity:g}, blocks {sla.block_m}x{sla.block_n}")
         if row.recommended_attention is not None:
             said.append(f"recommended: --attention {row.recommended_attention}, which needs no training")
-        said.append(f"from {row.weights or row.base or 'this installation'}")
+        said.append(f"from {row.weights or row.base or 'the installed package'}")
         table.add_row(row.name, Cell("\n".join(map(line, said))))
     write_table(table)
 
