@@ -9,6 +9,7 @@ import pytest
 
 import slagen
 from slagen import errors
+from slagen.attention import registry
 from slagen.batch.config import BatchConfig
 from slagen.benchmark.config import BenchConfig
 from slagen.errors import UsageError, for_the_command_line, in_python
@@ -19,7 +20,15 @@ from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import PRESETS
 
 ROOT = Path(slagen.__file__).parent
-CONFIGS = (GenerateConfig, FinetuneConfig, BatchConfig, BenchConfig, DataConfig)
+OWN = {method.config for method in registry.METHODS.values()}
+CONFIGS = (
+    GenerateConfig,
+    FinetuneConfig,
+    BatchConfig,
+    BenchConfig,
+    DataConfig,
+    *sorted(OWN, key=lambda kind: kind.__name__),
+)
 
 
 @pytest.mark.parametrize(

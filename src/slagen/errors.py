@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 FLAGS = {
     "overwrite", "allow-untrained", "ode", "save-latents", "local-files-only", "from-dense", "restart", "retry-failed",
-    "no-cache", "compile", "backward", "checkpointing", "tensorboard",
+    "no-cache", "compile", "backward", "checkpointing", "tensorboard", "upscale", "smooth-keys",
 }  # fmt: skip
 # Words behind an option that are not its value.
 NO_VALUES = {
     "adds", "and", "are", "begins", "both", "compares", "counts", "for", "gives", "has", "holds", "in", "is", "makes",
-    "measures", "names", "needs", "or", "out", "say", "says", "takes", "those", "to", "tries", "wants", "was", "where",
-    "with", "writes", "wrote",
+    "measures", "names", "needs", "or", "out", "over", "say", "says", "starts", "takes", "the", "those", "to",
+    "tries", "wants", "was", "where", "with", "writes", "wrote",
 }  # fmt: skip
 _SPELLINGS = re.compile(
     r"(?P<kept>\b(?:pip install|torchrun|ray start|slagen [a-z]+)\b.*?(?=\.\s|$)|(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w))"

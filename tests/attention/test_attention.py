@@ -411,7 +411,7 @@ WEIGHT, BIAS = torch.zeros(8, 8), torch.zeros(8)
         pytest.param((X, X, X), {"scale": math.inf}, "scale is inf", id="scale-inf"),
         pytest.param((X, X, X), {"backend": "cuda"}, "reference, torch, triton", id="backend-unknown"),
         pytest.param((X, X, X), {"branches": "none"}, "both, sparse, linear", id="branches-unknown"),
-        pytest.param((X, X, X), {"branches": "linear"}, "without proj_weight", id="linear-without-weight"),
+        pytest.param((X, X, X), {"branches": "linear"}, "linear branch needs proj_weight", id="linear-without-weight"),
         pytest.param((X, X, X), {"config": None}, "SLAConfig", id="no-config"),
     ],
 )

@@ -192,7 +192,7 @@ def test_bench_of_a_model(toy, tmp_path):
     )
     rows = bench(config).models
     assert [(row.attention, row.backend, row.sparsity) for row in rows] == [
-        ("dense", "sdpa", None), ("sla", "torch", 0.95), ("window", "auto", None)
+        ("dense", "sdpa", None), ("sla", "torch", 0.95), ("vsa", "torch", 0.95), ("window", "auto", None)
     ]  # fmt: skip
     assert all(row.step_ms.median > 0 and row.attention_ms.median > 0 for row in rows)
     named = dataclasses.replace(config, methods=("window", "linear"))

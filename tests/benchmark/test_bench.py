@@ -156,7 +156,7 @@ def test_the_fused_part_attends(backend, domain):
     module.proj_l.bias.copy_(bias)
     q, k, v, _ = clock.draw(1, (1, 1, 50, 16), device, torch.float32)[0]
     with torch.inference_mode():
-        parts = registry.get("sla").parts(module, q, k, v)
+        parts = registry.get("sla").parts(module, q, k, v, None)
         whole = sparse_linear_attention(q, k, v, config, weight, bias, backend=backend)
         for part in parts.values():
             part(q, k, v)

@@ -125,7 +125,7 @@ def test_the_comparisons_train_too(toy, tmp_path, capsys, fields):
     if branch := fields.get("attention"):  # for which alone it is good
         command = ["generate", "a", "--model", str(model), "--weights", str(result.weights), "--size", "64x64",
                    "--num-frames", "5", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]  # fmt: skip
-        assert run(command) == 5 and f"Take --attention {branch}" in capsys.readouterr().err
+        assert run(command) == 5 and f"Use --attention {branch}" in capsys.readouterr().err
         assert run([*command, "--attention", branch]) == 0
 
 
@@ -138,6 +138,8 @@ def test_a_dense_control_is_a_transformer(toy, tmp_path):
     command = ["generate", "a", "--model", str(model), "--weights", str(result.weights), "--attention", "dense"]
     assert run([*command, *options]) == 0
     with pytest.raises(UsageError, match="Give --loss flow"):
+        settings(model, tmp_path / "out", data=data, **{**fields, "loss": "distill"})
+    with pytest.raises(UsageError, match="Leave --sparsity out"):
         settings(model, tmp_path / "out", data=data, attention="dense")
 
 
@@ -159,7 +161,7 @@ def test_going_on_from_sla_weights(toy, tmp_path):
     second = finetune(config)
     assert second.teacher_error_before == pytest.approx(first.teacher_error_after, rel=1e-4)
     assert read_sla(second.weights)[0].steps == 8
-    with pytest.raises(UsageError, match="Leave one out"):
+    with pytest.raises(UsageError, match="Leave one of them out"):
         finetune(dataclasses.replace(config, from_dense=True))
     with pytest.raises(WeightsError, match="no SLA weights to continue from. Start with --from-dense"):
         finetune(settings(model, tmp_path / "third", data=data, from_dense=False))
