@@ -19,7 +19,7 @@ from slagen.errors import UsageError, WeightsError
 from slagen.formats.gguf_files import SCALES, check_values
 from slagen.formats.merge import merge
 from slagen.formats.peek import peek
-from slagen.formats.reading import read_tensors
+from slagen.formats.tensor_files import read_tensors
 from slagen.formats.transformer import read_checkpoint
 
 

@@ -391,7 +391,7 @@ def test_sla_weights_without_their_settings_are_asked_for(saved, tmp_path, capsy
     path = tmp_path / "moved.safetensors"
     save_file({name: x.contiguous() for name, x in {**tensors.tensors, **tensors.projections}.items()}, path)
     found = peek(path)
-    assert found.untold and found.trained_with is None and found.sampler is None
+    assert found.lacks_settings and found.trained_with is None and found.sampler is None
     assert run(["generate", "a red circle", "--model", str(saved / "base"), "--weights", str(path)] + QUIET) == 5
     assert "without the settings that they were trained with" in capsys.readouterr().err.replace("\n", " ")
     assert plan_of(model=str(saved / "base"), weights=str(path), attention="dense").weights.trained_with is None

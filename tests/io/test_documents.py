@@ -23,8 +23,8 @@ from slagen.cli.usage import explain
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_header
 from slagen.formats.peek import peek
-from slagen.formats.reading import read_tensors
 from slagen.formats.sla import find_sla_file
+from slagen.formats.tensor_files import read_tensors
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import read_latents
 from slagen.io.documents import MAX_YAML_VALUES, parse_json, parse_yaml, read_json, read_lines

@@ -14,7 +14,7 @@ from slagen.attention.registry import parameter_group
 from slagen.formats.layouts import LAYOUTS
 from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import NOT_READ, beside_a_weight, form_not_read
-from slagen.formats.reading import SIDE_FILE_KEYS
+from slagen.formats.tensor_files import SIDE_FILE_KEYS
 from slagen.io.text import line
 
 TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

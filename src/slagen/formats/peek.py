@@ -13,9 +13,9 @@ from slagen.formats.kinds import REFUSALS, hints, identify
 from slagen.formats.layouts import OWN_SPELLING, learned
 from slagen.formats.names import other_parts
 from slagen.formats.published import FASTWAN_VSA, TURBO_SLA, Sampler
-from slagen.formats.reading import read_tensors
 from slagen.formats.side_file import read_side_file
 from slagen.formats.sla_settings import read_settings
+from slagen.formats.tensor_files import read_tensors
 from slagen.formats.transformer import tensors_of_one
 
 
@@ -29,7 +29,7 @@ class Found:
             says it. method: that they are of.
         sampler: the sampler that it is distilled for; None for any flow-matching one.
         trained: what was trained, as an SLA file says it; "" where that is unknown.
-        untold: it holds attention weights, and nothing says what they were trained with.
+        lacks_settings: it holds attention weights, and nothing says what they were trained with.
         notes: what else a user should know.
         few_steps: the word in its name or metadata that says it is distilled to few steps; "" where none does.
     """
@@ -39,12 +39,12 @@ class Found:
     method: str = SLA_NAME
     sampler: Sampler | None = None
     trained: str = ""
-    untold: bool = False
+    lacks_settings: bool = False
     notes: tuple[str, ...] = ()
     few_steps: str = ""
 
 
-UNTOLD = (
+LACKS_SETTINGS = (
     "holds SLA weights that diffusers saved without the settings that they were trained with. Give the original "
     "sla.safetensors, or save the pipeline again with this version of slagen, which records the settings in "
     "config.json: load_sla(pipe, FILE), pipe.save_pretrained(FOLDER)."
@@ -80,7 +80,7 @@ def peek(path: Path, part: str | None = None) -> Found:
     found = Found(kind, notes=tuple(notes), few_steps=few_steps)
     spellings = {place[1]: name for name in values if (place := learned(name))}
     if OWN_SPELLING in spellings:
-        told = read_settings(path, metadata) or {"untold": True, "method": owner(spellings[OWN_SPELLING])}
+        told = read_settings(path, metadata) or {"lacks_settings": True, "method": owner(spellings[OWN_SPELLING])}
         return dataclasses.replace(found, **told)
     if kind == "transformer" and any("to_gate_compress" in name for name in spellings.values()):
         return dataclasses.replace(found, trained_with=FASTWAN_VSA, method="vsa")

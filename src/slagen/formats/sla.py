@@ -21,7 +21,7 @@ from slagen.attention.registry import parameter_group
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.reading import PICKLE_SUFFIXES
+from slagen.formats.tensor_files import PICKLE_SUFFIXES
 from slagen.io.files import writing
 from slagen.io.forms import one_of, sha256
 from slagen.io.paths import check_utf8

@@ -17,8 +17,8 @@ from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.layouts import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, learned
 from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import multiply_out
-from slagen.formats.reading import read_tensors
 from slagen.formats.side_file import SideFile, read_side_file
+from slagen.formats.tensor_files import read_tensors
 
 
 def read_checkpoint(

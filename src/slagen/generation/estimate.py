@@ -19,7 +19,7 @@ from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_trained_with
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
-from slagen.generation.defaults import check_size, fill_defaults
+from slagen.generation.fill_defaults import check_size, fill_defaults
 from slagen.generation.preflight import check_run
 from slagen.generation.run_estimate import (
     CpuMemory,

@@ -22,11 +22,11 @@ from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Grid, Method
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.peek import UNTOLD, Found, peek
+from slagen.formats.peek import LACKS_SETTINGS, Found, peek
 from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
-from slagen.generation.defaults import check_size, fill_defaults
+from slagen.generation.fill_defaults import check_size, fill_defaults
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
@@ -302,8 +302,8 @@ def _plan_attention(
         if path is not None and method.needs.weights and not config.allow_untrained:
             raise of_another(path, method, of)
         path = None
-    elif inside is not None and inside.untold:
-        raise WeightsError(f"{source.weights or source.folder} {UNTOLD}")
+    elif inside is not None and inside.lacks_settings:
+        raise WeightsError(f"{source.weights or source.folder} {LACKS_SETTINGS}")
     if path is None:
         if method.needs.weights and not config.allow_untrained:
             raise never_tuned(source.name, method)

@@ -17,7 +17,7 @@ from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
-from slagen.generation.defaults import SIGMA_MAX
+from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.resolve import Plan
 from slagen.generation.video_report import UsedWeights
 from slagen.io.paths import user_path

@@ -20,10 +20,10 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import identify
 from slagen.formats.model_files import SLA_FILE, read_json
-from slagen.formats.peek import UNTOLD, peek
+from slagen.formats.peek import LACKS_SETTINGS, peek
 from slagen.formats.published import preset_of_width
-from slagen.formats.reading import read_tensors
 from slagen.formats.sla import SLAMetadata, weights_hash
+from slagen.formats.tensor_files import read_tensors
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.files import reserved, write_json, writing
 from slagen.io.paths import check_folder, check_utf8, user_path
@@ -115,8 +115,8 @@ def _convert_transformer(
             f"{path} is a GGUF file, which needs no conversion. Use it directly: slagen generate --weights {path}."
         )
     found = peek(path, part)
-    if found.untold:
-        raise WeightsError(f"{path} {UNTOLD}")
+    if found.lacks_settings:
+        raise WeightsError(f"{path} {LACKS_SETTINGS}")
     checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
     if not isinstance(checkpoint, Checkpoint):
         raise UsageError(

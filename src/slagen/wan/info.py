@@ -14,10 +14,10 @@ from slagen.formats.headers import read_header, shard_of
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.names import transformers
-from slagen.formats.peek import UNTOLD, peek
-from slagen.formats.reading import gguf_kinds, read_tensors
+from slagen.formats.peek import LACKS_SETTINGS, peek
 from slagen.formats.side_file import SideFile
 from slagen.formats.sla import read_metadata
+from slagen.formats.tensor_files import gguf_kinds, read_tensors
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.paths import user_path
 from slagen.wan.folder import describe_folder
@@ -190,7 +190,7 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
     assert isinstance(checkpoint, Checkpoint)
     norms, others = _norms(checkpoint.projections)
-    notes = [*found.notes, *([f"this {UNTOLD}"] if found.untold else [])]
+    notes = [*found.notes, *([f"this {LACKS_SETTINGS}"] if found.lacks_settings else [])]
     if found.few_steps:
         notes.append(
             f"{found.few_steps!r} is in its name or metadata: it may be distilled to few steps without guidance"
@@ -218,9 +218,9 @@ def _describe_sla(file: FileInfo, path: Path, tensors: dict[str, Tensor]) -> SLA
     metadata = read_metadata(path)
     norms, others = _norms(tensors)
     of_sla = metadata.method == SLA_NAME
-    untold = {"config", "tensors"} | ({"tensors_hash"} if metadata.tensors is None else set())
-    untold |= {"method"} if of_sla else set()
-    about = {name: value for name, value in vars(metadata).items() if name not in untold}
+    lacks_settings = {"config", "tensors"} | ({"tensors_hash"} if metadata.tensors is None else set())
+    lacks_settings |= {"method"} if of_sla else set()
+    about = {name: value for name, value in vars(metadata).items() if name not in lacks_settings}
     return SLAInfo(
         **vars(file), base_model=about.pop("base_model"), trained_with=metadata.config, metadata=about,
         layers=max(map(len, [norms, *others.values()])), proj_l_norms=norms if of_sla else None,

@@ -22,7 +22,7 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import number_faults
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
-from slagen.formats.peek import UNTOLD, peek
+from slagen.formats.peek import LACKS_SETTINGS, peek
 from slagen.formats.side_file import SideFile
 from slagen.formats.sla import (
     SLAMetadata,
@@ -42,7 +42,7 @@ from slagen.wan.folder import is_hub_id
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.hub import fetch_sla
 from slagen.wan.processor import Installation, install_method, installation, processors, remove, version_of
-from slagen.wan.saved import tell_settings
+from slagen.wan.saved import record_settings
 
 UNTRAINED = (
     "SLA is installed untrained (proj_l is zero): what its sparse branch skips is lost, and videos are poor. Load "
@@ -132,7 +132,7 @@ def load_weights(
 
 
 def _tell(transformer: Any, method: Method, config: Any, family: str, trained: str, path: Path | None = None) -> None:
-    tell_settings(transformer, name_in_files(method), config, family, trained, path)
+    record_settings(transformer, name_in_files(method), config, family, trained, path)
 
 
 def _fetched(path: str | Path, local_files_only: bool) -> str | Path:
@@ -147,8 +147,8 @@ def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
     if not path.is_dir() or (path / SLA_FILE).is_file() or not (path / "transformer").is_dir():
         return None
     found = peek(path)
-    if found.untold:
-        raise WeightsError(f"{path} {UNTOLD}")
+    if found.lacks_settings:
+        raise WeightsError(f"{path} {LACKS_SETTINGS}")
     if found.trained_with is None:
         return None
     checkpoint = read_checkpoint(path)

@@ -12,7 +12,7 @@ from slagen.formats.model_files import SETTINGS_KEY, read_json
 from slagen.formats.sla_settings import describe_settings
 
 
-def tell_settings(
+def record_settings(
     transformer: WanTransformer3DModel, method: str, config: Any, family: str, trained: str, path: Path | None = None
 ) -> None:
     """Have `save_pretrained` write beside the weights what they were trained with, and, of the slagen.json in the

@@ -9,7 +9,7 @@ from slagen.errors import WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import check_fit
 from slagen.formats.model_files import read_json
-from slagen.formats.reading import read_component
+from slagen.formats.tensor_files import read_component
 from slagen.wan.building import cast_tensors, no_random_init, reading_from
 
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # one tensor of the text encoder, by either name or both

@@ -12,7 +12,7 @@ from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import check_fit
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.model_files import read_json
-from slagen.formats.reading import read_component, read_tensors
+from slagen.formats.tensor_files import read_component, read_tensors
 from slagen.formats.vae import rename_vae
 from slagen.wan.building import no_random_init, reading_from
 
