@@ -50,6 +50,7 @@ def test_methods_are_those_of_the_command():
         (("sol",), {"taus": 1}, TypeError, r"attend with sol attention\(\) has no argument 'taus'. Did you mean tau"),
         (("sol",), {"tau": float("nan")}, UsageError, "tau is nan"),
         (("sol",), {"backend": "sdpa"}, UsageError, "sol attention has auto, reference, torch, triton"),
+        (("vsa",), {}, UsageError, "Give grid="),
         (("sol",), {"grid": (2, 5, 5)}, UsageError, "grid is 2 x 5 x 5 = 50 tokens, but q has 20"),
         (("sol",), {"grid": Grid(-2, -10, 1)}, UsageError, "grid is -2 x -10 x 1"),
     ],

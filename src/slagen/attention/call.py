@@ -29,12 +29,12 @@ def attend(
     Args:
         name: of a method without learned weights; `slagen.methods()` lists them with their options.
         q, k, v: (B, H, L, D) of one dtype and device.
-        grid: (latent frames, rows, columns) of the L tokens, for methods that depend on it; None is one row.
+        grid: (latent frames, rows, columns) of the L tokens, needed by methods that depend on it.
         backend: one of the method's own.
         options: of the method; what is left out is at its default.
     Returns: o, (B, H, L, D).
     Raises: UsageError, a SlagenError, for an unknown method, one with learned weights, a value out of range, a backend
-        that it does not have, or a grid that is not L tokens; TypeError for an option that it does not have;
+        that it does not have, or a grid that is needed, or is not L tokens; TypeError for an option that it does not have;
         ValueError for tensors that do not fit.
     """
     method = registry.get(name)
@@ -44,6 +44,10 @@ def attend(
     method.check_backend(backend)
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")
+    if grid is None and method.needs.context:
+        raise UsageError(
+            f"{name} attention depends on how the tokens are arranged. Give grid=(latent frames, rows, columns)."
+        )
     layer = Layer(0, 1, q.shape[1], q.shape[3])
     context = StepContext()
     context.begin_pass(_grid(grid, q.shape[2]))

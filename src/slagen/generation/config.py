@@ -262,7 +262,9 @@ class GenerateConfig:
         method.config(**dict(self.attention_options))  # it checks what is out of range
         method.check_backend(self.backend)
         if self.policy != AttentionPolicy() and method.family == "dense":
-            raise UsageError("dense attention is dense everywhere. Leave --dense-steps, -layers and --min-tokens out.")
+            raise UsageError(
+                "dense attention is dense everywhere. Leave --dense-steps, --dense-layers and --min-tokens out."
+            )
 
     @property
     def policy(self) -> AttentionPolicy:
