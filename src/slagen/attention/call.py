@@ -34,7 +34,7 @@ def attend(
         options: of the method; what is left out is at its default.
     Returns: o, (B, H, L, D).
     Raises: UsageError, a SlagenError, for an unknown method, one with learned weights, a value out of range, a backend
-        that it does not have, or a grid that is needed, or is not L tokens; TypeError for an option that it does not have;
+        that it does not have, a grid that is missing or is not L tokens; TypeError for an option that it does not have;
         ValueError for tensors that do not fit.
     """
     method = registry.get(name)
