@@ -142,7 +142,7 @@ def test_presets_are_whole_at_80_columns(stdout):
     text = "\n".join(stdout())
     assert max(map(len, text.splitlines())) <= WIDTH and "…" not in text
     for row in rows:
-        assert row.name in text and (row.weights or row.base or "this installation") in text
+        assert row.name in text and (row.weights or row.base or "the installed package") in text
 
 
 def test_findings_are_whole_and_end_without_blanks(stdout):

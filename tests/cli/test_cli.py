@@ -233,7 +233,7 @@ def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
     path = Path(out.strip())
     assert re.fullmatch(r"0001-a-red-circle-s3-[0-9a-f]{8}\.mp4", path.name) and path.is_file()
     assert "uses dense attention" in err and "peak memory" in err
-    assert "the negative prompt 'a a" in err and "has 601 tokens, of which the model reads the first 512" in err
+    assert "the negative prompt 'a a" in err and "has 601 tokens, but the model reads only the first 512" in err
     assert run(arguments) == 2  # the same name again
     assert run([*arguments, "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["prompt"] == "a red [circle]"

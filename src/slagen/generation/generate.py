@@ -196,7 +196,7 @@ def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]
     for option, value in (("--model", config.model), ("--vae", config.vae)):
         if value is not None and report.shareable(value) != value:  # what the file itself does not say
             command += f" {option} {shlex.quote(value)}"
-    return SlagenError(f"{error} The latents are saved. To decode them, run {command}")
+    return SlagenError(f"{error} The latents are saved. To decode them, run: {command}")
 
 
 @contextmanager

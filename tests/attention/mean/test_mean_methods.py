@@ -189,7 +189,7 @@ def test_the_report_has_the_density_really_used(name, tmp_path):
 
 def test_sla_of_weights_without_it_offers_sol(tmp_path, capsys):
     model = save_pipeline(tmp_path / "model")
-    with pytest.raises(WeightsError, match="as they are with --attention sol, which needs no training"):
+    with pytest.raises(WeightsError, match="Use --attention sol, which needs no training"):
         generate(GenerateConfig("x", model=str(model), device="cpu", output=str(tmp_path / "a.mp4")))
     assert slagen(["models", "--json"]) == 0
     rows = {row["name"]: row["recommended_attention"] for row in json.loads(capsys.readouterr().out)}
