@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
     parser.add_argument("--init", type=Path, default=ROOT / "weights" / "tiny-wan", help="pipeline to start from")
+    parser.add_argument("--transformer", type=Path, help="start from another transformer than the pipeline's")
     parser.add_argument("--minutes", type=float, default=80.0, help="time in all; the learning rate follows it")
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--shift", type=float, default=4.0, help="flow shift of the noise levels, the sampler's own")
@@ -116,7 +117,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.init / "tokenizer")
     encoder = UMT5EncoderModel.from_pretrained(args.init / "text_encoder", dtype=torch.float32).to(device).eval()
     load = WanTransformer3DModel.from_pretrained
-    model = load(args.init / "transformer", torch_dtype=torch.float32).to(device).train()
+    model = load(args.transformer or args.init / "transformer", torch_dtype=torch.float32).to(device).train()
 
     def embedded(texts: list[str]) -> torch.Tensor:
         with torch.no_grad():
