@@ -47,7 +47,7 @@ def test_methods_are_those_of_the_command():
     ("arguments", "options", "error", "said"),
     [
         (("fast",), {}, UsageError, "attention is 'fast', but must be one of"),
-        (("sol",), {"taus": 1}, TypeError, r"attend with sol attention\(\) has no argument 'taus'. Did you mean tau"),
+        (("sol",), {"taus": 1}, TypeError, r"attend\(\) has no argument 'taus'. Did you mean tau"),
         (("sol",), {"tau": float("nan")}, UsageError, "tau is nan"),
         (("sol",), {"backend": "sdpa"}, UsageError, "sol attention has auto, reference, torch, triton"),
         (("vsa",), {}, UsageError, "Give grid="),

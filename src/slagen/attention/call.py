@@ -40,7 +40,7 @@ def attend(
     method = registry.get(name)
     for option in options:
         if option not in method.option_names:
-            raise no_argument(f"attend with {name} attention", option, method.option_names)
+            raise no_argument("attend", option, method.option_names)
     method.check_backend(backend)
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")

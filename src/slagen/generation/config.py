@@ -119,8 +119,9 @@ class GenerateConfig:
         "auto", "Implementation of the attention method; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
     )
     sparsity: float | None = option(
-        None, "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained.", panel=ATTENTION,
-        prompt_line=True,
+        None,
+        "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained, or the method's own.",
+        panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     sla_topk: float | None = option(
         None,
@@ -128,8 +129,10 @@ class GenerateConfig:
         "int(fraction x blocks).",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
-    block_m: int | None = option(None, "Query rows per block: 16, 32, 64 or 128. Default: as trained.", panel=ATTENTION)
-    block_n: int | None = option(None, "Key columns per block. Default: as trained.", panel=ATTENTION)
+    block_m: int | None = option(
+        None, "Query rows per block: 16, 32, 64 or 128. Default: as for sparsity.", panel=ATTENTION
+    )
+    block_n: int | None = option(None, "Key columns per block. Default: as for sparsity.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
         None, "Denoising steps that run dense: 0-9,-1 (-1 is the last), or 20% of them.", panel=ATTENTION,
