@@ -16,9 +16,11 @@ from wan_models import build_pipeline, run
 
 import slagen
 from slagen.attention import registry
+from slagen.attention.learned import matrix_norms
 from slagen.attention.protocol import Backend, Method, Needs, ParameterGroup
 from slagen.cli.main import run as command
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.layouts import learned
 from slagen.formats.sla import read_metadata, read_sla, weights_hash
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
@@ -257,7 +259,9 @@ def test_files_that_do_not_hold(tuned, tmp_path):
     tensors, told = load_file(folder / "sla.safetensors"), read_metadata(folder)
     fields = json.loads(told.to_strings()["slagen"])
     for change, said in (
-        ({"method": "unheard"}, "of unheard attention, which this slagen does not have"),
+        ({"method": "unheard"}, r"of unheard attention, which this slagen does not have\. Upgrade slagen\. Copy or"),
+        ({"method": "z" * 5000}, r"of z{40,90}\.\.\.z{10,50} attention"),
+        ({"method": "dense", "config": {}}, "of dense attention, which has no weights of its own. Copy or"),
         ({"config": {"stride": "a"}}, '"stride" is text, but must be a whole number'),
         ({"config": {"stride": 0}}, "stride is 0"),
         ({"config": {"width": 1}}, "gate settings have the unknown width"),
@@ -292,6 +296,17 @@ def test_a_model_saved_by_diffusers_keeps_them(tuned, tmp_path):
     convert(str(tmp_path / "saved"), str(tmp_path / "whole"), base=str(model))
     assert read_metadata(tmp_path / "whole").method == "gate"
     assert generate(video(tmp_path / "whole", tmp_path)).videos[0].report["weights"]["used"] == "gate attention"
+
+
+def test_norms_of_large_numbers_and_of_names_without_a_layer():
+    """They are finite, as JSON must be, where float32's sum of squares is not."""
+    large = torch.full((64, 64), 3e38)
+    odd = {"x.processor.gate.weight": large, f"blocks.{'9' * 5000}.attn1.processor.gate.weight": large}
+    found = matrix_norms({"blocks.0.attn1.processor.gate.weight": large, **odd})
+    assert found == {"gate": [pytest.approx(64 * 3e38)]}
+    two = {f"blocks.0.attn1.processor.gate.{name}": torch.tensor(x) for name, x in (("a", 3.0), ("b", 4.0))}
+    assert matrix_norms(two) == {"gate": [5.0]}
+    assert learned(next(reversed(odd))) is None
 
 
 def test_saving_needs_the_base_where_it_was_trained(tmp_path):

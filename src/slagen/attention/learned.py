@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -12,6 +13,7 @@ from slagen.attention.protocol import Method
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.io.forms import Fault, check, one_of
+from slagen.io.text import cut
 from slagen.settings import Setting, settings_of
 
 SLA_NAME = "sla"  # of files that name no method
@@ -48,11 +50,13 @@ def to_fields(config: Any) -> dict[str, Any]:
 def read_config(name: str, fields: Any) -> Any:
     """The config of the method of a name, of what `to_fields` gave; what is not there has its default, but for SLA.
 
-    Raises: UsageError for a method that there is not, a field that its config does not have, or a value that it
-        refuses.
+    Raises: UsageError for a method that there is not, or that is dense, a field that its config does not have, or a
+        value that it refuses.
     """
     if name not in registry.METHODS:
-        raise UsageError(f"they are of {name} attention, which this slagen does not have. Upgrade slagen.")
+        raise UsageError(f"they are of {cut(name)} attention, which this slagen does not have. Upgrade slagen.")
+    if registry.METHODS[name].family == "dense":
+        raise UsageError(f"they are of {name} attention, which has no weights of its own.")
     config = registry.METHODS[name].config
     if config is SLAConfig:
         return SLAConfig.from_dict(fields)
@@ -103,8 +107,9 @@ def matrix_norms(tensors: Mapping[str, Any]) -> dict[str, list[float]]:
     found: dict[str, dict[int, list[float]]] = {}
     for name, tensor in tensors.items():
         group = registry.parameter_group(name)
-        if group is None or name.endswith(".bias"):
+        layer = re.match(r"blocks\.(\d{1,9})\.", name)
+        if group is None or layer is None or name.endswith(".bias"):
             continue
         layers = found.setdefault(group.name, {})
-        layers.setdefault(int(name.split(".")[1]), []).append(tensor.float().norm().item())
+        layers.setdefault(int(layer[1]), []).append(tensor.double().norm().item())
     return {group: [math.hypot(*layers[layer]) for layer in sorted(layers)] for group, layers in found.items()}

@@ -81,7 +81,7 @@ def learned(name: str) -> tuple[int, str, str] | None:
 @functools.cache
 def _projection_pattern(layouts: tuple[Layout, ...]) -> re.Pattern[str]:
     places = dict.fromkeys(re.escape(place) for layout in layouts for place in layout.projections)
-    return re.compile(rf"blocks\.(\d+)\.({'|'.join(places)})\.(proj_l{_END})")
+    return re.compile(rf"blocks\.(\d{{1,9}})\.({'|'.join(places)})\.(proj_l{_END})")
 
 
 _END = r"\.(weight|bias)"
@@ -134,8 +134,8 @@ _DIFFUSERS = (
 )
 OWN_SPELLING = "attn1.processor"  # where slagen puts what is learned, so that diffusers saves it under this name
 # FastVideo puts the gate beside to_q in its own names, and leaves it there in diffusers'; others move it into attn1.
-_gate_pattern = re.compile(rf"blocks\.(\d+)((?:\.attn1)?)\.(to_gate_compress{_END})")
-_own_pattern = re.compile(rf"blocks\.(\d+)\.({re.escape(OWN_SPELLING)})\.(.+)")
+_gate_pattern = re.compile(rf"blocks\.(\d{{1,9}})((?:\.attn1)?)\.(to_gate_compress{_END})")
+_own_pattern = re.compile(rf"blocks\.(\d{{1,9}})\.({re.escape(OWN_SPELLING)})\.(.+)")
 
 register(Layout(
     "diffusers", _DIFFUSERS, projections=("attn1.attn_op.local_attn", OWN_SPELLING),

@@ -93,8 +93,9 @@ class SLAMetadata:
             config = read_config(fields.get("method", SLA_NAME), fields["config"])
             return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
         except (TypeError, UsageError) as error:
+            fault = str(error).removesuffix(".")
             raise WeightsError(
-                f"{path} has metadata that slagen cannot read: {error}. Copy or download it again."
+                f"{path} has metadata that slagen cannot read: {fault}. Copy or download it again."
             ) from error
 
 
