@@ -15,7 +15,7 @@ CUBE_TOKENS = EDGE**3
 
 def num_cubes(grid: Grid) -> int:
     """N, the cubes that cover a grid; those at its far ends hold fewer tokens where a side is no multiple of 4."""
-    return math.prod(math.ceil(size / EDGE) for size in (grid.num_frames, grid.height, grid.width))
+    return -(-grid.num_frames // EDGE) * -(-grid.height // EDGE) * -(-grid.width // EDGE)
 
 
 def compact_grid(num_tokens: int) -> Grid:

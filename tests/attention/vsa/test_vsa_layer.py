@@ -56,6 +56,13 @@ def test_the_gate_is_a_linear_layer_on_the_hidden_states():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_cubes_of_another_grid_are_not_taken():
+    """Those looked up as a pass began are of another number of tokens: those of the grid of this call are taken."""
+    module, expected = gated(), gated()(*draw(), inputs_of())
+    module.begin_pass(StepContext(grid=Grid(3, 5, 7)))
+    assert torch.equal(module(*draw(), inputs_of()), expected)
+
+
 def test_a_fresh_gate_is_none():
     """It starts at zero, draws no random number, and learns: its gradient is not zero."""
     torch.manual_seed(5)
@@ -156,9 +163,10 @@ def test_in_a_model_the_gate_sees_what_q_was_projected_from():
 
 
 @pytest.mark.slow
-def test_steps_and_layers_compile_nothing_anew():
+@pytest.mark.parametrize("gate", [True, False])
+def test_steps_and_layers_compile_nothing_anew(gate):
     pipe = build_pipeline(num_layers=3)
-    install_method(pipe.transformer, METHOD, VSAConfig(0.5, gate=True))
+    install_method(pipe.transformer, METHOD, VSAConfig(0.5, gate=gate))
     torch._dynamo.reset()
     compiled, counts = [], []
 

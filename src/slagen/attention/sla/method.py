@@ -107,11 +107,6 @@ def _method(name: str, summary: str, branches: Branches, projection: ParameterGr
     )
 
 
-def branches_of(method: Method) -> Branches:
-    """The branches that a method of SLA computes."""
-    return "both" if method.name == "sla" else method.name  # type: ignore[return-value]
-
-
 SLA = _method(
     "sla", "exact attention to the highest-scoring key blocks, linear attention to the others", "both",
     ParameterGroup("proj_l"), family="sla", parts=_parts,

@@ -9,7 +9,7 @@ from torch import Tensor
 from slagen.attention.cubes import check_tokens
 from slagen.attention.order import CubeOrder, cube_order
 from slagen.attention.protocol import Grid
-from slagen.attention.sla.functional import DTYPES
+from slagen.attention.sla.functional import check_qkv
 from slagen.attention.vsa.blockwise import blockwise_attention
 from slagen.attention.vsa.config import Backend, VSAConfig
 from slagen.attention.vsa.reference import reference_attention
@@ -41,16 +41,7 @@ def video_sparse_attention(
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or the grid do not fit.
     """
-    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.numel() == 0:
-        raise ValueError(
-            f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "all must be one (B, H, L, D) with no size 0."
-        )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
-            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; "
-            f"all must be one of {', '.join(map(str, DTYPES))}. Convert them with .to()."
-        )
+    check_qkv(q, k, v)
     if gate is not None and (gate.shape != q.shape or not gate.is_floating_point()):
         raise ValueError(
             f"gate is {tuple(gate.shape)} of {gate.dtype}; it must be {tuple(q.shape)}, floating point, as q is."
