@@ -25,6 +25,7 @@ from slagen.wan.processor import denoising, install, processors
     ("text", "steps"),
     [
         ("0-2,-1", (0, 1, 2, 9)), ("3", (3,)), ("-3--1", (7, 8, 9)), ("8, 8-9", (8, 9)), ("20%", (0, 1)),
+        ("29%", (0, 1, 2)),
         ("0%", ()), ("100 %", tuple(range(10))), ("-10", (0,)), ("0--1", tuple(range(10))), (None, ()),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.attention.policy import DensePart
 from slagen.generation.config import GenerateConfig
 from slagen.generation.video_report import (
     SCHEMA_VERSION,
@@ -86,11 +87,22 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
     return rows
 
 
-def density_section(densities: Sequence[float | None]) -> dict[str, Any]:
-    """The fraction of all query-key pairs that was attended exactly, on average and by layer; nothing where no layer
-    tells."""
-    told = [density for density in densities if density is not None]
-    return {"density": sum(told) / len(told), "layer_densities": list(densities)} if told else {}
+def density_section(densities: Sequence[float | None], dense: DensePart) -> dict[str, Any]:
+    """The fraction of all query-key pairs that was attended exactly, on average and by layer, what ran dense included;
+    nothing where no layer tells.
+
+    Args:
+        densities: of the layers, of the passes in which they did not run dense.
+    """
+    if not any(density is not None for density in densities):
+        return {}
+    steps = len(dense.steps) / dense.num_steps
+    layers = [
+        1.0 if layer in dense.layers else None if density is None else density + steps * (1 - density)
+        for layer, density in enumerate(densities)
+    ]
+    told = [density for density in layers if density is not None]
+    return {"density": sum(told) / len(told), "layer_densities": layers}
 
 
 def layer_section(steps: list[StepTimes]) -> list[ReportedLayer]:
@@ -163,7 +175,8 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
     about = {
-        **method.describe(plan.attention, plan.grid), **density_section(sample.densities), **plan.dense.to_dict(),
+        **method.describe(plan.attention, plan.grid), **density_section(sample.densities, plan.dense),
+        **plan.dense.to_dict(),
     }  # fmt: skip
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(

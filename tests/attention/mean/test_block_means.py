@@ -342,3 +342,10 @@ def test_extremes(config, kind, dtype):
 def test_what_it_does_not_take(changes, said):
     with pytest.raises(ValueError, match=said):
         block_mean_attention(*make_qkv((1, 1, 20, 4)), **{"config": sol(), **changes})
+
+
+def test_equal_scores_are_not_above_the_threshold():
+    """Only the blocks beside the query block are kept then, whatever tau is from 0 on."""
+    q = make_qkv((1, 1, 96, 8))[0]
+    kept = kept_blocks(q, torch.zeros_like(q), sol(tau=0.0))[0, 0]
+    assert torch.equal(kept, torch.ones(6, 6, dtype=torch.bool).triu(-1).tril(1))

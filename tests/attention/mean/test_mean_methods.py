@@ -20,6 +20,8 @@ from slagen.formats.sla import weights_hash
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
+from slagen.generation.resolve import make_plan
+from slagen.generation.session import Session
 from slagen.wan.processor import install_method, processors, remove, take_densities
 
 MEAN, SOL = registry.get("mean"), registry.get("sol")
@@ -41,6 +43,7 @@ def test_registered_without_needs():
         (MeanConfig, {"sparsity": 1.0}, "sparsity is 1.0, but must be a number of at least 0 and below 1"),
         (MeanConfig, {"block_m": 48}, "block_m is 48, but must be one of 16, 32, 64, 128"),
         (SolConfig, {"tau": math.nan}, "tau is nan, but must be a finite number. Try --tau 1."),
+        (SolConfig, {"tau": 10**400}, "tau is 1000"),
         (SolConfig, {"tau": True}, "tau is True, but must be a finite number"),
         (SolConfig, {"block_n": 7}, "block_n is 7, but must be one of"),
     ],
@@ -185,6 +188,31 @@ def test_the_report_has_the_density_really_used(name, tmp_path):
     assert low <= made["density"] <= 1
     if name == "mean":
         assert made["density"] == pytest.approx(made["expected_density"])
+
+
+def test_the_density_counts_what_ran_dense(tmp_path):
+    model = save_pipeline(tmp_path / "model")
+    parts = {"dense_steps": "0", "dense_layers": "1"}
+    config = settings(model, tmp_path / "a.mp4", attention="mean", sparsity=0.6, **parts)
+    made = generate(config).videos[0].report["attention"]
+    assert made["layer_densities"] == pytest.approx([(1 + 1 / 3) / 2, 1])  # 1 of 3 blocks, in one of two steps
+    assert made["density"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_a_clip_that_failed_counts_in_no_density(tmp_path):
+    """The failed one keeps all blocks; the next in the same session keeps 1 of 3."""
+    config = settings(save_pipeline(tmp_path / "model"), tmp_path / "a.mp4", attention="mean", sparsity=0.0)
+    failing, plan = (make_plan(dataclasses.replace(config, sparsity=sparsity)) for sparsity in (0.0, 0.6))
+    session = Session(failing)
+
+    def fail(event):
+        if event.kind == "step":
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        session.sample(failing, session.encode(failing), {}, fail)
+    found = session.sample(plan, session.encode(plan), {}, lambda event: None)
+    assert found.densities == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_sla_of_weights_without_it_offers_sol(tmp_path, capsys):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from slagen.attention.sla.config import BLOCK_SIZES, SLAConfig, check_choice, check_fraction
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.settings import option
+
+MAX_TAU = sys.float_info.max  # whole numbers beyond it are no floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,7 @@ class SolConfig(BlockMeanConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.tau, int | float) or isinstance(self.tau, bool) or not math.isfinite(self.tau):
+        if not isinstance(self.tau, int | float) or isinstance(self.tau, bool) or not abs(self.tau) <= MAX_TAU:
             raise UsageError(f"tau is {shown(self.tau)}, but must be a finite number. Try --tau 1.")
 
     def forced(self, i: int, length: int) -> range:
