@@ -175,7 +175,8 @@ def _check_output(config: FinetuneConfig, folder: Path, weights: Weights) -> Non
 
 
 def check_tokens(setup: Setup, data: Dataset) -> None:
-    """Raise UsageError where a clip is too short for sparse attention, or its tokens cannot be shared evenly."""
+    """Raise UsageError where a clip is too short for sparse attention, or its tokens cannot be shared evenly, or where
+    nothing that trains is reached at first."""
     clips = [*data.training, *data.held_out]
     grids = {setup.grid(clip) for clip in clips}
     attention = setup.attention
@@ -190,6 +191,7 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
             f"a clip has {counted(min(short), 'token')}, fewer than 2 key blocks of {block_n}, so no block "
             "can be skipped. Give larger or longer clips, or a smaller --block-n."
         )
+    _check_start(setup, grids)
     parts = setup.config.context_parallel
     for clip in clips:
         if setup.num_tokens(clip) % parts:
@@ -197,3 +199,17 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
                 f"the clip {quote(clip.caption)} has {setup.num_tokens(clip)} tokens, which cannot be divided evenly "
                 f"among {parts} processes. Give another --context-parallel, or clips of another size."
             )
+
+
+def _check_start(setup: Setup, grids: set[Grid]) -> None:
+    """Raise UsageError where a training of what the attention learns alone begins with all key blocks kept: no gradient
+    reaches it then."""
+    config, start = setup.config, setup.config.anneal_from
+    if start is None or (config.stages == "all" and config.train != "proj"):
+        return
+    first = dataclasses.replace(setup.attention, sparsity=start)
+    if not all(setup.method.applies(first, grid) for grid in grids):
+        raise UsageError(
+            f"with anneal_from {start:g} all key blocks of a clip are attended exactly at first, and nothing that is "
+            "trained then has an effect. Give a higher --anneal-from."
+        )

@@ -149,6 +149,7 @@ def test_generate_and_plan_run_it(tuned, tmp_path, capsys):
         ({"stages": "router,all", "router_steps": 0}, "router_steps is 0, but must be from 1 to"),
         ({"stages": "all,router"}, "stages is 'all,router', but must be one of all, router,all, router."),
         ({"stages": "router", "backend": "triton"}, "the stage router has no Triton kernels. Leave --backend out"),
+        ({"attention_options": (("router_tau", 10**400),)}, "but must be a finite number above 0."),
         ({"attention_options": (("router_tau", 0),)}, "router_tau is 0, but must be a finite number above 0."),
     ],
 )
@@ -156,3 +157,18 @@ def test_what_cannot_be_tuned(fields, said):
     with pytest.raises(UsageError) as error:
         settings("m", "o", data="d", **{"attention": "sla2", **fields})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("fields", [{"stages": "router"}, {"stages": "router,all"}, {"train": "proj"}])
+def test_a_start_with_all_blocks_kept_is_refused(fields, toy, tmp_path):
+    """The linear branch and the router are not reached then; with the whole model to train, there is what learns."""
+    model, data = toy
+    with pytest.raises(UsageError, match="with anneal_from 0 all key blocks of a clip are attended exactly at first"):
+        tune(model, tmp_path / "out", data, steps=2, anneal_from=0.0, **fields)
+    tune(model, tmp_path / "out", data, steps=1, anneal_from=0.4, **fields)
+
+
+def test_a_start_with_all_blocks_kept_trains_the_whole_model(toy, tmp_path):
+    model, data = toy
+    tune(model, tmp_path / "out", data, steps=2, anneal_from=0.0)
+    assert len(weights(tmp_path / "out")) > 0

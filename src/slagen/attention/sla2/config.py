@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -48,7 +48,7 @@ class SLA2Config:
     def __post_init__(self) -> None:
         _ = self.sla  # which checks sparsity and block sizes
         tau = self.router_tau
-        if not isinstance(tau, int | float) or isinstance(tau, bool) or not 0 < tau < math.inf:
+        if not isinstance(tau, int | float) or isinstance(tau, bool) or not 0 < tau <= sys.float_info.max:
             raise UsageError(f"router_tau is {shown(tau)}, but must be a finite number above 0. Try --router-tau 0.1.")
         if not isinstance(self.smooth_keys, bool):
             raise UsageError(f"smooth_keys is {shown(self.smooth_keys)}, but must be true or false.")
