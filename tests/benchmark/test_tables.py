@@ -245,6 +245,11 @@ def test_sparsities_that_keep_the_same_are_measured_once(monkeypatch, sparsities
     assert not [text for text in notes if "of 8 key blocks" in text]  # the result says it
 
 
+def test_nothing_is_said_of_sparsities_to_a_method_without(monkeypatch):
+    result, _ = quick(monkeypatch, (dense("own"),), shapes=("1x1x512x16",), sparsities=(0.9, 0.95, 0.97))
+    assert [row.sparsity for row in result.rows] == [None] and result.same_top_k == []
+
+
 def test_one_line_for_all_that_are_not_installed(monkeypatch):
     """There was one for each method and sparsity, of which nothing came."""
     missing = tuple(dense(f"other-{number}", package=f"no_such_package_{number}") for number in range(3))

@@ -114,4 +114,4 @@ def denoising_flops(task: Task) -> int:
     """FLOPs of a video's denoising, which its estimated time is proportional to."""
     plan, shape = task.plan, task.plan.weights.source.shape
     passes = (plan.config.steps or 1) * (2 if (plan.config.guidance_scale or 0) > 1 else 1)
-    return passes * (plan.attention_flops + other_flops(shape, plan.num_tokens))
+    return passes * (plan.attention_flops() + other_flops(shape, plan.num_tokens))

@@ -54,6 +54,8 @@ def bench_shape(
         lengths = tuple(2**n for n in range(10, 20) if 2**n < length)
     swept = 0.95 if 0.95 in sparsities else sparsities[0]
     sparsities, groups = _distinct_sparsities(config, shape, sparsities, swept)
+    if not any(method.takes_sparsity for method in methods):
+        groups = []
     result.same_top_k = [*(result.same_top_k or []), *groups]
     plans = [(length, sparsity) for sparsity in sparsities] + [(other, swept) for other in lengths if other != length]
     entries: dict[tuple[Any, ...], Entry] = {}

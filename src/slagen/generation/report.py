@@ -194,6 +194,6 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         peak_memory_gib=machine.peak_memory_gib(plan.weights.device),
         steps=step_section(steps),
         layers=layer_section(steps),
-        cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops, steps),
+        cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(sample.densities), steps),
         timing=timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,19 @@ class Plan:
         c, shape = self.config, self.weights.source.shape
         return c.policy.resolve(c.steps or 1, shape.num_layers, self.num_tokens)
 
-    @property
-    def attention_flops(self) -> int:
-        """FLOPs of self-attention in a forward pass, all layers, as the mean over the steps."""
+    def attention_flops(self, densities: Sequence[float | None] = ()) -> int:
+        """FLOPs of self-attention in a forward pass, all layers, as the mean over the steps.
+
+        Args:
+            densities: the fraction of all query-key pairs that each layer attended exactly, where it was counted; it
+                takes the place of the method's own estimate. Layers that ran dense throughout count nothing.
+        """
         shape = self.weights.source.shape
-        own = self.method.cost(self.attention, shape, self.grid)
-        return self.dense.mean(own, dense_attention_flops(shape, self.num_tokens))
+        own, full = self.method.cost(self.attention, shape, self.grid), dense_attention_flops(shape, self.num_tokens)
+        counted = [density for density in densities if density is not None]
+        if counted:
+            own += round(full * (sum(counted) / len(counted) - self.method.density(self.attention, self.grid)))
+        return self.dense.mean(own, full)
 
     @property
     def method(self) -> Method:

@@ -190,6 +190,17 @@ def test_the_report_has_the_density_really_used(name, tmp_path):
         assert made["density"] == pytest.approx(made["expected_density"])
 
 
+def test_flops_are_those_of_the_measured_density(tmp_path):
+    """`sol` only estimates beforehand what it keeps; the report's FLOPs go with the density beside them."""
+    config = settings(save_pipeline(tmp_path / "model"), tmp_path / "a.mp4", attention="sol")
+    report = generate(config).videos[0].report
+    about, cost, made = report["attention"], report["cost"], make_plan(config)
+    estimated = made.attention_flops() / dense_attention_flops(made.weights.source.shape, made.num_tokens)
+    assert about["density"] != pytest.approx(about["expected_density"])
+    expected = estimated + about["density"] - about["expected_density"]
+    assert cost["attention_tflop"] / cost["dense_attention_tflop"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_density_counts_what_ran_dense(tmp_path):
     model = save_pipeline(tmp_path / "model")
     parts = {"dense_steps": "0", "dense_layers": "1"}
