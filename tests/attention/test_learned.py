@@ -4,7 +4,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
 from slagen.generation.replay import replay
 from slagen.settings import option
-from slagen.training import comparison, loop, page
+from slagen.training import loop, page
 from slagen.training.finetune import finetune
 from slagen.wan.convert import convert
 from slagen.wan.folder import bundled_folder
@@ -92,18 +91,9 @@ class Plain(nn.Module):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def methods():
-    """Both are registered; clips are kept as arrays and charts are left empty, as in `plain_pictures`."""
-
-    def keep(frames, path, fps, comment=""):
-        with path.open("wb") as file:
-            np.save(file, frames)
-
+def methods(plain_pictures_in_module):
+    """Both are registered."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "write_mp4", keep)
-        patch.setattr(comparison, "read_mp4", np.load)
-        patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
-        patch.setattr(page, "make_thumbnail", lambda path, width: b"")
         patch.setattr(registry, "METHODS", dict(registry.METHODS))
         registry.register(GATE)
         registry.register(PLAIN)

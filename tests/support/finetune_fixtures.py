@@ -1,5 +1,6 @@
 """Fixtures of the tests of training: a tiny model with a prepared data set, and pictures that cost nothing."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -12,13 +13,9 @@ from slagen.training import comparison, page
 from slagen.training.finetune import finetune
 
 
-@pytest.fixture
-def plain_pictures(request):
-    """ffmpeg and matplotlib take two thirds of a run this small. Its clips are kept as arrays and its charts left
-    empty, but for the tests that ask for `true_pictures`."""
-    if "true_pictures" in request.fixturenames:
-        yield
-        return
+@contextlib.contextmanager
+def without_pictures():
+    """Keep the clips of runs as arrays, and leave charts and thumbnails empty."""
 
     def keep(frames, path, fps, comment=""):
         with path.open("wb") as file:
@@ -29,6 +26,21 @@ def plain_pictures(request):
         patch.setattr(comparison, "read_mp4", np.load)
         patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
         patch.setattr(page, "make_thumbnail", lambda path, width: b"")
+        yield
+
+
+@pytest.fixture
+def plain_pictures(request):
+    """ffmpeg and matplotlib take two thirds of a run this small, so they are left out, but for the tests that ask for
+    `true_pictures`."""
+    with contextlib.nullcontext() if "true_pictures" in request.fixturenames else without_pictures():
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain_pictures_in_module():
+    """`plain_pictures` for the fixtures of a module too."""
+    with without_pictures():
         yield
 
 

@@ -14,28 +14,13 @@ from slagen.formats.sla import read_sla
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
-from slagen.training import comparison, loop, page
+from slagen.training import loop
 from slagen.training.finetune import finetune
 from slagen.wan.info import info
 
 pytest_plugins = ["finetune_fixtures"]
+pytestmark = pytest.mark.usefixtures("plain_pictures_in_module")
 STAGES = {"stages": "router,all", "router_steps": 2, "steps": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain_pictures():
-    """Clips are kept as arrays, and charts are left empty."""
-
-    def keep(frames, path, fps, comment=""):
-        with path.open("wb") as file:
-            np.save(file, frames)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "write_mp4", keep)
-        patch.setattr(comparison, "read_mp4", np.load)
-        patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
-        patch.setattr(page, "make_thumbnail", lambda path, width: b"")
-        yield
 
 
 def tune(model, output, data, **fields):
@@ -51,7 +36,7 @@ def video(model, folder, **fields):
 
 
 @pytest.fixture(scope="module")
-def tuned(toy, tmp_path_factory):
+def tuned(toy, plain_pictures_in_module, tmp_path_factory):
     """The model, its data, and the folder of a training in two stages."""
     model, data = toy
     folder = tmp_path_factory.mktemp("sla2") / "out"
