@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compiling import compile_blocks, denoise
 from wan_models import build_pipeline, save_pipeline
 
 from slagen.attention import registry
@@ -19,7 +20,7 @@ from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
 from slagen.training.setup import Setup
 from slagen.wan.folder import token_grid
-from slagen.wan.processor import denoising, install_method, make_processor, processors
+from slagen.wan.processor import install_method, make_processor, processors
 
 ASKED = ("cost", "configure", "describe", "applies", "density", "note")  # of a method, with the grid at last
 
@@ -111,22 +112,10 @@ def test_steps_compile_nothing_anew_that_looks_at_the_grid():
     method = dataclasses.replace(
         registry.get("sla"), needs=Needs(context=True), applies=lambda config, grid: grid.height * grid.width > 1
     )
-    pipe, compiled = build_pipeline(), []
-    pipe.set_progress_bar_config(disable=True)
+    pipe = build_pipeline()
     install_method(pipe.transformer, method, method.config(block_m=16, block_n=16))
-    torch._dynamo.reset()
-
-    def backend(module, example):
-        compiled.append(module)
-        return module.forward
-
-    pipe.transformer.compile_repeated_blocks(dynamic=False, backend=backend)
-    counts = []
+    graphs, counts = compile_blocks(pipe.transformer, fullgraph=False), []
     for steps in (1, 4):
-        with denoising(pipe.transformer, steps) as end_step:
-            pipe(
-                prompt="a red circle", height=64, width=64, num_frames=9, num_inference_steps=steps, guidance_scale=3.0,
-                max_sequence_length=8, output_type="latent", callback_on_step_end=lambda *_: end_step() or {},
-            )  # fmt: skip
-        counts.append(len(compiled))
+        denoise(pipe, steps)
+        counts.append(len(graphs))
     assert counts[0] == counts[1] > 0 and len(processors(pipe.transformer)) == 2

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import torch
+from compiling import compile_blocks, denoise
 from wan_models import build_pipeline, save_pipeline
 
 from slagen.attention import registry
@@ -18,7 +18,7 @@ from slagen.generation.generate import generate
 from slagen.generation.prompts import read_prompts
 from slagen.generation.replay import replay
 from slagen.generation.resolve import make_plan
-from slagen.wan.processor import denoising, install, processors
+from slagen.wan.processor import install, processors
 
 
 @pytest.mark.parametrize(
@@ -157,24 +157,12 @@ def test_the_command_line_tells_of_it(tmp_path, capsys):
 
 
 def test_steps_compile_two_variants():
-    pipe, compiled = build_pipeline(num_layers=3), []
-    pipe.set_progress_bar_config(disable=True)
+    pipe = build_pipeline(num_layers=3)
     install(pipe.transformer, SLAConfig(0.5, block_m=16, block_n=16))
-    torch._dynamo.reset()
-
-    def backend(module, example):
-        compiled.append(module)
-        return module.forward
-
-    pipe.transformer.compile_repeated_blocks(dynamic=False, backend=backend)
-    counts = []
+    graphs, counts = compile_blocks(pipe.transformer, fullgraph=False), []
     for dense in (None, DensePart((0, 3), (1,), 5, 3), DensePart((1, 2), (), 5, 3)):
-        with denoising(pipe.transformer, 5, dense) as end_step:
-            pipe(
-                prompt="a red circle", height=64, width=64, num_frames=9, num_inference_steps=5, guidance_scale=3.0,
-                max_sequence_length=8, output_type="latent", callback_on_step_end=lambda *_: end_step() or {},
-            )  # fmt: skip
-        counts.append(len(compiled))
+        denoise(pipe, 5, dense)
+        counts.append(len(graphs))
         assert not any(processor.runs_dense for processor in processors(pipe.transformer))
     assert 0 < counts[0] < counts[1] == counts[2] <= 2 * counts[0]
 

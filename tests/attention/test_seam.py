@@ -11,6 +11,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import compile_blocks, denoise
 from fresh import import_anew
 from torch import nn
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
@@ -111,12 +112,7 @@ def test_what_a_module_is_told(toy):
     pipe = build_pipeline()
     install_method(pipe.transformer, toy, WindowConfig())
     for _ in range(2):
-        with denoising(pipe.transformer, 2) as end_step:
-            pipe.set_progress_bar_config(disable=True)
-            pipe(
-                prompt="a red circle", height=64, width=64, num_frames=9, num_inference_steps=2, guidance_scale=3.0,
-                max_sequence_length=8, output_type="latent", callback_on_step_end=lambda *_: end_step() or {},
-            )  # fmt: skip
+        denoise(pipe, 2)
     grid, hidden, time = Grid(3, 4, 4), (1, 48, 32), (1, 32)
     clip = [
         (step, 2, conditional, grid, hidden, time, step + 1) for step in (0, 1) for conditional in (True, False)
@@ -459,24 +455,10 @@ def test_steps_compile_nothing_anew(toy):
     pipe = build_pipeline()
     gated = Method(**{**vars(TOY), "name": "gated", "build": lambda config, *_: Gated(config)})
     install_method(pipe.transformer, gated, WindowConfig())
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(module, example):
-        compiled.append(module)
-        return module.forward
-
-    pipe.transformer.compile_repeated_blocks(dynamic=False, backend=backend, fullgraph=True)
-    counts = []
+    graphs, counts = compile_blocks(pipe.transformer), []
     for steps in (1, 5):
-        with denoising(pipe.transformer, steps) as end_step:
-            pipe.set_progress_bar_config(disable=True)
-            pipe(
-                prompt="a red circle", height=64, width=64, num_frames=9, num_inference_steps=steps,
-                guidance_scale=3.0, max_sequence_length=8, output_type="latent",
-                callback_on_step_end=lambda *_: end_step() or {},
-            )  # fmt: skip
-        counts.append(len(compiled))
+        denoise(pipe, steps)
+        counts.append(len(graphs))
     assert counts[0] == counts[1] > 0
 
 
@@ -490,20 +472,13 @@ def test_memory_compiles_no_layer_anew(toy):
 
     model = build_transformer(num_layers=12)
     install_method(model, Method(**{**vars(TOY), "build": lambda config, *_: Adding(config)}), WindowConfig())
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(module, example):
-        compiled.append(module)
-        return module.forward
-
-    model.compile_repeated_blocks(dynamic=False, backend=backend, fullgraph=True)
+    graphs = compile_blocks(model)
     with torch.no_grad(), denoising(model, 3) as end_step:
         for _ in range(3):
             for _ in range(2):
                 model(torch.zeros(1, 4, 3, 8, 8), torch.zeros(1), torch.zeros(1, 8, 32))
             end_step()
-    assert len(compiled) == 2  # with and without a sum
+    assert len(graphs) == 2  # with and without a sum
 
 
 def test_copies_have_their_own_context(toy):

@@ -50,11 +50,13 @@ def save_pipeline(folder: Path, **transformer) -> Path:
     return folder
 
 
-def run(pipe: WanPipeline, seed: int = 0, steps: int = 2, size: int = 64, num_frames: int = 9) -> torch.Tensor:
+def run(
+    pipe: WanPipeline, seed: int = 0, steps: int = 2, size: int = 64, num_frames: int = 9, **others
+) -> torch.Tensor:
     """Final latents of a short guided run. 64 x 64 pixels and 9 frames are 3 x 4 x 4 = 48 tokens."""
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         prompt="a red circle", height=size, width=size, num_frames=num_frames, num_inference_steps=steps,
         guidance_scale=3.0, max_sequence_length=8, output_type="latent",
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), **others,
     ).frames  # fmt: skip

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from compiling import compile_blocks
 from numerics import make_qkv
 from wan_models import build_transformer, save_pipeline
 
@@ -153,18 +154,11 @@ def test_compiles_whole_and_once():
     model = build_transformer(num_layers=3)
     install_method(model, SOL, SolConfig(block_m=16, block_n=16))
     inputs = torch.zeros(1, 4, 3, 8, 8), torch.zeros(1), torch.zeros(1, 8, 32)
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(module, example):
-        compiled.append(module)
-        return module.forward
-
-    model.compile_repeated_blocks(dynamic=False, backend=backend, fullgraph=True)
+    graphs = compile_blocks(model)
     with torch.no_grad():
         for _ in range(2):
             model(*inputs)
-    assert len(compiled) == 1
+    assert len(graphs) == 1
     assert None not in take_densities(model)
 
 

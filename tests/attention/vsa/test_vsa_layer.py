@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from compiling import compile_blocks, denoise
 from wan_models import build_pipeline, build_transformer, run
 
 from slagen.attention import registry
@@ -16,7 +17,7 @@ from slagen.attention.vsa.layer import VSA
 from slagen.cli.main import run as slagen
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import make_plan
-from slagen.wan.processor import denoising, install_method, processors, remove
+from slagen.wan.processor import install_method, processors, remove
 
 METHOD = registry.get("vsa")
 GRID, LAYER = Grid(3, 5, 6), Layer(0, 1, 2, 8)
@@ -167,25 +168,11 @@ def test_in_a_model_the_gate_sees_what_q_was_projected_from():
 def test_steps_and_layers_compile_nothing_anew(gate):
     pipe = build_pipeline(num_layers=3)
     install_method(pipe.transformer, METHOD, VSAConfig(0.5, gate=gate))
-    torch._dynamo.reset()
-    compiled, counts = [], []
-
-    def backend(module, example):
-        compiled.append(module)
-        return module.forward
-
-    pipe.transformer.compile_repeated_blocks(dynamic=False, backend=backend, fullgraph=True)
+    graphs, counts = compile_blocks(pipe.transformer), []
     for steps in (1, 3):
-        with denoising(pipe.transformer, steps) as end_step:
-            pipe.set_progress_bar_config(disable=True)
-            pipe(
-                prompt="a red circle", height=96, width=96, num_frames=9, num_inference_steps=steps,
-                guidance_scale=3.0, max_sequence_length=8, output_type="latent",
-                callback_on_step_end=lambda *_: end_step() or {},
-            )  # fmt: skip
-        counts.append(len(compiled))
+        denoise(pipe, steps, size=96)
+        counts.append(len(graphs))
     assert counts[0] == counts[1] > 0
-    torch._dynamo.reset()
 
 
 def test_a_plan_says_what_it_keeps():
