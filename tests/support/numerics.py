@@ -75,15 +75,12 @@ def assert_within_budget(
     dtype: torch.dtype,
     branches: str = "both",
 ) -> None:
-    """Fail unless o and every gradient are finite and within the error budget at the head of this file.
+    """Fail unless o and every gradient of SLA are within the error budget, as `assert_within_budget_of` says.
 
     Args:
-        actual: o and the gradients of `inputs`, from the backend under test.
-        inputs: q, k, v, and with a linear branch weight and bias, as it was given them.
-        do: the gradient of o.
+        inputs: q, k, v, and with a linear branch weight and bias.
         dtype: the dtype that the backend under test multiplies in.
     """
-    wide, wide_do = [x.detach().double().cpu() for x in inputs], do.double().cpu()
 
     def reference(*x: Tensor) -> Tensor:
         return sparse_linear_attention(*x[:3], config, *x[3:], backend="reference", branches=branches)
@@ -91,11 +88,32 @@ def assert_within_budget(
     def plain(*x: Tensor) -> Tensor:
         return plain_attention(x, config, Rounding(dtype), branches)
 
+    assert_within_budget_of(reference, plain, actual, inputs, do, NAMES[: len(inputs) + 1])
+
+
+def assert_within_budget_of(
+    reference: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    actual: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    do: Tensor,
+    names: Sequence[str],
+) -> None:
+    """Fail unless o and every gradient are finite and within the error budget at the head of this file.
+
+    Args:
+        reference: inputs in float64 -> o, as it is defined.
+        plain: the same maths, every result and every gradient of one rounded; inputs and o lead with the draws.
+        actual: o and the gradients of `inputs`, from the backend under test; names: what to call them.
+        inputs: as that backend was given them, q first.
+        do: the gradient of o.
+    """
+    wide, wide_do = [x.detach().double().cpu() for x in inputs], do.double().cpu()
     exact = results(reference, wide, wide_do)
     draws = max(DRAWS, ROWS // do[..., 0].numel())
     drawn = results(plain, [x.expand(draws, *x.shape) for x in wide], wide_do.expand(draws, *do.shape))
     assert actual[0].dtype == inputs[0].dtype, f"o: {actual[0].dtype}, not {inputs[0].dtype}"
-    for name, a, d, e in zip(NAMES[: len(exact)], actual, drawn, exact, strict=True):
+    for name, a, d, e in zip(names, actual, drawn, exact, strict=True):
         assert_no_worse(name, a, d, e)
 
 
