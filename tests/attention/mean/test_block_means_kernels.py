@@ -29,11 +29,11 @@ def check(shape, dtype, config, view=lambda x: x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 65, 150])
+@pytest.mark.parametrize("length", [1, 16, 17, 75])
 @pytest.mark.parametrize("config", [mean(), sol(block_n=32), sol(tau=9.0, block_m=32)], ids=str)
 def test_numbers(config, length, dtype):
     """Rows that keep different numbers of blocks, and lengths that end within a block."""
-    check((1, 2, length, 16), dtype, config)
+    check((1, 1, length, 16), dtype, config)
 
 
 @pytest.mark.parametrize("config", [mean(sparsity=0.0), sol(tau=-1e9), mean(sparsity=0.99)], ids=str)
@@ -48,7 +48,8 @@ def test_more_means_than_a_tile(monkeypatch):
 
 
 def test_strided():
-    check((2, 3, 75, 16), torch.float32, sol(), view=strided)
+    """Several batches and heads, as Wan hands them over."""
+    check((2, 2, 40, 16), torch.float32, sol(), view=strided)
 
 
 def test_runs_of_rows_of_the_backward_pass(monkeypatch):
@@ -60,8 +61,11 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
     config, device = sol(), torch.device(DEVICE)
     fused.check_kernels(16, device, torch.float32, config)
     whole = block_means.block_means_forward
-    monkeypatch.setattr(
-        block_means, "block_means_forward", lambda *x, **y: (whole(*x, **y)[0] * 1.1, whole(*x, **y)[1])
-    )
+
+    def wrong(*tensors, **options):
+        o, lse = whole(*tensors, **options)
+        return o * 1.1, lse
+
+    monkeypatch.setattr(block_means, "block_means_forward", wrong)
     with pytest.raises(KernelProblem, match="o is wrong. Try --backend torch"):
         fused.check_kernels(16, device, torch.float32, config)

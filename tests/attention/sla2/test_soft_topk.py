@@ -29,7 +29,7 @@ def test_degrees_sum_to_count(num_blocks, count, size, dtype):
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
 def test_gradient_is_that_of_finite_differences(tau, count):
-    s = scores(4, 9).requires_grad_()
+    s = scores(2, 9).requires_grad_()
     assert gradcheck(lambda s: degrees(s, count, tau), s)
     assert gradcheck(lambda s: torch.nn.functional.logsigmoid(soft_topk(s / tau, count)), s)
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from compiling import compile_blocks, denoise
-from wan_models import build_pipeline, build_transformer, run
+from wan_models import build_pipeline, build_transformer, run, save_pipeline
 
 from slagen.attention import registry
 from slagen.attention.call import attend
@@ -190,14 +190,15 @@ def test_triton_is_refused_in_one_line(capsys):
 
 
 def test_the_command_line_shows_its_blocks(tmp_path, capsys):
-    asked = ["a red circle moving right", "--attention", "vsa", "--sparsity", "0.7", "--device", "cpu"]
+    asked = ["a red circle", "--model", str(save_pipeline(tmp_path / "model")), "--size", "96x96", "--num-frames", "9"]
+    asked += ["--attention", "vsa", "--sparsity", "0.6", "--device", "cpu"]
     output = ["--steps", "1", "--seed", "1", "--output", str(tmp_path / "a.mp4")]
     assert slagen(["generate", *asked, *output]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "8 key blocks of 64: 3 critical (37.5%), 0 marginal, 5 negligible; torch backend" in told
+    assert "4 key blocks of 64: 2 critical (50.0%), 0 marginal, 2 negligible; torch backend" in told
     assert slagen(["plan", *asked]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "8 query blocks of 64, 8 key blocks of 64" in told and "the last with" not in told
+    assert "4 query blocks of 64, 4 key blocks of 64" in told and "the last with" not in told
 
 
 def test_from_python_on_tensors():
