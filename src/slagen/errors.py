@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 FLAGS = {
     "overwrite", "allow-untrained", "ode", "save-latents", "local-files-only", "from-dense", "restart", "retry-failed",
-    "no-cache", "compile", "backward", "checkpointing", "tensorboard", "upscale", "smooth-keys",
+    "no-cache", "compile", "backward", "checkpointing", "tensorboard", "no-upscale", "smooth-keys",
 }  # fmt: skip
 # Words behind an option that are not its value.
 NO_VALUES = {

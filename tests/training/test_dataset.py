@@ -92,6 +92,28 @@ def test_videos_are_encoded_once(toy, tmp_path, monkeypatch, capsys):
     assert "1.mp4 cannot be decoded" in capsys.readouterr().err
 
 
+def test_one_data_set_trains_several_sizes(toy, tmp_path, capsys):
+    """As the bundled model's own: videos keep their size, and a batch may have clips of both."""
+    needs("av", "slagen[finetune]")
+    from test_videos import write_video
+
+    model, _ = toy
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number, size in enumerate([(64, 64), (64, 64), (96, 96), (96, 96), (128, 128)]):
+        write_video(raw / f"{number}.mp4", [60 * number, 40], [0, 2000], size)
+        (raw / f"{number}.txt").write_text("a red circle")
+    command = ["finetune", "data", str(raw), "--output", str(tmp_path / "data"), "--model", str(model), "--size",
+               "96x96", "--num-frames", "5", "--device", "cpu", "--no-upscale"]  # fmt: skip
+    assert run(command) == 0
+    made = Dataset(tmp_path / "data")
+    assert sorted(clip.shape[2:] for clip in [*made.training, *made.held_out]) == [(8, 8)] * 2 + [(12, 12)] * 3
+    assert finetune(settings(model, tmp_path / "out", data=tmp_path / "data", steps=2, batch_size=4)).steps == 2
+    command = ["finetune", "--data", str(tmp_path / "data"), "--no-upscale", "--output", str(tmp_path / "other"),
+               "--model", str(model), "--from-dense", "--device", "cpu"]  # fmt: skip
+    assert run(command) == 2 and "--no-upscale has no effect. Leave it out" in capsys.readouterr().err
+
+
 def prepare(model, path, output, held_out=None, dtype="fp32"):
     config = DataConfig(str(path), held_out=held_out, width=64, height=64, num_frames=9)
     base = GenerateConfig("-", model=str(model), device="cpu", dtype=dtype)

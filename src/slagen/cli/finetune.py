@@ -55,7 +55,7 @@ def finetune(
 
 @tuning.command("data", cls=Command, context_settings=CONTEXT)
 @takes(
-    clips=Fields(DataConfig, only=("held_out", "width", "height", "num_frames", "fps")),
+    clips=Fields(DataConfig, only=("held_out", "width", "height", "num_frames", "fps", "no_upscale")),
     settings=Fields(FinetuneConfig, only=("model", "seed", "dtype", "device")),
 )
 def finetune_data(

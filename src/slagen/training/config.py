@@ -51,7 +51,7 @@ class DataConfig:
         clips_per_prompt: how many clips of each such prompt to train on, 4 unless given; one more is held out.
         held_out: clips of a data set that are never trained on; None is a tenth, from 1 to 16.
         width, height, num_frames, fps: the size of clips, whose area and length no clip exceeds; None is the model's.
-        upscale: whether videos of a smaller area are enlarged to it; otherwise their clips keep about their own area.
+        no_upscale: clips of smaller videos keep about their own area; otherwise they are enlarged.
     Raises: UsageError if a value is out of range, or no data or two kinds of it are given.
     """
 
@@ -83,8 +83,8 @@ class DataConfig:
     height: int | None = option(None, "In pixels.", panel=DATA, hidden=True)
     num_frames: int | None = option(None, "Maximum video frames of a clip, 4k + 1.", panel=DATA)
     fps: int | None = option(None, "Frames per second of the clips.", panel=DATA)
-    upscale: bool = option(
-        True, "Enlarge smaller videos to that area, or train on each at about its own size.", panel=DATA
+    no_upscale: bool = option(
+        False, "Do not enlarge smaller videos to the area of --size; each keeps about its own size.", panel=DATA
     )
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class DataConfig:
             _check_count(name, getattr(self, name))
         if self.held_out is not None and self.self_generate is not None:
             raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
-        if not self.upscale and self.self_generate is not None:
+        if self.no_upscale and self.self_generate is not None:
             raise UsageError("--self-generate makes clips of one size. Leave --no-upscale out.")
         if self.clips_per_prompt is not None and self.path is not None:
             raise UsageError(

@@ -125,7 +125,7 @@ def _prepared(setup: Setup) -> Dataset:
             if getattr(data, name) is not None:
                 option = {"width": "--size"}.get(name, f"--{name.replace('_', '-')}")
                 raise UsageError(f"{data.path} is already prepared, so {option} has no effect. Leave it out.")
-        if not data.upscale:
+        if data.no_upscale:
             raise UsageError(f"{data.path} is already prepared, so --no-upscale has no effect. Leave it out.")
         return dataset.open_dataset(user_path(data.path), source, cache)
     folder = setup.folder / "data"
