@@ -31,7 +31,7 @@ def test_every_method_runs_or_says_that_it_has_learned_weights(name):
     q, k, v = make_qkv((1, 1, 128, 16), torch.float32)
     learns = any(group.used for group in registry.get(name).parameters)
     if learns and name != "vsa":  # of which only its gate is learned, and there is none without weights
-        with pytest.raises(UsageError, match=f"{name} attention has learned weights"):
+        with pytest.raises(UsageError, match=f"{name} attention needs learned weights"):
             slagen.attend(name, q, k, v, grid=(2, 8, 8))
     else:
         assert slagen.attend(name, q, k, v, grid=(2, 8, 8)).shape == q.shape

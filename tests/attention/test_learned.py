@@ -170,14 +170,16 @@ def test_weights_of_another_method_are_refused(tuned, tmp_path):
         )
     with pytest.raises(UsageError, match="gate attention does not use SLA weights. .* or give --attention sla"):
         generate(video("tiny-wan", tmp_path, weights=str(bundled_folder() / "sla.safetensors")))
-    with pytest.raises(WeightsError, match="is of SLA, .* do not suit gate attention. Give --attention sla, or other"):
+    with pytest.raises(
+        WeightsError, match="holds SLA weights, .* not work with gate attention. Give --attention sla, or other"
+    ):
         generate(video("tiny-wan", tmp_path))
     with pytest.raises(WeightsError, match="has no weights of gate attention, .* finetune --attention gate --from-den"):
         generate(video(model, tmp_path))
     pipe = build_pipeline()
-    with pytest.raises(WeightsError, match="is of gate attention, and its weights do not suit SLA"):
+    with pytest.raises(WeightsError, match="holds gate attention weights, which do not work with SLA"):
         slagen.load_sla(pipe, folder)
-    with pytest.raises(WeightsError, match="is of gate attention, .* Give --attention gate"):
+    with pytest.raises(WeightsError, match="holds gate attention weights, .* Give --attention gate"):
         plan(video("tiny-wan", tmp_path, attention="sla", weights=str(folder), output="outputs"))
 
 
@@ -249,12 +251,15 @@ def test_files_that_do_not_hold(tuned, tmp_path):
     tensors, told = load_file(folder / "sla.safetensors"), read_metadata(folder)
     fields = json.loads(told.to_strings()["slagen"])
     for change, said in (
-        ({"method": "unheard"}, r"of unheard attention, which this slagen does not have\. Upgrade slagen\. Copy or"),
-        ({"method": "z" * 5000}, r"of z{40,90}\.\.\.z{10,50} attention"),
-        ({"method": "dense", "config": {}}, "of dense attention, which has no weights of its own. Copy or"),
+        (
+            {"method": "unheard"},
+            r"for unheard attention, which this version of slagen does not have\. Upgrade slagen\.$",
+        ),
+        ({"method": "z" * 5000}, r"for z{40,90}\.\.\.z{10,50} attention"),
+        ({"method": "dense", "config": {}}, "dense attention has no weights of its own. Copy or"),
         ({"config": {"stride": "a"}}, '"stride" is text, but must be a whole number'),
         ({"config": {"stride": 0}}, "stride is 0"),
-        ({"config": {"width": 1}}, "gate settings have the unknown width"),
+        ({"config": {"width": 1}}, "gate attention has no setting width; its settings are stride"),
     ):
         file = tmp_path / "sla.safetensors"
         save_file(tensors, file, metadata={"slagen": json.dumps({**fields, **change})})
@@ -279,7 +284,7 @@ def test_a_model_saved_by_diffusers_keeps_them(tuned, tmp_path):
     assert weights_hash(fresh.transformer) == metadata.base_hash
     made = generate(video(tmp_path / "saved", tmp_path)).videos[0].report
     assert made["weights"]["used"] == "gate attention" and made["attention"]["stride"] == 3
-    with pytest.raises(WeightsError, match="is of gate attention, and its weights do not suit SLA"):
+    with pytest.raises(WeightsError, match="holds gate attention weights, which do not work with SLA"):
         generate(video(tmp_path / "saved", tmp_path, attention="sla"))
     dense = generate(video(tmp_path / "saved", tmp_path, attention="dense")).videos[0].report
     assert dense["weights"]["used"] == "base"

@@ -98,8 +98,8 @@ def test_plans_count_what_is_dense(tmp_path):
     assert forward[1].sla_attention == pytest.approx((forward[0].sla_attention + forward[0].dense_attention) / 2)
     assert half.kept_fraction == pytest.approx((1 + sla.kept_fraction) / 2) and dense.kept_fraction == 1
     assert half.settings["dense_steps"] == list(range(25)) and "dense_steps" not in sla.settings
-    assert "25 of 50 steps and 0 of 30 layers run dense" in half.notes
-    assert "32760 tokens, fewer than min_tokens (40000): this clip runs dense" in told(min_tokens=40000).notes
+    assert "25 of 50 steps and 0 of 30 layers use dense attention" in half.notes
+    assert "32760 tokens, fewer than min_tokens (40000): this clip uses dense attention" in told(min_tokens=40000).notes
 
 
 class Task:
@@ -152,7 +152,7 @@ def test_the_command_line_tells_of_it(tmp_path, capsys):
     more = ["--device", "cpu", "--allow-untrained", "--output", str(tmp_path / "a.mp4"), "--block-n", "16"]
     assert slagen(["generate", "a red circle", *arguments, *more, "--dense-steps", "-1", "--dense-layers", "0"]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "1 of 2 steps and 1 of 2 layers run dense" in told and "dense steps 1; dense layers 0" in told
+    assert "1 of 2 steps and 1 of 2 layers use dense attention" in told and "dense steps 1; dense layers 0" in told
     assert json.loads((tmp_path / "a.json").read_text())["settings"]["dense_steps"] == "-1"
 
 

@@ -437,7 +437,9 @@ def test_a_name_is_taken_once(toy):
 def test_a_shared_name_means_the_same(toy):
     """The command line took the first method's kind and help, and files the first one's parameters."""
     deep = dataclasses.make_dataclass("Deep", [("window", float, option(1.0, "Share of the frames."))], frozen=True)
-    with pytest.raises(ValueError, match="window is an option of window attention too, but of another type or help"):
+    with pytest.raises(
+        ValueError, match="window is already an option of window attention, with another type or help text"
+    ):
         registry.register(Method(**{**vars(TOY), "name": "deep", "config": deep}))
     with pytest.raises(ValueError, match="proj_l is a parameter group of deep and of sla attention"):
         registry.register(Method(**{**vars(TOY), "name": "deep", "parameters": (ParameterGroup("proj_l"),)}))

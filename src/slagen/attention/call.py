@@ -56,7 +56,10 @@ def attend(
     module = method.build(config, layer, backend, q.device)
     learned = [each.name for each in method.parameters if each.used and getattr(module, each.name, None) is not None]
     if learned:
-        raise UsageError(f"{name} attention has learned weights ({', '.join(learned)}), and attend() takes none.")
+        raise UsageError(
+            f"{name} attention needs learned weights ({', '.join(learned)}), which attend() cannot take. Run it in a "
+            "model."
+        )
     if (begin_pass := getattr(module, "begin_pass", None)) is not None:
         begin_pass(context)
     return module(q, k, v, Inputs(layer, context, kept={}))  # type: ignore[no-any-return]
@@ -70,6 +73,6 @@ def _grid(grid: Grid | tuple[int, int, int] | None, num_tokens: int) -> Grid:
     if made.num_tokens != num_tokens or min(made.num_frames, made.height, made.width) < 1:
         raise UsageError(
             f"grid is {made.num_frames} x {made.height} x {made.width} = {made.num_tokens} tokens, but q has "
-            f"{num_tokens}. Give (latent frames, rows, columns) of the same tokens, or leave grid out."
+            f"{num_tokens}. Give grid=(latent frames, rows, columns) of these tokens, or leave grid out."
         )
     return made

@@ -37,7 +37,7 @@ def label(name: str) -> str:
 def of_another(path: object, method: Method, name: str) -> WeightsError:
     """The error for weights of the method `name` where another method runs."""
     return WeightsError(
-        f"{path} is of {label(name)}, and its weights do not suit {label(method.name)}. Give --attention {name}, or "
+        f"{path} holds {label(name)} weights, which do not work with {label(method.name)}. Give --attention {name}, or "
         "other weights."
     )
 
@@ -47,16 +47,25 @@ def to_fields(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def read_config(name: str, fields: Any) -> Any:
-    """The config of the method of a name, of what `to_fields` gave; what is not there has its default, but for SLA.
+def check_known(path: object, name: str) -> None:
+    """Raise WeightsError for weights of an attention method that this version does not have."""
+    if name not in registry.METHODS:
+        raise WeightsError(
+            f"{path} holds weights for {cut(name)} attention, which this version of slagen does not have. Upgrade "
+            "slagen."
+        )
 
-    Raises: UsageError for a method that there is not, or that is dense, a field that its config does not have, or a
-        value that it refuses.
+
+def read_config(name: str, fields: Any) -> Any:
+    """The config of the method `name`, from what `to_fields` returned. A missing field has its default, except for SLA.
+
+    Raises: UsageError for a method that is unknown or dense, a field that its config does not have, or a value that it
+        refuses.
     """
     if name not in registry.METHODS:
-        raise UsageError(f"they are of {cut(name)} attention, which this slagen does not have. Upgrade slagen.")
+        raise UsageError(f"{cut(name)} attention is unknown")
     if registry.METHODS[name].family == "dense":
-        raise UsageError(f"they are of {name} attention, which has no weights of its own.")
+        raise UsageError(f"{name} attention has no weights of its own")
     config = registry.METHODS[name].config
     if config is SLAConfig:
         return SLAConfig.from_dict(fields)
@@ -64,10 +73,10 @@ def read_config(name: str, fields: Any) -> Any:
     try:
         check(fields, {f"{field}?": _form(setting) for field, setting in settings.items()})
     except Fault as fault:
-        raise UsageError(f"{name} settings do not hold: {fault}.") from fault
+        raise UsageError(f"the {name} setting {fault}") from fault
     if unknown := sorted(fields.keys() - settings.keys()):
         raise UsageError(
-            f"{name} settings have the unknown {unknown[0][:60]}. Give of {', '.join(settings) or 'none'}."
+            f"{name} attention has no setting {unknown[0][:60]}; its settings are {', '.join(settings) or 'none'}"
         )
     return config(**{field: tuple(value) if isinstance(value, list) else value for field, value in fields.items()})
 

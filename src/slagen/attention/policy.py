@@ -42,11 +42,14 @@ class AttentionPolicy:
     def note(self, num_tokens: int, part: DensePart) -> str | None:
         """One line on what runs dense of a clip of so many tokens; None where nothing does."""
         if self.min_tokens is not None and num_tokens < self.min_tokens:
-            return f"{counted(num_tokens, 'token')}, fewer than min_tokens ({self.min_tokens}): this clip runs dense"
+            return (
+                f"{counted(num_tokens, 'token')}, fewer than min_tokens ({self.min_tokens}): this clip uses dense "
+                "attention"
+            )
         if part.share == 0:
             return None
         steps, layers = counted(part.num_steps, "step"), counted(part.num_layers, "layer")
-        return f"{len(part.steps)} of {steps} and {len(part.layers)} of {layers} run dense"
+        return f"{len(part.steps)} of {steps} and {len(part.layers)} of {layers} use dense attention"
 
 
 @dataclass(frozen=True)

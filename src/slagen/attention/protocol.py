@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from slagen.errors import UsageError
 from slagen.io.forms import shown
+from slagen.io.text import counted
 from slagen.settings import settings_of
 
 if TYPE_CHECKING:
@@ -307,6 +308,10 @@ class Method:
         """The group of a transformer's parameter, by its key; None for one that is not this method's."""
         return next((group for group in self.parameters if f".processor.{group.name}." in f"{key}."), None)
 
+    def nothing_to_skip(self, num_tokens: int) -> str:
+        """What a message says of a clip to which the method does not apply."""
+        return f"with these settings, {self.name} attention has nothing to skip in {counted(num_tokens, 'token')}"
+
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of some options that are its own and given."""
         return {name: value for name, value in options.items() if value is not None and name in self.option_names}
@@ -327,8 +332,8 @@ class Method:
         missing = ["the hidden states of all tokens"] * self.needs.hidden_states + ["all heads"] * self.needs.all_heads
         if missing:
             raise UsageError(
-                f"{self.name} attention needs {' and '.join(missing)} of a layer in one process, and "
-                "context_parallel shares them out. Leave --context-parallel out."
+                f"{self.name} attention needs {' and '.join(missing)} of a layer in one process, but "
+                "context_parallel splits them among processes. Leave --context-parallel out."
             )
 
     def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:

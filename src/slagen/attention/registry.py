@@ -41,8 +41,8 @@ def _check_shared(method: Method, other: Method) -> None:
         known = options.get(setting.field, setting)
         if setting.about.help and (setting.kind, setting.about) != (known.kind, known.about):
             raise ValueError(
-                f"{setting.field} is an option of {other.name} attention too, but of another type or help. "
-                f"Use the same type and help in {method.name} attention, or another name."
+                f"{setting.field} is already an option of {other.name} attention, with another type or help text. "
+                f"Use the same type and help text in {method.name} attention, or another name."
             )
     for name in {group.name for group in method.parameters} & {group.name for group in other.parameters}:
         raise ValueError(

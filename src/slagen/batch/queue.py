@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from slagen.attention import registry
 from slagen.batch.manifest import Job, Manifest, Wanted
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
@@ -39,9 +40,10 @@ def plan_videos(base: GenerateConfig, requests: list[prompts.Request], weights: 
             config = prompts.apply(base, request)
             plan = make_plan(config, weights)
             if plan.config.attention != config.attention:
+                nothing = registry.get(config.attention).nothing_to_skip(plan.num_tokens)
                 raise UsageError(
-                    f"{plan.num_tokens} tokens are too few for SLA, which the other prompts use. Choose a larger "
-                    "--size or more frames, or put this prompt into a file of its own."
+                    f"{nothing}. Choose a larger --size or more frames, or put this prompt into a file of its own and "
+                    "give --attention dense."
                 )
         except SlagenError as error:
             faults.append(f"{request.where}: {error}")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slagen.attention.learned import SLA_NAME, read_config, to_fields
+from slagen.attention.learned import SLA_NAME, check_known, read_config, to_fields
 from slagen.attention.registry import parameter_group
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
@@ -85,12 +85,15 @@ class SLAMetadata:
         version = fields["format_version"]
         if version not in (UNLISTED, FORMAT_VERSION):
             raise WeightsError(
-                f"{path} has format version {version}; this slagen reads up to {FORMAT_VERSION}. Upgrade slagen."
+                f"{path} has format version {version}; this version of slagen reads up to {FORMAT_VERSION}. "
+                "Upgrade slagen."
             )
         read_strings(path, text, FORM if version == UNLISTED else FORM | LIST)
         names = fields.pop("tensors", None)
+        method = fields.get("method", SLA_NAME)
+        check_known(path, method)
         try:
-            config = read_config(fields.get("method", SLA_NAME), fields["config"])
+            config = read_config(method, fields["config"])
             return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
         except (TypeError, UsageError) as error:
             fault = str(error).removesuffix(".")

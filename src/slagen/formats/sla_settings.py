@@ -1,9 +1,9 @@
-"""What attention weights were trained with, as slagen's own file or a model saved by diffusers says it. No torch."""
+"""The settings that attention weights were trained with, read from slagen's own file or a saved model. No torch."""
 
 from pathlib import Path
 from typing import Any
 
-from slagen.attention.learned import SLA_NAME, read_config, to_fields
+from slagen.attention.learned import SLA_NAME, check_known, read_config, to_fields
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.folders import transformer_folder
 from slagen.formats.headers import read_header, read_strings
@@ -12,16 +12,19 @@ from slagen.io import documents
 
 
 def read_trained_with(path: Path) -> tuple[str, Any] | None:
-    """The attention method that weights are of, and the config they were trained with: the metadata of slagen's own
-    file say it, or the config.json in a folder where diffusers saved them inside a model; None where neither does."""
+    """The attention method of weights, and the config that they were trained with.
+
+    They come from the metadata of slagen's own file, or from the config.json of a model in which diffusers saved the
+    weights; None if neither has them.
+    """
     try:
         if path.is_dir():
             inner = path / "transformer"
-            told = read_json(inner / "config.json", inner)[SETTINGS_KEY]
+            fields = read_json(inner / "config.json", inner)[SETTINGS_KEY]
         else:
-            told = read_strings(path, read_header(path)["__metadata__"]["slagen"], {"config": dict, "method?": str})
-        method = told.get("method", SLA_NAME)
-        return method, read_config(method, told["config"])
+            fields = read_strings(path, read_header(path)["__metadata__"]["slagen"], {"config": dict, "method?": str})
+        method = fields.get("method", SLA_NAME)
+        return method, read_config(method, fields["config"])
     except (KeyError, UsageError):
         return None
 
@@ -30,7 +33,7 @@ SETTINGS_METADATA = "slagen_transformer"  # in a transformer file's metadata
 
 
 def describe_settings(method: str, config: Any, family: str, trained: str) -> dict[str, Any]:
-    """What `read_settings` reads of attention weights inside a transformer.
+    """The settings of attention weights inside a transformer, in the form that `read_settings` reads.
 
     Args:
         method, config, family, trained: as in SLAMetadata.
@@ -40,22 +43,25 @@ def describe_settings(method: str, config: Any, family: str, trained: str) -> di
 
 
 def read_settings(path: Path, metadata: dict[str, Any]) -> dict[str, Any] | None:
-    """What attention weights inside a transformer were trained with: fields of Found, from the file's metadata or from
-    the config.json that diffusers writes beside it; None where neither says it. Raises WeightsError if it cannot be
-    read.
+    """The fields of Found that say how the attention weights in a transformer were trained.
+
+    They come from the file's metadata, or from the config.json that diffusers writes beside it; None if neither has
+    them. Raises WeightsError if they cannot be read.
     """
     folder = transformer_folder(path) if path.is_dir() else path.parent
-    told = None
+    settings = None
     if SETTINGS_METADATA in metadata:
-        told = read_strings(path, metadata[SETTINGS_METADATA], SLA_SETTINGS)
+        settings = read_strings(path, metadata[SETTINGS_METADATA], SLA_SETTINGS)
     elif (folder / "config.json").is_file():
-        told = documents.read_json(folder / "config.json", {f"{SETTINGS_KEY}?": SLA_SETTINGS}).get(SETTINGS_KEY)
-    if told is None:
+        settings = documents.read_json(folder / "config.json", {f"{SETTINGS_KEY}?": SLA_SETTINGS}).get(SETTINGS_KEY)
+    if settings is None:
         return None
+    method = settings.get("method", SLA_NAME)
+    check_known(path, method)
     try:
-        method = told.get("method", SLA_NAME)
-        config = read_config(method, told["config"])
+        config = read_config(method, settings["config"])
     except UsageError as error:
-        raise WeightsError(f"{path} has invalid attention settings: {error} Copy or download it again.") from error
-    sampler = "rcm" if told["sampler_family"] == "rcm" else None
-    return {"trained_with": config, "method": method, "sampler": sampler, "trained": told["trained"]}
+        fault = str(error).removesuffix(".")
+        raise WeightsError(f"{path} has invalid attention settings: {fault}. Copy or download it again.") from error
+    sampler = "rcm" if settings["sampler_family"] == "rcm" else None
+    return {"trained_with": config, "method": method, "sampler": sampler, "trained": settings["trained"]}

@@ -28,7 +28,6 @@ from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.fill_defaults import check_size, fill_defaults
 from slagen.io.paths import user_path
-from slagen.io.text import counted
 from slagen.settings import changed
 from slagen.wan.folder import ModelSource, bundled_folder
 from slagen.wan.models import resolve_model
@@ -224,13 +223,10 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if weights.trained_with is not None and weights.sla_path is not None:
         warnings += differences(attention, weights.trained_with)
     if not method.applies(attention, grid):
+        warnings.append(f"{method.nothing_to_skip(grid.num_tokens)}, so this clip uses dense attention")
         method = registry.get("dense")
         attention, options = method.config(), {}
         config = config.with_dense_attention()
-        warnings.append(
-            f"{counted(grid.num_tokens, 'token')} make fewer than 2 key blocks, so no block can be skipped: this "
-            "clip uses dense attention"
-        )
     elif (note := method.note(attention, options, grid)) is not None:
         notes.append(note)
     dense = config.policy.resolve(config.steps or 1, source.shape.num_layers, grid.num_tokens)

@@ -92,6 +92,8 @@ def check(value: Any, form: Any, path: str = "") -> None:
         for number, (item, inner) in enumerate(zip(value, form, strict=True)):
             check(item, inner, f"{path}[{number}]")
     elif not is_of(value, form):
+        if is_of(0.0, form) and not isinstance(value, bool) and isinstance(value, int | float) and abs(value) >= 1e300:
+            raise Fault(f"{_quoted(path)} is {shown(value)}, which is too large".lstrip())
         bad = isinstance(value, float) and not math.isfinite(value)
         raise _unfit(path, str(value) if bad else kind_of(value), form)
 

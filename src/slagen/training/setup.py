@@ -18,7 +18,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.generation.config import CACHE, GenerateConfig
 from slagen.generation.resolve import Weights, find_weights
 from slagen.io.paths import user_path
-from slagen.io.text import counted, quote
+from slagen.io.text import quote
 from slagen.machine import pick_device, pick_dtype
 from slagen.training.config import FinetuneConfig, check_backward
 from slagen.training.data.dataset import Clip, Dataset
@@ -181,16 +181,11 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
     grids = {setup.grid(clip) for clip in clips}
     attention = setup.attention
     short = [grid.num_tokens for grid in grids if not setup.is_dense and not setup.method.applies(attention, grid)]
-    if short and (block_n := getattr(attention, "block_n", None)) is None:
-        raise UsageError(
-            f"a clip has {counted(min(short), 'token')}, of which {setup.method.name} attention can leave nothing out. "
-            "Give larger or longer clips."
-        )
     if short:
-        raise UsageError(
-            f"a clip has {counted(min(short), 'token')}, fewer than 2 key blocks of {block_n}, so no block "
-            "can be skipped. Give larger or longer clips, or a smaller --block-n."
-        )
+        num_tokens, advice = min(short), "Give larger or longer clips"
+        if (block_n := getattr(attention, "block_n", None)) is not None:
+            advice += ", or a smaller --block-n" if num_tokens <= block_n else ", or a higher --sparsity"
+        raise UsageError(f"a clip is too short: {setup.method.nothing_to_skip(num_tokens)}. {advice}.")
     _check_start(setup, grids)
     parts = setup.config.context_parallel
     for clip in clips:

@@ -98,7 +98,7 @@ def test_notes_and_what_applies():
     grid = Grid(21, 30, 52)
     assert SOL.note(SolConfig(), {}, grid) == (
         "tau 1 -> about 16% of key blocks, with those beside each query block about 16% (estimates; the report has "
-        "what it was)"
+        "the measured fraction)"
     )
     assert MEAN.note(MeanConfig(), {}, grid) == "sparsity 0.85 -> 76 of 512 key blocks per query block"
     assert SOL.describe(SolConfig(), grid)["key_blocks"] == 512

@@ -284,8 +284,8 @@ def test_operator_refuses():
         ({"logit": torch.zeros(2, 3)}, "logit is (2, 3) of torch.float32 on cpu"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
-        ({"backend": "triton", "soft": True}, "blocks are kept by degrees, which has no kernels. Try torch or auto."),
-        ({"backend": "triton", "config": small(mixing="mass")}, "mixing is 'mass', which has no kernels."),
+        ({"backend": "triton", "soft": True}, "the soft top-k has no Triton kernels. Try torch or auto."),
+        ({"backend": "triton", "config": small(mixing="mass")}, "mixing 'mass' has no Triton kernels."),
     ):
         given = {"config": small(), "router_q": eye, "router_k": eye, "logit": logit, **change}
         with pytest.raises(ValueError) as error:

@@ -91,9 +91,9 @@ def test_the_gate_takes_the_dtype_of_the_hidden_states():
 @pytest.mark.parametrize(
     ("inputs", "told"),
     [
-        (inputs_of(hidden=False), "computed from a layer's hidden states"),
+        (inputs_of(hidden=False), "needs the hidden states of all tokens of a layer"),
         (inputs_of(Grid(3, 5, 7)), "3 x 5 x 7 has 105 tokens, but the sequence has 90"),
-        (Inputs(LAYER, StepContext(), torch.zeros(1, 90, 16)), "the grid of 90 tokens is unknown"),
+        (Inputs(LAYER, StepContext(), torch.zeros(1, 90, 16)), "the grid of the 90 tokens is unknown"),
     ],
     ids=["no-hidden-states", "other-grid", "no-grid"],
 )

@@ -72,7 +72,7 @@ def _sdpa(backend: SDPBackend, device: torch.device) -> Attend:
         if backend == SDPBackend.MATH:
             gib = q.shape[0] * q.shape[1] * q.shape[2] ** 2 * 4 / 2**30
             if gib > MATH_LIMIT_GIB:
-                raise Unavailable(f"its attention matrix takes {gib:.0f} GiB")
+                raise Unavailable(f"its attention matrix would take {gib:.0f} GiB")
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 

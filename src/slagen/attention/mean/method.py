@@ -79,7 +79,7 @@ def _sol_note(config: SolConfig, options: Mapping[str, Any], grid: Grid) -> str:
     whole = density(config, grid.num_tokens)
     return (
         f"tau {config.tau:g} -> about {expected_share(config.tau):.0%} of key blocks, with those beside each query "
-        f"block about {whole:.0%} (estimates; the report has what it was)"
+        f"block about {whole:.0%} (estimates; the report has the measured fraction)"
     )
 
 

@@ -51,7 +51,7 @@ class SLAConfig:
         check_choice("block_n", self.block_n, BLOCK_SIZES)
         if self.negligible > 0 and self.linear_domain == "all":
             raise UsageError(
-                f"negligible is {self.negligible} with linear_domain 'all', but that linear branch skips no token. "
+                f"negligible is {self.negligible} with linear_domain 'all', but then the linear branch skips no token. "
                 "Try --linear-domain marginal, or --negligible 0."
             )
 
@@ -113,7 +113,7 @@ class SLAConfig:
             raise UsageError(f"SLA settings are {shown(fields)}. Give a JSON object.")
         expected = {field.name for field in dataclasses.fields(cls)}
         faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
-        faults += [f"have the unknown {name}" for name in sorted(fields.keys() - expected)]
+        faults += [f"contain the unknown {name}" for name in sorted(fields.keys() - expected)]
         if faults:
             raise UsageError(f"SLA settings {' and '.join(faults)}. Give exactly {', '.join(sorted(expected))}.")
         return cls(**fields)

@@ -35,13 +35,15 @@ class SLA2Config:
 
     sparsity: float = 0.95
     router_tau: float = option(
-        0.1, "Temperature of the soft top-k while the router is trained; lower is closer to the blocks really kept."
+        0.1, "Temperature of the soft top-k while the router is trained; lower is closer to the final, hard choice."
     )
-    smooth_keys: bool = option(True, "Subtract the mean key before blocks are chosen and before the linear branch.")
+    smooth_keys: bool = option(True, "Subtract the mean key from all keys, in the router and in the linear branch.")
     mixing: Mixing = option(
         "learned", "Weight of the exact branch: learned, or mass, its estimated share of the softmax."
     )
-    mixing_blocks: int = option(1, "Learned weights along the query blocks, for each head; 1 is one for all of them.")
+    mixing_blocks: int = option(
+        1, "Learned mixing weights per head, spread over the query blocks; 1 shares one weight among all of them."
+    )
     block_m: int = 128
     block_n: int = 64
 

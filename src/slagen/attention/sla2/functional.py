@@ -108,8 +108,8 @@ def choose_backend(
         raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
     if soft or config.mixing == "mass":
         if backend == "triton":
-            reason = "blocks are kept by degrees" if soft else "mixing is 'mass'"
-            raise ValueError(f"backend is 'triton', but {reason}, which has no kernels. Try torch or auto.")
+            lacking = "the soft top-k" if soft else "mixing 'mass'"
+            raise ValueError(f"backend is 'triton', but {lacking} has no Triton kernels. Try torch or auto.")
         return "torch" if backend == "auto" else backend
     return choose_sla_backend(q, backend)
 

@@ -49,7 +49,9 @@ def video_sparse_attention(
     chosen = choose_backend(backend)
     cubes = grid if isinstance(grid, CubeOrder) else cube_order(check_tokens(grid, q.shape[2]), q.device)
     if len(cubes.slots) != q.shape[2]:
-        raise ValueError(f"the cubes are those of {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give q's grid.")
+        raise ValueError(
+            f"the cubes are for {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give the grid of q's tokens."
+        )
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[chosen](q, k, v, config, cubes, gate, q.shape[3] ** -0.5)
 

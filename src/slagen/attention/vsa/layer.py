@@ -65,7 +65,8 @@ class VSA(nn.Module):
 def _hidden_states(inputs: Inputs) -> Tensor:
     if inputs.hidden_states is None:
         raise ValueError(
-            "vsa's gate is computed from a layer's hidden states, and here there are none, or each process has only "
-            "those of its own tokens. Run it in a model, on one device."
+            "vsa's gate needs the hidden states of all tokens of a layer, but there are none here, or only those of "
+            "this "
+            "process's tokens. Run it in a model, on one device."
         )
     return inputs.hidden_states

@@ -65,7 +65,10 @@ def _note(config: VSAConfig, options: Mapping[str, Any], grid: Grid) -> str:
 
 VSA = Method(
     name="vsa",
-    summary="Video Sparse Attention: exact attention to the best cubes of 4x4x4 tokens, and a gated coarse branch",
+    summary=(
+        "Video Sparse Attention: exact attention to the highest-scoring cubes of 4x4x4 tokens, and a gated coarse "
+        "branch"
+    ),
     config=VSAConfig,
     needs=Needs(context=True, hidden_states=True),
     cost=vsa_flops,
