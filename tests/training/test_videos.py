@@ -52,6 +52,15 @@ def test_smaller_videos_keep_their_size(tmp_path):
     assert read_clip(videos[0].path, kept[0]).shape == (kept[0].num_frames, 32, 32, 3)
 
 
+def test_a_clip_may_be_as_long_as_the_models_own(tmp_path):
+    """Of 33 frames the lengths are 33, 21, 13 and 5: a video of 17, which the model makes, lost four of them."""
+    write_ramp(tmp_path / "own.mp4", frames=17, fps=8)
+    videos, full = [SourceVideo(tmp_path / "own.mp4", "a", "a")], ClipSpec(64, 48, 33, 8)
+    assert [clip.num_frames for clip in plan_clips(videos, full, 16, own_length=17)] == [17]
+    assert [clip.num_frames for clip in plan_clips(videos, full, 16)] == [13]
+    assert [clip.num_frames for clip in plan_clips(videos, FULL, 16, own_length=81)] == [17]
+
+
 def ffmpeg(*arguments):
     import imageio_ffmpeg
 

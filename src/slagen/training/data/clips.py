@@ -47,7 +47,7 @@ def raise_faults(faults: list[str]) -> None:
 
 def plan_clips(
     videos: list[SourceVideo], full: ClipSpec, grid: int, faults: Sequence[str] = (),
-    on_look: Callable[[int], None] = lambda number: None, *, upscale: bool = True,
+    on_look: Callable[[int], None] = lambda number: None, *, upscale: bool = True, own_length: int | None = None,
 ) -> list[ClipSpec]:  # fmt: skip
     """Probe every video and choose its clip: the nearest of a few aspect ratios, the longest of a few lengths.
 
@@ -55,10 +55,12 @@ def plan_clips(
         full: the largest area and length. grid: width and height are multiples of this.
         faults: of the data set, known before. on_look: called with each video's number before it is probed.
         upscale: whether a video of a smaller area is enlarged; otherwise its clip has the sizes of its own area.
+        own_length: the model's number of frames, which a clip may have too where `full` is longer.
     Raises: UsageError with those, and every video that cannot be read, has no frames, or is too short.
     """
     fewest = min(full.num_frames, MIN_FRAMES)
-    lengths = sorted({max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}, reverse=True)
+    choices = {max(fewest, (int(full.num_frames * part) - 1) // 4 * 4 + 1) for part in LENGTHS}
+    lengths = sorted(choices | {min(own_length or full.num_frames, full.num_frames)}, reverse=True)
     found, specs = list(faults), []
     for number, item in enumerate(videos):
         on_look(number)

@@ -91,7 +91,10 @@ def _plan(job: Job, videos: list[SourceVideo], largest: ClipSpec, faults: list[s
         job.emit(Event("clip", f"reading video {number + 1} of {len(videos)}: {videos[number].path.name}"))
 
     grid = max(16, job.source.spatial_grid)
-    specs = plan_clips(videos, largest, grid, faults, look, upscale=not job.config.no_upscale)
+    specs = plan_clips(
+        videos, largest, grid, faults, look, upscale=not job.config.no_upscale,
+        own_length=job.source.defaults.num_frames,
+    )  # fmt: skip
     names = [video.path.name for video, spec in zip(videos, specs, strict=True) if spec.interlaced]
     if names:
         text = f"deinterlacing {len(names)} of {counted(len(videos), 'video')} (bwdif): {names[0]}"
