@@ -20,7 +20,7 @@ from scenes import FPS, SIZES, caption, render, training_scenes
 from slagen.video import write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_VIDEOS = dict(zip(SIZES, (224, 112, 112), strict=True))  # of each size; what is longer weighs more in a step
+NUM_VIDEOS = dict(zip(SIZES, (144, 64, 64), strict=True))  # of each size; what is longer weighs more in a step
 
 
 def prepare_data(work: Path, model: Path) -> Path:
