@@ -1,12 +1,13 @@
 """Ways to tune by `slagen finetune`, compared as weights/README.md shows: the paper's tables in small.
 
-    python scripts/tiny_wan/sla_table.py             every run that has no result yet, the most telling first
-    python scripts/tiny_wan/sla_table.py --limit 60  none that is begun after 60 minutes
-    python scripts/tiny_wan/sla_table.py --table     only the table, from the results there are
+    python scripts/tiny_wan/sla_table.py                    every run that has no result yet, the most telling first
+    python scripts/tiny_wan/sla_table.py --size 256x256x33  only those at this size
+    python scripts/tiny_wan/sla_table.py --limit 60         none that is begun after 60 minutes
+    python scripts/tiny_wan/sla_table.py --table            only the tables, from the results there are
 
 Runs go on where they were stopped, and the same command started twice shares the runs: on few cores, one process on
 each core (OMP_NUM_THREADS=1 taskset -c K) does more than one process on all. Each cell is written to
-benchmarks/results/tiny-wan-sla-table.json as it is done, with its machine, and the table in weights/README.md is made
+benchmarks/results/tiny-wan-sla-table.json as it is done, with its machine, and the tables in weights/README.md are made
 anew from that file.
 """
 
@@ -24,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from scenes import SIZES, Size
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "tiny-wan"
@@ -34,13 +36,19 @@ UNTUNED = "critical only, not tuned"
 ROWS = {  # name in the table -> what slagen finetune is told
     UNTUNED: [],
     "critical only": ["--attention", "sparse"],
+    "random blocks only": ["--attention", "sparse", "--selector", "random"],
     "linear only": ["--attention", "linear"],
     "SLA all": ["--attention", "sla", "--linear-domain", "all"],
     "SLA marginal, 10 % negligible": ["--attention", "sla", "--linear-domain", "marginal", "--negligible", "0.1"],
+    "SLA2": ["--attention", "sla2", "--stages", "router,all"],
+    "block means": ["--attention", "mean"],
     "dense, tuned as long": ["--attention", "dense", "--loss", "flow"],
 }
 AT = (0, 50, 250, 1000)  # steps that have a column
+SPARSITIES = (0.9, 0.95, 0.97)
 NUM_CLIPS = 64  # that adherence is measured on
+NUM_VIDEOS = dict(zip(SIZES, (256, 96, 96), strict=True))
+BATCHES = dict(zip(SIZES, (8, 2, 2), strict=True))  # clips in a step: of 2,560, 2,592 and 4,608 tokens together
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,14 @@ class Run:
     """One training of a row."""
 
     row: str
+    size: Size
     sparsity: float
     seed: int
     steps: int
 
     @property
     def key(self) -> str:
-        return f"{self.row}/{self.sparsity:g}/{self.seed}/{self.steps}"
+        return f"{self.row}/{self.size}/{self.sparsity:g}/{self.seed}/{self.steps}"
 
     @property
     def folder(self) -> Path:
@@ -62,13 +71,17 @@ class Run:
 
 
 def runs() -> list[Run]:
-    """All of them, the most telling first. 95 % keeps 1 of the 20 key blocks, which is the least there is."""
-    both, tuned = ("SLA all", "critical only"), [row for row in ROWS if row != UNTUNED]
-    wanted = [Run(row, 0.95, 0, 250) for row in tuned] + [Run(UNTUNED, 0.95, 0, 0)]
-    wanted += [Run(row, 0.95, 0, 1000) for row in both]
-    wanted += [Run(row, 0.9, 0, 250) for row in tuned if not row.startswith("dense")] + [Run(UNTUNED, 0.9, 0, 0)]
-    wanted += [Run(row, 0.95, seed, 250) for seed in (1, 2) for row in tuned]
-    return wanted
+    """All of them, the most telling first."""
+    small, middle, large = SIZES
+    both = ("SLA all", "critical only")
+    tuned = [row for row in ROWS if row != UNTUNED]
+    wanted = [Run(row, size, 0.95, 0, 250) for size in (large, middle) for row in tuned]
+    wanted += [Run(row, middle, 0.95, seed, 250) for seed in (1, 2) for row in (*both, "linear only", "SLA2")]
+    wanted += [Run(UNTUNED, size, sparsity, 0, 0) for size in SIZES for sparsity in SPARSITIES]
+    wanted += [Run(row, small, 0.95, 0, 250) for row in tuned]
+    wanted += [Run(row, large, sparsity, 0, 250) for sparsity in (0.9, 0.97) for row in (*both, "SLA2")]
+    wanted += [Run(row, large, 0.95, seed, 250) for seed in (1, 2) for row in (*both, "linear only", "SLA2")]
+    return wanted + [Run(row, size, 0.95, 0, 1000) for size in (large, middle) for row in both]
 
 
 def train(run: Run, data: Path, dtype: str) -> dict:
@@ -76,7 +89,7 @@ def train(run: Run, data: Path, dtype: str) -> dict:
     command = [sys.executable, "-m", "slagen", "finetune", "--model", "tiny-wan", "--from-dense", "--data", str(data)]
     every = "50" if run.steps <= 250 else "250"
     command += [*ROWS[run.row], "--seed", str(run.seed), "--steps", str(run.steps), "--validate-every", every, "--json"]
-    command += ["--dtype", dtype, "--output", str(run.folder)]
+    command += ["--dtype", dtype, "--batch-size", str(BATCHES[run.size]), "--output", str(run.folder)]
     if not run.row.startswith("dense"):
         command += ["--sparsity", str(run.sparsity)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -91,10 +104,11 @@ def adherence(run: Run) -> dict:
     from diffusers import WanPipeline
     from evaluate import ATTRIBUTES, held_out, sample
 
+    from slagen.attention import registry
     from slagen.attention.sla.config import SLAConfig
     from slagen.formats.transformer import read_checkpoint
     from slagen.machine import describe_device
-    from slagen.wan.install import apply_sla, load_sla
+    from slagen.wan.install import apply_sla, load_weights
     from slagen.wan.loading import load_pipeline
     from slagen.wan.models import resolve_model
     from slagen.wan.samplers import set_sampler
@@ -108,7 +122,7 @@ def adherence(run: Run) -> dict:
         pipe = load_pipeline(source, device, torch.bfloat16)
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe)
-        return sample(pipe, prompts, seeds, source.defaults, source.defaults.steps), pipe
+        return sample(pipe, prompts, seeds, source.defaults, source.defaults.steps, run.size), pipe
 
     def tuned(pipe) -> None:
         if run.row == UNTUNED:
@@ -117,10 +131,10 @@ def adherence(run: Run) -> dict:
             checkpoint = read_checkpoint(run.folder / "transformer.safetensors", torch.bfloat16)
             pipe.transformer.load_state_dict(checkpoint.tensors)
         else:
-            branches = {"critical only": "sparse", "linear only": "linear"}.get(run.row, "both")
-            load_sla(pipe, run.folder / "sla.safetensors", branches=branches, allow_untrained=True)
+            method = ROWS[run.row][ROWS[run.row].index("--attention") + 1]
+            load_weights(pipe, run.folder / "sla.safetensors", registry.get(method), allow_untrained=True)
 
-    kept = WORK / "table" / "dense-latents.pt"
+    kept = WORK / "table" / f"dense-latents-{run.size}.pt"
     if not kept.exists():
         save_tensors(kept, latents(lambda pipe: None)[0])
     dense = torch.load(kept, weights_only=True)
@@ -141,7 +155,7 @@ def read_results() -> dict[str, dict]:
 
 
 def add_result(run: Run, result: dict) -> None:
-    """Put a run's result into the file and the table, beside those of other processes."""
+    """Put a run's result into the file and the tables, beside those of other processes."""
     from slagen.io.files import write_json
     from slagen.packages import versions
 
@@ -149,64 +163,78 @@ def add_result(run: Run, result: dict) -> None:
         now = {"written": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
         results = {**read_results(), run.key: {**result, **now}}
         write_json(RESULTS, {"about": __doc__.splitlines()[0], "runs": results})
-        write_table(results)
+        write_tables(results)
 
 
-def do(run: Run, data: Path, dtype: str) -> None:
+def do(run: Run, dtype: str) -> None:
     """Train and measure, unless that is done or another process is at it."""
+    from tune import prepare_data
+
     try:
         with FileLock(WORK / "table" / f"{run.folder.name}.lock", timeout=0):
             if run.key in read_results():
                 return
             print(run.key, flush=True)
             if run.row == UNTUNED:
-                before = read_results().get(Run("critical only", run.sparsity, 0, 250).key)
-                if before is None:
-                    print(
-                        f"{run.key}: another process is at the row that it begins like; start again later", flush=True
-                    )
-                    return
-                add_result(run, {"errors": {"0": before["errors"]["0"]}, "dtype": dtype, "adherence": adherence(run)})
+                before = read_results().get(Run("critical only", run.size, run.sparsity, 0, 250).key, {})
+                first = {step: error for step, error in before.get("errors", {}).items() if step == "0"}
+                add_result(run, {"errors": first, "dtype": dtype, "adherence": adherence(run)})
                 return
-            told = train(run, data, dtype)
+            with FileLock(WORK / f"data-{run.size}.lock"):
+                num_videos = {run.size: NUM_VIDEOS[run.size]}
+                data = prepare_data(WORK / str(run.size), ROOT / "weights" / "tiny-wan", num_videos)
+            result = train(run, data, dtype)
             log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
             errors = {str(line["step"]): line["error"] for line in log if line["event"] == "validation"}
-            errors[str(run.steps)] = told["teacher_error_after"]
-            result = {"errors": errors, "seconds": told["seconds"], "dtype": dtype, "adherence": adherence(run)}
-            add_result(run, result)
+            errors[str(run.steps)] = result["teacher_error_after"]
+            measured = {"errors": errors, "layer_errors": result["layer_errors_after"], "seconds": result["seconds"]}
+            add_result(run, {**measured, "dtype": dtype, "adherence": adherence(run)})
     except Timeout:
         print(f"{run.key}: another process is at it", flush=True)
 
 
-def table(results: dict[str, dict]) -> str:
-    """The results as Markdown."""
+def tables(results: dict[str, dict]) -> str:
+    """The results as Markdown, one table for each size that has any."""
+    measured = [size for size in SIZES[::-1] if any(key.split("/")[1] == str(size) for key in results)]
+    return "\n".join(f"At {size}, {size.tokens:,} tokens:\n\n{table(results, size)}" for size in measured)
+
+
+def table(results: dict[str, dict], size: Size) -> str:
+    """The results at one size as Markdown."""
     lines = [
-        "| row | sparsity | " + " | ".join(f"error, {n:,} steps" for n in AT) + " | adherence after | seeds |",
-        "|" + " --- |" * (len(AT) + 4),
+        "| row | sparsity | " + " | ".join(f"error, {n:,} steps" for n in AT) + " | layers | adherence after | seeds |",
+        "|" + " --- |" * (len(AT) + 5),
     ]
-    for sparsity in (0.9, 0.95):
+    for sparsity in SPARSITIES:
         for row in ROWS:
             dense = row.startswith("dense")
-            if dense and sparsity == 0.9:
+            if dense and sparsity != 0.95:
                 continue
-            own = [
-                (Run(row, sparsity, int(key.split("/")[2]), int(key.split("/")[3])), value)
-                for key, value in results.items() if key.startswith(f"{row}/{sparsity:g}/")
-            ]  # fmt: skip
+            own = [(run, results[run.key]) for run in of_row(results, row, size, sparsity)]
             cells = []
             for step in AT:
                 errors = [value["errors"][str(step)] for run, value in own if str(step) in value["errors"]
                           and (step == run.steps or (step < 1000 and run.steps == 250))]  # fmt: skip
                 cells.append("" if row == UNTUNED and step else spread(errors, "{:.3f}"))
+            layers = [value["layer_errors"] for run, value in own if run.steps == 250 and "layer_errors" in value]
+            of_layers = " ".join(f"{statistics.mean(each):.2f}" for each in zip(*layers, strict=True))
             ends = []
             for steps in (0, 250, 1000):
-                rates = [value["adherence"]["all"] for run, value in own if run.steps == steps and "adherence" in value]
+                rates = [value["adherence"]["all"] for run, value in own if run.steps == steps]
                 if rates:
                     ends.append(f"{steps:,}: {spread([100 * rate for rate in rates], '{:.0f}')} %")
             seeds = len({run.seed for run, _ in own})
             name = "" if dense else f"{100 * sparsity:.0f} %"
-            lines.append(f"| {row} | {name} | {' | '.join(cells)} | {', '.join(ends) or 'not run'} | {seeds or ''} |")
+            cells = [row, name, *cells, of_layers, ", ".join(ends) or "not run", str(seeds or "")]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def of_row(results: dict[str, dict], row: str, size: Size, sparsity: float) -> list[Run]:
+    """The runs of a row that have results."""
+    keys = [key.split("/") for key in results]
+    return [Run(row, size, sparsity, int(seed), int(steps)) for name, of, share, seed, steps in keys
+            if (name, of, share) == (row, str(size), f"{sparsity:g}")]  # fmt: skip
 
 
 def spread(values: list[float], form: str) -> str:
@@ -217,33 +245,30 @@ def spread(values: list[float], form: str) -> str:
     return text if len(values) == 1 else f"{text} ± {form.format(statistics.stdev(values))}"
 
 
-def write_table(results: dict[str, dict]) -> None:
-    """Put the table between its marks in weights/README.md."""
+def write_tables(results: dict[str, dict]) -> None:
+    """Put the tables between their marks in weights/README.md."""
     text = README.read_text()
     before, rest = text.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     part = README.with_suffix(".md.part")
-    part.write_text(before + MARKS[0] + table(results) + MARKS[1] + after)
+    part.write_text(before + MARKS[0] + tables(results) + MARKS[1] + after)
     os.replace(part, README)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[str(size) for size in SIZES], help="only runs at this size")
     parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no run is begun")
     parser.add_argument("--dtype", default="bf16", help="to compute in")
-    parser.add_argument("--table", action="store_true", help="only make the table anew")
+    parser.add_argument("--table", action="store_true", help="only make the tables anew")
     args = parser.parse_args()
     began = time.monotonic()
-    if not args.table:
-        from tune import prepare_data
-
-        with FileLock(WORK / "data.lock"):
-            data = prepare_data(WORK, ROOT / "weights" / "tiny-wan")
-        for run in runs():
-            if time.monotonic() - began < 60 * args.limit:
-                do(run, data, args.dtype)
-    write_table(read_results())
-    print(table(read_results()))
+    (WORK / "table").mkdir(parents=True, exist_ok=True)
+    for run in [] if args.table else runs():
+        if args.size in (None, str(run.size)) and time.monotonic() - began < 60 * args.limit:
+            do(run, args.dtype)
+    write_tables(read_results())
+    print(tables(read_results()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scenes import FPS, SIZES, caption, render, training_scenes
+from scenes import FPS, SIZES, Size, caption, render, training_scenes
 
 from slagen.video import write_mp4
 
@@ -23,14 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_VIDEOS = dict(zip(SIZES, (144, 64, 64), strict=True))  # of each size; what is longer weighs more in a step
 
 
-def prepare_data(work: Path, model: Path) -> Path:
-    """Scenes of every size as videos with captions, encoded by `slagen finetune data`, which keeps what is there."""
+def prepare_data(work: Path, model: Path, num_videos: dict[Size, int] = NUM_VIDEOS) -> Path:
+    """Scenes of each size as videos with captions, encoded by `slagen finetune data`, which keeps what is there."""
     rng = random.Random(7)
     scenes = training_scenes()
     rng.shuffle(scenes)
     folder = work / "videos"
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [size for size, count in NUM_VIDEOS.items() for _ in range(count)]
+    sizes = [size for size, count in num_videos.items() for _ in range(count)]
     for i, (scene, size) in enumerate(zip(scenes, sizes, strict=False)):
         text = caption(scene, rng)
         path = folder / f"{i:04d}.mp4"
@@ -39,7 +39,7 @@ def prepare_data(work: Path, model: Path) -> Path:
             frames = (clip.permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
             write_mp4(frames, path, FPS)
         path.with_suffix(".txt").write_text(text + "\n")
-    largest = SIZES[-1]
+    largest = sizes[-1]
     slagen("finetune", "data", str(folder), "--output", str(work / "data"), "--model", str(model), "--no-upscale",
            "--size", f"{largest.side}x{largest.side}", "--num-frames", str(largest.frames))  # fmt: skip
     return work / "data"
