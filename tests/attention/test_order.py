@@ -24,19 +24,20 @@ def name(grid):
     return f"{grid.num_frames}x{grid.height}x{grid.width}"
 
 
-def members(grid):
+def members(grid, sides=(4, 4, 4)):
     """The tokens of each cube, in raster order, by loops."""
     sizes = (grid.num_frames, grid.height, grid.width)
     index = {place: i for i, place in enumerate(itertools.product(*map(range, sizes)))}
-    starts = itertools.product(*(range(0, size, 4) for size in sizes))
-    return [[i for place, i in index.items() if all(s <= x < s + 4 for s, x in zip(start, place, strict=True))]
-            for start in starts]  # fmt: skip
+    starts = itertools.product(*map(range, (0, 0, 0), sizes, sides))
+    holds = lambda start, place: all(s <= x < s + n for s, x, n in zip(start, place, sides, strict=True))  # noqa: E731
+    return [[i for place, i in index.items() if holds(start, place)] for start in starts]
 
 
+@pytest.mark.parametrize("sides", [(4, 4, 4), (1, 8, 8)], ids=str)
 @pytest.mark.parametrize("grid", GRIDS, ids=name)
-def test_slots_hold_the_tokens_of_each_cube(grid):
-    cubes, expected = cube_order(grid, CPU), members(grid)
-    rows = torch.full((num_cubes(grid) * CUBE_TOKENS,), -1)
+def test_slots_hold_the_tokens_of_each_cube(grid, sides):
+    cubes, expected = cube_order(grid, CPU, sides), members(grid, sides)
+    rows = torch.full((num_cubes(grid, sides) * CUBE_TOKENS,), -1)
     rows[cubes.slots] = torch.arange(grid.num_tokens)
     held = [[i for i in row if i >= 0] for row in rows.view(-1, CUBE_TOKENS).tolist()]
     assert held == expected

@@ -1,4 +1,4 @@
-"""A clip's tokens in cubes of 4 x 4 x 4: how many there are, and whether a sequence is a grid's. No torch here."""
+"""A clip's tokens in cubes of 64: how many there are, and whether a sequence is a grid's. No torch here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from slagen.attention.protocol import Grid
 
 Order = Literal["raster", "cube"]
 
-EDGE = 4  # latent frames, rows and columns of a cube
-CUBE_TOKENS = EDGE**3
+CUBE_TOKENS = 64
+CUBE = (4, 4, 4)  # latent frames, rows and columns of a cube
+PATCH = (1, 8, 8)  # and of a flat one, within a frame
+
+Sides = tuple[int, int, int]
 
 
-def num_cubes(grid: Grid) -> int:
-    """N, the cubes that cover a grid; those at its far ends hold fewer tokens where a side is no multiple of 4."""
-    return -(-grid.num_frames // EDGE) * -(-grid.height // EDGE) * -(-grid.width // EDGE)
+def cubes_along(grid: Grid, sides: Sides = CUBE) -> Sides:
+    """How many cubes cover a grid along its frames, rows and columns."""
+    lengths = (grid.num_frames, grid.height, grid.width)
+    return tuple(-(-length // side) for length, side in zip(lengths, sides, strict=True))  # type: ignore[return-value]
+
+
+def num_cubes(grid: Grid, sides: Sides = CUBE) -> int:
+    """N, the cubes that cover a grid; those at its far ends hold fewer tokens where a side does not divide it."""
+    return math.prod(cubes_along(grid, sides))
 
 
 def compact_grid(num_tokens: int) -> Grid:

@@ -1,7 +1,8 @@
 """Tokens in cube order: the permutation of a grid's tokens, and cubes of 64 rows with true counts.
 
-The 4 x 4 x 4 cubes of a grid are numbered by frames, rows and columns, and so are the tokens in each. A side that is no
-multiple of 4 leaves ragged cubes at its far end. Two layouts hold them:
+The cubes of a grid, 4 x 4 x 4 tokens or the flat 1 x 8 x 8, are numbered by frames, rows and columns, and so are the
+tokens in each. A side of the grid that is no multiple of the cube's leaves ragged cubes at its far end. Two layouts
+hold them:
 
     sequence  L tokens, nothing added: whole cubes first, then ragged ones, those of one shape together. Code that cuts
               a sequence into blocks of fixed size takes it as it is: of whole cubes, blocks of 64 are cubes, and blocks
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slagen.attention.cubes import CUBE_TOKENS, EDGE
+from slagen.attention.cubes import CUBE, CUBE_TOKENS, Sides
 from slagen.attention.protocol import Grid
 
 
@@ -62,19 +63,19 @@ def from_slots(cubes: Tensor, slots: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def cube_order(grid: Grid, device: torch.device) -> CubeOrder:
-    """The cubes of a grid. Made once for each grid and device: callers in compiled code get it from outside."""
+def cube_order(grid: Grid, device: torch.device, sides: Sides = CUBE) -> CubeOrder:
+    """The cubes of a grid. Made once for each grid, device and kind: callers in compiled code get it from outside."""
     with torch.inference_mode(False):
         sizes = (grid.num_frames, grid.height, grid.width)
         places = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
         number, inside = torch.zeros_like(places[0]), torch.zeros_like(places[0])
         shape = torch.zeros_like(places[0])  # of the cube, as one number
-        for place, size in zip(places, sizes, strict=True):
-            first = place // EDGE * EDGE
-            extent = (size - first).clamp(max=EDGE)
-            number = number * -(-size // EDGE) + place // EDGE
+        for place, size, side in zip(places, sizes, sides, strict=True):
+            first = place // side * side
+            extent = (size - first).clamp(max=side)
+            number = number * -(-size // side) + place // side
             inside = inside * extent + place - first
-            shape = shape * (EDGE + 1) + extent
+            shape = shape * (side + 1) + extent
         number, inside, shape = (x.flatten() for x in (number, inside, shape))
         slots = number * CUBE_TOKENS + inside
         in_slots = slots.argsort()

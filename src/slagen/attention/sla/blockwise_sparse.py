@@ -20,10 +20,14 @@ from torch import Tensor
 CHUNK_BYTES = 2**20  # per thread: gathered keys, scores and weights of the query blocks attended at a time
 
 
-def kept_lists(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """From the kept blocks, (G, R, N) bool, at least one a row, to their lists, (G, R, longest) int64, and counts."""
+def kept_lists(kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """From the kept blocks, (G, R, N) bool, at least one a row, to their lists, (G, R, longest) int64, and counts; None
+    for these where all rows keep as many."""
     counts = kept.sum(-1)
-    return kept.to(torch.uint8).sort(dim=-1, stable=True).indices[..., kept.shape[-1] - int(counts.max()) :], counts
+    fewest, most = (int(number) for number in counts.aminmax())
+    if fewest == most:
+        return kept.flatten().nonzero().remainder(kept.shape[-1]).view(*kept.shape[:-1], most), None
+    return kept.to(torch.uint8).sort(dim=-1, stable=True).indices[..., kept.shape[-1] - most :], counts
 
 
 def _critical_chunks(
