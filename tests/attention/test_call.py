@@ -39,7 +39,7 @@ def test_every_method_runs_or_says_that_it_has_learned_weights(name):
 
 def test_methods_are_those_of_the_command():
     rows = slagen.methods()
-    assert [row["name"] for row in rows] == list(registry.METHODS)
+    assert [row["name"] for row in rows] == [*registry.METHODS, *registry.ADDITIONS]
     assert {"name", "kind", "summary", "needs_training", "needs_weights", "options"} <= set(rows[0])
 
 
@@ -51,6 +51,7 @@ def test_methods_are_those_of_the_command():
         (("sol",), {"tau": float("nan")}, UsageError, "tau is nan"),
         (("sol",), {"backend": "sdpa"}, UsageError, "sol attention has auto, reference, torch, triton"),
         (("vsa",), {}, UsageError, "Give grid="),
+        (("delta",), {}, UsageError, "delta is added to a method: give --delta 64 beside --attention sol"),
         (("sol",), {"grid": (2, 5, 5)}, UsageError, "grid is 2 x 5 x 5 = 50 tokens, but q has 20"),
         (("sol",), {"grid": Grid(-2, -10, 1)}, UsageError, "grid is -2 x -10 x 1"),
     ],

@@ -210,7 +210,7 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     assert "--negligible is set in training: slagen finetune --negligible." in capsys.readouterr().err
     assert slagen(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert list(rows) == [*registry.METHODS] and list(rows)[-1] == "window"
+    assert list(rows) == [*registry.METHODS, *registry.ADDITIONS] and list(registry.METHODS)[-1] == "window"
     assert rows["sla"]["needs_training"] and rows["sla"]["needs_weights"] and rows["sla"]["kind"] == "method"
     assert rows["window"]["options"] == {"window": 1} and not rows["window"]["needs_training"]
     assert rows["window"]["flags"] == {"--window": "Frames on each side."} and rows["sla"]["flags"] == {}

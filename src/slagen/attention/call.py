@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from slagen.attention import registry
+from slagen.attention.delta.correction import corrected
+from slagen.attention.delta.method import with_delta
 from slagen.attention.protocol import Grid, Inputs, Layer, StepContext
 from slagen.errors import UsageError
 from slagen.settings import no_argument
@@ -22,6 +24,7 @@ def attend(
     *,
     grid: Grid | tuple[int, int, int] | None = None,
     backend: str = "auto",
+    delta: int | None = None,
     **options: Any,
 ) -> Tensor:
     """Attend by the method of a name: `slagen.attend("sol", q, k, v, tau=1.3)`.
@@ -31,13 +34,14 @@ def attend(
         q, k, v: (B, H, L, D) of one dtype and device.
         grid: (latent frames, rows, columns) of the L tokens, needed by methods that depend on it.
         backend: one of the method's own.
+        delta: attend one query row of so many exactly, and correct the others by it; not of dense attention.
         options: of the method; what is left out is at its default.
     Returns: o, (B, H, L, D).
     Raises: UsageError, a SlagenError, for an unknown method, one with learned weights, a value out of range, a backend
         that it does not have, a grid that is missing or is not L tokens; TypeError for an option that it does not have;
         ValueError for tensors that do not fit.
     """
-    method = registry.get(name)
+    method = with_delta(registry.get(name), delta)
     for option in options:
         if option not in method.option_names:
             raise no_argument("attend", option, method.option_names)
@@ -62,7 +66,7 @@ def attend(
         )
     if (begin_pass := getattr(module, "begin_pass", None)) is not None:
         begin_pass(context)
-    return module(q, k, v, Inputs(layer, context, kept={}))  # type: ignore[no-any-return]
+    return corrected(module(q, k, v, Inputs(layer, context, kept={})), q, k, v, delta)
 
 
 def _grid(grid: Grid | tuple[int, int, int] | None, num_tokens: int) -> Grid:

@@ -1,10 +1,11 @@
-"""Where a clip runs dense, whatever its attention method: in some steps, in some layers, or whole. No torch here."""
+"""What every attention method has in common: where a clip runs dense, and whether it is corrected. No torch here."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from slagen.attention.delta.method import check_delta
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.io.text import counted
@@ -12,20 +13,23 @@ from slagen.io.text import counted
 
 @dataclass(frozen=True)
 class AttentionPolicy:
-    """What every method has in common: where dense attention takes its place.
+    """What every method has in common: where dense attention takes its place, and its correction.
 
     Args:
         dense_steps: denoising steps, such as "0-9,-1": from 0, negative ones from the end; or "20%", the first ones.
         dense_layers: transformer blocks, in the same form.
         min_tokens: clips of fewer tokens run dense in all layers.
+        delta: query rows of which one is attended exactly and corrects the others; see `delta/method.py`.
     Raises: UsageError for what is none of these.
     """
 
     dense_steps: str | None = None
     dense_layers: str | None = None
     min_tokens: int | None = None
+    delta: int | None = None
 
     def __post_init__(self) -> None:
+        check_delta(self.delta)
         for name in ("dense_steps", "dense_layers"):
             if getattr(self, name) is not None:
                 _parse(name, getattr(self, name))

@@ -271,6 +271,7 @@ class Method:
         density: (config, grid) -> the fraction of all query-key pairs that is attended exactly.
         note: (config, options, grid) -> one line on what a clip will run with, or None.
         benched: whether `slagen bench` runs it unasked.
+        delta: query rows of which one is attended exactly, where `with_delta` wraps it; see `delta/method.py`.
     """
 
     name: str
@@ -295,6 +296,7 @@ class Method:
     density: Callable[[Any, Grid], float] = lambda config, grid: 1.0
     note: Callable[[Any, Mapping[str, Any], Grid], str | None] = lambda config, options, grid: None
     benched: bool = True
+    delta: int | None = None
 
     def __deepcopy__(self, memo: Any) -> Method:
         return self  # a record: copies of a transformer share it
@@ -353,3 +355,27 @@ class Method:
             "flags": {f"--{each.name}": each.about.help for each in settings_of(self.config) if each.about.help},
             "backends": [backend.name for backend in self.backends],
         }
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is added to a method and is none itself, such as a wrapper, by the name of its option.
+
+    Args:
+        name: as `slagen methods` lists it. kind: "wrapper". summary: one line.
+        help: of its option, which is off by default. example: how to give it.
+    """
+
+    name: str
+    kind: str
+    summary: str
+    help: str
+    example: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `slagen methods --json` says of it: it needs what the method needs that it is added to."""
+        return {
+            "name": self.name, "kind": self.kind, "summary": self.summary, "needs_training": False,
+            "needs_weights": False, "needs_gpu": False, "options": {self.name: None},
+            "flags": {f"--{self.name}": self.help}, "backends": [],
+        }  # fmt: skip

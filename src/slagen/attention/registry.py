@@ -6,9 +6,10 @@ import copyreg
 import dataclasses
 from typing import Any
 
+from slagen.attention.delta.method import DELTA, with_delta
 from slagen.attention.dense.method import DENSE
 from slagen.attention.mean.method import MEAN, SOL
-from slagen.attention.protocol import Method, ParameterGroup
+from slagen.attention.protocol import Addition, Method, ParameterGroup
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
 from slagen.attention.sla2.method import SLA2
 from slagen.attention.vsa.method import VSA
@@ -17,6 +18,7 @@ from slagen.io.forms import shown
 from slagen.settings import Setting, settings_of
 
 METHODS: dict[str, Method] = {}
+ADDITIONS: dict[str, Addition] = {DELTA.name: DELTA}
 
 
 def register(method: Method) -> None:
@@ -57,17 +59,24 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Method:
     """The method of a name. Raises UsageError for one that there is not."""
+    if name in ADDITIONS:
+        raise UsageError(f"{name} is added to a method: give {ADDITIONS[name].example} beside --attention sol.")
     if name not in METHODS:
         raise UsageError(f"attention is {shown(name)}, but must be one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 
-copyreg.pickle(Method, lambda method: (get, (method.name,)))  # a pickled transformer names its method
+def _unpickled(name: str, delta: int | None) -> Method:
+    return with_delta(get(name), delta)
+
+
+# A pickled transformer names its method.
+copyreg.pickle(Method, lambda method: (_unpickled, (method.name, method.delta)))
 
 
 def describe() -> list[dict[str, Any]]:
-    """Every method, as `slagen methods` lists it."""
-    return [method.to_dict() for method in METHODS.values()]
+    """Every method, and what is added to one, as `slagen methods` lists it."""
+    return [method.to_dict() for method in METHODS.values()] + [each.to_dict() for each in ADDITIONS.values()]
 
 
 methods = describe  # as `slagen.methods`

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from slagen.attention import registry
 from slagen.attention.cubes import compact_grid
+from slagen.attention.delta.method import DELTA, check_delta
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
@@ -49,6 +50,7 @@ class BenchConfig:
         backend: which implementation of SLA.
         linear_domain, feature_map, block_m, block_n: as in SLAConfig.
         attention_options: (name, value) of options that only some of the methods have.
+        delta: correct slagen's own sparse methods by one exact query row of so many; see `attention/delta`.
         dtype: "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda" or "cuda:N".
         backward: also time the backward pass; None does on CUDA.
         lengths: token counts of the length sweep; None doubles from 1,024 up to the shape's, () sweeps none.
@@ -101,6 +103,7 @@ class BenchConfig:
     block_m: int = option(64, "Query rows per block.", panel=HOW)
     block_n: int = option(64, "Key columns per block.", panel=HOW)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=HOW, of_methods=True)
+    delta: int | None = option(None, DELTA.help, panel=HOW)
     dtype: Dtype = option("auto", "auto: bf16 on CUDA, fp32 on a CPU.", panel=HOW)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW, read=read_device)
     backward: bool | None = option(None, "Also time the backward pass. Default: on CUDA only.", panel=HOW)
@@ -129,6 +132,9 @@ class BenchConfig:
         called = [method for name, method in registry.METHODS.items() if name in names]
         measured = self.loop_methods if self.is_loop else called
         options = dict(self.attention_options)
+        check_delta(self.delta)
+        if self.delta is not None and all(method.family == "dense" for method in measured):
+            raise UsageError("--delta is for slagen's sparse methods, and none of them is measured. Leave it out.")
         for name in options:
             if not any(name in method.option_names for method in measured):
                 others = " or ".join(registry.with_option(name)) or "no method"

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine
+from slagen.attention.delta.method import with_delta
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.dense.kernels import SDPA, dense_kernel
 from slagen.attention.dense.method import DENSE
@@ -37,6 +38,7 @@ class Contender:
         attention, backend, sparsity: what its row says.
         install: puts it into a transformer.
         sdpa: the backend of PyTorch that scaled_dot_product_attention is held to meanwhile; None is PyTorch's choice.
+        delta: corrects it, if not None.
     """
 
     attention: str
@@ -44,6 +46,7 @@ class Contender:
     sparsity: float | None
     install: Callable[[Any], None]
     sdpa: SDPBackend | None = None
+    delta: int | None = None
 
     def held(self) -> AbstractContextManager[None]:
         """Holds PyTorch's attention, cross-attention too, to the backend."""
@@ -99,7 +102,7 @@ def bench_model(
                 remove(pipe.transformer)
             rows.append(ModelRow(
                 name, contender.attention, contender.backend, contender.sparsity, f"{width}x{height}", num_frames,
-                config.num_steps, compiled, **vars(times),
+                config.num_steps, compiled, delta=contender.delta, **vars(times),
             ))  # fmt: skip
     fastest = min((row.step_ms for row in rows if row.attention == "dense"), key=lambda times: times.median)
     return [
@@ -146,8 +149,8 @@ def _methods(
         for sparsity in sparsities:
             options = {**dataclasses.asdict(config.sla(sparsity or 0.0)), **dict(config.attention_options)}
             own = method.configure(method.config(), method.own(options), grid)
-            put = partial(install_method, method=method, config=own, backend=chosen)
-            found.append(Contender(method.name, label, sparsity, put))
+            put = partial(install_method, method=with_delta(method, config.delta), config=own, backend=chosen)
+            found.append(Contender(method.name, label, sparsity, put, delta=config.delta))
     return found
 
 

@@ -112,6 +112,7 @@ def _entry(
     row = BenchRow(
         method.name, method.kind, _backend_name(method, setting, head_dim), "x".join(map(str, sizes)),
         str(dtype).removeprefix("torch."), sparsity if method.takes_sparsity else None,
+        delta=None if method.record is None else method.record.delta,
     )  # fmt: skip
     return Entry(row, method, setting, sizes)
 

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from slagen.attention import protocol, registry
+from slagen.attention.delta.correction import corrected
+from slagen.attention.delta.method import with_delta
 from slagen.attention.dense.kernels import dense_kernel
 from slagen.attention.dense.method import DENSE
 from slagen.attention.protocol import Attend, Inputs
@@ -24,7 +26,7 @@ def _own(record: protocol.Method) -> Callable[[Setting], Attend]:
                 made.append(build_module(record, setting, q))
             module, inputs = made[0]
             begin_pass(module, inputs)
-            return module(q, k, v, inputs)  # type: ignore[no-any-return]
+            return corrected(module(q, k, v, inputs), q, k, v, record.delta)
 
         return attend
 
@@ -35,10 +37,14 @@ def _dense(name: str) -> Callable[[Setting], Attend]:
     return lambda setting: dense_kernel(name, setting.device)
 
 
-def all_methods() -> tuple[Contender, ...]:
-    """slagen's own methods, dense attention by each of its backends, and other libraries' sparse attention."""
-    records = [registry.get(name) for name in registry.names()]
-    own = [Contender(each.name, each.family, _own(each), record=each) for each in records if each.family != "dense"]
+def all_methods(delta: int | None = None) -> tuple[Contender, ...]:
+    """slagen's own methods, dense attention by each of its backends, and other libraries' sparse attention.
+
+    Args:
+        delta: corrects slagen's own.
+    """
+    records = [with_delta(each, delta) for each in registry.METHODS.values() if each.family != "dense"]
+    own = [Contender(each.name, each.family, _own(each), record=each) for each in records]
     dense = [
         Contender(each.name, "dense", _dense(each.name), each.backward, each.error_limit, each.package)
         for each in DENSE.backends if each.name != "auto"

@@ -41,6 +41,7 @@ class BenchRow:
         tflops_dense_equivalent: TFLOP/s, as if every pair of tokens were attended.
         speedup, speedup_forward_backward: over the fastest dense method at the same shape.
         against_dense: "faster", "slower" or "within the noise".
+        delta: query rows of which one was attended exactly, where the method was corrected by it.
     """
 
     method: str
@@ -61,6 +62,7 @@ class BenchRow:
     speedup: float | None = None
     against_dense: str | None = None
     speedup_forward_backward: float | None = None
+    delta: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,6 +90,7 @@ class ModelRow:
             attention's own time.
         step_ms, attention_ms: of a step, and of the attention in it. attention_share: of all steps' time.
         speedup: over the fastest dense row. against_dense: "faster", "slower" or "within the noise".
+        delta: as in BenchRow.
     """
 
     model: str
@@ -104,6 +107,7 @@ class ModelRow:
     peak_memory_gib: float
     speedup: float | None = None
     against_dense: str | None = None
+    delta: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""

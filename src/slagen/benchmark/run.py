@@ -48,7 +48,7 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     """
     device = machine.pick_device(config.device)
     dtype = machine.pick_dtype(config.dtype, device)
-    known = {method.name: method for method in all_methods()}
+    known = {method.name: method for method in all_methods(config.delta)}
     for name in config.methods:
         if name not in known:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")

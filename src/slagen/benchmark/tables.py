@@ -145,7 +145,7 @@ def markdown(result: BenchResult) -> str:
 
 def cells(row: BenchRow) -> list[str]:
     """One row of the table, as text; a method that was not timed says why."""
-    shown = [row.shape, row.method, row.backend, _number(row.sparsity)]
+    shown = [row.shape, _named(row.method, row), row.backend, _number(row.sparsity)]
     if not row.forward_ms:
         return [*shown, row.reason or "", "", "", ""]
     forward, backward = row.forward_ms, row.backward_ms
@@ -161,7 +161,7 @@ def cells(row: BenchRow) -> list[str]:
 def short_cells(row: BenchRow) -> list[str]:
     """As `cells`, without the shape and the quartiles; a backend that is the method itself is not said twice."""
     backend = "" if row.backend == row.method else row.backend
-    shown = [row.method, backend, _number(row.sparsity)]
+    shown = [_named(row.method, row), backend, _number(row.sparsity)]
     if not row.forward_ms:
         return [*shown, "wrong", "", "", ""]
     backward = row.backward_ms
@@ -180,13 +180,17 @@ def model_cells(row: ModelRow) -> list[str]:
 def short_model_cells(row: ModelRow) -> list[str]:
     """As `model_cells`, without the model and the quartiles."""
     return [
-        row.attention,
+        _named(row.attention, row),
         row.backend + ", compiled" * row.compiled,
         _number(row.sparsity),
         _short(row.step_ms.median),
         "" if row.attention_share is None else f"{row.attention_share:.0%}",
         _speedup(row, row.attention != "dense"),
     ]
+
+
+def _named(method: str, row: BenchRow | ModelRow) -> str:
+    return method if row.delta is None else f"{method}, delta {row.delta}"
 
 
 def _model(row: ModelRow) -> str:

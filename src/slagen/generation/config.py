@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from slagen.attention import registry
+from slagen.attention.delta.method import DELTA
 from slagen.attention.policy import AttentionPolicy
 from slagen.attention.sla.config import BLOCK_SIZES, check_choice, check_fraction
 from slagen.errors import UsageError
@@ -55,7 +56,7 @@ class GenerateConfig:
         attention: a method's name; see `slagen methods`.
         backend: which of the method's implementations.
         attention_options: (name, value) of options that only this method has.
-        dense_steps, dense_layers, min_tokens: what runs dense all the same; see AttentionPolicy.
+        dense_steps, dense_layers, min_tokens, delta: what runs dense all the same; see AttentionPolicy.
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
         sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
             the two; see `SLAConfig.with_topk`.
@@ -142,6 +143,7 @@ class GenerateConfig:
         None, "Layers that run dense, in the same form.", panel=ATTENTION, prompt_line=True
     )
     min_tokens: int | None = option(None, "Run clips of fewer tokens dense.", panel=ATTENTION, prompt_line=True)
+    delta: int | None = option(None, DELTA.help, panel=ATTENTION, prompt_line=True)
     weights: str | None = option(
         None, "SLA weights, or a whole transformer in any public format. Default: the model's own.", panel=ATTENTION,
         metavar="FILE_OR_FOLDER", in_key=False,
@@ -266,13 +268,13 @@ class GenerateConfig:
         method.check_backend(self.backend)
         if self.policy != AttentionPolicy() and method.family == "dense":
             raise UsageError(
-                "dense attention is dense everywhere. Leave --dense-steps, --dense-layers and --min-tokens out."
+                "dense attention is dense everywhere. Leave --dense-steps, --dense-layers, --min-tokens, --delta out."
             )
 
     @property
     def policy(self) -> AttentionPolicy:
         """What runs dense, whatever the attention."""
-        return AttentionPolicy(self.dense_steps, self.dense_layers, self.min_tokens)
+        return AttentionPolicy(self.dense_steps, self.dense_layers, self.min_tokens, self.delta)
 
     @property
     def attention_settings(self) -> dict[str, Any]:
@@ -283,7 +285,7 @@ class GenerateConfig:
     def with_dense_attention(self) -> "GenerateConfig":
         """The same with dense attention, without the options of another method."""
         none = dict.fromkeys(
-            ("sparsity", "sla_topk", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens")
+            ("sparsity", "sla_topk", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens", "delta")
         )
         return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
+from slagen.attention.delta.method import with_delta
 from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
 from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Grid, Method
@@ -106,7 +107,8 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     tokens = grid.num_tokens
     method = registry.get(config.attention)
     is_dense = method.family == "dense"
-    method = registry.get("sla") if is_dense else method  # what SLA would take is said beside dense attention
+    # What SLA would take is said beside dense attention.
+    method = registry.get("sla") if is_dense else with_delta(method, config.delta)
     base = model.trained if model.trained is not None and suits(method, model.method) else method.config()
     attention = method.configure(base, method.own(config.attention_settings), grid)
     about = method.describe(attention, grid)
@@ -151,7 +153,7 @@ def _settings(
         "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
         "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
         **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
-        **dict(config.attention_options), **part.to_dict(),
+        **dict(config.attention_options), **part.to_dict(), **({} if config.delta is None else {"delta": config.delta}),
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
+from slagen.attention.delta.method import exact_share
 from slagen.attention.policy import DensePart
 from slagen.generation.config import GenerateConfig
 from slagen.generation.video_report import (
@@ -87,18 +88,20 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
     return rows
 
 
-def density_section(densities: Sequence[float | None], dense: DensePart) -> dict[str, Any]:
+def density_section(densities: Sequence[float | None], dense: DensePart, exact_rows: float = 0.0) -> dict[str, Any]:
     """The fraction of all query-key pairs that was attended exactly, on average and by layer, what ran dense included;
     nothing where no layer tells.
 
     Args:
         densities: of the layers, of the passes in which they did not run dense.
+        exact_rows: the fraction of the query rows that was attended exactly in these passes all the same.
     """
     if not any(density is not None for density in densities):
         return {}
     steps = len(dense.steps) / dense.num_steps
+    exactly = steps + exact_rows * (1 - steps)
     layers = [
-        1.0 if layer in dense.layers else None if density is None else density + steps * (1 - density)
+        1.0 if layer in dense.layers else None if density is None else density + exactly * (1 - density)
         for layer, density in enumerate(densities)
     ]
     told = [density for density in layers if density is not None]
@@ -175,7 +178,8 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     config, method, steps = plan.config, plan.method, recorder.steps
     shape = plan.weights.source.shape
     about = {
-        **method.describe(plan.attention, plan.grid), **density_section(sample.densities, plan.dense),
+        **method.describe(plan.attention, plan.grid),
+        **density_section(sample.densities, plan.dense, exact_share(plan.num_tokens, config.delta)),
         **plan.dense.to_dict(),
     }  # fmt: skip
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)

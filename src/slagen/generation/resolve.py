@@ -17,6 +17,7 @@ import torch
 from slagen import machine
 from slagen.attention import registry
 from slagen.attention.cost import dense_attention_flops
+from slagen.attention.delta.method import with_delta
 from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
 from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Grid, Method
@@ -96,13 +97,14 @@ class Plan:
         own, full = self.method.cost(self.attention, shape, self.grid), dense_attention_flops(shape, self.num_tokens)
         counted = [density for density in densities if density is not None]
         if counted:
-            own += round(full * (sum(counted) / len(counted) - self.method.density(self.attention, self.grid)))
+            estimate = registry.get(self.config.attention).density(self.attention, self.grid)  # without exact rows
+            own += round(full * (sum(counted) / len(counted) - estimate))
         return self.dense.mean(own, full)
 
     @property
     def method(self) -> Method:
         """The attention method that runs."""
-        return registry.get(self.config.attention)
+        return with_delta(registry.get(self.config.attention), self.config.delta)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         weights: as `find_weights` found them, where the caller has them already.
     """
     weights = weights or find_weights(config)
-    source, method = weights.source, registry.get(config.attention)
+    source, method = weights.source, with_delta(registry.get(config.attention), config.delta)
     notes, warnings = list(weights.notes), list[str]()
     config = fill_defaults(config, source.defaults, weights.distilled, warnings)
     if config.seed is None:

@@ -116,7 +116,7 @@ class Session:
         assert c.sampler is not None and c.flow_shift is not None and c.steps
         set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
         for processor in processors(pipe.transformer) if plan.attention is not None else []:
-            processor.config = plan.attention
+            processor.config, processor.method = plan.attention, plan.method
         on_event(Event("stage", "denoise", num_steps=c.steps))
         latents, recorder = _denoise(pipe, plan, embeds, on_event)
         if not torch.isfinite(latents).all():

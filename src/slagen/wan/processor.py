@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanTrans
 from torch import Tensor, nn
 
 from slagen.attention import registry
+from slagen.attention.delta.correction import corrected
 from slagen.attention.policy import DensePart
 from slagen.attention.protocol import NO_PASS, Grid, Inputs, Layer, Method, StepContext
 from slagen.attention.sla.config import Backend, SLAConfig
@@ -111,7 +112,8 @@ class _Processor:
         if self.runs_dense or not self.method.applies(self.config, self._grid(q.shape[2])):
             return F.scaled_dot_product_attention(q, k, v)
         # Called as a module, so that hooks on it run; `__call__` itself is what diffusers calls a processor by.
-        return nn.Module.__call__(self, q, k, v, inputs)  # type: ignore[arg-type, no-any-return]
+        o = nn.Module.__call__(self, q, k, v, inputs)  # type: ignore[arg-type]
+        return corrected(o, q, k, v, self.method.delta)
 
 
 @functools.cache

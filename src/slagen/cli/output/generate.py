@@ -39,6 +39,8 @@ def show_report(report: VideoReport) -> None:
         )
     elif attention.density is not None:
         what += f", {attention.density:.1%} of all query-key pairs exactly; {attention.backend} backend"
+    if "delta" in attention.method:
+        what += f"; one query row of {attention.method['delta']} exactly (delta)"
     for name in ("steps", "layers"):
         if f"dense_{name}" in attention.method:
             what += f"; dense {name} {', '.join(map(str, attention.method[f'dense_{name}']))}"

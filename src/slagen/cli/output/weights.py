@@ -48,9 +48,11 @@ def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
         trained = {name: value for name, value in row["options"].items() if name.replace("_", "-") in SET_IN_TRAINING}
         # What a video may be given otherwise than its weights were trained with.
         own = {name: "as trained" if row["needs_weights"] else value for name, value in row["options"].items()}
-        options = ", ".join(f"{name} {value}" for name, value in own.items() if name not in trained)
+        shown = {name: value for name, value in own.items() if name not in trained and value is not None}
+        options = ", ".join(f"{name} {value}" for name, value in shown.items())
         in_training = ", ".join(f"{name} {value}" for name, value in trained.items())
-        said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}"]
+        is_method = row["kind"] == "method"
+        said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}" if is_method else f"a {row['kind']}"]
         said += [f"options: {options}"] if options else []
         said += [f"set in training, with slagen finetune: {in_training}"] if in_training else []
         said += [f"{flag}: {help}" for flag, help in row["flags"].items()]
