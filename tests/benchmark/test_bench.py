@@ -77,7 +77,7 @@ def test_lengths_are_swept_at_one_sparsity():
 
 def test_a_wrong_method_is_reported_and_not_timed(monkeypatch):
     broken = Contender("sdpa", "dense", lambda setting: lambda q, k, v: F.scaled_dot_product_attention(q, k, v) * 1.01)
-    monkeypatch.setattr(task, "all_methods", lambda: (broken,))
+    monkeypatch.setattr(task, "all_methods", lambda delta: (broken,))
     row = bench(BenchConfig(**QUICK)).rows[0]
     assert row.correct is False and row.forward_ms is None and row.reason.startswith("wrong: ")
 
@@ -86,7 +86,7 @@ def test_what_other_libraries_cannot_do_is_said(monkeypatch):
     def fail(setting):
         raise RuntimeError("no kernel image\nfor this device")
 
-    monkeypatch.setattr(task, "all_methods", lambda: (Contender("other", "dense", fail),))
+    monkeypatch.setattr(task, "all_methods", lambda delta: (Contender("other", "dense", fail),))
     row = bench(BenchConfig(**QUICK)).rows[0]
     assert row.reason == "not supported here (RuntimeError: no kernel image)" and row.forward_ms is None
 
@@ -102,7 +102,7 @@ def test_methods_take_turns(monkeypatch):
 
         return Contender(name, "dense", lambda setting: attend)
 
-    monkeypatch.setattr(task, "all_methods", lambda: (recorded("one"), recorded("two")))
+    monkeypatch.setattr(task, "all_methods", lambda delta: (recorded("one"), recorded("two")))
     rows = bench(BenchConfig(**QUICK)).rows
     turns = [len(row.forward_ms.turn_medians) for row in rows]
     assert min(turns) >= 3 and len([1 for a, b in itertools.pairwise(order) if a != b]) >= 2 * min(turns) - 1
@@ -112,7 +112,7 @@ def test_a_missing_backward_pass_leaves_the_forward_pass(monkeypatch):
     def make(setting):
         return lambda q, k, v: F.scaled_dot_product_attention(q, k, v).detach()
 
-    monkeypatch.setattr(task, "all_methods", lambda: (Contender("other", "dense", make),))
+    monkeypatch.setattr(task, "all_methods", lambda delta: (Contender("other", "dense", make),))
     result = bench(BenchConfig(**QUICK, methods=("other",), backward=True))
     row = result.rows[0]
     assert row.forward_ms and row.backward_ms is None and row.speedup == 1
@@ -129,14 +129,14 @@ def test_what_fails_at_the_full_length_is_said(monkeypatch):
 
         return attend
 
-    monkeypatch.setattr(task, "all_methods", lambda: (Contender("other", "dense", make),))
+    monkeypatch.setattr(task, "all_methods", lambda delta: (Contender("other", "dense", make),))
     result = bench(BenchConfig(**QUICK))
     assert result.verdicts[0] == "other: out of memory on this device"
 
 
 def test_what_is_not_finite_is_wrong_and_can_be_written(monkeypatch, tmp_path):
     nothing = Contender("other", "dense", lambda setting: lambda q, k, v: q * torch.nan)
-    monkeypatch.setattr(task, "all_methods", lambda: (nothing,))
+    monkeypatch.setattr(task, "all_methods", lambda delta: (nothing,))
     row = bench(BenchConfig(**QUICK, output=str(tmp_path))).rows[0]
     assert row.correct is False and row.reason == "wrong: it produced NaN or Inf"
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["error"] is None

@@ -214,7 +214,7 @@ def quick(monkeypatch, methods, **changes):
     """A bench of an instant: its content, and the notes."""
     notes = []
     monkeypatch.setattr(task, "measure_ceilings", lambda device, dtype: (1.0, 1.0))
-    monkeypatch.setattr(task, "all_methods", lambda: methods)
+    monkeypatch.setattr(task, "all_methods", lambda delta: methods)
     monkeypatch.setattr(operator, "_time_parts", lambda *given: None)
     config = BenchConfig(
         **{"shapes": ("1x1x128x16",), "lengths": (), "seconds": 0.001, "device": "cpu", "sparsities": (0.5,), **changes}
