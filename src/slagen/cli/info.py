@@ -6,6 +6,7 @@ import typer
 
 from slagen.cli.generate import read_prompt
 from slagen.cli.options import Fields, takes
+from slagen.errors import MissingPath
 from slagen.generation.config import OUTPUT, VIDEO, GenerateConfig
 from slagen.io.paths import user_path
 
@@ -76,7 +77,10 @@ def methods(
 def info(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="A weight file or folder, saved latents, a video, or its .json report."),
+        typer.Argument(
+            metavar="PATH",
+            help="A weight file or folder, saved latents, a video, its .json report, or tiny-wan, the bundled model.",
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
 ) -> None:
@@ -89,15 +93,23 @@ def info(
     from slagen.formats import headers
     from slagen.generation import latents, provenance
     from slagen.io.reading import no_file
+    from slagen.wan.folder import BUNDLED, bundled_folder
+    from slagen.wan.presets import PRESETS
 
     place = user_path(path)
+    if path == BUNDLED and not place.exists():
+        place = bundled_folder()
     about: Any = provenance.describe(place) or latents.describe_latents(place)
     if about is None and not place.exists():
+        if path in PRESETS:
+            raise MissingPath(
+                f"{path} is a preset, which slagen models describes. Give a file or folder of its weights."
+            )
         raise no_file(place, "Give a weight file, a model folder, a video or its .json.")
     if about is None:
         headers.check_weights(place, shard=True)
         say_loading()
         from slagen.wan import info as task
 
-        about = task.info(path)
+        about = task.info(str(place))
     show_info(about, as_json)

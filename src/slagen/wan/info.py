@@ -30,6 +30,9 @@ LEFT_OUT = (
     "proj_l_norms",
     "parameter_norms",
     "attention",
+    "trained_sizes",
+    "vocabulary",
+    "example_prompt",
 )  # of the JSON, where there is none
 
 
@@ -139,7 +142,11 @@ class TransformerInfo(FileInfo):
 
 @dataclass(frozen=True)
 class PipelineInfo(Info):
-    """A model's folder: the sizes of its transformer, as in ModelShape, and what it holds."""
+    """A model's folder: the sizes of its transformer, as in ModelShape, and what it holds.
+
+    Args:
+        trained_sizes, vocabulary, example_prompt: what a model of few sizes and words knows, from its `slagen.json`.
+    """
 
     num_layers: int
     num_heads: int
@@ -148,6 +155,9 @@ class PipelineInfo(Info):
     text_tokens: int
     transformer: Info
     sla_file: Info | None = None
+    trained_sizes: list[str] | None = None
+    vocabulary: list[str] | None = None
+    example_prompt: str | None = None
 
 
 def info(path_text: str) -> Info:
@@ -205,8 +215,14 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
 
 
 def _describe_pipeline(folder: Path) -> PipelineInfo:
-    shape, transformer = describe_folder(folder, folder.resolve().name).shape, info(str(folder / "transformer"))
-    return PipelineInfo(str(folder), "pipeline", **vars(shape), transformer=transformer, sla_file=_beside(folder))
+    source, transformer = describe_folder(folder, folder.resolve().name), info(str(folder / "transformer"))
+    sizes, words = source.defaults.trained_sizes, source.defaults.vocabulary
+    return PipelineInfo(
+        str(folder), "pipeline", **vars(source.shape), transformer=transformer, sla_file=_beside(folder),
+        trained_sizes=None if sizes is None else list(map(str, sizes)),
+        vocabulary=None if words is None else list(words),
+        example_prompt=None if words is None else source.defaults.example_prompt,
+    )  # fmt: skip
 
 
 def _beside(folder: Path) -> Info | None:

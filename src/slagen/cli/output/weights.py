@@ -82,6 +82,8 @@ def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
         elif name == "proj_l_norms":
             norms = ", ".join(f"{norm:.3g}" for norm in value) or "none"
             table.add_row(Cell(line(f"{prefix}proj_l norms by layer"), "dim"), norms)
+        elif name in ("trained_sizes", "vocabulary"):
+            table.add_row(Cell(line(prefix + name), "dim"), line(", ".join(value)))
         elif prefix.endswith("parameter_norms."):
             table.add_row(Cell(line(f"{name} norms by layer"), "dim"), ", ".join(f"{norm:.3g}" for norm in value))
         else:
