@@ -9,7 +9,7 @@ from slagen.attention.mean.fused import fused_attention
 from slagen.attention.mean.reference import reference_attention
 from slagen.attention.mean.selection import kept_blocks
 from slagen.attention.sla.config import Backend
-from slagen.attention.sla.functional import BACKENDS, check_qkv, choose_backend, pick_scale
+from slagen.attention.sla.functional import check_qkv, choose_backend, pick_scale
 
 
 def block_mean_attention(
@@ -40,8 +40,6 @@ def block_mean_attention(
     if not isinstance(config, MeanConfig | SolConfig):
         raise ValueError(f"config is {config!r}; it must be a MeanConfig or a SolConfig. Try SolConfig().")
     scale = pick_scale(q, scale)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
     chosen = choose_backend(q, backend)
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from slagen.attention.cost import ModelShape
 from slagen.attention.mean.config import BlockMeanConfig, MeanConfig, SolConfig
 from slagen.attention.mean.cost import block_mean_flops, density, expected_share
-from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method
-from slagen.attention.sla import config as settings
+from slagen.attention.protocol import Grid, Inputs, Layer, Method
+from slagen.attention.sla.method import BACKENDS, choose_backend
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +34,6 @@ def _reference(
     from slagen.attention.mean.functional import block_mean_attention
 
     return block_mean_attention(q, k, v, config, backend="reference")
-
-
-def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    from slagen.attention.sla.backends import pick_backend
-
-    return pick_backend(name, head_dim, device, dtype)  # type: ignore[arg-type]
 
 
 def _check(
@@ -87,8 +81,8 @@ _COMMON: dict[str, Any] = {
     "cost": _cost,
     "build": _build,
     "reference": _reference,
-    "backends": tuple(map(Backend, get_args(settings.Backend))),
-    "choose_backend": _choose_backend,
+    "backends": BACKENDS,
+    "choose_backend": choose_backend,
     "check": _check,
     "describe": _describe,
     "applies": _applies,

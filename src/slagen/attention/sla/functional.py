@@ -63,11 +63,9 @@ def sparse_linear_attention(
         raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(BRANCHES)}.")
     if branches == "linear" and proj_weight is None:
         raise ValueError("branches is 'linear', but the linear branch needs proj_weight. Give proj_weight.")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
+    chosen = choose_backend(q, backend)
     if branches == "sparse":
         proj_weight = proj_bias = None
-    chosen = choose_backend(q, backend)
     known = {"block_means": block_means} if chosen == "triton" and block_means is not None else {}
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, scale, branches != "linear", **known)
@@ -81,7 +79,9 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def choose_backend(q: Tensor, backend: Backend = "auto") -> Literal["reference", "torch", "triton"]:
-    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot take them."""
+    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot, or is none."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
     if backend == "auto":
         return "triton" if q.is_cuda and q.shape[-1] <= WELL_KNOWN and unsupported(q) is None else "torch"
     if backend == "triton" and (reason := unsupported(q)) is not None:

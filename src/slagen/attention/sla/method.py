@@ -42,7 +42,11 @@ def _reference(
     return sparse_linear_attention(q, k, v, config, weight, bias, backend="reference", branches=branches)
 
 
-def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+BACKENDS = tuple(map(Backend, get_args(settings.Backend)))
+
+
+def choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """Of BACKENDS the one that runs: for every method that works by SLA's kernels. Raises EnvironmentProblem."""
     from slagen.attention.sla.backends import pick_backend
 
     return pick_backend(name, head_dim, device, dtype)  # type: ignore[arg-type]
@@ -94,8 +98,8 @@ def _method(name: str, summary: str, branches: Branches, projection: ParameterGr
         cost=functools.partial(_cost, branches),
         build=functools.partial(_build, branches),
         reference=functools.partial(_reference, branches),
-        backends=tuple(map(Backend, get_args(settings.Backend))),
-        choose_backend=_choose_backend,
+        backends=BACKENDS,
+        choose_backend=choose_backend,
         check=_check,
         parameters=(projection,),
         options=("sla_topk",),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from slagen.attention.sla.block_map import MARGINAL, block_map, block_means, critical_indices
 from slagen.attention.sla.config import Backend
-from slagen.attention.sla.functional import BACKENDS, check_qkv, pick_scale, sparse_linear_attention
+from slagen.attention.sla.functional import check_qkv, pick_scale, sparse_linear_attention
 from slagen.attention.sla.functional import choose_backend as choose_sla_backend
 from slagen.attention.sla2.blockwise import blockwise_branches
 from slagen.attention.sla2.config import SLA2Config
@@ -103,15 +103,12 @@ def routed_attention(
 def choose_backend(
     q: Tensor, config: SLA2Config, soft: bool, backend: Backend = "auto"
 ) -> Literal["reference", "torch", "triton"]:
-    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot take them."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {backend!r}; it must be one of auto, {', '.join(BACKENDS)}.")
-    if soft or config.mixing == "mass":
-        if backend == "triton":
-            lacking = "the soft top-k" if soft else "mixing 'mass'"
-            raise ValueError(f"backend is 'triton', but {lacking} has no Triton kernels. Try torch or auto.")
-        return "torch" if backend == "auto" else backend
-    return choose_sla_backend(q, backend)
+    """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot, or is none."""
+    without = "the soft top-k" if soft else "mixing 'mass'" if config.mixing == "mass" else None
+    if without and backend == "triton":
+        raise ValueError(f"backend is 'triton', but {without} has no Triton kernels. Try torch or auto.")
+    chosen = choose_sla_backend(q, backend)
+    return "torch" if without and chosen == "triton" else chosen
 
 
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, int], q: Tensor) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from slagen.attention.cost import ModelShape
-from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
-from slagen.attention.sla import config as settings
+from slagen.attention.protocol import Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.sla.cost import block_counts
+from slagen.attention.sla.method import BACKENDS, choose_backend
 from slagen.attention.sla2.config import SLA2Config
 from slagen.attention.sla2.cost import sla2_attention_flops
 from slagen.errors import EnvironmentProblem
@@ -36,12 +36,6 @@ def _reference(
 
     weights = (parameters[name].to(q.device) for name in ("router_q.weight", "router_k.weight", "mix.logit"))
     return sla2_attention(q, k, v, config, *weights, backend="reference")
-
-
-def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    from slagen.attention.sla.backends import pick_backend
-
-    return pick_backend(name, head_dim, device, dtype)  # type: ignore[arg-type]
 
 
 def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLA2Config) -> None:
@@ -83,8 +77,8 @@ SLA2 = Method(
     build=_build,
     reference=_reference,
     family="sla",
-    backends=tuple(map(Backend, get_args(settings.Backend))),
-    choose_backend=_choose_backend,
+    backends=BACKENDS,
+    choose_backend=choose_backend,
     check=_check,
     parameters=(
         ParameterGroup("router_q", stage="router"),

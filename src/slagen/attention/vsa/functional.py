@@ -1,7 +1,6 @@
 """`video_sparse_attention`: checks what it is given, and hands it to a backend."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +13,11 @@ from slagen.attention.vsa.blockwise import blockwise_attention
 from slagen.attention.vsa.config import Backend, VSAConfig
 from slagen.attention.vsa.reference import reference_attention
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference_attention, "torch": blockwise_attention}
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "auto": blockwise_attention,
+    "reference": reference_attention,
+    "torch": blockwise_attention,
+}
 
 
 def video_sparse_attention(
@@ -46,18 +49,12 @@ def video_sparse_attention(
         raise ValueError(
             f"gate is {tuple(gate.shape)} of {gate.dtype}; it must be {tuple(q.shape)}, floating point, as q is."
         )
-    chosen = choose_backend(backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but vsa attention has {', '.join(BACKENDS)}. Try torch or auto.")
     cubes = grid if isinstance(grid, CubeOrder) else cube_order(check_tokens(grid, q.shape[2]), q.device)
     if len(cubes.slots) != q.shape[2]:
         raise ValueError(
             f"the cubes are for {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give the grid of q's tokens."
         )
     with torch.autocast(q.device.type, enabled=False):
-        return BACKENDS[chosen](q, k, v, config, cubes, gate, q.shape[3] ** -0.5)
-
-
-def choose_backend(name: str) -> Literal["reference", "torch"]:
-    """The backend of a name. Raises ValueError for one that there is not."""
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"backend is {name!r}, but vsa attention has auto, {', '.join(BACKENDS)}. Try torch or auto.")
-    return "reference" if name == "reference" else "torch"
+        return BACKENDS[backend](q, k, v, config, cubes, gate, q.shape[3] ** -0.5)
