@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from slagen.attention.cost import ModelShape
 from slagen.attention.sla.config import SLAConfig
 
@@ -16,6 +18,19 @@ def block_counts(config: SLAConfig, num_tokens: int) -> dict[str, int]:
         "negligible": config.num_negligible(key_blocks),
         "marginal": config.num_marginal(key_blocks),
     }
+
+
+def describe_blocks(config: SLAConfig, num_tokens: int) -> dict[str, Any]:
+    """What a report says of the blocks: their counts, and the fractions of the key blocks."""
+    counts = block_counts(config, num_tokens)
+    fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
+    return {**counts, "fractions": fractions}
+
+
+def density(config: SLAConfig, num_tokens: int) -> float:
+    """The fraction of the key blocks that is attended exactly."""
+    key_blocks = config.num_blocks(num_tokens)[1]
+    return config.num_critical(key_blocks) / key_blocks
 
 
 def sla_attention_flops(

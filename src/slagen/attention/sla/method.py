@@ -10,7 +10,7 @@ from slagen.attention.cost import ModelShape
 from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.sla import config as settings
 from slagen.attention.sla.config import SLAConfig
-from slagen.attention.sla.cost import block_counts, sla_attention_flops
+from slagen.attention.sla.cost import block_counts, density, describe_blocks, sla_attention_flops
 
 if TYPE_CHECKING:
     import torch
@@ -69,9 +69,7 @@ def _configure(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> SLA
 
 
 def _describe(config: SLAConfig, grid: Grid) -> dict[str, Any]:
-    counts = block_counts(config, grid.num_tokens)
-    fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
-    return {**config.to_dict(), **counts, "fractions": fractions}
+    return {**config.to_dict(), **describe_blocks(config, grid.num_tokens)}
 
 
 def _applies(config: SLAConfig, grid: Grid) -> bool:
@@ -79,8 +77,7 @@ def _applies(config: SLAConfig, grid: Grid) -> bool:
 
 
 def _density(config: SLAConfig, grid: Grid) -> float:
-    counts = block_counts(config, grid.num_tokens)
-    return counts["critical"] / counts["key_blocks"]
+    return density(config, grid.num_tokens)
 
 
 def _note(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> str:

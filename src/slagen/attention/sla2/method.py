@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from slagen.attention.cost import ModelShape
 from slagen.attention.protocol import Grid, Inputs, Layer, Method, Needs, ParameterGroup
-from slagen.attention.sla.cost import block_counts
+from slagen.attention.sla.cost import block_counts, density, describe_blocks
 from slagen.attention.sla.method import BACKENDS, choose_backend
 from slagen.attention.sla2.config import SLA2Config
 from slagen.attention.sla2.cost import sla2_attention_flops
@@ -47,9 +47,7 @@ def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype
 
 
 def _describe(config: SLA2Config, grid: Grid) -> dict[str, Any]:
-    counts = block_counts(config.sla, grid.num_tokens)
-    fractions = {name: counts[name] / counts["key_blocks"] for name in ("critical", "negligible", "marginal")}
-    return {**dataclasses.asdict(config), **counts, "fractions": fractions}
+    return {**dataclasses.asdict(config), **describe_blocks(config.sla, grid.num_tokens)}
 
 
 def _applies(config: SLA2Config, grid: Grid) -> bool:
@@ -58,8 +56,7 @@ def _applies(config: SLA2Config, grid: Grid) -> bool:
 
 
 def _density(config: SLA2Config, grid: Grid) -> float:
-    counts = block_counts(config.sla, grid.num_tokens)
-    return counts["critical"] / counts["key_blocks"]
+    return density(config.sla, grid.num_tokens)
 
 
 def _note(config: SLA2Config, options: Mapping[str, Any], grid: Grid) -> str:
