@@ -16,8 +16,12 @@ CRITICAL, MARGINAL, NEGLIGIBLE = 1, 0, -1
 
 def block_scores(q: Tensor, k: Tensor, config: SLAConfig) -> Tensor:
     """Score each query block against each key block: (B, H, L, D) twice -> (B, H, M, N)."""
-    scores = block_means(q.detach(), config.block_m) @ block_means(k.detach(), config.block_n).mT
-    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return scores_of_means(block_means(q.detach(), config.block_m), block_means(k.detach(), config.block_n))
+
+
+def scores_of_means(q_means: Tensor, k_means: Tensor) -> Tensor:
+    """Their dot products, (..., M, D) and (..., N, D) -> (..., M, N); nan becomes infinity, with which it ranks."""
+    return (q_means @ k_means.mT).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def block_map(scores: Tensor, config: SLAConfig) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slagen.attention.sla.block_map import MARGINAL, block_map, block_means, critical_indices
+from slagen.attention.sla.block_map import MARGINAL, block_map, block_means, critical_indices, scores_of_means
 from slagen.attention.sla.config import Backend
 from slagen.attention.sla.functional import check_qkv, pick_scale, sparse_linear_attention
 from slagen.attention.sla.functional import choose_backend as choose_sla_backend
@@ -119,17 +119,11 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, int], q: Tensor) 
         )
 
 
-def _scores(q_routed: Tensor, k_routed: Tensor) -> Tensor:
-    """The router's scores (B, H, M, N) without gradient, as SLA ranks them."""
-    scores = q_routed.detach() @ k_routed.detach().mT
-    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
 def _hard_branches(
     q: Tensor, keys: Tensor, v: Tensor, config: SLA2Config, q_routed: Tensor, k_routed: Tensor, logit: Tensor,
     scale: float,
 ) -> Branches:  # fmt: skip
-    scores, sla = _scores(q_routed, k_routed), config.sla
+    scores, sla = scores_of_means(q_routed.detach(), k_routed.detach()), config.sla
     kv_indices, rest = critical_indices(scores, sla), block_map(scores, sla) == MARGINAL
     o_sparse, o_linear, lse = blockwise_branches(q, keys, v, kv_indices, None, rest, sla, scale)
     return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slagen.attention.cubes import CUBE_TOKENS
 from slagen.attention.order import CubeOrder
-from slagen.attention.sla.block_map import highest
+from slagen.attention.sla.block_map import highest, scores_of_means
 from slagen.attention.vsa.config import VSAConfig
 
 
@@ -50,8 +50,7 @@ def reference_attention(
 
 def cube_scores(q: Tensor, k: Tensor, cubes: CubeOrder) -> Tensor:
     """q_m . k_n of every two cubes: (B, H, L, D) twice -> (B, H, N, N) float32, or float64; nan becomes infinity."""
-    scores = cubes.means(q.detach()) @ cubes.means(k.detach()).mT
-    return scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return scores_of_means(cubes.means(q.detach()), cubes.means(k.detach()))
 
 
 def coarse_attention(q: Tensor, k: Tensor, v: Tensor, cubes: CubeOrder, scale: float) -> Tensor:
