@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slagen.attention.sla.block_map import block_tokens
 from slagen.attention.sla.blocks import from_blocks, head_groups, query_runs, rows_of_run, to_blocks
 from slagen.attention.sla.blockwise_sparse import kept_lists, sparse_backward, sparse_forward
 
@@ -38,8 +39,7 @@ def blockwise_attention(
 
 def _means(blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Means of blocks (G, N, block_n, D), with zeros after them for the sparse branch, (G, N + 1, D); and n, (N, 1)."""
-    counts = torch.full((blocks.shape[1], 1), blocks.shape[2], dtype=blocks.dtype, device=blocks.device)
-    counts[-1] = length - (blocks.shape[1] - 1) * blocks.shape[2]
+    counts = block_tokens(length, blocks.shape[2], blocks.device)[:, None].to(blocks.dtype)
     means = blocks.new_zeros(blocks.shape[0], blocks.shape[1] + 1, blocks.shape[3])
     torch.div(blocks.sum(2), counts, out=means[:, :-1])
     return means, counts

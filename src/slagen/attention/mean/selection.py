@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slagen.attention.mean.config import MeanConfig, SolConfig
-from slagen.attention.sla.block_map import CRITICAL, block_map, block_means, block_scores
+from slagen.attention.sla.block_map import CRITICAL, block_map, block_means, block_scores, block_tokens
 
 
 def kept_blocks(q: Tensor, k: Tensor, config: MeanConfig | SolConfig) -> Tensor:
@@ -42,8 +42,6 @@ def _forced(config: SolConfig, length: int, device: torch.device) -> Tensor:
 
 def kept_pairs(kept: Tensor, config: MeanConfig | SolConfig, length: int) -> Tensor:
     """How many query-key pairs are attended exactly, and how many there are: (B, H, M, N) bool -> (2,) int64."""
-    (rows, columns), starts = config.num_blocks(length), torch.arange(max(kept.shape[2:]), device=kept.device)
-    queries = (length - starts[:rows] * config.block_m).clamp(max=config.block_m)
-    keys = (length - starts[:columns] * config.block_n).clamp(max=config.block_n)
+    queries, keys = (block_tokens(length, block, kept.device) for block in (config.block_m, config.block_n))
     exact = (kept.sum((0, 1)) * queries[:, None] * keys).sum()
     return torch.stack([exact, torch.full_like(exact, kept.shape[0] * kept.shape[1] * length**2)])

@@ -54,6 +54,11 @@ def block_means(x: Tensor, block: int) -> Tensor:
     return torch.cat([means, x[:, :, -rest:].mean(2, keepdim=True, dtype=dtype)], dim=2)
 
 
+def block_tokens(length: int, block: int, device: torch.device) -> Tensor:
+    """How many tokens each block has, (ceil(length / block),) int64: the last may be partial."""
+    return (length - torch.arange(0, length, block, device=device)).clamp(max=block)
+
+
 def highest(scores: Tensor, count: int) -> Tensor:
     """Mark the `count` highest scores of each row; of equal ones at the border, those of lower index."""
     if count == 0:

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slagen.attention.sla.block_map import MARGINAL, block_map, block_means, critical_indices, scores_of_means
+from slagen.attention.sla.block_map import (
+    MARGINAL,
+    block_map,
+    block_means,
+    block_tokens,
+    critical_indices,
+    scores_of_means,
+)
 from slagen.attention.sla.config import Backend
 from slagen.attention.sla.functional import check_qkv, pick_scale, sparse_linear_attention
 from slagen.attention.sla.functional import choose_backend as choose_sla_backend
@@ -183,9 +190,8 @@ def _learned_logits(q: Tensor, config: SLA2Config, logit: Tensor) -> Tensor:
 
 def _mass_logits(q: Tensor, keys: Tensor, config: SLA2Config, lse: Tensor, rest: Tensor, scale: float) -> Tensor:
     """The logits of the sparse branch's share in a softmax where each other block is n copies of its mean key."""
-    length, (num_rows, num_columns) = q.shape[2], rest.shape[2:]
-    sizes = torch.full((num_columns,), config.block_n, dtype=lse.dtype, device=q.device)
-    sizes[-1] = length - (num_columns - 1) * config.block_n
+    length, num_rows = q.shape[2], rest.shape[2]
+    sizes = block_tokens(length, config.block_n, q.device).to(lse.dtype)
     logs = (rest.to(lse.dtype).log() if rest.dtype == torch.bool else rest) + sizes.log()
     padded = F.pad(q.to(lse.dtype) * scale, (0, 0, 0, num_rows * config.block_m - length))
     rows = padded.unflatten(2, (num_rows, config.block_m)) @ block_means(keys, config.block_n).mT[:, :, None]
