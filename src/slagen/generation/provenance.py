@@ -43,12 +43,14 @@ class Made:
     @property
     def settings(self) -> dict[str, Any]:
         """By option name."""
-        return self.content["settings"]  # type: ignore[no-any-return]
+        settings: dict[str, Any] = self.content["settings"]
+        return settings
 
     @property
     def versions(self) -> dict[str, str]:
         """Of packages; empty in old reports."""
-        return self.content.get("versions", {})  # type: ignore[no-any-return]
+        versions: dict[str, str] = self.content.get("versions", {})
+        return versions
 
     @property
     def hashes(self) -> dict[str, str]:

@@ -29,7 +29,8 @@ def read_record(kind: type[Record], content: Any) -> Record:
         kind: a dataclass whose fields are text, numbers, records, these or None, and lists and dicts of them. What
             is such a record already stays.
     """
-    return _read(kind, content)  # type: ignore[no-any-return]
+    record: Record = _read(kind, content)
+    return record
 
 
 def _read(kind: Any, value: Any) -> Any:

@@ -73,7 +73,8 @@ def _(q, k, v, kv_indices, log_kept, rest, block_m, block_n, scale):
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    return *(torch.empty_like(q, dtype=dtype) for _ in range(2)), q.new_empty(q.shape[:3], dtype=dtype)  # type: ignore[return-value]
+    o_sparse, o_linear = (torch.empty_like(q, dtype=dtype) for _ in range(2))
+    return o_sparse, o_linear, q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _rows(x: Tensor | None, heads: tuple[slice, slice], run: slice) -> Tensor | None:
@@ -135,11 +136,9 @@ def _(do_sparse, do_linear, dlse, q, k, v, kv_indices, log_kept, rest, block_m, 
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, log_kept: Tensor | None, rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        *(torch.empty_like(x) for x in (q, k, v)),
-        q.new_empty(0) if log_kept is None else torch.empty_like(log_kept),
-        q.new_empty(0) if rest.dtype == torch.bool else torch.empty_like(rest),
-    )  # type: ignore[return-value]
+    dkept = q.new_empty(0) if log_kept is None else torch.empty_like(log_kept)
+    drest = q.new_empty(0) if rest.dtype == torch.bool else torch.empty_like(rest)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dkept, drest
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -153,14 +153,14 @@ def _triton_branches(
     scale: float,
 ) -> Branches:  # fmt: skip
     """SLA's kernels, which rank blocks by the means that they are given: those that went through the router."""
-    means = tuple(x.detach().float().flatten(0, 1).contiguous() for x in (q_routed, k_routed))
+    q_means, k_means = (x.detach().float().flatten(0, 1).contiguous() for x in (q_routed, k_routed))
     unprojected, k = torch.eye(q.shape[3], device=q.device), keys.to(q.dtype)
 
     def attend(branches: Literal["sparse", "linear"]) -> Tensor:
         weight = None if branches == "sparse" else unprojected
         o = sparse_linear_attention(
             q, k, v, config.sla, weight, scale=scale, backend="triton", branches=branches,
-            block_means=means,  # type: ignore[arg-type]
+            block_means=(q_means, k_means),
         )  # fmt: skip
         return o.to(keys.dtype)
 

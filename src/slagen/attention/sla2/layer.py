@@ -89,4 +89,5 @@ def _routed(router: nn.Module, means: Tensor) -> Tensor:
     """The means through a layer in whatever dtype its weight has, if it has one."""
     weight = getattr(router, "weight", None)
     dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else means.dtype
-    return router(means.to(dtype)).to(means.dtype)  # type: ignore[no-any-return]
+    routed: Tensor = router(means.to(dtype))
+    return routed.to(means.dtype)
