@@ -234,9 +234,9 @@ def _describe_sla(file: FileInfo, path: Path, tensors: dict[str, Tensor]) -> SLA
     metadata = read_metadata(path)
     norms, others = _norms(tensors)
     of_sla = metadata.method == SLA_NAME
-    lacks_settings = {"config", "tensors"} | ({"tensors_hash"} if metadata.tensors is None else set())
-    lacks_settings |= {"method"} if of_sla else set()
-    about = {name: value for name, value in vars(metadata).items() if name not in lacks_settings}
+    left_out = {"config", "tensors"} | ({"tensors_hash"} if metadata.tensors is None else set())
+    left_out |= {"method"} if of_sla else set()
+    about = {name: value for name, value in vars(metadata).items() if name not in left_out}
     return SLAInfo(
         **vars(file), base_model=about.pop("base_model"), trained_with=metadata.config, metadata=about,
         layers=max(map(len, [norms, *others.values()])), proj_l_norms=norms if of_sla else None,
