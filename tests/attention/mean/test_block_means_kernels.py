@@ -69,3 +69,24 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
     monkeypatch.setattr(block_means, "block_means_forward", wrong)
     with pytest.raises(KernelProblem, match="o is wrong. Try --backend torch"):
         fused.check_kernels(16, device, torch.float32, config)
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "said"),
+    [
+        ("verify", KernelProblem("SLA's kernels fail. Try --backend torch."), "^SLA's kernels fail. Try"),
+        ("_forward", torch.OutOfMemoryError("no memory is left"), "^no memory is left$"),
+        ("_forward", RuntimeError("no driver"), "^the Triton kernels fail on .*: no driver. Try --backend torch.$"),
+    ],
+    ids=["sla", "memory", "launch"],
+)
+def test_what_a_trial_raises(failing, error, said, monkeypatch):
+    """What SLA's own kernels say, and a lack of memory, are not reworded as a failure of these kernels."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(fused, failing, fail)
+    expected = KernelProblem if type(error) is RuntimeError else type(error)
+    with pytest.raises(expected, match=said):
+        fused.check_kernels(16, torch.device(DEVICE), torch.float32, sol())

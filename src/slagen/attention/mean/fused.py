@@ -32,6 +32,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_m: int,
 
 def check_kernels(head_dim: int, device: torch.device, dtype: torch.dtype, config: MeanConfig | SolConfig) -> None:
     """Try the kernels forward and backward on a few blocks. Raises KernelProblem where they fail or are wrong."""
+    from slagen.kernels.failures import LaunchError, launching
+
     length = 5 * max(config.block_m, config.block_n) + 5
     make: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     with autograd_of_its_own():
@@ -41,14 +43,16 @@ def check_kernels(head_dim: int, device: torch.device, dtype: torch.dtype, confi
         exact = reference_attention(wide[0], wide[1], wide[2], config, head_dim**-0.5)
         truth = [exact.detach(), *torch.autograd.grad(exact, wide, do.double())]
         kept = kept_blocks(wide[0], wide[1], config)
+        verify(inputs[0], SLAConfig(block_m=config.block_m, block_n=config.block_n))
         try:
-            o = fused_attention(
-                inputs[0], inputs[1], inputs[2], kept, config.block_m, config.block_n, head_dim**-0.5
-            )  # fmt: skip
-            found = [o.detach(), *torch.autograd.grad(o, inputs, do.to(dtype))]
-        except RuntimeError as error:  # Triton's own are such too
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise KernelProblem(f"the Triton kernels fail on {device}: {reason}. Try --backend torch.") from error
+            with launching():
+                o = fused_attention(
+                    inputs[0], inputs[1], inputs[2], kept, config.block_m, config.block_n, head_dim**-0.5
+                )  # fmt: skip
+                found = [o.detach(), *torch.autograd.grad(o, inputs, do.to(dtype))]
+        except LaunchError as error:
+            message = f"the Triton kernels fail on {device}: {error.reason}. Try --backend torch."
+            raise KernelProblem(message) from error
     if (fault := first_fault(found, truth, dtype)) is not None:
         raise KernelProblem(f"the Triton kernels fail on {device}: {fault}. Try --backend torch.")
 
