@@ -126,7 +126,10 @@ def test_keys_and_forecasts():
         (["--dense-layers", "0-99"], "dense_layers is '0-99', but there are"),
         (["--dense-steps", "first"], "dense_steps is 'first', but must be numbers and ranges, or a percentage"),
         (["--min-tokens", "-1"], "min_tokens is -1, but must be 0 or above"),
-        (["--attention", "dense", "--dense-steps", "-1"], "dense attention is dense everywhere. Leave"),
+        (
+            ["--attention", "dense", "--dense-steps", "-1"],
+            "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave",
+        ),
     ],
     ids=" ".join,
 )

@@ -103,8 +103,8 @@ def test_sizes(given, wanted):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"size": "832x480", "width": 832}, "--size and --width and --height each say"),
-        ({"size": "480p", "resolution": "480p"}, "--size and --resolution each say"),
+        ({"size": "832x480", "width": 832}, "--size and --width and --height each set the size"),
+        ({"size": "480p", "resolution": "480p"}, "--size and --resolution each set the size"),
         ({"aspect_ratio": "16:9"}, "Add --resolution"),
         ({"size": "832x480", "aspect_ratio": "16:9"}, "Add --resolution"),
         ({"resolution": "1080p"}, "must be 480p or 720p"),
@@ -196,17 +196,17 @@ def test_options_of_other_trainers(line, wanted):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("max_train_epochs", "the length of training is set with --steps"),
+        ("max_train_epochs", "set the length of training with --steps"),
         ("network_dim", "--train lora --lora-rank N"),
-        ("network_module", "--train says what is trained"),
+        ("network_module", "--train selects what is trained"),
         ("lora", "--train lora --lora-rank N"),
         ("dataset_config", "--data names"),
         (
             "gradient_accumulation_steps",
-            "--batch-size is the number of clips per step over all processes, --micro-batch",
+            "--batch-size is the number of clips per step over all processes; --micro-batch",
         ),
         ("lr_scheduler", "rises over --warmup-steps"),
-        ("resume", "run the same command again to resume"),
+        ("resume", "to resume, run the same command again"),
         ("num_gpus", "torchrun --nproc-per-node N"),
         ("fp8_scaled", "fp8"),
     ],
@@ -236,7 +236,7 @@ def test_a_group_leaves_what_is_behind_its_command():
         ("--sdpa", "full attention is --attention dense"),
         ("--xformers", "xFormers is not used; full attention is --attention dense"),
         ("--flash_attn", "--attention dense --backend flash-attn"),
-        ("--STA-mode x", "another method"),
+        ("--STA-mode x", "is not supported; slagen methods"),
         ("--vae-tiling", "VAE tiling is not supported"),
         ("--enable-vae-tiling", "VAE tiling is not supported"),
         ("--video in.mp4", "video-to-video"),
@@ -247,7 +247,7 @@ def test_a_group_leaves_what_is_behind_its_command():
         ("--vae-precision fp16", "slagen computes in"),
         ("--embedded-cfg-scale 6", "no embedded guidance"),
         ("--enable_model_cpu_offload", "offloads models automatically"),
-        ("--enable_cfg true", "where --guidance-scale is above 1"),
+        ("--enable_cfg true", "if --guidance-scale is above 1"),
         ("--low_noise_checkpoint x", "Wan2.2"),
         ("--lora a", "LoRA weights are not supported"),
     ],
@@ -285,7 +285,7 @@ def test_no_wrong_guess(capsys, command):
         ("a --size 720p", {"width": 1280, "height": 720}),
         ("a --seed -1", {}),
         ("a --image x", "image-to-video is not supported yet"),
-        ("a --size 480p --w 832 --h 480", "each say how large"),
+        ("a --size 480p --w 832 --h 480", "each set the size of the video"),
     ],
 )
 def test_lines_of_a_prompt_file(tmp_path, line, fields):

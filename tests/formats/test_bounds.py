@@ -51,7 +51,7 @@ def test_a_pickle_that_asks_for_more_than_it_holds_is_refused(tmp_path, name):
     """A dictionary in itself was followed for ever, and a tensor of stride 0 took 4 TB to read."""
     path = pickled(name, tmp_path)
     for read in (peek, read_checkpoint, read_tensors):
-        with pytest.raises(WeightsError, match="in each other|not stored contiguously and in full"):
+        with pytest.raises(WeightsError, match="contain themselves|not stored contiguously and in full"):
             read(path)
 
 

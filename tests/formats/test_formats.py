@@ -426,7 +426,7 @@ def test_converted_weights_make_the_same_video(base, state, tmp_path):
     assert direct["latents_hash"] == from_folder["latents_hash"] == as_weights["latents_hash"]
     assert direct["attention"]["mode"] == "sla" and from_folder["settings"]["sampler"] == "rcm"
     dense = run_long(base, tmp_path, "dense", weights=str(path), attention="dense")
-    assert dense["weights"]["used"] == "the same weights, full attention"
+    assert dense["weights"]["used"] == "the model file, with full attention"
     assert dense["weights"]["model_hash"] == direct["weights"]["model_hash"]
 
 

@@ -78,7 +78,7 @@ def test_warnings_are_pythons(toy):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompt": ""}, 'the prompt is empty. Say what the video shows, such as "a red circle moving right".'),
+        ({"prompt": ""}, 'the prompt is empty. Describe the video, for example "a red circle moving right".'),
         ({"steps": 0}, "steps is 0, but must be at least 1. Try steps=1."),
         ({"num_frames": 80}, "num_frames is 80, but Wan decodes 4k + 1 frames. Try num_frames=81."),
         ({"sparsity": 2}, "sparsity is 2.0, but must be a number of at least 0 and below 1. Try sparsity=0.95."),

@@ -60,7 +60,7 @@ def test_what_takes_less_memory_is_what_decode_has(toy, video, tmp_path, monkeyp
     monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
     assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "Close other programs, or take --device cuda" in told and "--size" not in told and "--num-frames" not in told
+    assert "Close other programs, or use --device cuda" in told and "--size" not in told and "--num-frames" not in told
     assert of_memory(MemoryError(), "decode") == "out of memory. Try to close other programs."
 
 
@@ -218,7 +218,7 @@ DAMAGED = {
     "settings": ({"about": lambda c: c["report"].pop("settings")}, '"report" has no "settings"'),
     "size": ({"about": lambda c: c["report"]["settings"].update(size="64x128")}, "holds latents of"),
     "fps": ({"about": lambda c: c["report"]["settings"].update(fps=0)}, "fps"),
-    "vae": ({"about": lambda c: c.update(vae_hash="0" * 64)}, "another VAE"),
+    "vae": ({"about": lambda c: c.update(vae_hash="0" * 64)}, "a different VAE"),
 }
 
 

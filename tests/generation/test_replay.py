@@ -53,7 +53,7 @@ def test_other_metadata_around_the_same_frames_is_no_difference(video, tmp_path,
     content["video"]["sha256"] = "0" * 64
     (tmp_path / "x.json").write_text(json.dumps(content))
     assert run(["replay", str(tmp_path / "x.json")]) == 0
-    assert "same frames, other metadata" in capsys.readouterr().out
+    assert "same frames, different metadata" in capsys.readouterr().out
 
 
 def test_what_differs_is_named(video, tmp_path, capsys):

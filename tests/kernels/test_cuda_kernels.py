@@ -110,7 +110,7 @@ NO_COMPILER = RuntimeError(
 )
 COMPILER_FAILS = subprocess.CalledProcessError(1, ["/usr/bin/gcc", "/tmp/x/cuda_utils.c", "-O3"])
 OUTSIDE = {
-    "no-compiler": (NO_COMPILER, "Triton finds no C compiler"),
+    "no-compiler": (NO_COMPILER, "there is no C compiler"),
     "compiler-fails": (COMPILER_FAILS, "gcc cannot compile Triton's launcher .exit code 1"),
     "driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "the driver.*image is invalid"),
     "cache": (PermissionError(13, "Permission denied", "/home/user/.triton"), "/home/user/.triton: Permission denied"),

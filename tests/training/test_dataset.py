@@ -220,5 +220,5 @@ def test_data_of_another_negative_prompt(toy, tmp_path):
     shutil.copytree(model, other)
     content = json.loads((other / "slagen.json").read_text())
     (other / "slagen.json").write_text(json.dumps({**content, "negative_prompt": "blurry"}))
-    with pytest.raises(WeightsError, match="was prepared for another negative prompt"):
+    with pytest.raises(WeightsError, match="was prepared with a negative prompt that is not"):
         finetune(settings(other, tmp_path / "out", data=data))

@@ -53,7 +53,8 @@ def test_settings_without_effect_are_refused():
         ({"attention": "dense", "loss": "flow", "anneal_from": 0.5}, "Leave --anneal-from out"),
         ({"attention": "sparse", "train": "proj"}, "leaves nothing to train"),
         ({"loss": "flow", "layer_loss": 1.0}, "Leave one out"),
-        ({"lora_rank": 4}, "is for --train lora"), ({"attention": "sparse", "proj_multiplier": 2.0}, "has no proj_l"),
+        ({"lora_rank": 4}, "is for --train lora"),
+        ({"attention": "sparse", "proj_multiplier": 2.0}, "has no learned weights"),
         ({"dtype": "fp16"}, "lost in fp16"), ({"caption_dropout": 1.0}, "caption_dropout is 1.0"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=words):

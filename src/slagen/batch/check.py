@@ -57,7 +57,7 @@ def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Cal
     if lacking:
         are = "one video is" if len(lacking) == 1 else f"{len(lacking)} videos are"
         text = (
-            f"{are} complete but without latents, and not generated again for them. To have both, delete such a video "
+            f"{are} complete but without latents, and will not be generated again. To get them too, delete the video "
             f"(rm {shlex.quote(str(lacking[0]))}) and run this command again, or choose another --output"
         )
         on_event(Event("warning", text))

@@ -175,7 +175,7 @@ class Manifest:
             append(self.path, ("\n".join(lines) + "\n").encode())
         except OSError as error:
             raise SlagenError(
-                f"{self.path} cannot be written ({error.strerror or error}). Fix that, or choose another --output."
+                f"{self.path} cannot be written ({error.strerror or error}). Fix this, or choose another --output."
             ) from error
 
     def queue(self, wanted: list[Wanted]) -> list[Job]:

@@ -95,9 +95,9 @@ def _connect(address: str, match: re.Match[str] | None, folder: Path | None) -> 
 
 def _refused(address: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"Ray at {quote(address)} answers but refuses the connection: the token is missing or wrong, or its version of "
-        "Ray is another. Set RAY_AUTH_TOKEN to the token that it was started with, or RAY_AUTH_TOKEN_PATH to a file "
-        "with it."
+        f"Ray at {quote(address)} answers but refuses the connection: the token is missing or wrong, or it runs a "
+        "different version of Ray. Set RAY_AUTH_TOKEN to the token that Ray was started with, or RAY_AUTH_TOKEN_PATH "
+        "to a file with it."
     )
 
 

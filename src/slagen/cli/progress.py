@@ -139,7 +139,9 @@ class GenerateProgress:
         """Live on a terminal, one line in twenty elsewhere."""
         error = "" if step.error is None else f", relative L2 error to the teacher {step.error:.4f}"
         norms = step.proj_norms
-        projections = f", norms of the attention's own weights {min(norms):.3g} to {max(norms):.3g}" if norms else ""
+        projections = (
+            f", norms of the attention's learned weights {min(norms):.3g} to {max(norms):.3g}" if norms else ""
+        )
         detail = (
             f"loss {step.loss:.4e}{error}, gradient norm {step.grad_norm:.3e}{projections}, "
             f"{step.tokens_per_s:,.0f} tokens/s, {step.memory_gib:.1f} GiB, {step.left_s / 60:.1f} min left"

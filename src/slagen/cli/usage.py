@@ -47,15 +47,15 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return of_memory(error, *arguments[:1]), 1
     if isinstance(error, OSError):
         what = line(str(error) if error.filename is None else f"{error.filename}: {error.strerror}")
-        return f"{what}. Fix this and run again (SLAGEN_DEBUG=1 shows where it happened).", 1
+        return f"{what}. Fix this and run again (SLAGEN_DEBUG=1 shows the traceback).", 1
     if isinstance(error, ImportError) and (lack := packages.explain(error)):
         return lack, EnvironmentProblem.exit_code
     if isinstance(error, RuntimeError) and (match := re.search(r".*(CUDA error|Triton Error \[CUDA\]).*", str(error))):
-        advice = "Test the GPU with slagen doctor --selftest; SLAGEN_DEBUG=1 shows where it happened"
+        advice = "Test the GPU with slagen doctor --selftest; SLAGEN_DEBUG=1 shows the traceback"
         return f"the GPU failed: {match[0].rstrip('.')}. {advice}.", EnvironmentProblem.exit_code
     if sys.flags.optimize > 1:
         return WITHOUT_DOCSTRINGS, EnvironmentProblem.exit_code
-    return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows where)", 1
+    return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows the traceback)", 1
 
 
 def _wrong_usage(error: Any, arguments: list[str]) -> str:

@@ -36,7 +36,9 @@ def check_pickle(content: Any, path: Path) -> None:
         if not level or values + len(level) > MAX_VALUES:
             break
     if level:
-        raise WeightsError(f"{path} holds containers that are nested too deeply, or in each other. Download it again.")
+        raise WeightsError(
+            f"{path} holds lists or dictionaries that contain themselves or are nested too deeply. Download it again."
+        )
 
 
 def _check_tensor(tensor: Tensor, path: Path) -> None:

@@ -38,14 +38,14 @@ REFUSALS = {
     "control": f"is a transformer controlled by a video or a camera path (such as Fun-Control). {_RUNS}",
     "first-last": f"is Wan2.1 FLF2V, which generates the frames between a first and a last image. {_RUNS}",
     "image-to-video": f"is an image-to-video transformer. {_RUNS}",
-    "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need another VAE. {_RUNS}",
+    "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need a different VAE. {_RUNS}",
     "conditioned": "is a Wan transformer with more input than output channels, so it needs more than a text prompt. "
     f"{_RUNS}",
     "text-encoder": "is a T5 text encoder, not a transformer. slagen reads it only from a model folder in diffusers "
     f"format: give one with --model, such as {TEXT_ENCODER_HOME}.",
     "image-encoder": f"is a CLIP image encoder, for image-to-video. {_RUNS}",
     "vae": "is a VAE, not a transformer. Give it with --vae, or make a diffusers folder: slagen convert FILE FOLDER.",
-    "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 has another: give Wan2.1_VAE.pth with --vae.",
+    "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 needs Wan2.1_VAE.pth: give it with --vae.",
     "tiny-vae": "is a tiny autoencoder for previews (TAE). Give Wan2.1_VAE.pth with --vae.",
     "unknown": "holds no Wan2.1 transformer. Give Wan2.1 text-to-video or SLA weights.",
 }
@@ -156,7 +156,7 @@ _DISTILLED = re.compile(
 _PIECEWISE = re.compile(r"skyreels[-_ ]?v2[-_ ]?df|diffusion[-_ ]?forcing", re.IGNORECASE)
 EXPERT_NOTE = (
     "has {word!r} in its name or metadata: Wan2.2 A14B consists of two transformers, one for high and one for low "
-    "noise, and either of them alone makes poorer videos"
+    "noise, and either of them alone generates poorer videos"
 )
 PIECEWISE_NOTE = (
     "has {word!r} in its name or metadata: such weights are made for sampling chunk by chunk, and slagen samples the "

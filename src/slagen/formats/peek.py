@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slagen.attention.learned import SLA_NAME, owner
+from slagen.attention.learned import SLA_NAME, label, owner
 from slagen.errors import WeightsError
 from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.headers import check_no_shard, read_header
@@ -44,11 +44,14 @@ class Found:
     few_steps: str = ""
 
 
-LACKS_SETTINGS = (
-    "holds SLA weights that diffusers saved without the settings that they were trained with. Give the original "
-    "sla.safetensors, or save the pipeline again with this version of slagen, which records the settings in "
-    "config.json: load_sla(pipe, FILE), pipe.save_pretrained(FOLDER)."
-)
+def lacks_settings(method: str) -> str:
+    """What a message says of a path that holds attention weights without the settings they were trained with."""
+    how = ": load_sla(pipe, FILE), pipe.save_pretrained(FOLDER)" if label(method) == "SLA" else ""
+    return (
+        f"holds {label(method)} weights that diffusers saved without the settings that they were trained with. Give "
+        "the original sla.safetensors, or save the pipeline again with this version of slagen, which records the "
+        f"settings in config.json{how}."
+    )
 
 
 def peek(path: Path, part: str | None = None) -> Found:
@@ -80,8 +83,8 @@ def peek(path: Path, part: str | None = None) -> Found:
     found = Found(kind, notes=tuple(notes), few_steps=few_steps)
     spellings = {place[1]: name for name in values if (place := learned(name))}
     if OWN_SPELLING in spellings:
-        told = read_settings(path, metadata) or {"lacks_settings": True, "method": owner(spellings[OWN_SPELLING])}
-        return dataclasses.replace(found, **told)
+        settings = read_settings(path, metadata) or {"lacks_settings": True, "method": owner(spellings[OWN_SPELLING])}
+        return dataclasses.replace(found, **settings)
     if kind == "transformer" and any("to_gate_compress" in name for name in spellings.values()):
         return dataclasses.replace(found, trained_with=FASTWAN_VSA, method="vsa")
     if kind == "transformer" and spellings:

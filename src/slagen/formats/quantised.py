@@ -31,14 +31,14 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "int8_rowwise", "int8_blockwise")
 _READ = (
-    "It reads GGUF, and fp8 and int8 with one scale per tensor, row or block. Give such a file of the same model, or "
-    "its bf16 weights."
+    "slagen reads GGUF, and fp8 and int8 with one scale per tensor, row or block. Give a file of one of these "
+    "kinds, or the model's bf16 weights."
 )
 NOT_READ = {
-    "packed": f"is quantised in a form that slagen does not read. {_READ}",
-    "quanto": f"is quantised with optimum-quanto, whose form slagen does not read. {_READ}",
-    "torchao": f"is quantised with torchao, whose form slagen does not read. {_READ}",
-    "zero-point": f"is quantised with zero points, which slagen does not read. {_READ}",
+    "packed": f"is quantised in an unsupported form. {_READ}",
+    "quanto": f"is quantised with optimum-quanto, which is not supported. {_READ}",
+    "torchao": f"is quantised with torchao, which is not supported. {_READ}",
+    "zero-point": f"is quantised with zero points, which are not supported. {_READ}",
 }
 _OF_TOOLS = (  # what no other form has among its names
     ("quanto", re.compile(r"\.weight\._(data|scale|shift)$|\.weight_qtype$")),
@@ -108,7 +108,7 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
         if last in SCALES and beside_a_weight(name, values):
             whole = f"{stem}.int8_weight" if f"{stem}.int8_weight" in values else f"{stem}.weight"
             if whole in scales:
-                plain.faults.append(f"{name} is a second scale for the weight that has {scales[whole]}")
+                plain.faults.append(f"{name} and {scales[whole]} are both the scale of {whole}")
             scales[whole] = name
     kinds = {x.dtype for name in scales.values() if isinstance(x := values[name], Tensor)}
     if len(kinds) > 1:

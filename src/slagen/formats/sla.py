@@ -133,7 +133,7 @@ def check_contents(metadata: SLAMetadata, tensors: dict[str, Tensor], path: Path
         raise WeightsError(f"{path} has changed since it was written: it {what}{more}. Copy or download it again.")
     if tensors_hash(tensors) != metadata.tensors_hash:
         raise WeightsError(
-            f"{path} has changed since it was written: its tensors have another hash. Copy or download it again."
+            f"{path} has changed since it was written: the hash of its tensors is different. Copy or download it again."
         )
 
 

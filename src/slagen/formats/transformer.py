@@ -57,14 +57,15 @@ def tensors_of_one(path: Path, content: dict[str, Any], part: str | None) -> tup
     there are several and none is chosen."""
     found = transformers(content)
     if (len(found) > 1 and part is None) or (part is not None and part not in found):
-        holds = f"{path} holds {len(found)} transformers: {', '.join(found)}. " if len(found) > 1 else ""
+        several = len(found) > 1
+        holds = f"{path} holds {len(found)} transformers: {', '.join(found)}. " if several else ""
         if part is None:
             raise WeightsError(
                 f"{holds}Extract one of them into a folder, and give that: slagen convert {path} FOLDER "
                 f"--part {list(found)[-1]}"
             )
-        wanted = "Give one of these." if holds else "Leave --part out."
-        raise UsageError(f"part is {part!r}, but {holds or f'{path} holds one transformer. '}{wanted}")
+        fault = f"{holds}Give one of these." if several else f"{path} holds only one transformer. Leave --part out."
+        raise UsageError(f"part is {part!r}, but {fault}")
     prefix = found.get(part or "", next(iter(found.values()), ""))
     values: dict[str, Any] = {}
     twice = []

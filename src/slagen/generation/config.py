@@ -105,7 +105,7 @@ class GenerateConfig:
         None, "Timestep shift of the flow-matching schedule.", panel=SAMPLING, prompt_line=True
     )
     sampler: Sampler | None = option(
-        None, "unipc, euler, dpm++ or rcm. Default: the one that the weights are made for.", panel=SAMPLING
+        None, "unipc, euler, dpm++ or rcm. Default: the one that the weights were made for.", panel=SAMPLING
     )
     sigma_max: float | None = option(None, "Initial noise level of rCM. Default: 80.", panel=SAMPLING)
     ode: bool = option(False, "Deterministic (ODE) rCM sampling.", panel=SAMPLING)
@@ -126,8 +126,7 @@ class GenerateConfig:
     )  # fmt: skip
     sla_topk: float | None = option(
         None,
-        "Fraction of key blocks attended exactly (1 - sparsity), counted as in the published code: "
-        "int(fraction x blocks).",
+        "Fraction of key blocks attended exactly (1 - sparsity), rounded down as in the published code.",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(
@@ -136,13 +135,15 @@ class GenerateConfig:
     block_n: int | None = option(None, "Key columns per block. Default: as for sparsity.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
-        None, "Denoising steps that run dense: 0-9,-1 (-1 is the last), or 20% of them.", panel=ATTENTION,
+        None, "Denoising steps with dense attention: 0-9,-1 (-1 is the last), or the first 20%.", panel=ATTENTION,
         prompt_line=True,
     )  # fmt: skip
     dense_layers: str | None = option(
-        None, "Layers that run dense, in the same form.", panel=ATTENTION, prompt_line=True
+        None, "Layers with dense attention, in the same form.", panel=ATTENTION, prompt_line=True
     )
-    min_tokens: int | None = option(None, "Run clips of fewer tokens dense.", panel=ATTENTION, prompt_line=True)
+    min_tokens: int | None = option(
+        None, "Use dense attention for clips with fewer tokens than this.", panel=ATTENTION, prompt_line=True
+    )
     delta: int | None = option(None, DELTA.help, panel=ATTENTION, prompt_line=True)
     weights: str | None = option(
         None, "SLA weights, or a whole transformer in any public format. Default: the model's own.", panel=ATTENTION,
@@ -181,7 +182,7 @@ class GenerateConfig:
     def _check_texts(self) -> None:
         """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
         if not self.prompt.strip():
-            raise UsageError('the prompt is empty. Say what the video shows, such as "a red circle moving right".')
+            raise UsageError('the prompt is empty. Describe the video, for example "a red circle moving right".')
         check_prompt("prompt", self.prompt)
         check_prompt("negative prompt", self.negative_prompt or "")
         check_output(self.output)
@@ -268,7 +269,7 @@ class GenerateConfig:
         method.check_backend(self.backend)
         if self.policy != AttentionPolicy() and method.family == "dense":
             raise UsageError(
-                "dense attention is dense everywhere. Leave --dense-steps, --dense-layers, --min-tokens, --delta out."
+                "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave them out."
             )
 
     @property

@@ -32,7 +32,7 @@ from slagen.wan.loading import load_pipeline
 from slagen.wan.models import check_told_model, resolve_model
 from slagen.wan.vae import decode_latents
 
-LESS = "Close other programs, or take --device cuda where there is a card"  # of this machine's memory
+LESS = "Close other programs, or use --device cuda if there is a GPU"  # of this machine's memory
 
 
 def decode(
@@ -73,7 +73,7 @@ def decode(
         ).vae
         if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(
-                f"{path} was generated for another VAE than that of {own or source.name}. Give the right VAE with "
+                f"{path} was generated for a different VAE than that of {own or source.name}. Give the right VAE with "
                 "--vae, or the folder of its model with --model."
             )
         return GenerateResult([_write(told, latents, decoder, place, path, target, overwrite, on_event)])
@@ -99,7 +99,8 @@ def _write(
     frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
     if told.video.frames_hash != frames_hash:
         text = (
-            "the frames differ from those decoded before, as they may on another device or with other package versions"
+            "the frames differ from those decoded before, which can happen on another device or with other package "
+            "versions"
         )
         on_event(Event("note", text))
     comment = report.comment(settings, told.latents_hash, frames_hash, weights=told.weights, packages=told.versions)

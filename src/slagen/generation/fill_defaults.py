@@ -57,8 +57,8 @@ def choose_sampler(
             raise UsageError(f"steps is {config.steps}, but the rcm sampler takes 1 to 4. Try --steps 4.")
         if config.guidance_scale is not None and config.guidance_scale > 1:
             warnings.append(
-                f"the guidance scale is {config.guidance_scale:g}, but these weights are distilled with guidance "
-                "and need 1"
+                f"the guidance scale is {config.guidance_scale:g}, but these weights are distilled with guidance, "
+                "so it should be 1"
             )
         return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
     if config.sigma_max is not None or config.ode:

@@ -166,7 +166,7 @@ def _process_limits() -> Iterator[tuple[int, str]]:
     for kind, held, name in ((resource.RLIMIT_AS, used.vms, "ulimit -v"), (resource.RLIMIT_DATA, _data(), "ulimit -d")):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY:
-            yield limit - held, f"what {name} allows"
+            yield limit - held, f"the limit of {name}"
 
 
 def _data() -> int:
@@ -194,7 +194,7 @@ def _group_limits(
         for folder in dict.fromkeys([inside, *(parent for parent in inside.parents if root in parent.parents), root]):
             left = _group_left(folder, *names)
             if left is not None:
-                yield left, "what this container or control group allows"
+                yield left, "the limit of this container or control group"
 
 
 def _group_left(folder: Path, maximum: str, current: str, cache: str) -> int | None:

@@ -71,7 +71,7 @@ _LORA = (
 )
 _MEMORY = "slagen offloads models automatically when they do not fit on the GPU together"
 _GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
-_FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files are read as they are with --weights"
+_FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files can be given with --weights"
 _REWRITE = "slagen does not rewrite prompts; give the full prompt"
 _TEXT = "the text encoder is loaded from the model's folder, given with --model"
 _LAYER = "skip-layer guidance is not supported"
@@ -117,7 +117,7 @@ REFUSED = {
          "vae-spatial-tile-sample-min-size", "vae-sp"), _TILES),
     **dict.fromkeys(
         ("embedded-cfg-scale", "embedded-guidance-scale"), f"Wan's models have no embedded guidance; {_CFG}"),
-    **dict.fromkeys(("enable-cfg", "use-cfg"), "guidance is on where --guidance-scale is above 1"),
+    **dict.fromkeys(("enable-cfg", "use-cfg"), "guidance is used if --guidance-scale is above 1"),
     "quant-linear": "a quantised file, such as -quant.pth, is recognised automatically",
     "default-norm": "the model's original normalization layers are always used",
     **dict.fromkeys(
@@ -135,29 +135,30 @@ REFUSED = {
     **dict.fromkeys(("config-json", "config"), "settings are given as options, or with a prompt file (--prompts)"),
     **dict.fromkeys(
         ("enable-torch-compile", "torch-compile-kwargs", "compile", "compile-args"),
-        "videos are made without torch.compile; slagen bench --compile measures what it would give"),
-    "vsa-sparsity": "VSA is another method; SLA's sparsity is --sparsity",
-    "sta-mode": "sliding tile attention (STA) is another method; SLA's sparsity is --sparsity",
+        "videos are generated without torch.compile; slagen bench --compile measures how much faster it would be"),
+    "vsa-sparsity": "VSA is --attention vsa, and its sparsity is --sparsity",
+    "sta-mode": "sliding tile attention (STA) is not supported; slagen methods lists the attention methods",
     "output-type": "the output is an MP4; --save-latents writes the final latents too",
     "interactive": "there is no interactive mode; slagen batch - reads prompts from stdin",
-    "latent-path": "slagen decode FILE makes the video of saved latents",
-    "no-metadata": "the metadata of a video always say how it was generated",
+    "latent-path": "slagen decode FILE turns saved latents into a video",
+    "no-metadata": "a video's metadata always record its settings",
     "trim-tail-frames": "frames are not trimmed; for a shorter video give --num-frames",
     "trust-remote-code": "slagen never runs code from a model's repository",
 }  # fmt: skip
 
 _CLIPS = (
-    "--batch-size is the number of clips per step over all processes, --micro-batch the number at a time on one device"
+    "--batch-size is the number of clips per step over all processes; --micro-batch is the number that a device "
+    "processes at a time"
 )
 _RANK = "give --train lora --lora-rank N"
-_TORCHRUN = "several GPUs train under torchrun --nproc-per-node N -m slagen finetune"
-_TRAINING_MEMORY = "--checkpointing, and --parallel fsdp under torchrun, save memory"
+_TORCHRUN = "to train on several GPUs, run torchrun --nproc-per-node N -m slagen finetune"
+_TRAINING_MEMORY = "--checkpointing saves memory, and so does --parallel fsdp under torchrun"
 # What is said of options in fine-tuning, where it is not as above.
 TRAINER_REFUSED = {
-    **dict.fromkeys(("max-train-epochs", "num-train-epochs", "epochs"), "the length of training is set with --steps"),
+    **dict.fromkeys(("max-train-epochs", "num-train-epochs", "epochs"), "set the length of training with --steps"),
     **dict.fromkeys(("network-dim", "rank", "lora", "use-lora", "lora-training"), _RANK),
     **dict.fromkeys(("network-alpha", "lora-alpha"), f"the LoRA alpha equals the rank; {_RANK}"),
-    **dict.fromkeys(("network-module", "network-args"), f"--train says what is trained; for LoRA {_RANK}"),
+    **dict.fromkeys(("network-module", "network-args"), f"--train selects what is trained; for LoRA, {_RANK}"),
     **dict.fromkeys(("network-weights",), "--weights names the weights to start from"),
     **dict.fromkeys(
         ("dataset-config", "data-path", "dataset", "dataset-name", "instance-data-root", "train-data-dir",
@@ -165,14 +166,14 @@ TRAINER_REFUSED = {
     **dict.fromkeys(("gradient-accumulation-steps", "train-batch-size"), _CLIPS),
     **dict.fromkeys(
         ("lr-scheduler", "lr-scheduler-type", "lr-num-cycles"),
-        "the learning rate rises over --warmup-steps, stays, and falls over the last part of the steps"),
+        "the learning rate rises over --warmup-steps, stays constant, and decays at the end"),
     **dict.fromkeys(
         ("resume", "resume-from-checkpoint"),
-        "run the same command again to resume, with the same --output; --restart begins anew"),
+        "to resume, run the same command again with the same --output; --restart starts over"),
     **dict.fromkeys(("num-gpus", "nproc", "nproc-per-node", "sp-size", "tp-size", "multi-gpu"), _TORCHRUN),
     **dict.fromkeys(("blocks-to-swap", "cpu-offload", "enable-model-cpu-offload", "offload-model"), _TRAINING_MEMORY),
     **dict.fromkeys(("sdpa", "torch-sdpa", "xformers", "flash-attn", "flash-attn2", "flash-attn3", "flash3"),
-                    "--attention and --backend say what computes attention"),
+                    "--attention and --backend select how attention is computed"),
     "report-to": "--tensorboard writes event files",
 }  # fmt: skip
 

@@ -108,7 +108,7 @@ def replay(
             )  # fmt: skip
             made = generate(config, on_event).videos[0].record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} has settings that this slagen cannot run again: {error}.") from error
+        raise UsageError(f"{path} has settings that this version of slagen cannot reproduce: {error}.") from error
     before, after = told.hashes, made.hashes
     compared = {
         name: Compared(before[name], after[name], before[name] == after[name]) for name in before if name in after

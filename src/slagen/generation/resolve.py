@@ -23,7 +23,7 @@ from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Grid, Method
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.peek import LACKS_SETTINGS, Found, peek
+from slagen.formats.peek import Found, lacks_settings, peek
 from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
@@ -188,13 +188,14 @@ def find_weights(
     trained_with, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
     method = registry.get(config.attention)
     if method.family == "dense" and source.weights is not None:
-        notes.append(f"{source.weights.name} is the only transformer here: its weights are run with full attention")
+        notes.append(f"{source.weights.name} holds the only transformer, so its weights are used with full attention")
     elif found is not None and found.trained_with is not None and not suits(method, found.method):
-        notes.append(f"{method.name} attention leaves out what {config.weights} has learned of {label(found.method)}")
+        notes.append(f"{method.name} attention does not use the {label(found.method)} weights in {config.weights}")
     bundled = sla_path == bundled_folder() / SLA_FILE  # of that older kind: a new file would begin every batch anew
     if sla_path is not None and sla_alone and not bundled and read_metadata(sla_path).tensors is None:
         notes.append(
-            f"{sla_path} was written by an older slagen and does not list its tensors, so changes to it go undetected"
+            f"{sla_path} was written by an older version of slagen and does not list its tensors, so changes to it "
+            "go undetected"
         )
     few_steps = "" if found is None or distilled else found.few_steps
     return Weights(source, device, dtype, trained_with, sla_path, sla_alone, distilled, tuple(notes), few_steps)
@@ -308,7 +309,7 @@ def _plan_attention(
             raise of_another(path, method, of)
         path = None
     elif inside is not None and inside.lacks_settings:
-        raise WeightsError(f"{source.weights or source.folder} {LACKS_SETTINGS}")
+        raise WeightsError(f"{source.weights or source.folder} {lacks_settings(inside.method)}")
     if path is None:
         if method.needs.weights and not config.allow_untrained:
             raise never_tuned(source.name, method)
@@ -318,7 +319,7 @@ def _plan_attention(
     branch = told.trained.rpartition(", ")[2]
     if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
         raise WeightsError(
-            f"{path} was trained with the {branch} branch only, and the other branch would spoil the video. Use "
+            f"{path} was trained with the {branch} branch only, and the other branch would degrade the video. Use "
             f"--attention {branch}, or run it anyway with --allow-untrained."
         )
     return (told.trained_with if isinstance(told, Found) else told.config), path, metadata is not None, distilled

@@ -121,8 +121,8 @@ class Session:
         latents, recorder = _denoise(pipe, plan, embeds, on_event)
         if not torch.isfinite(latents).all():
             raise SlagenError(
-                f"the latents of seed {c.seed} are not finite, so no video was written. "
-                "Try --dtype fp32, or --backend reference to see whether a kernel is at fault."
+                f"the latents of seed {c.seed} contain NaN or Inf, so no video was written. "
+                "Try --dtype fp32, or --backend reference to check whether a kernel is the cause."
             )
         return latents, recorder
 
@@ -180,7 +180,7 @@ def _install_attention(pipe: Any, plan: Plan) -> UsedWeights:
     if weights.trained_with is None or method.family == "dense":
         install_method(pipe.transformer, method, plan.attention, backend=config.backend)
         attention = "full" if method.family == "dense" else method.name
-        return used(used="base" if source.weights is None else f"the same weights, {attention} attention")
+        return used(used="base" if source.weights is None else f"the model file, with {attention} attention")
     name = label(method.name)
     if weights.sla_path is None:
         install_untrained(pipe, plan.attention, config.backend, method)

@@ -25,7 +25,7 @@ def clip_size(
     ways = {"--size": size, "--resolution": resolution, "--width and --height": width if height is None else height}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)} each say how large the video is. Give one of them.")
+        raise UsageError(f"{' and '.join(given)} each set the size of the video. Give one of them.")
     name, text = ("resolution", resolution) if resolution is not None else ("size", size)
     tier = _tier(text)
     if tier is not None:
@@ -53,7 +53,9 @@ def check_grid(width: int, height: int, spatial_grid: int = 16) -> None:
     grid = max(16, spatial_grid)  # WanPipeline itself takes multiples of 16 only
     if width % grid or height % grid:
         nearest = "x".join(str(max(grid, round(x / grid) * grid)) for x in (width, height))
-        raise UsageError(f"size is {width}x{height}, but must be multiples of {grid} pixels. Try --size {nearest}.")
+        raise UsageError(
+            f"size is {width}x{height}, but both sides must be multiples of {grid} pixels. Try --size {nearest}."
+        )
 
 
 def _tier(text: str | None) -> str | None:

@@ -49,7 +49,7 @@ class KernelCost:
         """Which limits the kernel breaks on its target."""
         found = []
         if self.shared_bytes > self.shared_limit:
-            found.append(f"{self.shared_bytes} bytes of shared memory, the card has {self.shared_limit}")
+            found.append(f"{self.shared_bytes} bytes of shared memory, but the card has {self.shared_limit}")
         if self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes spilled")
         if self.uses_dot and self.mma is None:
@@ -60,9 +60,9 @@ class KernelCost:
             found.append("no tcgen05")
         if self.uses_dot and self.kernel.startswith("attend"):
             if self.copies_in_flight < 1:
-                found.append("no asynchronous copies during the products")
+                found.append("no asynchronous copies during the matrix products")
             if self.target == "sm_90" and self.config["tile_m"] <= 64 and self.programs_per_sm < 2:
-                found.append("one program on a multiprocessor")
+                found.append("only one program per multiprocessor")
         return [*found, *self.warnings]
 
     def to_dict(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _explain(error: Exception) -> LaunchError:
     if REJECTED in text:
         return LaunchError(f"Triton's compiler rejects the kernel ({text})", of_tile=True)
     if "Failed to find C compiler" in text:
-        return LaunchError("Triton finds no C compiler, which it needs to launch kernels", COMPILER)
+        return LaunchError("there is no C compiler, which Triton needs to launch kernels", COMPILER)
     if isinstance(error, subprocess.CalledProcessError):
         header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
         if not header.is_file():
@@ -64,7 +64,7 @@ def _explain(error: Exception) -> LaunchError:
         return LaunchError(reason, COMPILER)
     if "Triton Error [CUDA]" in text or "CUDA error" in text:
         return LaunchError(
-            f"the driver cannot run them ({text})", "a newer driver (nvidia-smi shows the installed one)"
+            f"the driver cannot run the kernels ({text})", "a newer driver (nvidia-smi shows the installed one)"
         )
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"

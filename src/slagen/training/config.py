@@ -57,14 +57,14 @@ class DataConfig:
 
     path: str | None = option(
         None,
-        "Videos with captions, or a data set that slagen finetune data has prepared.",
+        "Videos with captions, or a data set prepared with slagen finetune data.",
         panel=DATA,
         name="data",
         metavar="PATH",
     )
     self_generate: str | None = option(
         None,
-        "File of prompts, from which the dense model generates training clips (instead of --data).",
+        "File of prompts from which the dense model generates training clips (instead of --data).",
         panel=DATA,
         metavar="FILE",
     )
@@ -74,7 +74,7 @@ class DataConfig:
         panel=DATA,
     )
     held_out: int | None = option(
-        None, "Clips held out for validation. Default: a tenth of them, from 1 to 16.", panel=DATA
+        None, "Clips held out for validation. Default: a tenth of the clips, from 1 to 16.", panel=DATA
     )
     width: int | None = option(
         None, "Maximum area of a clip, as width x height; aspect ratios are kept.", panel=DATA, metavar="WxH",
@@ -147,7 +147,7 @@ class FinetuneConfig:
         None, "SLA weights or a whole transformer to start from.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
     )
     from_dense: bool = option(
-        False, "Start from dense weights and untrained attention: of SLA, with proj_l set to zero.", panel=MODEL
+        False, "Start from dense weights and untrained attention weights (for SLA, proj_l is zero).", panel=MODEL
     )
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=MODEL, pixels=False)
     attention: Attention = option(
@@ -178,26 +178,26 @@ class FinetuneConfig:
     layer_loss: float = option(0.0, "Weight of every layer's attention error in the loss.", panel=TRAINING)
     train: Trained = option(
         "all",
-        "What is trained: all, attn (self-attention), proj (proj_l, or what another method learns) or lora (LoRA and "
-        "that).",
+        "What is trained: all, attn (self-attention), proj (proj_l, or the learned weights of another method) or "
+        "lora (LoRA and those).",
         panel=TRAINING,
     )
     lora_rank: int | None = option(None, "Rank of the LoRA. Default: 32.", panel=TRAINING)
     stages: Stages = option(
         "all",
-        "Training stages: all; or for attention with a router (sla2), router,all or router, which first train the "
-        "router, each layer against dense attention.",
+        "Training stages: all; or, for attention with a router (sla2), router or router,all, which first train the "
+        "router, in each layer against dense attention.",
         panel=TRAINING,
     )
     router_steps: int | None = option(
-        None, "Steps of the stage router in router,all. Default: half of --steps.", panel=TRAINING
+        None, "Steps of the router stage in router,all. Default: half of --steps.", panel=TRAINING
     )
     steps: int | None = option(
         None, "Optimizer steps. Default, also of the next six options: what the model recommends.", panel=TRAINING
     )
     lr: float | None = option(None, "Learning rate.", panel=TRAINING)
     proj_multiplier: float | None = option(
-        None, "Multiplier of the learning rate for proj_l, or what another method learns.", panel=TRAINING
+        None, "Multiplier of the learning rate for proj_l, or the learned weights of another method.", panel=TRAINING
     )
     warmup_steps: int | None = option(
         None, "Learning-rate warm-up steps; at most a tenth of all steps are used.", panel=TRAINING
@@ -222,7 +222,7 @@ class FinetuneConfig:
     )
     device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False)
     backend: AttentionBackend = option(
-        "auto", "Implementation of the attention; of SLA auto, reference, torch or triton.", panel=MACHINE,
+        "auto", "Implementation of the attention; for SLA: auto, reference, torch or triton.", panel=MACHINE,
         metavar="NAME",
     )  # fmt: skip
     parallel: Parallel = option(
@@ -293,8 +293,8 @@ class FinetuneConfig:
         learns = any(group.used for group in method.parameters)
         if self.proj_multiplier is not None and not learns:
             raise UsageError(
-                f"{self.attention} attention learns nothing of its own, and has no proj_l for --proj-multiplier. Leave "
-                "it out."
+                f"{self.attention} attention has no learned weights of its own, so --proj-multiplier has no effect. "
+                "Leave it out."
             )
         if not learns and not is_dense and self.train == "proj":
             raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
@@ -329,9 +329,11 @@ class FinetuneConfig:
                 f"router_steps is {shown(self.router_steps)}, but must be from 1 to {most:,}. Try --router-steps 100."
             )
         if self.router_steps is not None and self.stages != "router,all":
-            raise UsageError(f"router_steps is for stages router,all, not {self.stages}. Leave --router-steps out.")
+            raise UsageError(
+                f"router_steps is for --stages router,all, but this is {self.stages}. Leave --router-steps out."
+            )
         if self.stages != "all" and self.backend == "triton":
-            raise UsageError("the stage router has no Triton kernels. Leave --backend out, or give --backend torch.")
+            raise UsageError("the router stage has no Triton kernels. Leave --backend out, or give --backend torch.")
 
     def num_router_steps(self, steps: int) -> int:
         """How many of the steps, the first ones, train the router."""

@@ -34,7 +34,7 @@ def write_page(
             Line("held-out clips, averaged weights", [c.step for c in checks], [c.error for c in checks], True),
         ], log=True),
         Chart("gradient norm", "step", [Line("before clipping", x, [record.grad_norm for record in steps])], log=True),
-        Chart("norm of the attention's own weights by layer", "step", [
+        Chart("norm of the attention's learned weights by layer", "step", [
             Line(f"layer {i}", x, [record.proj_norms[i] for record in steps])
             for i in range(layers_seen)
         ]),

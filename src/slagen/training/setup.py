@@ -139,7 +139,7 @@ def _check_weights(config: FinetuneConfig, weights: Weights, method: Method) -> 
     if not config.from_dense and method.needs.weights and weights.sla_path is None:
         raise WeightsError(
             f"{weights.source.name} has no {label(method.name)} weights to continue from. Start with --from-dense, or "
-            "give such weights with --weights."
+            f"give {label(method.name)} weights with --weights."
         )
     if (file := weights.source.weights) is not None and file.suffix == ".gguf":
         raise UsageError(f"{file} is quantised and cannot be trained. Give the model in full precision.")
@@ -205,6 +205,6 @@ def _check_start(setup: Setup, grids: set[Grid]) -> None:
     first = dataclasses.replace(setup.attention, sparsity=start)
     if not all(setup.method.applies(first, grid) for grid in grids):
         raise UsageError(
-            f"with anneal_from {start:g} all key blocks of a clip are attended exactly at first, and nothing that is "
-            "trained then has an effect. Give a higher --anneal-from."
+            f"with anneal_from {start:g} all key blocks of a clip are attended exactly at first, so what is trained "
+            "has no effect. Give a higher --anneal-from."
         )

@@ -20,7 +20,7 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import identify
 from slagen.formats.model_files import SLA_FILE, read_json
-from slagen.formats.peek import LACKS_SETTINGS, peek
+from slagen.formats.peek import lacks_settings, peek
 from slagen.formats.published import preset_of_width
 from slagen.formats.sla import SLAMetadata, weights_hash
 from slagen.formats.tensor_files import read_tensors
@@ -116,7 +116,7 @@ def _convert_transformer(
         )
     found = peek(path, part)
     if found.lacks_settings:
-        raise WeightsError(f"{path} {LACKS_SETTINGS}")
+        raise WeightsError(f"{path} {lacks_settings(found.method)}")
     checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
     if not isinstance(checkpoint, Checkpoint):
         raise UsageError(

@@ -89,7 +89,7 @@ class ClipSize:
         good = isinstance(fields, dict) and set(fields) == set(names)
         if not good or not all(type(x) is int and 0 < x <= MAX_OF_A_CLIP[name] for name, x in fields.items()):
             raise UsageError(
-                f"trained_sizes holds {str(fields):.200}. Give objects of {', '.join(names)}, each a whole number "
+                f"trained_sizes contains {str(fields):.200}. Give objects with {', '.join(names)}, each a whole number "
                 "above 0."
             )
         return cls(**fields)

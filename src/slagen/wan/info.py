@@ -14,7 +14,7 @@ from slagen.formats.headers import read_header, shard_of
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.names import transformers
-from slagen.formats.peek import LACKS_SETTINGS, peek
+from slagen.formats.peek import lacks_settings, peek
 from slagen.formats.side_file import SideFile
 from slagen.formats.sla import read_metadata
 from slagen.formats.tensor_files import gguf_kinds, read_tensors
@@ -200,7 +200,7 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
     assert isinstance(checkpoint, Checkpoint)
     norms, others = _norms(checkpoint.projections)
-    notes = [*found.notes, *([f"this {LACKS_SETTINGS}"] if found.lacks_settings else [])]
+    notes = [*found.notes, *([f"this {lacks_settings(found.method)}"] if found.lacks_settings else [])]
     if found.few_steps:
         notes.append(
             f"{found.few_steps!r} is in its name or metadata: it may be distilled to few steps without guidance"

@@ -22,7 +22,7 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.checks import number_faults
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
-from slagen.formats.peek import LACKS_SETTINGS, peek
+from slagen.formats.peek import lacks_settings, peek
 from slagen.formats.side_file import SideFile
 from slagen.formats.sla import (
     SLAMetadata,
@@ -148,7 +148,7 @@ def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
         return None
     found = peek(path)
     if found.lacks_settings:
-        raise WeightsError(f"{path} {LACKS_SETTINGS}")
+        raise WeightsError(f"{path} {lacks_settings(found.method)}")
     if found.trained_with is None:
         return None
     checkpoint = read_checkpoint(path)
@@ -250,7 +250,7 @@ def _refuse_trained(record: Installation, state: dict[str, Tensor]) -> None:
     if changed:
         raise UsageError(
             f"{counted(len(changed), 'tensor')} of the model changed since the attention was installed, such as "
-            f"{changed[0]}, and nothing tells what they were. Give the tensors from before training as base."
+            f"{changed[0]}, and their original values are unknown. Give the tensors from before training as base."
         )
 
 
@@ -325,7 +325,7 @@ def _check_same_form(config: Any, trained: Any, path: str | Path, other_blocks: 
         if getattr(config, name, None) != getattr(trained, name, None):
             raise WeightsError(
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
-                "weights work with that only. Leave the setting out."
+                "weights work only with that. Leave the setting out."
             )
 
 
@@ -339,7 +339,7 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
         target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
         base = tensors.get(target, state.get(target))
         if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
-            raise WeightsError(f"{path} does not match the model, which has no layer of the name and shape of {name}.")
+            raise WeightsError(f"{path} does not match the model, which has no layer that {name} can change.")
         product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
         changed[target] = base.to(product.device, torch.float32) + product
     return changed
@@ -366,7 +366,7 @@ def _fill(
         if name not in state:
             faults.append(f"{name} is not in the model")
         elif tensor.shape != state[name].shape:
-            faults.append(f"{name} is {tuple(tensor.shape)}, the model's is {tuple(state[name].shape)}")
+            faults.append(f"{name} is {tuple(tensor.shape)}, but the model's is {tuple(state[name].shape)}")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise WeightsError(

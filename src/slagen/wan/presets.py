@@ -120,9 +120,9 @@ def never_tuned(name: str, method: Method) -> WeightsError:
     """The error for attention that needs weights, asked of a model that has none for it."""
     if label(method.name) != "SLA":
         return WeightsError(
-            f"{name} has no weights of {method.name} attention, which needs what it learns in training. Give them with "
-            f"--weights, train them with slagen finetune --attention {method.name} --from-dense, run these as they are "
-            "with --attention sol, which needs no training, or --attention dense, or go on with --allow-untrained."
+            f"{name} has no {method.name} weights, which {method.name} attention needs. Give them with --weights, or "
+            f"train them with slagen finetune --attention {method.name} --from-dense. Without them, use --attention "
+            "sol, which needs no training, or --attention dense; or run it anyway with --allow-untrained."
         )
     return WeightsError(
         f"{name} was not fine-tuned for SLA: without fine-tuning, the attention that SLA skips is lost, and videos are "

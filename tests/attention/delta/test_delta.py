@@ -237,7 +237,7 @@ def test_one_exact_row_of_every_one_is_dense_in_a_model():
     ("arguments", "said"),
     [
         (["generate", "a", "--delta", "0"], "delta is 0, but must be a whole number of at least 1. Try --delta 64."),
-        (["plan", "--attention", "dense", "--delta", "64"], "dense attention is dense everywhere. Leave"),
+        (["plan", "--attention", "dense", "--delta", "64"], "--delta are not for dense attention. Leave"),
         (["bench", "--method", "sdpa", "--delta", "64"], "--delta is for slagen's sparse methods, and none of them"),
         (["bench", "--delta", "-1"], "delta is -1, but must be a whole number of at least 1"),
         (["finetune", "--delta", "64", "--data", "x"], "No such option: --delta"),

@@ -89,7 +89,7 @@ def show_replay(result: ReplayResult, as_json: bool) -> None:
     for name, row in result.hashes.items():
         verdict = "same" if row.same else Cell("different", "bold red")
         if name == "file" and result.same and not row.same:
-            verdict = "same frames, other metadata"
+            verdict = "same frames, different metadata"
         table.add_row(name, row.before[:16], row.now[:16], verdict)
     for name, (before, now) in result.versions_changed.items():
         table.add_row(name, str(before or "not installed"), str(now or "not installed"), "changed")

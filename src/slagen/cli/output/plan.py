@@ -38,8 +38,10 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
                      f"{counted(estimate.forward_passes, 'forward pass')}"),
         ("tokens", f"{estimate.tokens}{blocks}"),
         ("attention", _planned_attention(estimate)),
-        ("TFLOP per pass", f"dense {_rounded(tera['dense_forward'])} (attention {_rounded(tera['dense_attention'])}), "
-                            f"{of} {_rounded(tera['sla_forward'])} (attention {_rounded(tera['sla_attention'])})"),
+        ("TFLOP per pass", f"dense {_rounded(tera['dense_forward'])}, of which attention "
+                            f"{_rounded(tera['dense_attention'])}; "
+                            f"{of} {_rounded(tera['sla_forward'])}, of which attention "
+                            f"{_rounded(tera['sla_attention'])}"),
         ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; the limit, with free attention, is "
                            f"{estimate.amdahl_ceiling:.2f}x (Amdahl's law)"),
         *_memory_rows(estimate.device, memory),

@@ -61,7 +61,9 @@ class Dataset:
         try:
             content = parse_json(read_bytes(folder / SET_FILE, MAX_SET), {"version": int})
             if content["version"] != VERSION:
-                raise WeightsError(f"{folder} has version {content['version']}; this slagen reads {VERSION}. {AGAIN}")
+                raise WeightsError(
+                    f"{folder} has version {content['version']}; this version of slagen reads {VERSION}. {AGAIN}"
+                )
             check(content, SET)
         except (OSError, Fault) as error:
             raise WeightsError(f"{folder} is not a prepared data set ({SET_FILE}: {error}). {AGAIN}") from error
@@ -127,7 +129,7 @@ def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
         )
     if data.negative_prompt != source.defaults.negative_prompt:
         raise WeightsError(
-            f"{folder} was prepared for another negative prompt than {source.name}'s. Prepare it again with --model "
+            f"{folder} was prepared with a negative prompt that is not {source.name}'s. Prepare it again with --model "
             f"{source.name}; clips that are already encoded are kept."
         )
     return data

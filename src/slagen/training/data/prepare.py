@@ -48,7 +48,9 @@ def prepare(
         with locked_folder(folder):
             return _prepare(Job(config, base, weights, Store(folder), cache, seed, on_event))
     except Timeout as error:
-        raise SlagenError(f"another slagen is preparing {folder}. Wait for it, or give another --output.") from error
+        raise SlagenError(
+            f"another slagen run is preparing {folder}. Wait for it, or give another --output."
+        ) from error
     except OSError as error:
         raise SlagenError(f"{error.filename or folder}: {error.strerror or error}. Fix this and run again.") from error
 

@@ -122,7 +122,7 @@ def _choose(file: Path, keys: list[str], what: str) -> tuple[str, list[str]]:
         if video in keys and there:
             return video, there
     found = ", ".join(shown(key) for key in keys[:MAX_SHOWN]) + (", ..." if len(keys) > MAX_SHOWN else "")
-    wanted = "; ".join(f"{video} and {' or '.join(captions)} ({whose})" for whose, video, captions in KEYS)
+    wanted = "; ".join(f"{video} with {' or '.join(captions)} (as in {whose})" for whose, video, captions in KEYS)
     raise UsageError(
         f"{file} lacks a {what} for its videos or its captions. Found: {found or 'none'}. Expected: {wanted}. "
         f"Rename the {what}s."

@@ -51,7 +51,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
     if path.is_dir():
         if (path / UNFINISHED).is_file():
             raise UsageError(
-                f"{path} is a data set that slagen prepares, not a folder of videos. If it is complete, give it to "
+                f"{path} is a data set prepared by slagen, not a folder of videos. If it is complete, give it to "
                 "finetune --data; if its preparation was interrupted, prepare it again from its videos."
             )
         listed = find_list(path)
@@ -64,11 +64,11 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
     found: list[SourceVideo] = []
     for where, video, caption in read_list(file, faults):
         if not isinstance(video, str) or not video.strip():
-            faults.append(f"{where}: does not name a video")
+            faults.append(f"{where}: the entry names no video")
             continue
         caption = _caption(caption)
         if not caption:
-            faults.append(f"{where}: has no caption of 1 to {MAX_CAPTION} characters of text")
+            faults.append(f"{where}: the entry has no caption of 1 to {MAX_CAPTION} characters of text")
             continue
         place = next((p for p in _places(file.parent, video) if _is_file(p)), None)
         if place is None:
@@ -105,15 +105,15 @@ def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str
         where = str(video.relative_to(path))
         text = _text_beside(video)
         if not video.is_file():
-            faults.append(f"{where}: is a broken link")
+            faults.append(f"{where}: the video is a broken link")
             continue
         try:
             caption = _caption(decode(read_bytes(text, MAX_CAPTION_FILE)))
         except (OSError, Fault):
-            faults.append(f"{where}: its caption file {text.name} is missing or not UTF-8")
+            faults.append(f"{where}: the caption file {text.name} is missing or not UTF-8")
             continue
         if not caption:
-            faults.append(f"{where}: its caption file {text.name} must have 1 to {MAX_CAPTION} characters of text")
+            faults.append(f"{where}: the caption file {text.name} must have 1 to {MAX_CAPTION} characters of text")
             continue
         found.append(SourceVideo(video, caption, where))
     return found, faults
