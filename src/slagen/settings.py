@@ -29,6 +29,8 @@ class Option:
         pixels: its value changes the video (of a training: the weights).
         in_key: its value, if it changes the video, is a part of a manifest's key; not where something else stands for
             it there, as the hash of a file for its path.
+        later: of an attention method's config: it came when files had been written without it. At its default it is
+            not written, so that files and reports stay as they were.
     """
 
     help: str = ""
@@ -44,6 +46,7 @@ class Option:
     prompt_line: bool = False
     pixels: bool = True
     in_key: bool = True
+    later: bool = False
 
 
 def option(default: Any, help: str = "", **about: Any) -> Any:
@@ -93,6 +96,16 @@ def changed(values: Any) -> dict[str, Any]:
         setting.field: getattr(values, setting.field)
         for setting in settings_of(type(values))
         if setting.about.pixels and setting.about.in_key and getattr(values, setting.field) != setting.default
+    }
+
+
+def to_fields(config: Any) -> dict[str, Any]:
+    """The fields of an attention method's config by name, ready for JSON; those that came later where not at their
+    default."""
+    return {
+        setting.field: value
+        for setting in settings_of(type(config))
+        if (value := getattr(config, setting.field)) != setting.default or not setting.about.later
     }
 
 

@@ -48,14 +48,15 @@ def attend(
     method.check_backend(backend)
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")
-    if grid is None and method.needs.context:
-        raise UsageError(
-            f"{name} attention depends on how the tokens are arranged. Give grid=(latent frames, rows, columns)."
-        )
     layer = Layer(0, 1, q.shape[1], q.shape[3])
     context = StepContext()
     context.begin_pass(_grid(grid, q.shape[2]))
     config = method.configure(method.config(), method.own(options), context.grid or Grid.flat(q.shape[2]))
+    if grid is None and method.takes_context(config):
+        order = " in cube order" if getattr(config, "order", "raster") == "cube" else ""
+        raise UsageError(
+            f"{name} attention{order} depends on how the tokens are arranged. Give grid=(latent frames, rows, columns)."
+        )
     backend = method.pick_backend(backend, q.shape[3], q.device, q.dtype)
     module = method.build(config, layer, backend, q.device)
     learned = [each.name for each in method.parameters if each.used and getattr(module, each.name, None) is not None]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from slagen.attention.protocol import Grid
+from slagen.settings import option
 
 Order = Literal["raster", "cube"]
 
@@ -14,6 +15,17 @@ CUBE = (4, 4, 4)  # latent frames, rows and columns of a cube
 PATCH = (1, 8, 8)  # and of a flat one, within a frame
 
 Sides = tuple[int, int, int]
+
+
+def order_option() -> Any:
+    """The field `order` of a method's config: in which order tokens are divided into blocks."""
+    help = "Order in which tokens are divided into blocks: raster, or cube (by cubes of 4x4x4 tokens)."
+    return option("raster", help, prompt_line=True, later=True)
+
+
+def note_of_order(order: Order) -> str:
+    """What a note on a clip adds for its order; empty for raster."""
+    return "" if order == "raster" else ", tokens in cube order"
 
 
 def cubes_along(grid: Grid, sides: Sides = CUBE) -> Sides:
@@ -43,8 +55,7 @@ def check_tokens(grid: Grid | None, num_tokens: int) -> Grid:
     if grid is None:
         raise ValueError(
             f"the grid of the {num_tokens} tokens is unknown, so they cannot be divided into cubes. Give the numbers "
-            "of "
-            "frames, rows and columns."
+            "of frames, rows and columns."
         )
     if grid.num_tokens != num_tokens or min(grid.num_frames, grid.height, grid.width) < 1:
         sizes = f"{grid.num_frames} x {grid.height} x {grid.width}"

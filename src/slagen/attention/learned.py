@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -40,11 +39,6 @@ def of_another(path: object, method: Method, name: str) -> WeightsError:
         f"{path} holds {label(name)} weights, which do not work with {label(method.name)}. Give --attention {name}, or "
         "other weights."
     )
-
-
-def to_fields(config: Any) -> dict[str, Any]:
-    """All fields of a method's config by name, ready for JSON."""
-    return dataclasses.asdict(config)
 
 
 def check_known(path: object, name: str) -> None:
@@ -94,11 +88,8 @@ def differences(config: Any, trained: Any) -> list[str]:
     """What to tell of weights that were trained with other settings: as the config has it, or each field of its own."""
     if isinstance(config, SLAConfig):
         return config.differences(trained)
-    now, before = to_fields(config), to_fields(trained)
-    return [
-        f"the weights were trained with {name} {before[name]}, not {now[name]}"
-        for name in now if now[name] != before[name]
-    ]  # fmt: skip
+    pairs = [(s.field, getattr(trained, s.field), getattr(config, s.field)) for s in settings_of(type(config))]
+    return [f"the weights were trained with {name} {old}, not {new}" for name, old, new in pairs if old != new]
 
 
 def owner(key: str) -> str | None:

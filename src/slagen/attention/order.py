@@ -14,12 +14,15 @@ hold them:
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slagen.attention.cubes import CUBE, CUBE_TOKENS, Sides
-from slagen.attention.protocol import Grid
+from slagen.attention.cubes import CUBE, CUBE_TOKENS, Order, Sides, check_tokens
+from slagen.attention.protocol import Grid, Inputs, StepContext
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class CubeOrder:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return to_slots(x, self.slots, len(self.counts)).sum(-2, dtype=dtype) / self.counts[:, None]
 
-    def reordered(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def reordered(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in cube order: q, k, v and the result (B, H, L, D) in raster order; `attend` gets the sequence."""
         q, k, v = (x.index_select(2, self.order) for x in (q, k, v))
         return attend(q, k, v).index_select(2, self.inverse)
@@ -82,3 +85,47 @@ def cube_order(grid: Grid, device: torch.device, sides: Sides = CUBE) -> CubeOrd
         order = in_slots[shape[in_slots].argsort(descending=True, stable=True)]
         counts = number.bincount()
         return CubeOrder(order, order.argsort(), slots, counts, bool((counts < CUBE_TOKENS).any()))
+
+
+def cubes_of(grid: Grid | CubeOrder | None, q: Tensor) -> CubeOrder:
+    """The cubes of the tokens of q (B, H, L, D), on its device. Raises ValueError unless they are so many."""
+    cubes = grid if isinstance(grid, CubeOrder) else cube_order(check_tokens(grid, q.shape[2]), q.device)
+    if len(cubes.slots) != q.shape[2]:
+        raise ValueError(
+            f"the cubes are for {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give the grid of q's tokens."
+        )
+    return cubes
+
+
+def in_order(order: Order, grid: Grid | CubeOrder | None, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend in an order: q, k, v and the result (B, H, L, D) are in raster order; `attend` gets them in that order.
+
+    Raises: ValueError where the order is "cube", and the grid is unknown or not one of L tokens.
+    """
+    return attend(q, k, v) if order == "raster" else cubes_of(grid, q).reordered(attend, q, k, v)
+
+
+class CubesOfPass(nn.Module):
+    """A module that looks up the cubes of each pass outside compiled code, which then reads them as tensors and is not
+    compiled again. Its config may have an `order`; without one, it always asks for the cubes.
+    """
+
+    config: Any
+    _cubes: CubeOrder | None
+
+    def follow_cubes(self, device: torch.device | str | None) -> None:
+        """Call this in `__init__`, with the device that it is made on; None is torch's default."""
+        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)
+        self._cubes = None
+
+    def begin_pass(self, context: StepContext) -> None:
+        """A forward pass begins."""
+        if context.grid is not None and getattr(self.config, "order", "cube") == "cube":
+            self._cubes = cube_order(context.grid, self._here.device)  # type: ignore[arg-type]
+
+    def cubes_in(self, inputs: Inputs | None, q: Tensor) -> Grid | CubeOrder | None:
+        """The cubes of this pass, or where they are not those of q (B, H, L, D) the grid of the inputs."""
+        cubes = self._cubes
+        if cubes is None or cubes.slots.device != q.device or len(cubes.slots) != q.shape[2]:
+            return None if inputs is None else inputs.context.grid
+        return cubes

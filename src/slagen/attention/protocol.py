@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.io.text import counted
-from slagen.settings import settings_of
+from slagen.settings import settings_of, to_fields
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ class Backend:
 
 
 def _own_fields(config: Any, grid: Grid) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    return to_fields(config)
 
 
 def _with_options(config: Any, options: Mapping[str, Any], grid: Grid) -> Any:
@@ -313,6 +313,10 @@ class Method:
     def nothing_to_skip(self, num_tokens: int) -> str:
         """What a message says of a clip to which the method does not apply."""
         return f"with these settings, {self.name} attention has nothing to skip in {counted(num_tokens, 'token')}"
+
+    def takes_context(self, config: Any) -> bool:
+        """Whether it takes the context with a config: always, or because of the order of the tokens."""
+        return self.needs.context or getattr(config, "order", "raster") != "raster"
 
     def own(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of some options that are its own and given."""

@@ -113,7 +113,7 @@ def build_module(record: protocol.Method, setting: Setting, q: Tensor) -> tuple[
             drawn = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(drawn.mul_(parameter.shape[-1] ** -0.5) if parameter.ndim > 1 else drawn)
         hidden_states = _drawn(setting, q, q.shape[2]) if record.needs.hidden_states else None
-        if not record.needs.context:
+        if not record.takes_context(config):
             return module, Inputs(layer, StepContext(), hidden_states)
         context = StepContext(grid=grid, time_embedding=_drawn(setting, q), position=torch.full((2,), -1))
     return module, Inputs(layer, context, hidden_states, kept={})

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slagen.attention.learned import SLA_NAME, check_known, read_config, to_fields
+from slagen.attention.learned import SLA_NAME, check_known, read_config
 from slagen.attention.registry import parameter_group
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
@@ -26,6 +26,7 @@ from slagen.io.files import writing
 from slagen.io.forms import one_of, sha256
 from slagen.io.paths import check_utf8
 from slagen.io.reading import no_file
+from slagen.settings import to_fields
 
 FORMAT_VERSION = 2
 UNLISTED = 1  # the version that does not list its tensors

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from slagen.attention.learned import SLA_NAME, check_known, read_config, to_fields
+from slagen.attention.learned import SLA_NAME, check_known, read_config
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.folders import transformer_folder
 from slagen.formats.headers import read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_SETTINGS, read_json
 from slagen.io import documents
+from slagen.settings import to_fields
 
 
 def read_trained_with(path: Path) -> tuple[str, Any] | None:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slagen.attention.learned import name_in_files, to_fields
+from slagen.attention.learned import name_in_files
 from slagen.attention.registry import parameter_group
 from slagen.errors import SlagenError
 from slagen.events import Event
@@ -21,6 +21,7 @@ from slagen.formats.sla import SLAMetadata, plain_name, trained_tensors, write_s
 from slagen.io.files import write_json, writing
 from slagen.io.paths import user_path
 from slagen.packages import versions
+from slagen.settings import to_fields
 from slagen.training.comparison import shown_clips
 from slagen.training.distributed import full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors

@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slagen.attention.learned import to_fields
 from slagen.errors import UsageError
 from slagen.formats.sla import find_sla_file
 from slagen.generation.embeddings import file_hashes
-from slagen.settings import names_where, settings_of
+from slagen.settings import names_where, settings_of, to_fields
 from slagen.training.config import FinetuneConfig
 from slagen.training.data.dataset import transformer_files
 from slagen.training.lora import LORA_RANK

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from slagen.wan.processor import follow
 
 
 def layer_distillation(student: nn.Module, teacher: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,7 +27,9 @@ def layer_distillation(student: nn.Module, teacher: nn.Module, run: Callable[[],
         layer.soft = True
         try:
             with torch.enable_grad():
-                found = nn.Module.__call__(layer, *arguments).float()
+                q, k, v, inputs = arguments
+                inputs = dataclasses.replace(inputs, layer=layer.place, context=layer.context)
+                found = nn.Module.__call__(layer, q, k, v, inputs).float()
                 wrong = (found - expected.float()).square().sum((1, 2, 3))
         finally:
             layer.soft = False
@@ -35,6 +40,7 @@ def layer_distillation(student: nn.Module, teacher: nn.Module, run: Callable[[],
 
     pairs: Any = zip(student.blocks, teacher.blocks, strict=True)  # type: ignore[arg-type]
     handles = [own.attn1.processor.register_forward_hook(hook(each.attn1.processor)) for each, own in pairs]
+    handles.append(follow(student, teacher))
     try:
         with torch.no_grad():
             run()

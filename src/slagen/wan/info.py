@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from slagen.attention.learned import SLA_NAME, matrix_norms, to_fields
+from slagen.attention.learned import SLA_NAME, matrix_norms
 from slagen.attention.sla.config import SLAConfig
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.headers import read_header, shard_of
@@ -20,6 +20,7 @@ from slagen.formats.sla import read_metadata
 from slagen.formats.tensor_files import gguf_kinds, read_tensors
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.paths import user_path
+from slagen.settings import to_fields
 from slagen.wan.folder import describe_folder
 
 FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}

@@ -72,7 +72,7 @@ def load_sla(
         config: instead of the file's, for another sparsity; domain and feature map must be the file's.
         backend, branches: as in `sparse_linear_attention`.
         allow_untrained: accept layers whose `proj_l` is all zero.
-        other_blocks: accept block sizes that are not the file's.
+        other_blocks: accept block sizes, and an order of tokens, that are not the file's.
         base_hash: `weights_hash` of the transformer, where the caller has it already.
         local_files_only: download nothing; a hub id must have been downloaded before.
     Returns: what the file says of itself.
@@ -321,7 +321,7 @@ def _check_how(config: object, backend: str, branches: str) -> None:
 
 
 def _check_same_form(config: Any, trained: Any, path: str | Path, other_blocks: bool) -> None:
-    for name in ("linear_domain", "feature_map", *(() if other_blocks else ("block_m", "block_n"))):
+    for name in ("linear_domain", "feature_map", *(() if other_blocks else ("block_m", "block_n", "order"))):
         if getattr(config, name, None) != getattr(trained, name, None):
             raise WeightsError(
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "

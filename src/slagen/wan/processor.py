@@ -223,7 +223,7 @@ def install_method(transformer: WanTransformer3DModel, method: Method, config: A
         device = next(attn.parameters()).device
         processor = make_processor(method, config, layer, backend=backend, context=record.context, device=device)
         attn.set_processor(processor.train(attn.training))
-    if method.needs.context:
+    if method.takes_context(config):
         record.hooks = _follow(transformer, record.context)
 
 
@@ -244,14 +244,28 @@ class _PassHook:
 
     @torch.compiler.disable
     def __call__(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = args[0] if args else kwargs["hidden_states"]  # (B, C, T, h, w)
-        sizes = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
-        self.context.begin_pass(Grid(*(size // part for size, part in sizes)))
-        for processor in processors(transformer):
-            processor.kept = self.context.memory_of(processor.place)
-            begin_pass = getattr(processor, "begin_pass", None)
-            if begin_pass is not None:
-                begin_pass(self.context)
+        begin_pass(transformer, self.context, args[0] if args else kwargs["hidden_states"])
+
+
+def begin_pass(transformer: Any, context: StepContext, latents: Tensor) -> None:
+    """Note in a context, and tell every processor, that a forward pass begins, of latents (B, C, T, h, w)."""
+    sizes = zip(latents.shape[2:], transformer.config.patch_size, strict=True)
+    context.begin_pass(Grid(*(size // part for size, part in sizes)))
+    for processor in processors(transformer):
+        processor.kept = context.memory_of(processor.place)
+        if (own := getattr(processor, "begin_pass", None)) is not None:
+            own(context)
+
+
+def follow(student: Any, teacher: Any) -> Any:
+    """Have the passes of a teacher noted by the attention in a student that runs on its inputs. Returns the handle."""
+
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record = installation(student)
+        if record is not None and record.hooks:
+            begin_pass(student, record.context, args[0] if args else kwargs["hidden_states"])
+
+    return teacher.register_forward_pre_hook(begin, with_kwargs=True)
 
 
 @dataclass

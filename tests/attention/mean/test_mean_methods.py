@@ -34,7 +34,7 @@ def test_registered_without_needs():
         about = method.to_dict()
         assert not (about["needs_training"] or about["needs_weights"] or about["needs_gpu"])
         assert about["backends"] == ["auto", "reference", "torch", "triton"]
-    assert SOL.to_dict()["options"] == {"block_m": 64, "block_n": 64, "tau": 1.0}
+    assert SOL.to_dict()["options"] == {"block_m": 64, "block_n": 64, "order": "raster", "tau": 1.0}
     assert "--tau" in SOL.to_dict()["flags"]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from typing import get_args
 
+from slagen.attention.cubes import Order, order_option
 from slagen.attention.sla.config import BLOCK_SIZES, SLAConfig, check_choice, check_fraction
 from slagen.errors import UsageError
 from slagen.io.forms import shown
@@ -20,15 +22,18 @@ class BlockMeanConfig:
 
     Args:
         block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
-    Raises: UsageError for another size.
+        order: in which order tokens are divided into blocks; "cube" needs their grid.
+    Raises: UsageError for another size or order.
     """
 
     block_m: int = 64
     block_n: int = 64
+    order: Order = order_option()
 
     def __post_init__(self) -> None:
         check_choice("block_m", self.block_m, BLOCK_SIZES)
         check_choice("block_n", self.block_n, BLOCK_SIZES)
+        check_choice("order", self.order, get_args(Order))
 
     def num_blocks(self, length: int) -> tuple[int, int]:
         """The numbers of query and key blocks (M, N) that cover `length` tokens; the last ones may be partial."""

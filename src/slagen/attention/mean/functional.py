@@ -1,5 +1,7 @@
 """`block_mean_attention`: checks what it is given, and hands it to a backend."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.mean.fused import fused_attention
 from slagen.attention.mean.reference import reference_attention
 from slagen.attention.mean.selection import kept_blocks
+from slagen.attention.order import CubeOrder, in_order
+from slagen.attention.protocol import Grid
 from slagen.attention.sla.config import Backend
 from slagen.attention.sla.functional import check_qkv, choose_backend, pick_scale
 
@@ -20,7 +24,8 @@ def block_mean_attention(
     *,
     scale: float | None = None,
     backend: Backend = "auto",
-    kept: Tensor | None = None,
+    grid: Grid | CubeOrder | None = None,
+    on_kept: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Attend exactly to the key blocks that `config` selects, and to every other block as its mean, in one softmax.
 
@@ -32,18 +37,25 @@ def block_mean_attention(
         config: `MeanConfig` keeps a fraction of the blocks, `SolConfig` those above a threshold.
         scale: factor on q @ k^T before softmax, above 0; None is D ** -0.5.
         backend: as in `sparse_linear_attention`, with one kernel more for "triton".
-        kept: (B, H, M, N) bool, the selection where it is made already ("reference" makes its own); None makes it.
+        grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
+        on_kept: told the selection, (B, H, M, N) bool.
     Returns: o, (B, H, L, D) in q's dtype.
-    Raises: ValueError if shapes, dtypes, devices or options do not fit.
+    Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
     """
     check_qkv(q, k, v)
     if not isinstance(config, MeanConfig | SolConfig):
         raise ValueError(f"config is {config!r}; it must be a MeanConfig or a SolConfig. Try SolConfig().")
     scale = pick_scale(q, scale)
     chosen = choose_backend(q, backend)
-    with torch.autocast(q.device.type, enabled=False):
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept = kept_blocks(q, k, config)
+        if on_kept is not None:
+            on_kept(kept)
         if chosen == "reference":
             return reference_attention(q, k, v, config, scale)
-        kept = kept_blocks(q, k, config) if kept is None else kept
-        attend = fused_attention if chosen == "triton" else blockwise_attention
-        return attend(q, k, v, kept, config.block_m, config.block_n, scale)
+        run = fused_attention if chosen == "triton" else blockwise_attention
+        return run(q, k, v, kept, config.block_m, config.block_n, scale)
+
+    with torch.autocast(q.device.type, enabled=False):
+        return in_order(config.order, grid, attend, q, k, v)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slagen.attention.cost import ModelShape
+from slagen.attention.cubes import note_of_order
 from slagen.attention.mean.config import BlockMeanConfig, MeanConfig, SolConfig
 from slagen.attention.mean.cost import block_mean_flops, density, expected_share
 from slagen.attention.protocol import Grid, Inputs, Layer, Method
 from slagen.attention.sla.method import BACKENDS, choose_backend
+from slagen.settings import to_fields
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,8 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     from slagen.attention.mean.functional import block_mean_attention
 
-    return block_mean_attention(q, k, v, config, backend="reference")
+    grid = None if inputs is None else inputs.context.grid
+    return block_mean_attention(q, k, v, config, backend="reference", grid=grid)
 
 
 def _check(
@@ -50,7 +52,7 @@ def _describe(config: BlockMeanConfig, grid: Grid) -> dict[str, Any]:
     counts = {"query_blocks": rows, "key_blocks": columns}
     if isinstance(config, MeanConfig):
         counts["kept"] = config.num_kept(columns)
-    return {**dataclasses.asdict(config), **counts, "expected_density": density(config, grid.num_tokens)}
+    return {**to_fields(config), **counts, "expected_density": density(config, grid.num_tokens)}
 
 
 def _applies(config: BlockMeanConfig, grid: Grid) -> bool:
@@ -66,14 +68,15 @@ def _density(config: BlockMeanConfig, grid: Grid) -> float:
 
 def _mean_note(config: MeanConfig, options: Mapping[str, Any], grid: Grid) -> str:
     columns = config.num_blocks(grid.num_tokens)[1]
-    return f"sparsity {config.sparsity:g} -> {config.num_kept(columns)} of {columns} key blocks per query block"
+    kept = f"sparsity {config.sparsity:g} -> {config.num_kept(columns)} of {columns} key blocks per query block"
+    return kept + note_of_order(config.order)
 
 
 def _sol_note(config: SolConfig, options: Mapping[str, Any], grid: Grid) -> str:
     whole = density(config, grid.num_tokens)
     return (
         f"tau {config.tau:g} -> about {expected_share(config.tau):.0%} of key blocks, with those beside each query "
-        f"block about {whole:.0%} (estimates; the report has the measured fraction)"
+        f"block about {whole:.0%} (estimates; the report has the measured fraction){note_of_order(config.order)}"
     )
 
 

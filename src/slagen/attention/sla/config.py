@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from slagen.attention.cubes import Order, order_option
 from slagen.errors import UsageError
 from slagen.io.forms import shown
+from slagen.settings import settings_of, to_fields
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 LinearDomain = Literal["all", "marginal"]
@@ -32,6 +34,7 @@ class SLAConfig:
             "marginal": the marginal blocks only, as in the paper. Weights of one do not suit the other.
         feature_map: phi of the linear branch: "softmax" over the head dimension, "elu" for elu(x) + 1, or "relu".
         block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
+        order: in which order tokens are divided into blocks; "cube" needs their grid.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
 
@@ -41,6 +44,7 @@ class SLAConfig:
     feature_map: FeatureMap = "softmax"
     block_m: int = 64
     block_n: int = 64
+    order: Order = order_option()
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
@@ -49,6 +53,7 @@ class SLAConfig:
         check_choice("feature_map", self.feature_map, get_args(FeatureMap))
         check_choice("block_m", self.block_m, BLOCK_SIZES)
         check_choice("block_n", self.block_n, BLOCK_SIZES)
+        check_choice("order", self.order, get_args(Order))
         if self.negligible > 0 and self.linear_domain == "all":
             raise UsageError(
                 f"negligible is {self.negligible} with linear_domain 'all', but then the linear branch skips no token. "
@@ -82,7 +87,7 @@ class SLAConfig:
         return config if topk is None else config.with_topk(topk, config.num_blocks(length)[1])
 
     def differences(self, trained: SLAConfig) -> list[str]:
-        """What to tell of weights that were trained with another sparsity or other blocks."""
+        """What to tell of weights that were trained with another sparsity, other blocks or another order."""
         told = []
         if not math.isclose(self.sparsity, trained.sparsity, abs_tol=1e-9):
             told.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {self.sparsity:g}")
@@ -91,6 +96,8 @@ class SLAConfig:
                 f"the weights were trained with blocks of {trained.block_m}x{trained.block_n} tokens, not "
                 f"{self.block_m}x{self.block_n}"
             )
+        if self.order != trained.order:
+            told.append(f"the weights were trained with tokens in {trained.order} order, not {self.order}")
         return told
 
     def num_negligible(self, num_key_blocks: int) -> int:
@@ -103,17 +110,19 @@ class SLAConfig:
         return num_key_blocks - self.num_critical(num_key_blocks) - self.num_negligible(num_key_blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields by name, ready for JSON."""
-        return dataclasses.asdict(self)
+        """The fields by name, ready for JSON; `order` only where it is not raster, as files have always been."""
+        return to_fields(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SLAConfig:
-        """Rebuild what `to_dict` gave. Raises UsageError unless every field is there, and no other."""
+        """Rebuild what `to_dict` gave. Raises UsageError unless every field that it always gives is there, and none is
+        unknown."""
         if not isinstance(fields, dict):
             raise UsageError(f"SLA settings are {shown(fields)}. Give a JSON object.")
-        expected = {field.name for field in dataclasses.fields(cls)}
+        expected = {setting.field for setting in settings_of(cls) if not setting.about.later}
+        known = {setting.field for setting in settings_of(cls)}
         faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
-        faults += [f"contain the unknown {name}" for name in sorted(fields.keys() - expected)]
+        faults += [f"contain the unknown {name}" for name in sorted(fields.keys() - known)]
         if faults:
             raise UsageError(f"SLA settings {' and '.join(faults)}. Give exactly {', '.join(sorted(expected))}.")
         return cls(**fields)

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from slagen.attention.order import CubeOrder, in_order
+from slagen.attention.protocol import Grid
 from slagen.attention.sla.blockwise import blockwise_attention
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.fused import WELL_KNOWN, fused_attention, unsupported
@@ -30,6 +32,7 @@ def sparse_linear_attention(
     backend: Backend = "auto",
     branches: Branches = "both",
     block_means: tuple[Tensor, Tensor] | None = None,
+    grid: Grid | CubeOrder | None = None,
 ) -> Tensor:
     """Attend exactly to the critical key blocks and linearly to the others: o = O^s + O^l W^T + b.
 
@@ -51,8 +54,9 @@ def sparse_linear_attention(
             chosen still bound the domain "marginal".
         block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are
             known already; "triton" then takes none itself, other backends do all the same.
+        grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
     Returns: o, (B, H, L, D) in q's dtype.
-    Raises: ValueError if shapes, dtypes, devices or options do not fit.
+    Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
     """
     _check_tensors(q, k, v, proj_weight, proj_bias)
     if not isinstance(config, SLAConfig):
@@ -67,8 +71,12 @@ def sparse_linear_attention(
     if branches == "sparse":
         proj_weight = proj_bias = None
     known = {"block_means": block_means} if chosen == "triton" and block_means is not None else {}
-    with torch.autocast(q.device.type, enabled=False):
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, scale, branches != "linear", **known)
+
+    with torch.autocast(q.device.type, enabled=False):
+        return in_order(config.order, grid, attend, q, k, v)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {

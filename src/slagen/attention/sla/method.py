@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from slagen.attention.cost import ModelShape
+from slagen.attention.cubes import note_of_order
 from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.sla import config as settings
 from slagen.attention.sla.config import SLAConfig
@@ -39,7 +40,8 @@ def _reference(
     from slagen.attention.sla.functional import sparse_linear_attention
 
     weight, bias = parameters["proj_l.weight"].to(q.dtype), parameters["proj_l.bias"].to(q.dtype)
-    return sparse_linear_attention(q, k, v, config, weight, bias, backend="reference", branches=branches)
+    grid = None if inputs is None else inputs.context.grid
+    return sparse_linear_attention(q, k, v, config, weight, bias, backend="reference", branches=branches, grid=grid)
 
 
 BACKENDS = tuple(map(Backend, get_args(settings.Backend)))
@@ -61,7 +63,7 @@ def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype
 def _parts(module: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Any]:
     from slagen.attention.sla.stages import stages
 
-    return stages(module, q, k, v)
+    return stages(module, q, k, v, module.cubes_in(inputs, q))
 
 
 def _configure(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> SLAConfig:
@@ -83,7 +85,8 @@ def _density(config: SLAConfig, grid: Grid) -> float:
 def _note(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> str:
     counts, topk = block_counts(config, grid.num_tokens), options.get("sla_topk")
     asked = f"sparsity {config.sparsity:g}" if topk is None else f"sla-topk {topk:g}"
-    return f"{asked} -> {counts['critical']} of {counts['key_blocks']} key blocks per query block"
+    kept = f"{asked} -> {counts['critical']} of {counts['key_blocks']} key blocks per query block"
+    return kept + note_of_order(config.order)
 
 
 def _method(name: str, summary: str, branches: Branches, projection: ParameterGroup, **others: Any) -> Method:

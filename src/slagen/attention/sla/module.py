@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from slagen.attention.order import CubeOrder
+from slagen.attention.protocol import Grid
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import DTYPES, Branches, sparse_linear_attention
 
@@ -62,16 +64,24 @@ class SparseLinearAttention(nn.Module):
         self.branches = branches
         self.proj_l = ZeroLinear(head_dim, head_dim, dtype=torch.float32, device=device)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, block_means: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_means: tuple[Tensor, Tensor] | None = None,
+        grid: Grid | CubeOrder | None = None,
+    ) -> Tensor:
         """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.
 
         Where `proj_l` is called, the branches are computed one after the other, O^l rounded to q's dtype.
 
-        block_means: as in `sparse_linear_attention`.
+        block_means, grid: as in `sparse_linear_attention`.
         """
         attend = functools.partial(
-            sparse_linear_attention, q, k, v, self.config, backend=self.backend, block_means=block_means
-        )
+            sparse_linear_attention, q, k, v, self.config, backend=self.backend, block_means=block_means,
+            grid=grid,
+        )  # fmt: skip
         if self.branches == "sparse":
             return attend(branches="sparse")
         if _is_plain(self.proj_l):

@@ -8,22 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slagen.attention.protocol import Attend
+from slagen.attention.order import CubeOrder, cubes_of
+from slagen.attention.protocol import Attend, Grid
 from slagen.attention.sla import blocks, blockwise, blockwise_linear, blockwise_sparse
 from slagen.attention.sla.functional import choose_backend
 from slagen.attention.sla.module import SparseLinearAttention
 from slagen.attention.sla.reference import EPSILON
 
 
-def stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
+def stages(
+    module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor, grid: Grid | CubeOrder | None = None
+) -> dict[str, Attend]:
     """Block map, state of the linear branch, projection, and what attends; of both branches. They need not add up to
     the whole: alone, a part finds its inputs where the part before it left them long ago.
 
     Args:
         q, k, v: (B, H, L, D), which the later parts' inputs are made of.
+        grid: of the L tokens, or its cubes, where they are attended in cube order: putting them in order and back is a
+            part too.
     """
     own = _triton_stages if choose_backend(q, module.backend) == "triton" else _torch_stages
-    return own(module, q, k, v)
+    if module.config.order == "raster":
+        return own(module, q, k, v)
+    cubes = cubes_of(grid, q)
+    q, k, v = (x.index_select(2, cubes.order) for x in (q, k, v))
+    return {"order": lambda q, k, v: cubes.reordered(lambda q, k, v: q, q, k, v), **own(module, q, k, v)}
 
 
 def _triton_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:

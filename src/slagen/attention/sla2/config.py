@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from slagen.attention.sla.config import SLAConfig
+from slagen.attention.cubes import Order, order_option
+from slagen.attention.sla.config import SLAConfig, check_choice
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.settings import option
@@ -30,6 +31,7 @@ class SLA2Config:
         mixing: what weighs the branches: "learned" logits, or "mass", their estimated shares of the softmax.
         mixing_blocks: learned logits along the query blocks, for each head; 1 is one for all query blocks.
         block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
+        order: in which order tokens are divided into blocks; "cube" needs their grid.
     Raises: UsageError if a value is out of range.
     """
 
@@ -46,9 +48,11 @@ class SLA2Config:
     )
     block_m: int = 128
     block_n: int = 64
+    order: Order = order_option()
 
     def __post_init__(self) -> None:
         _ = self.sla  # which checks sparsity and block sizes
+        check_choice("order", self.order, get_args(Order))
         tau = self.router_tau
         if not isinstance(tau, int | float) or isinstance(tau, bool) or not 0 < tau <= sys.float_info.max:
             raise UsageError(f"router_tau is {shown(tau)}, but must be a finite number above 0. Try --router-tau 0.1.")

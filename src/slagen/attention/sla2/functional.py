@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slagen.attention.order import CubeOrder, in_order
+from slagen.attention.protocol import Grid
 from slagen.attention.sla.block_map import (
     MARGINAL,
     block_map,
@@ -37,6 +39,7 @@ def sla2_attention(
     scale: float | None = None,
     soft: bool = False,
     backend: Backend = "auto",
+    grid: Grid | CubeOrder | None = None,
 ) -> Tensor:
     """Attend exactly to the key blocks that the router chooses, linearly to all others, and mix: a O^s + (1 - a) O^l.
 
@@ -52,8 +55,9 @@ def sla2_attention(
         backend: "reference" is the definition, with dense masks; "torch" works block by block, in bounded memory;
             "triton" runs SLA's fused kernels, once for each branch, where blocks are kept whole and `config.mixing` is
             "learned". "auto" is "triton" on CUDA where it can be, otherwise "torch".
+        grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
     Returns: o, (B, H, L, D) in q's dtype.
-    Raises: ValueError if shapes, dtypes, devices or options do not fit.
+    Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
     """
     check_qkv(q, k, v)
     for name, weight in (("router_q", router_q), ("router_k", router_k)):
@@ -61,14 +65,17 @@ def sla2_attention(
     chosen = choose_backend(q, config, soft, backend)
     if chosen == "reference":
         _check_weight("logit", logit, (q.shape[1], config.mixing_blocks), q)
-        scale = pick_scale(q, scale)
-        with torch.autocast(q.device.type, enabled=False):
-            return reference_attention(q, k, v, config, router_q, router_k, logit, scale, soft)
-    with torch.autocast(q.device.type, enabled=False):
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if chosen == "reference":
+            return reference_attention(q, k, v, config, router_q, router_k, logit, pick_scale(q, scale), soft)
         keys = smoothed(k, config)
         q_means, k_means = block_means(q, config.block_m), block_means(keys, config.block_n)
         routed = F.linear(q_means, router_q.to(q_means.dtype)), F.linear(k_means, router_k.to(k_means.dtype))
         return routed_attention(q, keys, v, config, *routed, logit, scale=scale, soft=soft, backend=chosen)
+
+    with torch.autocast(q.device.type, enabled=False):
+        return in_order(config.order, grid, attend, q, k, v)
 
 
 def smoothed(k: Tensor, config: SLA2Config) -> Tensor:
@@ -93,6 +100,7 @@ def routed_attention(
     """`sla2_attention` after the router: of `smoothed` keys, and the means that went through Wq and Wk.
 
     Args:
+        q, keys, v: (B, H, L, D), tokens in the order of the config.
         q_routed, k_routed: (B, H, M, D) and (B, H, N, D), in the dtype of `keys`.
     """
     _check_weight("logit", logit, (q.shape[1], config.mixing_blocks), q)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from slagen.attention.order import CubesOfPass, in_order
 from slagen.attention.protocol import Inputs
 from slagen.attention.sla.block_map import block_means
 from slagen.attention.sla.config import Backend
@@ -34,7 +35,7 @@ class _Mix(nn.Module):
         return self.logit
 
 
-class SLA2(nn.Module):
+class SLA2(CubesOfPass):
     """SLA2 in one layer: exact attention to the blocks that the router chooses, linear attention to all others.
 
     `router_q` and `router_k` (D x D, without bias, float32, shared by all heads) start as the identity, so that a fresh
@@ -64,22 +65,31 @@ class SLA2(nn.Module):
         self.config = config or SLA2Config()
         self.backend = backend
         self.soft = False
+        self.follow_cubes(device)
         self.router_q = _IdentityLinear(head_dim, head_dim, bias=False, dtype=torch.float32, device=device)
         self.router_k = _IdentityLinear(head_dim, head_dim, bias=False, dtype=torch.float32, device=device)
         self.mix = _Mix(num_heads, self.config.mixing_blocks, device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs | None = None) -> Tensor:
-        """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype."""
-        chosen = choose_backend(q, self.config, self.soft, self.backend)
+        """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.
+
+        Raises: ValueError where tokens are in cube order, and the grid is unknown or not one of L tokens.
+        """
+        config, grid = self.config, self.cubes_in(inputs, q)
+        chosen = choose_backend(q, config, self.soft, self.backend)
         if chosen == "reference":
             weights = self.router_q.weight, self.router_k.weight, self.mix()
-            return sla2_attention(q, k, v, self.config, *weights, soft=self.soft, backend=chosen)
-        with torch.autocast(q.device.type, enabled=False):
-            keys = smoothed(k, self.config)
-            q_routed = _routed(self.router_q, block_means(q, self.config.block_m))
-            k_routed = _routed(self.router_k, block_means(keys, self.config.block_n))
+            return sla2_attention(q, k, v, config, *weights, soft=self.soft, backend=chosen, grid=grid)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys = smoothed(k, config)
+            q_routed = _routed(self.router_q, block_means(q, config.block_m))
+            k_routed = _routed(self.router_k, block_means(keys, config.block_n))
             logit = self.mix()
-            return routed_attention(q, keys, v, self.config, q_routed, k_routed, logit, soft=self.soft, backend=chosen)
+            return routed_attention(q, keys, v, config, q_routed, k_routed, logit, soft=self.soft, backend=chosen)
+
+        with torch.autocast(q.device.type, enabled=False):
+            return in_order(config.order, grid, attend, q, k, v)
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}, soft={self.soft}"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from slagen.attention.cost import ModelShape
+from slagen.attention.cubes import note_of_order
 from slagen.attention.protocol import Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.sla.cost import block_counts, density, describe_blocks
 from slagen.attention.sla.method import BACKENDS, choose_backend
 from slagen.attention.sla2.config import SLA2Config
 from slagen.attention.sla2.cost import sla2_attention_flops
 from slagen.errors import EnvironmentProblem
+from slagen.settings import to_fields
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,8 @@ def _reference(
     from slagen.attention.sla2.functional import sla2_attention
 
     weights = (parameters[name].to(q.device) for name in ("router_q.weight", "router_k.weight", "mix.logit"))
-    return sla2_attention(q, k, v, config, *weights, backend="reference")
+    grid = None if inputs is None else inputs.context.grid
+    return sla2_attention(q, k, v, config, *weights, backend="reference", grid=grid)
 
 
 def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLA2Config) -> None:
@@ -47,7 +49,7 @@ def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype
 
 
 def _describe(config: SLA2Config, grid: Grid) -> dict[str, Any]:
-    return {**dataclasses.asdict(config), **describe_blocks(config.sla, grid.num_tokens)}
+    return {**to_fields(config), **describe_blocks(config.sla, grid.num_tokens)}
 
 
 def _applies(config: SLA2Config, grid: Grid) -> bool:
@@ -62,7 +64,7 @@ def _density(config: SLA2Config, grid: Grid) -> float:
 def _note(config: SLA2Config, options: Mapping[str, Any], grid: Grid) -> str:
     counts = block_counts(config.sla, grid.num_tokens)
     kept = f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
-    return f"sparsity {config.sparsity:g} -> {kept}"
+    return f"sparsity {config.sparsity:g} -> {kept}{note_of_order(config.order)}"
 
 
 SLA2 = Method(

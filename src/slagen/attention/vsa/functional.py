@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from slagen.attention.cubes import check_tokens
-from slagen.attention.order import CubeOrder, cube_order
+from slagen.attention.order import CubeOrder, cubes_of
 from slagen.attention.protocol import Grid
 from slagen.attention.sla.functional import check_qkv
 from slagen.attention.vsa.blockwise import blockwise_attention
@@ -25,7 +24,7 @@ def video_sparse_attention(
     k: Tensor,
     v: Tensor,
     config: VSAConfig,
-    grid: Grid | CubeOrder,
+    grid: Grid | CubeOrder | None,
     gate: Tensor | None = None,
     *,
     backend: Backend = "auto",
@@ -45,16 +44,12 @@ def video_sparse_attention(
     Raises: ValueError if shapes, dtypes, devices or the grid do not fit.
     """
     check_qkv(q, k, v)
+    cubes = cubes_of(grid, q)
     if gate is not None and (gate.shape != q.shape or not gate.is_floating_point()):
         raise ValueError(
             f"gate is {tuple(gate.shape)} of {gate.dtype}; it must be {tuple(q.shape)}, floating point, as q is."
         )
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but vsa attention has {', '.join(BACKENDS)}. Try torch or auto.")
-    cubes = grid if isinstance(grid, CubeOrder) else cube_order(check_tokens(grid, q.shape[2]), q.device)
-    if len(cubes.slots) != q.shape[2]:
-        raise ValueError(
-            f"the cubes are for {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give the grid of q's tokens."
-        )
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[backend](q, k, v, config, cubes, gate, q.shape[3] ** -0.5)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from slagen.attention.cubes import check_tokens
-from slagen.attention.order import CubeOrder, cube_order
-from slagen.attention.protocol import Inputs, Layer, StepContext
+from slagen.attention.order import CubesOfPass
+from slagen.attention.protocol import Inputs, Layer
 from slagen.attention.sla.module import ZeroLinear
 from slagen.attention.vsa.config import VSAConfig
 from slagen.attention.vsa.functional import video_sparse_attention
@@ -22,7 +21,7 @@ class GateLinear(ZeroLinear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-class VSA(nn.Module):
+class VSA(CubesOfPass):
     """Video Sparse Attention in one layer.
 
     `to_gate_compress` (channels x channels, with bias, float32), named as in FastVideo's checkpoints, starts at zero,
@@ -41,22 +40,14 @@ class VSA(nn.Module):
         self.to_gate_compress = None
         if config.gate:
             self.to_gate_compress = GateLinear(channels, channels, dtype=torch.float32, device=device)
-        self.register_buffer("_here", torch.empty(0, device=device), persistent=False)  # moves with the model
-        self._cubes: CubeOrder | None = None
-
-    def begin_pass(self, context: StepContext) -> None:
-        """Look the cubes up outside compiled code, which then reads them as tensors and is not compiled again."""
-        if context.grid is not None:
-            self._cubes = cube_order(context.grid, self._here.device)
+        self.follow_cubes(device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D) in q's dtype.
 
         Raises: ValueError where the grid is unknown or not one of L tokens, or a gate lacks the hidden states.
         """
-        cubes = self._cubes
-        if cubes is None or cubes.slots.device != q.device or len(cubes.slots) != q.shape[2]:
-            cubes = cube_order(check_tokens(inputs.context.grid, q.shape[2]), q.device)
+        cubes = self.cubes_in(inputs, q)
         gate = None if self.to_gate_compress is None else self.to_gate_compress(_hidden_states(inputs))
         gate = None if gate is None else gate.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
         return video_sparse_attention(q, k, v, self.config, cubes, gate, backend=self.backend)  # type: ignore[arg-type]
