@@ -93,6 +93,7 @@ def test_a_gguf_that_asks_for_more_than_it_holds_is_refused(tmp_path, content):
         read_tensors(tmp_path / "x.gguf")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning:gguf.quants")
 @pytest.mark.parametrize("kind", [*SCALES, "F32", "F16", "BF16"])
 def test_no_kind_of_gguf_holds_what_is_not_finite(tmp_path, kind):
     """Packed numbers are whole ones, so that their scales tell; diffusers loads them as they are."""

@@ -269,6 +269,7 @@ def test_simpletuners_side_file(base, tmp_path):
         peek(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4:UserWarning:torch")
 def test_a_pickle_with_code_is_not_run(base, tmp_path):
     path, trace = tmp_path / "evil.pth", tmp_path / "trace"
 

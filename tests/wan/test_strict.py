@@ -166,6 +166,7 @@ def test_a_damaged_config_asks_no_hub(folder, hub_requests, name, text):
     assert not hub_requests
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument is deprecated:UserWarning:huggingface_hub")
 def test_a_closed_hub_is_not_asked(hub_requests):
     """Whatever else in a file a library may take for a hub id."""
     with closed_hub(), pytest.raises(OSError):
