@@ -9,8 +9,12 @@ from numerics import assert_within_budget, make_proj, make_qkv, results
 from slagen.attention import sparse_linear_attention
 from slagen.attention.sla.config import SLAConfig
 
-SHAPE = (1, 1, 150, 32)
-SMALL = (1, 1, 80, 16)  # for the interpreter, but for the outlier channels that are judged by their own limit
+# Inputs are made to overflow; that results are finite is checked.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning:triton.runtime.interpreter"
+)
+
+SHAPE = {"torch": (1, 1, 150, 32), "triton": (1, 1, 80, 16)}  # the interpreter is slow
 DTYPES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.float32, id="fp32")]
 DOMAINS = ["all", "marginal"]
 
@@ -45,7 +49,7 @@ KINDS = {
 }
 
 
-def case(kind: str, dtype: torch.dtype, shape: tuple[int, int, int, int] = SHAPE):
+def case(kind: str, dtype: torch.dtype, shape: tuple[int, int, int, int]):
     """Inputs and do, rounded to the dtype."""
     inputs, do = [*make_qkv(shape), *make_proj(shape[3])], make_qkv(shape, seed=2)[0]
     KINDS[kind](*inputs[:3])
@@ -71,8 +75,7 @@ def without_rounding_of_lse(actual, exact, inputs, do, config):
 
 def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> None:
     """All is finite; within the budget; and where only a channel or two stand out, o is within 2e-3."""
-    limited = kind.endswith(("-12", "-18"))
-    inputs, do = case(kind, dtype, SHAPE if limited or backend == "torch" else SMALL)
+    inputs, do = case(kind, dtype, SHAPE[backend])
 
     def attend(backend):
         return lambda *x: sparse_linear_attention(*x[:3], config, *x[3:], backend=backend)
@@ -95,7 +98,7 @@ def check(backend: str, kind: str, dtype: torch.dtype, config: SLAConfig) -> Non
         if backend == "triton" and kind in ("times-300", "below-30", "huge-token", "opposite-60"):
             actual = without_rounding_of_lse(actual, exact, inputs, do, config)
         assert_within_budget(actual, inputs, do, config, torch.float32 if backend == "torch" else dtype)
-    if limited:
+    if kind.endswith(("-12", "-18")):
         assert (actual[0].double() - exact[0]).abs().max() <= 2e-3
 
 
