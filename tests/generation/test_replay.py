@@ -201,7 +201,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, capsys, command, suffix)
 def test_top_k_and_blocks_are_those_of_before(video, tmp_path):
     """0.58 of 50 blocks are 28 as published, where the sparsity of 0.42 leaves 29."""
     toy = str(video.path.parent / "toy")
-    config = GenerateConfig("x", model=toy, width=352, height=192, num_frames=9, steps=1,
+    config = GenerateConfig("x", model=toy, width=400, height=512, num_frames=1, steps=1,
                             guidance_scale=1, seed=3, device="cpu", allow_untrained=True, sla_topk=0.58, block_m=32,
                             block_n=16, output=str(tmp_path / "x.mp4"))  # fmt: skip
     made = generate(config).videos[0]
