@@ -301,10 +301,6 @@ def command(toy, folder):
             "--device", "cpu", "--output", str(folder), "--cache-dir", str(Path(folder).parent / "cache")]  # fmt: skip
 
 
-def environment(tmp_path):
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
-
-
 def begin(toy, tmp_path, prompts, name):
     """The command in a process of its own; what it says goes into the files `name` and `name`.err."""
     return start(run, [["batch", str(prompts), *command(toy, tmp_path / "out")]], tmp_path / name)

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from test_batch import check_consistent, command, environment, made, settings
+from processes import start
+from test_batch import check_consistent, command, made, settings
 from wan_models import save_pipeline
 
 from slagen.batch import ray_connection, ray_workers
@@ -34,11 +34,10 @@ def toy(tmp_path_factory):
     return save_pipeline(tmp_path_factory.mktemp("model") / "toy")
 
 
-def start(toy, tmp_path, workers=2):
-    arguments = [sys.executable, "-m", "slagen", "batch", str(tmp_path / "prompts.txt")]
-    arguments += [*command(toy, tmp_path / "out"), "--ray", "--ray-workers", str(workers)]
-    env = {name: value for name, value in environment(tmp_path).items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def begin(toy, tmp_path):
+    """The command in a process of its own; what it says goes into the files `told` and `told.err`."""
+    arguments = ["batch", str(tmp_path / "prompts.txt"), *command(toy, tmp_path / "out"), "--ray", "--ray-workers", "2"]
+    return start(run, [arguments], tmp_path / "told")
 
 
 def workers_at_work(folder):
@@ -50,7 +49,7 @@ def workers_at_work(folder):
 def kill_worker(folder, process, timeout=1800):
     """SIGKILL one that is at work; False if the driver ends before."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and process.is_alive():
         for pid in workers_at_work(folder):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -59,12 +58,6 @@ def kill_worker(folder, process, timeout=1800):
             return True
         time.sleep(0.02)
     return False
-
-
-def finish(process, timeout=1800):
-    out, errors = process.communicate(timeout=timeout)
-    assert process.returncode == 0, errors
-    return out, errors
 
 
 def until(said, timeout=1800):
@@ -124,20 +117,22 @@ def test_killed_workers_and_drivers_leave_whole_work(toy, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(lines[:count]))
     rng = random.Random(count)
     for number in range(kills):
-        process = start(toy, tmp_path)
+        process = begin(toy, tmp_path)
         if number % 2 and kill_worker(tmp_path / "out", process):
             time.sleep(rng.uniform(0.0, 3.0))
         else:
             time.sleep(rng.uniform(6.0, 14.0))
         process.kill()
-        process.communicate()
+        process.join()
     if kills:
         (tmp_path / "prompts.txt").write_text("\n".join(lines))  # so that something is left to make
-    process = start(toy, tmp_path)
-    until(lambda: process.poll() is not None or has_workers(process))
+    process = begin(toy, tmp_path)
+    until(lambda: not process.is_alive() or has_workers(process))
     folder = check_that_nobody_else_gets_in(process)
     assert kill_worker(tmp_path / "out", process)
-    out, errors = finish(process)
+    process.join(1800)
+    out, errors = ((tmp_path / name).read_text() for name in ("told", "told.err"))
+    assert process.exitcode == 0, errors
     assert not folder.exists()
     said = set(map(os.path.basename, out.split()))
     assert said and said <= set(made(tmp_path / "out")) and "Ray" in errors
