@@ -3,30 +3,12 @@
 import contextlib
 import json
 
-import numpy as np
 import pytest
 import torch
-from finetune_runs import PROMPTS, settings
+from finetune_runs import PROMPTS, settings, without_pictures
 from wan_models import build_pipeline
 
-from slagen.training import comparison, page
 from slagen.training.finetune import finetune
-
-
-@contextlib.contextmanager
-def without_pictures():
-    """Keep the clips of runs as arrays, and leave charts and thumbnails empty."""
-
-    def keep(frames, path, fps, comment=""):
-        with path.open("wb") as file:
-            np.save(file, frames)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "write_mp4", keep)
-        patch.setattr(comparison, "read_mp4", np.load)
-        patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
-        patch.setattr(page, "make_thumbnail", lambda path, width: b"")
-        yield
 
 
 @pytest.fixture

@@ -1,15 +1,43 @@
-"""Settings of a tiny training, and what it left in its output folder."""
+"""Settings of a tiny training, what it left in its output folder, and runs whose pictures cost nothing."""
 
+import contextlib
+
+import numpy as np
+import pytest
 import torch
 
 from slagen.attention.registry import parameter_group
+from slagen.cli.main import run
 from slagen.formats.sla import read_sla
+from slagen.training import comparison, page
 from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.log import StepRecord, ValidationRecord, read_log
 from slagen.wan.folder import describe_folder
 from slagen.wan.transformer import load_transformer
 
 PROMPTS = "a red circle --steps 1 --size 64x64 --frames 9\na circle --steps 1 --size 64x64 --frames 5\n"
+
+
+@contextlib.contextmanager
+def without_pictures():
+    """Keep the clips of runs as arrays, and leave charts and thumbnails empty."""
+
+    def keep(frames, path, fps, comment=""):
+        with path.open("wb") as file:
+            np.save(file, frames)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "write_mp4", keep)
+        patch.setattr(comparison, "read_mp4", np.load)
+        patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
+        patch.setattr(page, "make_thumbnail", lambda path, width: b"")
+        yield
+
+
+def run_without_pictures(arguments):
+    """The command, for a process that no fixture reaches."""
+    with without_pictures():
+        return run(arguments)
 
 
 def settings(model, output, *, data=None, self_generate=None, **fields):

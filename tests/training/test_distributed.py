@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune_runs import settings, weights
+from finetune_runs import run_without_pictures, settings, weights
 from processes import run_together
 from safetensors.torch import load_file
 from train_together import train
 
-from slagen.cli.main import run
 from slagen.training.finetune import finetune
 
 pytest_plugins = ["finetune_fixtures"]
@@ -68,7 +67,9 @@ def test_the_command_under_torchrun(toy, tmp_path):
     assert json.loads(done.stdout)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=1e-4)
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")
     assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-3) for name in one)
-    half = run_together(run, [[*command, "--dtype", "bf16", "--output", str(tmp_path / "half")]], tmp_path)
+    half = run_together(
+        run_without_pictures, [[*command, "--dtype", "bf16", "--output", str(tmp_path / "half")]], tmp_path
+    )
     first, second = (text.strip() for text in half)
     assert json.loads(first)["teacher_error_after"] == pytest.approx(alone.teacher_error_after, rel=0.05)
     assert second == ""
