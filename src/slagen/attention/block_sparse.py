@@ -93,13 +93,14 @@ def _forward(
         for heads in head_groups(q):
             q_i = _cut(q[heads], slots, block_m, num_rows)
             k_j, v_j = (_cut(x[heads], slots, block_n, num_columns) for x in (k, v))
+            o_i = torch.empty_like(q_i)  # q_i may be q itself
             for run in _runs(q_i):
                 lists, counts = kept_lists(rows_of_run(kept, heads, run))
                 q_r = q_i[:, run] * scale
                 o_r, length = torch.empty_like(q_r), _length(q, slots, k_j)
                 sparse_forward(q_r, k_j, v_j, lists, length, o_r, counts=counts, filled=filled)
-                q_i[:, run] = o_r  # these queries are not needed any more
-            _join(q_i, slots, o[heads])
+                o_i[:, run] = o_r
+            _join(o_i, slots, o[heads])
     return o
 
 
@@ -128,13 +129,13 @@ def _backward(
         for heads in head_groups(q):
             q_i, do_i = (_cut(x[heads], slots, block_m, num_rows) for x in (q, do))
             k_j, v_j = (_cut(x[heads], slots, block_n, num_columns) for x in (k, v))
-            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
+            dq_i, dk_j, dv_j = torch.empty_like(q_i), torch.zeros_like(k_j), torch.zeros_like(v_j)
             for run in _runs(q_i):
                 lists, counts = kept_lists(rows_of_run(kept, heads, run))
                 q_r, do_r, length = q_i[:, run] * scale, do_i[:, run].contiguous(), _length(q, slots, k_j)
                 dq_r = sparse_backward(q_r, k_j, v_j, lists, length, do_r, dk_j, dv_j, counts=counts, filled=filled)
-                q_i[:, run] = dq_r.mul_(scale)  # these queries are not needed any more
-            for x, of_blocks in ((dq, q_i), (dk, dk_j), (dv, dv_j)):
+                dq_i[:, run] = dq_r.mul_(scale)
+            for x, of_blocks in ((dq, dq_i), (dk, dk_j), (dv, dv_j)):
                 _join(of_blocks, slots, x[heads])
     return dq, dk, dv
 

@@ -54,8 +54,7 @@ def check_tokens(grid: Grid | None, num_tokens: int) -> Grid:
     """The grid of a sequence. Raises ValueError unless it holds as many tokens."""
     if grid is None:
         raise ValueError(
-            f"the grid of the {num_tokens} tokens is unknown, so they cannot be divided into cubes. Give the numbers "
-            "of frames, rows and columns."
+            f"the grid of the {num_tokens} tokens is unknown. Give the numbers of frames, rows and columns."
         )
     if grid.num_tokens != num_tokens or min(grid.num_frames, grid.height, grid.width) < 1:
         sizes = f"{grid.num_frames} x {grid.height} x {grid.width}"

@@ -9,7 +9,9 @@ from typing import Any
 from slagen.attention.delta.method import DELTA, with_delta
 from slagen.attention.dense.method import DENSE
 from slagen.attention.mean.method import MEAN, SOL
+from slagen.attention.nabla.method import NABLA
 from slagen.attention.protocol import Addition, Method, ParameterGroup
+from slagen.attention.radial.method import RADIAL
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
 from slagen.attention.sla2.method import SLA2
 from slagen.attention.vsa.method import VSA
@@ -127,3 +129,5 @@ register(MEAN)
 register(SOL)
 register(DENSE)
 register(VSA)
+register(RADIAL)
+register(NABLA)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slagen.attention.block_sparse_fused import kept_backward
 from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.mean.reference import reference_attention
 from slagen.attention.mean.selection import kept_blocks
@@ -77,17 +78,8 @@ def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, o: Tensor, lse: Tensor, block_m: int, block_n: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from slagen.kernels import sla_backward
-    from slagen.kernels.block_means import kept_lists_of_columns
-
     with alone(q):
-        kv_indices, classes, q_indices, q_offsets = kept_lists_of_columns(kept.flatten(0, 1))
-        empty = q.new_empty(0)
-        dq, dk, dv, *_ = sla_backward(
-            do, q, k, v, None, None, o, lse, kv_indices, classes, q_indices, q_offsets, empty, empty, block_m=block_m,
-            block_n=block_n, num_critical=kv_indices.shape[2], num_negligible=0, marginal=False, feature_map="softmax",
-            eps=0.0, scale=scale, sparse=True,
-        )  # fmt: skip
+        dq, dk, dv = kept_backward(do, q, k, v, kept, o, lse, block_m, block_n, scale)
         _add_means_backward(do, q, k, v, kept, o, lse, block_m, block_n, scale, (dq, dk, dv))
     return dq, dk, dv
 

@@ -12,6 +12,7 @@ Source of the threshold: Sol-Attn, arXiv:2607.24027; sigma is that of the row's 
 import torch
 from torch import Tensor
 
+from slagen.attention.kept_pairs import kept_pairs as pairs_of
 from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.sla.block_map import CRITICAL, block_map, block_means, block_scores, block_tokens
 
@@ -43,5 +44,4 @@ def _forced(config: SolConfig, length: int, device: torch.device) -> Tensor:
 def kept_pairs(kept: Tensor, config: MeanConfig | SolConfig, length: int) -> Tensor:
     """How many query-key pairs are attended exactly, and how many there are: (B, H, M, N) bool -> (2,) int64."""
     queries, keys = (block_tokens(length, block, kept.device) for block in (config.block_m, config.block_n))
-    exact = (kept.sum((0, 1)) * queries[:, None] * keys).sum()
-    return torch.stack([exact, torch.full_like(exact, kept.shape[0] * kept.shape[1] * length**2)])
+    return pairs_of(kept, queries, keys)
