@@ -314,11 +314,11 @@ def test_a_method_is_in_every_help(command, capsys, monkeypatch):
         (["plan", "--window", "2"], "window is not an option of sla attention"),
         (
             ["bench", "--method", "sla", "--window", "2"],
-            "is an option of window or rings, but that is not among",
+            "is an option of window or rings, which is not among",
         ),
         (
             ["bench", "--model", "tiny-wan", "--method", "sla", "--window", "2"],
-            "but that is not among the methods measured",
+            "which is not among the methods measured",
         ),
         (["bench", "--method", "window", "--window", "-1"], "window is -1, but must be 0 or above"),
     ],

@@ -209,7 +209,9 @@ def test_bad_plans():
         plan(model="wan2.1-t2v-14")
     with pytest.raises(UsageError, match="Try --size 832x480"):
         plan(model="wan2.1-t2v-1.3b", width=830, height=480)
-    with pytest.raises(UsageError, match="not a local folder, and a model of the hub cannot be planned"):
+    with pytest.raises(
+        UsageError, match="not a local folder, and a hub model can be planned only after it is downloaded"
+    ):
         plan(model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
 

@@ -65,7 +65,7 @@ def test_data_of_another_vae_and_too_few_tokens(toy, tmp_path):
     model, data = toy
     other = save_pipeline(tmp_path / "other", seed=1)
     (other / "slagen.json").write_bytes((model / "slagen.json").read_bytes())
-    with pytest.raises(WeightsError, match="encoded with another VAE"):
+    with pytest.raises(WeightsError, match="encoded with a VAE or text encoder other than"):
         finetune(settings(other, tmp_path / "out", data=data))
     with pytest.raises(UsageError, match=r"sla attention has nothing to skip in \d+ tokens.*or a smaller --block-n"):
         finetune(settings(model, tmp_path / "out", data=data, block_n=128))

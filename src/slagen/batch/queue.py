@@ -85,7 +85,7 @@ def queue_jobs(
     tasks: dict[str, Task] = {}
     for job, (plan, _) in zip(manifest.queue(wanted), plans, strict=True):
         if job.key in tasks:
-            text = f"the prompt {plan.config.prompt!r} appears twice with seed {job.seed}; one video is generated"
+            text = f"the prompt {plan.config.prompt!r} appears twice with seed {job.seed}; only one video is generated"
             on_event(Event("warning", text))
         else:
             config = dataclasses.replace(plan.config, seed=job.seed)

@@ -31,7 +31,7 @@ def connected_to_ray(address: str) -> Iterator[Any]:
     match = re.fullmatch(r"(?:ray://)?(\[[^\]\s]+\]|[^\s:/]+):(\d{1,5})", address)
     if match is None and address not in (LOCAL, "auto"):
         raise UsageError(
-            f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave it out to use this machine."
+            f"the Ray address is {quote(address)}, but must be HOST:PORT. Leave the address out to use this machine."
         )
     folder = _private_folder() if address == LOCAL else None
     try:

@@ -72,7 +72,7 @@ class BenchConfig:
     )  # fmt: skip
     sparsities: tuple[float, ...] = option(
         (),
-        "Sparsity to measure. May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; for a model 0.95.",
+        "Sparsity to measure. May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; 0.95 for a model.",
         panel=WHAT,
         name="sparsity",
     )
@@ -98,7 +98,7 @@ class BenchConfig:
     steps: int | None = option(None, "Denoising steps of the loop. Default: 4.", panel=WHAT)
     compile: bool = option(False, "Time the loop with torch.compile as well.", panel=WHAT)
     backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=HOW)
-    linear_domain: LinearDomain = option("all", "Key blocks of the linear branch: all or marginal.", panel=HOW)
+    linear_domain: LinearDomain = option("all", "Key blocks in the linear branch: all or marginal.", panel=HOW)
     feature_map: FeatureMap = option("softmax", "Feature map of the linear branch: softmax, elu or relu.", panel=HOW)
     block_m: int = option(64, "Query rows per block.", panel=HOW)
     block_n: int = option(64, "Key columns per block.", panel=HOW)
@@ -139,7 +139,7 @@ class BenchConfig:
             if not any(name in method.option_names for method in measured):
                 others = " or ".join(registry.with_option(name)) or "no method"
                 raise UsageError(
-                    f"{name} is an option of {others}, but that is not among the methods measured. Leave it out."
+                    f"{name} is an option of {others}, which is not among the methods measured. Leave it out."
                 )
         for method in measured:
             method.config(**method.own(options))

@@ -17,7 +17,7 @@ def convert(
         typer.Option(
             "--model",
             "-m",
-            help="The pipeline folder that it belongs to, whose text encoder, tokenizer and VAE are copied.",
+            help="The pipeline folder to copy the text encoder, tokenizer and VAE from.",
         ),
     ] = None,
     dtype: Annotated[
@@ -52,7 +52,7 @@ def merge(
     output: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to create.")],
     diff_base: Annotated[str, typer.Option(help="The transformer before fine-tuning.")],
     diff_target: Annotated[str, typer.Option(help="The transformer after fine-tuning.")],
-    weight: Annotated[float, typer.Option(help="Factor on the change.")] = 1.0,
+    weight: Annotated[float, typer.Option(help="Factor to multiply the change by.")] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Add the change that fine-tuning made to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).

@@ -43,7 +43,7 @@ def doctor(
     if kernels and selftest:
         raise UsageError("--kernels and --selftest cannot be combined. Give one of them.")
     if output is not None and not selftest:
-        raise UsageError("--output names the file that --selftest writes, and --selftest is not given.")
+        raise UsageError("--output names the file that --selftest writes. Add --selftest, or leave --output out.")
     from slagen.cli import progress
 
     progress.say_loading()

@@ -35,8 +35,8 @@ def finetune(
         if given:
             options = ", ".join(given)
             raise UsageError(
-                f"{options} before {context.invoked_subcommand} has no effect there. Put its options after it; see "
-                f"slagen finetune {context.invoked_subcommand} --help."
+                f"{options} before {context.invoked_subcommand} has no effect. Put the options of "
+                f"{context.invoked_subcommand} after its name; see slagen finetune {context.invoked_subcommand} --help."
             )
         return
     config = FinetuneConfig(DataConfig(**clips), **settings)

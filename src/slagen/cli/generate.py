@@ -195,4 +195,4 @@ def replay(
         result = task.replay(path, output, progress, model=model, weights=weights, **settings)
     show_replay(result, as_json)
     if not result.same:
-        raise GateError("the new video differs from the old one; the comparison says where.")
+        raise GateError("the new video differs from the old one; the table shows where.")

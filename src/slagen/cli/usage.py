@@ -15,7 +15,7 @@ from slagen.io.text import LONG_DASH, cut, line, quote
 
 WITHOUT_DOCSTRINGS = (
     "Python runs with -OO or PYTHONOPTIMIZE=2, which removes the docstrings that transformers and diffusers need. "
-    "Run Python without it."
+    "Run Python without this option."
 )
 OF_A_PROMPT = ("slagen generate", "slagen plan")
 EXTRA = "Unexpected arguments:"

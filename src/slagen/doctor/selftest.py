@@ -253,6 +253,6 @@ def check(result: Selftest) -> None:
         found = [row for row in result.checks if row.status == status]
         if found:
             raise problem(
-                f"{len(found)} of {len(result.checks)} checks ended as {status}; the first is "
+                f"{len(found)} of {len(result.checks)} checks have the status {status}; the first is "
                 f"{found[0].name}: {found[0].detail}"
             )

@@ -60,7 +60,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     if zero and len(zero) < num_layers:
         raise WeightsError(
             f"{checkpoint.path} has an all-zero {zero[0]} although other layers are trained, so "
-            "part of it was lost. Download it again."
+            "part of the file was lost. Download it again."
         )
 
 

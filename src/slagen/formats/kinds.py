@@ -156,10 +156,10 @@ _DISTILLED = re.compile(
 _PIECEWISE = re.compile(r"skyreels[-_ ]?v2[-_ ]?df|diffusion[-_ ]?forcing", re.IGNORECASE)
 EXPERT_NOTE = (
     "has {word!r} in its name or metadata: Wan2.2 A14B consists of two transformers, one for high and one for low "
-    "noise, and either of them alone generates poorer videos"
+    "noise, and one of them alone generates poorer videos"
 )
 PIECEWISE_NOTE = (
-    "has {word!r} in its name or metadata: such weights are made for sampling chunk by chunk, and slagen samples the "
+    "has {word!r} in its name or metadata: these weights are for sampling chunk by chunk, but slagen samples the "
     "whole clip at once"
 )
 

@@ -76,7 +76,7 @@ def _merged(
             continue
         merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
         if not is_finite(merged[name]):
-            raise UsageError(f"weight {weight:g} takes {name} out of the range of {tensor.dtype}. Try --weight 1.")
+            raise UsageError(f"with weight {weight:g}, {name} exceeds the range of {tensor.dtype}. Try --weight 1.")
         changed += not torch.equal(merged[name], tensor)
     copied = [name for name in after if name not in start]
     merged |= {name: after[name] for name in copied}
@@ -86,7 +86,7 @@ def _merged(
             f"{len(copied)} copied from the target"
         )
     else:
-        on_note("nothing changed: every merged tensor equals the one of the base")
+        on_note("nothing changed: all merged tensors equal those of the base")
     return {name: tensor.contiguous() for name, tensor in merged.items()}, told
 
 

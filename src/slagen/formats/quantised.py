@@ -127,7 +127,7 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
         if target in plain.tensors:
             plain.faults.append(f"{target} appears twice")
         if name not in scales and scaled_fp8 and value.ndim == 2:
-            plain.faults.append(f"{name} is {value.dtype} but has no scale, although others have one")
+            plain.faults.append(f"{name} is {value.dtype} but has no scale, although other tensors have one")
         plain.forms[target] = str(value.dtype).removeprefix("torch.")
         shown = value.to("meta") if shapes_only else value
         plain.tensors[target] = _product(name, shown, scales.get(name), values, dtype, plain.faults)

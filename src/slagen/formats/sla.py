@@ -129,7 +129,7 @@ def check_contents(metadata: SLAMetadata, tensors: dict[str, Tensor], path: Path
     listed = set(metadata.tensors)
     missing, extra = sorted(listed - tensors.keys()), sorted(tensors.keys() - listed)
     if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which it should not"
+        what = f"lacks {missing[0]}" if missing else f"contains {extra[0]}, which is unexpected"
         more = f", and {len(missing) + len(extra) - 1} more differ" if len(missing) + len(extra) > 1 else ""
         raise WeightsError(f"{path} has changed since it was written: it {what}{more}. Copy or download it again.")
     if tensors_hash(tensors) != metadata.tensors_hash:

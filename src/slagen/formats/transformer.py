@@ -104,7 +104,7 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
             faults.append(f"{group} has {len(places)} different names ({', '.join(sorted(places))})")
     if plain.turbo:  # all linear layers of the blocks are int8 there, and nothing else
         faults += [
-            f"{name} is not int8, although others are"
+            f"{name} is not int8, although other tensors are"
             for name in checkpoint.tensors
             if LINEARS_OF_A_BLOCK.fullmatch(name) and name not in checkpoint.forms
         ]

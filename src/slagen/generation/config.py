@@ -130,9 +130,9 @@ class GenerateConfig:
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(
-        None, "Query rows per block: 16, 32, 64 or 128. Default: as for sparsity.", panel=ATTENTION
+        None, "Query rows per block: 16, 32, 64 or 128. Default: as trained, or the method's own.", panel=ATTENTION
     )
-    block_n: int | None = option(None, "Key columns per block. Default: as for sparsity.", panel=ATTENTION)
+    block_n: int | None = option(None, "Key columns per block. Default: as for --block-m.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
         None, "Denoising steps with dense attention: 0-9,-1 (-1 is the last), or the first 20%.", panel=ATTENTION,
@@ -191,7 +191,7 @@ class GenerateConfig:
         """Raise UsageError for a share of blocks, or a size of a block, that is out of range or said twice."""
         if self.sparsity is not None and self.sla_topk is not None:
             raise UsageError(
-                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both say how many blocks are kept. "
+                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both set how many blocks are kept. "
                 "Give one of them."
             )
         if self.sparsity is not None:

@@ -265,7 +265,7 @@ def _model(config: GenerateConfig) -> _Model:
     folder = local_folder(name)
     if folder is None:
         raise UsageError(
-            f"{name} is not a local folder, and a model of the hub cannot be planned before it is downloaded. Give a "
+            f"{name} is not a local folder, and a hub model can be planned only after it is downloaded. Give a "
             f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
         )
     source = describe_folder(folder, name)

@@ -144,10 +144,9 @@ def check(needed: Need, width: int, height: int, num_frames: int, advice: str | 
     if advice is None:
         advice = "Try a smaller --size" + (" or fewer --num-frames" if num_frames > 1 else "")
         advice += ", or --dtype bf16" if needed.fresh > needed.decode else ""
-    text += f" {advice}"
     if needed.surely > left:
-        raise SlagenError(f"{text}.")
-    return f"{text}, if it fails"
+        raise SlagenError(f"{text} {advice}.")
+    return f"{text} If it runs out of memory: {advice}"
 
 
 def memory_left() -> tuple[int, str]:

@@ -67,7 +67,7 @@ VALUES = {
 _IMAGE = "image-to-video is not supported yet"
 _VIDEO = "video-to-video and control videos are not supported yet"
 _LORA = (
-    "LoRA weights are not supported yet in generation; slagen merge adds the change of a fine-tuned model to another"
+    "LoRA weights are not supported yet in generation; slagen merge adds the change of one fine-tuned model to another"
 )
 _MEMORY = "slagen offloads models automatically when they do not fit on the GPU together"
 _GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
@@ -159,7 +159,7 @@ TRAINER_REFUSED = {
     **dict.fromkeys(("network-dim", "rank", "lora", "use-lora", "lora-training"), _RANK),
     **dict.fromkeys(("network-alpha", "lora-alpha"), f"the LoRA alpha equals the rank; {_RANK}"),
     **dict.fromkeys(("network-module", "network-args"), f"--train selects what is trained; for LoRA, {_RANK}"),
-    **dict.fromkeys(("network-weights",), "--weights names the weights to start from"),
+    **dict.fromkeys(("network-weights",), "give the weights to start from with --weights"),
     **dict.fromkeys(
         ("dataset-config", "data-path", "dataset", "dataset-name", "instance-data-root", "train-data-dir",
          "data-json-path"), "--data names a folder or list of videos with captions; see slagen finetune data --help"),

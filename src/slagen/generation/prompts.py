@@ -381,7 +381,7 @@ def check_count(requests: list[Request], each: int) -> None:
     count = sum(request.fields.get("num_videos", each) for request in requests)
     if count > MAX_PROMPTS:
         raise UsageError(
-            f"the prompts ask for {count:,} videos, but one run makes at most {MAX_PROMPTS:,}. Split the file."
+            f"the prompts ask for {count:,} videos, but one run generates at most {MAX_PROMPTS:,}. Split the file."
         )
 
 

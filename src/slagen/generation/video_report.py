@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 BLOCKS = {"critical": int, "marginal": int, "negligible": int, "key_blocks": int, "block_n": int, "backend": str,
           "fractions": {"critical": float}}  # fmt: skip
 ATTENTION = Kind(
-    "an object that has all numbers of its blocks or none",
+    "an object with either all of its block counts or none of them",
     {"mode": str, "tokens": int, **{f"{name}?": form for name, form in BLOCKS.items()}},
     lambda value: "critical" not in value or value.keys() >= BLOCKS.keys(),
 )

@@ -57,7 +57,7 @@ def _explain(error: Exception) -> LaunchError:
         header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
         if not header.is_file():
             return LaunchError(
-                f"{header} is missing, which is needed to compile Triton's launcher", "apt install python3-dev"
+                f"{header}, which Triton needs to compile its launcher, is missing", "apt install python3-dev"
             )
         tool = Path(error.cmd[0] if isinstance(error.cmd, list | tuple) else str(error.cmd).split()[0]).name
         reason = f"{tool} cannot compile Triton's launcher (exit code {error.returncode}; the reason is printed above)"
@@ -68,5 +68,5 @@ def _explain(error: Exception) -> LaunchError:
         )
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-        return LaunchError(f"Triton cannot work ({text})", "TRITON_CACHE_DIR=<writable folder>, CC=<compiler>")
+        return LaunchError(f"Triton failed ({text})", "TRITON_CACHE_DIR=<writable folder>, CC=<compiler>")
     return LaunchError(text)

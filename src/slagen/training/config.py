@@ -84,7 +84,7 @@ class DataConfig:
     num_frames: int | None = option(None, "Maximum video frames of a clip, 4k + 1.", panel=DATA)
     fps: int | None = option(None, "Frames per second of the clips.", panel=DATA)
     no_upscale: bool = option(
-        False, "Do not enlarge smaller videos to the area of --size; each keeps about its own size.", panel=DATA
+        False, "Do not enlarge videos that are smaller than --size; they keep about their own size.", panel=DATA
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class DataConfig:
         if self.held_out is not None and self.self_generate is not None:
             raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
         if self.no_upscale and self.self_generate is not None:
-            raise UsageError("--self-generate makes clips of one size. Leave --no-upscale out.")
+            raise UsageError("--self-generate generates clips of one size. Leave --no-upscale out.")
         if self.clips_per_prompt is not None and self.path is not None:
             raise UsageError(
                 "--clips-per-prompt is for --self-generate; with --data, every video is a clip. Leave it out."
@@ -162,7 +162,7 @@ class FinetuneConfig:
         panel=MODEL,
     )
     negligible: float | None = option(None, "Fraction of key blocks that neither branch attends to.", panel=MODEL)
-    linear_domain: LinearDomain | None = option(None, "Key blocks of the linear branch: all or marginal.", panel=MODEL)
+    linear_domain: LinearDomain | None = option(None, "Key blocks in the linear branch: all or marginal.", panel=MODEL)
     feature_map: FeatureMap | None = option(
         None, "Feature map of the linear branch: softmax, elu or relu.", panel=MODEL
     )
@@ -193,7 +193,7 @@ class FinetuneConfig:
         None, "Steps of the router stage in router,all. Default: half of --steps.", panel=TRAINING
     )
     steps: int | None = option(
-        None, "Optimizer steps. Default, also of the next six options: what the model recommends.", panel=TRAINING
+        None, "Optimizer steps. Default, as for the next six options: what the model recommends.", panel=TRAINING
     )
     lr: float | None = option(None, "Learning rate.", panel=TRAINING)
     proj_multiplier: float | None = option(

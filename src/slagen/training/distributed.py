@@ -181,7 +181,7 @@ def _check_cards() -> None:
     if started > cards:
         raise EnvironmentProblem(
             f"torchrun started {counted(started, 'process')} on this machine, but PyTorch sees "
-            f"{counted(cards, 'CUDA device')}, and each process takes one. Try torchrun --nproc-per-node {cards}."
+            f"{counted(cards, 'CUDA device')}, but each process needs its own. Try torchrun --nproc-per-node {cards}."
         )
 
 

@@ -46,7 +46,7 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, 
     if changed:
         listed = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
         raise UsageError(
-            f"{folder} contains a run with other settings: {listed}. Give the same settings or another --output, or "
+            f"{folder} holds a run with different settings: {listed}. Give the same settings or another --output, or "
             "start again with --restart."
         )
 

@@ -179,7 +179,7 @@ class ModelDefaults:
     def tell_unknown(self, name: str, words: list[str]) -> str:
         """What to tell about words of a prompt that the model `name` has never seen."""
         return (
-            f"{name} was not trained on the words {', '.join(map(repr, words))} and will guess; try a prompt like "
+            f"{name} was not trained on the words {', '.join(map(repr, words))} and must guess; try a prompt like "
             f'"{self.example_prompt}"'
         )
 

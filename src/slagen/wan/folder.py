@@ -74,7 +74,7 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
     if not folder.is_dir():
         raise WeightsError(
             f"{folder} {kind_of_path(folder)}, but a model is a folder with a model_index.json in it. Give a diffusers "
-            "Wan2.1 folder with --model; one transformer file goes with --weights."
+            "Wan2.1 folder with --model; give a single transformer file with --weights."
         )
     if not (folder / "model_index.json").is_file() and list(folder.glob("models_t5*.pth")):
         raise WeightsError(

@@ -115,7 +115,7 @@ def _fetch(
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise EnvironmentProblem(
             f"the hub has no model {quote(repo_id)} that you can read. Check the name; a gated or private model needs "
-            "your token (hf auth login, or HF_TOKEN), and a wrong token hides it."
+            "your token (hf auth login, or HF_TOKEN), and a wrong token makes it look missing."
         ) from error
     except LocalEntryNotFoundError as error:
         raise EnvironmentProblem(_absent(repo_id, "downloads are switched off", advice)) from error

@@ -114,7 +114,7 @@ def load_weights(
     if found != metadata.base_hash:
         raise WeightsError(
             f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
-            f"the weights {found[:12]}: it is another model, or has a LoRA fused into it. Give the model that the "
+            f"the weights {found[:12]}: it is a different model, or has a LoRA fused into it. Give the model that the "
             "weights were trained from, or SLA weights for this one."
         )
     install_method(transformer, method, config, backend=backend)

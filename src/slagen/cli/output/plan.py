@@ -88,8 +88,8 @@ def _memory_rows(device: str | None, memory: RunMemory) -> list[tuple[str, str]]
     on_cpu = f"about {_rounded(cpu.peak)} GiB of RAM on a CPU ({_rounded(cpu.left)} GiB is available)"
     if device == "cpu":
         stages = (
-            f"weights {_rounded(cpu.weights)}, denoise + {_rounded(cpu.denoise)}, decode + {_rounded(cpu.decode)} "
-            "(estimates)"
+            f"weights {_rounded(cpu.weights)}; on top of them, denoise {_rounded(cpu.denoise)}, decode "
+            f"{_rounded(cpu.decode)} (estimates)"
         )
         return [("memory", on_cpu), ("by stage, GiB", stages)]
     parts = memory.stages.items()

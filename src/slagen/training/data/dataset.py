@@ -124,7 +124,7 @@ def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
     data = Dataset(folder)
     if data.identity != encoder_identity(source, cache):
         raise WeightsError(
-            f"{folder} was encoded with another VAE or text encoder and does not match {source.name}. Give the model "
+            f"{folder} was encoded with a VAE or text encoder other than those of {source.name}. Give the model "
             "that it was prepared for with --model, or the videos with --data."
         )
     if data.negative_prompt != source.defaults.negative_prompt:

@@ -148,14 +148,14 @@ def _csv(file: Path, text: str, faults: list[str]) -> tuple[list[str], list[Entr
         except StopIteration:
             return columns or [], entries
         except csv.Error as error:
-            faults.append(f"{file.name}:{rows.line_num}: is not valid CSV: {error}")
+            faults.append(f"{file.name}:{rows.line_num}: the line is not valid CSV: {error}")
             continue
         if not row:
             continue
         if columns is None:
             columns = [plain_name(cell) for cell in without_empty_end(row)]
         elif len(without_empty_end(row, len(columns))) > len(columns):
-            faults.append(f"{file.name}:{rows.line_num}: has too many columns; put the caption in quotes")
+            faults.append(f"{file.name}:{rows.line_num}: the line has too many columns; put the caption in quotes")
         else:
             entries.append(Entry(f"{file.name}:{rows.line_num}", dict(zip(columns, row, strict=False))))
 
