@@ -1,4 +1,4 @@
-"""`slagen` and `python -m slagen`: the command, or one line where what it starts with is missing.
+"""`slagen` and `python -m slagen`: the command, or a one-line error if a package it starts with is missing.
 
 Nothing is imported here but what Python has loaded already, so that Ctrl-C has hardly a moment to leave a traceback in.
 """

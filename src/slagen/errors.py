@@ -106,7 +106,7 @@ class WeightsError(SlagenError):
 
 
 class MissingPath(UsageError, WeightsError):
-    """A path was given where nothing lies: wrong usage, whatever should have lain there."""
+    """A path was given that does not exist: wrong usage, whatever kind of file was wanted."""
 
 
 class GateError(SlagenError):

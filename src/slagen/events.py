@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, to a progress bar or a log."""
+"""What a run reports while it goes on, to a progress bar or a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """What a run tells while it goes on: a stage or a clip begins, a step has ended, or what the user should know."""
+    """What a run reports while it goes on: a stage or a clip begins, a step has ended, or what the user should know."""
 
     kind: str  # "stage", "step", "note" or "warning"; of many videos or clips also "plan", "job" and "clip"
     text: str = ""

@@ -1,4 +1,4 @@
-"""Asked to stop: finish what is at hand, or end now."""
+"""Signals that ask a run to stop: finish the current work, or end now."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def stopping(
     Args:
         say: called when `stop` is set.
         at_once: signals whose first is a KeyboardInterrupt too.
-        repeated_s: seconds after the first in which others count as the same: torchrun passes on to its processes what
-            they were told already.
+        repeated_s: seconds after the first in which more signals count as the same one: torchrun sends its processes
+            again what they have received already.
 
     In any thread but the main one nothing changes: signals go to that.
     """

@@ -1,4 +1,4 @@
-"""Which packages slagen takes, which of them this machine lacks, and what to type then."""
+"""Which packages slagen needs, which of them this machine lacks, and how to install them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An option is a field: what a config's field says of itself for the command line, prompt files and manifests."""
+"""An option is a field of a config, with metadata for the command line, prompt files and manifests."""
 
 import dataclasses
 import difflib
@@ -11,10 +11,10 @@ KEY = "option"  # of a field's metadata
 
 @dataclass(frozen=True)
 class Option:
-    """What a field tells of itself.
+    """What is known of a field.
 
     Args:
-        help: one or two sentences for `--help`; empty: the command line does not set it.
+        help: one or two sentences for `--help`; empty: not an option of the command line.
         panel: the heading of the help that it stands under; empty for the first one.
         name: its spelling, where that is not the field's name with dashes.
         short: a second spelling with one dash.
@@ -56,7 +56,7 @@ def option(default: Any, help: str = "", **about: Any) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a config with what it tells of itself; `kind`: its type, without None where it may be None."""
+    """A field of a config with its metadata; `kind`: its type, without None where it may be None."""
 
     field: str
     default: Any

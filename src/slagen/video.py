@@ -33,7 +33,7 @@ COLOUR = (
 
 @cache
 def check_ffmpeg() -> None:
-    """Encode one black frame, to nowhere: what would only come up when a video is there is told before it is made.
+    """Encode one black frame and discard it, so that a fault of ffmpeg is reported before a video is generated.
 
     Once in a process. Raises EnvironmentProblem where ffmpeg is missing, does not run, or lacks the encoder.
     """
@@ -90,11 +90,11 @@ def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> N
     Raises: OSError if the file cannot be written or does not read back.
     """
     num_frames, height, width, _ = frames.shape
-    told = f"comment={comment}"
+    tag = f"comment={comment}"
     command: list[str | bytes] = [
         "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
         "-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "medium",
-        *(["-metadata", told if os.name == "nt" else told.encode()] if comment else []),  # UTF-8 in any locale
+        *(["-metadata", tag if os.name == "nt" else tag.encode()] if comment else []),  # UTF-8 in any locale
         "-movflags", "+faststart", "-f", "mp4", _name(path),
     ]  # fmt: skip
     _encode(command, frames)
@@ -115,10 +115,10 @@ def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
     """Run ffmpeg on raw frames, out of reach of Ctrl-C. Raises OSError with its own last words if it fails."""
     import numpy as np
 
-    with tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *command],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=told, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
         )  # fmt: skip
         assert process.stdin is not None
         try:
@@ -132,8 +132,8 @@ def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
             process.wait()
         _check_limit(status)
         if status:
-            told.seek(0)
-            raise OSError(told.read().decode("utf-8", "replace").strip() or f"ffmpeg exited with code {status}")
+            errors.seek(0)
+            raise OSError(errors.read().decode("utf-8", "replace").strip() or f"ffmpeg exited with code {status}")
 
 
 def _check_limit(status: int) -> None:

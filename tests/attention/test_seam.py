@@ -416,7 +416,9 @@ def test_the_sparsity_of_another_method_is_in_its_key(toy):
     registry.register(Method(**{**vars(TOY), "name": "rings", "config": RingsConfig}))
 
     def told(**changes):
-        return make_plan(GenerateConfig("a", seed=1, model="tiny-wan", device="cpu", attention="rings", **changes)).told
+        return make_plan(
+            GenerateConfig("a", seed=1, model="tiny-wan", device="cpu", attention="rings", **changes)
+        ).recorded
 
     assert [told(sparsity=sparsity)["sparsity"] for sparsity in (None, 0.5, 0.8)] == [0.9, 0.5, 0.8]
     assert told()["sla_topk"] is None and "block_m" not in told()

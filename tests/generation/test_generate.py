@@ -276,8 +276,8 @@ def test_settings_that_are_not_given_are_not_in_a_batchs_keys(toy, tmp_path):
     assert (plain["sparsity"], plain["sla_topk"]) == (0.95, 0.05)
     by_topk = make_plan(toy_config(toy, tmp_path, sla_topk=0.05))
     assert by_topk.settings == plain
-    told = make_plan(toy_config(toy, tmp_path)).told
-    assert (told["sparsity"], told["sla_topk"], by_topk.told["sla_topk"]) == (0.95, None, 0.05)
+    told = make_plan(toy_config(toy, tmp_path)).recorded
+    assert (told["sparsity"], told["sla_topk"], by_topk.recorded["sla_topk"]) == (0.95, None, 0.05)
     other = make_plan(toy_config(toy, tmp_path, block_m=128)).settings
     assert other == {**plain, "block_m": 128}
 

@@ -188,11 +188,11 @@ def test_where_a_text_is_cut_is_told():
     from wan_models import build_pipeline
 
     from slagen.training.data.encode import encode_texts
-    from slagen.wan.texts import tell_cut
+    from slagen.wan.texts import describe_cut
 
     tokenizer = build_pipeline().tokenizer
-    assert tell_cut(tokenizer, "a red circle " * 2, 8) is None and tell_cut(tokenizer, "a " * 7, 8) is None
-    told = tell_cut(tokenizer, "a red circle &amp; a red circle, and a blue one", 8)
+    assert describe_cut(tokenizer, "a red circle " * 2, 8) is None and describe_cut(tokenizer, "a " * 7, 8) is None
+    told = describe_cut(tokenizer, "a red circle &amp; a red circle, and a blue one", 8)
     assert told == (
         "has 12 tokens, but the model reads only the first 8: it reads up to 'a red circle & a red circle,' and "
         "ignores all from 'and a blue one' on"

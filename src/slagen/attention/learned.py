@@ -85,7 +85,7 @@ def _form(setting: Setting) -> Any:
 
 
 def differences(config: Any, trained: Any) -> list[str]:
-    """What to tell of weights that were trained with other settings: as the config has it, or each field of its own."""
+    """What to say of weights that were trained with other settings: from the config, or for each of its own fields."""
     if isinstance(config, SLAConfig):
         return config.differences(trained)
     pairs = [(s.field, getattr(trained, s.field), getattr(config, s.field)) for s in settings_of(type(config))]

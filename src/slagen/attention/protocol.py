@@ -1,4 +1,4 @@
-"""What an attention method is: its record, and what its module is told at each call. No torch here."""
+"""What an attention method is: its record, and the inputs of its module at each call. No torch here."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method's module is told at each call, beside q, k and v.
+    """What a method's module gets at each call, besides q, k and v.
 
     Args:
         layer: the layer it stands in. Compiled code does not read its `index`: it would be compiled anew for each

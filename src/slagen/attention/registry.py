@@ -100,7 +100,9 @@ def own_settings(config: type) -> list[Setting]:
     for method in METHODS.values():
         for setting in settings_of(method.config):
             if setting.about.help and not {setting.field, setting.name} & taken:
-                help = f"{setting.about.help} For {' and '.join(with_option(setting.field))} attention."
+                *others, last = with_option(setting.field)
+                names = f"{', '.join(others)} and {last}" if others else last
+                help = f"{setting.about.help} For {names} attention."
                 about = dataclasses.replace(setting.about, help=help)
                 found.setdefault(setting.field, dataclasses.replace(setting, default=None, about=about))
     return list(found.values())

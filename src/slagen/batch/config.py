@@ -30,7 +30,7 @@ class BatchConfig:
         cache_dir: where hashes and prompt embeddings are kept. no_cache: keep no embeddings.
         ray_address: of a Ray cluster that shares the work; "local" starts one on this machine, None uses no Ray.
         ray_workers: how many of its actors; None is one for each GPU, or for each machine where there is none.
-    Raises: UsageError for a shard that is none, or workers without Ray.
+    Raises: UsageError for an invalid shard, or workers without Ray.
     """
 
     prompts: str

@@ -63,8 +63,8 @@ MAX_SECONDS = 1e7  # seconds for a video: slower than any machine, so no measure
 class RecordedTimes:
     """Seconds that recent videos took on this machine, cached by what the time depends on.
 
-    A video of another size or with other steps tells nothing: decoding and the smallest layers take a share that is
-    another at each, and a forecast by FLOPs alone was several times too long.
+    Videos of other sizes or with other steps are not used: the share of decoding and of the smallest layers differs
+    at each, and a forecast by FLOPs alone was several times too long.
 
     Args:
         about: the weights and the device.

@@ -1,4 +1,4 @@
-"""What a batch is refused for before torch is imported: a faulty prompt file, a missing model, one file for all."""
+"""Refuse a batch before torch is imported: a faulty prompt file, a missing model, one output file for all."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _set_environment(*, local: bool) -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: all of Ray binds to loopback
         return
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what failed is told below
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # failures are reported below
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever gives a token means it
 

@@ -141,11 +141,11 @@ class Driver:
         self.make_actor = self.ray.remote(max_concurrency=4, max_restarts=0, **options)(Worker)
         self.on_event(Event("note", f"{count} Ray worker{'s' * (count > 1)}, {_describe_resources(options)} each"))
         self.handles = [self._spawn(number) for number in range(1, count + 1)]
-        told = False
+        asked_to_stop = False
         try:
             while self.handles:
-                if self.stop.is_set() and not told:
-                    told = True
+                if self.stop.is_set() and not asked_to_stop:
+                    asked_to_stop = True
                     self._stop_workers()
                 waiting = [ref for handle in self.handles for ref in (handle.result, handle.poll)]
                 ready, _ = self.ray.wait(waiting, timeout=POLL_S)

@@ -96,10 +96,10 @@ class Contender:
 
 
 def build_module(record: protocol.Method, setting: Setting, q: Tensor) -> tuple[Any, Inputs]:
-    """A method's module at a setting, its parameters drawn, and what it is told at each call.
+    """A method's module at a setting, with random parameters, and the inputs of each call.
 
     Args:
-        q: (B, H, L, D), which it will be called with, or alike.
+        q: (B, H, L, D), as in the calls.
     """
     grid = setting.grid or Grid.flat(q.shape[2])
     config = record.configure(record.config(), record.own(setting.options), grid)

@@ -37,7 +37,7 @@ class Entry:
     sizes: tuple[int, int, int, int]
     timers: dict[str, Timer] = field(default_factory=dict)
 
-    def tell(self, **found: Any) -> None:
+    def update_row(self, **found: Any) -> None:
         """Set fields of the row."""
         self.row = dataclasses.replace(self.row, **found)
 
@@ -137,7 +137,7 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
     for entry in entries:
         _fill_in(entry)
         if entry.method.record is not None and entry.method.record.parts is not None and entry.row.forward_ms:
-            entry.tell(parts_ms=_time_parts(entry, inputs, config.seconds))
+            entry.update_row(parts_ms=_time_parts(entry, inputs, config.seconds))
 
 
 def _prepare(
@@ -151,15 +151,15 @@ def _prepare(
     error = _error(entry.method, setting, attend, entry.sizes[3])
     limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
     if not math.isfinite(error):
-        entry.tell(correct=False, reason="wrong: it produced NaN or Inf")
+        entry.update_row(correct=False, reason="wrong: it produced NaN or Inf")
         return
     if error > limit:
         reason = f"wrong: its error relative to the float64 reference is {error:.2g}, over the limit of {limit:.2g}"
-        entry.tell(correct=False, error=error, reason=reason)
+        entry.update_row(correct=False, error=error, reason=reason)
         return
-    entry.tell(correct=True, error=error)
+    entry.update_row(correct=True, error=error)
     timer = forward_timer(attend, inputs, setting.device, seconds)
-    entry.tell(compile_s=timer.warm_up())
+    entry.update_row(compile_s=timer.warm_up())
     entry.timers["forward"] = timer
     if backward and entry.method.backward:
         with _reasons(entry, "backward"):
@@ -186,7 +186,7 @@ def _reasons(entry: Entry, timer: str | None = None) -> Iterator[None]:
         reason = f"not supported here ({type(error).__name__}: {lines[0][:120]})"
     if timer is not None:
         entry.timers.pop(timer, None)
-    entry.tell(reason=f"backward pass: {reason}" if timer == "backward" else reason)
+    entry.update_row(reason=f"backward pass: {reason}" if timer == "backward" else reason)
 
 
 def _fill_in(entry: Entry) -> None:
@@ -195,10 +195,10 @@ def _fill_in(entry: Entry) -> None:
         batch, num_heads, length, head_dim = entry.sizes
         times = entry.timers["forward"].times("forward")
         flops = 4 * batch * num_heads * length**2 * head_dim
-        entry.tell(forward_ms=times, tflops_dense_equivalent=flops / times.median / 1e9)
+        entry.update_row(forward_ms=times, tflops_dense_equivalent=flops / times.median / 1e9)
     if "backward" in entry.timers:
         both = entry.timers["backward"]
-        entry.tell(training_forward_ms=both.times("forward"), backward_ms=both.times("backward"))
+        entry.update_row(training_forward_ms=both.times("forward"), backward_ms=both.times("backward"))
     entry.timers.clear()
 
 
@@ -230,7 +230,7 @@ def _time_parts(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float) 
     assert record is not None and record.parts is not None
     with torch.inference_mode():
         q, k, v = inputs[0][:3]
-        module, told = build_module(record, entry.setting, q)
-        begin_pass(module, told)
-        made = record.parts(module, q, k, v, told)
+        module, call_inputs = build_module(record, entry.setting, q)
+        begin_pass(module, call_inputs)
+        made = record.parts(module, q, k, v, call_inputs)
     return {name: median_ms(part, inputs, entry.setting.device, seconds / 4) for name, part in made.items()}

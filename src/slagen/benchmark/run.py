@@ -69,7 +69,7 @@ def _rows(
     on_note: Callable[[str], None],
 ) -> BenchResult:  # fmt: skip
     if config.model or config.random_init:
-        importlib.import_module("slagen.wan.loading")  # what is not installed is told before the measurement
+        importlib.import_module("slagen.wan.loading")  # a missing package is reported before the measurement
     for head_dim in {parse_shape(shape)[3] for shape in config.shapes}:
         backend = pick_backend(config.backend, head_dim, device, dtype)
         if any(_has_kernels(method) for method in methods) and not (config.model or config.random_init):

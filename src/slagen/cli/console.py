@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slagen.cli.table import Segments, Table
 from slagen.io.text import encodable, escaped, line, message, to_json, wrapped
 
-WIDTH = 80  # columns of a terminal that does not tell how many it has
+WIDTH = 80  # columns if the terminal's width is unknown
 
 if TYPE_CHECKING or find_spec("rich") is not None:
     from rich.console import Console as RichConsole

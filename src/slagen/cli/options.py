@@ -124,7 +124,7 @@ def _parameter(name: str, kind: Any, default: Any, about: Any) -> inspect.Parame
 
 
 def _option(setting: Setting, help: str, name: str = "") -> Any:
-    """What Typer is told of an option: its spellings, help, panel and metavar."""
+    """An option for Typer: its spellings, help, panel and metavar."""
     about, name = setting.about, name or f"--{setting.name}"
     if setting.kind is bool and setting.default is None:
         name = f"{name}/--no-{setting.name}"

@@ -49,7 +49,7 @@ class Progress:
     stop = start
 
     def add_task(self, text: str, **fields: Any) -> TaskID:
-        """One name for all: nothing is told apart."""
+        """All tasks share one id."""
         return 0
 
     def update(self, task: TaskID, **fields: Any) -> None:

@@ -1,4 +1,4 @@
-"""The three standard streams of the command: there, though they were closed, and silent once nobody is at their end."""
+"""The three standard streams of the command: opened if they were closed, and silent once they have no reader."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GONE = (errno.EPIPE, errno.EIO, errno.ESHUTDOWN)  # a pipe's reader has ended (`
 
 
 class _Output(io.FileIO):
-    """Writes to a stream; what nobody is there to read is dropped. Another failure, as of a full disk, is told once."""
+    """Writes to a stream, and drops what no reader takes. Any other failure, such as a full disk, is raised once."""
 
     failed = False
 
@@ -30,7 +30,7 @@ def mend() -> None:
     """Put what every later line relies on in place of standard streams that are closed (`>&-`) or may end early.
 
     A closed one leads nowhere and gives nothing: otherwise the next file to be opened would take its number, and what
-    is printed would go into that. The exit code tells of the work, whoever listens.
+    is printed would go into that. The exit code reports the result, whether or not anyone reads the output.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if _is_closed(number):

@@ -122,6 +122,6 @@ def _as_typed(text: str, arguments: list[str], *, is_training: bool) -> str:
 
 
 def _given(error: Any) -> str | None:
-    """What was given where a number is wanted, if what Typer parses with tells it."""
+    """What was given where a number is wanted, if the parser behind Typer says it."""
     faults: list[Any] = getattr(error.__cause__, "errors", list)()
     return str(faults[0]["input"]) if faults else None

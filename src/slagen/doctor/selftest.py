@@ -68,7 +68,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Selftest:
-    """What came of every check.
+    """The result of every check.
 
     Args:
         findings: of `doctor`. bench: rows of the short bench; None where it did not run.
@@ -236,7 +236,7 @@ def shortened(value: Any) -> Any:
 
 
 def claim(output: str | None) -> Path:
-    """Where the result goes. Raises UsageError before the work where it can not be written."""
+    """Where the result goes. Raises UsageError before the work if it cannot be written."""
     path = user_path(output or f"slagen-selftest-{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}.json")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"output is {quote_path(path)}, but must be a file in an existing, writable folder.")

@@ -86,7 +86,7 @@ def check_no_shard(path: Path) -> None:
 
 
 def check_weights(path: Path, *, shard: bool = False) -> None:
-    """Look at a path that weights are to be read from, as far as names and the headers of safetensors tell.
+    """Check a path that weights are to be read from by its name and the headers of safetensors files.
 
     Args:
         shard: whether one of several shards will do.

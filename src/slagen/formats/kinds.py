@@ -83,7 +83,7 @@ def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
     """The kind of a file: "transformer", "sla", "side-file", or a name in REFUSALS.
 
     Args:
-        entries: its names; or names with tensors or entries of a safetensors header, for kinds that only shapes tell.
+        entries: its names; or names with tensors or entries of a safetensors header, for kinds that only shapes show.
     """
     content = dict(entries) if isinstance(entries, Mapping) else dict.fromkeys(entries)
     if set(content) == SIDE_FILE_KEYS:

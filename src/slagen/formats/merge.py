@@ -51,10 +51,10 @@ def merge(
     with reserved(target):
         if target.is_dir() or (os.path.lexists(target) and not overwrite):
             raise UsageError(f"{target} exists. Choose another output, or replace a file with --overwrite.")
-        tensors, told = _merged(base, diff_base, diff_target, weight, on_note)
+        tensors, about = _merged(base, diff_base, diff_target, weight, on_note)
         try:
             with writing(target, replace=overwrite) as part:
-                save_file(tensors, part, metadata=told)
+                save_file(tensors, part, metadata=about)
         except (OSError, SafetensorError) as error:
             raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
     return target
@@ -63,10 +63,10 @@ def merge(
 def _merged(
     base: str, diff_base: str, diff_target: str, weight: float, on_note: Callable[[str], None]
 ) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """The merged tensors, and the metadata that tell what their SLA weights were trained with."""
+    """The merged tensors, and the metadata that record what their SLA weights were trained with."""
     paths = [user_path(name) for name in (base, diff_base, diff_target)]
     start, before, after = ({**c.tensors, **c.projections} for c in map(_whole, paths))
-    told = _settings_of(peek(paths[0]), peek(paths[2]))
+    about = _settings_of(peek(paths[0]), peek(paths[2]))
     merged: dict[str, Tensor] = {}
     changed = 0
     for name, tensor in start.items():
@@ -87,11 +87,11 @@ def _merged(
         )
     else:
         on_note("nothing changed: all merged tensors equal those of the base")
-    return {name: tensor.contiguous() for name, tensor in merged.items()}, told
+    return {name: tensor.contiguous() for name, tensor in merged.items()}, about
 
 
 def _settings_of(base: Found, target: Found) -> dict[str, str] | None:
-    """The metadata that tell what a merged transformer's attention was trained with; None where it has none."""
+    """The metadata that record what a merged transformer's attention was trained with; None without such weights."""
     found = target if target.trained_with is not None else base
     if found.trained_with is None:
         return None

@@ -93,7 +93,7 @@ def peek(path: Path, part: str | None = None) -> Found:
 
 
 def read_headers(folder: Path) -> dict[str, Any]:
-    """The tensors of a folder's transformer as the headers of its files tell of them."""
+    """The tensors of a folder's transformer, as the headers of its files list them."""
     entries: dict[str, Any] = {}
     for file in component_files(transformer_folder(folder)):
         entries |= read_header(file)

@@ -123,7 +123,7 @@ def with_contents(metadata: SLAMetadata, tensors: dict[str, Tensor]) -> SLAMetad
 
 
 def check_contents(metadata: SLAMetadata, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises WeightsError unless a file holds the very tensors that it was written with; version 1 does not tell."""
+    """Raises WeightsError unless a file holds exactly the tensors that it was written with; version 1 lists none."""
     if metadata.tensors is None:
         return
     listed = set(metadata.tensors)

@@ -49,7 +49,7 @@ def generate(
     check_run(config)
     from slagen.generation.generate import generate as run  # with torch, once what is cheap to check is checked
 
-    return run(config, on_event or _tell, from_python=True, write=output is not None)
+    return run(config, on_event or _log, from_python=True, write=output is not None)
 
 
 def _config(given: dict[str, Any]) -> GenerateConfig:
@@ -93,7 +93,7 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def _tell(event: Event) -> None:
+def _log(event: Event) -> None:
     if event.kind == "warning":
         warnings.warn(worded(event.text), stacklevel=2)
     elif event.kind == "note":

@@ -40,7 +40,7 @@ STRENGTHS = {"guidance_scale": (0.0, 5), "flow_shift": (MIN_STRENGTH, 3), "sigma
 
 
 def drawn_seed(seed: int) -> int | None:
-    """A seed as it is typed, -1 being none: one is drawn."""
+    """A seed as it is typed; -1 is None, so that one is drawn."""
     return None if seed == -1 else seed
 
 

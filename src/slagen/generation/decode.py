@@ -29,7 +29,7 @@ from slagen.io.stages import staging
 from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
-from slagen.wan.models import check_told_model, resolve_model
+from slagen.wan.models import check_recorded_model, resolve_model
 from slagen.wan.vae import decode_latents
 
 LESS = "Close other programs, or use --device cuda if there is a GPU"  # of this machine's memory
@@ -50,14 +50,14 @@ def decode(
     """
     path = user_path(path_text)
     latents, about = read_latents(path)
-    told = about.report
+    recorded = about.report
     target = _target(path, output)
     check_ffmpeg()
     if model is None:
-        check_told_model(path, told.settings["model"])
-    source = _find_model(path, model or told.settings["model"], local_files_only, on_event)
-    size = _check_shape(path, latents, told.settings, source)
-    place, own = machine.pick_device(device), vae or told.settings.get("vae")
+        check_recorded_model(path, recorded.settings["model"])
+    source = _find_model(path, model or recorded.settings["model"], local_files_only, on_event)
+    size = _check_shape(path, latents, recorded.settings, source)
+    place, own = machine.pick_device(device), vae or recorded.settings.get("vae")
     if place == CPU:
         needed = memory.need(source, *size, 4, parts=("vae",))
         if (text := memory.check(needed, *size, advice=LESS)) is not None:
@@ -76,15 +76,15 @@ def decode(
                 f"{path} was generated for a different VAE than that of {own or source.name}. Give the right VAE with "
                 "--vae, or the folder of its model with --model."
             )
-        return GenerateResult([_write(told, latents, decoder, place, path, target, overwrite, on_event)])
+        return GenerateResult([_write(recorded, latents, decoder, place, path, target, overwrite, on_event)])
 
 
 def _write(
-    told: VideoReport, latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
+    recorded: VideoReport, latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
     overwrite: bool, on_event: Callable[[Event], None],
 ) -> Video:  # fmt: skip
     """Decode latents, and write the video and its report."""
-    settings, stages = told.settings, {name: s for name, s in told.stages_s.items() if name != "total"}
+    settings, stages = recorded.settings, {name: s for name, s in recorded.stages_s.items() if name != "total"}
     on_event(Event("stage", "decode"))
     began = time.perf_counter()
     try:
@@ -97,20 +97,22 @@ def _write(
     on_event(Event("stage", "write"))
     began = time.perf_counter()
     frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
-    if told.video.frames_hash != frames_hash:
+    if recorded.video.frames_hash != frames_hash:
         text = (
             "the frames differ from those decoded before, which can happen on another device or with other package "
             "versions"
         )
         on_event(Event("note", text))
-    comment = report.comment(settings, told.latents_hash, frames_hash, weights=told.weights, packages=told.versions)
+    comment = report.comment(
+        settings, recorded.latents_hash, frames_hash, weights=recorded.weights, packages=recorded.versions
+    )
     try:
         with staging(target.parent) as stage:
             video = stage.folder / target.name
             encode_mp4(frames, video, settings["fps"], comment)
             stages["write"] = time.perf_counter() - began
             record = dataclasses.replace(
-                told, created=datetime.now(UTC).isoformat(timespec="seconds"),
+                recorded, created=datetime.now(UTC).isoformat(timespec="seconds"),
                 video=report.video_section(video, frames.shape, settings["fps"], frames_hash),
                 stages_s={**stages, "total": sum(stages.values())},
                 decoded=Decoded(packages.versions(), machine.describe_device(place)),

@@ -49,9 +49,9 @@ class _Model:
     """What is known of a model without its weights.
 
     Args:
-        preset: itself, or one made of what a folder says. name: as `generate` tells it.
-        trained: the config that its attention's weights were trained with; None without any, and where only their
-            tensors tell. method: that they are of.
+        preset: itself, or one made from a folder. name: as `generate` shows it.
+        trained: the config that its attention weights were trained with; None without any, and where only the
+            tensors show it. method: the one that they belong to.
         source: None where it is not on this machine.
     """
 
@@ -92,7 +92,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         config: a model that is None is the default of the device, or the bundled one.
         device: the kind it will run on; None: the config's. Where that is auto it is not known, but is the CPU for the
             bundled model where there is no card.
-    Returns: the estimate. With dense attention every key block is kept, and FLOPs are told of SLA beside it.
+    Returns: the estimate. With dense attention every key block is kept, and the FLOPs of SLA are given for comparison.
     Raises: UsageError for an unknown model or impossible sizes, WeightsError for a folder that is no model.
     """
     check_run(config)
@@ -210,11 +210,11 @@ def _notes(
                 f"{tuned}, so the video will be poor" if config.allow_untrained else
                 f"{tuned}: generate needs --weights, or --allow-untrained"
             )  # fmt: skip
-    elif (told := method.note(attention, method.own(config.attention_settings), grid)) is not None:
-        notes.append(told)
+    elif (note := method.note(attention, method.own(config.attention_settings), grid)) is not None:
+        notes.append(note)
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
-        notes.append(defaults.tell_unknown(model.name, unknown))
+        notes.append(defaults.unknown_words_warning(model.name, unknown))
     if (off_size := defaults.size_warning(model.name, *size)) is not None:
         notes.append(off_size)
     if size[2] > 81 and model.preset.base is not None:
@@ -223,15 +223,15 @@ def _notes(
 
 
 def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool | None:
-    """Whether weights are distilled for rcm; None where only their tensors tell."""
+    """Whether weights are distilled for rcm; None if only their tensors show it."""
     if config.weights is None:
         return defaults.sampler == "rcm"
     file = user_path(config.weights)
     file = file / SLA_FILE if file.is_dir() else file
     if file.suffix != ".safetensors" or not file.is_file():
         return None
-    told = read_header(file).get("__metadata__", {}).get("slagen")
-    return None if told is None else read_strings(file, told, {"sampler_family?": str}).get("sampler_family") == "rcm"
+    about = read_header(file).get("__metadata__", {}).get("slagen")
+    return None if about is None else read_strings(file, about, {"sampler_family?": str}).get("sampler_family") == "rcm"
 
 
 def _is_untuned(place: Path | str | None) -> bool:
@@ -254,13 +254,13 @@ def _model(config: GenerateConfig) -> _Model:
     name = config.model or BUNDLED
     preset = PRESETS.get(name)
     weights = None if config.weights is None else user_path(config.weights)
-    told = None
+    found = None
     if weights is not None:
         file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
         known = file.suffix == ".safetensors" and file.is_file()
-        told = read_trained_with(file) if known or (file / "transformer" / "config.json").is_file() else None
+        found = read_trained_with(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
-        method, trained = told or (SLA_NAME, preset.sla)
+        method, trained = found or (SLA_NAME, preset.sla)
         return _Model(preset, preset.name, trained, method)
     folder = local_folder(name)
     if folder is None:
@@ -269,9 +269,9 @@ def _model(config: GenerateConfig) -> _Model:
             f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
         )
     source = describe_folder(folder, name)
-    if told is None and weights is None:
-        told = read_trained_with(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
-    method, trained = told or (SLA_NAME, None)
+    if found is None and weights is None:
+        found = read_trained_with(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
+    method, trained = found or (SLA_NAME, None)
     preset = Preset(name, "", None, None, source.shape, source.defaults)
     return _Model(preset, folder.resolve().name, trained, method, source)
 

@@ -1,4 +1,4 @@
-"""What is not asked for is the model's own default, and the sampler is the one its weights are made for. No torch."""
+"""Fill in the model's defaults, and choose the sampler that its weights are made for. No torch."""
 
 import dataclasses
 

@@ -46,7 +46,7 @@ def generate(
 
     Args:
         config: what to make.
-        on_event: told of every stage, step, note and warning.
+        on_event: called for every stage, step, note and warning.
         from_python: hand back the frames too, and do not count the time since the process began.
         write: False writes no file, wherever the config's output is.
     Returns: the videos, each written with its report.
@@ -151,7 +151,9 @@ def save(
     try:
         with staging(path.parent) as stage:
             video, latents = stage.folder / path.name, stage.folder / latents_path.name
-            comment = report.comment(sample.plan.told, hashes["latents_hash"], hashes["frames_hash"], sample.weights)
+            comment = report.comment(
+                sample.plan.recorded, hashes["latents_hash"], hashes["frames_hash"], sample.weights
+            )
             encode_mp4(sample.frames, video, config.fps, comment)
             sample.stages["write"] = time.perf_counter() - began
             record = report.video_report(sample, video, **hashes)
@@ -234,7 +236,7 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
 
 
 def _file_stem(plan: Plan, index: int) -> str:
-    """`<index>-<slug>-s<seed>-<hash>`; the hash tells settings apart that the rest of the name does not."""
+    """`<index>-<slug>-s<seed>-<hash>`; the hash tells apart settings that the rest of the name leaves out."""
     settings = {k: v for k, v in plan.settings.items() if k not in ("output", "overwrite", "save_latents", "timing")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     return f"{index + 1:04d}-{plan.config.slug}-s{(plan.config.seed or 0) + index}-{digest}"

@@ -105,7 +105,7 @@ def denoising(shape: ModelShape, tokens: int, item_bytes: int) -> int:
 
 
 def has_card() -> bool:
-    """Whether NVIDIA's driver is on this machine; without torch, which only tells what it can use."""
+    """Whether NVIDIA's driver is on this machine; without torch, which only knows the GPUs that it can use."""
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 

@@ -189,7 +189,7 @@ SET_IN_TRAINING = ("negligible", "linear-domain", "feature-map")  # weights of o
 
 
 def why_not(name: str, *, is_training: bool = False) -> str | None:
-    """What to say of another tool's option that slagen has not; None where it is no such option."""
+    """What to say of another tool's option that slagen does not have; None for any other option."""
     plain = name.replace("_", "-").lower()
     if plain in SET_IN_TRAINING:
         return f"--{plain} is set in training: slagen finetune --{plain}."
@@ -204,9 +204,9 @@ def translate(
 
     Args:
         takes_value: for each spelling of the command's own options, dashes included, whether a value follows it.
-        note: told what is not as another tool has it.
-        is_group: what follows the first word that is no option belongs to another command.
-    Raises: UsageError for an option that slagen has not, and for two spellings of one option.
+        note: called with what works differently than in the other tool.
+        is_group: what follows the first word that is not an option belongs to a subcommand.
+    Raises: UsageError for an option that slagen does not have, and for two spellings of one option.
     """
     found, left = list[str](), list(arguments)
     given: dict[str, str] = {}  # the spelling of each of our options

@@ -1,4 +1,4 @@
-"""What a run is refused for before torch is imported: a path where nothing lies, an unknown model, a video there."""
+"""Refuse a run before torch is imported: a path that does not exist, an unknown model, a video that exists."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def check_run(config: GenerateConfig) -> None:
 
 
 def check_model(model: str | None, weights: str | None = None, vae: str | None = None) -> None:
-    """Look at what a model is loaded from, as far as its small files and the headers of safetensors tell.
+    """Check what a model is loaded from by its small files and the headers of safetensors files.
 
-    Raises: UsageError for a name of no model and a path where nothing lies, WeightsError for what is broken.
+    Raises: UsageError for an unknown model or a path that does not exist, WeightsError for broken files.
     """
     for path in (weights, vae):
         if path is not None:

@@ -22,7 +22,7 @@ SETTINGS = {
     **{f"{name}?": bool | None for name in ("allow_untrained", "ode")},
     "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
 }  # fmt: skip
-TOLD = {
+RECORDED = {
     "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
     "video?": {"frames_hash?": str, "sha256?": str}, "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
 }  # fmt: skip
@@ -33,7 +33,7 @@ class Made:
     """What a video or its report says of how it was made.
 
     Args:
-        kind: "video" or "report". content: all that it says, of the form TOLD.
+        kind: "video" or "report". content: all that it says, of the form RECORDED.
     """
 
     path: Path
@@ -54,7 +54,7 @@ class Made:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """By what they are of, as `named_hashes`; a video tells none of its own file, and old reports fewer."""
+        """Hashes by name, as `named_hashes`; a video has none of its own file, and old reports have fewer."""
         video, weights = self.content.get("video", {}), self.content.get("weights", {})
         return named_hashes(
             self.content["latents_hash"], weights.get("model_hash"), weights.get("sla_hash"), video.get("frames_hash"),
@@ -63,8 +63,8 @@ class Made:
 
     def to_dict(self) -> dict[str, Any]:
         """What `slagen info --json` prints."""
-        told = {name: value for name, value in self.content.items() if name not in ("path", "kind")}
-        return {"path": str(self.path), "kind": self.kind, **told}
+        rest = {name: value for name, value in self.content.items() if name not in ("path", "kind")}
+        return {"path": str(self.path), "kind": self.kind, **rest}
 
 
 def describe(path: Path) -> Made | None:
@@ -85,14 +85,14 @@ def describe(path: Path) -> Made | None:
         )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
-    return Made(path, "report", read_json(path, TOLD, advice="Give a complete report that slagen wrote."))
+    return Made(path, "report", read_json(path, RECORDED, advice="Give a complete report that slagen wrote."))
 
 
 def read_made(path: Path) -> Made:
     """What a video or its report says of how it was made. Raises as `describe`, and UsageError for all else."""
-    told = describe(path)
-    if told is not None:
-        return told
+    made = describe(path)
+    if made is not None:
+        return made
     if not path.exists():
         raise UsageError(f"{path} does not exist. Give an .mp4 that slagen generated, or its .json report.")
     raise UsageError(
@@ -107,20 +107,20 @@ def read_video(path: Path) -> Made:
     if not text:
         raise WeightsError(f"{foreign}.")
     try:
-        return Made(path, "video", parse_json(text, TOLD))
+        return Made(path, "video", parse_json(text, RECORDED))
     except Fault as fault:
         raise WeightsError(f"{foreign}: its comment {fault}.") from fault
 
 
 def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> RestoredReport:
-    """A report without times, of what a video and its entry in the manifest say.
+    """A report without times, from what a video and its entry in the manifest say.
 
     Args:
-        settings, result: what the manifest says that it was made with, and what came of it.
-    Raises: WeightsError where the video does not say all that a report needs, or is another.
+        settings, result: what the video was made with and its result, from the manifest.
+    Raises: WeightsError if the video lacks something that a report needs, or is a different one.
     """
-    told = read_video(path)
-    made, hashes = {**told.settings}, told.hashes
+    recorded = read_video(path)
+    made, hashes = {**recorded.settings}, recorded.hashes
     made["prompt"] = made.get("prompt") or settings["prompt"]  # a long one is in the video as its hash
     width, _, height = made.get("size", "").partition("x")
     frames, fps, hashed = made.get("num_frames"), made.get("fps"), hashes.get("frames")
@@ -129,5 +129,6 @@ def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]
     return RestoredReport(
         created=datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         video=VideoFile(path.name, frames, int(width), int(height), fps, frames / fps, hashed, result["sha256"]),
-        settings=made, versions=told.versions, weights=told.content.get("weights", {}), latents_hash=hashes["latents"],
+        settings=made, versions=recorded.versions, weights=recorded.content.get("weights", {}),
+        latents_hash=hashes["latents"],
     )  # fmt: skip

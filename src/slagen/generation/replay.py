@@ -1,4 +1,4 @@
-"""replay(path) -> what came of making a video again, from its report or from what the video says of itself."""
+"""replay(path) -> a comparison of a video with the same one generated again from its report or metadata."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.settings import names_where
 from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
-from slagen.wan.models import check_told_model
+from slagen.wan.models import check_recorded_model
 from slagen.wan.presets import PRESETS
 
-AS_THEY_ARE = names_where(GenerateConfig, lambda option: option.pixels) - {  # told under the same name
+AS_THEY_ARE = names_where(GenerateConfig, lambda option: option.pixels) - {  # recorded under the same name
     "width", "height", "sparsity", "sla_topk", "ode",
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What came of making a video again.
+    """A comparison of a video with the same one generated again.
 
     Args:
         path: of what was replayed. output: where the new video was kept; None if it was not.
@@ -78,16 +78,16 @@ def replay(
     Args:
         path_text: a video that slagen made, or the JSON beside it.
         output: keep the new video here; None throws it away.
-        model, weights, vae: where they lie, if not where they did.
+        model, weights, vae: where they are now, if they have moved.
         local_files_only: download nothing.
-    Returns: the old and new hashes of what both tell, and which versions differ.
-    Raises: UsageError for a file that is neither, weights that are not found, a hub model that only it names and that
-        is not on this machine, or settings that slagen does not take;
-        WeightsError for other weights; as `generate` besides.
+    Returns: the old and new hashes of what both recorded, and which versions differ.
+    Raises: UsageError for a file that is neither, weights that are not found, a hub model that only the
+        file names and that is not on this machine, or settings that slagen does not support;
+        WeightsError for other weights; and what `generate` raises.
     """
     path = user_path(path_text)
-    told = read_made(path)
-    settings = dict(told.settings)
+    recorded = read_made(path)
+    settings = dict(recorded.settings)
     if settings.get("prompt") is None and "prompt_sha256" in settings:
         raise UsageError(
             f"{path} holds only a hash of its prompt, which is too long for the metadata. Give its .json report."
@@ -95,7 +95,9 @@ def replay(
     try:
         settings["model"] = model or _find(path, "model", settings["model"])
         settings["vae"] = vae or _find(path, "vae", settings.get("vae"))
-        settings["weights"] = _checked(weights, told) if weights else _find_weights(path, told, settings["model"])
+        settings["weights"] = (
+            _checked(weights, recorded) if weights else _find_weights(path, recorded, settings["model"])
+        )
         fields = {name: settings[name] for name in AS_THEY_ARE if settings.get(name) is not None}
         width, height = (int(size) for size in settings["size"].split("x"))
         if "sparsity" in registry.get(settings["attention"]).option_names:
@@ -109,11 +111,11 @@ def replay(
             made = generate(config, on_event).videos[0].record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} has settings that this version of slagen cannot reproduce: {error}.") from error
-    before, after = told.hashes, made.hashes
+    before, after = recorded.hashes, made.hashes
     compared = {
         name: Compared(before[name], after[name], before[name] == after[name]) for name in before if name in after
     }
-    old, new = told.versions, packages.versions()
+    old, new = recorded.versions, packages.versions()
     changed = {name: (old.get(name), new.get(name)) for name in sorted({*old, *new}) if old.get(name) != new.get(name)}
     return ReplayResult(path, compared, changed, output)
 
@@ -125,14 +127,14 @@ def _find(path: Path, option: str, name: str | None) -> str | None:
     if (path.parent / name).exists():
         return str(path.parent / name)
     if option == "model" and is_hub_id(name):
-        check_told_model(path, name)
+        check_recorded_model(path, name)
         return name
     raise UsageError(f"{path} was made with the {option} {name}, which is not found. Give it with --{option}.")
 
 
-def _checked(weights: str, told: Made) -> str:
+def _checked(weights: str, recorded: Made) -> str:
     """Weights that are given, if they are those that made the video. Raises WeightsError."""
-    path, expected = user_path(weights), told.hashes.get("SLA weights")
+    path, expected = user_path(weights), recorded.hashes.get("SLA weights")
     if expected is not None and path.is_file() and file_hash(path) != expected:
         raise WeightsError(
             f"{path} is not the file that generated this video, whose SHA-256 is {expected}. Give that file."
@@ -140,13 +142,13 @@ def _checked(weights: str, told: Made) -> str:
     return weights
 
 
-def _find_weights(path: Path, told: Made, model: str) -> str | None:
+def _find_weights(path: Path, recorded: Made, model: str) -> str | None:
     """The weights that a report names, where they lie now; None for the model's own.
 
     Earlier reports name the model's own too, where they lay on the machine that made the video.
     Raises: UsageError where they are not found.
     """
-    name, expected = told.settings.get("weights"), told.hashes.get("SLA weights")
+    name, expected = recorded.settings.get("weights"), recorded.hashes.get("SLA weights")
     if name is None:
         return None
     for candidate in (user_path(name), path.parent / name):

@@ -89,11 +89,11 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
 
 
 def density_section(densities: Sequence[float | None], dense: DensePart, exact_rows: float = 0.0) -> dict[str, Any]:
-    """The fraction of all query-key pairs that was attended exactly, on average and by layer, what ran dense included;
-    nothing where no layer tells.
+    """The fraction of all query-key pairs that was attended exactly, on average and by layer, dense passes
+    included; empty if no layer reports it.
 
     Args:
-        densities: of the layers, of the passes in which they did not run dense.
+        densities: of the layers, over the passes in which they did not use dense attention.
         exact_rows: the fraction of the query rows that was attended exactly in these passes all the same.
     """
     if not any(density is not None for density in densities):
@@ -104,8 +104,8 @@ def density_section(densities: Sequence[float | None], dense: DensePart, exact_r
         1.0 if layer in dense.layers else None if density is None else density + exactly * (1 - density)
         for layer, density in enumerate(densities)
     ]
-    told = [density for density in layers if density is not None]
-    return {"density": sum(told) / len(told), "layer_densities": layers}
+    known = [density for density in layers if density is not None]
+    return {"density": sum(known) / len(known), "layer_densities": layers}
 
 
 def layer_section(steps: list[StepTimes]) -> list[ReportedLayer]:
@@ -128,8 +128,8 @@ def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> O
 
 
 def shareable(path: str | None) -> str | None:
-    """A path as it may be told to others: as it was typed if relative, else its last name, for what stands before that
-    tells of this machine and its user. None stays."""
+    """A path to record in public files: as typed if it is relative, otherwise only its last name, because the folders
+    above reveal this machine and its user. None stays None."""
     if path is None or not (path.startswith("~") or Path(path).is_absolute() or PureWindowsPath(path).is_absolute()):
         return path
     return PureWindowsPath(path).name if "\\" in path and not Path(path).is_absolute() else Path(path).name
@@ -152,8 +152,8 @@ def comment(
     """What an MP4 says of itself: how it was made, in at most 32 KiB; a longer prompt is there as its hash.
 
     Args:
-        settings: as they may be told. weights: whose hashes are told.
-        packages: their versions, if not those of now.
+        settings: as they are recorded. weights: whose hashes are recorded.
+        packages: their versions; None: those installed now.
     """
     kept = {name: value for name, value in settings.items() if name not in AROUND}
     hashes = {"model_hash": weights.model_hash, "sla_hash": weights.sla_hash}
@@ -187,7 +187,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         video=video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
-        settings=plan.told,
+        settings=plan.recorded,
         versions=versions(),
         device=machine.describe_device(plan.weights.device),
         weights=sample.weights,

@@ -34,8 +34,8 @@ from slagen.wan.folder import ModelSource, bundled_folder
 from slagen.wan.models import resolve_model
 from slagen.wan.presets import never_tuned
 
-# Of the settings: as a size; where they are not as trained, or as the method has them.
-TOLD_APART = ("width", "height", "block_m", "block_n", "attention_options")
+# Recorded in another form: as "size"; only if they are not as trained; as options of the method.
+RECORDED_OTHERWISE = ("width", "height", "block_m", "block_n", "attention_options")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Plan:
         complement = None if sparsity is None or not has_topk else round(1 - sparsity, 12)
         sizes = [(name, getattr(self.attention, name, None)) for name in ("block_m", "block_n")]
         own = {name: value for name, value in c.attention_options if value != getattr(base, name, None)}
-        told: dict[str, Any] = {
+        fixed: dict[str, Any] = {
             "prompt": c.prompt,
             "negative_prompt": c.negative_prompt,
             "model": c.model or weights.source.name,
@@ -150,13 +150,16 @@ class Plan:
             "overwrite": c.overwrite,
         }
         # What has come since counts only where it is not at its default, so that a batch begun without it goes on.
-        return {**{name: value for name, value in changed(c).items() if name not in {*told, *TOLD_APART}}, **told}
+        return {
+            **{name: value for name, value in changed(c).items() if name not in {*fixed, *RECORDED_OTHERWISE}},
+            **fixed,
+        }
 
     @property
-    def told(self) -> dict[str, Any]:
-        """The settings as a report and a video tell them: None for the model's own weights and for a top-k that was not
-        asked for (of 100 blocks a sparsity of 0.71 keeps 29, and a top-k of 0.29 keeps 28), and no path of this
-        machine, for it would fail on every other and tells of its user."""
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a report and a video record them: None for the model's own weights and for a top-k that was
+        not asked for (of 100 blocks a sparsity of 0.71 keeps 29, and a top-k of 0.29 keeps 28), and no full paths,
+        which would fail on any other machine and reveal the user's name."""
         paths = {name: report.shareable(getattr(self.config, name)) for name in ("model", "weights", "vae", "output")}
         name = paths["model"] or self.weights.source.name
         return {**self.settings, **paths, "model": name, "sla_topk": self.config.sla_topk}
@@ -168,7 +171,7 @@ def find_weights(
     """Find the model and the attention's weights that a config names, downloading what is not here.
 
     Args:
-        on_note: told of downloads.
+        on_note: called for downloads.
         transformer: False where only the other parts will run: the transformer's weights are not downloaded.
     Raises: SlagenError of some kind where they are not there, broken, or do not suit the attention asked for.
     """
@@ -217,7 +220,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if (off_steps := _steps_warning(config, weights)) is not None:
         warnings.append(off_steps)
     if unknown := source.defaults.unknown_words(config.prompt):
-        warnings.append(source.defaults.tell_unknown(source.name, unknown))
+        warnings.append(source.defaults.unknown_words_warning(source.name, unknown))
     if (off_size := source.defaults.size_warning(source.name, *size)) is not None:
         warnings.append(off_size)
     grid = source.token_grid(*size)
@@ -314,15 +317,15 @@ def _plan_attention(
         if method.needs.weights and not config.allow_untrained:
             raise never_tuned(source.name, method)
         return method.config() if method.needs.weights else None, None, True, distilled
-    told = metadata or inside
-    assert told is not None
-    branch = told.trained.rpartition(", ")[2]
+    about = metadata or inside
+    assert about is not None
+    branch = about.trained.rpartition(", ")[2]
     if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
         raise WeightsError(
             f"{path} was trained with the {branch} branch only, and the other branch would degrade the video. Use "
             f"--attention {branch}, or run it anyway with --allow-untrained."
         )
-    return (told.trained_with if isinstance(told, Found) else told.config), path, metadata is not None, distilled
+    return (about.trained_with if isinstance(about, Found) else about.config), path, metadata is not None, distilled
 
 
 def _attention_file(config: GenerateConfig, source: ModelSource, found: Found | None) -> tuple[Path | None, bool]:

@@ -1,4 +1,4 @@
-"""What generate() hands back: the finished videos with their frames, files and reports."""
+"""What generate() returns: the finished videos with their frames, files and reports."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ class Video:
     def _repr_html_(self) -> str:
         settings, width = self.record.settings, max(256, self.record.video.width)
         data = base64.b64encode(self.mp4()).decode()
-        told = f"{settings['prompt']} (seed {settings['seed']})" + ("" if self.path is None else f", {self.path}")
+        caption = f"{settings['prompt']} (seed {settings['seed']})" + ("" if self.path is None else f", {self.path}")
         return (
             f'<figure style="margin: 0 1em 1em 0; display: inline-block; max-width: {width}px">'
             f'<video controls autoplay loop muted playsinline style="width: 100%" src="data:video/mp4;base64,{data}">'
-            f"</video><figcaption>{escape(escaped(told))}</figcaption></figure>"
+            f"</video><figcaption>{escape(escaped(caption))}</figcaption></figure>"
         )
 
 

@@ -84,7 +84,7 @@ class RunEstimate:
 
     Args:
         settings: by name, with the attention method's own options. With dense attention the sparsity is None.
-        trained_sparsity: of the weights; None without any, and where only their tensors tell.
+        trained_sparsity: of the weights; None without any, and if only their tensors show it.
         query_blocks, key_blocks, tail_tokens, topk_blocks: None for a method without blocks.
         kept_fraction: of all query-key pairs, those attended exactly.
         flops: of one forward pass. flops_of: the method they are of; SLA beside dense attention.

@@ -28,7 +28,7 @@ from slagen.wan.install import install_projections, install_untrained, load_weig
 from slagen.wan.loading import load_pipeline
 from slagen.wan.processor import attach_recorder, denoising, install_method, processors, take_densities
 from slagen.wan.samplers import set_sampler
-from slagen.wan.texts import load_tokenizer, may_be_cut, tell_cut
+from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents
 
 
@@ -94,13 +94,13 @@ class Session:
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
     def cuts(self, plan: Plan) -> list[str]:
-        """What to tell of a plan's prompt and negative prompt where the text encoder does not read them to the end."""
+        """Warnings for a plan's prompt and negative prompt if the text encoder does not read them to the end."""
         limit = plan.weights.source.defaults.max_sequence_length
         texts = dict(zip(("prompt", "negative prompt"), texts_of(plan), strict=False))
         if self.tokenizer is None and any(may_be_cut(text, limit) for text in texts.values()):
             self.tokenizer = load_tokenizer(plan.weights.source.folder)
-        told = {name: tell_cut(self.tokenizer, text, limit) for name, text in texts.items()}
-        return [f"the {name} {quote(texts[name])} {cut}" for name, cut in told.items() if cut]
+        found = {name: describe_cut(self.tokenizer, text, limit) for name, text in texts.items()}
+        return [f"the {name} {quote(texts[name])} {cut}" for name, cut in found.items() if cut]
 
     def release_text_encoder(self) -> None:
         """Give its memory back: every prompt is encoded."""
@@ -151,7 +151,7 @@ class Session:
 
 
 def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:
-    """Tell that frames (F, H, W, 3) uint8 show nothing, where they do not."""
+    """Warn if frames (F, H, W, 3) uint8 all have one colour."""
     if (frames == frames[0, 0, 0]).all():
         colour = ", ".join(map(str, frames[0, 0, 0]))
         on_event(Event("warning", f"every pixel of the video of seed {seed} has the RGB {colour}"))

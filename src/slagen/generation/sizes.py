@@ -1,4 +1,4 @@
-"""How large a clip is, as people and other tools say it: 832x480, 832*480, width and height, 480p with a ratio."""
+"""The size of a clip, in every form that is understood: 832x480, 832*480, width and height, 480p with a ratio."""
 
 import re
 

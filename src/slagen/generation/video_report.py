@@ -188,7 +188,7 @@ class VideoReport:
     """What a run measured.
 
     Args:
-        created: time in ISO 8601. settings: by option name, as they may be told. versions: of packages.
+        created: time in ISO 8601. settings: by option name, as recorded. versions: of packages.
         stages_s: seconds by stage, and "total". decoded: of a video that `slagen decode` made.
     """
 

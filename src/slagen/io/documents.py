@@ -1,8 +1,8 @@
 """Text that people and other programs wrote -> values whose size, depth and types are known. The one reader of it.
 
-JSON, lines of JSON, and YAML are read in bounded time and memory: what is too long, too deep or no UTF-8, a key that is
-there twice, a number beyond all use and a tag that would make an object are refused, with the place. What else a
-document should hold is said by a form (see `forms.py`), and what is not of it is told by its path.
+JSON, lines of JSON, and YAML are read in bounded time and memory: text that is too long, too deep or not
+UTF-8, a repeated key, a number too large to be useful and a tag that would create an object are refused, with the
+place. A form (see `forms.py`) says what a document should hold, and each deviation from it is reported by its path.
 """
 
 from __future__ import annotations

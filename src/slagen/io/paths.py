@@ -1,4 +1,4 @@
-"""What is meant by the path of an output: one video, or a folder."""
+"""Whether the path of an output means one video or a folder."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_utf8(path: str | Path) -> None:
 
 
 def _suffix(text: str) -> str:
-    """The suffix that a file's kind is told by, in lower case; empty for `day:1`, `v1.2` and `outputs/`."""
+    """The suffix that shows a file's kind, in lower case; empty for `day:1`, `v1.2` and `outputs/`."""
     match = re.search(r"\.[a-z][a-z0-9]{0,11}$", os.path.basename(text), re.IGNORECASE)
     return match[0].lower() if match else ""
 

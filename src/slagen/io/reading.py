@@ -13,7 +13,7 @@ from slagen.errors import MissingPath, WeightsError
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A regular file to read. Raises OSError, also for one of another kind: a pipe may wait for its writer for ever."""
+    """A regular file to read. Raises OSError, also for one of another kind: reading a pipe could block forever."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

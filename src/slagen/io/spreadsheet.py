@@ -9,7 +9,7 @@ from typing import Any
 
 
 def open_csv(text: str, column: str) -> Any:
-    """A csv.reader of a text, which yields its lines as cells and tells their numbers; it may raise csv.Error.
+    """A csv.reader of a text, which yields its rows as cells and knows their line numbers; it may raise csv.Error.
 
     The separator is what Excel's line `sep=;` says, or that which gives the first line a column of this name.
     """

@@ -185,7 +185,7 @@ def _cost(compiled: Compiled, code: Code) -> KernelCost:
 def _round_instructions(compiled: Compiled, code: Code) -> int:
     """Of a warp in one round; where ptxas put several rounds into a turn of its loop, their mean.
 
-    How many is told by the tensor-core instructions of the same loop in the PTX, which has one round in a turn.
+    Their number is found from the tensor-core instructions of the same loop in the PTX, which has one round in a turn.
     """
     turn = code.round()
     if "tcgen05.mma" in compiled.ptx:  # PTX and code order their loops differently there; no unrolling was seen

@@ -32,7 +32,7 @@ class Tiles:
 
 
 KIB = 1024
-HOPPER = 200 * KIB  # shared memory that tells sm_90 and sm_100 from the others
+HOPPER = 200 * KIB  # shared memory by which sm_90 and sm_100 differ from the others
 
 TENSOR_MEMORY = "tensor memory"
 Entry = tuple[int, int, Tiles] | tuple[int, int, Tiles, str]

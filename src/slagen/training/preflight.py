@@ -1,4 +1,4 @@
-"""What a training is refused for before torch is imported: data, a model or weights that are not there."""
+"""Refuse a training before torch is imported: data, a model or weights that do not exist."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def run_settings(setup: Setup) -> dict[str, Any]:
     """Every setting that changes what is learnt, except the data themselves, as read back from JSON."""
     config, source = setup.config, setup.weights.source
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-    del fields["attention_options"]  # the attention's own settings tell them
+    del fields["attention_options"]  # they are among the attention's own settings
     fields["lora_rank"] = (config.lora_rank or LORA_RANK) if config.train == "lora" else None
     schedule = {name: value for name, value in dataclasses.asdict(setup.schedule).items() if name not in MAY_CHANGE}
     files, sla = transformer_files(source), setup.weights.sla_path

@@ -56,7 +56,7 @@ class Run:
         return self.setup.team.first
 
     def stopping(self) -> bool:
-        """Whether any process was told to stop. All processes call this together."""
+        """Whether any process was asked to stop. All processes call this together."""
         return self.setup.team.agree(self.stop.is_set())
 
 

@@ -1,4 +1,4 @@
-"""The settings that a model was made for, and how it is fine-tuned unless told otherwise. No torch here."""
+"""The settings that a model was made for, and how it is fine-tuned by default. No torch here."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ MAX_TRAINING = {
 
 @dataclass(frozen=True)
 class TrainingDefaults:
-    """How a model is fine-tuned unless `slagen finetune` is told otherwise; what is here is what was published for Wan.
+    """How a model is fine-tuned by default; these values are the published ones for Wan.
 
     Args:
         steps: of the optimiser.
@@ -176,15 +176,15 @@ class ModelDefaults:
         words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", prompt.lower())
         return [word for word in dict.fromkeys(words) if word not in self.vocabulary]
 
-    def tell_unknown(self, name: str, words: list[str]) -> str:
-        """What to tell about words of a prompt that the model `name` has never seen."""
+    def unknown_words_warning(self, name: str, words: list[str]) -> str:
+        """The warning for words of a prompt that the model `name` was not trained on."""
         return (
             f"{name} was not trained on the words {', '.join(map(repr, words))} and must guess; try a prompt like "
             f'"{self.example_prompt}"'
         )
 
     def size_warning(self, name: str, width: int, height: int, num_frames: int) -> str | None:
-        """What to tell about a clip of a size that the model `name` was not trained at; None where it was, or may be.
+        """The warning for a clip size that the model `name` was not trained at; None if it was, or may have been.
 
         The sizes it was trained at are named, and the nearest is given as it is typed.
         """

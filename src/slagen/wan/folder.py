@@ -49,8 +49,8 @@ def token_grid(
     width: int, height: int, num_frames: int, patch_size: tuple[int, ...] = (1, 2, 2), spatial_factor: int = 8,
     temporal_factor: int = 4,
 ) -> Grid:  # fmt: skip
-    """The tokens of self-attention, of Wan2.1 unless told otherwise; arguments as in ModelSource, sizes in pixels and
-    video frames."""
+    """The token grid of self-attention, by default of Wan2.1; arguments as in ModelSource, sizes in pixels and video
+    frames."""
     latent = (num_frames - 1) // temporal_factor + 1, height // spatial_factor, width // spatial_factor
     return Grid(*(size // part for size, part in zip(latent, patch_size, strict=True)))
 

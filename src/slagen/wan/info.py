@@ -120,7 +120,7 @@ class TransformerInfo(FileInfo):
     Args:
         layout: whose names its tensors have. width: of a hidden state. sampler: that its weights are for.
         sla: whether it holds SLA weights; proj_l_norms are theirs, by layer. faults: what keeps it from being loaded.
-        trained_with: the settings of its attention weights, if it tells them. sla_file: beside it.
+        trained_with: the settings of its attention weights, if it records them. sla_file: the one beside it.
         attention: the method of its attention weights, where that is not SLA. parameter_norms: of what that learned, by
             parameter group and layer.
     """

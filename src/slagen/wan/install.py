@@ -124,14 +124,14 @@ def load_weights(
     except SlagenError:
         remove(transformer)
         raise
-    _tell(transformer, method, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
+    _record(transformer, method, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
     record = installation(transformer)
     assert record is not None
     record.metadata = metadata
     return metadata
 
 
-def _tell(transformer: Any, method: Method, config: Any, family: str, trained: str, path: Path | None = None) -> None:
+def _record(transformer: Any, method: Method, config: Any, family: str, trained: str, path: Path | None = None) -> None:
     record_settings(transformer, name_in_files(method), config, family, trained, path)
 
 
@@ -185,8 +185,10 @@ def install_projections(
     except SlagenError:
         remove(transformer)
         raise
-    told = peek(Path(path))
-    _tell(transformer, method, told.trained_with or config, "rcm" if told.sampler == "rcm" else "flow", told.trained)
+    about = peek(Path(path))
+    _record(
+        transformer, method, about.trained_with or config, "rcm" if about.sampler == "rcm" else "flow", about.trained
+    )
 
 
 def _pair(side: SideFile) -> list[tuple[str, Tensor]]:
@@ -220,7 +222,7 @@ def save_sla(
         raise UsageError("this pipeline has no SLA installed, so there is nothing to save. Call apply_sla() first.")
     metadata = metadata or record.metadata
     if base is None:
-        if metadata is None:  # otherwise its hash tells
+        if metadata is None:  # otherwise its hash shows it
             _refuse_trained(record, state)
         base = {name: record.replaced.get(name, tensor) for name, tensor in state.items() if not is_projection(name)}
     found = state_hash(base)
@@ -257,13 +259,13 @@ def _refuse_trained(record: Installation, state: dict[str, Tensor]) -> None:
 def _made_here(pipe: Any, base_hash: str, trained: str | None) -> SLAMetadata:
     """What a file says of attention that was installed here; `trained` is None for what it learned alone."""
     transformer = getattr(pipe, "transformer", pipe)
-    told = transformer.config.get(SETTINGS_KEY) or {}
+    saved = transformer.config.get(SETTINGS_KEY) or {}
     origin = Path(str(getattr(pipe, "name_or_path", None) or transformer.config.get("_name_or_path") or ""))
     name = (origin.parent if origin.name == "transformer" else origin).name or type(transformer).__name__
     processor = processors(transformer)[0]
     trained = trained or " and ".join(group.name for group in processor.method.parameters)
     return SLAMetadata(
-        processor.config, name, base_hash, told.get("trained") or trained, 0, told.get("sampler_family", "flow"),
+        processor.config, name, base_hash, saved.get("trained") or trained, 0, saved.get("sampler_family", "flow"),
         method=name_in_files(processor.method),
     )  # fmt: skip
 
@@ -303,7 +305,7 @@ def install_untrained(pipe: Any, config: Any, backend: str = "auto", method: Met
     """`apply_sla` of any method, for callers that say themselves, or know, that it is untrained."""
     transformer = getattr(pipe, "transformer", pipe)
     install_method(transformer, method, config, backend=backend)
-    _tell(transformer, method, config, "flow", "" if name_in_files(method) == method.name else method.name)
+    _record(transformer, method, config, "flow", "" if name_in_files(method) == method.name else method.name)
 
 
 def remove_sla(pipe: Any) -> None:

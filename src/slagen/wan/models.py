@@ -48,8 +48,8 @@ def resolve_model(
     return describe_folder(fetch_pipeline(model, transformer=own_transformer, **options), model)
 
 
-def check_told_model(path: Path, model: str) -> None:
-    """Raise UsageError for a hub model that a file names and that would have to be downloaded: it may be anyone's."""
+def check_recorded_model(path: Path, model: str) -> None:
+    """Raise UsageError for a hub model that a file names and that would be downloaded: it may be anyone's."""
     known = model in (BUNDLED, *PRESETS) or user_path(model).exists()
     if not known and is_hub_id(model) and not is_cached(model):
         raise UsageError(f"{path} was made with the hub model {model}; give --model {model} to download it.")

@@ -1,11 +1,11 @@
 """A quick start for the command's own process: diffusers and transformers without what the run does not use.
 
 Both import whatever they find installed, such as peft (which imports bitsandbytes) and scipy, and always torch._dynamo
-and torch.distributed.tensor: together about half of the way from the command to the first step. Here they are told that
-these are not there, so that the process is as on a machine that lacks them, where slagen runs as well.
+and torch.distributed.tensor: together about half of the way from the command to the first step. Here these
+packages are hidden from them, as on a machine that lacks them, where slagen runs as well.
 
-That is nothing for a library to do, since whoever imports slagen may go on to load a LoRA, to compile a model or to
-spread it over processes. So nothing calls this but commands that do none of it, in a process that ends with them.
+A library must not do that, since a program that imports slagen may load a LoRA, compile a model or distribute it over
+processes. So only commands that do none of this call it, in a process that ends with them.
 """
 
 import importlib
@@ -55,7 +55,7 @@ def _unchanged(function: Any = None, *args: Any, **options: Any) -> Any:
 
 
 class _Dynamo(ModuleType):
-    """Stands in for torch._dynamo until something is compiled; whoever asks for more gets the true package loaded.
+    """Stands in for torch._dynamo until something is compiled; any other attribute loads the real package.
 
     It has what diffusers, transformers and PyTorch say to a compiler, which means nothing where none runs: three
     decorators, and the class of compiled modules.

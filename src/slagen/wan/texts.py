@@ -24,7 +24,7 @@ def may_be_cut(text: str, limit: int) -> bool:
     return len(prompt_clean(text).encode()) + 2 > limit
 
 
-def tell_cut(tokenizer: Any, text: str, limit: int) -> str | None:
+def describe_cut(tokenizer: Any, text: str, limit: int) -> str | None:
     """How much of a text the encoder reads, and the words at the cut; None where it reads all.
 
     Args:

@@ -1,1 +1,1 @@
-"""Delta attention: a sparse method, corrected by what one exact query row of each block tells of it."""
+"""Delta attention: a sparse method, corrected by the error at one exact query row of each block."""

@@ -70,8 +70,8 @@ def _describe(method: Method, stride: int, config: Any, grid: Grid) -> dict[str,
 def _note(method: Method, stride: int, config: Any, options: Mapping[str, Any], grid: Grid) -> str:
     rows = -(-grid.num_tokens // stride)
     own = f"delta {stride} -> {rows} of {grid.num_tokens} query rows exactly"
-    told = method.note(config, options, grid)
-    return own if told is None else f"{told}; {own}"
+    note = method.note(config, options, grid)
+    return own if note is None else f"{note}; {own}"
 
 
 def _reference(

@@ -38,7 +38,7 @@ def block_mean_attention(
         scale: factor on q @ k^T before softmax, above 0; None is D ** -0.5.
         backend: as in `sparse_linear_attention`, with one kernel more for "triton".
         grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
-        on_kept: told the selection, (B, H, M, N) bool.
+        on_kept: called with the selection, (B, H, M, N) bool.
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
     """

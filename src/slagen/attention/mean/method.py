@@ -75,8 +75,8 @@ def _mean_note(config: MeanConfig, options: Mapping[str, Any], grid: Grid) -> st
 def _sol_note(config: SolConfig, options: Mapping[str, Any], grid: Grid) -> str:
     whole = density(config, grid.num_tokens)
     return (
-        f"tau {config.tau:g} -> about {expected_share(config.tau):.0%} of key blocks, with those beside each query "
-        f"block about {whole:.0%} (estimates; the report has the measured fraction){note_of_order(config.order)}"
+        f"tau {config.tau:g} -> about {expected_share(config.tau):.0%} of key blocks, or {whole:.0%} with those "
+        f"around each query block (estimates; the report has the measured fraction){note_of_order(config.order)}"
     )
 
 

@@ -58,7 +58,7 @@ def pooled_map(q: Tensor, k: Tensor, order: CubeOrder, scale: float) -> Tensor:
 def kept_patches(q: Tensor, k: Tensor, config: NablaConfig, patches: Patches, scale: float) -> Tensor:
     """Mark the patches that each patch attends to: (B, H, L, D) twice -> (B, H, N, N) bool, at least one in a row."""
     ranked = pooled_map(q, k, patches.order, scale).sort(dim=-1, descending=True, stable=True)
-    # Summed from the smallest on, so that what is left out is told from 1 - top_p however small it is.
+    # Summed from the smallest on, so that the left-out sum keeps its digits however small 1 - top_p is.
     left_out = ranked.values.flip(-1).cumsum(-1).flip(-1) < 1 - config.top_p
     left_out[..., 0] = False
     kept = torch.zeros_like(left_out).scatter(-1, ranked.indices, ~left_out)

@@ -4,10 +4,10 @@ The critical key blocks of a few query blocks are copied side by side and attend
 stay in the cache. G, R and blocks are as in `blocks.py`.
 
 Rows may keep different numbers of blocks. Their lists then end with the kept blocks, ascending, behind as many others
-as make them equally long, and `counts` (G, R) tells how many are kept: what stands before those is masked.
+as make them equally long, and `counts` (G, R) says how many are kept: what stands before those is masked.
 
-The last key block may be partial, by the length. Where others may be too, `filled` (N,) int64 tells how many keys of
-each are true: those stand first, and the rest is masked.
+The last key block may be partial, by the length. Where others may be too, `filled` (N,) int64 says how many keys of
+each are real: those stand first, and the rest is masked.
 """
 
 from collections.abc import Iterator

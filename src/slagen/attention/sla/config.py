@@ -56,7 +56,7 @@ class SLAConfig:
         check_choice("order", self.order, get_args(Order))
         if self.negligible > 0 and self.linear_domain == "all":
             raise UsageError(
-                f"negligible is {self.negligible} with linear_domain 'all', but then the linear branch skips no token. "
+                f"negligible is {self.negligible}, but with linear_domain 'all' the linear branch skips no tokens. "
                 "Try --linear-domain marginal, or --negligible 0."
             )
 
@@ -87,18 +87,18 @@ class SLAConfig:
         return config if topk is None else config.with_topk(topk, config.num_blocks(length)[1])
 
     def differences(self, trained: SLAConfig) -> list[str]:
-        """What to tell of weights that were trained with another sparsity, other blocks or another order."""
-        told = []
+        """What to say of weights that were trained with a different sparsity, block size or token order."""
+        found = []
         if not math.isclose(self.sparsity, trained.sparsity, abs_tol=1e-9):
-            told.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {self.sparsity:g}")
+            found.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {self.sparsity:g}")
         if (self.block_m, self.block_n) != (trained.block_m, trained.block_n):
-            told.append(
+            found.append(
                 f"the weights were trained with blocks of {trained.block_m}x{trained.block_n} tokens, not "
                 f"{self.block_m}x{self.block_n}"
             )
         if self.order != trained.order:
-            told.append(f"the weights were trained with tokens in {trained.order} order, not {self.order}")
-        return told
+            found.append(f"the weights were trained with tokens in {trained.order} order, not {self.order}")
+        return found
 
     def num_negligible(self, num_key_blocks: int) -> int:
         """How many of the key blocks no branch sees; the critical ones are chosen first."""

@@ -69,7 +69,7 @@ _why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def verify(q: Tensor, config: SLAConfig) -> None:
-    """Prove the kernels before their first call on a card, and tell of tiles that gave way.
+    """Prove the kernels before their first call on a card, and warn of tiles that failed.
 
     During capture or compilation nothing is tried: the remembered choice stands.
     Raises: KernelProblem, which is a RuntimeError, when no tile is right, or the card or Triton lacks something.

@@ -59,7 +59,7 @@ def _describe(config: VSAConfig, grid: Grid) -> dict[str, Any]:
 def _note(config: VSAConfig, options: Mapping[str, Any], grid: Grid) -> str:
     cubes = num_cubes(grid)
     branch = "coarse branch with its gate" if config.gate else "no coarse branch: the weights have no gate"
-    kept = f"sparsity {config.sparsity:g} -> {config.num_kept(cubes)} of {cubes} cubes per cube"
+    kept = f"sparsity {config.sparsity:g} -> {config.num_kept(cubes)} of {cubes} key cubes per query cube"
     return f"{kept}, {branch}"
 
 

@@ -9,7 +9,7 @@ from slagen.io.text import counted
 
 
 def show_finetune(result: Any, as_json: bool) -> None:
-    """Print what a training came to: the weights' path on stdout and the rest on stderr, or JSON alone."""
+    """Print the result of a training: the weights' path on stdout and the rest on stderr, or JSON alone."""
     if as_json:
         write_json(result.to_dict())
         return

@@ -58,12 +58,12 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
 
 
 def _rounded(value: float) -> str:
-    """An estimate: to a tenth, and where it is below 1 to two digits, for the small has no other size to be told by."""
+    """An estimate: to a tenth, or to two digits below 1."""
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _kept(settings: dict[str, Any]) -> str:
-    """How it was said how many blocks are kept."""
+    """The option that sets how many blocks are kept."""
     if settings["sla_topk"] is None:
         return f"sparsity {settings['sparsity']:g}"
     return f"sla-topk {settings['sla_topk']:g}"

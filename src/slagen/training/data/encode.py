@@ -25,7 +25,7 @@ from slagen.training.data.store import DECODED_FILE, Store
 from slagen.training.data.videos import SourceVideo, find_videos
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
-from slagen.wan.texts import tell_cut
+from slagen.wan.texts import describe_cut
 from slagen.wan.vae import encode_video
 
 MAX_WARNINGS = 10  # about truncated captions
@@ -163,7 +163,9 @@ def encode_texts(
     if missing:
         on_event(Event("stage", "text"))
     limit = source.defaults.max_sequence_length
-    cuts = [f"the caption {quote(text)} {cut}" for text in missing if (cut := tell_cut(pipe.tokenizer, text, limit))]
+    cuts = [
+        f"the caption {quote(text)} {cut}" for text in missing if (cut := describe_cut(pipe.tokenizer, text, limit))
+    ]
     for number, warning in enumerate(cuts[:MAX_WARNINGS]):
         more = f" ({len(cuts)} captions are truncated)" if number + 1 == MAX_WARNINGS < len(cuts) else ""
         on_event(Event("warning", warning + more))
