@@ -45,8 +45,8 @@ def nabla_attention(
         raise ValueError(f"backend is {backend!r}, but nabla attention has {', '.join(get_args(Backend))}. Try auto.")
     length, scale = q.shape[2], q.shape[3] ** -0.5
     patches = grid if isinstance(grid, Patches) else patches_of(check_tokens(grid, length), config.reach, q.device)
-    if len(patches.rows) != length:
-        raise ValueError(f"the patches are for {len(patches.rows)} tokens, but q has {length}. Give the grid of these.")
+    if patches.num_tokens != length:
+        raise ValueError(f"the patches are for {patches.num_tokens} tokens, but q has {length}. Give the grid of q's.")
     with torch.autocast(q.device.type, enabled=False):
         if backend == "reference":
             return reference_attention(q, k, v, config, patches, scale)

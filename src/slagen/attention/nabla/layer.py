@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slagen.attention.cubes import check_tokens
-from slagen.attention.kept_pairs import PairCounter, kept_pairs
+from slagen.attention.kept_pairs import GridLayer, kept_pairs
 from slagen.attention.nabla.config import Backend, NablaConfig
 from slagen.attention.nabla.functional import nabla_attention
 from slagen.attention.nabla.selection import Patches, kept_patches, patches_of
-from slagen.attention.protocol import Inputs, StepContext
+from slagen.attention.protocol import Grid, Inputs
 
 
-class Nabla(PairCounter):
+class Nabla(GridLayer):
     """`nabla` in one layer. It has no parameters.
 
     Args:
@@ -27,18 +26,14 @@ class Nabla(PairCounter):
     ) -> None:
         super().__init__(device)
         self.config, self.backend = config, backend
-        self._patches: Patches | None = None
 
-    def begin_pass(self, context: StepContext) -> None:
-        """Look the patches up outside compiled code, which then reads them as tensors and is not compiled again."""
-        if context.grid is not None:
-            self._patches = patches_of(context.grid, self.config.reach, self.pairs.device)
+    def blocks_of(self, grid: Grid, device: torch.device) -> Patches:
+        """The patches of a grid."""
+        return patches_of(grid, self.config.reach, device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D). Raises ValueError where the grid is not one of L tokens."""
-        patches = self._patches
-        if patches is None or patches.rows.device != q.device or len(patches.rows) != q.shape[2]:
-            patches = patches_of(check_tokens(inputs.context.grid, q.shape[2]), self.config.reach, q.device)
+        patches: Patches = self.blocks_in(inputs, q)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             kept = kept_patches(q, k, self.config, patches, q.shape[3] ** -0.5)
             self.pairs += kept_pairs(kept, patches.order.counts, patches.order.counts)

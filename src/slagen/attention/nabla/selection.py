@@ -30,9 +30,14 @@ class Patches:
     near: Tensor | None
 
     @property
-    def rows(self) -> Tensor:
-        """The row of each token among N * 64, (L,) int64."""
-        return self.order.slots
+    def num_tokens(self) -> int:
+        """L."""
+        return len(self.order.slots)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.order.slots.device
 
 
 @functools.lru_cache(maxsize=16)

@@ -45,6 +45,11 @@ class RadialMask:
     pairs: Tensor
     num_tokens: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.kept.device
+
     def of(self, q: Tensor) -> Tensor:
         """The mask of all batches and heads of q (B, H, L, D), (B, H, M, N)."""
         return self.kept.expand(*q.shape[:2], -1, -1)
