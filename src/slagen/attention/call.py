@@ -30,7 +30,7 @@ def attend(
     """Attend by the method of a name: `slagen.attend("sol", q, k, v, tau=1.3)`.
 
     Args:
-        name: of a method without learned weights; `slagen.methods()` lists them with their options.
+        name: of a method without learned weights or memory; `slagen.methods()` lists them with their options.
         q, k, v: (B, H, L, D) of one dtype and device.
         grid: (latent frames, rows, columns) of the L tokens, needed by methods that depend on it.
         backend: one of the method's own.
@@ -46,6 +46,8 @@ def attend(
         if option not in method.option_names:
             raise no_argument("attend", option, method.option_names)
     method.check_backend(backend)
+    if method.memory is not None:
+        raise UsageError(f"{name} attention remembers the steps of a clip, so it runs in a model only.")
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")
     layer = Layer(0, 1, q.shape[1], q.shape[3])

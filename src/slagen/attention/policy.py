@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
+from slagen.attention.cost import ModelShape
 from slagen.attention.delta.method import check_delta
+from slagen.attention.protocol import Grid, Method
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.io.text import counted
@@ -78,6 +81,35 @@ class DensePart:
         """What a report says of it; empty where nothing runs dense."""
         found = {"dense_steps": list(self.steps), "dense_layers": list(self.layers)}
         return {name: indices for name, indices in found.items() if indices}
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a method's layers remember from step to step of a clip: bytes of `passes` kinds of pass in `layers`."""
+
+    num_bytes: int
+    layers: int
+    passes: int
+
+    @classmethod
+    def of(
+        cls, method: Method, config: Any, shape: ModelShape, grid: Grid, item_bytes: int, guidance: float,
+        part: DensePart,
+    ) -> Remembered:  # fmt: skip
+        """Args: item_bytes: of a number of q. guidance: above 1 there are two kinds. part: what runs dense."""
+        layers = part.num_layers - len(part.layers) if len(part.steps) < part.num_steps else 0
+        passes = 2 if guidance > 1 else 1
+        if method.memory is None or layers == 0:
+            return cls(0, 0, passes)
+        return cls(method.memory(config, shape, grid, item_bytes) * passes * layers // part.num_layers, layers, passes)
+
+    def notes(self, name: str) -> list[str]:
+        """One line on it, or none. Args: name: of the method."""
+        if self.num_bytes == 0:
+            return []
+        size = f"{self.num_bytes / 2**30:.1f} GiB" if self.num_bytes >= 2**30 else f"{self.num_bytes / 2**20:.1f} MiB"
+        where = counted(self.layers, "layer") + " for each pass of guidance" * (self.passes == 2)
+        return [f"{name} attention keeps {size} from step to step, in {where}; --dense-layers takes layers out of it"]
 
 
 def _parse(name: str, text: object) -> list[tuple[int, int]] | float:

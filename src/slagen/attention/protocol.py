@@ -271,6 +271,9 @@ class Method:
         density: (config, grid) -> the fraction of all query-key pairs that is attended exactly.
         note: (config, options, grid) -> one line on what a clip will run with, or None.
         benched: whether `slagen bench` runs it unasked.
+        memory: (config, shape, grid, bytes of a number of q) -> the bytes that its layers remember from step to step,
+            of one kind of pass; None for a method that remembers nothing. One that does runs in a denoising loop only.
+        dense_steps: the denoising steps that run dense where --dense-steps does not say, in its form.
         delta: query rows of which one is attended exactly, where `with_delta` wraps it; see `delta/method.py`.
     """
 
@@ -296,6 +299,8 @@ class Method:
     density: Callable[[Any, Grid], float] = lambda config, grid: 1.0
     note: Callable[[Any, Mapping[str, Any], Grid], str | None] = lambda config, options, grid: None
     benched: bool = True
+    memory: Callable[[Any, ModelShape, Grid, int], int] | None = None
+    dense_steps: str | None = None
     delta: int | None = None
 
     def __deepcopy__(self, memo: Any) -> Method:

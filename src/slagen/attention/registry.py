@@ -12,6 +12,7 @@ from slagen.attention.mean.method import MEAN, SOL
 from slagen.attention.nabla.method import NABLA
 from slagen.attention.protocol import Addition, Method, ParameterGroup
 from slagen.attention.radial.method import RADIAL
+from slagen.attention.rettention.method import RETTENTION
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
 from slagen.attention.sla2.method import SLA2
 from slagen.attention.vsa.method import VSA
@@ -133,3 +134,4 @@ register(DENSE)
 register(VSA)
 register(RADIAL)
 register(NABLA)
+register(RETTENTION)

@@ -128,6 +128,11 @@ class BenchConfig:
         """Raise UsageError for an option of a method that is not measured, and for what a method refuses."""
         if self.is_loop:
             self._check_loop_methods()
+        elif lasting := [name for name in self.methods if getattr(registry.METHODS.get(name), "memory", None)]:
+            raise UsageError(
+                f"{lasting[0]} attention remembers the steps of a clip, so that single calls tell nothing of it. Add "
+                "--model or --random-init."
+            )
         names = self.methods or [each.name for each in registry.METHODS.values() if each.benched]
         called = [method for name, method in registry.METHODS.items() if name in names]
         measured = self.loop_methods if self.is_loop else called

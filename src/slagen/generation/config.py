@@ -275,7 +275,8 @@ class GenerateConfig:
     @property
     def policy(self) -> AttentionPolicy:
         """What runs dense, whatever the attention."""
-        return AttentionPolicy(self.dense_steps, self.dense_layers, self.min_tokens, self.delta)
+        own = registry.get(self.attention).dense_steps if self.dense_steps is None else self.dense_steps
+        return AttentionPolicy(own, self.dense_layers, self.min_tokens, self.delta)
 
     @property
     def attention_settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.attention.delta.method import with_delta
 from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
-from slagen.attention.policy import DensePart
+from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import read_header, read_strings
@@ -113,11 +113,13 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     attention = method.configure(base, method.own(config.attention_settings), grid)
     about = method.describe(attention, grid)
     notes = _notes(config, model, None if is_dense else method, attention, size, grid) + notes
-    cpu = _cpu_need(config, model, tokens, size)
+    part = config.policy.resolve(config.steps or 1, model.shape.num_layers, tokens)
+    item_bytes, guidance = 4 if config.dtype == "fp32" else 2, config.guidance_scale or 0.0
+    kept = Remembered.of(method, attention, model.shape, grid, item_bytes, guidance, part)
+    cpu = _cpu_need(config, model, tokens, size).keeping(kept.num_bytes)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
-    part = config.policy.resolve(config.steps or 1, model.shape.num_layers, tokens)
-    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0)
+    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0) + kept.notes(method.name)
     flops = _flops(model, method, attention, grid, part)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(
@@ -137,7 +139,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         forward_passes=passes,
         total_flops=TotalFlops(passes * flops.dense_forward, passes * flops.sla_forward),
         device=device,
-        memory_gib=_memory(model, tokens, size, _in_gib(cpu), 4 if config.dtype == "fp32" else 2),
+        memory_gib=_memory(model, tokens, size, _in_gib(cpu), item_bytes, kept.num_bytes),
         downloads=_downloads(model.preset),
         outputs=_outputs(asked),
         notes=notes,
@@ -287,10 +289,15 @@ def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: in
     return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
 
 
-def _memory(model: _Model, tokens: int, size: tuple[int, int, int], cpu: CpuMemory, item_bytes: int) -> RunMemory:
-    """Estimates for a card: weights (of a folder: its files), and what a stage needs beside them."""
+def _memory(
+    model: _Model, tokens: int, size: tuple[int, int, int], cpu: CpuMemory, item_bytes: int, kept: int
+) -> RunMemory:
+    """Estimates for a card: weights (of a folder: its files), and what a stage needs beside them.
+
+    Args: kept: bytes that the attention remembers from step to step.
+    """
     shape, folder = model.shape, model.folder
-    hidden = memory.denoising(shape, tokens, item_bytes)
+    hidden = memory.denoising(shape, tokens, item_bytes) + kept
     decode = 4 * 4 * (96 * 4 * size[0] * size[1])  # four float32 activations of the widest layer, for four frames
     if folder is None:
         weights = {

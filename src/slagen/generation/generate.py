@@ -76,7 +76,7 @@ def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
         return None
     assert config.width and config.height and config.num_frames
     size = (config.width, config.height, config.num_frames)
-    needed = memory.need(weights.source, *size, weights.dtype.itemsize)
+    needed = memory.need(weights.source, *size, weights.dtype.itemsize).keeping(plan.remembered.num_bytes)
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 
 

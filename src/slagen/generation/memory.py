@@ -7,6 +7,7 @@ less and 0.1 GiB more from 512x512 on, with SLA and with full attention alike, f
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -49,6 +50,11 @@ class Need:
     denoise: int
     decode: int
     least: int
+
+    def keeping(self, num_bytes: int) -> Need:
+        """The same where the attention remembers so many bytes from step to step, until the last one."""
+        denoise = self.denoise + num_bytes
+        return dataclasses.replace(self, denoise=denoise, least=max(self.least, num_bytes))
 
     @property
     def likely(self) -> int:

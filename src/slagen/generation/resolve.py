@@ -19,7 +19,7 @@ from slagen.attention import registry
 from slagen.attention.cost import dense_attention_flops
 from slagen.attention.delta.method import with_delta
 from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
-from slagen.attention.policy import DensePart
+from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
@@ -85,6 +85,13 @@ class Plan:
         """What runs dense whatever the method."""
         c, shape = self.config, self.weights.source.shape
         return c.policy.resolve(c.steps or 1, shape.num_layers, self.num_tokens)
+
+    @property
+    def remembered(self) -> Remembered:
+        """What the attention remembers from step to step."""
+        shape, item_bytes = self.weights.source.shape, self.weights.dtype.itemsize
+        guidance = self.config.guidance_scale or 0.0
+        return Remembered.of(self.method, self.attention, shape, self.grid, item_bytes, guidance, self.dense)
 
     def attention_flops(self, densities: Sequence[float | None] = ()) -> int:
         """FLOPs of self-attention in a forward pass, all layers, as the mean over the steps.
@@ -242,7 +249,9 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if method.family != "dense" or config.backend != "auto":
         backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
         notes.append(f"{label(method.name)} runs on the {backend} backend")
-    return Plan(config, weights, attention, grid, notes, warnings, backend)
+    made = Plan(config, weights, attention, grid, notes, warnings, backend)
+    notes += made.remembered.notes(method.name)
+    return made
 
 
 def _look_at(path: Path) -> Found:
