@@ -22,6 +22,7 @@ class Option:
         hidden: understood, but not shown in the help.
         of_methods: the field holds (name, value) of options that only some attention methods have; on the command line
             each of these stands in its place.
+        trainable: of these, only options of methods with a backward pass.
         is_size: it is shown as --size WxH, and --width, --height, --resolution and --aspect-ratio are understood.
         kind: type of what is typed, where that is not the field's.
         read: from what is typed to the field's value. Raises UsageError.
@@ -40,6 +41,7 @@ class Option:
     metavar: str | None = None
     hidden: bool = False
     of_methods: bool = False
+    trainable: bool = False
     is_size: bool = False
     kind: type | None = None
     read: Callable[[Any], Any] | None = None

@@ -97,8 +97,11 @@ def own_settings(config: type) -> list[Setting]:
         config: of the command. A field of a method's config with the name of one of its settings is that setting.
     """
     taken = {name for setting in settings_of(config) for name in (setting.field, setting.name)}
+    trained = any(setting.about.trainable for setting in settings_of(config))
     found: dict[str, Setting] = {}
     for method in METHODS.values():
+        if trained and not any(backend.backward for backend in method.backends):
+            continue
         for setting in settings_of(method.config):
             if setting.about.help and not {setting.field, setting.name} & taken:
                 *others, last = with_option(setting.field)

@@ -168,7 +168,7 @@ class FinetuneConfig:
     )
     block_m: int | None = option(None, "Query rows per block.", panel=MODEL)
     block_n: int | None = option(None, "Key columns per block.", panel=MODEL)
-    attention_options: tuple[tuple[str, Any], ...] = option((), panel=MODEL, of_methods=True)
+    attention_options: tuple[tuple[str, Any], ...] = option((), panel=MODEL, of_methods=True, trainable=True)
     anneal_from: float | None = option(
         None, "Initial sparsity, which rises to --sparsity over the first half of the steps.", panel=MODEL
     )
