@@ -177,7 +177,7 @@ class GenerateConfig:
             value = getattr(self, name)
             if value not in get_args(choices) and (name, value) != ("sampler", None):
                 raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
-        self._check_attention()
+        _check_attention(self)
 
     def _check_texts(self) -> None:
         """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
@@ -252,26 +252,6 @@ class GenerateConfig:
                 f"2**63 - 1. Try --seed {MAX_SEED - self.num_videos + 1}."
             )
 
-    def _check_attention(self) -> None:
-        """Raise UsageError for a method that there is not, and for what it does not take."""
-        method = registry.get(self.attention)
-        if method.family == "dense" and (self.sparsity is not None or self.sla_topk is not None):
-            raise UsageError("dense attention has no sparsity. Leave --sparsity out.")
-        if method.family == "dense" and (self.block_m is not None or self.block_n is not None):
-            raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
-        for name, value in self.attention_settings.items():
-            if value is not None and name not in method.option_names:
-                taken = ", ".join(method.option_names) or "none"
-                others = " or ".join(f"--attention {other}" for other in registry.with_option(name))
-                advice = f"Leave it out, or give {others}." if others else "Leave it out."
-                raise UsageError(f"{name} is not an option of {method.name} attention (it has: {taken}). {advice}")
-        method.config(**dict(self.attention_options))  # it checks what is out of range
-        method.check_backend(self.backend)
-        if self.policy != AttentionPolicy() and method.family == "dense":
-            raise UsageError(
-                "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave them out."
-            )
-
     @property
     def policy(self) -> AttentionPolicy:
         """What runs dense, whatever the attention."""
@@ -296,3 +276,24 @@ class GenerateConfig:
         """The prompt as a part of a file name."""
         plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
+
+
+def _check_attention(config: GenerateConfig) -> None:
+    """Raise UsageError for a method that there is not, and for what it does not take."""
+    method = registry.get(config.attention)
+    if method.family == "dense" and (config.sparsity is not None or config.sla_topk is not None):
+        raise UsageError("dense attention has no sparsity. Leave --sparsity out.")
+    if method.family == "dense" and (config.block_m is not None or config.block_n is not None):
+        raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
+    for name, value in config.attention_settings.items():
+        if value is not None and name not in method.option_names:
+            taken = ", ".join(method.option_names) or "none"
+            others = " or ".join(f"--attention {other}" for other in registry.with_option(name))
+            advice = f"Leave it out, or give {others}." if others else "Leave it out."
+            raise UsageError(f"{name} is not an option of {method.name} attention (it has: {taken}). {advice}")
+    method.config(**dict(config.attention_options))  # it checks what is out of range
+    method.check_backend(config.backend)
+    if config.policy != AttentionPolicy() and method.family == "dense":
+        raise UsageError(
+            "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave them out."
+        )
