@@ -49,8 +49,9 @@ DOMAINS = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_numbers(domain, dtype):
-    """A tail, three blocks of a size and a length that differ."""
-    check((2, 2, 75, 32), dtype, SLAConfig(sparsity=0.6, block_m=32, block_n=16, **domain))
+    """A tail, three blocks of a size and a length that differ; in one dtype a batch of two."""
+    batch = 2 if dtype == torch.float32 else 1
+    check((batch, 2, 75, 32), dtype, SLAConfig(sparsity=0.6, block_m=32, block_n=16, **domain))
 
 
 @pytest.mark.parametrize("domain", DOMAINS[:2])
@@ -81,11 +82,11 @@ def test_head_dimensions(head_dim):
 
 def test_heads_in_groups_change_nothing(monkeypatch):
     """The states of all heads at once would take gigabytes for a long video, so heads are taken a few at a time."""
-    q, k, v = (strided(x.to(DEVICE)) for x in make_qkv((2, 3, 75, 16), torch.float32))
+    q, k, v = (strided(x.to(DEVICE)) for x in make_qkv((2, 3, 40, 16), torch.float32))
     weight, bias = (x.to(DEVICE) for x in make_proj(16, torch.float32))
     config = SLAConfig(0.6, linear_domain="marginal", block_m=16, block_n=16)
     whole = sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
-    monkeypatch.setattr("slagen.kernels.forward.STATES_BYTES", 2 * 5 * 16 * 16 * 4)  # two heads at a time
+    monkeypatch.setattr("slagen.kernels.forward.STATES_BYTES", 2 * 3 * 16 * 16 * 4)  # two heads at a time
     grouped = sparse_linear_attention(q, k, v, config, weight, bias, backend="triton")
     assert torch.equal(whole, grouped)
 
@@ -262,7 +263,7 @@ def test_one_branch(domain, branches):
 
 def test_long_sums_stay_finite_in_float16():
     """elu over many equal tokens: the plain sum of phi(k)^T v would pass 65,504."""
-    length = 4096
+    length = 2048
     k = torch.full((1, 1, length, 16), 6.0, dtype=torch.float16, device=DEVICE)
     q = torch.randn(k.shape, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     weight = torch.eye(16, device=DEVICE)
