@@ -65,7 +65,7 @@ def test_trial_saves_nothing_for_a_checkpointed_block():
 
 
 @pytest.mark.slow
-def test_the_first_call_tries_the_kernels(card):
+def test_the_first_call_tries_the_kernels(card, monkeypatch):
     """Once for its kind, inside inference mode too; every launch is on the tensors' own device."""
     q, k, v = (on_card(x) for x in make_qkv((1, 1, 40, 16), torch.float32))
     weight, bias = (on_card(x) for x in make_proj(16, torch.float32))
@@ -78,10 +78,12 @@ def test_the_first_call_tries_the_kernels(card):
     torch.testing.assert_close(o.cpu(), expected)
     assert len(resources.current().verified) == 1
     assert launches == 2 and len(card.calls) == launches + 1 and set(card.calls) == {("device", CARD)}
+    tried = []
+    monkeypatch.setattr(fused, "_attempt", lambda q, config: tried.append((q.dtype, config)) or (None, None))
     other = dataclasses.replace(SMALL, linear_domain="marginal")
     for x, config in ((q, other), (q, dataclasses.replace(SMALL, feature_map="elu")), (q.half(), SMALL)):
         sparse_linear_attention(*(on_card(y.to(x.dtype)) for y in (q, k, v)), config, weight, bias)
-    assert len(resources.current().verified) == 4  # each other kind is tried
+    assert len(tried) == 3 and len(resources.current().verified) == 4  # each other kind is tried
 
 
 def test_launches_are_on_the_tensors_device(card):
