@@ -123,10 +123,10 @@ def test_reference_is_masked_attention():
     torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v, kept), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_error_is_within_budget(dtype):
     grid, config = Grid(2, 9, 11), CONFIGS[0]
-    inputs, do = draw(grid, dtype, dim=16)
+    inputs, do = draw(grid, dtype)
     actual = results(attend(config, grid, "torch"), [strided(x) for x in inputs], do)
     kept = tokens_kept(*(x.double() for x in inputs[:2]), config, grid)
     assert_kept_within_budget(actual, inputs, do, attend(config, grid, "reference"), kept, torch.float32)

@@ -104,10 +104,10 @@ def test_inputs_are_left_as_they_are():
     assert all(torch.equal(x, b) for x, b in zip((*inputs, do), before, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_error_is_within_budget(dtype):
     grid = Grid(4, 5, 9)
-    inputs, do = draw(grid, dtype, dim=16)
+    inputs, do = draw(grid, dtype, dim=8)
     config, view = radial(), [strided(x) for x in inputs]
     actual = results(attend(config, grid, "torch"), view, do)
     kept = kept_tokens(radial_mask(config, grid, CPU), config)
@@ -142,8 +142,7 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(16, 16), (32, 16)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float16, (16, 16)), (torch.float32, (32, 16))], ids=str)
 def test_triton_is_within_budget(dtype, sizes):
     """In the interpreter: rows that keep different numbers of blocks, and a length that ends within a block."""
     pytest.importorskip("triton", reason="needs Triton, which is for Linux")
