@@ -40,6 +40,8 @@ from evaluate import held_out  # noqa: E402
 from scenes import SIZES, Size  # noqa: E402
 
 from slagen.attention import registry  # noqa: E402
+from slagen.attention.delta.correction import corrected  # noqa: E402
+from slagen.attention.delta.method import with_delta  # noqa: E402
 from slagen.attention.mean.selection import kept_blocks  # noqa: E402
 from slagen.attention.protocol import Grid, Inputs, Layer, Method, StepContext  # noqa: E402
 from slagen.io.files import write_json  # noqa: E402
@@ -71,7 +73,8 @@ class Row:
     Args:
         method: its name. options: fixed ones. knob: the option that decides the density, with the values at which it
             is lowest and highest; None where that is sparsity. complement: whether what is not attended exactly enters
-            in another way. tuned: the row of sla_table.py whose weights it runs with.
+            in another way. tuned: the row of sla_table.py whose weights it runs with. remembers: whether it remembers
+            the steps of a clip, so that it runs in a model only.
     """
 
     method: str
@@ -79,6 +82,12 @@ class Row:
     knob: tuple[str, float, float] | None = None
     complement: bool = False
     tuned: str | None = None
+    remembers: bool = False
+
+    @property
+    def attention(self) -> Method:
+        """The method, wrapped where its options say so."""
+        return with_delta(registry.get(self.method), self.options.get("delta"))
 
 
 ROWS = {
@@ -89,8 +98,9 @@ ROWS = {
     "mean": Row("mean", BLOCKS, complement=True),
     "sol": Row("sol", BLOCKS, knob=("tau", 4.0, -4.0), complement=True),
     "vsa": Row("vsa"),
-    "nabla": Row("nabla", knob=("top_p", 0.0, 1.0)),
-    "radial": Row("radial", knob=("decay", 4.0, 0.0)),
+    "nabla": Row("nabla", {"sliding_tile": "none"}, knob=("top_p", 0.0, 1.0)),
+    "radial": Row("radial", BLOCKS, knob=("decay_factor", 0.0, 16.0)),
+    "rettention": Row("rettention", knob=("window_fraction", 0.0, 1.0), remembers=True),
     "SLA, 250 steps": Row("sla", BLOCKS, complement=True, tuned="SLA all"),
     "SLA2, 250 steps": Row("sla2", BLOCKS, complement=True, tuned="SLA2"),
     "mean, 250 steps": Row("mean", BLOCKS, complement=True, tuned="block means"),
@@ -143,7 +153,7 @@ def cells(size: Size, part: str) -> Iterator[Cell]:
         for density in DENSITIES:
             for name, row in ROWS.items():
                 for order in orders(row):
-                    if part == "clips" or row.tuned is None:
+                    if part == "clips" or (row.tuned is None and not row.remembers):
                         yield Cell(name, size, density, order, seed)
 
 
@@ -203,7 +213,7 @@ def attention_of(method: Method, config: Any, at: Captured) -> Callable[[torch.T
         module.begin_pass(context)
 
     def attend(v: torch.Tensor) -> tuple[torch.Tensor, float]:
-        o = module(at.q, at.k, v, Inputs(at.layer, context, kept={}))
+        o = corrected(module(at.q, at.k, v, Inputs(at.layer, context, kept={})), at.q, at.k, v, method.delta)
         taken = module.take_density() if hasattr(module, "take_density") else None
         return o, method.density(config, at.grid) if taken is None else taken
 
@@ -212,7 +222,7 @@ def attention_of(method: Method, config: Any, at: Captured) -> Callable[[torch.T
 
 def configured(method: Method, options: dict[str, Any], grid: Grid) -> Any:
     """The config of a method. Raises UsageError for an option that it does not have."""
-    return method.configure(method.config(), options, grid)
+    return method.configure(method.config(), {k: x for k, x in options.items() if k != "delta"}, grid)
 
 
 def find_knob(cell: Cell, captured: list[Captured]) -> float | None:
@@ -220,7 +230,7 @@ def find_knob(cell: Cell, captured: list[Captured]) -> float | None:
     row = ROWS[cell.row]
     if row.knob is None:
         return None
-    method, (_, low, high) = registry.get(row.method), row.knob
+    method, (_, low, high) = row.attention, row.knob
     some = captured[:: max(1, len(captured) // 12)]
     for _ in range(12):
         value = (low + high) / 2
@@ -246,7 +256,7 @@ def kept_mass(row: Row, config: Any, at: Captured) -> float | None:
         return None
     else:
         pairs = torch.zeros_like(weights, dtype=torch.bool)
-        attend, width = attention_of(registry.get(row.method), config, at), at.q.shape[3]
+        attend, width = attention_of(row.attention, config, at), at.q.shape[3]
         for first in range(0, at.q.shape[2], width):  # one key for each column of v: the output is that key's weight
             v = torch.zeros_like(at.v)
             count = min(width, at.q.shape[2] - first)
@@ -259,7 +269,7 @@ def kept_mass(row: Row, config: Any, at: Captured) -> float | None:
 def measure_attention(cell: Cell, captured: list[Captured]) -> dict[str, Any]:
     """A method on the captured tensors: error by layer, density, kept mass, and time beside dense attention."""
     row, value = ROWS[cell.row], find_knob(cell, captured)
-    method = registry.get(row.method)
+    method = row.attention
     config = configured(method, options_of(cell, value), captured[0].grid)
     layers = captured[0].layer.count
     squares, densities, masses = torch.zeros(2, layers, dtype=torch.float64), list[float](), list[float]()
@@ -304,7 +314,9 @@ def measure_clips(cell: Cell, results: dict[str, Any], count: int) -> dict[str, 
     folder, command = WORK / cell.name, ["--attention", DENSE]
     if cell.row != DENSE:
         row, value = ROWS[cell.row], None
-        if row.knob is not None:
+        if row.remembers:
+            value = cell.density
+        elif row.knob is not None:
             known = results.get(Cell(cell.row, cell.size, cell.density, cell.order).key)
             if known is None:
                 return "the part attention finds its option, and has not run"
@@ -400,7 +412,7 @@ def table(results: dict[str, Any], size: Size) -> str:
 def line(results: dict[str, Any], dense: dict[int, Any], cell: Cell) -> str:
     """One row of the table."""
     attention = results.get(cell.key)
-    start = ["" if ROWS[cell.row].tuned else "not run"] * 3
+    start = ["" if ROWS[cell.row].tuned or ROWS[cell.row].remembers else "not run"] * 3
     density = f"{cell.density:.2f}"
     if attention is not None:
         mass = attention["kept_mass"]
