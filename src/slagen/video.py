@@ -40,7 +40,7 @@ def check_ffmpeg() -> None:
     given = os.environ.get("IMAGEIO_FFMPEG_EXE")
     mend = "Install it again: pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg."
     if given:
-        mend = f"IMAGEIO_FFMPEG_EXE names it ({given!r}). Unset it, or set it to an ffmpeg with libx264."
+        mend = f"IMAGEIO_FFMPEG_EXE is set to {given!r}. Unset it, or set it to an ffmpeg with libx264."
     try:
         exe = imageio_ffmpeg.get_ffmpeg_exe()
         command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-r", "1", "-i", "-"]

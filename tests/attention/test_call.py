@@ -51,7 +51,12 @@ def test_methods_are_those_of_the_command():
         (("sol",), {"tau": float("nan")}, UsageError, "tau is nan"),
         (("sol",), {"backend": "sdpa"}, UsageError, "sol attention has auto, reference, torch, triton"),
         (("vsa",), {}, UsageError, "Give grid="),
-        (("delta",), {}, UsageError, "delta is added to a method: give --delta 64 beside --attention sol"),
+        (
+            ("delta",),
+            {},
+            UsageError,
+            "delta corrects another method: give --delta 64 with, for example, --attention sol",
+        ),
         (("sol",), {"grid": (2, 5, 5)}, UsageError, "grid is 2 x 5 x 5 = 50 tokens, but q has 20"),
         (("sol",), {"grid": Grid(-2, -10, 1)}, UsageError, "grid is -2 x -10 x 1"),
     ],

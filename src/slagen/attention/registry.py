@@ -63,7 +63,9 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Method:
     """The method of a name. Raises UsageError for one that there is not."""
     if name in ADDITIONS:
-        raise UsageError(f"{name} is added to a method: give {ADDITIONS[name].example} beside --attention sol.")
+        raise UsageError(
+            f"{name} corrects another method: give {ADDITIONS[name].example} with, for example, --attention sol."
+        )
     if name not in METHODS:
         raise UsageError(f"attention is {shown(name)}, but must be one of {', '.join(METHODS)}.")
     return METHODS[name]

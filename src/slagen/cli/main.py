@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         os.getcwd()
     except OSError as error:  # MKL and others end the process over it
-        _show_error(f"the current folder no longer exists ({error.strerror}). Change to one that does: cd ~")
+        _show_error(f"the current folder no longer exists ({error.strerror}). Change to an existing folder: cd ~")
         sys.exit(UsageError.exit_code)
     code = run(sys.argv[1:], own_process=True)
     sys.stdout.flush()
@@ -61,7 +61,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
         else:
             _show_error(text)
     if code == INTERRUPTED:
-        _show_error("interrupted; finished files are kept, and unfinished ones have temporary names or none.")
+        _show_error("interrupted; finished files are kept, and unfinished ones are removed or have temporary names.")
     return code if isinstance(code, int) else 0
 
 

@@ -19,7 +19,7 @@ from slagen.io.text import line
 
 TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
-_RUNS = "slagen runs Wan2.1 text-to-video. Give such a transformer, for example from Wan-AI/Wan2.1-T2V-14B-Diffusers."
+_RUNS = "slagen runs Wan2.1 text-to-video transformers. Give one, for example from Wan-AI/Wan2.1-T2V-14B-Diffusers."
 _MERGE = "Merge it into its model with the tool that made it, and give the merged transformer."
 REFUSALS = {
     "lora": "is a LoRA, not a transformer. Merge it first (in diffusers: "

@@ -34,9 +34,7 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
         check(content, SIDE_FORM)
         settings, states = content["settings"], list(content["state"].values())
         if content["version"] != 1 or not settings.get("tie_feature_map_qk", True):
-            raise WeightsError(
-                f"{path} has a format version or separate feature maps for q and k, which slagen does not support."
-            )
+            raise WeightsError(f"{path} has an unsupported format version or separate feature maps for q and k.")
         if len(states) != 1 or set(states[0]) != {"proj_l.weight", "proj_l.bias"}:
             raise WeightsError(f"{path} does not hold exactly one proj_l. Download it again.")
         config = SLAConfig(

@@ -72,8 +72,8 @@ def user_path(text: str | Path) -> Path:
     except RuntimeError:
         name = str(text).split("/")[0]
         raise UsageError(
-            f"{quote_path(text)} begins with {shown(name)}, but this machine has no such user. Write the path out; a "
-            f"file of that name is ./{name}."
+            f"{quote_path(text)} begins with {shown(name)}, but this machine has no such user. Write the full "
+            f"path, or ./{name} for a file of that name."
         ) from None
     except OSError as error:
         raise UsageError(f"{quote_path(text)} cannot be used as a path ({error.strerror}).") from None

@@ -175,7 +175,7 @@ class FinetuneConfig:
     loss: Loss = option(
         "distill", "Velocity to train on: distill (the dense model's) or flow (the data's).", panel=TRAINING
     )
-    layer_loss: float = option(0.0, "Weight of every layer's attention error in the loss.", panel=TRAINING)
+    layer_loss: float = option(0.0, "Weight of the attention error of each layer in the loss.", panel=TRAINING)
     train: Trained = option(
         "all",
         "What is trained: all, attn (self-attention), proj (proj_l, or the learned weights of another method) or "

@@ -156,8 +156,8 @@ def _begin(setup: Setup, trainer: Trainer, held_out: HeldOut) -> TeacherErrors:
     before = measure(trainer, held_out)
     if not math.isfinite(before.error):
         raise WeightsError(
-            f"{setup.weights.source.name} with these weights predicts NaN or Inf before any training. Download them "
-            "again, or try --dtype fp32."
+            f"{setup.weights.source.name} with these weights predicts NaN or Inf before any training. Download the "
+            "weights again, or try --dtype fp32."
         )
     return before
 

@@ -29,13 +29,12 @@ class NablaConfig:
 
     top_p: float = option(
         0.4,
-        "Share of each row of the pooled attention map that the patches attended to hold at least, above 0 and at most "
-        "1.",
+        "Share of each row of the pooled attention map that the kept patches hold at least, above 0 and at most 1.",
         prompt_line=True,
     )
     sliding_tile: str = option(
         "11x3x3",
-        "Frames, rows and columns of the patches around each patch that it attends to in any case, or none.",
+        "Tile of patches around each patch that is always kept: frames x rows x columns of patches, or none.",
         metavar="TxHxW",
         prompt_line=True,
     )

@@ -24,7 +24,7 @@ class RadialConfig:
 
     decay_factor: float = option(
         0.2,
-        "Factor on the width of the band of tokens attended to in frames that are two or more away, above 0.",
+        "Factor, above 0, on the width of the attended band of tokens between frames that are two or more apart.",
         prompt_line=True,
     )
     block_m: int = 128

@@ -54,7 +54,7 @@ def _why_not(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
     if dtype not in DTYPES:
         return f"the kernels compute in {', '.join(map(str, DTYPES))}, not {dtype}"
     if head_dim not in HEAD_DIMS:
-        return f"the kernels take a head dimension of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+        return f"the kernels support head dimensions {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if device_type == "cuda":
         return None
     from slagen.kernels.resources import interpreting

@@ -54,7 +54,7 @@ def show_report(report: VideoReport) -> None:
         )
     if cost.measured_attention_share is not None:
         log(
-            f"attention time: {cost.measured_attention_share:.1%} of the steps; the overhead of timing is "
+            f"attention time: {cost.measured_attention_share:.1%} of the step time; the overhead of timing is "
             f"{report.timing.overhead_share:.2%}"
         )
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages_s.items())
