@@ -1,4 +1,4 @@
-"""What every attention method has in common: where a clip runs dense, and whether it is corrected. No torch here."""
+"""What every attention method has in common: where a clip is dense, and whether it is corrected. No torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class AttentionPolicy:
     Args:
         dense_steps: denoising steps, such as "0-9,-1": from 0, negative ones from the end; or "20%", the first ones.
         dense_layers: transformer blocks, in the same form.
-        min_tokens: clips of fewer tokens run dense in all layers.
+        min_tokens: clips of fewer tokens use dense attention in all layers.
         delta: query rows of which one is attended exactly and corrects the others; see `delta/method.py`.
     Raises: UsageError for what is none of these.
     """
@@ -40,14 +40,14 @@ class AttentionPolicy:
             raise UsageError(f"min_tokens is {shown(self.min_tokens)}, but must be 0 or above. Try --min-tokens 4096.")
 
     def resolve(self, num_steps: int, num_layers: int, num_tokens: int) -> DensePart:
-        """What runs dense of a clip. Raises UsageError for a step or layer that there is not."""
+        """The steps and layers of a clip that use dense attention. Raises UsageError for an unknown one."""
         layers = _chosen("dense_layers", self.dense_layers, num_layers)
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             layers = tuple(range(num_layers))
         return DensePart(_chosen("dense_steps", self.dense_steps, num_steps), layers, num_steps, num_layers)
 
     def note(self, num_tokens: int, part: DensePart) -> str | None:
-        """One line on what runs dense of a clip of so many tokens; None where nothing does."""
+        """One line on the dense steps and layers of a clip of so many tokens; None if there are none."""
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             return (
                 f"{counted(num_tokens, 'token')}, fewer than min_tokens ({self.min_tokens}): this clip uses dense "
@@ -61,7 +61,7 @@ class AttentionPolicy:
 
 @dataclass(frozen=True)
 class DensePart:
-    """The steps and layers of a clip that run dense, in order, of so many."""
+    """The steps and layers of a clip that use dense attention, in order, and how many there are."""
 
     steps: tuple[int, ...]
     layers: tuple[int, ...]
@@ -78,7 +78,7 @@ class DensePart:
         return own if self.share == 0 else round(own + self.share * (dense - own))
 
     def to_dict(self) -> dict[str, list[int]]:
-        """What a report says of it; empty where nothing runs dense."""
+        """What a report says of it; empty if nothing is dense."""
         found = {"dense_steps": list(self.steps), "dense_layers": list(self.layers)}
         return {name: indices for name, indices in found.items() if indices}
 

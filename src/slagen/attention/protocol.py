@@ -266,7 +266,7 @@ class Method:
         configure: (config, options by name, grid) -> the config for a clip of so many tokens.
         in_training: config -> the same with all that training adds to the model.
         describe: (config, grid) -> what the report says of it.
-        applies: (config, grid) -> whether there is anything to leave out; otherwise the clip runs dense. In a model, it
+        applies: (config, grid) -> whether there is anything to leave out; otherwise the clip is dense. In a model, it
             and `block_sizes` are given a flat grid where the method does not need the context.
         density: (config, grid) -> the fraction of all query-key pairs that is attended exactly.
         note: (config, options, grid) -> one line on what a clip will run with, or None.

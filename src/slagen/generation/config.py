@@ -56,7 +56,7 @@ class GenerateConfig:
         attention: a method's name; see `slagen methods`.
         backend: which of the method's implementations.
         attention_options: (name, value) of options that only this method has.
-        dense_steps, dense_layers, min_tokens, delta: what runs dense all the same; see AttentionPolicy.
+        dense_steps, dense_layers, min_tokens, delta: what uses dense attention in any case; see AttentionPolicy.
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
         sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
             the two; see `SLAConfig.with_topk`.
@@ -254,7 +254,7 @@ class GenerateConfig:
 
     @property
     def policy(self) -> AttentionPolicy:
-        """What runs dense, whatever the attention."""
+        """What uses dense attention, whatever the method."""
         own = registry.get(self.attention).dense_steps if self.dense_steps is None else self.dense_steps
         return AttentionPolicy(own, self.dense_layers, self.min_tokens, self.delta)
 

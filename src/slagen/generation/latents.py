@@ -40,7 +40,7 @@ class About:
 
 @dataclass(frozen=True)
 class LatentsInfo:
-    """What `slagen info` says of a file of latents. decode: the command that makes the video of them."""
+    """What `slagen info` says of a file of latents. decode: the command that turns them into a video."""
 
     path: str
     kind: str

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def dense(self) -> DensePart:
-        """What runs dense whatever the method."""
+        """What uses dense attention, whatever the method."""
         c, shape = self.config, self.weights.source.shape
         return c.policy.resolve(c.steps or 1, shape.num_layers, self.num_tokens)
 
@@ -98,7 +98,7 @@ class Plan:
 
         Args:
             densities: the fraction of all query-key pairs that each layer attended exactly, where it was counted; it
-                takes the place of the method's own estimate. Layers that ran dense throughout count nothing.
+                takes the place of the method's own estimate. Layers that always used dense attention do not count.
         """
         shape = self.weights.source.shape
         own, full = self.method.cost(self.attention, shape, self.grid), dense_attention_flops(shape, self.num_tokens)

@@ -344,7 +344,7 @@ def denoising(
     """Tell the installed attention that a clip of so many steps is denoised meanwhile; the value ends a step.
 
     Args:
-        dense: the steps and layers that run dense.
+        dense: the steps and layers that use dense attention.
     """
     record = installation(transformer)
     if record is None:
