@@ -154,4 +154,4 @@ def test_limits_of_the_shell():
     for option in ("v", "d"):
         line = f"ulimit -{option} 1048576; exec {sys.executable} -c '{code}'"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=1800)
-        assert done.stdout.split("\n")[0] == f"True what ulimit -{option} allows", done.stderr
+        assert done.stdout.split("\n")[0] == f"True the limit of ulimit -{option}", done.stderr

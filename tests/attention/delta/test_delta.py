@@ -215,6 +215,7 @@ def test_bench_compares_with_its_reference():
     assert (o - slagen.attend("mean", q, k, v, sparsity=0.5)).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_steps_compile_nothing_anew():
     """And a block stays one graph."""
     pipe, counts = build_pipeline(), []

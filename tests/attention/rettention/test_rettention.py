@@ -194,6 +194,7 @@ def test_its_place_in_a_loop():
     assert processors(other.transformer)[0].take_density() is not None
 
 
+@pytest.mark.slow
 def test_steps_compile_two_variants():
     """Dense, and between; layers and steps add none."""
     model, counts = build_transformer(num_layers=3), []
