@@ -203,8 +203,8 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.search(r"window\s+a toy that attends to the frames nearby\s+needs nothing\s+options: window 1", out)
     assert " ".join(out.split()).count(
-        "options: sparsity as trained, block_m as trained, block_n as trained, order as trained set in training, with "
-        "slagen finetune: negligible 0.0, linear_domain all, feature_map softmax"
+        "options: sparsity as trained, block_m as trained, block_n as trained, order as trained, selector as trained "
+        "set in training, with slagen finetune: negligible 0.0, linear_domain all, feature_map softmax"
     ) == 3  # fmt: skip
     assert slagen(["generate", "x", "--negligible", "0.1"]) == 2
     assert "--negligible is set in training: slagen finetune --negligible." in capsys.readouterr().err
@@ -213,7 +213,8 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     assert list(rows) == [*registry.METHODS, *registry.ADDITIONS] and list(registry.METHODS)[-1] == "window"
     assert rows["sla"]["needs_training"] and rows["sla"]["needs_weights"] and rows["sla"]["kind"] == "method"
     assert rows["window"]["options"] == {"window": 1} and not rows["window"]["needs_training"]
-    assert rows["window"]["flags"] == {"--window": "Frames on each side."} and list(rows["sla"]["flags"]) == ["--order"]
+    assert rows["window"]["flags"] == {"--window": "Frames on each side."}
+    assert list(rows["sla"]["flags"]) == ["--order", "--selector"]
     assert re.search(r"options: window 1\s+--window: Frames on each side\.", out)
 
 

@@ -368,11 +368,12 @@ class Method:
 
 @dataclass(frozen=True)
 class Addition:
-    """What is added to a method and is none itself, such as a wrapper, by the name of its option.
+    """What is added to a method and is none itself: a wrapper by the name of its option, or a way to select key blocks.
 
     Args:
-        name: as `slagen methods` lists it. kind: "wrapper". summary: one line.
-        help: of its option, which is off by default. example: how to give it.
+        name: as `slagen methods` lists it. kind: "wrapper", "selector" or "control". summary: one line.
+        help: of its option, which is off by default; empty for a value of an option that methods have.
+        example: how to give it. beside: a method that takes it.
     """
 
     name: str
@@ -380,11 +381,12 @@ class Addition:
     summary: str
     help: str
     example: str
+    beside: str = "sol"
 
     def to_dict(self) -> dict[str, Any]:
         """What `slagen methods --json` says of it: it needs what the method needs that it is added to."""
         return {
             "name": self.name, "kind": self.kind, "summary": self.summary, "needs_training": False,
-            "needs_weights": False, "needs_gpu": False, "options": {self.name: None},
-            "flags": {f"--{self.name}": self.help}, "backends": [],
+            "needs_weights": False, "needs_gpu": False, "options": {self.name: None} if self.help else {},
+            "flags": {f"--{self.name}": self.help} if self.help else {}, "backends": [],
         }  # fmt: skip

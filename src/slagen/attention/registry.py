@@ -13,6 +13,7 @@ from slagen.attention.nabla.method import NABLA
 from slagen.attention.protocol import Addition, Method, ParameterGroup
 from slagen.attention.radial.method import RADIAL
 from slagen.attention.rettention.method import RETTENTION
+from slagen.attention.selectors import SELECTORS
 from slagen.attention.sla.method import LINEAR, SLA, SPARSE
 from slagen.attention.sla2.method import SLA2
 from slagen.attention.vsa.method import VSA
@@ -21,7 +22,7 @@ from slagen.io.forms import shown
 from slagen.settings import Setting, settings_of
 
 METHODS: dict[str, Method] = {}
-ADDITIONS: dict[str, Addition] = {DELTA.name: DELTA}
+ADDITIONS: dict[str, Addition] = {each.name: each for each in (DELTA, *SELECTORS)}
 
 
 def register(method: Method) -> None:
@@ -63,9 +64,9 @@ def names() -> tuple[str, ...]:
 def get(name: str) -> Method:
     """The method of a name. Raises UsageError for one that there is not."""
     if name in ADDITIONS:
-        raise UsageError(
-            f"{name} corrects another method: give {ADDITIONS[name].example} with, for example, --attention sol."
-        )
+        added = ADDITIONS[name]
+        does = "corrects another method" if added.kind == "wrapper" else "ranks the key blocks of a method"
+        raise UsageError(f"{name} {does}: give {added.example} with, for example, --attention {added.beside}.")
     if name not in METHODS:
         raise UsageError(f"attention is {shown(name)}, but must be one of {', '.join(METHODS)}.")
     return METHODS[name]

@@ -203,6 +203,7 @@ def sla_forward(
     q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None, bias: Tensor | None, *, block_m: int, block_n: int,
     num_critical: int, num_negligible: int, marginal: bool, feature_map: str, eps: float, scale: float, sparse: bool,
     save: bool, out: Tensor | None = None, block_means: tuple[Tensor, Tensor] | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Sparse-linear attention, as `attention/sla/reference.py` defines it.
 
@@ -220,6 +221,7 @@ def sla_forward(
             fit in STATES_BYTES.
         block_means: of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are known;
             None takes them here.
+        scores: (B * H, M, N) float32, by which key blocks are ranked; None takes the products of those means.
     Returns:
         o: (B, H, L, D) in q's dtype, laid out as q is.
         lse: (B * H, L) float32, log2 of the softmax denominator (base 2, scale included).
@@ -238,13 +240,15 @@ def sla_forward(
                 num_negligible=num_negligible, marginal=marginal, feature_map=feature_map, eps=eps, scale=scale,
                 sparse=sparse, save=save, out=o[part],
                 block_means=None if block_means is None else (block_means[0][own], block_means[1][own]),
+                scores=None if scores is None else scores[own],
             )  # fmt: skip
         return o, *nothing
-    pooling = block_means is None and (sparse or bounded)
+    pooling = block_means is None and scores is None and (sparse or bounded)
     k_means, states, zs = _key_states(k, v, weight, block_n, feature_map, marginal, pooling)
     if sparse or bounded:
-        q_means, k_means = (pool(q, block_m), k_means) if block_means is None else block_means
-        scores = torch.bmm(q_means, k_means.mT)
+        if scores is None:
+            q_means, k_means = (pool(q, block_m), k_means) if block_means is None else block_means
+            scores = torch.bmm(q_means, k_means.mT)
         kv_indices, classes = select(scores, num_critical, num_negligible, classes=bounded or (save and sparse))
     if sparse and save:
         q_indices, q_offsets = column_lists(classes, num_critical)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from slagen.attention.cubes import Order, order_option
+from slagen.attention.selectors import Selector, selector_option
 from slagen.attention.sla.config import BLOCK_SIZES, SLAConfig, check_choice, check_fraction
 from slagen.errors import UsageError
 from slagen.io.forms import shown
@@ -46,13 +47,16 @@ class MeanConfig(BlockMeanConfig):
 
     Args:
         sparsity: fraction of key blocks that enter as their mean, in [0, 1). At least one block is attended exactly.
+        selector: how key blocks are ranked, see `ranking.py`.
     Raises: UsageError if a value is out of range.
     """
 
     sparsity: float = 0.85
+    selector: Selector = selector_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("selector", self.selector, get_args(Selector))
         check_fraction("sparsity", self.sparsity, "Try --sparsity 0.85.")
 
     @property

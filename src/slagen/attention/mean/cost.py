@@ -6,6 +6,7 @@ import math
 
 from slagen.attention.cost import ModelShape
 from slagen.attention.mean.config import BlockMeanConfig, MeanConfig, SolConfig
+from slagen.attention.selectors import score_flops
 
 
 def expected_share(tau: float) -> float:
@@ -30,5 +31,6 @@ def block_mean_flops(config: BlockMeanConfig, shape: ModelShape, num_tokens: int
         keys = float(min(num_tokens, config.num_kept(columns) * config.block_n))
     else:
         keys = density(config, num_tokens) * num_tokens
-    flops = 2 * rows * columns + 4 * num_tokens * keys + 4 * num_tokens * columns
+    scores = score_flops(getattr(config, "selector", "pooled"), rows, columns, 1)
+    flops = scores + 4 * num_tokens * keys + 4 * num_tokens * columns
     return round(flops * shape.head_dim) * shape.num_heads * shape.num_layers

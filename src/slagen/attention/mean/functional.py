@@ -26,6 +26,7 @@ def block_mean_attention(
     backend: Backend = "auto",
     grid: Grid | CubeOrder | None = None,
     on_kept: Callable[[Tensor], None] | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Attend exactly to the key blocks that `config` selects, and to every other block as its mean, in one softmax.
 
@@ -39,6 +40,7 @@ def block_mean_attention(
         backend: as in `sparse_linear_attention`, with one kernel more for "triton".
         grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
         on_kept: called with the selection, (B, H, M, N) bool.
+        seeds: (H,) int64, of the selector "random"; None takes 0, 1, ...
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
     """
@@ -49,11 +51,11 @@ def block_mean_attention(
     chosen = choose_backend(q, backend)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kept = kept_blocks(q, k, config)
+        kept = kept_blocks(q, k, config, seeds, scale)
         if on_kept is not None:
             on_kept(kept)
         if chosen == "reference":
-            return reference_attention(q, k, v, config, scale)
+            return reference_attention(q, k, v, config, scale, seeds)
         run = fused_attention if chosen == "triton" else blockwise_attention
         return run(q, k, v, kept, config.block_m, config.block_n, scale)
 

@@ -10,7 +10,8 @@ from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.mean.functional import block_mean_attention
 from slagen.attention.mean.selection import kept_pairs
 from slagen.attention.order import CubesOfPass
-from slagen.attention.protocol import Inputs
+from slagen.attention.protocol import Inputs, Layer
+from slagen.attention.ranking import head_seeds
 from slagen.attention.sla.config import Backend
 
 
@@ -19,19 +20,24 @@ class BlockMeanAttention(PairCounter, CubesOfPass):
 
     Args:
         config: which blocks are attended exactly.
+        layer: it stands in; None where nobody says.
         backend: as in `block_mean_attention`.
         device: where it will run; None is the CPU.
     """
+
+    seeds: Tensor | None
 
     def __init__(
         self,
         config: MeanConfig | SolConfig,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
+        layer: Layer | None = None,
     ) -> None:
         super().__init__(device)
         self.config, self.backend = config, backend
         self.follow_cubes(device)
+        self.register_buffer("seeds", None if layer is None else head_seeds(layer, device), persistent=False)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D).
@@ -44,4 +50,6 @@ class BlockMeanAttention(PairCounter, CubesOfPass):
                 self.pairs += kept_pairs(kept, self.config, q.shape[2])
 
         grid = self.cubes_in(inputs, q)
-        return block_mean_attention(q, k, v, self.config, backend=self.backend, grid=grid, on_kept=count)
+        return block_mean_attention(
+            q, k, v, self.config, backend=self.backend, grid=grid, on_kept=count, seeds=self.seeds
+        )

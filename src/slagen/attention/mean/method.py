@@ -10,6 +10,7 @@ from slagen.attention.cubes import note_of_order
 from slagen.attention.mean.config import BlockMeanConfig, MeanConfig, SolConfig
 from slagen.attention.mean.cost import block_mean_flops, density, expected_share
 from slagen.attention.protocol import Grid, Inputs, Layer, Method
+from slagen.attention.selectors import note_of_selector
 from slagen.attention.sla.method import BACKENDS, choose_backend
 from slagen.settings import to_fields
 
@@ -25,7 +26,7 @@ def _cost(config: BlockMeanConfig, shape: ModelShape, grid: Grid) -> int:
 def _build(config: MeanConfig | SolConfig, layer: Layer, backend: str, device: torch.device | str | None) -> nn.Module:
     from slagen.attention.mean.layer import BlockMeanAttention
 
-    return BlockMeanAttention(config, backend, device)  # type: ignore[arg-type]
+    return BlockMeanAttention(config, backend, device, layer)  # type: ignore[arg-type]
 
 
 def _reference(
@@ -33,9 +34,10 @@ def _reference(
     inputs: Inputs | None,
 ) -> Tensor:  # fmt: skip
     from slagen.attention.mean.functional import block_mean_attention
+    from slagen.attention.ranking import seeds_of
 
     grid = None if inputs is None else inputs.context.grid
-    return block_mean_attention(q, k, v, config, backend="reference", grid=grid)
+    return block_mean_attention(q, k, v, config, backend="reference", grid=grid, seeds=seeds_of(inputs, q))
 
 
 def _check(
@@ -69,7 +71,7 @@ def _density(config: BlockMeanConfig, grid: Grid) -> float:
 def _mean_note(config: MeanConfig, options: Mapping[str, Any], grid: Grid) -> str:
     columns = config.num_blocks(grid.num_tokens)[1]
     kept = f"sparsity {config.sparsity:g} -> {config.num_kept(columns)} of {columns} key blocks per query block"
-    return kept + note_of_order(config.order)
+    return kept + note_of_selector(config.selector) + note_of_order(config.order)
 
 
 def _sol_note(config: SolConfig, options: Mapping[str, Any], grid: Grid) -> str:

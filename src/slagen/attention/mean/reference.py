@@ -21,15 +21,17 @@ from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.mean.selection import kept_blocks
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, config: MeanConfig | SolConfig, scale: float) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, config: MeanConfig | SolConfig, scale: float, seeds: Tensor | None = None
+) -> Tensor:
     """Attend as the head of this file defines it; differentiable by autograd.
 
     Args:
         q, k, v: (B, H, L, D), any floating dtype, computed in float32 or, for float64, in float64.
-        scale: factor on q @ k^T before softmax.
+        scale: factor on q @ k^T before softmax. seeds: as in `kept_blocks`.
     Returns: o (B, H, L, D) in q's dtype.
     """
-    length, kept = q.shape[2], kept_blocks(q, k, config)
+    length, kept = q.shape[2], kept_blocks(q, k, config, seeds, scale)
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 

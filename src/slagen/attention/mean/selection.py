@@ -1,7 +1,8 @@
 """Which key blocks `mean` and `sol` attend to exactly.
 
 The score of a pair of blocks is the dot product of its mean query and mean key, as in `sla/block_map.py`, in float32
-(float64 for float64 input). `mean` keeps the highest of each row as SLA does. `sol` keeps those above mean + tau sigma
+(float64 for float64 input). `mean` keeps the highest of each row as SLA does, or ranks by
+another selector of `ranking.py`. `sol` keeps those above mean + tau sigma
 of their row, and the blocks beside the query block. Neither depends on what is subtracted from all keys, or on a factor
 on all scores; for `sol` the mean key is subtracted, so that float32 resolves differences of scores where keys have
 much in common. No gradient passes through the selection.
@@ -14,14 +15,23 @@ from torch import Tensor
 
 from slagen.attention.kept_pairs import kept_pairs as pairs_of
 from slagen.attention.mean.config import MeanConfig, SolConfig
+from slagen.attention.ranking import selector_scores
 from slagen.attention.sla.block_map import CRITICAL, block_map, block_means, block_scores, block_tokens
 
 
-def kept_blocks(q: Tensor, k: Tensor, config: MeanConfig | SolConfig) -> Tensor:
-    """Mark the key blocks that are attended exactly: (B, H, L, D) twice -> (B, H, M, N) bool, at least one in a row."""
-    if isinstance(config, MeanConfig):
-        return block_map(block_scores(q, k, config.selection), config.selection) == CRITICAL
-    return _above_threshold(q, k, config)
+def kept_blocks(
+    q: Tensor, k: Tensor, config: MeanConfig | SolConfig, seeds: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Mark the key blocks that are attended exactly: (B, H, L, D) twice -> (B, H, M, N) bool, at least one in a row.
+
+    seeds, scale: as in `selector_scores`; a scale of None is D ** -0.5.
+    """
+    if isinstance(config, SolConfig):
+        return _above_threshold(q, k, config)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scores = selector_scores(config, q, k, seeds, scale)
+    scores = block_scores(q, k, config.selection) if scores is None else scores
+    return block_map(scores, config.selection) == CRITICAL
 
 
 def _above_threshold(q: Tensor, k: Tensor, config: SolConfig) -> Tensor:

@@ -29,6 +29,7 @@ def blockwise_attention(
     proj_bias: Tensor | None,
     scale: float,
     sparse: bool,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Attend block by block; arguments and result as in `reference_attention`. Differentiable once."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -42,7 +43,7 @@ def blockwise_attention(
         config.block_m,
         config.block_n,
     )
-    return _forward(q, k, v, weight, bias, *options, scale, sparse)[0]
+    return _forward(q, k, v, weight, bias, *options, scale, sparse, scores)[0]
 
 
 @torch.library.custom_op("slagen::blockwise_forward", mutates_args=())
@@ -60,10 +61,11 @@ def _forward(
     block_n: int,
     scale: float,
     sparse: bool,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, and for the backward pass what `select_blocks` gives, empty for None."""
     config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)  # type: ignore[arg-type]
-    kv_indices, domain = select_blocks(q, k, config, sparse, linear=weight is not None)
+    kv_indices, domain = select_blocks(q, k, config, sparse, linear=weight is not None, scores=scores)
     o, length = torch.empty_like(q), q.shape[2]
     for heads in head_groups(q):
         k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
@@ -90,7 +92,22 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, weight, bias, sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse):
+def _(
+    q,
+    k,
+    v,
+    weight,
+    bias,
+    sparsity,
+    negligible,
+    linear_domain,
+    feature_map,
+    block_m,
+    block_n,
+    scale,
+    sparse,
+    scores=None,
+):
     config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)
     num_rows, num_columns = config.num_blocks(q.shape[2])
     lists, bounded = (*q.shape[:2], num_rows, config.num_critical(num_columns)), (*q.shape[:2], num_rows, num_columns)
@@ -164,7 +181,7 @@ def _(do, q, k, v, weight, bias, *_):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, weight, bias, *ctx.options = inputs
+    q, k, v, weight, bias, *ctx.options, _scores = inputs
     ctx.save_for_backward(q, k, v, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -172,19 +189,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     *_, weight, bias, _, _ = saved = ctx.saved_tensors
     *grads, dweight, dbias = _backward(do, *saved, *ctx.options)
-    return *grads, None if weight is None else dweight, None if bias is None else dbias, *(None,) * 8
+    return *grads, None if weight is None else dweight, None if bias is None else dbias, *(None,) * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, config: SLAConfig, sparse: bool, linear: bool
+    q: Tensor, k: Tensor, config: SLAConfig, sparse: bool, linear: bool, scores: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What the branches need of the block map: kv_indices (B, H, M, topk), and marginal blocks (B, H, M, N) bool."""
+    """What the branches need of the block map: kv_indices (B, H, M, topk), and marginal blocks (B, H, M, N) bool.
+
+    scores: (B, H, M, N), by which blocks are ranked; None takes `block_scores`.
+    """
     bounded = linear and config.linear_domain == "marginal"
     if not sparse and not bounded:
         return None, None
-    scores = block_scores(q, k, config)
+    scores = block_scores(q, k, config) if scores is None else scores
     kv_indices = critical_indices(scores, config) if sparse else None
     return kv_indices, block_map(scores, config) == MARGINAL if bounded else None

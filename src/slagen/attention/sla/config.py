@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from slagen.attention.cubes import Order, order_option
+from slagen.attention.selectors import Selector, selector_option
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.settings import settings_of, to_fields
@@ -35,6 +36,7 @@ class SLAConfig:
         feature_map: phi of the linear branch: "softmax" over the head dimension, "elu" for elu(x) + 1, or "relu".
         block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
         order: in which order tokens are divided into blocks; "cube" needs their grid.
+        selector: how key blocks are ranked, see `ranking.py`.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
 
@@ -45,6 +47,7 @@ class SLAConfig:
     block_m: int = 64
     block_n: int = 64
     order: Order = order_option()
+    selector: Selector = selector_option()
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
@@ -54,6 +57,7 @@ class SLAConfig:
         check_choice("block_m", self.block_m, BLOCK_SIZES)
         check_choice("block_n", self.block_n, BLOCK_SIZES)
         check_choice("order", self.order, get_args(Order))
+        check_choice("selector", self.selector, get_args(Selector))
         if self.negligible > 0 and self.linear_domain == "all":
             raise UsageError(
                 f"negligible is {self.negligible}, but with linear_domain 'all' the linear branch skips no tokens. "
@@ -98,6 +102,8 @@ class SLAConfig:
             )
         if self.order != trained.order:
             found.append(f"the weights were trained with tokens in {trained.order} order, not {self.order}")
+        if self.selector != trained.selector:
+            found.append(f"the weights were trained with the selector {trained.selector}, not {self.selector}")
         return found
 
     def num_negligible(self, num_key_blocks: int) -> int:
@@ -110,7 +116,8 @@ class SLAConfig:
         return num_key_blocks - self.num_critical(num_key_blocks) - self.num_negligible(num_key_blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON; `order` only where it is not raster, as files have always been."""
+        """The fields by name, ready for JSON; `order` and `selector` only where they are not the default, as files have
+        always been."""
         return to_fields(self)
 
     @classmethod

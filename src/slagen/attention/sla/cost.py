@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from slagen.attention.cost import ModelShape
+from slagen.attention.selectors import score_flops
 from slagen.attention.sla.config import SLAConfig
 
 
@@ -39,7 +40,7 @@ def sla_attention_flops(
     """FLOPs of sparse-linear attention in one forward pass: block map, critical blocks, linear branch, projection."""
     query_blocks, key_blocks = config.num_blocks(num_tokens)
     dim = shape.head_dim
-    flops = 2 * query_blocks * key_blocks * dim  # scores of the pooled blocks
+    flops = score_flops(config.selector, query_blocks, key_blocks, dim)
     if sparse:
         kept = min(num_tokens, config.num_critical(key_blocks) * config.block_n)
         flops += 4 * num_tokens * kept * dim

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slagen.attention.order import CubeOrder, in_order
 from slagen.attention.protocol import Grid
+from slagen.attention.ranking import selector_scores
 from slagen.attention.sla.blockwise import blockwise_attention
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.fused import WELL_KNOWN, fused_attention, unsupported
@@ -33,6 +34,7 @@ def sparse_linear_attention(
     branches: Branches = "both",
     block_means: tuple[Tensor, Tensor] | None = None,
     grid: Grid | CubeOrder | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Attend exactly to the critical key blocks and linearly to the others: o = O^s + O^l W^T + b.
 
@@ -55,6 +57,7 @@ def sparse_linear_attention(
         block_means: the means of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are
             known already; "triton" then takes none itself, other backends do all the same.
         grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
+        seeds: (H,) int64, of the selector "random"; None takes 0, 1, ...
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
     """
@@ -71,9 +74,11 @@ def sparse_linear_attention(
     if branches == "sparse":
         proj_weight = proj_bias = None
     known = {"block_means": block_means} if chosen == "triton" and block_means is not None else {}
+    sparse, bounded = branches != "linear", proj_weight is not None and config.linear_domain == "marginal"
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, scale, branches != "linear", **known)
+        scores = selector_scores(config, q, k, seeds, scale) if sparse or bounded else None
+        return BACKENDS[chosen](q, k, v, config, proj_weight, proj_bias, scale, sparse, scores, **known)
 
     with torch.autocast(q.device.type, enabled=False):
         return in_order(config.order, grid, attend, q, k, v)

@@ -31,6 +31,7 @@ def fused_attention(
     proj_bias: Tensor | None,
     scale: float,
     sparse: bool,
+    scores: Tensor | None = None,
     block_means: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attend with the Triton kernels; arguments and result as in `reference_attention`. Differentiable once.
@@ -40,7 +41,7 @@ def fused_attention(
     verify(q, config)
     given = [x for x in (q, k, v, proj_weight, proj_bias) if x is not None]
     save = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return _call(q, k, v, config, proj_weight, proj_bias, scale, sparse, save, block_means)
+    return _call(q, k, v, config, proj_weight, proj_bias, scale, sparse, save, block_means, scores)
 
 
 def unsupported(q: Tensor) -> str | None:
@@ -183,10 +184,13 @@ def _call(
     sparse: bool,
     save: bool,
     block_means: tuple[Tensor, Tensor] | None = None,
+    scores: Tensor | None = None,
 ) -> Tensor:
+    q_means, k_means = block_means or (None, None)
     return _forward(
         q, k, v, proj_weight, proj_bias, config.sparsity, config.negligible, config.linear_domain, config.feature_map,
-        config.block_m, config.block_n, scale, sparse, save, *(block_means or ()),
+        config.block_m, config.block_n, scale, sparse, save, q_means, k_means,
+        None if scores is None else scores.float().flatten(0, 1),
     )[0]  # fmt: skip
 
 
@@ -277,19 +281,20 @@ def _forward(
     save: bool,
     q_means: Tensor | None = None,
     k_means: Tensor | None = None,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from slagen.kernels import sla_forward
 
     block_means = None if q_means is None or k_means is None else (q_means, k_means)
     options = _options(q.shape[2], sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse)
     with alone(q):
-        return sla_forward(q, k, v, weight, bias, save=save, block_means=block_means, **options)
+        return sla_forward(q, k, v, weight, bias, save=save, block_means=block_means, scores=scores, **options)
 
 
 @_forward.register_fake
 def _(
     q, k, v, weight, bias, sparsity, negligible, linear_domain, feature_map, block_m, block_n, scale, sparse, save,
-    q_means=None, k_means=None,
+    q_means=None, k_means=None, scores=None,
 ):  # fmt: skip
     batch, num_heads, length, head_dim = q.shape
     heads = batch * num_heads
@@ -351,7 +356,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, weight, bias, *options, _save, _q_means, _k_means = inputs
+    q, k, v, weight, bias, *options, _save, _q_means, _k_means, _scores = inputs
     ctx.save_for_backward(q, k, v, weight, bias, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.options = options
@@ -366,7 +371,7 @@ def _autograd(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         dv,
         None if weight is None else dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),
-        *(None,) * 11,
+        *(None,) * 12,
     )
 
 

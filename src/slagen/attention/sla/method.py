@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from slagen.attention.cost import ModelShape
 from slagen.attention.cubes import note_of_order
 from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs, ParameterGroup
+from slagen.attention.selectors import note_of_selector
 from slagen.attention.sla import config as settings
 from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.cost import block_counts, density, describe_blocks, sla_attention_flops
@@ -25,7 +26,7 @@ def _build(
 ) -> nn.Module:
     from slagen.attention.sla.layer import SLA
 
-    return SLA(layer.head_dim, config, backend=backend, branches=branches, device=device)  # type: ignore[arg-type]
+    return SLA(layer, config, backend=backend, branches=branches, device=device)  # type: ignore[arg-type]
 
 
 def _cost(branches: Branches, config: SLAConfig, shape: ModelShape, grid: Grid) -> int:
@@ -37,11 +38,14 @@ def _reference(
     branches: Branches, config: SLAConfig, q: Tensor, k: Tensor, v: Tensor, parameters: Mapping[str, Tensor],
     inputs: Inputs | None,
 ) -> Tensor:  # fmt: skip
+    from slagen.attention.ranking import seeds_of
     from slagen.attention.sla.functional import sparse_linear_attention
 
     weight, bias = parameters["proj_l.weight"].to(q.dtype), parameters["proj_l.bias"].to(q.dtype)
     grid = None if inputs is None else inputs.context.grid
-    return sparse_linear_attention(q, k, v, config, weight, bias, backend="reference", branches=branches, grid=grid)
+    return sparse_linear_attention(
+        q, k, v, config, weight, bias, backend="reference", branches=branches, grid=grid, seeds=seeds_of(inputs, q)
+    )
 
 
 BACKENDS = tuple(map(Backend, get_args(settings.Backend)))
@@ -86,7 +90,7 @@ def _note(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> str:
     counts, topk = block_counts(config, grid.num_tokens), options.get("sla_topk")
     asked = f"sparsity {config.sparsity:g}" if topk is None else f"sla-topk {topk:g}"
     kept = f"{asked} -> {counts['critical']} of {counts['key_blocks']} key blocks per query block"
-    return kept + note_of_order(config.order)
+    return kept + note_of_selector(config.selector) + note_of_order(config.order)
 
 
 def _method(name: str, summary: str, branches: Branches, projection: ParameterGroup, **others: Any) -> Method:

@@ -71,16 +71,17 @@ class SparseLinearAttention(nn.Module):
         v: Tensor,
         block_means: tuple[Tensor, Tensor] | None = None,
         grid: Grid | CubeOrder | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.
 
         Where `proj_l` is called, the branches are computed one after the other, O^l rounded to q's dtype.
 
-        block_means, grid: as in `sparse_linear_attention`.
+        block_means, grid, seeds: as in `sparse_linear_attention`.
         """
         attend = functools.partial(
             sparse_linear_attention, q, k, v, self.config, backend=self.backend, block_means=block_means,
-            grid=grid,
+            grid=grid, seeds=seeds,
         )  # fmt: skip
         if self.branches == "sparse":
             return attend(branches="sparse")

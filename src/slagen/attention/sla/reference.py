@@ -36,6 +36,7 @@ def reference_attention(
     proj_bias: Tensor | None,
     scale: float,
     sparse: bool,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Attend as the head of this file defines it; differentiable by autograd.
 
@@ -45,9 +46,11 @@ def reference_attention(
         proj_bias: (D,), b above, or None.
         scale: factor on q @ k^T before softmax.
         sparse: False leaves the sparse branch out.
+        scores: (B, H, M, N), by which blocks are ranked; None takes `block_scores`.
     Returns: o (B, H, L, D) in q's dtype.
     """
-    classes = _per_token(block_map(block_scores(q, k, config), config), config, q.shape[2])  # (B, H, L, L)
+    scores = block_scores(q, k, config) if scores is None else scores
+    classes = _per_token(block_map(scores, config), config, q.shape[2])  # (B, H, L, L)
     out_dtype, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 

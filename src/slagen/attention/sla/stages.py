@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slagen.attention.order import CubeOrder, cubes_of
 from slagen.attention.protocol import Attend, Grid
+from slagen.attention.ranking import selector_scores
 from slagen.attention.sla import blocks, blockwise, blockwise_linear, blockwise_sparse
 from slagen.attention.sla.functional import choose_backend
 from slagen.attention.sla.module import SparseLinearAttention
@@ -55,7 +56,9 @@ def _triton_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tenso
         return key_states(k, v, config.block_n, config.feature_map, marginal, weight, pool=True)
 
     def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return select(torch.bmm(pool(q, config.block_m), means.mT), topk, num_negligible, classes=marginal)
+        found = selector_scores(config, q, k, None, head_dim**-0.5)
+        scores = torch.bmm(pool(q, config.block_m), means.mT) if found is None else found.float().flatten(0, 1)
+        return select(scores, topk, num_negligible, classes=marginal)
 
     def state(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         _, states, zs = sums(k, v)
@@ -93,7 +96,8 @@ def _torch_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor
     length, head_dim = q.shape[2:]
 
     def block_map(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor | None]:
-        return blockwise.select_blocks(q, k, config, sparse=True, linear=True)
+        scores = selector_scores(config, q, k, None, head_dim**-0.5)
+        return blockwise.select_blocks(q, k, config, sparse=True, linear=True, scores=scores)
 
     def states(k: Tensor, v: Tensor) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, tuple[Tensor, Tensor]]]:
         for heads in blocks.head_groups(q):
