@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
+
+from slagen.errors import UsageError
 
 KEY = "option"  # of a field's metadata
 
@@ -30,6 +32,7 @@ class Option:
         pixels: its value changes the video (of a training: the weights).
         in_key: its value, if it changes the video, is a part of a manifest's key; not where something else stands for
             it there, as the hash of a file for its path.
+        complement: another name that takes 1 minus its value, or values.
         later: of an attention method's config: it came when files had been written without it. At its default it is
             not written, so that files and reports stay as they were.
     """
@@ -48,6 +51,7 @@ class Option:
     prompt_line: bool = False
     pixels: bool = True
     in_key: bool = True
+    complement: str = ""
     later: bool = False
 
 
@@ -99,6 +103,36 @@ def changed(values: Any) -> dict[str, Any]:
         for setting in settings_of(type(values))
         if setting.about.pixels and setting.about.in_key and getattr(values, setting.field) != setting.default
     }
+
+
+def with_complements(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by field, in which a complement of one, such as keep of sparsity, is said as that field."""
+    said = dict(values)
+    for setting in settings_of(config):
+        if setting.about.complement:
+            said = without_complement(said, setting.about.complement, setting.field)
+    return said
+
+
+def without_complement(values: Mapping[str, Any], name: str, field: str) -> dict[str, Any]:
+    """Values in which what `name` says is said as 1 minus it, by `field`, to 12 digits.
+
+    Raises: UsageError where both are given, or a value is no number above 0 and at most 1.
+    """
+    said = dict(values)
+    given = said.pop(name, None)
+    if given is None or given == []:
+        return said
+    if said.get(field) not in (None, []):
+        raise UsageError(f"{name} and {field} are both given, but {name} is 1 - {field}. Give one of them.")
+    fractions = given if isinstance(given, list) else [given]
+    for x in fractions:
+        if not isinstance(x, int | float) or isinstance(x, bool) or not 0 < x <= 1:
+            text = repr(x)[:60]
+            raise UsageError(f"{name} is {text}, but must be a number above 0 and at most 1. Try --{name} 0.05.")
+    rest = [round(1 - x, 12) for x in fractions]
+    said[field] = rest if isinstance(given, list) else rest[0]
+    return said
 
 
 def to_fields(config: Any) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 import dataclasses
 
 import pytest
+import torch
 from fresh import import_anew
 
+import slagen
 from slagen.batch.config import BatchConfig
 from slagen.benchmark.config import BenchConfig
+from slagen.cli.main import run
 from slagen.errors import UsageError
 from slagen.generation import config, peers, sizes
 from slagen.generation.config import GenerateConfig
+from slagen.generation.prompts import read_prompts
 from slagen.settings import changed, option, settings_of
 from slagen.training import resume
 from slagen.training.config import DataConfig, FinetuneConfig
@@ -298,3 +302,37 @@ def test_lines_of_a_prompt_file(tmp_path, line, fields):
             read_prompts(str(file))
     else:
         assert read_prompts(str(file))[0].fields == fields
+
+
+def test_keep_is_one_minus_sparsity(tmp_path):
+    """In a prompt file and in Python too; of every method that has a sparsity."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "x", "keep": 0.29}\n{"prompt": "x", "sparsity": 0.71}\n{"prompt": "x", "keep": 1}\n')
+    assert [request.fields for request in read_prompts(str(file))] == [
+        {"sparsity": 0.71}, {"sparsity": 0.71}, {"sparsity": 0.0},
+    ]  # fmt: skip
+    q, k, v = torch.randn(3, 1, 1, 160, 8, generator=torch.Generator().manual_seed(0))
+    kept = slagen.attend("mean", q, k, v, keep=0.34, block_m=16, block_n=16)
+    assert torch.equal(kept, slagen.attend("mean", q, k, v, sparsity=0.66, block_m=16, block_n=16))
+    with pytest.raises(TypeError, match="no argument 'keep'"):
+        slagen.attend("sol", q, k, v, keep=0.1)
+
+
+@pytest.mark.parametrize("keep", [0, 1.5, float("nan"), True, "a few"])
+def test_what_keep_cannot_be(keep):
+    with pytest.raises(UsageError, match=r"keep is .*, but must be a number above 0 and at most 1. Try --keep 0.05"):
+        slagen.generate("x", keep=keep)
+
+
+@pytest.mark.parametrize("command", ["generate x", "plan x", "batch p.txt", "bench", "finetune --data d"])
+def test_keep_and_sparsity_are_not_both_given(command, capsys):
+    assert run([*command.split(), "--keep", "0.1", "--sparsity", "0.9"]) == 2
+    assert "are both given, but keep is 1 - " in capsys.readouterr().err
+
+
+def test_a_prompt_file_says_where_keep_is_wrong(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a circle --keep 0.1 --sparsity 0.9\na circle --keep 0\n")
+    with pytest.raises(UsageError, match="keep and sparsity are both given") as caught:
+        read_prompts(str(file))
+    assert "keep is 0.0, but must be" in str(caught.value)

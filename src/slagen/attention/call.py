@@ -12,7 +12,7 @@ from slagen.attention.delta.correction import corrected
 from slagen.attention.delta.method import with_delta
 from slagen.attention.protocol import Grid, Inputs, Layer, StepContext
 from slagen.errors import UsageError
-from slagen.settings import no_argument
+from slagen.settings import no_argument, without_complement
 
 
 @torch.compiler.disable  # it builds a module; compile that instead
@@ -35,13 +35,15 @@ def attend(
         grid: (latent frames, rows, columns) of the L tokens, needed by methods that depend on it.
         backend: one of the method's own.
         delta: attend one query row of so many exactly, and correct the others by it; not of dense attention.
-        options: of the method; what is left out is at its default.
+        options: of the method, keep among them for 1 - sparsity; what is left out is at its default.
     Returns: o, (B, H, L, D).
     Raises: UsageError, a SlagenError, for an unknown method, one with learned weights, a value out of range, a backend
         that it does not have, a grid that is missing or is not L tokens; TypeError for an option that it does not have;
         ValueError for tensors that do not fit.
     """
     method = with_delta(registry.get(name), delta)
+    if "sparsity" in method.option_names:
+        options = without_complement(options, "keep", "sparsity")
     for option in options:
         if option not in method.option_names:
             raise no_argument("attend", option, method.option_names)

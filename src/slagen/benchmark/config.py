@@ -75,6 +75,7 @@ class BenchConfig:
         "Sparsity to measure. May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; 0.95 for a model.",
         panel=WHAT,
         name="sparsity",
+        complement="keep",
     )
     methods: tuple[str, ...] = option(
         (),

@@ -12,7 +12,7 @@ import typer
 
 from slagen.attention import registry
 from slagen.generation.sizes import clip_size
-from slagen.settings import Setting, settings_of
+from slagen.settings import Setting, settings_of, with_complements
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Fields:
                 found.append(_parameter(setting.field, setting.kind, default, hidden))
             else:
                 found.append(_parameter(setting.field, _kind(setting), default, _option(setting, help)))
+            if complement := setting.about.complement:
+                help = (
+                    f"Fraction of key blocks attended exactly: 1 - sparsity{'. May be repeated' * _is_list(setting)}."
+                )
+                found.append(_parameter(complement, _kind(setting), None, _option(setting, help, f"--{complement}")))
         return found
 
     def default(self, setting: Setting) -> Any:
@@ -69,7 +74,8 @@ class Fields:
 
     def read(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take the config's values out of what Typer parsed. Raises UsageError."""
-        values = {setting.field: given.pop(setting.field) for setting in self.settings()}
+        typed = [name for s in self.settings() for name in (s.field, s.about.complement) if name]
+        values = with_complements(self.config, {name: given.pop(name) for name in typed})
         for setting in self.settings():
             value, read = values[setting.field], setting.about.read
             if _is_list(setting):

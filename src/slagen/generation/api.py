@@ -17,7 +17,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.preflight import check_run
 from slagen.generation.result import GenerateResult
 from slagen.io.forms import shown
-from slagen.settings import no_argument, settings_of
+from slagen.settings import no_argument, settings_of, with_complements
 
 LOGGER = logging.getLogger("slagen")
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
@@ -38,9 +38,9 @@ def generate(
             writes nothing: the frames are in the result.
         on_event: called with every `slagen.events.Event`: stages, steps, notes and warnings. None: warnings are
             Python's, and notes go to the logger "slagen".
-        settings: any field of `GenerateConfig`: model, seed, num_videos, width, height, num_frames, steps, sparsity,
-            attention, device and so on; and the options of the attention method. What is left out is the model's own
-            default.
+        settings: any field of `GenerateConfig`: model, seed, num_videos, width, height, num_frames, steps, sparsity (or
+            keep, which is 1 - sparsity), attention, device and so on; and the options of the attention method. What is
+            left out is the model's own default.
     Returns: the videos, with frames (T, H, W, 3) uint8, report and paths.
     Raises: TypeError for an argument that there is not, SlagenError for all else that cannot be: UsageError for a value
         that cannot work, WeightsError for weights that do not fit, EnvironmentProblem for what this machine lacks.
@@ -53,7 +53,7 @@ def generate(
 
 
 def _config(given: dict[str, Any]) -> GenerateConfig:
-    own = registry.own_settings(GenerateConfig)
+    own, given = registry.own_settings(GenerateConfig), with_complements(GenerateConfig, given)
     known = {setting.field: setting.kind for setting in (*settings_of(GenerateConfig), *own)}
     for name in given.keys() - known.keys():
         raise no_argument("generate", name, known.keys() - {"prompt"}, **_instead(name, set(known)))

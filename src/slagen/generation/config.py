@@ -122,7 +122,7 @@ class GenerateConfig:
     sparsity: float | None = option(
         None,
         "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained, or the method's own.",
-        panel=ATTENTION, prompt_line=True,
+        panel=ATTENTION, prompt_line=True, complement="keep",
     )  # fmt: skip
     sla_topk: float | None = option(
         None,
@@ -282,7 +282,7 @@ def _check_attention(config: GenerateConfig) -> None:
     """Raise UsageError for a method that there is not, and for what it does not take."""
     method = registry.get(config.attention)
     if method.family == "dense" and (config.sparsity is not None or config.sla_topk is not None):
-        raise UsageError("dense attention has no sparsity. Leave --sparsity out.")
+        raise UsageError("dense attention has no sparsity. Leave --sparsity and --keep out.")
     if method.family == "dense" and (config.block_m is not None or config.block_n is not None):
         raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
     for name, value in config.attention_settings.items():

@@ -22,7 +22,7 @@ from slagen.io.forms import Fault, shown
 from slagen.io.paths import user_path
 from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
 from slagen.io.text import LONG_DASH, cut
-from slagen.settings import settings_of
+from slagen.settings import settings_of, with_complements
 
 MAX_FILE = 16 * 2**20
 MAX_PROMPTS = 100_000
@@ -33,6 +33,7 @@ SIZES = ("size", "width", "height", "resolution", "aspect_ratio")
 TYPES = {  # of what a line may say beside its prompt, by option: all that may differ within one loaded model
     **{"size": str, "resolution": str, "aspect-ratio": str, "id": str},
     **{setting.name: setting.kind for setting in SETTINGS.values() if setting.about.prompt_line},
+    **{s.about.complement: s.kind for s in SETTINGS.values() if s.about.prompt_line and s.about.complement},
 }
 ELSEWHERE = {*(setting.name for setting in SETTINGS.values()), *peers.NAMES.values(), "json"} - {*TYPES, "prompt"}
 
@@ -341,6 +342,7 @@ def _request(entry: dict[str, Any], where: str) -> Request:
         raise _Fault(f"id is {shown(name)}, but must be letters, digits, dots, dashes and underscores, at most 80")
     fields = {option.replace("-", "_"): value for option, value in entry.items()}
     try:
+        fields = with_complements(GenerateConfig, fields)
         size = clip_size(**{key: fields.pop(key) for key in SIZES if key in fields})
     except UsageError as error:
         raise _Fault(str(error)) from None

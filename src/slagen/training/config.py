@@ -159,8 +159,8 @@ class FinetuneConfig:
     sparsity: float | None = option(
         None,
         "Fraction of key blocks not attended exactly. Default: as the model's SLA weights were trained, or 0.95.",
-        panel=MODEL,
-    )
+        panel=MODEL, complement="keep",
+    )  # fmt: skip
     negligible: float | None = option(None, "Fraction of key blocks that neither branch attends to.", panel=MODEL)
     linear_domain: LinearDomain | None = option(None, "Key blocks in the linear branch: all or marginal.", panel=MODEL)
     feature_map: FeatureMap | None = option(
