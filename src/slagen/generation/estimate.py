@@ -20,7 +20,7 @@ from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_trained_with
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
-from slagen.generation.fill_defaults import check_size, fill_defaults
+from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes
 from slagen.generation.preflight import check_run
 from slagen.generation.run_estimate import (
     CpuMemory,
@@ -120,6 +120,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
     notes += [config.policy.note(tokens, part) or ""] * (part.share > 0) + kept.notes(method.name)
+    notes += recommended_notes(asked, config)
     flops = _flops(model, method, attention, grid, part)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(

@@ -6,7 +6,7 @@ from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.sizes import check_grid
 from slagen.wan.defaults import ModelDefaults
-from slagen.wan.presets import check_sampler
+from slagen.wan.presets import check_sampler, recommended_policy
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
 FILLED = ("width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift", "negative_prompt")
@@ -25,7 +25,26 @@ def fill_defaults(
     defaults = for_weights(defaults, distilled)
     config = choose_sampler(config, defaults, distilled, warnings)
     missing = {name: getattr(defaults, name) for name in FILLED if getattr(config, name) is None}
+    if not distilled:
+        missing |= _recommended(config)
     return dataclasses.replace(config, **missing)
+
+
+def _recommended(config: GenerateConfig) -> dict[str, str]:
+    """What the model's preset would run dense with the attention that is asked for, as far as nothing is asked for."""
+    policy = recommended_policy(config.model, config.attention)
+    dense = {"dense_steps": policy.dense_steps, "dense_layers": policy.dense_layers}
+    return {name: text for name, text in dense.items() if text is not None and getattr(config, name) is None}
+
+
+def recommended_notes(asked: GenerateConfig, filled: GenerateConfig) -> list[str]:
+    """One line on what runs dense because a preset recommends it; none where it is asked for, or nothing is."""
+    names = [name for name in ("dense_steps", "dense_layers") if getattr(asked, name) != getattr(filled, name)]
+    if not names or filled.attention != asked.attention:
+        return []
+    chosen = " and ".join(f"{name} {getattr(filled, name)}" for name in names)
+    none = " and ".join(f"--{name.replace('_', '-')} 0%" for name in names)
+    return [f"{chosen}, as {filled.model} recommends for {filled.attention}; {none} to run none dense"]
 
 
 def check_size(config: GenerateConfig, spatial_grid: int) -> tuple[int, int, int]:

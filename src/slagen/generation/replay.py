@@ -21,7 +21,7 @@ from slagen.io.reading import file_hash
 from slagen.settings import names_where
 from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
 from slagen.wan.models import check_recorded_model
-from slagen.wan.presets import PRESETS
+from slagen.wan.presets import PRESETS, recommended_policy
 
 AS_THEY_ARE = names_where(GenerateConfig, lambda option: option.pixels) - {  # recorded under the same name
     "width", "height", "sparsity", "sla_topk", "ode",
@@ -102,6 +102,9 @@ def replay(
         width, height = (int(size) for size in settings["size"].split("x"))
         if "sparsity" in registry.get(settings["attention"]).option_names:
             fields["sparsity"] = settings["sparsity"]
+        for name in ("dense_steps", "dense_layers"):  # what a preset recommends now is not what ran then
+            if getattr(recommended_policy(settings["model"], settings["attention"]), name) is not None:
+                fields.setdefault(name, "0%")
         fields["attention_options"] = tuple(settings.get("attention_options", {}).items())
         with scratch() as folder:
             config = GenerateConfig(

@@ -27,7 +27,7 @@ from slagen.formats.peek import Found, lacks_settings, peek
 from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
-from slagen.generation.fill_defaults import check_size, fill_defaults
+from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes
 from slagen.io.paths import user_path
 from slagen.settings import changed
 from slagen.wan.folder import ModelSource, bundled_folder
@@ -220,7 +220,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     weights = weights or find_weights(config)
     source, method = weights.source, with_delta(registry.get(config.attention), config.delta)
     notes, warnings = list(weights.notes), list[str]()
-    config = fill_defaults(config, source.defaults, weights.distilled, warnings)
+    asked, config = config, fill_defaults(config, source.defaults, weights.distilled, warnings)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     size = check_size(config, source.spatial_grid)
@@ -242,6 +242,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         config = config.with_dense_attention()
     elif (note := method.note(attention, options, grid)) is not None:
         notes.append(note)
+    notes += recommended_notes(asked, config)
     dense = config.policy.resolve(config.steps or 1, source.shape.num_layers, grid.num_tokens)
     if (dense_note := config.policy.note(grid.num_tokens, dense)) is not None:
         notes.append(dense_note)

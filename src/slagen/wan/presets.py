@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slagen.attention.cost import ModelShape
 from slagen.attention.learned import label
+from slagen.attention.policy import AttentionPolicy
 from slagen.attention.protocol import Method
 from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
@@ -39,6 +40,7 @@ class Preset:
             asked of the hub, as nothing here was able to verify them.
         sla: what its SLA weights were trained with; None where it has none.
         recommended: the attention method to run its weights with, where that is not the default.
+        policy: what runs dense with that method unless it is asked for otherwise.
     """
 
     name: str
@@ -49,21 +51,24 @@ class Preset:
     defaults: ModelDefaults
     sla: SLAConfig | None = None
     recommended: str | None = None
+    policy: AttentionPolicy = AttentionPolicy()
 
 
 _WAN = ModelDefaults(negative_prompt=WAN_NEGATIVE_PROMPT)
 _TURBO = ModelDefaults(steps=4, guidance_scale=1.0, sampler="rcm", training=TrainingDefaults(caption_dropout=0.0))
 _WAN_720P = dataclasses.replace(_WAN, flow_shift=5.0, width=1280, height=720)
 _TURBO_720P = dataclasses.replace(_TURBO, width=1280, height=720)
+# As in the paper's figures for Wan, with tau 1: Sol-Attn, arXiv:2607.24027.
+_SOL = AttentionPolicy(dense_steps="20%", dense_layers="0")
 _BASE_1_3B, _BASE_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
 PRESETS = {
     preset.name: preset
     for preset in (
         Preset("wan2.1-t2v-1.3b", "Wan2.1 1.3B, best at 480p", _BASE_1_3B, None, WAN_1_3B, _WAN,
-               recommended="sol"),
+               recommended="sol", policy=_SOL),
         Preset("wan2.1-t2v-14b", "Wan2.1 14B, best at 720p", _BASE_14B, None, WAN_14B, _WAN_720P,
-               recommended="sol"),
+               recommended="sol", policy=_SOL),
         Preset("turbowan2.1-t2v-1.3b-480p", "TurboDiffusion 1.3B: SLA and 4 steps", _BASE_1_3B,
                "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, _TURBO, TURBO_SLA),
         Preset("turbowan2.1-t2v-14b-480p", "TurboDiffusion 14B: SLA and 4 steps", _BASE_14B,
@@ -73,6 +78,13 @@ PRESETS = {
     )
 }  # fmt: skip
 CUDA_DEFAULT = "turbowan2.1-t2v-1.3b-480p"  # the only public SLA weights of a size that every card runs
+
+
+def recommended_policy(model: str | None, attention: str) -> AttentionPolicy:
+    """What runs dense of a model's clips with an attention method unless it is asked for otherwise: nothing, but for
+    a preset that recommends the method."""
+    preset = PRESETS.get(model or "")
+    return AttentionPolicy() if preset is None or preset.recommended != attention else preset.policy
 
 
 def local_folder(model: str) -> Path | None:

@@ -18,6 +18,7 @@ from slagen.attention.protocol import Grid
 from slagen.cli.main import run as slagen
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.sla import weights_hash
+from slagen.generation import replay as replaying
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
@@ -232,11 +233,62 @@ def test_sla_of_weights_without_it_offers_sol(tmp_path, capsys):
 
 
 def test_plan_says_that_the_density_is_an_estimate():
-    content = plan(GenerateConfig("a", model="wan2.1-t2v-1.3b", attention="sol"))
+    none = {"dense_steps": "0%", "dense_layers": "0%"}
+    content = plan(GenerateConfig("a", model="wan2.1-t2v-1.3b", attention="sol", **none))
     assert content.flops_of == "sol" and content.key_blocks == 512
     assert content.kept_fraction == pytest.approx(0.163, abs=1e-3)
     assert any("tau 1 -> about 16% of key blocks" in text and "estimates" in text for text in content.notes)
     assert 5 < content.flops.dense_attention / content.flops.sla_attention < 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "layers", "said"),
+    [
+        ({}, list(range(10)), [0], "dense_steps 20% and dense_layers 0, as wan2.1-t2v-14b recommends for sol"),
+        ({"tau": 1.3}, list(range(10)), [0], "dense_steps 20% and dense_layers 0"),
+        (
+            {"dense_steps": "0-1"},
+            [0, 1],
+            [0],
+            "note: dense_layers 0, as wan2.1-t2v-14b recommends for sol",
+        ),
+        ({"dense_steps": "0%", "dense_layers": "-1"}, None, [39], None),
+        ({"attention": "mean"}, None, None, None),
+        ({"model": "turbowan2.1-t2v-14b-480p"}, None, None, None),
+    ],
+    ids=["alone", "tau", "steps", "both", "another-method", "another-preset"],
+)
+def test_stock_presets_run_sol_with_dense_steps_and_a_dense_layer(changes, steps, layers, said):
+    """As in the paper's figures, unless others are given."""
+    tau = {"attention_options": (("tau", changes["tau"]),)} if "tau" in changes else {}
+    fields = {"model": "wan2.1-t2v-14b", "attention": "sol", **changes, **tau}
+    fields.pop("tau", None)
+    content = plan(GenerateConfig("a", **fields))
+    assert (content.settings.get("dense_steps"), content.settings.get("dense_layers")) == (steps, layers)
+    notes = [f"note: {note}" for note in content.notes]
+    assert any(said in note for note in notes) if said else not any("recommends" in note for note in notes)
+    if not changes:  # 20 % of the steps, and of the others 1 layer of 40
+        sparse = SOL.density(SolConfig(), Grid(21, 45, 80))
+        assert content.kept_fraction == pytest.approx(1 - 0.8 * 39 / 40 * (1 - sparse))
+
+
+def test_a_replay_does_not_take_what_a_preset_recommends_since(tmp_path, monkeypatch):
+    config = settings(save_pipeline(tmp_path / "model"), tmp_path / "a.mp4", attention="sol")
+    generate(config)
+    file = tmp_path / "a.json"
+    report = json.loads(file.read_text())
+    ran = []
+    monkeypatch.setattr(replaying, "generate", lambda config, on_event: ran.append(config) or stop())
+
+    def stop():
+        raise KeyError("stopped")
+
+    for told in ({}, {"dense_steps": "20%", "dense_layers": "0"}):
+        report["settings"].update(model="wan2.1-t2v-1.3b", **told)
+        file.write_text(json.dumps(report))
+        with pytest.raises(UsageError, match="stopped"):
+            replaying.replay(str(file))
+    assert [(c.dense_steps, c.dense_layers) for c in ran] == [("0%", "0%"), ("20%", "0")]
 
 
 @pytest.mark.slow

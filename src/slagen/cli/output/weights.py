@@ -8,6 +8,7 @@ from slagen.cli.console import write_json, write_table
 from slagen.cli.table import Cell, Table
 from slagen.generation.peers import SET_IN_TRAINING
 from slagen.io.text import counted, line
+from slagen.wan.presets import recommended_policy
 
 if TYPE_CHECKING:
     from slagen.generation.latents import LatentsInfo
@@ -30,7 +31,11 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
         if sla is not None:
             said.append(f"SLA trained at sparsity {sla.sparsity:g}, blocks {sla.block_m}x{sla.block_n}")
         if row.recommended_attention is not None:
-            said.append(f"recommended: --attention {row.recommended_attention}, which needs no training")
+            policy = recommended_policy(row.name, row.recommended_attention)
+            said.append(
+                f"recommended: --attention {row.recommended_attention}, which needs no training (with --dense-steps "
+                f"{policy.dense_steps} and --dense-layers {policy.dense_layers} unless others are given)"
+            )
         said.append(f"from {row.weights or row.base or 'the installed package'}")
         table.add_row(row.name, Cell("\n".join(map(line, said))))
     write_table(table)
