@@ -32,8 +32,7 @@ SETTINGS = {setting.field: setting for setting in settings_of(GenerateConfig)} |
 SIZES = ("size", "width", "height", "resolution", "aspect_ratio")
 TYPES = {  # of what a line may say beside its prompt, by option: all that may differ within one loaded model
     **{"size": str, "resolution": str, "aspect-ratio": str, "id": str},
-    **{setting.name: setting.kind for setting in SETTINGS.values() if setting.about.prompt_line},
-    **{s.about.complement: s.kind for s in SETTINGS.values() if s.about.prompt_line and s.about.complement},
+    **{name: s.kind for s in SETTINGS.values() if s.about.prompt_line for name in (s.name, s.about.complement) if name},
 }
 ELSEWHERE = {*(setting.name for setting in SETTINGS.values()), *peers.NAMES.values(), "json"} - {*TYPES, "prompt"}
 
@@ -340,9 +339,8 @@ def _request(entry: dict[str, Any], where: str) -> Request:
     name = entry.pop("id", "")
     if name and not re.fullmatch(r"[\w][\w.-]{0,79}", name):
         raise _Fault(f"id is {shown(name)}, but must be letters, digits, dots, dashes and underscores, at most 80")
-    fields = {option.replace("-", "_"): value for option, value in entry.items()}
     try:
-        fields = with_complements(GenerateConfig, fields)
+        fields = with_complements(GenerateConfig, {name.replace("-", "_"): value for name, value in entry.items()})
         size = clip_size(**{key: fields.pop(key) for key in SIZES if key in fields})
     except UsageError as error:
         raise _Fault(str(error)) from None
