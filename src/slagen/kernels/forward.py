@@ -219,8 +219,7 @@ def sla_forward(
         save: also return what `sla_backward` needs.
         out: where o is written; None makes it. Where marginal and not `save`, heads are taken in groups whose states
             fit in STATES_BYTES.
-        block_means: of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32, where they are known;
-            None takes them here.
+        block_means: of the blocks of q and of k, (B * H, M, D) and (B * H, N, D) float32; None takes them here.
         scores: (B * H, M, N) float32, by which key blocks are ranked; None takes the products of those means.
     Returns:
         o: (B, H, L, D) in q's dtype, laid out as q is.
@@ -246,9 +245,7 @@ def sla_forward(
     pooling = block_means is None and scores is None and (sparse or bounded)
     k_means, states, zs = _key_states(k, v, weight, block_n, feature_map, marginal, pooling)
     if sparse or bounded:
-        if scores is None:
-            q_means, k_means = (pool(q, block_m), k_means) if block_means is None else block_means
-            scores = torch.bmm(q_means, k_means.mT)
+        scores = _scores(q, k_means, block_m, block_means) if scores is None else scores
         kv_indices, classes = select(scores, num_critical, num_negligible, classes=bounded or (save and sparse))
     if sparse and save:
         q_indices, q_offsets = column_lists(classes, num_critical)
@@ -262,6 +259,12 @@ def sla_forward(
     if not save:
         return o, *nothing
     return o, lse, kv_indices if sparse else nothing[1], classes, q_indices, q_offsets, state, z
+
+
+def _scores(q: Tensor, k_means: Tensor, block_m: int, block_means: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The products of the means of the blocks of q and of k, (B * H, M, N) float32."""
+    q_means, k_means = (pool(q, block_m), k_means) if block_means is None else block_means
+    return torch.bmm(q_means, k_means.mT)
 
 
 def _nothing(q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

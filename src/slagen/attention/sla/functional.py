@@ -66,10 +66,7 @@ def sparse_linear_attention(
         raise ValueError(f"config is {config!r}; it must be an SLAConfig. Try SLAConfig().")
     _check_means(q, config, block_means)
     scale = pick_scale(q, scale)
-    if branches not in BRANCHES:
-        raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(BRANCHES)}.")
-    if branches == "linear" and proj_weight is None:
-        raise ValueError("branches is 'linear', but the linear branch needs proj_weight. Give proj_weight.")
+    _check_branches(branches, proj_weight)
     chosen = choose_backend(q, backend)
     if branches == "sparse":
         proj_weight = proj_bias = None
@@ -149,6 +146,13 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, 
                 f"for head dimension {head_dim} it must be {shape}, floating point."
             )
         _check_device(name, tensor, q)
+
+
+def _check_branches(branches: str, proj_weight: Tensor | None) -> None:
+    if branches not in BRANCHES:
+        raise ValueError(f"branches is {branches!r}; it must be one of {', '.join(BRANCHES)}.")
+    if branches == "linear" and proj_weight is None:
+        raise ValueError("branches is 'linear', but the linear branch needs proj_weight. Give proj_weight.")
 
 
 def _check_means(q: Tensor, config: SLAConfig, block_means: tuple[Tensor, Tensor] | None) -> None:
