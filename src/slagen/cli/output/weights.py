@@ -8,7 +8,6 @@ from slagen.cli.console import write_json, write_table
 from slagen.cli.table import Cell, Table
 from slagen.generation.peers import SET_IN_TRAINING
 from slagen.io.text import counted, line
-from slagen.wan.presets import recommended_policy
 
 if TYPE_CHECKING:
     from slagen.generation.latents import LatentsInfo
@@ -22,6 +21,8 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
     if as_json:
         write_json([row.to_dict() for row in rows])
         return
+    from slagen.wan.presets import recommended_policy
+
     table = Table()
     for row in rows:
         sampler = f"{row.steps} x {row.sampler}"
