@@ -174,7 +174,7 @@ def test_weights_of_another_method_are_refused(tuned, tmp_path):
         WeightsError, match="holds SLA weights, .* not work with gate attention. Give --attention sla, or other"
     ):
         generate(video("tiny-wan", tmp_path))
-    with pytest.raises(WeightsError, match="has no weights of gate attention, .* finetune --attention gate --from-den"):
+    with pytest.raises(WeightsError, match="has no gate weights, .* finetune --attention gate --from-den"):
         generate(video(model, tmp_path))
     pipe = build_pipeline()
     with pytest.raises(WeightsError, match="holds gate attention weights, which do not work with SLA"):

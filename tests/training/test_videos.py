@@ -340,9 +340,9 @@ def test_every_fault_is_told_at_once(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(["{", *map(json.dumps, lines)]))
     with pytest.raises(UsageError, match="has 10 faults") as caught:
         look_at(tmp_path)
-    for part in ("data.jsonl:1: is not valid JSON", "data.jsonl:4: has no caption",
+    for part in ("data.jsonl:1: is not valid JSON", "data.jsonl:4: the entry has no caption",
                  "data.jsonl:6: gone.mp4 does not exist", "data.jsonl:7: xxx",
-                 "data.jsonl:8: has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
+                 "data.jsonl:8: the entry has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
         assert part in str(caught.value)
 
 
@@ -350,9 +350,9 @@ def test_every_fault_is_told_at_once(tmp_path):
     "name, text, message",
     [
         ("a.jsonl", "{", "a.jsonl:1: is not valid JSON"), ("a.jsonl", "", "lists no videos"),
-        ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: has too many columns; put the caption in"),
-        ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: is not valid CSV"),
-        ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: is not(.|\n)*:4: c.mp4"),
+        ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: the line has too many columns; put the"),
+        ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: the line is not valid CSV"),
+        ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: the line(.|\n)*:4: c.mp4"),
         ("metadata.csv", "a,b\n1,2\n", "lacks a column"), ("videos2caption.json", "{}", "does not contain a list"),
         ("a.txt", "x", "is not a list of videos"), ("a.csv", b"\xff\xfe", "cannot be read as UTF-8"),
     ],
@@ -364,8 +364,8 @@ def test_lists_that_are_none(tmp_path, name, text, message):
 
 
 WANTED = (
-    "Expected: video_path and caption (musubi); path and cap (FastVideo); video and prompt (DiffSynth); "
-    "file_name and text or caption or prompt (Hugging Face). Rename the "
+    "Expected: video_path with caption (as in musubi); path with cap (as in FastVideo); video with prompt (as in "
+    "DiffSynth); file_name with text or caption or prompt (as in Hugging Face). Rename the "
 )
 
 
@@ -434,7 +434,7 @@ def test_folders_without_a_set(tmp_path):
     (tmp_path / "b.txt").write_text("  \n")
     (tmp_path / "._b.mp4").write_bytes(b"what a Mac puts beside a file")
     (tmp_path / "c.mp4").symlink_to(tmp_path / "gone.mp4")
-    with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: is a broken link"):
+    with pytest.raises(UsageError, match="3 faults(.|\n)*c.mp4: the video is a broken link"):
         look_at(tmp_path)
     (tmp_path / "d.jsonl").write_text(json.dumps({"video_path": "pictures", "caption": "a"}))
     (tmp_path / "._d.jsonl").write_bytes(b"what a Mac puts beside a file")

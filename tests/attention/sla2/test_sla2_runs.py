@@ -118,7 +118,7 @@ def test_generate_and_plan_run_it(tuned, tmp_path, capsys):
     assert len(hashes) == 3
     content = plan(dataclasses.replace(config, output="outputs"))
     assert content.to_dict()
-    with pytest.raises(WeightsError, match="has no weights of sla2 attention"):
+    with pytest.raises(WeightsError, match="has no sla2 weights"):
         generate(video(model, tmp_path))
     with pytest.raises(UsageError, match="sla attention does not use sla2 attention weights"):
         generate(video(model, tmp_path, attention="sla", weights=str(folder)))
