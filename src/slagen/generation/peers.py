@@ -67,7 +67,7 @@ VALUES = {
 _IMAGE = "image-to-video is not supported yet"
 _VIDEO = "video-to-video and control videos are not supported yet"
 _LORA = (
-    "LoRA weights are not supported yet in generation; slagen merge adds the change of one fine-tuned model to another"
+    "LoRA weights are not supported yet in generation; slagen merge adds the change of a fine-tuned model to another"
 )
 _MEMORY = "slagen offloads models automatically when they do not fit on the GPU together"
 _GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
