@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="pipeline with SLA weights")
     parser.add_argument("new", type=Path, help="pipeline whose transformer was trained on from the old one's")
+    parser.add_argument("--order", choices=("raster", "cube"), help="of tokens, in place of the old one, to tune on in")
     args = parser.parse_args()
     old, new = (WanTransformer3DModel.from_pretrained(folder / "transformer") for folder in (args.old, args.new))
     before, after = ({k: x.float() for k, x in model.state_dict().items()} for model in (old, new))
@@ -29,7 +30,8 @@ def main() -> None:
     if metadata.base_hash != weights_hash(old):
         raise SystemExit(f"{args.old / SLA_FILE} was not made for the transformer beside it.")
     carried = {k: (x + after[k] - before[k] if k in after else x).half() for k, x in tensors.items()}
-    metadata = dataclasses.replace(metadata, base_hash=weights_hash(new))
+    config = metadata.config if args.order is None else dataclasses.replace(metadata.config, order=args.order)
+    metadata = dataclasses.replace(metadata, base_hash=weights_hash(new), config=config)
     save_file(carried, args.new / SLA_FILE, metadata=metadata.to_strings())
     print(args.new / SLA_FILE)
 
