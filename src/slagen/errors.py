@@ -13,7 +13,7 @@ FLAGS = {
 }  # fmt: skip
 # Words behind an option that are not its value.
 NO_VALUES = {
-    "adds", "and", "are", "begins", "both", "compares", "counts", "for", "generates", "gives", "has", "holds", "in",
+    "adds", "and", "are", "begins", "both", "compares", "counts", "excludes", "for", "generates", "gives", "has", "holds", "in",
     "is", "makes", "measures", "names", "needs", "or", "out", "over", "saves", "say", "says", "select", "selects",
     "starts", "takes", "the", "those", "to", "tries", "wants", "was", "where", "with", "writes", "wrote",
 }  # fmt: skip
@@ -132,5 +132,5 @@ def of_memory(error: BaseException, command: str = "generate") -> str:
     """What to say of it, and what of this command takes less."""
     notes = getattr(error, "__notes__", [])
     stage = next((f" {note}" for note in notes if note.startswith(STAGE)), "")
-    less = LESS.get(command, "a smaller --size, fewer --num-frames, ")
-    return f"out of memory{stage}. Try {less}{'or ' if less else ''}to close other programs."
+    less = LESS.get(command, "a smaller --size, a lower --num-frames, ")
+    return f"out of memory{stage}. Try {less}{'or ' if less else ''}closing other programs."

@@ -49,7 +49,7 @@ def test_methods_are_those_of_the_command():
         (("fast",), {}, UsageError, "attention is 'fast', but must be one of"),
         (("sol",), {"taus": 1}, TypeError, r"attend\(\) has no argument 'taus'. Did you mean tau"),
         (("sol",), {"tau": float("nan")}, UsageError, "tau is nan"),
-        (("sol",), {"backend": "sdpa"}, UsageError, "sol attention has auto, reference, torch, triton"),
+        (("sol",), {"backend": "sdpa"}, UsageError, "one of auto, reference, torch, triton for sol attention"),
         (("vsa",), {}, UsageError, "Give grid="),
         (
             ("delta",),

@@ -151,7 +151,7 @@ def test_the_command_line_generates_and_plans(name, tmp_path, capsys):
         (["--attention", "nabla", "--sliding-tile", "3"], "sliding_tile is '3', but must be three numbers"),
         (
             ["--attention", "nabla", "--backend", "triton"],
-            "backend is 'triton', but nabla attention has auto, reference",
+            "backend is 'triton', but must be one of auto, reference",
         ),
         (["--attention", "nabla", "--block-m", "64"], "block-m is not an option of nabla attention"),
     ],

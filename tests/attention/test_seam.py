@@ -193,7 +193,9 @@ def test_bench_of_a_model(toy, tmp_path):
     assert all(row.step_ms.median > 0 and row.attention_ms.median > 0 for row in rows)
     named = dataclasses.replace(config, methods=("window", "linear"))
     assert [method.name for method in named.loop_methods] == ["linear", "window"]
-    with pytest.raises(UsageError, match="method is 'flex', but a denoising loop is timed with sla, .*, window, "):
+    with pytest.raises(
+        UsageError, match="method is 'flex', but the denoising loop can be timed only with sla, .*, window, "
+    ):
         dataclasses.replace(config, methods=("flex",))
 
 
@@ -229,8 +231,8 @@ def test_slagen_methods(toy, capsys, monkeypatch):
         ),
         ({"attention_options": (("window", -1),)}, "window is -1, but must be 0 or above"),
         ({"backend": "triton"}, "window attention has one implementation only"),
-        ({"attention": "dense", "backend": "triton"}, "backend is 'triton', but dense attention has auto, sdpa,"),
-        ({"attention": "sla", "backend": "sdpa"}, "sla attention has auto, reference, torch, triton"),
+        ({"attention": "dense", "backend": "triton"}, "backend is 'triton', but must be one of auto, sdpa,"),
+        ({"attention": "sla", "backend": "sdpa"}, "one of auto, reference, torch, triton for sla attention"),
     ],
 )
 def test_what_a_method_does_not_take(toy, tmp_path, changes, said):

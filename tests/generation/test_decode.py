@@ -61,7 +61,7 @@ def test_what_takes_less_memory_is_what_decode_has(toy, video, tmp_path, monkeyp
     assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 1
     told = " ".join(capsys.readouterr().err.split())
     assert "Close other programs, or use --device cuda" in told and "--size" not in told and "--num-frames" not in told
-    assert of_memory(MemoryError(), "decode") == "out of memory. Try to close other programs."
+    assert of_memory(MemoryError(), "decode") == "out of memory. Try closing other programs."
 
 
 def test_info_shows_latents_and_how_to_decode_them(video, capsys):

@@ -255,7 +255,7 @@ def test_a_card_is_found_without_torch(monkeypatch):
 
 def test_generate_out_of_memory(monkeypatch):
     monkeypatch.setattr(generate, "_run", out_of_memory)
-    with pytest.raises(SlagenError, match="out of memory at 128x128, 17 frames. Try fewer --num-frames"):
+    with pytest.raises(SlagenError, match="out of memory at 128x128, 17 frames. Try a lower --num-frames"):
         generate.generate(GenerateConfig("a red circle", model=BUNDLED, device="cpu"))
 
 
@@ -401,7 +401,7 @@ def test_selftest_benches_wan_on_a_card(monkeypatch):
     row = BenchRow("sla", "sla", "triton", "1x12x4096x128", "bfloat16", 0.95, correct=True, speedup=2.0)
     monkeypatch.setattr(bench, "bench", lambda config: asked.append(config) or BenchResult(MACHINE, [row]))
     for device in (GPU, CPU):
-        assert selftest._bench(device, []) == "SLA against dense attention: 2.00x at 1x12x4096x128"
+        assert selftest._bench(device, []) == "speed-up of SLA over dense attention: 2.00x at 1x12x4096x128"
     assert asked[0].shapes == ("wan-1.3b-480p",) and asked[0].device == "auto"
     assert asked[1].shapes == ("1x2x4096x64",) and asked[1].device == "cpu"
 

@@ -73,7 +73,11 @@ def test_settings_by_name_and_a_warning_that_nothing_is_trained():
         ({"negligible": 0.1}, UsageError, "Try linear_domain='marginal', or negligible=0."),
         ({"sparsty": 0.9}, TypeError, r"apply_sla\(\) has no argument 'sparsty'. Did you mean sparsity\?"),
         ({"topk": 0.1}, TypeError, r"apply_sla\(\) has no argument 'topk'. Give sparsity, which is 1 - topk."),
-        ({"backend": "foo"}, UsageError, "backend is 'foo', but sla attention has auto, reference, torch, triton."),
+        (
+            {"backend": "foo"},
+            UsageError,
+            "backend is 'foo', but must be one of auto, reference, torch, triton for sla attention.",
+        ),
         ({"branches": "foo"}, UsageError, "branches is 'foo', but must be one of both, sparse, linear."),
         ({"config": 0.9}, UsageError, "config is 0.9, but must be an SLAConfig. Try slagen.SLAConfig"),
     ],

@@ -108,8 +108,10 @@ class Remembered:
         if self.num_bytes == 0:
             return []
         size = f"{self.num_bytes / 2**30:.1f} GiB" if self.num_bytes >= 2**30 else f"{self.num_bytes / 2**20:.1f} MiB"
-        where = counted(self.layers, "layer") + " for each pass of guidance" * (self.passes == 2)
-        return [f"{name} attention keeps {size} from step to step, in {where}; --dense-layers takes layers out of it"]
+        where = counted(self.layers, "layer") + ", for both guidance passes" * (self.passes == 2)
+        return [
+            f"{name} attention stores {size} in all between steps ({where}); --dense-layers excludes layers from that"
+        ]
 
 
 def _parse(name: str, text: object) -> list[tuple[int, int]] | float:

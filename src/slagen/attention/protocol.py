@@ -335,7 +335,8 @@ class Method:
         if names == ["auto"]:
             raise UsageError(f"{self.name} attention has one implementation only. Leave --backend out.")
         raise UsageError(
-            f"backend is {shown(name)}, but {self.name} attention has {', '.join(names)}. Leave --backend out for auto."
+            f"backend is {shown(name)}, but must be one of {', '.join(names)} for {self.name} attention. Leave "
+            "--backend out for auto."
         )
 
     def check_context_parallel(self) -> None:

@@ -168,7 +168,8 @@ class BenchConfig:
         for name in self.methods:
             if name not in known:
                 raise UsageError(
-                    f"method is {shown(name)}, but a denoising loop is timed with {', '.join(known)}. Leave it out."
+                    f"method is {shown(name)}, but the denoising loop can be timed only with {', '.join(known)}. "
+                    "Choose one of these, or leave --method out."
                 )
 
     @property

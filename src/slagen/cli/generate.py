@@ -165,7 +165,7 @@ def replay(
     *,
     path: Annotated[str, typer.Argument(metavar="PATH", help="A video that slagen generated, or its .json report.")],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Keep the new video under this name.", metavar="FILE")
+        str | None, typer.Option("--output", "-o", help="Save the new video to this file.", metavar="FILE")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The model that generated it, if that has moved.")

@@ -214,7 +214,7 @@ def _bench(device: torch.device, rows: list[BenchRow]) -> str:
     wrong = [f"{row.method}: {row.reason}" for row in result.rows if row.correct is False]
     if wrong:
         raise Wrong("; ".join(wrong))
-    return f"SLA against dense attention: {', '.join(result.speedups)}"
+    return f"speed-up of SLA over dense attention: {', '.join(result.speedups)}"
 
 
 def shortened(value: Any) -> Any:
@@ -249,10 +249,9 @@ def write(result: Selftest, path: Path) -> None:
 
 def check(result: Selftest) -> None:
     """Raise GateError if a check failed, EnvironmentProblem if one could not run."""
-    for status, problem in ((FAILED, GateError), (MISSING, EnvironmentProblem)):
+    for status, verb, problem in ((FAILED, "failed", GateError), (MISSING, "could not run", EnvironmentProblem)):
         found = [row for row in result.checks if row.status == status]
         if found:
             raise problem(
-                f"{len(found)} of {len(result.checks)} checks have the status {status}; the first is "
-                f"{found[0].name}: {found[0].detail}"
+                f"{len(found)} of {len(result.checks)} checks {verb}; the first is {found[0].name}: {found[0].detail}"
             )

@@ -76,7 +76,9 @@ def _merged(
             continue
         merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
         if not is_finite(merged[name]):
-            raise UsageError(f"with weight {weight:g}, {name} exceeds the range of {tensor.dtype}. Try --weight 1.")
+            raise UsageError(
+                f"with --weight {weight:g}, {name} exceeds the range of {tensor.dtype}. Try a weight nearer to 0."
+            )
         changed += not torch.equal(merged[name], tensor)
     copied = [name for name in after if name not in start]
     merged |= {name: after[name] for name in copied}

@@ -115,18 +115,24 @@ class GenerateConfig:
     )  # fmt: skip
     dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
-    attention: Attention = option("sla", "Attention method; slagen methods describes each.", panel=ATTENTION)
+    attention: Attention = option(
+        "sla", "Attention method. The command slagen methods describes them.", panel=ATTENTION
+    )
     backend: AttentionBackend = option(
-        "auto", "Implementation of the attention method; slagen methods lists them.", panel=ATTENTION, metavar="NAME"
+        "auto",
+        "Implementation of the attention method. The command slagen methods lists the choices.",
+        panel=ATTENTION,
+        metavar="NAME",
     )
     sparsity: float | None = option(
         None,
-        "Fraction of key blocks not attended exactly, from 0 to below 1. Default: as trained, or the method's own.",
+        "Fraction of key blocks without exact attention, from 0 to below 1. Default: as trained, or the method's own.",
         panel=ATTENTION, prompt_line=True, complement="keep",
     )  # fmt: skip
     sla_topk: float | None = option(
         None,
-        "Fraction of key blocks attended exactly (1 - sparsity), rounded down as in the published code.",
+        "Fraction of key blocks with exact attention (1 - sparsity). Their number is rounded down, as in the published "
+        "SLA code.",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(

@@ -61,7 +61,7 @@ def generate(
         config = plan.config
         raise SlagenError(
             f"the GPU ran out of memory at {config.width}x{config.height}, {counted(config.num_frames or 0, 'frame')}. "
-            "Try fewer --num-frames or a smaller --size."
+            "Try a lower --num-frames or a smaller --size."
         ) from error
 
 

@@ -148,7 +148,7 @@ def check(needed: Need, width: int, height: int, num_frames: int, advice: str | 
         f"{needed.decode / GIB:.1f}), but {max(0, left) / GIB:.1f} GiB is left of {limit}."
     )
     if advice is None:
-        advice = "Try a smaller --size" + (" or fewer --num-frames" if num_frames > 1 else "")
+        advice = "Try a smaller --size" + (" or a lower --num-frames" if num_frames > 1 else "")
         advice += ", or --dtype bf16" if needed.fresh > needed.decode else ""
     if needed.surely > left:
         raise SlagenError(f"{text} {advice}.")

@@ -119,7 +119,7 @@ def _load(source: str) -> tuple[str, str, bytes]:
 def _bounded(name: str, handle: BinaryIO) -> bytes:
     data = handle.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
-        raise UsageError(f"{name} is longer than {size_of(MAX_FILE)}. Split it into several files.")
+        raise UsageError(f"{name} is larger than {size_of(MAX_FILE)}. Split it into several files.")
     return data
 
 

@@ -51,7 +51,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     with open_regular(path) as handle:
         data = handle.read(most + 1)
     if len(data) > most:
-        raise Fault(f"is longer than {size_of(most)}")
+        raise Fault(f"is larger than {size_of(most)}")
     return data
 
 
@@ -156,7 +156,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_BYTES:
-        raise Fault(f"is longer than {size_of(MAX_YAML_BYTES)}")
+        raise Fault(f"is larger than {size_of(MAX_YAML_BYTES)}")
     tree = _Tree()
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):

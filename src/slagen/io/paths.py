@@ -78,5 +78,5 @@ def user_path(text: str | Path) -> Path:
     except OSError as error:
         raise UsageError(f"{quote_path(text)} cannot be used as a path ({error.strerror}).") from None
     if "\0" in str(text):
-        raise UsageError(f"{quote_path(text)} holds a NUL byte, which no path can hold. Leave it out.")
+        raise UsageError(f"{quote_path(text)} contains a NUL byte, which is not allowed in a path. Remove it.")
     return path

@@ -74,7 +74,9 @@ class DataConfig:
         panel=DATA,
     )
     held_out: int | None = option(
-        None, "Clips held out for validation. Default: a tenth of the clips, from 1 to 16.", panel=DATA
+        None,
+        "Number of clips held out for validation. Default: a tenth of them, at least 1 and at most 16.",
+        panel=DATA,
     )
     width: int | None = option(
         None, "Maximum area of a clip, as width x height; aspect ratios are kept.", panel=DATA, metavar="WxH",
@@ -84,7 +86,7 @@ class DataConfig:
     num_frames: int | None = option(None, "Maximum video frames of a clip, 4k + 1.", panel=DATA)
     fps: int | None = option(None, "Frames per second of the clips.", panel=DATA)
     no_upscale: bool = option(
-        False, "Do not enlarge videos that are smaller than --size; they keep about their own size.", panel=DATA
+        False, "Do not enlarge videos that are smaller than --size; they stay at about their original size.", panel=DATA
     )
 
     def __post_init__(self) -> None:
@@ -158,7 +160,7 @@ class FinetuneConfig:
     )  # fmt: skip
     sparsity: float | None = option(
         None,
-        "Fraction of key blocks not attended exactly. Default: as the model's SLA weights were trained, or 0.95.",
+        "Fraction of key blocks without exact attention. Default: as the model's SLA weights were trained, or 0.95.",
         panel=MODEL, complement="keep",
     )  # fmt: skip
     negligible: float | None = option(None, "Fraction of key blocks that neither branch attends to.", panel=MODEL)

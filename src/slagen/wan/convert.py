@@ -194,8 +194,9 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
             "out_channels": tensors["proj_out.bias"].shape[0] // 4,
         }
     except (KeyError, IndexError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else "has tensors with too few dimensions"
         raise WeightsError(
-            f"{checkpoint.path} lacks {error}, so it is not a complete transformer. Copy or download it again."
+            f"{checkpoint.path} {what}, so it is not a complete transformer. Copy or download it again."
         ) from error
     if not width or width % head_dim:
         raise WeightsError(

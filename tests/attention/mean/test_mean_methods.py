@@ -61,7 +61,7 @@ def test_what_is_out_of_range(config, fields, said):
         (["--attention", "mean", "--tau", "1"], "tau is not an option of mean attention"),
         (["--attention", "sol", "--sparsity", "0.9"], "sparsity is not an option of sol attention"),
         (["--tau", "1"], "give --attention sol."),
-        (["--attention", "sol", "--backend", "sdpa"], "backend is 'sdpa', but sol attention has auto, reference"),
+        (["--attention", "sol", "--backend", "sdpa"], "backend is 'sdpa', but must be one of auto, reference"),
         (["--attention", "sol", "--tau", "inf"], "tau is inf, but must be a finite number"),
     ],
 )

@@ -238,7 +238,7 @@ def test_plans_tell_of_the_memory():
 
     made, sol = told(), told(attention="sol")
     kept = 60 * (32760 * 1536 * 2 + 32760 * 12 * 4) / 2**30
-    said = f"rettention attention keeps {kept:.1f} GiB from step to step, in 30 layers for each pass of guidance"
+    said = f"rettention attention stores {kept:.1f} GiB in all between steps (30 layers, for both guidance passes)"
     assert any(note.startswith(said) for note in made.notes) and not any("from step to" in note for note in sol.notes)
     activations = [each.memory_gib.stages["denoise"].activations for each in (made, sol)]
     assert activations[0] - activations[1] == pytest.approx(kept)
@@ -246,7 +246,7 @@ def test_plans_tell_of_the_memory():
     assert made.settings["dense_steps"] == list(range(15))
     own = told(dense_steps="0%", dense_layers="0-28", guidance_scale=1.0)
     assert "dense_steps" not in own.settings
-    assert any("keeps 97.5 MiB from step to step, in 1 layer;" in note for note in own.notes)
+    assert any("stores 97.5 MiB in all between steps (1 layer);" in note for note in own.notes)
 
 
 def settings(**changes):
@@ -259,7 +259,7 @@ def test_runs_tell_of_it_first_and_need_it(monkeypatch):
     made = make_plan(settings())
     assert made.dense.steps == tuple(range(6)) and "dense_steps" not in made.settings
     assert make_plan(settings(dense_steps="5")).settings == {**made.settings, "dense_steps": "5"}
-    (note,) = [note for note in made.notes if "from step to step" in note]
+    (note,) = [note for note in made.notes if "between steps" in note]
     assert "MiB" in note and made.remembered.passes == 2
     monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (2**28, "this machine's memory"))
     monkeypatch.setattr(Plan, "remembered", Remembered(2**40, 2, 2))
@@ -287,7 +287,7 @@ def test_a_video_and_its_report(tmp_path, capsys):
         (["generate", "a", "--window-fraction", "2"], "window_fraction is 2.0, but must be from 0 to 1. Try"),
         (["generate", "a", "--refresh-steps", "0"], "refresh_steps is 0, but must be a whole number from 1 to 1000"),
         (["generate", "a", "--ratio-growth", "-1"], "ratio_growth is -1.0, but must be a finite number of at least 0"),
-        (["plan", "--backend", "triton"], "backend is 'triton', but rettention attention has auto, reference, torch"),
+        (["plan", "--backend", "triton"], "backend is 'triton', but must be one of auto, reference, torch"),
         (["finetune", "--data", "d"], "rettention attention has no backward pass, so it cannot be fine-tuned"),
         (["bench", "--method", "rettention"], "rettention attention remembers the steps of a clip, so that single"),
     ],

@@ -250,7 +250,10 @@ def test_refuses_what_does_not_fit():
         (lambda: video_sparse_attention(q, k, v, config, grid, gate[:, :1]), "gate is"),
         (lambda: video_sparse_attention(q, k, v, config, Grid(2, 3, 5)), "2 x 3 x 5 has 30 tokens"),
         (lambda: video_sparse_attention(q, k, v, config, cube_order(Grid(2, 3, 5), q.device)), "for 30 tokens"),
-        (lambda: video_sparse_attention(q, k, v, config, grid, backend="triton"), "has auto, reference, torch"),
+        (
+            lambda: video_sparse_attention(q, k, v, config, grid, backend="triton"),
+            "one of auto, reference, torch for vsa",
+        ),
     ]
     for call, told in cases:
         with pytest.raises(ValueError, match=told) as caught:

@@ -184,7 +184,7 @@ def test_a_plan_says_what_it_keeps():
 def test_triton_is_refused_in_one_line(capsys):
     code = slagen(["plan", "a red circle", "--attention", "vsa", "--backend", "triton", "--device", "cpu"])
     told = capsys.readouterr().err
-    assert code == 2 and "backend is 'triton', but vsa attention has auto, reference, torch" in re.sub(
+    assert code == 2 and "backend is 'triton', but must be one of auto, reference, torch for vsa" in re.sub(
         r"\s+", " ", told
     )
 

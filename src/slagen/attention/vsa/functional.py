@@ -50,6 +50,8 @@ def video_sparse_attention(
             f"gate is {tuple(gate.shape)} of {gate.dtype}; it must be {tuple(q.shape)}, floating point, as q is."
         )
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}, but vsa attention has {', '.join(BACKENDS)}. Try torch or auto.")
+        raise ValueError(
+            f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)} for vsa attention. Try auto."
+        )
     with torch.autocast(q.device.type, enabled=False):
         return BACKENDS[backend](q, k, v, config, cubes, gate, q.shape[3] ** -0.5)
