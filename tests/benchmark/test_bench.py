@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slagen.attention import SparseLinearAttention, registry, sparse_linear_attention
+from slagen.attention import registry, sparse_linear_attention
+from slagen.attention.protocol import Layer
 from slagen.attention.sla import fused
 from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import clock, compare
@@ -151,7 +152,7 @@ def test_the_fused_part_attends(backend, domain):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = SLAConfig(0.5, linear_domain=domain, block_m=16, block_n=16)
     weight, bias = torch.eye(16, device=device), torch.randn(16, device=device)
-    module = SparseLinearAttention(16, config, backend=backend, device=device).requires_grad_(False)
+    module = registry.get("sla").build(config, Layer(0, 1, 1, 16), backend, device).requires_grad_(False)
     module.proj_l.weight.copy_(weight)
     module.proj_l.bias.copy_(bias)
     q, k, v, _ = clock.draw(1, (1, 1, 50, 16), device, torch.float32)[0]
@@ -172,7 +173,7 @@ def test_inputs_exceed_twice_the_cache(monkeypatch):
 
 
 def test_a_backend_that_can_not_take_the_shape_is_said():
-    with pytest.raises(EnvironmentProblem, match="head dimension of 16, 32, 64, 128, 256, not 96"):
+    with pytest.raises(EnvironmentProblem, match="head dimensions 16, 32, 64, 128, 256, not 96"):
         bench(BenchConfig(**{**QUICK, "shapes": ("1x1x128x96",)}, backend="triton"))
 
 
@@ -217,7 +218,7 @@ def test_model_is_timed_dense_and_with_sla():
         ({"width": 96, "height": 96}, "^--size is for the denoising loop"),
         (
             {"model": "tiny-wan", "width": 100, "height": 100},
-            "^size is 100x100, but must be multiples of 16 pixels. Try --size 96x96.$",
+            "^size is 100x100, but both sides must be multiples of 16 pixels. Try --size 96x96.$",
         ),
     ],
     ids=[

@@ -150,7 +150,7 @@ def test_what_the_machine_lacks_is_a_problem_of_the_environment(name, card, monk
 def test_missing_headers_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(failures.sysconfig, "get_path", lambda *given: str(tmp_path))
     monkeypatch.setattr(fused, "_call", raising(COMPILER_FAILS))
-    message = rf"{re.escape(str(tmp_path))}/Python.h is missing.* Try apt install python3-dev, or --backend torch"
+    message = rf"{re.escape(str(tmp_path))}/Python.h, which .*, is missing. Try apt install python3-dev, or --backend"
     with pytest.raises(KernelProblem, match=message):
         fused.trial(torch.zeros(1, 1, 1, 16), SMALL)
 

@@ -33,10 +33,8 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
             said.append(f"SLA trained at sparsity {sla.sparsity:g}, blocks {sla.block_m}x{sla.block_n}")
         if row.recommended_attention is not None:
             policy = recommended_policy(row.name, row.recommended_attention)
-            said.append(
-                f"recommended: --attention {row.recommended_attention}, which needs no training (with --dense-steps "
-                f"{policy.dense_steps} and --dense-layers {policy.dense_layers} unless others are given)"
-            )
+            said.append(f"recommended: --attention {row.recommended_attention}, which needs no training")
+            said.append(f"by default with --dense-steps {policy.dense_steps} --dense-layers {policy.dense_layers}")
         said.append(f"from {row.weights or row.base or 'the installed package'}")
         table.add_row(row.name, Cell("\n".join(map(line, said))))
     write_table(table)
