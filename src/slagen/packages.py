@@ -55,8 +55,10 @@ def explain(error: ImportError) -> str | None:
     if name not in requirements():
         return None
     found, fits = state(name)
-    what = f"{found} but cannot be imported ({error})" if fits else found
-    return f"{name} is {what}, but slagen needs {name}{requirements()[name]}. Try {install(name)}."
+    if fits:
+        again = install(name).replace("pip install", "pip install --force-reinstall")
+        return f"{name} {found} is installed, but cannot be imported ({error}). Try {again}."
+    return f"{name} is {found}, but slagen needs {name}{requirements()[name]}. Try {install(name)}."
 
 
 def _normal(name: str) -> str:

@@ -68,7 +68,7 @@ def test_what_generate_warns_of_is_told_once_with_how_many_videos_it_is_about(to
         size, word, cut = (event.text for event in seen if event.kind == "warning")
         assert "has 11 tokens, but the model reads only the first 8" in cut and "ignores all from 'a a circle'" in cut
     assert "was trained at 64x64 with 9 frames only" in size and size.endswith("(2 videos)")
-    assert "was not trained on the words 'fox'" in word
+    assert "was not trained on 'fox'" in word
 
 
 def test_a_second_run_makes_nothing_and_exits_0(toy, tmp_path):

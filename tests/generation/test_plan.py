@@ -184,7 +184,7 @@ def test_what_generate_warns_of_a_plan_notes(monkeypatch):
     """Words that the bundled model does not know, and memory that this machine has not."""
     (note,) = plan(prompt="a red fox").notes
     assert note == make_plan(GenerateConfig("a red fox", model="tiny-wan", device="cpu")).warnings[0]
-    assert "was not trained on the words 'fox'" in note and not plan(prompt="prompt").notes
+    assert "was not trained on 'fox'" in note and not plan(prompt="prompt").notes
     monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
     (note,) = planning.plan(GenerateConfig("a red circle"), "cpu").notes
     assert "of memory on a CPU" in note and "0.0 GiB is left" in note

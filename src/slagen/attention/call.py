@@ -49,7 +49,9 @@ def attend(
             raise no_argument("attend", option, method.option_names)
     method.check_backend(backend)
     if method.memory is not None:
-        raise UsageError(f"{name} attention remembers the steps of a clip, so it runs in a model only.")
+        raise UsageError(
+            f"{name} attention keeps tensors from one denoising step to the next, so it runs in generate() only."
+        )
     if q.ndim != 4:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")
     layer = Layer(0, 1, q.shape[1], q.shape[3])

@@ -131,8 +131,8 @@ class BenchConfig:
             self._check_loop_methods()
         elif lasting := [name for name in self.methods if getattr(registry.METHODS.get(name), "memory", None)]:
             raise UsageError(
-                f"{lasting[0]} attention remembers the steps of a clip, so that single calls tell nothing of it. Add "
-                "--model or --random-init."
+                f"{lasting[0]} attention keeps tensors from one denoising step to the next, so single calls cannot be "
+                "timed. Add --model or --random-init."
             )
         names = self.methods or [each.name for each in registry.METHODS.values() if each.benched]
         called = [method for name, method in registry.METHODS.items() if name in names]

@@ -285,13 +285,14 @@ class FinetuneConfig:
         method = registry.get(self.attention)
         is_dense = method.family == "dense"
         self._check_method(method)
-        if is_dense and (self.loss != "flow" or self.train not in ("all", "attn")):
-            raise UsageError(
-                "--attention dense cannot be distilled from itself, and has no proj_l to train. Give --loss flow and "
-                "--train all."
-            )
+        if is_dense and self.loss != "flow":
+            raise UsageError("dense attention cannot be distilled from itself. Give --loss flow.")
+        if is_dense and self.train not in ("all", "attn"):
+            raise UsageError(f"train is {self.train}, but must be all or attn for dense attention. Give --train all.")
         if self.lora_rank is not None and self.train != "lora":
-            raise UsageError(f"--lora-rank is for --train lora, but this is {self.train}. Leave it out.")
+            raise UsageError(
+                f"lora_rank is for --train lora, but train is {self.train}. Add --train lora, or leave --lora-rank out."
+            )
         learns = any(group.used for group in method.parameters)
         if self.proj_multiplier is not None and not learns:
             raise UsageError(
@@ -332,7 +333,7 @@ class FinetuneConfig:
             )
         if self.router_steps is not None and self.stages != "router,all":
             raise UsageError(
-                f"router_steps is for --stages router,all, but this is {self.stages}. Leave --router-steps out."
+                f"router_steps is for --stages router,all, but stages is {self.stages}. Leave --router-steps out."
             )
         if self.stages != "all" and self.backend == "triton":
             raise UsageError("the router stage has no Triton kernels. Leave --backend out, or give --backend torch.")

@@ -179,7 +179,7 @@ class ModelDefaults:
     def unknown_words_warning(self, name: str, words: list[str]) -> str:
         """The warning for words of a prompt that the model `name` was not trained on."""
         return (
-            f"{name} was not trained on the words {', '.join(map(repr, words))} and must guess; try a prompt like "
+            f"{name} was not trained on {', '.join(map(repr, words))}, and must guess; try a prompt like "
             f'"{self.example_prompt}"'
         )
 

@@ -289,7 +289,10 @@ def test_a_video_and_its_report(tmp_path, capsys):
         (["generate", "a", "--ratio-growth", "-1"], "ratio_growth is -1.0, but must be a finite number of at least 0"),
         (["plan", "--backend", "triton"], "backend is 'triton', but must be one of auto, reference, torch"),
         (["finetune", "--data", "d"], "rettention attention has no backward pass, so it cannot be fine-tuned"),
-        (["bench", "--method", "rettention"], "rettention attention remembers the steps of a clip, so that single"),
+        (
+            ["bench", "--method", "rettention"],
+            "rettention attention keeps tensors from one denoising step to the next, so single",
+        ),
     ],
     ids=" ".join,
 )
@@ -300,7 +303,10 @@ def test_one_line_says_what_is_wrong(arguments, said, capsys):
 
 
 def test_single_calls_are_refused():
-    with pytest.raises(UsageError, match="rettention attention remembers the steps of a clip, so it runs in a model"):
+    with pytest.raises(
+        UsageError,
+        match="rettention attention keeps tensors from one denoising step to the next, so it runs in generate",
+    ):
         slagen.attend("rettention", *make_qkv((1, 1, 8, 8)), grid=(2, 2, 2))
     with pytest.raises(ValueError, match="but there are 60 tokens"):
         run_steps(RettentionConfig(), Grid(2, 2, 2), [draw(Grid(3, 4, 5))])

@@ -130,7 +130,10 @@ def test_generate_and_plan_run_it(tuned, tmp_path, capsys):
     ("fields", "said"),
     [
         ({"attention": "sla", "stages": "router"}, "sla attention has no router to train. Leave --stages out."),
-        ({"stages": "router", "router_steps": 3}, "router_steps is for --stages router,all, but this is router. Leave"),
+        (
+            {"stages": "router", "router_steps": 3},
+            "router_steps is for --stages router,all, but stages is router. Leave",
+        ),
         ({"stages": "router,all", "router_steps": 0}, "router_steps is 0, but must be from 1 to"),
         ({"stages": "all,router"}, "stages is 'all,router', but must be one of all, router,all, router."),
         ({"stages": "router", "backend": "triton"}, "the router stage has no Triton kernels. Leave --backend out"),
