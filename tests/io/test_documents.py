@@ -85,7 +85,7 @@ def test_json_out_of_bounds_is_refused(text, words):
         ("? [a]\n: b", "a key must be text, but this one is a list"),
         ("<<: 3", "<< must be followed by an object"),
         ("a\n---\nb", "second YAML document"),
-        ("x" * (2**21 + 1), "longer than 2 MiB"),
+        ("x" * (2**21 + 1), "larger than 2 MiB"),
         ("9" * 5000, "contains a number with 5,000 digits, which is too long"),
     ],
     ids=lambda value: str(value)[:12],
@@ -136,7 +136,7 @@ def test_a_file_is_told_by_name_and_place(tmp_path):
     ):
         read_json(path)
     path.write_bytes(b"{}" + b" " * 100)
-    with pytest.raises(WeightsError, match="longer than"):
+    with pytest.raises(WeightsError, match="larger than"):
         read_json(path, most=50)
     pipe = tmp_path / "pipe.json"
     os.mkfifo(pipe)

@@ -274,7 +274,7 @@ def test_a_video_and_its_report(tmp_path, capsys):
     arguments += ["--attention", "rettention", "--refresh-steps", "2", "--guidance-scale", "3"]
     assert slagen_command(["generate", "a", *arguments]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "rettention attention keeps" in told and "window of 3 of 16 places in every frame -> " in told
+    assert "rettention attention stores" in told and "window of 3 of 16 places in every frame -> " in told
     attention = json.loads(video.with_suffix(".json").read_text())["attention"]
     share = RettentionConfig(window_fraction=0.2).pairs(Grid(3, 4, 4)) / 48**2
     # Step 0 is dense and remembers nothing, 1 is the first that does, 2 is a second one, 3 is the first between.

@@ -42,7 +42,9 @@ def nabla_attention(
     """
     check_qkv(q, k, v)
     if backend not in get_args(Backend):
-        raise ValueError(f"backend is {backend!r}, but nabla attention has {', '.join(get_args(Backend))}. Try auto.")
+        raise ValueError(
+            f"backend is {backend!r}, but must be one of {', '.join(get_args(Backend))} for nabla. Try auto."
+        )
     length, scale = q.shape[2], q.shape[3] ** -0.5
     patches = grid if isinstance(grid, Patches) else patches_of(check_tokens(grid, length), config.reach, q.device)
     if patches.num_tokens != length:
