@@ -308,7 +308,7 @@ def test_single_calls_are_refused():
         match="rettention attention keeps tensors from one denoising step to the next, so it runs in generate",
     ):
         slagen.attend("rettention", *make_qkv((1, 1, 8, 8)), grid=(2, 2, 2))
-    with pytest.raises(ValueError, match="but there are 60 tokens"):
+    with pytest.raises(ValueError, match="has 8 tokens, but the sequence has 60"):
         run_steps(RettentionConfig(), Grid(2, 2, 2), [draw(Grid(3, 4, 5))])
     loop = BenchConfig(model="tiny-wan", methods=("rettention",))
     assert [method.name for method in loop.loop_methods] == ["rettention"]

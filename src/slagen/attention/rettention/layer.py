@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from slagen.attention.cubes import check_tokens
+from slagen.attention.kept_pairs import PairCounter
 from slagen.attention.protocol import Inputs, StepContext
 from slagen.attention.rettention import reference, windowed
 from slagen.attention.rettention.config import RettentionConfig
 
 
-class Rettention(nn.Module):
+class Rettention(PairCounter):
     """Re-ttention in one layer. It has no parameters; outside a denoising loop it is dense attention.
 
     What it remembers in `Inputs.memory`: "residual", (B, H, L, D) in q's dtype, and "ratio", (B, H, L, 1) float32.
@@ -20,16 +22,12 @@ class Rettention(nn.Module):
         backend: "reference" or "torch", which is "auto". device: where it will run; None is the CPU.
     """
 
-    pairs: Tensor
-
     def __init__(
         self, config: RettentionConfig, backend: str = "auto", device: torch.device | str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(device)
         self.config, self.backend = config, backend
         self.in_loop, self.refreshing = False, True
-        # Query-key pairs attended exactly, and all, since they were last asked for.
-        self.register_buffer("pairs", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
     def begin_pass(self, context: StepContext) -> None:
         """Decide outside compiled code, which then has one variant for dense steps and one for those between."""
@@ -43,9 +41,7 @@ class Rettention(nn.Module):
         """
         if not self.in_loop:
             return F.scaled_dot_product_attention(q, k, v)
-        grid, memory = inputs.context.grid, inputs.memory
-        if grid is None or grid.num_tokens != q.shape[2]:
-            raise ValueError(f"the grid is {grid}, but there are {q.shape[2]} tokens. Give the grid of these tokens.")
+        grid, memory = check_tokens(inputs.context.grid, q.shape[2]), inputs.memory
         reach, total = self.config.reach(grid), grid.num_tokens**2
         how = reference if self.backend == "reference" else windowed
         at = grid if self.backend == "reference" else grid.num_frames
@@ -60,9 +56,3 @@ class Rettention(nn.Module):
             memory["ratio"] = ratio + self.config.ratio_growth
             o = ratio.clamp(max=1) * how.window_step(q, k, v, at, reach) + memory["residual"]  # type: ignore[arg-type]
             return o.to(q.dtype)
-
-    def take_density(self) -> float | None:
-        """The fraction of all query-key pairs attended exactly since the last call of this; None before any."""
-        exact, total = self.pairs.tolist()
-        self.pairs.zero_()
-        return exact / total if total else None
