@@ -4,11 +4,16 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from test_layers import FLOORS
 
+from slagen import methods
+from slagen.cli.app import app
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+PAGES = tuple(sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
 
 
 def read(name: str) -> str:
@@ -25,6 +30,26 @@ def test_the_picture_is_that_of_the_floors(name):
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_lines_are_no_longer_than_those_of_the_code(name):
     assert [line for line in read(name).splitlines() if len(line) > 120] == []
+
+
+def test_the_page_of_methods_has_every_method_and_option_and_no_other():
+    page, found = read("docs/methods.md"), methods()
+    names = set(re.findall(r"^\| (`.*?) \|", page, re.M))
+    assert {name for row in names for name in re.findall(r"`(\w+)`", row)} == {
+        method["name"] for method in found if method["kind"] == "method"
+    }
+    options = {f"--{name.replace('_', '-')}" for method in found for name in method["options"]}
+    command = typer.main.get_command(app).commands["generate"]
+    assert options - {"--negligible", "--feature-map", "--linear-domain"} <= set(re.findall(r"--[a-z][a-z-]*", page))
+    known = {spelling for parameter in command.params for spelling in parameter.opts}
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", page))
+    assert named - known <= {"--stages", "--linear-domain", "--part"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_a_page_names_is_there(name):
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]+(?:/|\.py|\.json))`", read(name))
+    assert named and [path for path in named if not any((p / path).exists() for p in (ROOT, ROOT / "src/slagen"))] == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
