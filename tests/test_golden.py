@@ -37,6 +37,8 @@ from slagen.doctor import checks as doctor
 from slagen.doctor import kernel_costs, selftest
 from slagen.formats import headers, merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
+from slagen.comparison import reports as two_reports
+from slagen.comparison import run as comparison
 from slagen.generation import decode, generate, latents, preflight, provenance, replay
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
@@ -57,7 +59,7 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 TASKS = (
     (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (provenance, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
-    (merge, "merge"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
+    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 
@@ -105,6 +107,8 @@ def plain(value: Any) -> Any:
         return set_fields
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, Path):
         return value.as_posix().replace(Path.home().as_posix(), "~")
     return value if isinstance(value, str | int | float | None) else str(value)

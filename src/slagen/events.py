@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Event:
     """What a run reports while it goes on: a stage or a clip begins, a step has ended, or what the user should know."""
 
-    kind: str  # "stage", "step", "note" or "warning"; of many videos or clips also "plan", "job" and "clip"
+    kind: str  # "stage", "step", "note" or "warning"; of many videos or clips also "plan", "job", "run" and "clip"
     text: str = ""
     step: StepTimes | None = None
     num_steps: int = 0

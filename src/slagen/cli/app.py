@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from slagen import __version__
-from slagen.cli import batch, bench, convert, doctor, finetune, generate, info
+from slagen.cli import batch, bench, compare, convert, doctor, finetune, generate, info
 from slagen.cli.parsing import CONTEXT, Command, Group
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "replay": generate.replay,
     "convert": convert.convert,
     "merge": convert.merge,
+    "compare": compare.compare,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

@@ -67,8 +67,8 @@ class Fields:
         return found
 
     def default(self, setting: Setting) -> Any:
-        """What an option is where it is not given; None for one that may be repeated."""
-        return None if _is_list(setting) else self.defaults.get(setting.field, setting.default)
+        """What an option is where it is not given; None for one of several values."""
+        return None if _is_tuple(setting) else self.defaults.get(setting.field, setting.default)
 
     def read(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take the config's values out of what Typer parsed. Raises UsageError."""
@@ -76,8 +76,10 @@ class Fields:
         values = with_complements(self.config, {name: given.pop(name) for name in typed})
         for setting in self.settings():
             value, read = values[setting.field], setting.about.read
-            if _is_list(setting):
-                if value:
+            if _is_tuple(setting):
+                if read is not None and value is not None:
+                    values[setting.field] = read(value)
+                elif value:
                     values[setting.field] = tuple(value)
                 else:
                     del values[setting.field]  # the config's own default
@@ -146,4 +148,8 @@ def _kind(setting: Setting) -> Any:
 
 def _is_list(setting: Setting) -> bool:
     """Whether it may be repeated."""
-    return get_origin(setting.kind) is tuple and setting.about.read is None
+    return _is_tuple(setting) and setting.about.read is None
+
+
+def _is_tuple(setting: Setting) -> bool:
+    return get_origin(setting.kind) is tuple and not setting.about.of_methods

@@ -109,9 +109,10 @@ class GenerateProgress:
         elif event.kind == "clip":
             self._stage = "preparing clips"
             self._show_stage(0, event.text, None)
-            if not console.stderr.is_terminal and time.monotonic() - self._last_line > LINE_S:
-                self._last_line = time.monotonic()
-                console.log(event.text)
+            self._log_sometimes(event.text)
+        elif event.kind == "run":
+            self._jobs[0] = f"{event.text},"
+            self._log_sometimes(event.text)
         elif event.kind == "job":
             who = f"worker {event.worker}: " if event.worker else ""
             self._jobs[event.worker] = who + event.text
@@ -123,6 +124,12 @@ class GenerateProgress:
             self._show_stage(event.worker, text, event.num_steps or None)
         elif event.kind == "step" and event.worker in self._tasks:
             self._show_denoising_step(self._tasks[event.worker], event.step)
+
+    def _log_sometimes(self, text: str) -> None:
+        """A line on what goes on, where there is no terminal and the last one is a while ago."""
+        if not console.stderr.is_terminal and time.monotonic() - self._last_line > LINE_S:
+            self._last_line = time.monotonic()
+            console.log(text)
 
     def _show_stage(self, worker: int, text: str, total: int | None) -> None:
         if worker in self._tasks:

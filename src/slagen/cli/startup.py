@@ -10,13 +10,18 @@ from slagen.errors import EnvironmentProblem
 def start_quickly(context: typer.Context, weights: str | None) -> None:
     """Where the process ends with this command, import no package that it does not use.
 
-    Raises: EnvironmentProblem where Python has no docstrings, of which diffusers prints pages before it fails.
+    Raises: as `check_docstrings`.
     """
-    if sys.flags.optimize > 1:
-        from slagen.cli.usage import WITHOUT_DOCSTRINGS
-
-        raise EnvironmentProblem(WITHOUT_DOCSTRINGS)
+    check_docstrings()
     if context.obj["own_process"]:
         from slagen.wan.startup import leave_out
 
         leave_out(keep=("gguf",) if weights is not None and weights.endswith(".gguf") else ())
+
+
+def check_docstrings() -> None:
+    """Raise EnvironmentProblem where Python has no docstrings, of which diffusers prints pages before it fails."""
+    if sys.flags.optimize > 1:
+        from slagen.cli.usage import WITHOUT_DOCSTRINGS
+
+        raise EnvironmentProblem(WITHOUT_DOCSTRINGS)

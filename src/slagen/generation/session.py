@@ -26,7 +26,7 @@ from slagen.io.text import quote
 from slagen.timing import StepRecorder
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
-from slagen.wan.processor import attach_recorder, denoising, install_method, processors, take_densities
+from slagen.wan.processor import attach_recorder, denoising, install_method, processors, remove, take_densities
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents
@@ -73,15 +73,20 @@ class Session:
             self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="those of the pipeline")
             return
         weights, vae = plan.weights, plan.config.vae
-        method = plan.method
-        if plan.backend is not None and method.check is not None:
-            method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
+        _check_kernels(plan)
         self.pipe = load_pipeline(
             weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder,
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
-        self.about = _install_attention(self.pipe, plan)
+        self.about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
+
+    def use(self, plan: Plan) -> None:
+        """Put another plan's attention, with its weights, into the loaded model. Raises as the constructor."""
+        assert self.about.model_hash is not None
+        _check_kernels(plan)
+        remove(self.pipe.transformer)
+        self.about = _install_attention(self.pipe, plan, self.about.model_hash)
 
     @torch.inference_mode()
     def encode(self, plan: Plan) -> dict[str, torch.Tensor | None]:
@@ -150,6 +155,13 @@ class Session:
         return Sample(plan, frames, latents, recorder, stages, self.about, self.pipe.vae, densities)
 
 
+def _check_kernels(plan: Plan) -> None:
+    """Raise EnvironmentProblem where the kernels of a plan's backend do not run."""
+    if plan.backend is not None and plan.method.check is not None:
+        weights = plan.weights
+        plan.method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
+
+
 def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:
     """Warn if frames (F, H, W, 3) uint8 all have one colour."""
     if (frames == frames[0, 0, 0]).all():
@@ -170,11 +182,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _install_attention(pipe: Any, plan: Plan) -> UsedWeights:
+def _install_attention(pipe: Any, plan: Plan, model_hash: str) -> UsedWeights:
     """Put the planned attention into the pipeline; returns what the report says of the weights."""
     weights, source, config = plan.weights, plan.weights.source, plan.config
     model_file = None if source.weights is None else report.shareable(str(source.weights))
-    model_hash = weights_hash(pipe.transformer)
     used = functools.partial(UsedWeights, model=source.name, model_file=model_file, model_hash=model_hash)
     method = plan.method
     if weights.trained_with is None or method.family == "dense":

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from slagen.events import Event
 from slagen.generation.resolve import make_plan
 from slagen.generation.session import Session
+from slagen.generation.side_by_side import side_by_side
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.log import CLIPS
 from slagen.training.run import Run
@@ -92,20 +91,3 @@ def sample(run: Run, pipe: Any, transformer: Any, clip: Clip, seed: int) -> np.n
             return decode_latents(pipe.vae, latents).numpy()
     finally:
         transformer.train(training)
-
-
-def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
-    """Videos (F, H, W, 3) uint8 of one size beside each other, each under its label."""
-    frames, height, width, _ = clips[0].shape
-    band, gap = max(16, height // 16), 4
-    total = len(clips) * (width + gap) - gap
-    canvas = np.zeros((frames, height + band + (height + band) % 2, total + total % 2, 3), np.uint8)
-    title = Image.new("RGB", (canvas.shape[2], band))
-    draw = ImageDraw.Draw(title)
-    font = ImageFont.load_default(band * 0.7)
-    for i, (clip, label) in enumerate(zip(clips, labels, strict=True)):
-        left = i * (width + gap)
-        canvas[:, band : band + height, left : left + width] = clip
-        draw.text((left + 2, band // 2), label, fill="white", font=font, anchor="lm")
-    canvas[:, :band] = np.asarray(title)
-    return canvas

@@ -27,6 +27,8 @@ from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
 from slagen.wan.saved import forget_settings
 from slagen.wan.sequence_parallel import to_heads, to_tokens
 
+Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # of a layer's index, q, k, v and o (B, H, L, D)
+
 
 def _self_attention(
     attn: WanAttention,
@@ -58,6 +60,7 @@ class _Processor:
     context: StepContext
     rotary_backend: Backend = "auto"  # of the norm and rotation around the attention
     recorder: StepRecorder | None = None  # `attach_recorder` gives one
+    watch: Watch | None = None  # `watching` gives one
     token_group: Any = None  # the processes that share a clip's tokens, see sequence_parallel.py
     kept: dict[str, Any] | None = None  # the layer's memory in this pass
     runs_dense: bool = False  # in this step, whatever the method
@@ -102,6 +105,10 @@ class _Processor:
         return block_sizes(grid)  # type: ignore[no-any-return]
 
     def _timed(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
+        if self.watch is not None:
+            o = self._operator(q, k, v, inputs)
+            self.watch(self.place.index, q, k, v, o)
+            return o
         if self.recorder is None:
             return self._operator(q, k, v, inputs)
         with self.recorder.attention(self.place.index):
@@ -335,6 +342,18 @@ def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) 
             processor.recorder = None
 
     return detach
+
+
+@contextmanager
+def watching(transformer: WanTransformer3DModel, watch: Watch) -> Iterator[None]:
+    """Have every self-attention within the block seen: its layer, what it was given, and its output. Not timed then."""
+    for processor in processors(transformer):
+        processor.watch = watch
+    try:
+        yield
+    finally:
+        for processor in processors(transformer):
+            processor.watch = None
 
 
 @contextmanager

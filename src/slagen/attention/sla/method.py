@@ -110,8 +110,7 @@ def _method(name: str, summary: str, branches: Branches, projection: ParameterGr
         configure=_configure,
         describe=_describe,
         applies=_applies,
-        density=_density,
-        **{"note": _note, **others},
+        **{"density": _density, "note": _note, **others},
     )
 
 
@@ -125,5 +124,5 @@ SPARSE = _method(
 )  # fmt: skip
 LINEAR = _method(
     "linear", "only the linear branch of sla", "linear", ParameterGroup("proj_l", identity=True),
-    family="sla", note=lambda config, options, grid: None, benched=False,
+    family="sla", density=lambda config, grid: 0.0, note=lambda config, options, grid: None, benched=False,
 )  # fmt: skip

@@ -1,0 +1,298 @@
+"""compare(CompareConfig) -> Comparison: the same prompt, seed and noise through every method, on one loaded model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slagen import machine
+from slagen.attention import registry
+from slagen.attention.delta.method import exact_share
+from slagen.attention.learned import suits
+from slagen.comparison.config import DENSE, OTHER_SEED, CompareConfig
+from slagen.comparison.quality import lpips, psnr_db, ssim
+from slagen.comparison.result import Comparison, Row, Runs
+from slagen.comparison.trajectory import Trajectory, measure_deviation
+from slagen.errors import SlagenError, UsageError
+from slagen.events import Event
+from slagen.formats.peek import peek
+from slagen.generation.config import MAX_SEED, GenerateConfig
+from slagen.generation.generate import check_memory
+from slagen.generation.prompts import apply, check_count, read_prompts
+from slagen.generation.report import density_section
+from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
+from slagen.generation.session import Session
+from slagen.generation.side_by_side import side_by_side
+from slagen.io.files import reserved, write_json
+from slagen.io.paths import is_video, user_path
+from slagen.io.text import counted
+from slagen.packages import versions
+from slagen.video import check_ffmpeg, write_mp4
+from slagen.wan.processor import take_densities
+from slagen.wan.vae import decode_latents
+
+ATTENTION_SETTINGS = ("attention", "backend", "sparsity", "sla_topk", "allow_untrained", "num_videos", "prompt", "seed")
+OF_A_CLIP = (  # what a line of a prompt file may set, beside its seed
+    "negative_prompt", "width", "height", "num_frames", "fps", "steps", "guidance_scale", "flow_shift",
+)  # fmt: skip
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row before it has run: its config and weights, and what it found so far."""
+
+    config: GenerateConfig
+    weights: Weights
+    row: Row
+
+    def plan(self, clip: GenerateConfig) -> Plan:
+        """The row's plan of a clip."""
+        own = {name: getattr(clip, name) for name in OF_A_CLIP}
+        seed = (clip.seed or 0) + (self.row.method == OTHER_SEED)
+        return make_plan(dataclasses.replace(self.config, **own, prompt=clip.prompt, seed=seed), self.weights)
+
+
+def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Comparison:
+    """Run every method on every prompt, write the clips side by side and what was measured as JSON.
+
+    Raises: SlagenError of some kind; clips that were written before stay.
+    """
+    check_ffmpeg()
+    clips = _clips(config)
+    weights: dict[GenerateConfig, Weights] = {}
+    entries = [_entry(row.attention, row, weights, on_event) for row in config.rows]
+    given = next((entry for entry in entries if entry.row.method == DENSE), None)
+    reference = given or _entry(DENSE, config.dense, weights, on_event)
+    everyone = [*entries, *([] if given else [reference])]
+    controls = [_entry(name, row, weights, on_event) for name, row in config.control_rows.items()]
+    everyone += controls
+    _announce(everyone, clips[0], on_event)
+    plan = reference.plan(clips[0])
+    if (doubt := check_memory(plan)) is not None:
+        on_event(Event("warning", doubt))
+    with _places(config, clips, plan) as (videos, path):
+        try:
+            on_event(Event("stage", "load"))
+            session = Session(plan)
+            for clip, video in zip(clips, videos, strict=True):
+                frames = _compare_clip(session, clip, reference, everyone, config, on_event)
+                shown = [index for index, entry in enumerate(everyone) if entry is given or entry is not reference]
+                labels = [_label(everyone[index].row, reference.row) for index in shown]
+                on_event(Event("stage", "write"))
+                fps = reference.plan(clip).config.fps or 1
+                write_mp4(
+                    side_by_side([frames[index] for index in shown], labels),
+                    video,
+                    fps,
+                    f"slagen compare: {', '.join(labels)}",
+                )
+        except torch.OutOfMemoryError as error:
+            c = plan.config
+            raise SlagenError(
+                f"the GPU ran out of memory at {c.width}x{c.height}, {counted(c.num_frames or 0, 'frame')}. Try a "
+                "lower --num-frames or a smaller --size."
+            ) from error
+        result = Comparison(
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            prompts=[(clip.prompt, clip.seed or 0) for clip in clips],
+            settings={name: value for name, value in plan.recorded.items() if name not in ATTENTION_SETTINGS},
+            reference=reference.row, rows=[entry.row for entry in entries],
+            controls=[entry.row for entry in controls], videos=videos, path=path, versions=versions(),
+            device=machine.describe_device(plan.weights.device),
+        )  # fmt: skip
+        write_json(path, result.to_dict())
+    return result
+
+
+def _clips(config: CompareConfig) -> list[GenerateConfig]:
+    """The clips, each with its seed. Raises UsageError for a line that sets an attention."""
+    base = config.dense
+    if config.prompts is None:
+        found = [base]
+    else:
+        requests = read_prompts(config.prompts)
+        check_count(requests, 1)
+        found = []
+        for request in requests:
+            for name in request.fields.keys() - {*OF_A_CLIP, "seed"}:
+                raise UsageError(
+                    f"{request.where}: a line of compare may not set {name.replace('_', ' ')}. Leave it out there."
+                )
+            found.append(apply(base, request))
+    seeded = [
+        clip if clip.seed is not None else dataclasses.replace(clip, seed=secrets.randbelow(2**31)) for clip in found
+    ]
+    for clip in seeded:
+        if clip.seed == MAX_SEED:
+            raise UsageError(f"seed is {clip.seed}, but the control other-seed takes the next. Give a lower --seed.")
+    return seeded
+
+
+def _entry(name: str, config: GenerateConfig, weights: dict[GenerateConfig, Weights], on_event: OnEvent) -> Entry:
+    """A row, with the weights that it runs with: those that are given where they suit its method."""
+    plain = dataclasses.replace(config, attention_options=(), sparsity=None, block_m=None, block_n=None)
+    if plain not in weights:
+        weights[plain] = find_weights(_with_suiting_weights(plain), lambda text: on_event(Event("note", text)))
+    found = weights[plain]
+    method = make_plan(config, found).method
+    trained = found.sla_path is not None if method.needs.weights else None
+    return Entry(config, found, Row(name, None, {}, trained, None))
+
+
+def _with_suiting_weights(config: GenerateConfig) -> GenerateConfig:
+    """A row's config without weights of another method than its own; a whole transformer is for all rows."""
+    if config.weights is None:
+        return config
+    found = peek(user_path(config.weights))
+    if found.kind == "transformer" or suits(registry.get(config.attention), found.method):
+        return config
+    return dataclasses.replace(config, weights=None)
+
+
+def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> None:
+    """Fill in what a row's plan says of it, and hand out the plans' notes and warnings, each once."""
+    said = set()
+    for entry in entries:
+        plan, row = entry.plan(clip), entry.row
+        base = plan.weights.trained_with or plan.method.config()
+        asked = registry.get(entry.config.attention)
+        if asked.family == "dense":
+            row.sparsity = 0.0
+        elif "sparsity" in asked.option_names and asked.name != "linear":
+            row.sparsity = getattr(plan.attention, "sparsity", entry.config.sparsity)
+        own = {name: value for name, value in entry.config.attention_options if value != getattr(base, name, None)}
+        policy = {name: getattr(plan.config, name) for name in ("dense_steps", "dense_layers", "delta")}
+        row.options.update(own | {name: value for name, value in policy.items() if value is not None})
+        row.backend = plan.backend
+        texts = [("warning", text) for text in plan.warnings]
+        if row.trained is False:
+            texts.append(
+                ("note", f"{row.label} runs untrained: there are no {plan.method.name} weights for this model")
+            )
+        for kind, text in texts:
+            if text not in said:
+                said.add(text)
+                on_event(Event(kind, text))
+
+
+def _compare_clip(
+    session: Session, clip: GenerateConfig, reference: Entry, everyone: list[Entry], config: CompareConfig,
+    on_event: OnEvent,
+) -> list[np.ndarray]:  # fmt: skip
+    """Run all rows on one clip, and add what they gave to the rows. Returns the frames of each."""
+    plans, dense = [entry.plan(clip) for entry in everyone], reference.plan(clip)
+    session.use(dense)
+    on_event(Event("stage", "text"))
+    embeds = session.encode(dense)
+    for text in session.cuts(dense):
+        on_event(Event("warning", text))
+    on_event(Event("run", "dense, as the reference"))
+    trajectory = Trajectory(dense.config.steps or 1)
+    with trajectory.recording(session.pipe.transformer):
+        expected, _ = _denoise(session, dense, embeds, on_event)
+    expected_frames = _decode(session, expected, on_event)
+
+    runs = [Runs() for _ in everyone]
+    for entry, plan, own in zip(everyone, plans, runs, strict=True):
+        on_event(Event("run", f"{entry.row.label}, error at the dense run's latents"))
+        session.use(plan)
+        on_event(Event("stage", "measure"))
+        take_densities(session.pipe.transformer)
+        if entry.row.method != OTHER_SEED:
+            deviation = measure_deviation(session.pipe.transformer, trajectory, plan.dense)
+            own.velocity_error, own.layer_errors = deviation.velocity, deviation.layers
+        own.density = _density(plan, take_densities(session.pipe.transformer))
+
+    frames: list[np.ndarray] = []
+    repeats = config.repeats or (3 if config.prompts is None else 1)
+    for repeat in range(repeats):  # in turn, so that each meets every state of the machine
+        for entry, plan, own in zip(everyone, plans, runs, strict=True):
+            on_event(Event("run", f"{entry.row.label}, run {repeat + 1} of {repeats}"))
+            session.use(plan)
+            latents, steps = _denoise(session, plan, embeds, on_event)
+            own.denoise_s.append(sum(step.latency_ms or 0.0 for step in steps) / 1e3)
+            own.attention_ms.append(sum(sum(step.attention_ms) for step in steps))
+            if repeat == 0:
+                own.latent_error = _relative(latents, expected)
+                clip_frames = _decode(session, latents, on_event)
+                own.psnr_db, own.ssim = psnr_db(clip_frames, expected_frames), ssim(clip_frames, expected_frames)
+                own.lpips = lpips(clip_frames, expected_frames)
+                frames.append(clip_frames)
+    for entry, own in zip(everyone, runs, strict=True):
+        entry.row.runs.append(own)
+    return frames
+
+
+@torch.inference_mode()
+def _denoise(session: Session, plan: Plan, embeds: Any, on_event: OnEvent) -> tuple[Tensor, list[Any]]:
+    latents, recorder = session.denoise(plan, embeds, on_event)
+    return latents.float().cpu(), recorder.steps
+
+
+@torch.inference_mode()
+def _decode(session: Session, latents: Tensor, on_event: OnEvent) -> np.ndarray:
+    on_event(Event("stage", "decode"))
+    vae = session.pipe.vae
+    return decode_latents(vae, latents.to(session.pipe._execution_device)).numpy()
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())
+
+
+def _density(plan: Plan, counted_densities: list[float | None]) -> float:
+    """The fraction of all query-key pairs that is attended exactly: as counted, where the method counts it."""
+    layers = plan.weights.source.shape.num_layers
+    known = counted_densities
+    if not any(density is not None for density in known):
+        known = [plan.method.density(plan.attention, plan.grid)] * layers
+    exact = exact_share(plan.num_tokens, plan.config.delta)
+    density: float = density_section(known, plan.dense, exact)["density"]
+    return density
+
+
+def _label(row: Row, reference: Row) -> str:
+    seconds = statistics.median(row.runs[-1].denoise_s)
+    faster = statistics.median(reference.runs[-1].denoise_s) / seconds
+    return f"{row.label}\n{seconds:.2f} s" + ("" if row.sparsity == 0 else f", {faster:.2f}x")
+
+
+@contextmanager
+def _places(config: CompareConfig, clips: list[GenerateConfig], plan: Plan) -> Iterator[tuple[list[Path], Path]]:
+    """The final paths of the videos and of the JSON, which no other run writes meanwhile.
+
+    Raises: UsageError where one exists and is not to be replaced, SlagenError where another run writes it.
+    """
+    output, single = user_path(config.base.output), config.prompts is None
+    settings = {**plan.settings, "methods": [repr(row) for row in config.rows], "seeds": [clip.seed for clip in clips]}
+    settings = {name: value for name, value in settings.items() if name not in ("output", "overwrite")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    if is_video(config.base.output):
+        if not single:
+            raise UsageError(f"{output} is one file, but --prompts gives several. Give a folder with --output.")
+        videos = [output]
+    else:
+        videos = [
+            output / f"compare-{index:04d}-{clip.slug}-s{clip.seed}-{digest}.mp4" for index, clip in enumerate(clips, 1)
+        ]
+    path = videos[0].with_suffix(".json") if single else output / f"compare-{digest}.json"
+    with reserved(path, videos[0]):
+        for file in (*videos, path):
+            if file.exists() and not config.base.overwrite:
+                raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
+        yield videos, path
