@@ -33,12 +33,12 @@ from slagen.benchmark import run as bench
 from slagen.benchmark.config import BenchConfig
 from slagen.cli import main as cli
 from slagen.cli.main import run
+from slagen.comparison import reports as two_reports
+from slagen.comparison import run as comparison
 from slagen.doctor import checks as doctor
 from slagen.doctor import kernel_costs, selftest
 from slagen.formats import headers, merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
-from slagen.comparison import reports as two_reports
-from slagen.comparison import run as comparison
 from slagen.generation import decode, generate, latents, preflight, provenance, replay
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
@@ -59,8 +59,8 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 TASKS = (
     (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (provenance, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
-    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
-    (kernel_costs, "kernel_costs"), (selftest, "claim"),
+    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (finetune, "finetune"),
+    (prepare, "prepare"), (bench, "bench"), (doctor, "examine"), (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 
 
