@@ -216,7 +216,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "generation/memory.py::has_card": {
         "test_a_card_is_found_without_torch": ("shutil.which('nvidia-smi') is not None",)
     },
-    "generation/generate.py::generate": {"test_generate_out_of_memory": ("torch.OutOfMemoryError",)},
+    "generation/generate.py::enough_gpu_memory": {"test_generate_out_of_memory": ("torch.OutOfMemoryError",)},
     "kernels/failures.py::launching": {
         "test_cuda_kernels.py::test_what_a_launch_raises": ("torch.OutOfMemoryError", "TritonError")
     },

@@ -26,11 +26,11 @@ from slagen.comparison.config import DENSE, OTHER_SEED, CompareConfig
 from slagen.comparison.quality import lpips, psnr_db, ssim
 from slagen.comparison.result import Comparison, Row, Runs
 from slagen.comparison.trajectory import Trajectory, measure_deviation
-from slagen.errors import SlagenError, UsageError
+from slagen.errors import UsageError
 from slagen.events import Event
 from slagen.formats.peek import peek
 from slagen.generation.config import MAX_SEED, GenerateConfig
-from slagen.generation.generate import check_memory
+from slagen.generation.generate import check_memory, enough_gpu_memory
 from slagen.generation.prompts import apply, check_count, read_prompts
 from slagen.generation.report import density_section
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
@@ -38,7 +38,6 @@ from slagen.generation.session import Session
 from slagen.generation.side_by_side import side_by_side
 from slagen.io.files import reserved, write_json
 from slagen.io.paths import is_video, user_path
-from slagen.io.text import counted
 from slagen.packages import versions
 from slagen.video import check_ffmpeg, write_mp4
 from slagen.wan.processor import take_densities
@@ -85,7 +84,7 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
     if (doubt := check_memory(plan)) is not None:
         on_event(Event("warning", doubt))
     with _places(config, clips, plan) as (videos, path):
-        try:
+        with enough_gpu_memory(plan.config):
             on_event(Event("stage", "load"))
             session = Session(plan)
             for clip, video in zip(clips, videos, strict=True):
@@ -100,12 +99,6 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
                     fps,
                     f"slagen compare: {', '.join(labels)}",
                 )
-        except torch.OutOfMemoryError as error:
-            c = plan.config
-            raise SlagenError(
-                f"the GPU ran out of memory at {c.width}x{c.height}, {counted(c.num_frames or 0, 'frame')}. Try a "
-                "lower --num-frames or a smaller --size."
-            ) from error
         result = Comparison(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             prompts=[(clip.prompt, clip.seed or 0) for clip in clips],

@@ -55,10 +55,16 @@ def generate(
     check_ffmpeg()
     weights = find_weights(config, lambda text: on_event(Event("note", text)))
     plan = make_plan(config, weights)
-    try:
+    with enough_gpu_memory(plan.config):
         return GenerateResult(_run(plan, on_event, from_python, write))
+
+
+@contextmanager
+def enough_gpu_memory(config: GenerateConfig) -> Iterator[None]:
+    """Raise SlagenError where the GPU runs out of memory for videos of a config within the block."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
-        config = plan.config
         raise SlagenError(
             f"the GPU ran out of memory at {config.width}x{config.height}, {counted(config.num_frames or 0, 'frame')}. "
             "Try a lower --num-frames or a smaller --size."
