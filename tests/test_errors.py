@@ -34,8 +34,8 @@ CONFIGS = (
 @pytest.mark.parametrize(
     ("at_the_command_line", "from_python"),
     [
-        ("num_frames is 80, but Wan decodes 4k + 1 frames. Try --num-frames 81.",
-         "num_frames is 80, but Wan decodes 4k + 1 frames. Try num_frames=81."),
+        ("num_frames is 80, but must be a multiple of 4, plus 1. Try --num-frames 81.",
+         "num_frames is 80, but must be a multiple of 4, plus 1. Try num_frames=81."),
         ("Give both: --size 832x480.", "Give both: width=832, height=480."),
         ("Try fewer --num-frames or a smaller --size.", "Try fewer num_frames or a smaller width and height."),
         ("--sparsity 0.5 and --sla-topk 0.1 both say it.", "sparsity=0.5 and sla_topk=0.1 both say it."),

@@ -224,10 +224,10 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     ("changes", "said"),
     [
         ({"attention": "fast"}, "attention is 'fast', but must be one of sla, .*dense, .*window"),
-        ({"sparsity": 0.5}, r"sparsity is not an option of window attention \(it has: window\)"),
+        ({"sparsity": 0.5}, r"sparsity is not an option of window attention \(its options: window\)"),
         (
             {"attention": "sla", "attention_options": (("window", 1),)},
-            r"window is not an option of sla attention \(it has: .*\). Leave it out, or give --attention window",
+            r"window is not an option of sla attention \(its options: .*\). Leave it out, or give --attention window",
         ),
         ({"attention_options": (("window", -1),)}, "window is -1, but must be 0 or above"),
         ({"backend": "triton"}, "window attention has one implementation only"),

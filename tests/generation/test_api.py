@@ -80,7 +80,7 @@ def test_warnings_are_pythons(toy):
     [
         ({"prompt": ""}, 'the prompt is empty. Describe the video, for example "a red circle moving right".'),
         ({"steps": 0}, "steps is 0, but must be at least 1. Try steps=1."),
-        ({"num_frames": 80}, "num_frames is 80, but Wan decodes 4k + 1 frames. Try num_frames=81."),
+        ({"num_frames": 80}, "num_frames is 80, but must be a multiple of 4, plus 1. Try num_frames=81."),
         ({"sparsity": 2}, "sparsity is 2.0, but must be a number of at least 0 and below 1. Try sparsity=0.95."),
         ({"width": 832}, "only one of width and height is given. Give both: width=832, height=480."),
         ({"guidance_scale": "5"}, "guidance_scale is '5', but must be a number."),

@@ -209,14 +209,14 @@ NAN = torch.tensor(float("nan"))
 DAMAGED = {
     "a-bit": ({"tensor": lambda x: x + 1e-3}, "changed or damaged"),
     "not-finite": ({"tensor": lambda x: x * NAN}, "NaN or Inf"),
-    "half": ({"tensor": lambda x: x.half()}, "holds F16"),
-    "shape": ({"tensor": lambda x: x[0]}, "but must hold float32 latents of one video"),
+    "half": ({"tensor": lambda x: x.half()}, "contains F16"),
+    "shape": ({"tensor": lambda x: x[0]}, "but must contain float32 latents of one video"),
     "cut": ({"tensor": lambda x: x[:, :, :1]}, "changed or damaged"),
-    "other-tensors": ({"names": ("latents", "x")}, "does not hold the latents"),
+    "other-tensors": ({"names": ("latents", "x")}, "does not contain the latents"),
     "no-word": ({"metadata": False}, "not the settings that they were generated with"),
     "newer": ({"about": lambda c: c.update(version=2)}, "newer version of slagen"),
     "settings": ({"about": lambda c: c["report"].pop("settings")}, '"report" has no "settings"'),
-    "size": ({"about": lambda c: c["report"]["settings"].update(size="64x128")}, "holds latents of"),
+    "size": ({"about": lambda c: c["report"]["settings"].update(size="64x128")}, "contains latents of"),
     "fps": ({"about": lambda c: c["report"]["settings"].update(fps=0)}, "fps"),
     "vae": ({"about": lambda c: c.update(vae_hash="0" * 64)}, "a different VAE"),
 }
@@ -266,7 +266,7 @@ def test_what_decode_is_not_given(toy, video, tmp_path, capsys):
     for arguments, code, words in (
         ([str(cut)], 5, "corrupt or incomplete"),
         ([str(tmp_path / "none")], 2, "does not exist"),
-        ([path], 2, "is not found. Give it with --model"),
+        ([path], 2, "cannot be found. Give it with --model"),
         ([path, *model], 2, "exists. Choose another --output, or replace it with --overwrite"),
         ([path, *model, "-o", "x.gif"], 2, "must be a file that ends in .mp4"),
     ):

@@ -128,7 +128,7 @@ def test_what_is_asked_for_is_planned():
     assert dense.settings["sparsity"] is None and dense.kept_fraction == 1.0
     assert dense.topk_blocks == dense.key_blocks and not any("--allow" in text for text in dense.notes)
     (note,) = plan(model="wan2.1-t2v-1.3b").notes
-    assert "needs --weights, or --allow-untrained" in note
+    assert "needs other weights, given with --weights, or --allow-untrained" in note
     (note,) = plan(model="wan2.1-t2v-1.3b", allow_untrained=True).notes
     assert "the video will be poor" in note
 
@@ -187,7 +187,7 @@ def test_what_generate_warns_of_a_plan_notes(monkeypatch):
     assert "was not trained on 'fox'" in note and not plan(prompt="prompt").notes
     monkeypatch.setattr("slagen.generation.memory.memory_left", lambda: (0, "this machine's memory"))
     (note,) = planning.plan(GenerateConfig("a red circle"), "cpu").notes
-    assert "of memory on a CPU" in note and "0.0 GiB is left" in note
+    assert "of memory on a CPU" in note and "only 0.0 GiB of" in note
 
 
 def test_a_plan_without_a_card_speaks_of_ram(monkeypatch, capsys):
@@ -210,7 +210,7 @@ def test_bad_plans():
     with pytest.raises(UsageError, match="Try --size 832x480"):
         plan(model="wan2.1-t2v-1.3b", width=830, height=480)
     with pytest.raises(
-        UsageError, match="not a local folder, and a hub model can be planned only after it is downloaded"
+        UsageError, match="is not a folder on this machine, and slagen plan cannot read a Hugging Face model"
     ):
         plan(model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 

@@ -83,8 +83,8 @@ class GenerateConfig:
     )
     model: str | None = option(
         None,
-        "A preset (slagen models lists them), a folder, or a hub id. Default: turbowan2.1-t2v-1.3b-480p with a CUDA "
-        "device, tiny-wan (bundled) without.",
+        "A preset, a model folder, or a Hugging Face id. The command slagen models lists the presets. Default: "
+        "turbowan2.1-t2v-1.3b-480p with a CUDA device, otherwise the bundled tiny-wan.",
         panel=VIDEO, short="-m", in_key=False,
     )  # fmt: skip
     width: int | None = option(
@@ -92,14 +92,14 @@ class GenerateConfig:
         prompt_line=True,
     )  # fmt: skip
     height: int | None = option(None, "In pixels.", panel=VIDEO, hidden=True, prompt_line=True)
-    num_frames: int | None = option(None, "Video frames, 4k + 1.", panel=VIDEO, prompt_line=True)
+    num_frames: int | None = option(None, "Number of frames: a multiple of 4, plus 1.", panel=VIDEO, prompt_line=True)
     fps: int | None = option(None, "Frames per second.", panel=VIDEO, prompt_line=True)
     num_videos: int = option(
-        1, "Number of videos; each has the next seed.", panel=VIDEO, prompt_line=True, pixels=False
+        1, "Number of videos. The seed increases by 1 for each.", panel=VIDEO, prompt_line=True, pixels=False
     )
     steps: int | None = option(None, "Denoising steps.", panel=SAMPLING, prompt_line=True)
     guidance_scale: float | None = option(
-        None, "Classifier-free guidance scale; 1 skips the unconditional pass.", panel=SAMPLING, prompt_line=True
+        None, "Classifier-free guidance scale; 1 turns guidance off.", panel=SAMPLING, prompt_line=True
     )
     flow_shift: float | None = option(
         None, "Timestep shift of the flow-matching schedule.", panel=SAMPLING, prompt_line=True
@@ -107,13 +107,15 @@ class GenerateConfig:
     sampler: Sampler | None = option(
         None, "unipc, euler, dpm++ or rcm. Default: the one that the weights were made for.", panel=SAMPLING
     )
-    sigma_max: float | None = option(None, "Initial noise level of rCM. Default: 80.", panel=SAMPLING)
-    ode: bool = option(False, "Deterministic (ODE) rCM sampling.", panel=SAMPLING)
+    sigma_max: float | None = option(None, "Initial noise level of the rcm sampler. Default: 80.", panel=SAMPLING)
+    ode: bool = option(False, "Deterministic (ODE) sampling with the rcm sampler.", panel=SAMPLING)
     seed: int | None = option(
         None, "Random seed; the same seed gives the same video. Default: -1, a random one.", panel=SAMPLING,
         read=drawn_seed, prompt_line=True, in_key=False,
     )  # fmt: skip
-    dtype: Dtype = option("auto", "auto: bf16 on CUDA (fp16 where a card lacks it), fp32 on a CPU.", panel=SAMPLING)
+    dtype: Dtype = option(
+        "auto", "auto is bf16 on CUDA (fp16 on cards without bf16), and fp32 on a CPU.", panel=SAMPLING
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
     attention: Attention = option(
         "sla", "Attention method. The command slagen methods describes them.", panel=ATTENTION
@@ -126,7 +128,8 @@ class GenerateConfig:
     )
     sparsity: float | None = option(
         None,
-        "Fraction of key blocks without exact attention, from 0 to below 1. Default: as trained, or the method's own.",
+        "Fraction of key blocks without exact attention, from 0 to below 1. Default: the value from training, or the "
+        "method's own.",
         panel=ATTENTION, prompt_line=True, complement="keep",
     )  # fmt: skip
     sla_topk: float | None = option(
@@ -136,16 +139,18 @@ class GenerateConfig:
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(
-        None, "Query rows per block: 16, 32, 64 or 128. Default: as trained, or the method's own.", panel=ATTENTION
+        None,
+        "Query rows per block: 16, 32, 64 or 128. Default: the value from training, or the method's own.",
+        panel=ATTENTION,
     )
     block_n: int | None = option(None, "Key columns per block. Default: as for --block-m.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
-        None, "Denoising steps with dense attention: 0-9,-1 (-1 is the last), or the first 20%.", panel=ATTENTION,
-        prompt_line=True,
+        None, "Denoising steps with dense attention, such as 0-9,-1 (-1 is the last step), or 20% for the first 20%.",
+        panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     dense_layers: str | None = option(
-        None, "Layers with dense attention, in the same form.", panel=ATTENTION, prompt_line=True
+        None, "Layers with dense attention, in the same form as --dense-steps.", panel=ATTENTION, prompt_line=True
     )
     min_tokens: int | None = option(
         None, "Use dense attention for clips with fewer tokens than this.", panel=ATTENTION, prompt_line=True
@@ -170,7 +175,10 @@ class GenerateConfig:
     overwrite: bool = option(False, "Replace existing files.", panel=OUTPUT, pixels=False)
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
     timing: Timing = option(
-        "layer", "Time attention by layer, by step only, or not at all: layer, step or off.", panel=OUTPUT, pixels=False
+        "layer",
+        "Measure the time of attention per layer, per step, or not at all: layer, step or off.",
+        panel=OUTPUT,
+        pixels=False,
     )
 
     def __post_init__(self) -> None:
@@ -221,7 +229,8 @@ class GenerateConfig:
         if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
             nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
             raise UsageError(
-                f"num_frames is {shown(self.num_frames)}, but Wan decodes 4k + 1 frames. Try --num-frames {nearest}."
+                f"num_frames is {shown(self.num_frames)}, but must be a multiple of 4, plus 1. "
+                f"Try --num-frames {nearest}."
             )
         for name in COUNTS:
             value = getattr(self, name)
@@ -296,7 +305,7 @@ def _check_attention(config: GenerateConfig) -> None:
             taken = ", ".join(method.option_names) or "none"
             others = " or ".join(f"--attention {other}" for other in registry.with_option(name))
             advice = f"Leave it out, or give {others}." if others else "Leave it out."
-            raise UsageError(f"{name} is not an option of {method.name} attention (it has: {taken}). {advice}")
+            raise UsageError(f"{name} is not an option of {method.name} attention (its options: {taken}). {advice}")
     method.config(**dict(config.attention_options))  # it checks what is out of range
     method.check_backend(config.backend)
     if config.policy != AttentionPolicy() and method.family == "dense":

@@ -73,8 +73,8 @@ def decode(
         ).vae
         if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(
-                f"{path} was generated for a different VAE than that of {own or source.name}. Give the right VAE with "
-                "--vae, or the folder of its model with --model."
+                f"{path} was generated for a different VAE than {own or f'that of {source.name}'}. Give the right VAE "
+                "with --vae, or the folder of its model with --model."
             )
         return GenerateResult([_write(recorded, latents, decoder, place, path, target, overwrite, on_event)])
 
@@ -99,8 +99,8 @@ def _write(
     frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
     if recorded.video.frames_hash != frames_hash:
         text = (
-            "the frames differ from those decoded before, which can happen on another device or with other package "
-            "versions"
+            "the frames are not identical to those of the original run, which can happen on another device or with "
+            "other package versions"
         )
         on_event(Event("note", text))
     comment = report.comment(
@@ -143,7 +143,7 @@ def _find_model(path: Path, model: str, local_files_only: bool, on_event: Callab
         )  # fmt: skip
     except UsageError as error:
         raise UsageError(
-            f"{path} was made with the model {model!r}, which is not found. Give it with --model."
+            f"{path} was made with the model {model!r}, which cannot be found. Give it with --model."
         ) from error
 
 
@@ -157,8 +157,8 @@ def _check_shape(
     frames = (settings["num_frames"] - 1) // source.temporal_factor + 1
     if tuple(latents.shape[2:]) != (frames, rows, columns):
         raise WeightsError(
-            f"{path} holds latents of shape {tuple(latents.shape[2:])}, but {settings['num_frames']} frames of "
-            f"{settings['size']} have the shape {(frames, rows, columns)} in {source.name}. Give the model that "
-            "generated them with --model."
+            f"{path} contains latents of shape {tuple(latents.shape[2:])}, but {settings['num_frames']} frames of "
+            f"{settings['size']} have the shape {(frames, rows, columns)} in the model {source.name}. With --model, "
+            "give the model that generated them."
         )
     return width, height, settings["num_frames"]

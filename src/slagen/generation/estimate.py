@@ -199,7 +199,7 @@ def _notes(
     """
     defaults, notes = model.defaults, list[str]()
     if method is None:
-        notes.append("attention is dense; SLA's cost is shown for comparison")
+        notes.append("this run uses dense attention; the cost of SLA is shown for comparison")
     elif model.trained is not None and suits(method, model.method):
         notes += differences(attention, model.trained)
     elif method.needs.weights:
@@ -211,7 +211,7 @@ def _notes(
             tuned = f"these weights were not fine-tuned for {label(method.name)}"
             notes.append(
                 f"{tuned}, so the video will be poor" if config.allow_untrained else
-                f"{tuned}: generate needs --weights, or --allow-untrained"
+                f"{tuned}; slagen generate needs other weights, given with --weights, or --allow-untrained"
             )  # fmt: skip
     elif (note := method.note(attention, method.own(config.attention_settings), grid)) is not None:
         notes.append(note)
@@ -268,8 +268,8 @@ def _model(config: GenerateConfig) -> _Model:
     folder = local_folder(name)
     if folder is None:
         raise UsageError(
-            f"{name} is not a local folder, and a hub model can be planned only after it is downloaded. Give a "
-            f"folder, or one of {', '.join([BUNDLED, *PRESETS])}, with --model."
+            f"{name} is not a folder on this machine, and slagen plan cannot read a Hugging Face model that is not "
+            f"downloaded. With --model, give a folder or one of {', '.join([BUNDLED, *PRESETS])}."
         )
     source = describe_folder(folder, name)
     if found is None and weights is None:
@@ -374,7 +374,7 @@ def models() -> list[ListedModel]:
     folder = bundled_folder()
     source = describe_folder(folder, BUNDLED)
     _, own = (read_trained_with(folder / SLA_FILE) if (folder / SLA_FILE).is_file() else None) or (SLA_NAME, None)
-    bundled = Preset(BUNDLED, "bundled: circles, squares, triangles and stars", None, None, source.shape,
+    bundled = Preset(BUNDLED, "bundled; draws circles, squares, triangles and stars", None, None, source.shape,
                      source.defaults, own)  # fmt: skip
     return [_row(preset) for preset in (bundled, *PRESETS.values())]
 

@@ -42,9 +42,13 @@ def recommended_notes(asked: GenerateConfig, filled: GenerateConfig) -> list[str
     names = [name for name in ("dense_steps", "dense_layers") if getattr(asked, name) != getattr(filled, name)]
     if not names or filled.attention != asked.attention:
         return []
-    chosen = " and ".join(f"{name} {getattr(filled, name)}" for name in names)
-    none = " and ".join(f"--{name.replace('_', '-')} 0%" for name in names)
-    return [f"{chosen}, as {filled.model} recommends for {filled.attention}; {none} to run none dense"]
+    options = {f"--{name.replace('_', '-')}": getattr(filled, name) for name in names}
+    chosen = " and ".join(f"{option} {value}" for option, value in options.items())
+    none = " and ".join(f"{option} 0%" for option in options)
+    return [
+        f"using {chosen}, as recommended for {filled.model} with {filled.attention} attention; to turn this off, "
+        f"give {none}"
+    ]
 
 
 def check_size(config: GenerateConfig, spatial_grid: int) -> tuple[int, int, int]:
@@ -81,5 +85,7 @@ def choose_sampler(
             )
         return dataclasses.replace(config, sampler=sampler, sigma_max=config.sigma_max or SIGMA_MAX)
     if config.sigma_max is not None or config.ode:
-        raise UsageError(f"--sigma-max and --ode are for the rcm sampler, but this is {sampler}. Leave them out.")
+        raise UsageError(
+            f"--sigma-max and --ode are for the rcm sampler, but the sampler is {sampler}. Leave them out."
+        )
     return dataclasses.replace(config, sampler=sampler)

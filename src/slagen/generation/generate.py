@@ -182,9 +182,8 @@ def save(
         raise _kept(sample, path, not_written(path, error), hashes) from error
     if lost:
         names = " and ".join(map(str, lost))
-        text = (
-            f"{path} was written, but {names} could not be ({next(iter(lost.values()))}). Check the free space there."
-        )
+        reason = next(iter(lost.values()))
+        text = f"{path} was written, but {names} could not be written ({reason}). Check the free space there."
         if latents_path in lost:
             kept = keep_latents(path, sample.latents, weights_hash(sample.vae), record)
             text += " The latents are lost." if kept is None else f" The latents are kept in {kept}."
@@ -196,7 +195,7 @@ def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]
     """What is said where a video could not be written: its latents are kept, and this command goes on from them."""
     kept = keep_latents(path, sample.latents, weights_hash(sample.vae), report.video_report(sample, path, **hashes))
     if kept is None:
-        return SlagenError(f"{error} Its latents could not be written either.")
+        return SlagenError(f"{error} The latents could not be written either.")
     command = f"slagen decode {shlex.quote(str(kept))}"
     if kept.with_name(kept.name.removesuffix(SUFFIX) + ".mp4") != path:
         command += f" --output {shlex.quote(str(path))}"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # what a file says of itself is read without torch
 
 SUFFIX = ".latents.safetensors"
 NAME, METADATA, VERSION = "latents", "slagen_latents", 1
-AGAIN = "Generate it again: slagen generate ... --save-latents."
+AGAIN = "Generate the video again with --save-latents."
 FORM: dict[str, Any] = {"version": whole(1, 10**6), "vae_hash": sha256(), "report": video_report.FORM}
 
 
@@ -123,7 +123,7 @@ def read_latents(path: Path) -> tuple[Tensor, About]:
     if not torch.isfinite(latents).all():
         raise WeightsError(f"{path} contains NaN or Inf. {AGAIN}")
     if latents_hash(latents) != about.report.latents_hash:
-        raise WeightsError(f"{path} was changed or damaged: its latents do not have the recorded hash. {AGAIN}")
+        raise WeightsError(f"{path} was changed or damaged: its latents do not match the recorded hash. {AGAIN}")
     return latents, about
 
 
@@ -134,12 +134,10 @@ def read_about(path: Path) -> About:
     header = read_header(path)
     about = header.pop("__metadata__", {})
     if set(header) != {NAME}:
-        raise WeightsError(
-            f"{path} does not hold the latents of a video. Give a file that generate --save-latents wrote."
-        )
+        raise WeightsError(f"{path} does not contain the latents of a video. Give a file written with --save-latents.")
     if METADATA not in about:
         raise WeightsError(
-            f"{path} holds latents, but not the settings that they were generated with, so they cannot be "
+            f"{path} contains latents, but not the settings that they were generated with, so they cannot be "
             f"decoded. {AGAIN}"
         )
     content = read_strings(path, about[METADATA], FORM)
@@ -154,8 +152,8 @@ def read_about(path: Path) -> About:
     entry = header[NAME]
     if entry["dtype"] != "F32" or len(entry["shape"]) != 5 or entry["shape"][0] != 1:
         raise WeightsError(
-            f"{path} holds {entry['dtype']} of shape {entry['shape']}, but must hold float32 latents of one "
-            f"video. {AGAIN}"
+            f"{path} contains {entry['dtype']} latents of shape {entry['shape']}, but must contain float32 latents of "
+            f"one video. {AGAIN}"
         )
     return About(content["vae_hash"], VideoReport.from_dict(content["report"]))
 
@@ -171,7 +169,7 @@ def describe_latents(path: Path) -> LatentsInfo | None:
         return None
     latents, about = read_latents(path)
     return LatentsInfo(
-        path=str(path), kind="latents", meaning="a video before its VAE decodes it",
+        path=str(path), kind="latents", meaning="the final latents of a video, which the VAE decodes",
         decode=f"slagen decode {shlex.quote(str(path))}", shape=list(latents.shape), vae_hash=about.vae_hash,
         latents_hash=about.report.latents_hash, settings=about.report.settings,
     )  # fmt: skip

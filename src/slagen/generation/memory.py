@@ -145,14 +145,14 @@ def check(needed: Need, width: int, height: int, num_frames: int, advice: str | 
     text = (
         f"{width}x{height} with {counted(num_frames, 'frame')} needs about {needed.likely / GIB:.1f} GiB of memory "
         f"on a CPU (weights {needed.weights / GIB:.1f}, denoising {needed.denoise / GIB:.1f}, decoding "
-        f"{needed.decode / GIB:.1f}), but {max(0, left) / GIB:.1f} GiB is left of {limit}."
+        f"{needed.decode / GIB:.1f}), but only {max(0, left) / GIB:.1f} GiB of {limit} is left."
     )
     if advice is None:
         advice = "Try a smaller --size" + (" or a lower --num-frames" if num_frames > 1 else "")
         advice += ", or --dtype bf16" if needed.fresh > needed.decode else ""
     if needed.surely > left:
         raise SlagenError(f"{text} {advice}.")
-    return f"{text} If it runs out of memory: {advice}"
+    return f"{text} If it runs out of memory, {advice[:1].lower()}{advice[1:]}"
 
 
 def memory_left() -> tuple[int, str]:
@@ -171,7 +171,7 @@ def _process_limits() -> Iterator[tuple[int, str]]:
     for kind, held, name in ((resource.RLIMIT_AS, used.vms, "ulimit -v"), (resource.RLIMIT_DATA, _data(), "ulimit -d")):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY:
-            yield limit - held, f"the limit of {name}"
+            yield limit - held, f"the {name} limit"
 
 
 def _data() -> int:
@@ -199,7 +199,7 @@ def _group_limits(
         for folder in dict.fromkeys([inside, *(parent for parent in inside.parents if root in parent.parents), root]):
             left = _group_left(folder, *names)
             if left is not None:
-                yield left, "the limit of this container or control group"
+                yield left, "this container's or control group's limit"
 
 
 def _group_left(folder: Path, maximum: str, current: str, cache: str) -> int | None:

@@ -83,7 +83,7 @@ class DataConfig:
         is_size=True,
     )  # fmt: skip
     height: int | None = option(None, "In pixels.", panel=DATA, hidden=True)
-    num_frames: int | None = option(None, "Maximum video frames of a clip, 4k + 1.", panel=DATA)
+    num_frames: int | None = option(None, "Maximum number of frames in a clip: a multiple of 4, plus 1.", panel=DATA)
     fps: int | None = option(None, "Frames per second of the clips.", panel=DATA)
     no_upscale: bool = option(
         False, "Do not enlarge videos that are smaller than --size; they stay at about their original size.", panel=DATA

@@ -244,13 +244,13 @@ def test_plan_says_that_the_density_is_an_estimate():
 @pytest.mark.parametrize(
     ("changes", "steps", "layers", "said"),
     [
-        ({}, list(range(10)), [0], "dense_steps 20% and dense_layers 0, as wan2.1-t2v-14b recommends for sol"),
-        ({"tau": 1.3}, list(range(10)), [0], "dense_steps 20% and dense_layers 0"),
+        ({}, list(range(10)), [0], "20% and --dense-layers 0, as recommended for wan2.1-t2v-14b with sol"),
+        ({"tau": 1.3}, list(range(10)), [0], "using --dense-steps 20% and --dense-layers 0"),
         (
             {"dense_steps": "0-1"},
             [0, 1],
             [0],
-            "note: dense_layers 0, as wan2.1-t2v-14b recommends for sol",
+            "note: using --dense-layers 0, as recommended for wan2.1-t2v-14b with sol",
         ),
         ({"dense_steps": "0%", "dense_layers": "-1"}, None, [39], None),
         ({"attention": "mean"}, None, None, None),
