@@ -44,6 +44,7 @@ from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import tensor_hash
 from slagen.generation.peers import NAMES, TRAINER_NAMES
+from slagen.maps import run as maps
 from slagen.training import finetune
 from slagen.training import preflight as training_preflight
 from slagen.training.config import DataConfig, FinetuneConfig
@@ -59,8 +60,9 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 TASKS = (
     (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (provenance, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
-    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (finetune, "finetune"),
-    (prepare, "prepare"), (bench, "bench"), (doctor, "examine"), (kernel_costs, "kernel_costs"), (selftest, "claim"),
+    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (maps, "draw"),
+    (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
+    (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ FLOORS = (
     {"formats"},
     {"wan"},
     {"generation"},
-    {"batch", "training", "benchmark", "comparison"},
+    {"batch", "training", "benchmark", "comparison", "maps"},
     {"doctor"},
     {"cli"},
     {"__main__", "__init__"},

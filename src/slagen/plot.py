@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,102 @@ def draw_chart(chart: Chart) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPicture:
+    """What a head attends to, as arrays of numpy.
+
+    Args:
+        mass: (M, N), the share of its softmax that each query block gives to each key block.
+        classes: (M, N), 1 for blocks that are attended exactly, 0 for others, -1 for negligible ones.
+        weights: (T, H, W), the softmax of one query over all keys. kept: (T, H, W) bool, the keys attended exactly.
+        query: frame, row and column of that query.
+        best: (N + 1,), the mass that the n blocks of most mass hold, on average.
+        density, kept_mass: of the blocks that are kept.
+    """
+
+    mass: Any
+    classes: Any
+    weights: Any
+    kept: Any
+    query: tuple[int, int, int]
+    best: Any
+    density: float
+    kept_mass: float
+    title: str = ""
+
+
+def draw_attention(drawn: AttentionPicture) -> bytes:
+    """A PNG: the mass of each pair of blocks, those that are kept, one query's keys frame by frame, and how fast the
+    mass adds up."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 9.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    (mass, classes), (query, curve) = figure.subplots(2, 2)
+    rows, columns = drawn.mass.shape
+    least = max(float(drawn.mass.max()) * 1e-4, 1e-12)
+    image = mass.imshow(
+        drawn.mass.clip(least), norm=LogNorm(least), cmap="magma", aspect="auto", interpolation="nearest"
+    )
+    figure.colorbar(image, ax=mass, label="share of the softmax")
+    colours = ListedColormap(["#d9d9d9", "#9ecae1", "#08519c"])
+    image = classes.imshow(
+        drawn.classes,
+        cmap=colours,
+        norm=BoundaryNorm((-1.5, -0.5, 0.5, 1.5), 3),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    bar = figure.colorbar(image, ax=classes, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["negligible", "not exact", "exact"])
+    for axes, title in ((mass, "softmax of dense attention"), (classes, "what becomes of each key block")):
+        axes.set(xlabel=f"key block (of {columns})", ylabel=f"query block (of {rows})", title=title)
+    _draw_query(figure, query, drawn)
+    share = [n / columns for n in range(columns + 1)]
+    curve.plot(share, drawn.best, label="blocks of most mass")
+    curve.plot([0, 1], [0, 1], "--", lw=1, color="grey", label="random blocks")
+    curve.plot([drawn.density], [drawn.kept_mass], "o", color="#08519c", label="blocks that are kept")
+    curve.set(
+        xlabel="share of key blocks", ylabel="share of the softmax", title="mass held", xlim=(0, 1), ylim=(0, 1.02)
+    )
+    curve.grid(alpha=0.3)
+    curve.legend(fontsize="small")
+    figure.suptitle(drawn.title, fontsize="medium")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    return data.getvalue()
+
+
+def _draw_query(figure: Any, axes: Any, drawn: AttentionPicture) -> None:
+    """The latent frames in rows, each key in the shade of its weight; those attended exactly are outlined."""
+    import numpy as np
+    from matplotlib.colors import LogNorm
+
+    frames, height, width = drawn.weights.shape
+    across = int(np.ceil(np.sqrt(frames)))
+    down = -(-frames // across)
+    sheet = np.full((down * (height + 1) - 1, across * (width + 1) - 1), np.nan)
+    outlines = np.zeros_like(sheet)
+    for frame in range(frames):
+        top, left = frame // across * (height + 1), frame % across * (width + 1)
+        sheet[top : top + height, left : left + width] = drawn.weights[frame]
+        outlines[top : top + height, left : left + width] = drawn.kept[frame]
+        axes.text(left, top - 0.2, str(frame), fontsize="x-small", va="top", color="white")
+    least = max(float(drawn.weights.max()) * 1e-4, 1e-12)
+    image = axes.imshow(np.maximum(sheet, least), norm=LogNorm(least), cmap="magma", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the softmax")
+    for y, x in np.argwhere(outlines > 0):
+        for dy, dx, line in ((-1, 0, ([-0.5, 0.5], [-0.5, -0.5])), (1, 0, ([-0.5, 0.5], [0.5, 0.5])),
+                             (0, -1, ([-0.5, -0.5], [-0.5, 0.5])), (0, 1, ([0.5, 0.5], [-0.5, 0.5]))):  # fmt: skip
+            beside = (y + dy, x + dx)
+            inside = 0 <= beside[0] < sheet.shape[0] and 0 <= beside[1] < sheet.shape[1]
+            if not inside or not outlines[beside]:
+                axes.plot([x + offset for offset in line[0]], [y + offset for offset in line[1]], color="#4dd0e1", lw=1)
+    frame, row, column = drawn.query
+    top, left = frame // across * (height + 1), frame % across * (width + 1)
+    axes.plot([left + column], [top + row], "+", color="lime", ms=9, mew=2)
+    axes.set(title=f"keys of query {frame},{row},{column} by latent frame; outlined: exact", xticks=[], yticks=[])

@@ -253,7 +253,8 @@ class Method:
             `block_sizes(grid)`, the query rows and key columns of the blocks whose means it takes, or None, and
             `begin_pass(context)`, which is called outside compiled code before each forward pass; and where only the
             inputs decide how much is left out, `take_density()`: the fraction of all query-key pairs attended exactly
-            since its last call, or None before any, for the report.
+            since its last call, or None before any, for the report; and `kept_blocks(q, k, inputs)`: a `BlockMap`, for
+            pictures.
         reference: (config, q, k, v, parameters, inputs) -> o by the definition, in float64 for float64; `parameters`
             is the module's state.
         backends: its implementations; the first is "auto".

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from slagen import __version__
-from slagen.cli import batch, bench, compare, convert, doctor, finetune, generate, info
+from slagen.cli import batch, bench, compare, convert, doctor, finetune, generate, info, maps
 from slagen.cli.parsing import CONTEXT, Command, Group
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "convert": convert.convert,
     "merge": convert.merge,
     "compare": compare.compare,
+    "attention": maps.attention,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

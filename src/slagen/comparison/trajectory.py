@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen.attention.policy import DensePart
+from slagen.attention.protocol import Inputs
 from slagen.wan.processor import denoising, watching
 
 KEPT = ("hidden_states", "timestep", "encoder_hidden_states")
@@ -89,9 +90,9 @@ class _LayerErrors:
     def __init__(self, num_layers: int) -> None:
         self._sums: list[list[Any]] = [[0.0, 0.0] for _ in range(num_layers)]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+    def __call__(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, o: Tensor, inputs: Inputs) -> None:
         exact = F.scaled_dot_product_attention(q, k, v).float()
-        sums = self._sums[layer]
+        sums = self._sums[layer.place.index]
         sums[0] += (o.float() - exact).square().sum(dtype=torch.float64)
         sums[1] += exact.square().sum(dtype=torch.float64)
 

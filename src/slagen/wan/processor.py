@@ -27,7 +27,7 @@ from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
 from slagen.wan.saved import forget_settings
 from slagen.wan.sequence_parallel import to_heads, to_tokens
 
-Watch = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # of a layer's index, q, k, v and o (B, H, L, D)
+Watch = Callable[[Any, Tensor, Tensor, Tensor, Tensor, Inputs], None]  # of a processor, q, k, v, o (B, H, L, D)
 
 
 def _self_attention(
@@ -107,7 +107,7 @@ class _Processor:
     def _timed(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         if self.watch is not None:
             o = self._operator(q, k, v, inputs)
-            self.watch(self.place.index, q, k, v, o)
+            self.watch(self, q, k, v, o, inputs)
             return o
         if self.recorder is None:
             return self._operator(q, k, v, inputs)
@@ -346,7 +346,7 @@ def attach_recorder(transformer: WanTransformer3DModel, recorder: StepRecorder) 
 
 @contextmanager
 def watching(transformer: WanTransformer3DModel, watch: Watch) -> Iterator[None]:
-    """Have every self-attention within the block seen: its layer, what it was given, and its output. Not timed then."""
+    """Have every self-attention within the block seen, with what it was given, and its output. It is not timed then."""
     for processor in processors(transformer):
         processor.watch = watch
     try:

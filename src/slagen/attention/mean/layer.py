@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slagen.attention.block_maps import BlockMap, map_in_order
 from slagen.attention.kept_pairs import PairCounter
 from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.mean.functional import block_mean_attention
-from slagen.attention.mean.selection import kept_pairs
+from slagen.attention.mean.selection import kept_blocks, kept_pairs
 from slagen.attention.order import CubesOfPass
 from slagen.attention.protocol import Inputs, Layer
 from slagen.attention.ranking import head_seeds
@@ -38,6 +39,14 @@ class BlockMeanAttention(PairCounter, CubesOfPass):
         self.config, self.backend = config, backend
         self.follow_cubes(device)
         self.register_buffer("seeds", None if layer is None else head_seeds(layer, device), persistent=False)
+
+    def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap:
+        """Which key blocks are attended exactly, of q, k (B, H, L, D)."""
+
+        def classify(q: Tensor, k: Tensor) -> Tensor:
+            return kept_blocks(q, k, self.config, self.seeds).to(torch.int8)
+
+        return map_in_order(self.config, self.config.order, self.cubes_in(inputs, q), q, k, classify)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D).

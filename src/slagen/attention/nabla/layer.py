@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slagen.attention.block_maps import BlockMap
+from slagen.attention.cubes import CUBE_TOKENS
 from slagen.attention.kept_pairs import GridLayer, kept_pairs
 from slagen.attention.nabla.config import Backend, NablaConfig
 from slagen.attention.nabla.functional import nabla_attention
@@ -30,6 +32,12 @@ class Nabla(GridLayer):
     def blocks_of(self, grid: Grid, device: torch.device) -> Patches:
         """The patches of a grid."""
         return patches_of(grid, self.config.reach, device)
+
+    def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap:
+        """Which patches are attended to, of q, k (B, H, L, D)."""
+        patches: Patches = self.blocks_in(inputs, q)
+        kept, patch = kept_patches(q, k, self.config, patches, q.shape[3] ** -0.5), patches.order.slots // CUBE_TOKENS
+        return BlockMap(kept.to(torch.int8), patch, patch)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D). Raises ValueError where the grid is not one of L tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slagen.attention.block_maps import BlockMap
 from slagen.attention.kept_pairs import GridLayer
 from slagen.attention.protocol import Grid, Inputs
 from slagen.attention.radial.config import RadialConfig
@@ -31,6 +32,13 @@ class Radial(GridLayer):
     def blocks_of(self, grid: Grid, device: torch.device) -> RadialMask:
         """The mask of a grid."""
         return radial_mask(self.config, grid, device)
+
+    def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap:
+        """Which key blocks are attended to, of q, k (B, H, L, D): the same for all heads."""
+        mask: RadialMask = self.blocks_in(inputs, q)
+        place = torch.arange(q.shape[2], device=q.device)
+        classes = mask.kept.to(torch.int8).expand(*q.shape[:2], -1, -1)
+        return BlockMap(classes, place // self.config.block_m, place // self.config.block_n)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D). Raises ValueError where the grid is not one of L tokens."""

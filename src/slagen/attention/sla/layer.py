@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slagen.attention.block_maps import BlockMap, map_in_order
 from slagen.attention.order import CubesOfPass
 from slagen.attention.protocol import Grid, Inputs, Layer
-from slagen.attention.ranking import head_seeds
+from slagen.attention.ranking import head_seeds, selector_scores
+from slagen.attention.sla.block_map import block_map, block_scores
 from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
 from slagen.attention.sla.module import SparseLinearAttention
@@ -31,6 +33,18 @@ class SLA(CubesOfPass, SparseLinearAttention):
         chooses = self.branches != "linear" or config.linear_domain == "marginal"
         takes = chooses and config.order == "raster" and config.selector == "pooled"
         return (config.block_m, config.block_n) if takes else None
+
+    def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap | None:
+        """What becomes of each key block, of q, k (B, H, L, head_dim); None where nothing is chosen."""
+        config = self.config
+        if self.branches == "linear" and config.linear_domain == "all":
+            return None
+
+        def classify(q: Tensor, k: Tensor) -> Tensor:
+            scores = selector_scores(config, q, k, self.seeds, q.shape[3] ** -0.5)
+            return block_map(block_scores(q, k, config) if scores is None else scores, config)
+
+        return map_in_order(config, config.order, self.cubes_in(inputs, q), q, k, classify)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs | None = None) -> Tensor:  # type: ignore[override]
         """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.

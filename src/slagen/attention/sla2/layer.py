@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from slagen.attention.block_maps import BlockMap, map_in_order
 from slagen.attention.order import CubesOfPass, in_order
 from slagen.attention.protocol import Inputs
-from slagen.attention.sla.block_map import block_means
+from slagen.attention.sla.block_map import block_map, block_means, scores_of_means
 from slagen.attention.sla.config import Backend
 from slagen.attention.sla2.config import SLA2Config
 from slagen.attention.sla2.functional import choose_backend, routed_attention, sla2_attention, smoothed
@@ -69,6 +70,17 @@ class SLA2(CubesOfPass):
         self.router_q = _IdentityLinear(head_dim, head_dim, bias=False, dtype=torch.float32, device=device)
         self.router_k = _IdentityLinear(head_dim, head_dim, bias=False, dtype=torch.float32, device=device)
         self.mix = _Mix(num_heads, self.config.mixing_blocks, device)
+
+    def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap:
+        """Which key blocks are attended exactly, of q, k (B, H, L, head_dim)."""
+        config = self.config
+
+        def classify(q: Tensor, k: Tensor) -> Tensor:
+            q_routed = _routed(self.router_q, block_means(q, config.block_m))
+            k_routed = _routed(self.router_k, block_means(smoothed(k, config), config.block_n))
+            return block_map(scores_of_means(q_routed, k_routed), config.sla)
+
+        return map_in_order(config, config.order, self.cubes_in(inputs, q), q, k, classify)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Attend: q, k, v (B, H, L, head_dim) -> o (B, H, L, head_dim) in q's dtype.

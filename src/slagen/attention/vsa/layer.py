@@ -6,11 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slagen.attention.order import CubesOfPass
+from slagen.attention.block_maps import BlockMap
+from slagen.attention.cubes import CUBE_TOKENS
+from slagen.attention.order import CubesOfPass, cubes_of
 from slagen.attention.protocol import Inputs, Layer
+from slagen.attention.sla.block_map import highest
 from slagen.attention.sla.module import ZeroLinear
 from slagen.attention.vsa.config import VSAConfig
 from slagen.attention.vsa.functional import video_sparse_attention
+from slagen.attention.vsa.reference import cube_scores
 
 
 class GateLinear(ZeroLinear):
@@ -41,6 +45,12 @@ class VSA(CubesOfPass):
         if config.gate:
             self.to_gate_compress = GateLinear(channels, channels, dtype=torch.float32, device=device)
         self.follow_cubes(device)
+
+    def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap:
+        """Which cubes are attended exactly, of q, k (B, H, L, D)."""
+        cubes = cubes_of(self.cubes_in(inputs, q), q)
+        kept = highest(cube_scores(q, k, cubes), self.config.num_kept(len(cubes.counts)))
+        return BlockMap(kept.to(torch.int8), cubes.slots // CUBE_TOKENS, cubes.slots // CUBE_TOKENS)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
         """Attend: q, k, v (B, H, L, D) -> o (B, H, L, D) in q's dtype.

@@ -1,0 +1,1 @@
+"""`slagen attention`: which key blocks a layer attends to, and how much of the softmax they hold."""
