@@ -39,7 +39,7 @@ from slagen.doctor import checks as doctor
 from slagen.doctor import kernel_costs, selftest
 from slagen.formats import headers, merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
-from slagen.generation import decode, generate, latents, preflight, provenance, replay
+from slagen.generation import decode, generate, latents, pages, preflight, provenance, replay
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import tensor_hash
@@ -61,7 +61,7 @@ TASKS = (
     (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (provenance, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
     (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (maps, "draw"),
-    (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
+    (pages, "write_page"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip
 

@@ -48,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "info": info.info,
     "decode": generate.decode_latents,
     "replay": generate.replay,
+    "report": generate.report,
     "convert": convert.convert,
     "merge": convert.merge,
     "compare": compare.compare,

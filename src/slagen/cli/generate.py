@@ -16,7 +16,7 @@ from slagen.generation.config import OUTPUT, VIDEO, GenerateConfig
 from slagen.io.documents import decode
 from slagen.io.forms import Fault
 from slagen.io.paths import check_video, user_path
-from slagen.io.text import LONG_DASH, MAX_PROMPT
+from slagen.io.text import LONG_DASH, MAX_PROMPT, quote_path
 
 
 @takes(settings=GenerateConfig)
@@ -157,6 +157,37 @@ def decode_latents(
 
         result = task.decode(path, output, model=model, on_event=progress, **settings)
     show_videos(result, as_json)
+
+
+@takes(settings=Fields(GenerateConfig, only=("overwrite",)))
+def report(
+    *,
+    paths: Annotated[
+        list[str],
+        typer.Argument(metavar="REPORT...", help="Reports of videos (.json), or the videos beside them."),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The page. Default: the name of the first report with .html at its end.",
+            metavar="FILE",
+        ),
+    ] = None,
+    settings: dict[str, Any],
+) -> None:
+    """Write reports as one HTML page that needs no network: the video, and where each step's time went.
+
+    Example: slagen report outputs/dense.json outputs/sla.json --output both.html
+    """
+    from slagen.cli.console import write
+    from slagen.generation import pages
+
+    if output is not None and not output.lower().endswith((".html", ".htm")):
+        raise UsageError(f"output is {quote_path(output)}, but must be a file that ends in .html.")
+    page = None if output is None else user_path(output)
+    write(str(pages.write_page([user_path(path) for path in paths], page, settings["overwrite"])))
 
 
 @takes(settings=Fields(GenerateConfig, only=("vae", "local_files_only")))

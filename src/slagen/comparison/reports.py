@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slagen.errors import UsageError, WeightsError
-from slagen.generation.video_report import FORM, VideoReport
-from slagen.io.documents import read_json
-
-ADVICE = "Give two reports that slagen generate wrote, with their times."
+from slagen.generation.pages import read_report
+from slagen.generation.video_report import VideoReport
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class ReportsCompared:
 
 def compare_reports(first: Path, second: Path) -> ReportsCompared:
     """Raises UsageError for a file that does not exist, WeightsError for one that is no report with times."""
-    a, b = _read(first), _read(second)
+    a, b = read_report(first), read_report(second)
     settings = {
         name: (a.settings.get(name), b.settings.get(name))
         for name in dict.fromkeys([*a.settings, *b.settings])
@@ -52,17 +49,6 @@ def compare_reports(first: Path, second: Path) -> ReportsCompared:
              "attention": (_seconds(a, "attention_ms"), _seconds(b, "attention_ms"))}  # fmt: skip
     names = (str(first), str(second))
     return ReportsCompared(names, settings, {**steps, **stages}, a.latents_hash == b.latents_hash, a.device == b.device)
-
-
-def _read(path: Path) -> VideoReport:
-    if not path.exists():
-        raise UsageError(f"{path} does not exist. {ADVICE}")
-    content = read_json(path, advice=ADVICE)
-    if content.get("kind") == "comparison":
-        raise WeightsError(f"{path} is itself a comparison. {ADVICE}")
-    if "restored" in content:
-        raise WeightsError(f"{path} was restored without its times. {ADVICE}")
-    return VideoReport.from_dict(read_json(path, FORM, advice=ADVICE))
 
 
 def _seconds(report: VideoReport, name: str) -> float | None:

@@ -73,7 +73,8 @@ class GenerateConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         timing: "layer" times attention by layer, "step" by step only, "off" not at all.
         output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
-        save_latents: also write the final latents, as safetensors. overwrite: replace files that are there.
+        report: also write the report as a page. save_latents: also write the final latents, as safetensors.
+        overwrite: replace files that are there.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
 
@@ -173,6 +174,7 @@ class GenerateConfig:
     )
     output: str = option("outputs", "A folder, or a file that ends in .mp4.", panel=OUTPUT, short="-o", pixels=False)
     overwrite: bool = option(False, "Replace existing files.", panel=OUTPUT, pixels=False)
+    report: bool = option(False, "Also write the report as an HTML page beside the video.", panel=OUTPUT, pixels=False)
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
     timing: Timing = option(
         "layer",

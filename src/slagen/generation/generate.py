@@ -23,10 +23,11 @@ from slagen.generation import memory, report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.preflight import check_free, check_output
+from slagen.generation.report_page import Shown, report_page
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import Sample, Session
-from slagen.io.files import check_writable, reserved, write_json
+from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import is_video, user_path
 from slagen.io.stages import staging
 from slagen.io.text import counted
@@ -152,7 +153,7 @@ def save(
     on_event(Event("stage", "write"))
     began = time.perf_counter()
     hashes = _hashes(sample)
-    report_path, latents_path = path.with_suffix(".json"), path.with_suffix(SUFFIX)
+    report_path, latents_path, page_path = (path.with_suffix(suffix) for suffix in (".json", SUFFIX, ".html"))
     lost: dict[Path, Exception] = {}
     try:
         with staging(path.parent) as stage:
@@ -169,6 +170,13 @@ def save(
             except OSError as error:
                 lost[report_path] = error
                 going.append(report_path.name)
+            try:
+                if config.report:
+                    page = report_page([Shown(report_path.name, record, video.read_bytes())])
+                    write_text(stage.folder / page_path.name, page)
+            except OSError as error:
+                lost[page_path] = error
+                going.append(page_path.name)
             try:
                 if config.save_latents:
                     write_latents(latents, sample.latents, weights_hash(sample.vae), record)

@@ -49,6 +49,7 @@ def check_output(config: GenerateConfig) -> None:
 def check_free(video: Path, config: GenerateConfig) -> None:
     """Raise UsageError where a video, its report or its latents would replace what is there, unless that is wanted."""
     latents = [video.with_suffix(SUFFIX)] if config.save_latents else []
-    for file in (video, video.with_suffix(".json"), *latents):
+    page = [video.with_suffix(".html")] if config.report else []
+    for file in (video, video.with_suffix(".json"), *latents, *page):
         if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
             raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")

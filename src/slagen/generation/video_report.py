@@ -121,7 +121,8 @@ class ReportedAttention:
 
 @dataclass(frozen=True)
 class ReportedStep:
-    """The times of a denoising step; None where they were not taken. Attention: of both passes, and of each."""
+    """The times of a denoising step; None where they were not taken. Attention: of both passes, of each, and of each
+    layer in both passes."""
 
     step: int
     timestep: float
@@ -130,6 +131,7 @@ class ReportedStep:
     attention_conditional_ms: float | None
     attention_unconditional_ms: float | None
     attention_share: float | None
+    layers_ms: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A form is `str`, `int`, `float` (any finite number), `bool`, `dict`, `list`, `None`, `object` for anything, a union of
 these (`int | None`), `[form]` for a list, `(form, form)` for a list of just these, `{"name": form, "other?": form}` for
-an object that has the one and may have the other, `{str: form}` for an object of any names, or a `Kind`.
+an object that has the one and may have the other, `{str: form}` for an object of any names, a `Kind`, or `OrNull`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ class Kind:
     holds: Callable[[Any], bool] = lambda value: True
 
 
+@dataclass(frozen=True)
+class OrNull:
+    """A form of its own, such as that of a list, or null."""
+
+    form: Any
+
+
 def whole(least: int, most: int) -> Kind:
     """A whole number within bounds."""
     return Kind(f"a whole number from {least} to {most}", int, lambda value: least <= value <= most)
@@ -76,6 +83,9 @@ def check(value: Any, form: Any, path: str = "") -> None:
         check(value, form.form, path)
         if not form.holds(value):
             raise _unfit(path, shown(value), form)
+    elif isinstance(form, OrNull):
+        if value is not None:
+            check(value, form.form, path)
     elif isinstance(form, dict):
         if not isinstance(value, dict):
             raise _unfit(path, kind_of(value), dict)

@@ -6,6 +6,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from slagen.io.forms import OrNull
+
 Record = TypeVar("Record")
 
 
@@ -15,6 +17,8 @@ def form_of(kind: Any) -> Any:
         hints = get_type_hints(kind)
         return {f"{each.name}{'?' if _has_default(each) else ''}": form_of(hints[each.name]) for each in fields(kind)}
     inner = get_args(kind)
+    if isinstance(kind, UnionType) and any(get_args(part) for part in inner):
+        return OrNull(form_of(next(part for part in inner if part is not type(None))))
     if get_origin(kind) is list:
         return [form_of(inner[0])]
     if get_origin(kind) is dict:

@@ -63,6 +63,7 @@ TRAINING = (
   section svg { width: 100%; height: auto; background: white; border-radius: .5rem; }
   figcaption { padding: .5rem .7rem; overflow-wrap: anywhere; }
 </style>
+<main>
 <h1>{{ title }}</h1>
 <dl>{% for name, value in facts.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
 <h2>Curves</h2>
@@ -76,6 +77,7 @@ TRAINING = (
   </figure>
 {% endfor %}
 </section>
+</main>
 </html>
 """
 )
