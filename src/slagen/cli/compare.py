@@ -14,7 +14,9 @@ from slagen.io.paths import user_path
 from slagen.settings import without_complement
 
 # Of all methods: the command line has no option for it, or another.
-OTHERWISE = (*TAKEN, "attention", "sparsity", "sla_topk", "num_videos", "save_latents", "report", "timing", "allow_untrained")
+OTHERWISE = (
+    *TAKEN, "attention", "sparsity", "sla_topk", "num_videos", "save_latents", "report", "timing", "allow_untrained",
+)  # fmt: skip
 
 
 @takes(settings=CompareConfig, video=Fields(GenerateConfig, without=OTHERWISE), how=Fields(GenerateConfig, only=TAKEN))
