@@ -1,11 +1,12 @@
-"""Time the torch backend against dense attention on this CPU, in one run, and measure the memory it needs.
+"""Time SLA's torch backend against dense attention on this CPU, and measure the memory that it needs.
 
     python benchmarks/attention_cpu.py --length 16384 32760
 
-Forward pass under inference_mode, float32, B = 1, H = 12, D = 128 (one layer of Wan2.1-1.3B), 95 % sparsity, blocks of
-64, proj_l in use: block map, both branches and projection are all in the time. Runs alternate between the two, so that
-a machine that slows down slows both. Memory is measured in a fresh process, as the highest resident size during one
-call, over that just before it: output included, inputs, libraries and a first call on 256 tokens not.
+It runs the forward pass under inference_mode in float32, with B = 1, H = 12 and D = 128 (one layer of Wan2.1-1.3B),
+95 % sparsity and blocks of 64. The time includes the block map, both branches and the projection proj_l. The runs of
+the two alternate, so that both are affected if the machine slows down. Memory is measured in a fresh process: the peak
+resident size during one call, minus the size just before it. That includes the output, but not the inputs, the
+libraries and a first call on 256 tokens.
 """
 
 import argparse
@@ -35,13 +36,20 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, nargs="+", default=[16384, 32760], help="tokens (default: 16384 32760)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: 3)")
-    parser.add_argument("--domain", choices=["all", "marginal"], default="all", help="of the linear branch")
     parser.add_argument(
-        "--layout", choices=["contiguous", "wan"], default="contiguous", help="wan: (B, L, H, D) strides"
+        "--length", type=int, nargs="+", default=[16384, 32760], help="numbers of tokens (default: 16384 32760)"
     )
-    parser.add_argument("--json", type=Path, help="where to write the result (default: benchmarks/results)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each kind of attention (default: 3)")
+    parser.add_argument(
+        "--domain", choices=["all", "marginal"], default="all", help="key blocks in the linear branch (default: all)"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["contiguous", "wan"],
+        default="contiguous",
+        help="memory layout of q, k and v; wan is (B, L, H, D), as in the model (default: contiguous)",
+    )
+    parser.add_argument("--json", type=Path, help="file to write (default: a new file in benchmarks/results)")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     config = SLAConfig(linear_domain=args.domain)
@@ -60,7 +68,8 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     print(
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {args.layout}, domain {args.domain}"
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, {args.layout} layout, "
+        f"linear domain {args.domain}"
     )
     rows = []
     for length in args.length:
@@ -68,8 +77,8 @@ def main() -> None:
         rows.append(row)
         memory = "not measured" if row["extra_memory_gib"] is None else f"{row['extra_memory_gib']:.3f} GiB"
         print(
-            f"L {length}: slagen {spread(row['slagen_s'])}, dense {spread(row['dense_s'])}, "
-            f"{row['speedup']:.2f} times faster, extra memory {memory}",
+            f"{length} tokens: SLA {spread(row['slagen_s'])}, dense {spread(row['dense_s'])}, "
+            f"speed-up {row['speedup']:.2f}x, extra memory {memory}",
             flush=True,
         )
 

@@ -1,11 +1,11 @@
-"""How alike the lists of critical blocks of neighbouring query blocks are, on the bundled model's own q and k.
+"""Measure how similar the critical key blocks of neighbouring query blocks are, on q and k of the bundled model.
 
     python benchmarks/neighbour_overlap.py --size 256x256x33
 
-A kernel that walks two neighbours as one tile, over the union of their lists, loads each key block once for both, and
-multiplies it with rows that did not choose it. That pays while the union is little longer than one list: the ratio
-printed here, 1 where neighbours agree and 2 where they share nothing. Tokens are in raster order, and in cubes of
-4 x 4 x 4.
+A kernel could process two neighbouring query blocks as one tile, over the union of their critical key blocks. It would
+load each key block once for both, but also multiply it with rows that did not select it. That is worthwhile if the
+union is only a little longer than one list. This script prints the ratio of the two lengths: 1 if neighbours select the
+same key blocks, and 2 if they have none in common. It does so for tokens in raster order and in cubes of 4 x 4 x 4.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--size", default="256x256x33", help="width x height x frames (default: 256x256x33)")
     parser.add_argument("--prompt", default="a red circle moving right")
     parser.add_argument("--steps", type=int, default=4, help="denoising steps with dense attention (default: 4)")
-    parser.add_argument("--json", type=Path, help="where to write the result (default: benchmarks/results)")
+    parser.add_argument("--json", type=Path, help="file to write (default: a new file in benchmarks/results)")
     args = parser.parse_args()
     width, height, num_frames = map(int, args.size.split("x"))
     grid = (num_frames - 1) // 4 + 1, height // 16, width // 16  # of tokens: 8x in the VAE, patches of 2 x 2

@@ -1,4 +1,4 @@
-"""Look up published vulnerabilities of the versions that are tested, and of the lowest that pyproject.toml admits.
+"""Look up published vulnerabilities of the tested versions, and of the lowest versions that pyproject.toml allows.
 
 `make check` runs it. The data come from the network through pip-audit: where that is not installed, or gets no data,
 one line says so and the check passes.
@@ -42,15 +42,15 @@ def audit(versions: dict[str, str], program: str) -> tuple[list[str], str]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            return [], f"no answer in {TIMEOUT_S} s"
+            return [], f"pip-audit did not answer within {TIMEOUT_S} s"
     try:
         rows = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        return [], (done.stderr.strip().splitlines() or ["no answer"])[-1][:200]
+        return [], (done.stderr.strip().splitlines() or ["pip-audit gave no answer"])[-1][:200]
     if all("vulns" not in row for row in rows):
-        return [], "the package index here keeps no such data"
+        return [], "the package index has no data on vulnerabilities"
     return [
-        f"{row['name']} {row['version']}: {vulnerability['id']}, mended in {', '.join(vulnerability['fix_versions'])}"
+        f"{row['name']} {row['version']}: {vulnerability['id']}, fixed in {', '.join(vulnerability['fix_versions'])}"
         for row in rows
         for vulnerability in row.get("vulns", [])
     ], ""
@@ -61,19 +61,19 @@ def main() -> int:
     beside = Path(sys.executable).parent / "pip-audit"
     program = str(beside) if beside.is_file() else shutil.which("pip-audit")
     if program is None:
-        print("audit: skipped, for pip-audit is not installed (pip install pip-audit)")
+        print("audit: skipped, because pip-audit is not installed (pip install pip-audit)")
         return 0
     code = 0
     for what, versions in (("tested", pinned()), ("lowest", lowest())):
         found, lack = audit(versions, program)
         for line in found:
-            print(f"audit: {what} {line}")
+            print(f"audit: the {what} version {line}")
         if found:
             code = 1
         elif lack:
-            print(f"audit: skipped for the {what} versions, {lack}")
+            print(f"audit: skipped for the {what} versions: {lack}")
         else:
-            print(f"audit: {len(versions)} {what} versions, none with a known vulnerability")
+            print(f"audit: the {len(versions)} {what} versions have no known vulnerabilities")
     return code
 
 

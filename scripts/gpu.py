@@ -1,12 +1,13 @@
-"""Everything that only a GPU can tell: `make gpu` on a bare machine with one CUDA card.
+"""Run the tests and benchmarks that need a GPU: `make gpu`, on a machine with one CUDA device.
 
-    python scripts/gpu.py                  all parts that have no result yet, in order
-    python scripts/gpu.py --part smoke     one part, again
-    python scripts/gpu.py --tables         the README's tables, from the results of every card
+    python scripts/gpu.py                  run all parts that have no result yet, in order
+    python scripts/gpu.py --part smoke     run one part, even if it has a result
+    python scripts/gpu.py --tables         print the README's tables from the results of every GPU
 
-Each part runs in a process of its own, ends within nine minutes, and leaves one JSON file in
-benchmarks/results/<card>/; a part whose file is there is skipped, so a run that was cut short goes on. Two run only
-when asked for: --part tiny trains the bundled model anew, --part sla-table the runs of its own table that are missing.
+Each part runs in its own process, takes at most nine minutes, and writes one JSON file to benchmarks/results/<GPU>/.
+A part that has a file is skipped, so run the same command again to resume. Two parts run only if they are named:
+--part tiny trains the bundled model from scratch, and --part sla-table does the missing runs of its table of training
+methods.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def sweep(path: Path, head_dim: int, block_m: int, candidates: dict[str, list[tu
             if any(row["kernel"] == kernel and row["tile"] == ran for row in rows):
                 continue
             if time.monotonic() - began > LIMIT_S - 60:
-                raise SystemExit(f"out of time after {len(rows)} tiles; run it again to go on")
+                raise SystemExit(f"out of time (tiles timed: {len(rows)}). Run again to resume.")
             row = {"kernel": kernel, "head_dim": head_dim, "block_m": block_m, "tile": ran, "ms": None, "reason": None}
             rows.append(row)
             partial.write_text(json.dumps([*rows[:-1], {**row, "reason": "brought the process down"}]))
@@ -223,8 +224,10 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=list(PARTS), action="append", help="only this part, even if it has a result")
-    parser.add_argument("--tables", action="store_true", help="print Markdown tables of the results and stop")
+    parser.add_argument(
+        "--part", choices=list(PARTS), action="append", help="run only this part, even if it has a result"
+    )
+    parser.add_argument("--tables", action="store_true", help="print the results as Markdown tables and exit")
     args = parser.parse_args()
     if args.tables:
         print_tables()
@@ -232,7 +235,7 @@ def main() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("make gpu needs a CUDA device, and PyTorch sees none. Try slagen bench --device cpu.")
+        raise SystemExit("make gpu needs a CUDA device, but PyTorch sees none. Try slagen bench --device cpu.")
     card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     folder = RESULTS / card
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,18 +248,18 @@ def main() -> None:
         command = [sys.executable, "-c", f"import gpu, pathlib; gpu.PARTS[{name!r}](pathlib.Path({str(folder)!r}))"]
         part = subprocess.Popen(command, cwd=ROOT / "scripts", env=environment, start_new_session=True)
         try:
-            code: int | str = part.wait(LIMIT_S)
+            result = f"exit code {part.wait(LIMIT_S)}"
         except subprocess.TimeoutExpired:
-            code = f"none after {LIMIT_S} s"
+            result = f"stopped after {LIMIT_S} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(part.pid, signal.SIGKILL)  # with all that it began
-        if code != 0:
+        if result != "exit code 0":
             failed.append(name)
-            print(f"{name} failed: exit code {code}", flush=True)
+            print(f"{name} failed: {result}", flush=True)
         print(f"== {name}: {time.monotonic() - began:.0f} s", flush=True)
     if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}. The others have results; make gpu tries again.")
+        raise SystemExit(f"failed: {', '.join(failed)}. The other parts have results. Run make gpu to try again.")
 
 
 def print_tables() -> None:

@@ -1,16 +1,17 @@
-"""Every attention method at equal density on the bundled model: errors, kept softmax mass, adherence, FLOPs and time.
+"""Compare all attention methods at equal density on the bundled model: errors, prompt adherence, FLOPs and time.
 
-    python scripts/methods_table.py                          every cell that has no result yet
-    python scripts/methods_table.py --part attention         only what needs no video: a minute a cell
+    python scripts/methods_table.py                          measure every cell that has no result yet
+    python scripts/methods_table.py --part attention         without videos: about a minute per cell
     python scripts/methods_table.py --size 128x128x17 --clips 16 --limit 60
-    python scripts/methods_table.py --table                  only the table, from the results there are
+    python scripts/methods_table.py --table                  print the table of the results so far
 
-Two parts. "attention" runs a method on q, k and v of every layer, captured in a dense run of the model at three of its
-steps, against dense attention in float64, and times it in turn with dense attention. "clips" generates held-out
-prompts by `slagen batch`, each with the same noise as dense attention, and judges the videos. A method whose option is
-no density is given the value with which it attends to as many pairs of the captured tensors. The controls are `random`
-blocks at equal density, and dense attention with another seed. Each cell is written to
-benchmarks/results/methods-table.json as it is done, with its machine; a run that was cut short goes on.
+A cell is one method at one density, size and token order. It is measured in two parts. The part "attention" takes q, k
+and v of every layer from three denoising steps of the dense model. It compares the method's output with dense attention
+in float64, measures the softmax mass of the attended pairs, and times the method and dense attention alternately. The
+part "clips" generates videos of held-out prompts with `slagen batch`, from the same noise as dense attention, and
+checks what they show. Where a method has no option for its density, the option that it has is set so that it attends to
+as many pairs. The controls are `random` blocks at equal density, and dense attention with another seed. Each result is
+written to benchmarks/results/methods-table.json at once, with its machine; run the same command again to resume.
 """
 
 from __future__ import annotations
@@ -319,7 +320,7 @@ def measure_clips(cell: Cell, results: dict[str, Any], count: int) -> dict[str, 
         elif row.knob is not None:
             known = results.get(Cell(cell.row, cell.size, cell.density, cell.order).key)
             if known is None:
-                return "the part attention finds its option, and has not run"
+                return "it needs the result of --part attention, which has not run yet"
             value = known["options"][row.knob[0]]
         command = ["--attention", row.method]
         for name, given in options_of(cell, value).items():
@@ -329,7 +330,7 @@ def measure_clips(cell: Cell, results: dict[str, Any], count: int) -> dict[str, 
 
             weights = Run(row.tuned, cell.size, round(1 - cell.density, 4), 0, 250).folder / "sla.safetensors"
             if not weights.exists():
-                return "sla_table.py has not tuned it"
+                return "its weights are missing. Run scripts/tiny_wan/sla_table.py first."
             command += ["--weights", str(weights), "--allow-untrained"]
     scenes, prompts, seeds = held_out(count, cell.seed or 0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -433,13 +434,15 @@ def line(results: dict[str, Any], dense: dict[int, Any], cell: Cell) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("attention", "clips"), help="only this part")
+    parser.add_argument("--part", choices=("attention", "clips"), help="measure only this part")
     parser.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[-1]))
-    parser.add_argument("--row", nargs="+", choices=[*ROWS, DENSE], help="only these rows")
-    parser.add_argument("--density", nargs="+", type=float, choices=DENSITIES, help="only these densities")
-    parser.add_argument("--clips", type=int, default=64, help="prompts of a cell (default: 64)")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no cell is begun")
-    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--row", nargs="+", choices=[*ROWS, DENSE], help="measure only these methods")
+    parser.add_argument("--density", nargs="+", type=float, choices=DENSITIES, help="measure only these densities")
+    parser.add_argument("--clips", type=int, default=64, help="prompts per cell (default: 64)")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="start no further cell after this many minutes"
+    )
+    parser.add_argument("--table", action="store_true", help="print the table and exit")
     args = parser.parse_args()
     size = next(size for size in SIZES if str(size) == args.size)
     began, captured = time.monotonic(), None

@@ -46,10 +46,10 @@ def test_what_is_tested_is_admitted():
     ("out", "error", "code", "said"),
     [
         ({"dependencies": [{"name": "ray", "version": "2.50", "vulns": [{"id": "X-1", "fix_versions": ["2.52"]}]}]},
-         "", 1, "ray 2.50: X-1, mended in 2.52"),
-        ({"dependencies": [{"name": "ray", "version": "2.56", "vulns": []}]}, "", 0, "none with a known vulnerability"),
+         "", 1, "ray 2.50: X-1, fixed in 2.52"),
+        ({"dependencies": [{"name": "ray", "version": "2.56", "vulns": []}]}, "", 0, "have no known vulnerabilities"),
         ({"dependencies": [{"name": "ray", "skip_reason": "not found"}]}, "", 0, "skipped for the tested versions"),
-        (None, "Traceback\nConnectionError: no route", 0, "skipped for the tested versions, ConnectionError"),
+        (None, "Traceback\nConnectionError: no route", 0, "skipped for the tested versions: ConnectionError"),
     ],
     ids=["vulnerable", "clean", "no-data", "offline"],
 )  # fmt: skip

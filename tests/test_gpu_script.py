@@ -113,7 +113,7 @@ def test_a_sweep_out_of_time_goes_on(card, gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     tiles = {"attend": [(64, 64, 4, 2), (64, 64, 4, 3)]}
     stage = Stage(gpu, monkeypatch, "attend")
-    with pytest.raises(SystemExit, match="out of time after 1 tiles; run it again"):
+    with pytest.raises(SystemExit, match=r"tiles timed: 1\). Run again"):
         gpu.sweep(tmp_path / "sweep.json", 16, 64, tiles)
     gpu.sweep(tmp_path / "sweep.json", 16, 64, tiles)
     assert [tile for tile, _ in stage.timed] == [(64, 64, 4, 2), (64, 64, 4, 3)]
@@ -182,10 +182,10 @@ def test_parts_without_a_result_run_in_order(card, gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu.sys, "argv", ["gpu.py"])
     (tmp_path / "fake-h100").mkdir()
     (tmp_path / "fake-h100" / "sweep-d128-m64.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"failed: tests\. The others have results"):
+    with pytest.raises(SystemExit, match=r"failed: tests\. The other parts have results"):
         gpu.main()
     expected = [name for name in gpu.PARTS if name not in (*gpu.ON_REQUEST, "sweep-d128-m64")]
     assert started == ended == expected and started[0] == "smoke"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs a CUDA device, and PyTorch sees none"):
+    with pytest.raises(SystemExit, match="needs a CUDA device, but PyTorch sees none"):
         gpu.main()

@@ -1,8 +1,9 @@
-"""Carry SLA weights over to a transformer that went on training: a start for tune.py --on that is near its end.
+"""Carry SLA weights over to a transformer that was trained further, as a starting point for tune.py --on.
 
     python scripts/tiny_wan/carry_sla.py weights/tiny-wan build/tiny-wan/sizes
 
-What tuning added to the old transformer is added to the new one; proj_l stays. The file goes beside the new one.
+The changes that SLA training made to the old transformer are added to the new one, and proj_l is kept as it is. The
+resulting file is written into the folder of the new pipeline.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from slagen.formats.sla import read_sla, weights_hash
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path, help="pipeline with SLA weights")
-    parser.add_argument("new", type=Path, help="pipeline whose transformer was trained on from the old one's")
-    parser.add_argument("--order", choices=("raster", "cube"), help="of tokens, in place of the old one, to tune on in")
+    parser.add_argument("old", type=Path, help="folder of the pipeline that the SLA weights belong to")
+    parser.add_argument("new", type=Path, help="folder of the pipeline with the further trained transformer")
+    parser.add_argument("--order", choices=("raster", "cube"), help="token order to record in place of the old one")
     args = parser.parse_args()
     old, new = (WanTransformer3DModel.from_pretrained(folder / "transformer") for folder in (args.old, args.new))
     before, after = ({k: x.float() for k, x in model.state_dict().items()} for model in (old, new))
     metadata, tensors = read_sla(args.old)
     if metadata.base_hash != weights_hash(old):
-        raise SystemExit(f"{args.old / SLA_FILE} was not made for the transformer beside it.")
+        raise SystemExit(f"{args.old / SLA_FILE} was not trained with the transformer in {args.old}.")
     carried = {k: (x + after[k] - before[k] if k in after else x).half() for k, x in tensors.items()}
     config = metadata.config if args.order is None else dataclasses.replace(metadata.config, order=args.order)
     metadata = dataclasses.replace(metadata, base_hash=weights_hash(new), config=config)

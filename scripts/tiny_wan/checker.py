@@ -1,6 +1,6 @@
-"""Reads colour, shape, motion and background of a clip from its pixels.
+"""Read colour, shape, motion and background of a clip from its pixels.
 
-`python scripts/tiny_wan/checker.py` validates it on rendered clips of every size; `check(frames)` judges any clip.
+`python scripts/tiny_wan/checker.py` validates this on rendered clips of every size; `check(frames)` checks any clip.
 """
 
 from __future__ import annotations
@@ -157,13 +157,13 @@ def validate(size: Size, count: int) -> None:
             print(scene, verdict)
         if scene.shape == "circle" and verdict.roundness is not None:
             round_ones.append(verdict.roundness)
-    print(f"{size}: {count - wrong} of {count} rendered clips are read right; "
-          f"roundness of {len(round_ones)} circles: {np.mean(round_ones):.3f}", flush=True)  # fmt: skip
+    print(f"{size}: {count - wrong} of {count} rendered clips are read correctly; "
+          f"mean roundness of {len(round_ones)} circles: {np.mean(round_ones):.3f}", flush=True)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=256, help="of each size")
+    parser.add_argument("--clips", type=int, default=256, help="number of clips per size (default: 256)")
     args = parser.parse_args()
     for size in SIZES:
         validate(size, args.clips)

@@ -1,4 +1,4 @@
-"""Stage 2: draw the training clips and encode them once, so that the transformer never waits for the VAE."""
+"""Stage 2: render the training clips and encode them once, so that the transformer never waits for the VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures prompt adherence on held-out combinations, on the same prompts and seeds for every row that ships."""
+"""Measure prompt adherence on held-out prompts, with the same prompts and seeds for dense attention and SLA."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int, siz
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "weights" / "tiny-wan"))
-    parser.add_argument("--weights", type=Path, help="SLA weights to measure in place of the model's")
+    parser.add_argument("--weights", type=Path, help="SLA weights to evaluate in place of the model's own")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--size", choices=[str(size) for size in SIZES], default=str(SIZES[0]))
     parser.add_argument("--clips", type=int, default=64)

@@ -1,4 +1,4 @@
-"""Stage 4: put the trained pipeline into weights/tiny-wan, with the model's own defaults; SLA comes after it."""
+"""Stage 4: write the trained pipeline to weights/tiny-wan, with the model's default settings but no SLA weights yet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     for part in (args.work / "pipeline", args.work / "vae"):
         if not part.is_dir():
-            raise SystemExit(f"{part} is missing, so {args.out} stays. Run the stages before this one.")
+            raise SystemExit(f"{part} is missing, so {args.out} was not changed. Run the earlier stages first.")
     shutil.rmtree(args.out, ignore_errors=True)
     shutil.copytree(args.work / "pipeline", args.out)
     AutoencoderKLWan.from_pretrained(args.work / "vae").half().save_pretrained(
@@ -56,7 +56,7 @@ def main() -> None:
     size = sum(f.stat().st_size for f in args.out.rglob("*") if f.is_file()) / 2**20
     print(f"{args.out}: {size:.1f} MiB")
     if size > LIMIT_MIB:
-        raise SystemExit(f"the model is {size:.1f} MiB, but at most {LIMIT_MIB} MiB may ship.")
+        raise SystemExit(f"the model takes {size:.1f} MiB, but must take at most {LIMIT_MIB} MiB.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes weights/clips.gif, the README's picture: four prompts, the shipped weights, one seed."""
+"""Make weights/clips.gif, the README's picture: four prompts with the bundled model and one seed."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Ways to tune by `slagen finetune`, compared as weights/README.md shows: the paper's tables in small.
+"""Compare ways of training SLA with `slagen finetune` on the bundled model, as in the tables of weights/README.md.
 
-    python scripts/tiny_wan/sla_table.py                    every run that has no result yet, the most telling first
-    python scripts/tiny_wan/sla_table.py --size 256x256x33  only those at this size
-    python scripts/tiny_wan/sla_table.py --limit 60         none that is begun after 60 minutes
-    python scripts/tiny_wan/sla_table.py --table            only the tables, from the results there are
+    python scripts/tiny_wan/sla_table.py                    do every run that has no result yet, the main ones first
+    python scripts/tiny_wan/sla_table.py --size 256x256x33  only the runs at this size
+    python scripts/tiny_wan/sla_table.py --limit 60         start no further run after 60 minutes
+    python scripts/tiny_wan/sla_table.py --table            only rebuild the tables from the results so far
 
-Runs go on where they were stopped, and the same command started twice shares the runs: on few cores, one process on
-each core (OMP_NUM_THREADS=1 taskset -c K) does more than one process on all. Each cell is written to
-benchmarks/results/tiny-wan-sla-table.json as it is done, with its machine, and the tables in weights/README.md are made
-anew from that file.
+Run the same command again to resume. If the command is started twice, the two processes share the runs: on a machine
+with few cores, one process per core (OMP_NUM_THREADS=1 taskset -c K) is faster than one process on all cores. Each
+result is written to benchmarks/results/tiny-wan-sla-table.json at once, with its machine, and the tables in
+weights/README.md are rebuilt from that file.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def do(run: Run, dtype: str) -> None:
             measured = {"errors": errors, "layer_errors": result["layer_errors_after"], "seconds": result["seconds"]}
             add_result(run, {**measured, "dtype": dtype, "adherence": adherence(run)})
     except Timeout:
-        print(f"{run.key}: another process is at it", flush=True)
+        print(f"{run.key}: skipped, because another process is working on it", flush=True)
 
 
 def tables(results: dict[str, dict]) -> str:
@@ -257,10 +257,12 @@ def write_tables(results: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=[str(size) for size in SIZES], help="only runs at this size")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="minutes after which no run is begun")
-    parser.add_argument("--dtype", default="bf16", help="to compute in")
-    parser.add_argument("--table", action="store_true", help="only make the tables anew")
+    parser.add_argument("--size", choices=[str(size) for size in SIZES], help="do only the runs at this size")
+    parser.add_argument(
+        "--limit", type=float, default=float("inf"), help="start no further run after this many minutes"
+    )
+    parser.add_argument("--dtype", default="bf16", help="compute dtype (default: bf16)")
+    parser.add_argument("--table", action="store_true", help="only rebuild the tables")
     args = parser.parse_args()
     began = time.monotonic()
     (WORK / "table").mkdir(parents=True, exist_ok=True)

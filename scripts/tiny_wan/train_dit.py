@@ -1,4 +1,4 @@
-"""Stage 3: train text encoder and transformer by flow matching; one latent frame first, then two, then whole clips."""
+"""Stage 3: train text encoder and transformer with flow matching: on one latent frame, then two, then whole clips."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="start from this pipeline's weights, as far as their shapes fit")
-    parser.add_argument("--whole", action="store_true", help="whole clips from the first step")
+    parser.add_argument("--init", type=Path, help="start from the weights of this pipeline whose shapes fit")
+    parser.add_argument("--whole", action="store_true", help="train on whole clips from the first step")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     device = best_device()

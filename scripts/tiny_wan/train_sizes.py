@@ -1,7 +1,8 @@
-"""Stage 3, gone on with: the transformer of a pipeline learns longer and larger clips beside its own, dense attention.
+"""Stage 3, continued: train a pipeline's transformer on longer and larger clips too, with dense attention.
 
-It starts from the weights of a diffusers folder alone (float16 is enough), and leaves that folder's twin, without SLA
-weights, for those fit one transformer only. One size a step; the text encoder and the VAE stay as they are.
+It needs only the weights in a diffusers folder (float16 is enough). It writes a copy of that folder with the new
+transformer and without SLA weights, because those fit only the transformer that they were trained with. Each step uses
+clips of one size. The text encoder and the VAE do not change.
 """
 
 from __future__ import annotations
@@ -96,15 +97,23 @@ def export(init: Path, out: Path, model: WanTransformer3DModel) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
-    parser.add_argument("--init", type=Path, default=ROOT / "weights" / "tiny-wan", help="pipeline to start from")
-    parser.add_argument("--transformer", type=Path, help="start from another transformer than the pipeline's")
-    parser.add_argument("--minutes", type=float, default=80.0, help="time in all; the learning rate follows it")
+    parser.add_argument(
+        "--init", type=Path, default=ROOT / "weights" / "tiny-wan", help="folder of the pipeline to start from"
+    )
+    parser.add_argument("--transformer", type=Path, help="transformer to start from in place of the pipeline's")
+    parser.add_argument(
+        "--minutes", type=float, default=80.0, help="total time, which the learning-rate schedule spans"
+    )
     parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--shift", type=float, default=4.0, help="flow shift of the noise levels, the sampler's own")
-    parser.add_argument("--tokens", type=int, help="in a step; default 2600 on a CPU, 65536 on a GPU")
-    parser.add_argument("--fresh", type=float, default=0.2, help="clips drawn for each one used, until all are")
-    parser.add_argument("--save-minutes", type=float, default=5.0, help="between two checkpoints")
-    parser.add_argument("--threads", type=int, help="of the CPU; default PyTorch's own")
+    parser.add_argument(
+        "--shift", type=float, default=4.0, help="flow shift of the noise levels (default: 4, as for sampling)"
+    )
+    parser.add_argument("--tokens", type=int, help="tokens per step (default: 2600 on a CPU, 65536 on a GPU)")
+    parser.add_argument(
+        "--fresh", type=float, default=0.2, help="new clips to add for each clip that is trained on (default: 0.2)"
+    )
+    parser.add_argument("--save-minutes", type=float, default=5.0, help="minutes between two checkpoints")
+    parser.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.threads:

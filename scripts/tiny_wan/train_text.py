@@ -1,8 +1,8 @@
 """Stage 3b: teach the text encoder that "from right to left" means "to the left".
 
-The transformer learns first what single words mean, and long after that what their order does. Here the encoder alone
-learns to say for a phrase with two directions what it says for its plain synonym, and the same as before for all else;
-the transformer, which has no order of words, then needs nothing new.
+The transformer soon learns what single words mean, but only much later what their order means. Here only the text
+encoder is trained: to give a phrase with two directions the embeddings of its short synonym, and all other texts the
+embeddings that they had. The transformer, which does not see the order of words, needs no change then.
 """
 
 from __future__ import annotations

@@ -108,13 +108,17 @@ class ConvMuon:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/tiny-wan"))
-    parser.add_argument("--minutes", type=float, default=13.0, help="training time; the learning rate follows it")
+    parser.add_argument(
+        "--minutes", type=float, default=13.0, help="training time, which the learning-rate schedule spans"
+    )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--refine", type=Path, help="train only the decoder of this VAE folder: its latents, and what knows them, stay"
+        "--refine", type=Path, help="train only the decoder of the VAE in this folder; latents stay valid"
     )
-    parser.add_argument("--init", type=Path, help="start from this VAE folder, with whole clips from the first step")
+    parser.add_argument(
+        "--init", type=Path, help="start from the VAE in this folder, with whole clips from the first step"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     device = best_device()

@@ -1,9 +1,10 @@
-"""Stage 5: SLA for the exported model, by `slagen finetune` on drawn videos; the result is put beside it.
+"""Stage 5: train SLA weights for the exported model with `slagen finetune` on rendered videos.
 
     python scripts/tiny_wan/tune.py                                       from the dense model
     python scripts/tiny_wan/tune.py --on before.safetensors --lr 3e-4     from SLA weights
 
-Other options are slagen finetune's. The same command again goes on where it was stopped.
+The weights are written into the model's folder. All other options are passed to slagen finetune. Run the same command
+again to resume.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "tiny-wan")
     parser.add_argument("--model", type=Path, default=ROOT / "weights" / "tiny-wan")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--on", type=Path, help="SLA weights to go on from: a copy, for the model's are replaced")
-    parser.add_argument("--dtype", default="bf16", help="to compute in")
+    parser.add_argument("--on", type=Path, help="SLA weights to start from: a copy, as the model's are replaced")
+    parser.add_argument("--dtype", default="bf16", help="compute dtype (default: bf16)")
     args, more = parser.parse_known_args()
     data = prepare_data(args.work, args.model)
     output = args.work / ("tuned-on" if args.on else "tuned")

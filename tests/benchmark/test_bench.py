@@ -291,4 +291,4 @@ def test_doctor_finds_no_gpu_without_failing(capsys, monkeypatch):
     assert found["bundled model"]["status"] == "ok"
     assert found["kernels"]["status"] == "ok" and "agree with the reference" in found["kernels"]["found"]
     assert run(["doctor", "--require-gpu"]) == 4
-    assert "--require-gpu was given" in capsys.readouterr().err
+    assert "--require-gpu needs a usable GPU" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_a_failure_stops_no_other(small, tmp_path, capsys, monkeypatch):
     assert status["generate"] == ("failed", "ZeroDivisionError: by nothing")
     assert status["bench"] == ("ok", "fast")
     said = capsys.readouterr()
-    assert "3 of 7 checks failed; the first is torch fp32, head dimension 128, domain all" in said.err
+    assert "3 of 7 checks failed. The first is torch fp32, head dimension 128, domain all" in said.err
     assert str(file) in said.out
 
 
@@ -70,7 +70,7 @@ def test_what_is_missing_is_the_environment(small, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(selftest, "_generate", lacking)
     monkeypatch.setattr(selftest, "_bench", lambda device, rows: "fast")
     assert run(["doctor", "--selftest", "--output", str(tmp_path / "result.json")]) == 4
-    assert "1 of 7 checks could not run; the first is generate: diffusers is not installed" in capsys.readouterr().err
+    assert "1 of 7 checks could not run. The first is generate: diffusers is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

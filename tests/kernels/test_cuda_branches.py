@@ -230,7 +230,7 @@ def test_more_processes_than_cards(card, monkeypatch):
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        message = "started 3 processes on this machine, but PyTorch sees 2 CUDA devices.*--nproc-per-node 2"
+        message = "started 3 processes on this machine, and each .* PyTorch sees 2 CUDA devices.*--nproc-per-node 2"
         with pytest.raises(EnvironmentProblem, match=message), parallel.join(GPU, "auto"):
             pass
 
@@ -293,7 +293,7 @@ def test_doctor_names_every_card(card, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     found = {finding.name: finding for finding in doctor._gpu()}
     assert list(found) == ["gpu 0", "gpu 1", "cuda"] and {f.status for f in found.values()} == {"ok"}
-    assert found["gpu 1"].found == "Fake H100, capability 9.0, 80 GiB, 227 KiB shared memory, bf16 yes"
+    assert found["gpu 1"].found == "Fake H100, compute capability 9.0, 80 GiB, 227 KiB of shared memory, supports bf16"
     assert found["cuda"].found.startswith("12.8, driver ")
     doctor.check_gpu(doctor._gpu())
     card.capability = (7, 5)
@@ -302,7 +302,7 @@ def test_doctor_names_every_card(card, monkeypatch):
     assert doctor._gpu()[0].found == "none: PyTorch sees no CUDA device"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert doctor._gpu()[0].found == "none: this PyTorch is built without CUDA"
-    with pytest.raises(EnvironmentProblem, match="--require-gpu was given"):
+    with pytest.raises(EnvironmentProblem, match="--require-gpu needs a usable GPU"):
         doctor.check_gpu(doctor._gpu())
 
 
@@ -338,7 +338,7 @@ def test_doctor_tells_of_smaller_tiles_and_of_wrong_ones(card, monkeypatch):
     monkeypatch.setattr(doctor, "prove", lambda q, config: (None, [f"attend on cuda:0: {config.linear_domain}"]))
     (finding,) = doctor._kernels()
     assert finding.status == "note" and "agree with the reference" in finding.found
-    assert finding.found.endswith("with smaller tiles: attend on cuda:0: all; attend on cuda:0: marginal")
+    assert finding.found.endswith("only with smaller tiles: attend on cuda:0: all; attend on cuda:0: marginal")
     monkeypatch.setattr(doctor, "prove", lambda q, config: ("dq is wrong", []))
     (finding,) = doctor._kernels()
     assert finding.status == "problem" and "dq is wrong" in finding.found and "--backend torch" in finding.fix

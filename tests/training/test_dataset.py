@@ -59,7 +59,7 @@ def test_changed_shards_are_found(toy, tmp_path):
     with pytest.raises(WeightsError, match=r"lacks \d+ of its \d+ tensors. Prepare it again"):
         finetune(settings(model, tmp_path / "out", data=copy))
     (copy / "dataset.json").write_text("{}")
-    with pytest.raises(WeightsError, match="is not a prepared data set"):
+    with pytest.raises(WeightsError, match="is not a valid data set"):
         finetune(settings(model, tmp_path / "out", data=copy))
 
 
@@ -134,7 +134,7 @@ def test_what_a_data_set_may_be(toy, tmp_path):
     lines = [{"video_path": f"{n}.mp4", "caption": c} for n in range(3) for c in ("a circle", "a star")]
     (raw / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for held_out in (3, 7):
-        with pytest.raises(UsageError, match=f"has 3 clips, of which {held_out} would be held out"):
+        with pytest.raises(UsageError, match=f"has 3 clips, but {held_out} would be held out"):
             prepare(model, raw, data, held_out)
     made, told = prepare(model, raw, data)
     assert not any("encoding" in event.text for event in prepare(model, raw, data)[1] if event.kind == "clip")
@@ -160,7 +160,7 @@ def test_what_a_data_set_may_be(toy, tmp_path):
         with pytest.raises(UsageError, match=message):
             prepare(model, path, data)
     assert Dataset(data).hash == made.hash  # what cannot be done changes nothing
-    with pytest.raises(UsageError, match="in fp16"):
+    with pytest.raises(UsageError, match="fp16 is not precise enough"):
         prepare(model, raw, data, dtype="fp16")
     (data / "dataset.json").unlink()
     with pytest.raises(UsageError, match="was interrupted, prepare it again"):
@@ -197,7 +197,7 @@ def test_all_faults_come_before_the_first_clip_is_encoded(toy, tmp_path, monkeyp
     (data / "decoded.txt").write_bytes(b"\xff\x00 damaged")
     monkeypatch.setattr(encode, "encode_video", lambda vae, frames: torch.full((16, 3, 8, 8), torch.nan))
     write_ramp(raw / "1.mp4", step=4, size=(64, 64))
-    with pytest.raises(SlagenError, match="1.mp4 produced NaN or Inf when encoded"):
+    with pytest.raises(SlagenError, match="1.mp4 produced NaN or Inf"):
         prepare(model, raw, data)
 
 

@@ -94,14 +94,14 @@ def test_a_disk_too_small_is_told_before_the_first_step(toy, tmp_path, monkeypat
     model, data = toy
     usage = output_folder.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage._replace(free=10**5))
-    with pytest.raises(SlagenError, match="has 9.3e-05 GiB free, but 3 checkpoints of 0.00.* GiB each must fit"):
+    with pytest.raises(SlagenError, match="has 9.3e-05 GiB free, but needs space for 3 checkpoints of 0.00.* GiB each"):
         finetune(settings(model, tmp_path / "out", data=data))
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_two_runs_in_one_folder(toy, tmp_path):
     model, data = toy
-    with output_folder.hold_folder(tmp_path / "out"), pytest.raises(SlagenError, match="is running in"):
+    with output_folder.hold_folder(tmp_path / "out"), pytest.raises(SlagenError, match="is writing to"):
         finetune(settings(model, tmp_path / "out", data=data))
     (tmp_path / "file").write_text("")
     with pytest.raises(SlagenError, match="is not writable") as caught:

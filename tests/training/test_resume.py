@@ -204,7 +204,7 @@ def test_validations_are_at_the_final_sparsity(toy, tmp_path):
     finetune(parts)
     errors = [[line.error for line in validations_of(tmp_path / name)] for name in ("whole", "parts")]
     assert errors[0] == errors[1] and len(errors[0]) == 5
-    with pytest.raises(UsageError, match="sparsity can only rise from there to 0.6"):
+    with pytest.raises(UsageError, match="must be at most the final sparsity, 0.6"):
         finetune(settings(model, tmp_path / "no", data=data, anneal_from=0.8))
 
 

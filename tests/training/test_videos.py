@@ -340,9 +340,9 @@ def test_every_fault_is_told_at_once(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(["{", *map(json.dumps, lines)]))
     with pytest.raises(UsageError, match="has 10 faults") as caught:
         look_at(tmp_path)
-    for part in ("data.jsonl:1: is not valid JSON", "data.jsonl:4: the entry has no caption",
+    for part in ("data.jsonl:1: is not valid JSON", "data.jsonl:4: the entry needs a caption",
                  "data.jsonl:6: gone.mp4 does not exist", "data.jsonl:7: xxx",
-                 "data.jsonl:8: the entry has no caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
+                 "data.jsonl:8: the entry needs a caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
         assert part in str(caught.value)
 
 

@@ -33,10 +33,10 @@ class Finding:
 
 SHOWN = ("torch", "triton", "diffusers", "transformers", "ftfy")  # the others are only if they are missing or too old
 WITHOUT = {
-    "triton": "Linux only; it comes with torch's CUDA builds",
-    "ftfy": "without it prompts are not cleaned as in training",
-    "matplotlib": "without it `bench` draws no plot",
-    "rich": "without it tables are plain text",
+    "triton": "Linux only; PyTorch's CUDA builds include it",
+    "ftfy": "without it, prompts are not cleaned as they were for the model's training",
+    "matplotlib": "without it, slagen bench draws no plot",
+    "rich": "without it, tables are plain text",
 }
 NOT_NEEDED = ("triton", "matplotlib", "rich")
 
@@ -58,7 +58,7 @@ def _package(name: str) -> Finding:
     found, fits = packages.state(name)
     if fits:
         return Finding(name, "ok", found)
-    fix = ": ".join([packages.install(name), *([WITHOUT[name]] if name in WITHOUT else [])])
+    fix = packages.install(name) + (f" ({WITHOUT[name]})" if name in WITHOUT else "")
     return Finding(name, "note" if name in NOT_NEEDED else "problem", found, fix)
 
 
@@ -74,7 +74,7 @@ def _not_checked(name: str, error: ImportError) -> Finding:
 def _gpu() -> list[Finding]:
     if not torch.cuda.is_available():
         reason = "this PyTorch is built without CUDA" if torch.version.cuda is None else "PyTorch sees no CUDA device"
-        fix = "the bundled model needs none; Wan2.1 needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
+        fix = "the bundled model runs without one; Wan2.1 needs an NVIDIA GPU, its driver and a CUDA build of PyTorch"
         return [Finding("gpu", "note", f"none: {reason}", fix)]
     found = []
     for index in range(torch.cuda.device_count()):
@@ -82,8 +82,8 @@ def _gpu() -> list[Finding]:
         bf16 = (card.major, card.minor) >= (8, 0)
         shared = getattr(card, "shared_memory_per_block_optin", card.shared_memory_per_block)
         text = (
-            f"{card.name}, capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, "
-            f"{shared // 1024} KiB shared memory, bf16 {'yes' if bf16 else 'no'}"
+            f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / 2**30:.0f} GiB, "
+            f"{shared // 1024} KiB of shared memory, {'supports' if bf16 else 'does not support'} bf16"
         )
         fix = "" if bf16 else "use --dtype fp16: this GPU does not support bf16"
         found.append(Finding(f"gpu {index}", "ok" if bf16 else "note", text, fix))
@@ -94,7 +94,7 @@ def _gpu() -> list[Finding]:
 def _driver() -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return "unknown (no nvidia-smi)"
+        return "unknown (nvidia-smi is not installed)"
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     said = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
     return said[0] if said else "unknown (nvidia-smi printed nothing)"
@@ -114,24 +114,24 @@ def _kernels_on(device: torch.device) -> Finding:
         probe = torch.zeros(1, 1, 1, 128, dtype=pick_dtype("auto", device), device=device)
         reason = unsupported(probe)
         if reason is not None:
-            return Finding(name, "note", f"the torch backend is used: {reason}")
+            return Finding(name, "note", f"attention uses the torch backend, because {reason}")
         for domain in ("all", "marginal"):
             wrong, before = prove(probe, SLAConfig(linear_domain=domain))  # type: ignore[arg-type]
             if wrong is not None:
                 return Finding(
                     name,
                     "problem",
-                    f"Triton, domain {domain}: {wrong}",
-                    "use --backend torch, and report this in an issue",
+                    f"the Triton kernels are wrong with the linear domain {domain}: {wrong}",
+                    "use --backend torch, and report this as a bug",
                 )
             gave_way += before
     except RuntimeError as error:  # of Triton, as KernelProblem says it, or of PyTorch: a card that is full or lost
         found, _, fix = str(error).partition(" Try ")
         lines = found.strip().splitlines() or [type(error).__name__]
         return Finding(name, "problem", lines[0].removesuffix("."), fix.removesuffix("."))
-    agree = "Triton, forward and backward agree with the reference in both domains"
+    agree = "the Triton kernels agree with the reference, forward and backward, in both linear domains"
     if gave_way:
-        return Finding(name, "note", f"{agree}, with smaller tiles: {'; '.join(gave_way)}")
+        return Finding(name, "note", f"{agree}, but only with smaller tiles: {'; '.join(gave_way)}")
     return Finding(name, "ok", agree)
 
 
@@ -153,10 +153,11 @@ def _bundled_model() -> Finding:
         return Finding(
             "bundled model",
             "problem",
-            "UMT5's embed_tokens is not tied, so videos would be noise",
-            "report this in an issue",
+            "the text encoder's token embeddings were not loaded (UMT5's embed_tokens is not tied), so videos would be "
+            "noise",
+            "report this as a bug",
         )
-    return Finding("bundled model", "ok", f"{source.folder}, UMT5 embedding tied")
+    return Finding("bundled model", "ok", f"{source.folder}, with its text encoder's token embeddings loaded")
 
 
 def _disk() -> list[Finding]:
@@ -174,7 +175,8 @@ def check_gpu(findings: list[Finding]) -> None:
     """Raise EnvironmentProblem unless a GPU was found."""
     missing = next((finding for finding in findings if finding.name == "gpu"), None)
     if missing is not None:
+        reason = missing.found.removeprefix("none: ")
         raise EnvironmentProblem(
-            f"--require-gpu was given, but the GPU check says {missing.found}. It needs an NVIDIA GPU, its "
-            "driver and a CUDA build of PyTorch."
+            f"--require-gpu needs a usable GPU, but {reason}. Use a machine with an NVIDIA GPU, its driver and a CUDA "
+            "build of PyTorch."
         )

@@ -37,14 +37,16 @@ def kernel_costs(on_note: Callable[[str], None] = lambda text: None, known: Sequ
     Raises: EnvironmentProblem without Triton, SlagenError when a kernel does not compile.
     """
     if importlib.util.find_spec("triton") is None:
-        raise EnvironmentProblem("Triton is not installed, so no kernel compiles. Try pip install triton (Linux only).")
+        raise EnvironmentProblem(
+            "Triton is not installed, so no kernel can be compiled. Try pip install triton (Linux only)."
+        )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     given = _written(known)
 
     def compile_for(targets: tuple[int, ...]) -> list[KernelCost]:
         names = ", ".join(f"sm_{target}" for target in targets)
-        on_note(f"compiling for {names}")
+        on_note(f"compiling the kernels for {names}")
         command = [sys.executable, "-c", COMPILE, *map(str, targets)]
         return _read(_said(command, environment, f"the kernels do not compile for {names}", given))
 
@@ -53,7 +55,7 @@ def kernel_costs(on_note: Callable[[str], None] = lambda text: None, known: Sequ
         rows = [row for rows in pool.map(compile_for, groups) for row in rows]
     operator = _said(
         [sys.executable, "-c", OPERATOR], {**environment, "TRITON_INTERPRET": "1"},
-        "the operator's launches cannot be counted", _written(rows),
+        "the kernel launches of an attention call cannot be counted", _written(rows),
     )  # fmt: skip
     return KernelCosts(version("triton"), read_record(OperatorCall, json.loads(operator)), rows)
 
@@ -129,9 +131,9 @@ def check_kernels(costs: KernelCosts) -> None:
     if broken:
         row = broken[0]
         raise GateError(
-            f"{len(broken)} of {len(costs.kernels)} kernels exceed a limit; the first is {row.kernel} on "
+            f"{len(broken)} of {len(costs.kernels)} kernels failed the checks. The first is {row.kernel} on "
             f"{row.target}, head dimension {row.head_dim}: {'; '.join(row.faults)}."
         )
     launches = costs.operator.launches
     if launches > MOST_LAUNCHES:
-        raise GateError(f"a call of the operator launches {launches} kernels, but at most {MOST_LAUNCHES} are allowed.")
+        raise GateError(f"an attention call launches {launches} kernels, but at most {MOST_LAUNCHES} are allowed.")

@@ -155,7 +155,7 @@ def _examine(findings: list[Finding]) -> str:
     problems = [f"{finding.name}: {finding.found}" for finding in findings if finding.status == "problem"]
     if problems:
         raise EnvironmentProblem("; ".join(problems))
-    return f"{len(findings)} checks, no problem"
+    return f"{len(findings)} checks, no problems"
 
 
 def _agrees(device: torch.device, backend: Backend, dtype: str, head_dim: int, domain: LinearDomain) -> str:
@@ -165,8 +165,8 @@ def _agrees(device: torch.device, backend: Backend, dtype: str, head_dim: int, d
     wrong, gave_way = fused.prove(q, config) if backend == "triton" else (_torch_trial(q, config), [])
     if wrong is not None:
         raise Wrong(wrong)
-    smaller = f", with smaller tiles: {'; '.join(gave_way)}" if gave_way else ""
-    return f"o and all gradients agree with the float64 reference{smaller}"
+    smaller = f", but only with smaller tiles: {'; '.join(gave_way)}" if gave_way else ""
+    return f"the output and all gradients agree with the float64 reference{smaller}"
 
 
 def _torch_trial(q: torch.Tensor, config: SLAConfig) -> str | None:
@@ -201,7 +201,7 @@ def _generate(device: torch.device) -> str:
         size = len(video.mp4())
     if size == 0:
         raise Wrong("the video is empty")
-    return f"4 steps with the {backend} backend, {size:,} bytes, latents {video.record.latents_hash[:12]}"
+    return f"4 steps with the {backend} backend, {size:,} bytes, latents hash {video.record.latents_hash[:12]}"
 
 
 def _bench(device: torch.device, rows: list[BenchRow]) -> str:
@@ -253,5 +253,5 @@ def check(result: Selftest) -> None:
         found = [row for row in result.checks if row.status == status]
         if found:
             raise problem(
-                f"{len(found)} of {len(result.checks)} checks {verb}; the first is {found[0].name}: {found[0].detail}"
+                f"{len(found)} of {len(result.checks)} checks {verb}. The first is {found[0].name}: {found[0].detail}"
             )

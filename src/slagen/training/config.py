@@ -28,7 +28,8 @@ def _check_count(name: str, value: object) -> None:
     most = MAX_TRAINING[name]
     if value is not None and (type(value) is not int or not 1 <= value <= most):
         raise UsageError(
-            f"{name} is {shown(value)}, but must be at least 1, and at most {most:,}. Try --{name.replace('_', '-')} 1."
+            f"{name} is {shown(value)}, but must be a whole number from 1 to {most:,}. "
+            f"Try --{name.replace('_', '-')} 1."
         )
 
 
@@ -56,31 +57,27 @@ class DataConfig:
     """
 
     path: str | None = option(
-        None,
-        "Videos with captions, or a data set prepared with slagen finetune data.",
-        panel=DATA,
-        name="data",
-        metavar="PATH",
-    )
+        None, "Folder or list of videos with captions, or a data set prepared with slagen finetune data.", panel=DATA,
+        name="data", metavar="PATH",
+    )  # fmt: skip
     self_generate: str | None = option(
-        None,
-        "File of prompts from which the dense model generates training clips (instead of --data).",
-        panel=DATA,
+        None, "File of prompts from which the dense model generates training clips (instead of --data).", panel=DATA,
         metavar="FILE",
-    )
+    )  # fmt: skip
     clips_per_prompt: int | None = option(
         None,
-        "Training clips per prompt, unless its line sets --num-videos; one more is held out. Default: 4.",
+        "Number of training clips per prompt, besides one that is held out. A --num-videos in the prompt's line takes "
+        "precedence. Default: 4.",
         panel=DATA,
     )
     held_out: int | None = option(
-        None,
-        "Number of clips held out for validation. Default: a tenth of them, at least 1 and at most 16.",
+        None, "Number of clips held out for validation. Default: a tenth of all clips, at least 1 and at most 16.",
         panel=DATA,
-    )
+    )  # fmt: skip
     width: int | None = option(
-        None, "Maximum area of a clip, as width x height; aspect ratios are kept.", panel=DATA, metavar="WxH",
-        is_size=True,
+        None,
+        "Maximum area of a clip, given as width x height. Each video is cropped to the nearest supported aspect ratio.",
+        panel=DATA, metavar="WxH", is_size=True,
     )  # fmt: skip
     height: int | None = option(None, "In pixels.", panel=DATA, hidden=True)
     num_frames: int | None = option(None, "Maximum number of frames in a clip: a multiple of 4, plus 1.", panel=DATA)
@@ -95,12 +92,15 @@ class DataConfig:
         for name in ("clips_per_prompt", "held_out"):
             _check_count(name, getattr(self, name))
         if self.held_out is not None and self.self_generate is not None:
-            raise UsageError("--self-generate holds out one clip of each prompt. Leave --held-out out.")
+            raise UsageError(
+                "--self-generate holds out one clip of each prompt, so --held-out has no effect. Leave it out."
+            )
         if self.no_upscale and self.self_generate is not None:
-            raise UsageError("--self-generate generates clips of one size. Leave --no-upscale out.")
+            raise UsageError("--no-upscale is for the videos of --data. Leave it out, or give --data.")
         if self.clips_per_prompt is not None and self.path is not None:
             raise UsageError(
-                "--clips-per-prompt is for --self-generate; with --data, every video is a clip. Leave it out."
+                "--clips-per-prompt is for --self-generate. With --data, every video is one clip. Leave "
+                "--clips-per-prompt out."
             )
         GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, fps=self.fps)
 
@@ -142,111 +142,126 @@ class FinetuneConfig:
 
     data: DataConfig = option(dataclasses.MISSING, in_key=False)
     model: str | None = option(
-        None, "A preset, folder or hub id. Default: wan2.1-t2v-1.3b with a CUDA device, tiny-wan (bundled) without.",
+        None,
+        "A preset (slagen models lists them), a folder, or a hub id. Default: wan2.1-t2v-1.3b with a CUDA device, "
+        "tiny-wan (bundled) without.",
         panel=MODEL, short="-m",
     )  # fmt: skip
     weights: str | None = option(
         None, "SLA weights or a whole transformer to start from.", panel=MODEL, metavar="FILE_OR_FOLDER", in_key=False
     )
     from_dense: bool = option(
-        False, "Start from dense weights and untrained attention weights (for SLA, proj_l is zero).", panel=MODEL
+        False, "Start from dense weights, with untrained attention weights (SLA's proj_l is zero).", panel=MODEL
     )
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=MODEL, pixels=False)
     attention: Attention = option(
         "sla",
-        "sla, or another method with a backward pass; for comparison, sparse or linear (one branch of SLA alone) or "
-        "dense.",
+        "Attention method to train: sla, or another that has a backward pass. For comparison: sparse or linear (one "
+        "branch of SLA alone), or dense.",
         panel=MODEL,
     )  # fmt: skip
     sparsity: float | None = option(
         None,
-        "Fraction of key blocks without exact attention. Default: as the model's SLA weights were trained, or 0.95.",
+        "Fraction of key blocks without exact attention. Default: the value that the weights were trained with, or "
+        "the method's own (0.95 for sla).",
         panel=MODEL, complement="keep",
     )  # fmt: skip
-    negligible: float | None = option(None, "Fraction of key blocks that neither branch attends to.", panel=MODEL)
-    linear_domain: LinearDomain | None = option(None, "Key blocks in the linear branch: all or marginal.", panel=MODEL)
+    negligible: float | None = option(
+        None, "Fraction of key blocks that neither the exact nor the linear branch attends to.", panel=MODEL
+    )
+    linear_domain: LinearDomain | None = option(
+        None, "Key blocks that the linear branch attends to: all, or marginal (neither exact nor negligible).",
+        panel=MODEL,
+    )  # fmt: skip
     feature_map: FeatureMap | None = option(
         None, "Feature map of the linear branch: softmax, elu or relu.", panel=MODEL
     )
-    block_m: int | None = option(None, "Query rows per block.", panel=MODEL)
-    block_n: int | None = option(None, "Key columns per block.", panel=MODEL)
+    block_m: int | None = option(None, "Query rows per block: 16, 32, 64 or 128.", panel=MODEL)
+    block_n: int | None = option(None, "Key columns per block: 16, 32, 64 or 128.", panel=MODEL)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=MODEL, of_methods=True, trainable=True)
     anneal_from: float | None = option(
         None, "Initial sparsity, which rises to --sparsity over the first half of the steps.", panel=MODEL
     )
     loss: Loss = option(
-        "distill", "Velocity to train on: distill (the dense model's) or flow (the data's).", panel=TRAINING
+        "distill",
+        "Velocity that is the target: distill (what the dense model predicts) or flow (the data's, as in flow "
+        "matching).", panel=TRAINING,
+    )  # fmt: skip
+    layer_loss: float = option(
+        0.0, "Weight, in the loss, of each layer's attention error relative to the dense teacher.", panel=TRAINING
     )
-    layer_loss: float = option(0.0, "Weight of the attention error of each layer in the loss.", panel=TRAINING)
     train: Trained = option(
         "all",
-        "What is trained: all, attn (self-attention), proj (proj_l, or the learned weights of another method) or "
-        "lora (LoRA and those).",
+        "Weights to train: all, attn (self-attention), proj (only the attention method's own weights, such as SLA's "
+        "proj_l), or lora (those of proj, and a LoRA on self-attention).",
         panel=TRAINING,
     )
-    lora_rank: int | None = option(None, "Rank of the LoRA. Default: 32.", panel=TRAINING)
+    lora_rank: int | None = option(None, "Rank of the LoRA of --train lora. Default: 32.", panel=TRAINING)
     stages: Stages = option(
         "all",
-        "Training stages: all; or, for attention with a router (sla2), router or router,all, which first train the "
-        "router, in each layer against dense attention.",
+        "Training stages: all, or, for a method with a router (sla2), router or router,all. The router stage comes "
+        "first and trains the router of each layer to match dense attention.",
         panel=TRAINING,
     )
     router_steps: int | None = option(
-        None, "Steps of the router stage in router,all. Default: half of --steps.", panel=TRAINING
+        None, "Steps of the router stage with --stages router,all. Default: half of --steps.", panel=TRAINING
     )
     steps: int | None = option(
-        None, "Optimizer steps. Default, as for the next six options: what the model recommends.", panel=TRAINING
+        None, "Number of optimizer steps, router stage included. Default: the model's own.", panel=TRAINING
     )
-    lr: float | None = option(None, "Learning rate.", panel=TRAINING)
+    lr: float | None = option(None, "Learning rate. Default: the model's own.", panel=TRAINING)
     proj_multiplier: float | None = option(
-        None, "Multiplier of the learning rate for proj_l, or the learned weights of another method.", panel=TRAINING
+        None, "Factor on the learning rate of weights like SLA's proj_l. Default: the model's own.", panel=TRAINING
     )
     warmup_steps: int | None = option(
-        None, "Learning-rate warm-up steps; at most a tenth of all steps are used.", panel=TRAINING
+        None, "Learning-rate warm-up steps, at most a tenth of all steps. Default: the model's own.", panel=TRAINING
     )
-    batch_size: int | None = option(None, "Clips per step, over all processes.", panel=TRAINING)
-    micro_batch: int | None = option(None, "Clips at a time on one device.", panel=TRAINING, pixels=False)
+    batch_size: int | None = option(None, "Clips per step in all. Default: the model's own.", panel=TRAINING)
+    micro_batch: int | None = option(
+        None, "Clips that one device processes at a time. Default: the model's own.", panel=TRAINING, pixels=False
+    )
     caption_dropout: float | None = option(
-        None, "Fraction of captions replaced by the negative prompt, for classifier-free guidance.", panel=TRAINING
-    )
+        None, "Fraction of captions replaced by the negative prompt, for guidance. Default: the model's own.",
+        panel=TRAINING,
+    )  # fmt: skip
     weight_decay: float = option(0.01, "Weight decay of AdamW.", panel=TRAINING)
-    max_grad_norm: float | None = option(None, "Clip gradients to this norm. Default: no clipping.", panel=TRAINING)
-    optimizer: Optimizer = option("adamw", "adamw, or adamw8bit (not with --parallel fsdp).", panel=TRAINING)
-    checkpointing: bool | None = option(
-        None,
-        "Recompute activations in the backward pass to save memory. Default: on CUDA only.",
-        panel=MACHINE,
-        pixels=False,
+    max_grad_norm: float | None = option(
+        None, "Maximum gradient norm; larger gradients are scaled down to it. Default: no limit.", panel=TRAINING
     )
+    optimizer: Optimizer = option(
+        "adamw", "adamw, or adamw8bit, which keeps its state in 8 bits (not with --parallel fsdp).", panel=TRAINING
+    )
+    checkpointing: bool | None = option(
+        None, "Recompute activations in the backward pass to save memory. Default: on CUDA only.", panel=MACHINE,
+        pixels=False,
+    )  # fmt: skip
     seed: int = option(0, "Seed of the noise, the order of clips and the choice of held-out clips.", panel=TRAINING)
     dtype: Dtype = option(
         "auto", "Compute dtype: bf16, fp32, or auto (bf16 on a GPU that supports it, otherwise fp32).", panel=MACHINE
     )
-    device: str = option("auto", "auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False)
+    device: str = option(
+        "auto", "Device to train on: auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False
+    )
     backend: AttentionBackend = option(
-        "auto", "Implementation of the attention; for SLA: auto, reference, torch or triton.", panel=MACHINE,
+        "auto", "Implementation of the attention method; for sla: auto, reference, torch or triton.", panel=MACHINE,
         metavar="NAME",
     )  # fmt: skip
     parallel: Parallel = option(
-        "auto",
-        "Parallelism under torchrun: ddp copies the model, fsdp shards it; auto is ddp.",
-        panel=MACHINE,
-        pixels=False,
-    )
+        "auto", "Parallelism under torchrun: ddp copies the model to each process, fsdp shards it, auto means ddp.",
+        panel=MACHINE, pixels=False,
+    )  # fmt: skip
     context_parallel: int = option(
-        1, "Number of torchrun processes that split the tokens of one clip.", panel=MACHINE, pixels=False
+        1, "Number of torchrun processes that share the tokens of each clip.", panel=MACHINE, pixels=False
     )
     save_every: int | None = option(
         None, "Steps between checkpoints. Default: a tenth of all steps, at least 10.", panel=OUTPUT, pixels=False
     )
     validate_every: int | None = option(
-        None,
-        "Steps between validations, which also generate clips. Default: half of all steps.",
-        panel=OUTPUT,
+        None, "Steps between validations, which also generate clips. Default: half of all steps.", panel=OUTPUT,
         pixels=False,
-    )
+    )  # fmt: skip
     restart: bool = option(
-        False, "Start over, although --output has a checkpoint to resume from.", panel=OUTPUT, pixels=False
+        False, "Start over, even if --output has a checkpoint to resume from.", panel=OUTPUT, pixels=False
     )
     tensorboard: bool = option(False, "Also write TensorBoard event files.", panel=OUTPUT, pixels=False)
     output: str = option(
@@ -290,9 +305,7 @@ class FinetuneConfig:
         if is_dense and self.train not in ("all", "attn"):
             raise UsageError(f"train is {self.train}, but must be all or attn for dense attention. Give --train all.")
         if self.lora_rank is not None and self.train != "lora":
-            raise UsageError(
-                f"lora_rank is for --train lora, but train is {self.train}. Add --train lora, or leave --lora-rank out."
-            )
+            raise UsageError(f"--lora-rank is for --train lora, but --train is {self.train}. Leave --lora-rank out.")
         learns = any(group.used for group in method.parameters)
         if self.proj_multiplier is not None and not learns:
             raise UsageError(
@@ -303,10 +316,13 @@ class FinetuneConfig:
             raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
         if self.layer_loss > 0 and self.loss == "flow":
             raise UsageError(
-                "--layer-loss compares with the dense teacher, which --loss flow does not use. Leave one out."
+                "--layer-loss compares with the dense teacher, which --loss flow does not use. Leave one of them out."
             )
         if self.dtype == "fp16":
-            raise UsageError("small gradients are lost in fp16. Try --dtype bf16, or fp32.")
+            raise UsageError(
+                "--dtype fp16 is not precise enough for training, because small gradients become 0. Try --dtype bf16 "
+                "or --dtype fp32."
+            )
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
 
@@ -318,25 +334,9 @@ class FinetuneConfig:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
         method.config(**dict(self.attention_options))  # it checks what is out of range
-        self._check_stages(method)
+        _check_stages(self, method)
         method.check_backend(self.backend)
         check_backward(method, self.backend)
-
-    def _check_stages(self, method: Method) -> None:
-        """Raise UsageError for a stage that the method or the other settings do not have."""
-        if self.stages != "all" and not any(group.stage == "router" for group in method.parameters):
-            raise UsageError(f"{method.name} attention has no router to train. Leave --stages out.")
-        most = MAX_TRAINING["steps"]
-        if self.router_steps is not None and not 1 <= self.router_steps <= most:
-            raise UsageError(
-                f"router_steps is {shown(self.router_steps)}, but must be from 1 to {most:,}. Try --router-steps 100."
-            )
-        if self.router_steps is not None and self.stages != "router,all":
-            raise UsageError(
-                f"router_steps is for --stages router,all, but stages is {self.stages}. Leave --router-steps out."
-            )
-        if self.stages != "all" and self.backend == "triton":
-            raise UsageError("the router stage has no Triton kernels. Leave --backend out, or give --backend torch.")
 
     def num_router_steps(self, steps: int) -> int:
         """How many of the steps, the first ones, train the router."""
@@ -356,6 +356,24 @@ class FinetuneConfig:
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
         return method.in_training(dataclasses.replace(base, **given))
+
+
+def _check_stages(config: FinetuneConfig, method: Method) -> None:
+    """Raise UsageError for a stage that the method or the other settings do not have."""
+    if config.stages != "all" and not any(group.stage == "router" for group in method.parameters):
+        raise UsageError(f"{method.name} attention has no router to train. Leave --stages out.")
+    most = MAX_TRAINING["steps"]
+    if config.router_steps is not None and not 1 <= config.router_steps <= most:
+        raise UsageError(
+            f"router_steps is {shown(config.router_steps)}, but must be a whole number from 1 to {most:,}. Try "
+            "--router-steps 100."
+        )
+    if config.router_steps is not None and config.stages != "router,all":
+        raise UsageError(
+            f"--router-steps is for --stages router,all, but --stages is {config.stages}. Leave --router-steps out."
+        )
+    if config.stages != "all" and config.backend == "triton":
+        raise UsageError("the router stage has no Triton kernels. Leave --backend out, or give --backend torch.")
 
 
 def check_backward(method: Method, backend: str) -> None:

@@ -145,7 +145,7 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
         if parallel != "auto" or context > 1:
             option = f"--context-parallel {context}" if context > 1 else f"--parallel {parallel}"
             raise UsageError(
-                f"{option} is for several processes. Start them with torchrun --nproc-per-node 2 -m slagen ..."
+                f"{option} needs several processes. Start them with torchrun --nproc-per-node 2 -m slagen ..."
             )
         yield Team(0, 1, device, "alone")
         return
@@ -165,7 +165,7 @@ def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator
             torch.cuda.set_device(device)
         rank, size = dist.get_rank(), dist.get_world_size()
         if size % context:
-            raise UsageError(f"context_parallel is {context}, but must divide the {size} processes.")
+            raise UsageError(f"context_parallel is {context}, but must divide the number of processes, {size}.")
         groups = [dist.new_group(range(i, i + context)) for i in range(0, size, context)] if context > 1 else None
         own = None if groups is None else groups[rank // context]
         yield Team(rank, size, device, "fsdp" if parallel == "fsdp" else "ddp", context, own)
@@ -180,8 +180,8 @@ def _check_cards() -> None:
     cards = torch.cuda.device_count()
     if started > cards:
         raise EnvironmentProblem(
-            f"torchrun started {counted(started, 'process')} on this machine, but PyTorch sees "
-            f"{counted(cards, 'CUDA device')}, but each process needs its own. Try torchrun --nproc-per-node {cards}."
+            f"torchrun started {counted(started, 'process')} on this machine, and each needs its own GPU, but PyTorch "
+            f"sees {counted(cards, 'CUDA device')}. Try torchrun --nproc-per-node {cards}."
         )
 
 

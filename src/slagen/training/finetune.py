@@ -61,8 +61,8 @@ def finetune(config: FinetuneConfig, on_event: Emit = lambda event: None) -> Fin
                 return _run(setup)
             except torch.OutOfMemoryError as error:
                 raise SlagenError(
-                    "the GPU ran out of memory. Try --micro-batch 1; or start again with --restart and --optimizer "
-                    "adamw8bit, --train lora, or clips of fewer frames."
+                    "the GPU ran out of memory. Try --micro-batch 1. If that is not enough, start again with --restart "
+                    "and one of these: --optimizer adamw8bit, --train lora, or clips of fewer frames."
                 ) from error
             except OSError as error:
                 raise SlagenError(

@@ -34,7 +34,7 @@ def train(run: Run, step: int, seconds: float) -> float:
     setup.emit(Event("stage", "train"))
     first, before, saved = step, seconds, step
     began = time.monotonic()
-    text = "stopping after this step, with a checkpoint; press Ctrl-C again to stop now"
+    text = "stopping after this step, once a checkpoint is saved; press Ctrl-C again to stop now"
     repeated_s = 0 if setup.team.size == 1 else 5
     with (
         stopping(run.stop, lambda: setup.emit(Event("warning", text)), repeated_s=repeated_s),
@@ -104,7 +104,9 @@ def _tensorboard(run: Run, step: int) -> Iterator[Any]:
     except ImportError:
         run.setup.emit(
             Event(
-                "warning", "no TensorBoard files: TensorBoard is missing. Install it: pip install 'slagen[tensorboard]'"
+                "warning",
+                "no TensorBoard files will be written, because TensorBoard is not installed. Install it: pip install "
+                "'slagen[tensorboard]'",
             )
         )
         yield None

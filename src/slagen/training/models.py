@@ -125,7 +125,8 @@ def memory_plan(
     gib = [size / 2**30 for size in (weights, other / parts, kept * recipe.schedule.micro_batch)]
     student_gib, teacher_gib, activations_gib = gib
     return (
-        f"training {trained / 1e6:.1f} M of {(trained + frozen) / 1e6:.1f} M parameters; estimated memory per process "
-        f"{sum(gib):.1f} GiB: {student_gib:.1f} for the student, its optimizer state and averaged weights, "
-        f"{teacher_gib:.1f} for the teacher, {activations_gib:.1f} for the activations of {num_tokens} tokens"
+        f"training {trained / 1e6:.1f} M of {(trained + frozen) / 1e6:.1f} M parameters; each process needs an "
+        f"estimated {sum(gib):.1f} GiB: {student_gib:.1f} for the student with its optimizer state and averaged "
+        f"weights, {teacher_gib:.1f} for the teacher, and {activations_gib:.1f} for the activations of {num_tokens} "
+        "tokens"
     )

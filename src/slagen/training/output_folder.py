@@ -14,6 +14,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.generation.embeddings import files_in
 from slagen.io.files import delete, sweep
 from slagen.io.locks import locked_folder
+from slagen.io.text import counted
 from slagen.training.checkpoints import FOLDER, KEPT, checkpoints
 from slagen.training.log import CLIPS, LOG
 from slagen.training.page import PAGE
@@ -30,7 +31,9 @@ def hold_folder(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked_folder(folder))
         except Timeout as error:
-            raise SlagenError(f"another slagen finetune is running in {folder}. Give another --output.") from error
+            raise SlagenError(
+                f"another slagen finetune is writing to {folder}. Wait for it, or give another --output."
+            ) from error
         except OSError as error:
             why = error.strerror or error
             raise SlagenError(f"{folder} is not writable ({why}). Give another --output.") from error
@@ -84,6 +87,6 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, restart: bool) -> None
         free, more = free + sum(f.stat().st_size for path in there for f in files_in(path)), KEPT + 1
     if free < more * checkpoint_bytes:
         raise SlagenError(
-            f"{folder} has {free / 2**30:.2g} GiB free, but {more} checkpoints of {checkpoint_bytes / 2**30:.2g} GiB "
-            "each must fit. Free some space, or give another --output."
+            f"{folder} has {free / 2**30:.2g} GiB free, but needs space for {counted(more, 'checkpoint')} of "
+            f"{checkpoint_bytes / 2**30:.2g} GiB each. Free some space, or give another --output."
         )

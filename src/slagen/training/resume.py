@@ -44,7 +44,9 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any], folder: Path, 
     before = {**{name: DEFAULTS.get(name) for name in now}, **before}  # an older checkpoint lacks newer settings
     changed = [name for name in names if before.get(name) != now.get(name)]
     if changed:
-        listed = ", ".join(f"{name} was {before.get(name)!r:.40} and is {now.get(name)!r:.40}" for name in changed[:4])
+        listed = ", ".join(
+            f"{name} was {before.get(name)!r:.40} and is now {now.get(name)!r:.40}" for name in changed[:4]
+        )
         raise UsageError(
             f"{folder} holds a run with different settings: {listed}. Give the same settings or another --output, or "
             "start again with --restart."

@@ -102,13 +102,16 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     attention = config.attention_config(weights.trained_with)
     if config.anneal_from is not None and config.anneal_from > attention.sparsity:
         raise UsageError(
-            f"anneal_from is {config.anneal_from:g}, but sparsity can only rise from there to {attention.sparsity:g}. "
+            f"anneal_from is {config.anneal_from:g}, but must be at most the final sparsity, {attention.sparsity:g}. "
             "Give a lower value."
         )
     recipe = _recipe(config, weights, team)
     heads = weights.source.shape.num_heads
     if heads % config.context_parallel:
-        raise UsageError(f"context_parallel is {config.context_parallel}, but must divide the model's {heads} heads.")
+        raise UsageError(
+            f"context_parallel is {config.context_parallel}, but must divide the model's number of attention heads, "
+            f"{heads}."
+        )
     if config.context_parallel > 1:
         method.check_context_parallel()
     about = weights.source.head_dim, team.device, recipe.dtype
@@ -155,7 +158,7 @@ def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
             f"batch_size is {schedule.batch_size}, but must be a multiple of the number of processes, {team.data_size}."
         )
     if config.stages != "all" and team.size > 1:
-        raise UsageError(f"--stages {config.stages} trains the router in one process. Start without torchrun.")
+        raise UsageError(f"--stages {config.stages} runs in a single process only. Start slagen without torchrun.")
     dtype = pick_dtype(config.dtype, team.device)
     return Recipe(
         schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
@@ -205,6 +208,6 @@ def _check_start(setup: Setup, grids: set[Grid]) -> None:
     first = dataclasses.replace(setup.attention, sparsity=start)
     if not all(setup.method.applies(first, grid) for grid in grids):
         raise UsageError(
-            f"with anneal_from {start:g} all key blocks of a clip are attended exactly at first, so what is trained "
-            "has no effect. Give a higher --anneal-from."
+            f"with --anneal-from {start:g}, all key blocks of a clip get exact attention at first, so the weights that "
+            "are trained have no effect. Give a higher --anneal-from."
         )

@@ -151,12 +151,12 @@ class Trainer:
         parameters = list(self.named.values())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
         norm_value = float(full_tensor(norm))
-        for what, value in (("loss", loss_sum / batch), ("gradient", norm_value)):
+        for what, value in (("loss", loss_sum / batch), ("gradient norm", norm_value)):
             if not math.isfinite(value):
                 names = ", ".join(sorted({quote(clip.caption) for clip in clips})[:4])
                 raise SlagenError(
-                    f"the {what} of step {number + 1} is {value}, on the clips {names}. The step was discarded, and "
-                    "the last checkpoint is kept. Start again with --restart and a lower --lr."
+                    f"the {what} of step {number + 1} is {value} (clips: {names}). The step was discarded, and the "
+                    "last checkpoint is kept. Start again with --restart and a lower --lr."
                 )
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)

@@ -132,9 +132,9 @@ def test_generate_and_plan_run_it(tuned, tmp_path, capsys):
         ({"attention": "sla", "stages": "router"}, "sla attention has no router to train. Leave --stages out."),
         (
             {"stages": "router", "router_steps": 3},
-            "router_steps is for --stages router,all, but stages is router. Leave",
+            "--router-steps is for --stages router,all, but --stages is router. Leave",
         ),
-        ({"stages": "router,all", "router_steps": 0}, "router_steps is 0, but must be from 1 to"),
+        ({"stages": "router,all", "router_steps": 0}, "router_steps is 0, but must be a whole number from 1 to"),
         ({"stages": "all,router"}, "stages is 'all,router', but must be one of all, router,all, router."),
         ({"stages": "router", "backend": "triton"}, "the router stage has no Triton kernels. Leave --backend out"),
         ({"attention_options": (("router_tau", 10**400),)}, "but must be a finite number above 0."),
@@ -151,7 +151,7 @@ def test_what_cannot_be_tuned(fields, said):
 def test_a_start_with_all_blocks_kept_is_refused(fields, toy, tmp_path):
     """The linear branch and the router are not reached then; with the whole model to train, there is what learns."""
     model, data = toy
-    with pytest.raises(UsageError, match="with anneal_from 0 all key blocks of a clip are attended exactly at first"):
+    with pytest.raises(UsageError, match="all key blocks of a clip get exact attention at first"):
         tune(model, tmp_path / "out", data, steps=2, anneal_from=0.0, **fields)
     tune(model, tmp_path / "out", data, steps=1, anneal_from=0.4, **fields)
 

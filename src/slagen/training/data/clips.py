@@ -74,7 +74,8 @@ def plan_clips(
         if length is None:
             least = (lengths[-1] - 1) / full.fps
             found.append(
-                f"{item.where}: {item.path.name} is {video.duration_s:.2f} s long, but needs at least {least:.2f} s"
+                f"{item.where}: {item.path.name} is {video.duration_s:.2f} s long, but must be at least {least:.2f} s "
+                "long"
             )
             continue
         sizes = _sizes(full if upscale else _no_larger(full, video, grid), grid)

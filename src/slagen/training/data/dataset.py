@@ -22,6 +22,7 @@ from slagen.io import forms
 from slagen.io.documents import parse_json, read_bytes
 from slagen.io.forms import Fault, Kind, check
 from slagen.io.reading import digest
+from slagen.io.text import counted
 from slagen.training.data.store import AGAIN, INDEX_FILE, SET_FILE, SHAPE, Store
 from slagen.training.metrics import Example
 from slagen.wan.folder import ModelSource
@@ -62,11 +63,12 @@ class Dataset:
             content = parse_json(read_bytes(folder / SET_FILE, MAX_SET), {"version": int})
             if content["version"] != VERSION:
                 raise WeightsError(
-                    f"{folder} has version {content['version']}; this version of slagen reads {VERSION}. {AGAIN}"
+                    f"{folder} is a data set in format {content['version']}, but this version of slagen reads format "
+                    f"{VERSION}. {AGAIN}"
                 )
             check(content, SET)
         except (OSError, Fault) as error:
-            raise WeightsError(f"{folder} is not a prepared data set ({SET_FILE}: {error}). {AGAIN}") from error
+            raise WeightsError(f"{folder} is not a valid data set ({SET_FILE}: {error}). {AGAIN}") from error
         self.identity: str = content["identity"]
         self.negative: str = content["negative"]
         self.negative_prompt: str = content["negative_prompt"]
@@ -82,7 +84,8 @@ class Dataset:
         self.held_out = [clip for clip in clips if clip.held_out]
         if not self.training or not self.held_out:
             raise WeightsError(
-                f"{folder} has {len(self.training)} training clips and {len(self.held_out)} held-out clips. {AGAIN}"
+                f"{folder} has {counted(len(self.training), 'training clip')} and "
+                f"{counted(len(self.held_out), 'held-out clip')}, but needs at least one of each. {AGAIN}"
             )
         self.hash = digest([self.identity, self.negative, [dataclasses.astuple(clip) for clip in clips]])
 
@@ -124,8 +127,8 @@ def open_dataset(folder: Path, source: ModelSource, cache: Path) -> Dataset:
     data = Dataset(folder)
     if data.identity != encoder_identity(source, cache):
         raise WeightsError(
-            f"{folder} was encoded with a VAE or text encoder other than those of {source.name}. Give the model "
-            "that it was prepared for with --model, or the videos with --data."
+            f"{folder} was encoded with a VAE or text encoder that is not {source.name}'s. Give --model the model that "
+            "it was prepared for, or give --data the original videos."
         )
     if data.negative_prompt != source.defaults.negative_prompt:
         raise WeightsError(

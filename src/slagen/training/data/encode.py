@@ -97,7 +97,7 @@ def _plan(job: Job, videos: list[SourceVideo], largest: ClipSpec, faults: list[s
     )  # fmt: skip
     names = [video.path.name for video, spec in zip(videos, specs, strict=True) if spec.interlaced]
     if names:
-        text = f"deinterlacing {len(names)} of {counted(len(videos), 'video')} (bwdif): {names[0]}"
+        text = f"deinterlacing {len(names)} of {counted(len(videos), 'video')} with the bwdif filter: {names[0]}"
         job.emit(Event("note", text + (f" and {len(names) - 1} more" if names[1:] else "")))
     return specs
 
@@ -108,8 +108,8 @@ def _choose_held_out(job: Job, names: list[str]) -> set[str]:
     count = job.config.held_out or min(16, max(1, len(order) // 10))
     if count >= len(order):
         raise UsageError(
-            f"the data set has {counted(len(order), 'clip')}, of which {count} would be held out, with none left to "
-            "train on. Give more videos."
+            f"the data set has {counted(len(order), 'clip')}, but {count} would be held out for validation, so none "
+            "would be left to train on. Give more videos."
         )
     return set(order[:count])
 

@@ -33,7 +33,10 @@ def prepare(
     Raises: UsageError with every fault of the set, WeightsError for a broken model.
     """
     if base.dtype == "fp16":
-        raise UsageError("small values are lost in fp16. Try --dtype bf16 or --dtype fp32.")
+        raise UsageError(
+            "--dtype fp16 is not precise enough for data sets, because small values become 0. Try --dtype bf16 or "
+            "--dtype fp32."
+        )
     weights = find_weights(
         dataclasses.replace(base, attention="dense", backend="auto"),
         lambda text: on_event(Event("note", text)), transformer=config.self_generate is not None,
@@ -70,5 +73,7 @@ def _prepare(job: Job) -> Dataset:
     try:
         write_json(store.folder / SET_FILE, content)
     except OSError as error:
-        raise SlagenError(f"{store.folder / SET_FILE} cannot be written ({error}). Free some space.") from error
+        raise SlagenError(
+            f"{store.folder / SET_FILE} could not be written ({error}). Free some space and run again."
+        ) from error
     return Dataset(store.folder)

@@ -12,6 +12,7 @@ from slagen.generation.embeddings import file_hashes
 from slagen.generation.resolve import Plan, make_plan
 from slagen.generation.session import Session, texts_of
 from slagen.io.reading import digest
+from slagen.io.text import quote
 from slagen.training.data.clips import raise_faults
 from slagen.training.data.dataset import Clip, transformer_files
 from slagen.training.data.encode import encode_texts, text_name
@@ -99,5 +100,5 @@ def _generate(job: Job, clips: list[_Planned], texts: dict[str, str]) -> None:
         embeds = [store.load(texts[text])[None].to(session.pipe._execution_device) for text in texts_of(plan)]
         named = dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*embeds, None], strict=False))
         latents, _ = session.denoise(plan, named, lambda event: None)
-        store.add(name, latents[0].float(), plan.config.prompt)
+        store.add(name, latents[0].float(), f"the prompt {quote(plan.config.prompt)}")
     store.flush()

@@ -57,8 +57,8 @@ class Store:
         if not torch.isfinite(tensor).all():
             self.flush()
             raise SlagenError(
-                f"{what} produced NaN or Inf when encoded. Leave this input out; if other inputs fail too, download "
-                "the model again."
+                f"{what} produced NaN or Inf. Remove it from the data. If other inputs fail too, download the model "
+                "again."
             )
         self._waiting[name] = tensor.detach().cpu().contiguous()
         size = sum(t.numel() * t.element_size() for t in self._waiting.values())

@@ -69,7 +69,7 @@ def find_list_below(folder: Path) -> Path | None:
     )
     if len(found) > 1:
         names = " and ".join(str(file.relative_to(folder)) for file in found[:2])
-        raise UsageError(f"{folder} contains {names}. Give the folder of one of them.")
+        raise UsageError(f"{folder} contains several lists of videos, such as {names}. Give the folder of one of them.")
     if found and found[0].suffix == ".parquet":
         raise _not_read(found[0])
     return found[0] if found else None
@@ -92,8 +92,7 @@ def read_list(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
         raise _not_read(file)
     if kind not in (".csv", ".tsv", ".jsonl", ".json"):
         raise UsageError(
-            f"{file} is not a list of videos. Give a folder, a .jsonl, metadata.json, metadata.csv or "
-            "videos2caption.json."
+            f"{file} is not a list of videos. Give a folder of videos, or a list in a .csv, .tsv, .json or .jsonl file."
         )
     try:
         text = decode(read_bytes(file, MAX_LIST))
@@ -179,7 +178,9 @@ def _json(file: Path, text: str) -> list[Entry]:
     except Fault as fault:
         raise UsageError(f"{file}{fault.place}: {fault}.") from fault
     if not isinstance(content, list):
-        raise UsageError(f"{file} does not contain a list of videos. Give a list of objects with video and prompt.")
+        raise UsageError(
+            f"{file} does not contain a list of videos. Give a JSON list of objects with the keys video and prompt."
+        )
     return [
         Entry(f"{file.name}, entry {number}", entry if isinstance(entry, dict) else {})
         for number, entry in enumerate(content, 1)

@@ -68,7 +68,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
             continue
         caption = _caption(caption)
         if not caption:
-            faults.append(f"{where}: the entry has no caption of 1 to {MAX_CAPTION} characters of text")
+            faults.append(f"{where}: the entry needs a caption of 1 to {MAX_CAPTION} characters")
             continue
         place = next((p for p in _places(file.parent, video) if _is_file(p)), None)
         if place is None:
@@ -113,7 +113,7 @@ def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str
             faults.append(f"{where}: the caption file {text.name} is missing or not UTF-8")
             continue
         if not caption:
-            faults.append(f"{where}: the caption file {text.name} must have 1 to {MAX_CAPTION} characters of text")
+            faults.append(f"{where}: the caption file {text.name} must contain 1 to {MAX_CAPTION} characters of text")
             continue
         found.append(SourceVideo(video, caption, where))
     return found, faults
