@@ -184,9 +184,9 @@ class FinetuneConfig:
     )
     loss: Loss = option(
         "distill",
-        "Velocity that is the target: distill (what the dense model predicts) or flow (the data's, as in flow "
-        "matching).", panel=TRAINING,
-    )  # fmt: skip
+        "Target velocity: distill (what the dense model predicts) or flow (that of the data, as in flow matching).",
+        panel=TRAINING,
+    )
     layer_loss: float = option(
         0.0, "Weight, in the loss, of each layer's attention error relative to the dense teacher.", panel=TRAINING
     )
@@ -207,21 +207,23 @@ class FinetuneConfig:
         None, "Steps of the router stage with --stages router,all. Default: half of --steps.", panel=TRAINING
     )
     steps: int | None = option(
-        None, "Number of optimizer steps, router stage included. Default: the model's own.", panel=TRAINING
+        None, "Number of optimizer steps, router stage included. Default: depends on the model.", panel=TRAINING
     )
-    lr: float | None = option(None, "Learning rate. Default: the model's own.", panel=TRAINING)
+    lr: float | None = option(None, "Learning rate. Default: depends on the model.", panel=TRAINING)
     proj_multiplier: float | None = option(
-        None, "Factor on the learning rate of weights like SLA's proj_l. Default: the model's own.", panel=TRAINING
+        None, "Factor on the learning rate of weights like SLA's proj_l. Default: depends on the model.", panel=TRAINING
     )
     warmup_steps: int | None = option(
-        None, "Learning-rate warm-up steps, at most a tenth of all steps. Default: the model's own.", panel=TRAINING
+        None, "Learning-rate warm-up steps, at most a tenth of --steps. Default: depends on the model.", panel=TRAINING
     )
-    batch_size: int | None = option(None, "Clips per step in all. Default: the model's own.", panel=TRAINING)
+    batch_size: int | None = option(
+        None, "Clips per optimizer step, over all devices. Default: depends on the model.", panel=TRAINING
+    )
     micro_batch: int | None = option(
-        None, "Clips that one device processes at a time. Default: the model's own.", panel=TRAINING, pixels=False
+        None, "Clips that one device processes at a time. Default: depends on the model.", panel=TRAINING, pixels=False
     )
     caption_dropout: float | None = option(
-        None, "Fraction of captions replaced by the negative prompt, for guidance. Default: the model's own.",
+        None, "Fraction of captions replaced by the negative prompt, for guidance. Default: depends on the model.",
         panel=TRAINING,
     )  # fmt: skip
     weight_decay: float = option(0.01, "Weight decay of AdamW.", panel=TRAINING)
@@ -239,9 +241,7 @@ class FinetuneConfig:
     dtype: Dtype = option(
         "auto", "Compute dtype: bf16, fp32, or auto (bf16 on a GPU that supports it, otherwise fp32).", panel=MACHINE
     )
-    device: str = option(
-        "auto", "Device to train on: auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False
-    )
+    device: str = option("auto", "Device to run on: auto, cpu or cuda.", panel=MACHINE, read=read_device, pixels=False)
     backend: AttentionBackend = option(
         "auto", "Implementation of the attention method; for sla: auto, reference, torch or triton.", panel=MACHINE,
         metavar="NAME",
