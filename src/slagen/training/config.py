@@ -143,8 +143,8 @@ class FinetuneConfig:
     data: DataConfig = option(dataclasses.MISSING, in_key=False)
     model: str | None = option(
         None,
-        "A preset (slagen models lists them), a folder, or a hub id. Default: wan2.1-t2v-1.3b with a CUDA device, "
-        "tiny-wan (bundled) without.",
+        "A preset, a model folder, or a Hugging Face id. The command slagen models lists the presets. Default: "
+        "wan2.1-t2v-1.3b with a CUDA device, otherwise the bundled tiny-wan.",
         panel=MODEL, short="-m",
     )  # fmt: skip
     weights: str | None = option(
@@ -162,8 +162,8 @@ class FinetuneConfig:
     )  # fmt: skip
     sparsity: float | None = option(
         None,
-        "Fraction of key blocks without exact attention. Default: the value that the weights were trained with, or "
-        "the method's own (0.95 for sla).",
+        "Fraction of key blocks without exact attention. Default: the value from training, or the method's own (0.95 "
+        "for sla).",
         panel=MODEL, complement="keep",
     )  # fmt: skip
     negligible: float | None = option(
