@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from slagen.html import Card, contact_sheet
+from slagen.html.contact_sheet import Card, contact_sheet
 from slagen.training.log import CLIPS, StepRecord, ValidationRecord, add_line
 from slagen.training.page import write_page
 from slagen.video import make_thumbnail, write_mp4
@@ -21,14 +21,18 @@ def sheet(tmp_path):
     for index, prompt in enumerate(PROMPTS, 1):
         frames = np.full((17, 64, 96, 3), rng.integers(0, 255, 3), np.uint8)
         frames[:, :, 5 * index] = np.arange(17)[:, None, None] * 15
-        write_mp4(frames, tmp_path / "video.mp4", 16)
-        thumbnail = make_thumbnail(tmp_path / "video.mp4")
+        write_mp4(frames, tmp_path / f"{index}.mp4", 16)
+        thumbnail = make_thumbnail(tmp_path / f"{index}.mp4")
         cards.append(
-            Card(index, f"{index}.mp4", prompt, (7 * index) % 5, "done", thumbnail, 10.5 - index, index % 3 / 4)
-        )
+            Card(
+                index, f"{index}.mp4", prompt, (7 * index) % 5, "done", thumbnail, 10.5 - index, index % 3 / 4,
+                {"prompt": prompt, "steps": 3, "model": "tiny & <i>wan</i>"}, [(10, 2), (20, 10), (15, 0)],
+            )
+        )  # fmt: skip
     cards.append(Card(len(PROMPTS) + 1, "x.mp4", "failed one", 9, "failed: out of memory", None, None, None))
+    cards.append(Card(len(PROMPTS) + 2, "y.mp4", "failed one", 10, "queued", None, None, None))
     path = tmp_path / "index.html"
-    path.write_text(contact_sheet("seven videos", cards), encoding="utf-8")
+    path.write_text(contact_sheet("eight videos", cards, "model tiny-wan, attention sla"), encoding="utf-8")
     return path
 
 
@@ -67,7 +71,8 @@ def page(tmp_path, request):
     assert faults == []
 
 
-PLAYING = "[...document.querySelectorAll('video')].map(v => v.readyState > 1 && !v.paused && v.currentTime > 0)"
+SMALL = "[...document.querySelectorAll('video:not(dialog video)')]"
+PLAYING = f"{SMALL}.map(v => v.readyState > 1 && !v.paused && v.currentTime > 0)"
 
 
 @pytest.mark.parametrize("page", [training], indirect=True)
@@ -83,27 +88,59 @@ def test_a_training_is_shown_with_its_curves_and_clips(page, tmp_path):
 
 def test_every_thumbnail_plays_and_sorting_works(page):
     page.wait_for_function(f"(v => v.length === {len(PROMPTS)} && v.every(Boolean))({PLAYING})", timeout=20_000)
-    assert page.evaluate("[...document.querySelectorAll('video')].map(v => v.videoWidth)") == [96] * len(PROMPTS)
+    assert page.evaluate("[...document.querySelectorAll('main video')].map(v => v.videoWidth)") == [96] * len(PROMPTS)
 
     def shown(name):
         return page.evaluate(f"[...document.querySelectorAll('figure')].map(f => f.dataset.{name})")
 
-    assert sorted(shown("prompt")) == sorted([*PROMPTS, "failed one"])
+    assert sorted(shown("prompt")) == sorted([*PROMPTS, "failed one", "failed one"])
     for label, name in (("seed", "seed"), ("time", "seconds"), ("attention", "attention"), ("order", "index")):
         button = page.get_by_role("button", name=label, exact=True)
         button.click()
         assert button.get_attribute("aria-pressed") == "true"
         values = [float(value) for value in shown(name)]
+        values.remove(10.0 if name == "seed" else 8.0 if name == "index" else 0.0)  # beside the other of its prompt
         assert values == sorted(values) and len(set(values)) > 2
         button.click()
-        assert [float(value) for value in shown(name)] == sorted(values, reverse=True)
+        values = [float(value) for value in shown(name)]
+        values.remove(9.0 if name == "seed" else 7.0 if name == "index" else 0.0)
+        assert values == sorted(values, reverse=True)
     page.get_by_role("button", name="prompt", exact=True).click()
     latin = [prompt for prompt in shown("prompt") if prompt[0].isascii() and prompt[0].isalpha()]
-    assert latin == ["apple & <b>pear</b>", "failed one", "kiwi 🥝", "mango", "zebra"]
+    assert latin == ["apple & <b>pear</b>", "failed one", "failed one", "kiwi 🥝", "mango", "zebra"]
     page.wait_for_function(f"{PLAYING}.every(Boolean)", timeout=20_000)  # moved elements go on
     assert page.locator("b").count() == 0  # a prompt is words, never markup
 
 
 def test_a_failed_job_says_why(page):
     assert page.get_by_text("failed: out of memory").is_visible()
-    assert page.locator("video").count() == len(PROMPTS)
+    assert page.locator("main video").count() == len(PROMPTS)
+
+
+def test_search_leaves_what_has_every_word(page):
+    def shown():
+        return page.evaluate("[...document.querySelectorAll('figure')].filter(f => f.offsetParent).length")
+
+    box = page.get_by_label("search")
+    for text, count in (("pear", 1), ("seed 2 9.5", 1), ("quoted prompt", 1), ("nothing", 0), ("", len(PROMPTS) + 2)):
+        box.fill(text)
+        assert shown() == count, text
+
+
+def test_variants_of_a_prompt_stand_in_a_row_and_a_click_shows_one_large(page):
+    tops = page.evaluate("[...document.querySelectorAll('.variants figure')].map(f => f.getBoundingClientRect().top)")
+    assert len(tops) == 2 and len(set(tops)) == 1
+    page.get_by_role("button", name="show 2.mp4 large").press("Enter")
+    dialog = page.get_by_role("dialog")
+    assert dialog.get_by_role("heading", name=PROMPTS[1]).is_visible()
+    assert dialog.locator("code").inner_text() == "slagen replay 2.mp4"
+    assert dialog.locator("tr").all_inner_texts() == ["steps\t3", "model\ttiny & <i>wan</i>"]
+    bars = page.evaluate("[...document.querySelectorAll('dialog rect')].map(r => Number(r.getAttribute('height')))")
+    assert bars == pytest.approx([45, 9, 90, 45, 67.5, 0])
+    page.wait_for_function("document.querySelector('dialog video').readyState > 1", timeout=20_000)
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+
+
+def test_the_header_has_what_all_videos_share(page):
+    assert page.get_by_text("model tiny-wan, attention sla").is_visible()
