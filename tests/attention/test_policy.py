@@ -155,7 +155,8 @@ def test_the_command_line_tells_of_it(tmp_path, capsys):
     more = ["--device", "cpu", "--allow-untrained", "--output", str(tmp_path / "a.mp4"), "--block-n", "16"]
     assert slagen(["generate", "a red circle", *arguments, *more, "--dense-steps", "-1", "--dense-layers", "0"]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "1 of 2 steps and 1 of 2 layers use dense attention" in told and "dense steps 1; dense layers 0" in told
+    assert "1 of 2 steps and 1 of 2 layers use dense attention" in told
+    assert "dense attention in step 1; dense attention in layer 0" in told
     assert json.loads((tmp_path / "a.json").read_text())["settings"]["dense_steps"] == "-1"
 
 

@@ -203,10 +203,10 @@ def test_slagen_methods(toy, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert slagen(["methods"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"window\s+a toy that attends to the frames nearby\s+needs nothing\s+options: window 1", out)
+    assert re.search(r"window\s+a toy that attends to the frames nearby\s+needs no training\s+options: window 1", out)
     assert " ".join(out.split()).count(
         "options: sparsity as trained, block_m as trained, block_n as trained, order as trained, selector as trained "
-        "set in training, with slagen finetune: negligible 0.0, linear_domain all, feature_map softmax"
+        "set in training (slagen finetune): negligible 0.0, linear_domain all, feature_map softmax"
     ) == 3  # fmt: skip
     assert slagen(["generate", "x", "--negligible", "0.1"]) == 2
     assert "--negligible is set in training: slagen finetune --negligible." in capsys.readouterr().err

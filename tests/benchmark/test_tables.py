@@ -28,7 +28,7 @@ from slagen.kernels.costs import KernelCosts
 from slagen.timing import Times, TurnTimes
 
 WIDTH = 80
-MEDIANS = "Times are medians; their quartiles and repeats are in the files and in --json."
+MEDIANS = "Times are medians. The files and --json also have the quartiles and the number of repeats."
 
 METHODS = all_methods()
 

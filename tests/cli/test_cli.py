@@ -51,7 +51,7 @@ def test_no_flag_is_needed(seen):
         ("generate --prompts p.txt --overwrite", "Leave --overwrite out"),
         (
             "finetune --model tiny-wan --lr 1 --json data videos --output o",
-            "--model, --lr, --json before data",
+            "options before data have no effect: --model, --lr, --json",
         ),
         ("generate a --size 0x480", "Try --size 832x480"),
         ("bench --device cpu --output {file}/bench", "Not a directory"),

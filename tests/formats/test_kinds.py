@@ -284,8 +284,8 @@ def test_folders_of_wan22_are_named(base, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("name", "metadata", "words"),
     [
-        ("wan2.2_t2v_high_noise_14B_bf16", {}, "Wan2.2 A14B consists of two transformers"),
-        ("model", {"modelspec.title": "Wan2.2-T2V-A14B low noise"}, "Wan2.2 A14B consists of two transformers"),
+        ("wan2.2_t2v_high_noise_14B_bf16", {}, "one of the two transformers of Wan2.2 A14B"),
+        ("model", {"modelspec.title": "Wan2.2-T2V-A14B low noise"}, "one of the two transformers of Wan2.2 A14B"),
         ("SkyReels-V2-DF-14B-540P", {}, "sampling chunk by chunk"),
         ("wan2.1_t2v_1.3B_lightx2v_4step", {}, "Try --steps 4 --guidance-scale 1"),
         ("self_forcing_dmd", {}, "Try --steps 4 --guidance-scale 1"),

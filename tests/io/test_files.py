@@ -217,7 +217,7 @@ def test_a_planted_stage_moves_nothing(tmp_path, name):
 def test_a_folder_that_takes_no_files_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with (
-        pytest.raises(SlagenError, match="file is not writable .*. Give a folder"),
+        pytest.raises(SlagenError, match="file is not writable .*. Choose another output"),
         files.reserved(tmp_path / "file/v.mp4"),
     ):
         pass

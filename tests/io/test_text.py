@@ -210,7 +210,7 @@ def test_where_a_text_is_cut_is_told():
 def test_check_prompt():
     check_prompt("prompt", HARMLESS)
     for text in ("a\0", "a\ud83d", "caf\udce9"):
-        with pytest.raises(UsageError, match="is not UTF-8 text") as caught:
+        with pytest.raises(UsageError, match="is not valid UTF-8 text") as caught:
             check_prompt("prompt", text)
         assert is_harmless(str(caught.value))
 

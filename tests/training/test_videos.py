@@ -340,7 +340,7 @@ def test_every_fault_is_told_at_once(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(["{", *map(json.dumps, lines)]))
     with pytest.raises(UsageError, match="has 10 faults") as caught:
         look_at(tmp_path)
-    for part in ("data.jsonl:1: is not valid JSON", "data.jsonl:4: the entry needs a caption",
+    for part in ("data.jsonl:1: it is not valid JSON", "data.jsonl:4: the entry needs a caption",
                  "data.jsonl:6: gone.mp4 does not exist", "data.jsonl:7: xxx",
                  "data.jsonl:8: the entry needs a caption", "data.jsonl:10: short.mp4 is 0.10"):  # fmt: skip
         assert part in str(caught.value)
@@ -349,7 +349,7 @@ def test_every_fault_is_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.jsonl", "{", "a.jsonl:1: is not valid JSON"), ("a.jsonl", "", "lists no videos"),
+        ("a.jsonl", "{", "a.jsonl:1: it is not valid JSON"), ("a.jsonl", "", "lists no videos"),
         ("metadata.csv", "video,prompt\na.mp4,a red circle, moving\n", ":2: the line has too many columns; put the"),
         ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: the line is not valid CSV"),
         ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: the line(.|\n)*:4: c.mp4"),

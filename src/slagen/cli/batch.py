@@ -24,7 +24,7 @@ def batch(
     prompts: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="A .txt, .jsonl, .csv, .tsv or .yaml file of prompts; - reads text from stdin."
+            metavar="FILE", help="A .txt, .jsonl, .csv, .tsv or .yaml file of prompts, or - to read text from stdin."
         ),
     ],
     sharing: dict[str, Any],
@@ -32,15 +32,16 @@ def batch(
         bool,
         typer.Option(
             "--ray",
-            help="Distribute the work with Ray: on the cluster at RAY_ADDRESS, or on a private one started here.",
+            help="Distribute the work with Ray, on the cluster at RAY_ADDRESS if that is set, "
+            "otherwise on this machine.",
         ),
     ] = False,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Generate a video for every prompt in a file; run it again to resume.
+    """Generate a video for every prompt in a file; run the same command again to resume.
 
-    Each line is a prompt and the options that it sets: a red circle --seed 7 --size 128x128 --steps 8 --id circle
+    Each line is a prompt, with its own options after it: a red circle --seed 7 --size 128x128 --steps 8 --id circle
 
     Example: slagen batch prompts.txt --output outputs
     """

@@ -23,7 +23,7 @@ def bench(
         bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
-    """Benchmark SLA against dense and other sparse attention on this machine, after a check of each.
+    """Benchmark SLA against dense and other sparse attention on this machine, after checking that each is correct.
 
     Example: slagen bench --shape 1x12x8192x128 --sparsity 0.95 --output results
     """

@@ -24,11 +24,11 @@ def convert(
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Data type of the weights: bf16, fp16 or fp32.")
     ] = "bf16",
     part: Annotated[
-        str | None, typer.Option(help="Which transformer of a file that holds several, such as generator_ema.")
+        str | None, typer.Option(help="The transformer to convert if the file holds several, such as generator_ema.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
 ) -> None:
-    """Convert weights of any public format to a diffusers folder, with sla.safetensors beside its transformer.
+    """Convert weights in any public format to a diffusers folder, with SLA weights in sla.safetensors.
 
     Example: slagen convert TurboWan2.1-T2V-1.3B-480P.pth turbo --model Wan2.1-T2V-1.3B-Diffusers
     """
@@ -55,7 +55,7 @@ def merge(
     weight: Annotated[float, typer.Option(help="Factor to multiply the change by.")] = 1.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Add the change that fine-tuning made to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).
+    """Add the change from fine-tuning to another model: BASE + weight x (DIFF_TARGET - DIFF_BASE).
 
     Example: slagen merge rcm.pth merged.safetensors --diff-base wan.safetensors --diff-target wan-sla.pth
     """

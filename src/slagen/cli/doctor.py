@@ -12,17 +12,17 @@ def doctor(
         bool,
         typer.Option(
             "--kernels",
-            help="Compile every kernel for every supported GPU, and list shared memory, registers, spills, "
-            "instructions, asynchronous copies and an estimate of the time of one call.",
+            help="Compile every kernel for every supported GPU, and list their shared memory, registers, spills, "
+            "instructions and asynchronous copies, and the estimated time of one call.",
         ),
     ] = False,
     selftest: Annotated[
         bool,
         typer.Option(
             "--selftest",
-            help="Test the kernels, a video of the bundled model and a short benchmark, in under five minutes on a "
-            "GPU, and write one JSON file to attach to an issue. Exits with code 6 if a check fails, and with "
-            "code 4 if this machine lacks what a check needs.",
+            help="Test the kernels, generate a video with the bundled model and run a short benchmark, in under five "
+            "minutes on a GPU, and write the results to a JSON file to attach to an issue. Exits with code 6 if a "
+            "check fails, and with code 4 if this machine lacks what a check needs.",
         ),
     ] = False,
     output: Annotated[
@@ -36,7 +36,7 @@ def doctor(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Check what this machine can run, and how to fix what it cannot.
+    """Check what this machine can run, and show how to fix what it cannot.
 
     Example: slagen doctor --selftest
     """

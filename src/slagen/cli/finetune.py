@@ -35,8 +35,8 @@ def finetune(
         if given:
             options = ", ".join(given)
             raise UsageError(
-                f"{options} before {context.invoked_subcommand} has no effect. Put the options of "
-                f"{context.invoked_subcommand} after its name; see slagen finetune {context.invoked_subcommand} --help."
+                f"options before {context.invoked_subcommand} have no effect: {options}. Put the options of "
+                f"{context.invoked_subcommand} after its name. See slagen finetune {context.invoked_subcommand} --help."
             )
         return
     config = FinetuneConfig(DataConfig(**clips), **settings)
@@ -64,8 +64,8 @@ def finetune_data(
         str,
         typer.Argument(
             metavar="PATH",
-            help="Videos with a .txt beside each; or a .csv, .json or .jsonl with the keys video and prompt "
-            "(DiffSynth), file_name and text (Hugging Face), video_path and caption (musubi) or path and cap "
+            help="A folder of videos with a .txt beside each, or a .csv, .json or .jsonl with the keys video and "
+            "prompt (DiffSynth), file_name and text (Hugging Face), video_path and caption (musubi) or path and cap "
             "(FastVideo).",
         ),
     ],

@@ -25,10 +25,11 @@ def generate(
     *,
     words: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What the video shows; - reads it from stdin.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="What the video shows, or - to read it from stdin.", show_default=False),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt, instead of the argument.", rich_help_panel=VIDEO)
+        str | None,
+        typer.Option("--prompt", "-p", help="The prompt, if not given as an argument.", rich_help_panel=VIDEO),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -36,7 +37,7 @@ def generate(
     ] = None,
     settings: dict[str, Any],
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate the run, as slagen plan does.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--dry-run", help="Only estimate the run, as slagen plan does.", rich_help_panel=OUTPUT)
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=OUTPUT)
@@ -87,7 +88,8 @@ def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwri
         raise UsageError("--dry-run estimates one video, but --prompts gives many. Give one prompt.")
     if overwrite:
         raise UsageError(
-            "--prompts generates what is missing and replaces nothing. Leave --overwrite out, or give a new --output."
+            "--prompts generates only missing videos, so --overwrite has no effect. Leave --overwrite out, or give a "
+            "new --output."
         )
 
 
@@ -125,17 +127,20 @@ def decode_latents(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="LATENTS", help="Latents from --save-latents, or kept when a video could not be written."
+            metavar="LATENTS", help="Latents from --save-latents, or from a run whose video could not be written."
         ),
     ],
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", help="The video. Default: the name of LATENTS with .mp4 at its end.", metavar="FILE"
+            "--output",
+            "-o",
+            help="The video file to write. Default: the name of LATENTS, ending in .mp4.",
+            metavar="FILE",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model that generated it, if that has moved.")
+        str | None, typer.Option("--model", "-m", help="The model that generated the latents, if it has moved.")
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
@@ -199,11 +204,11 @@ def replay(
         str | None, typer.Option("--output", "-o", help="Save the new video to this file.", metavar="FILE")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model that generated it, if that has moved.")
+        str | None, typer.Option("--model", "-m", help="The model that generated the video, if it has moved.")
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="The weights that generated it, if they have moved.", metavar="FILE_OR_FOLDER"),
+        typer.Option(help="The weights that generated the video, if they have moved.", metavar="FILE_OR_FOLDER"),
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,
@@ -226,4 +231,4 @@ def replay(
         result = task.replay(path, output, progress, model=model, weights=weights, **settings)
     show_replay(result, as_json)
     if not result.same:
-        raise GateError("the new video differs from the old one; the table shows where.")
+        raise GateError("the new video differs from the old one. The table shows where.")

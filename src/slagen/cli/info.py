@@ -14,10 +14,10 @@ PLANNED = Fields(
     GenerateConfig,
     help={
         "model": "A preset (slagen models lists them) or a folder. Default: turbowan2.1-t2v-1.3b-480p with --device "
-        "cuda, tiny-wan (bundled) without.",
+        "cuda, otherwise tiny-wan (bundled).",
         "weights": "SLA weights, or a whole transformer in any public format. Default: the model's own.",
         "seed": "Seed, shown in the file name.", "num_videos": "Number of videos.",
-        "guidance_scale": "Classifier-free guidance scale; above 1 doubles the passes.",
+        "guidance_scale": "Classifier-free guidance scale; a value above 1 doubles the forward passes.",
     },
 )  # fmt: skip
 
@@ -27,10 +27,12 @@ def plan(
     *,
     settings: dict[str, Any],
     words: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The prompt, for the file name.", show_default=False)
+        str | None,
+        typer.Argument(metavar="PROMPT", help="The prompt, used only for the file name.", show_default=False),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The prompt, instead of the argument.", rich_help_panel=VIDEO)
+        str | None,
+        typer.Option("--prompt", "-p", help="The prompt, if not given as an argument.", rich_help_panel=VIDEO),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the plan as JSON on stdout.", rich_help_panel=OUTPUT)
@@ -82,7 +84,7 @@ def info(
             help="A weight file or folder, saved latents, a video, its .json report, or tiny-wan, the bundled model.",
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Inspect a checkpoint or saved latents, or show how a generated video was made.
 
@@ -103,9 +105,9 @@ def info(
     if about is None and not place.exists():
         if path in PRESETS:
             raise MissingPath(
-                f"{path} is a preset, which slagen models describes. Give a file or folder of its weights."
+                f"{path} is a preset. See slagen models for its settings, or give a file or folder of weights."
             )
-        raise no_file(place, "Give a weight file, a model folder, a video or its .json.")
+        raise no_file(place, "Give a weight file, a model folder, a video or its .json report.")
     if about is None:
         headers.check_weights(place, shard=True)
         say_loading()

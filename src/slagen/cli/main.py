@@ -61,7 +61,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
         else:
             _show_error(text)
     if code == INTERRUPTED:
-        _show_error("interrupted; finished files are kept, and unfinished ones are removed or have temporary names.")
+        _show_error("interrupted. Finished files are kept, and unfinished ones are removed or have temporary names.")
     return code if isinstance(code, int) else 0
 
 

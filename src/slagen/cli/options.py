@@ -62,7 +62,8 @@ class Fields:
             else:
                 found.append(_parameter(setting.field, _kind(setting), default, _option(setting, help)))
             if complement := setting.about.complement:
-                help = f"Key blocks with exact attention, 1 - sparsity{'. May be repeated' * _is_list(setting)}."
+                repeated = " May be repeated." * _is_list(setting)
+                help = f"Fraction of key blocks with exact attention, 1 - sparsity.{repeated}"
                 found.append(_parameter(complement, _kind(setting), None, _option(setting, help, f"--{complement}")))
         return found
 

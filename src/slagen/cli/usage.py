@@ -55,7 +55,7 @@ def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
         return f"the GPU failed: {match[0].rstrip('.')}. {advice}.", EnvironmentProblem.exit_code
     if sys.flags.optimize > 1:
         return WITHOUT_DOCSTRINGS, EnvironmentProblem.exit_code
-    return f"{type(error).__name__}: {error} (a bug in slagen; SLAGEN_DEBUG=1 shows the traceback)", 1
+    return f"{type(error).__name__}: {error} (this is a bug in slagen; SLAGEN_DEBUG=1 shows the traceback)", 1
 
 
 def _wrong_usage(error: Any, arguments: list[str]) -> str:

@@ -37,7 +37,8 @@ def check_pickle(content: Any, path: Path) -> None:
             break
     if level:
         raise WeightsError(
-            f"{path} holds lists or dictionaries that contain themselves or are nested too deeply. Download it again."
+            f"{path} holds lists or dictionaries that contain themselves, are nested too deeply or are too large. "
+            "Download it again."
         )
 
 

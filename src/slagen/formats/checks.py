@@ -59,8 +59,8 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
     zero = [name for name, x in checkpoint.projections.items() if name.endswith("proj_l.weight") and not x.any()]
     if zero and len(zero) < num_layers:
         raise WeightsError(
-            f"{checkpoint.path} has an all-zero {zero[0]} although other layers are trained, so "
-            "part of the file was lost. Download it again."
+            f"{checkpoint.path} has lost some of its contents: {zero[0]} is all zero, although other layers are "
+            "trained. Download it again."
         )
 
 

@@ -38,7 +38,7 @@ def read_gguf(path: Path) -> Any:
             if raw_type == GGUFValueType.ARRAY:
                 self.entries += int(self._get(orig_offs + 4, np.uint64)[0])
                 if self._get(orig_offs, np.uint32)[0] == GGUFValueType.ARRAY or self.entries > MAX_ENTRIES:
-                    raise ValueError("its metadata has nested or too long lists")
+                    raise ValueError("its metadata has lists that are nested or too long")
             return super()._get_field_parts(orig_offs, raw_type)
 
     return BoundedReader(path, "c")  # never written to, though PyTorch wants memory that could be

@@ -43,9 +43,9 @@ def read_header(path: Path) -> dict[str, Any]:
 
 WEIGHTS = (".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
 FOREIGN = (  # what a file begins with, the suffixes that it should not have then, and what it is
-    (rb"(?i)\s*version https://git-lfs", WEIGHTS, "a Git LFS pointer instead of the file. Download the "
-     "file: git lfs pull"),
-    (rb"(?i)\s*<(!doctype|html)", WEIGHTS, "a web page, not the file. Download the file itself"),
+    (rb"(?i)\s*version https://git-lfs", WEIGHTS, "a Git LFS pointer, not the weight file itself. Download "
+     "the file: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)", WEIGHTS, "a web page, not a weight file. Download the weight file itself"),
     (rb"(?s).{4}ftyp", WEIGHTS, "a video. Give a weight file"),
     (rb"GGUF", tuple({*WEIGHTS} - {".gguf"}), "a GGUF file. Give it a name that ends in .gguf"),
     (rb"(?s).{6}\0\0\{\s*\"", WEIGHTS[1:], "a safetensors file. Give it a name that ends in .safetensors"),
@@ -107,5 +107,5 @@ def read_strings(path: Path, text: str, form: Any) -> Any:
         return parse_json(text, form)
     except Fault as fault:
         raise WeightsError(
-            f"{path} has metadata that slagen cannot read: {fault}. Copy or download it again."
+            f"{path} has metadata that slagen cannot read ({fault}). Copy or download it again."
         ) from fault

@@ -31,7 +31,7 @@ REFUSALS = {
     "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), not a transformer. {_MERGE}",
     "difference": f"is an adapter of weight differences (diff, diff_b), not a transformer. {_MERGE}",
     **NOT_READ,
-    "vace": f"is Wan2.1 VACE, or its module, which edits and extends videos. {_RUNS}",
+    "vace": f"is Wan2.1 VACE or a part of it, which edits and extends videos. {_RUNS}",
     "skyreels": f"is SkyReels V2 diffusion forcing, which generates videos chunk by chunk. {_RUNS}",
     "speech": f"is an audio-driven transformer (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
     "animate": f"is Wan2.2 Animate, which animates a given character. {_RUNS}",
@@ -42,10 +42,10 @@ REFUSALS = {
     "conditioned": "is a Wan transformer with more input than output channels, so it needs more than a text prompt. "
     f"{_RUNS}",
     "text-encoder": "is a T5 text encoder, not a transformer. slagen reads it only from a model folder in diffusers "
-    f"format: give one with --model, such as {TEXT_ENCODER_HOME}.",
+    f"format. Give one with --model, such as {TEXT_ENCODER_HOME}.",
     "image-encoder": f"is a CLIP image encoder, for image-to-video. {_RUNS}",
     "vae": "is a VAE, not a transformer. Give it with --vae, or make a diffusers folder: slagen convert FILE FOLDER.",
-    "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 needs Wan2.1_VAE.pth: give it with --vae.",
+    "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 needs Wan2.1_VAE.pth. Give that with --vae.",
     "tiny-vae": "is a tiny autoencoder for previews (TAE). Give Wan2.1_VAE.pth with --vae.",
     "unknown": "holds no Wan2.1 transformer. Give Wan2.1 text-to-video or SLA weights.",
 }
@@ -155,12 +155,12 @@ _DISTILLED = re.compile(
 )
 _PIECEWISE = re.compile(r"skyreels[-_ ]?v2[-_ ]?df|diffusion[-_ ]?forcing", re.IGNORECASE)
 EXPERT_NOTE = (
-    "has {word!r} in its name or metadata: Wan2.2 A14B consists of two transformers, one for high and one for low "
-    "noise, and one of them alone generates poorer videos"
+    "has {word!r} in its name or metadata, so it may be one of the two transformers of Wan2.2 A14B (for high and low "
+    "noise), which alone generates poorer videos"
 )
 PIECEWISE_NOTE = (
-    "has {word!r} in its name or metadata: these weights are for sampling chunk by chunk, but slagen samples the "
-    "whole clip at once"
+    "has {word!r} in its name or metadata, so its weights may be made for sampling chunk by chunk, but slagen samples "
+    "the whole clip at once"
 )
 
 

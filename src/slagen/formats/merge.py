@@ -77,7 +77,7 @@ def _merged(
         merged[name] = (tensor.float() + weight * (new.float() - old.float())).to(tensor.dtype)
         if not is_finite(merged[name]):
             raise UsageError(
-                f"with --weight {weight:g}, {name} exceeds the range of {tensor.dtype}. Try a weight nearer to 0."
+                f"with --weight {weight:g}, {name} exceeds the range of {tensor.dtype}. Try a weight closer to 0."
             )
         changed += not torch.equal(merged[name], tensor)
     copied = [name for name in after if name not in start]
@@ -85,10 +85,10 @@ def _merged(
     if changed or copied:
         on_note(
             f"{counted(changed, 'tensor')} changed, {len(start) - changed} kept as in the base, "
-            f"{len(copied)} copied from the target"
+            f"{len(copied)} copied from the fine-tuned transformer"
         )
     else:
-        on_note("nothing changed: all merged tensors equal those of the base")
+        on_note("nothing changed: all tensors equal those of the base")
     return {name: tensor.contiguous() for name, tensor in merged.items()}, about
 
 

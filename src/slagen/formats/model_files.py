@@ -12,6 +12,7 @@ from typing import Any
 from slagen.errors import WeightsError
 from slagen.io import documents
 from slagen.io.forms import Kind, one_of, whole
+from slagen.io.text import counted
 
 AGAIN = "Download the model again."
 MAX_CONFIG = 2**20
@@ -19,7 +20,8 @@ MAX_TOKENIZER = 64 * 2**20
 
 _SIZE, _COUNT, _FEW = whole(1, 2**20), whole(1, 1024), whole(1, 64)
 _CLASS = Kind(
-    "a list of a library (diffusers or transformers) and one of its classes, or of two nulls", (str | None, str | None),
+    "a pair of a library (diffusers or transformers) and one of its classes, or a pair of nulls",
+    (str | None, str | None),
     lambda pair: pair == [None, None]
     or (pair[0] in ("diffusers", "transformers") and str(pair[1]).isidentifier()),
 )  # fmt: skip
@@ -86,9 +88,10 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
     content = documents.read_json(path, FORMS.get(name, dict), advice=AGAIN, most=most)
     if name == "vae/config.json" and "z_dim" in content:
         for list_name in ("latents_mean", "latents_std"):
-            if len(content.get(list_name, [0] * content["z_dim"])) != content["z_dim"]:
+            if (count := len(content.get(list_name, [0] * content["z_dim"]))) != content["z_dim"]:
                 raise WeightsError(
-                    f'{path}: "{list_name}" must have {content["z_dim"]} numbers, the value of "z_dim". {AGAIN}'
+                    f'{path} has {counted(count, "number")} in "{list_name}", but must have {content["z_dim"]}, the '
+                    f'value of "z_dim". {AGAIN}'
                 )
     return content
 

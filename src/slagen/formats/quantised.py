@@ -108,11 +108,11 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
         if last in SCALES and beside_a_weight(name, values):
             whole = f"{stem}.int8_weight" if f"{stem}.int8_weight" in values else f"{stem}.weight"
             if whole in scales:
-                plain.faults.append(f"{name} and {scales[whole]} are both the scale of {whole}")
+                plain.faults.append(f"{name} and {scales[whole]} both give the scale of {whole}")
             scales[whole] = name
     kinds = {x.dtype for name in scales.values() if isinstance(x := values[name], Tensor)}
     if len(kinds) > 1:
-        plain.faults.append(f"scales are {' and '.join(sorted(map(str, kinds)))}, but must have one dtype")
+        plain.faults.append(f"the scales are {' and '.join(sorted(map(str, kinds)))}, but must have the same dtype")
     scaled_fp8 = any(isinstance(x := values[name], Tensor) and x.dtype in FP8 for name in scales) or MARK in values
     for name, value in values.items():
         if beside_a_weight(name, values):
@@ -142,10 +142,10 @@ def _product(
     scale = values[scale_name]
     wide = _spread(name, value, scale, values)
     if wide is None:
-        kind = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
+        kind = f"shape {tuple(scale.shape)} and {scale.dtype}" if isinstance(scale, Tensor) else type(scale).__name__
         faults.append(
-            f"{name} is {value.dtype} {tuple(value.shape)} with scales {kind}, but must be int8 or fp8 with one "
-            f"scale, one per row, or one per block of {QUANT_BLOCK} x {QUANT_BLOCK}"
+            f"{name} is {value.dtype} of shape {tuple(value.shape)} with scales of {kind}, but must be int8 or fp8 "
+            f"with one scale, one per row, or one per block of {QUANT_BLOCK} x {QUANT_BLOCK}"
         )
         return value.to(dtype)
     if not torch.isfinite(scale.float()).all():

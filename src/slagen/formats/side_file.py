@@ -33,8 +33,10 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
     try:
         check(content, SIDE_FORM)
         settings, states = content["settings"], list(content["state"].values())
-        if content["version"] != 1 or not settings.get("tie_feature_map_qk", True):
-            raise WeightsError(f"{path} has an unsupported format version or separate feature maps for q and k.")
+        if content["version"] != 1:
+            raise WeightsError(f"{path} has format version {content['version']}, but slagen reads only version 1.")
+        if not settings.get("tie_feature_map_qk", True):
+            raise WeightsError(f"{path} has separate feature maps for q and k, which slagen does not support.")
         if len(states) != 1 or set(states[0]) != {"proj_l.weight", "proj_l.bias"}:
             raise WeightsError(f"{path} does not hold exactly one proj_l. Download it again.")
         config = SLAConfig(
@@ -43,12 +45,16 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
         )  # fmt: skip
         weight, bias = states[0]["proj_l.weight"], states[0]["proj_l.bias"]
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or bias.shape != weight.shape[:1]:
-            raise WeightsError(f"{path} has a proj_l of shape {tuple(weight.shape)}, but it must be square.")
+            raise WeightsError(
+                f"{path} has a proj_l with a weight of shape {tuple(weight.shape)} and a bias of shape "
+                f"{tuple(bias.shape)}, but the weight must be square and the bias as long. Download it again."
+            )
         faults = number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
     except (AttributeError, Fault, UsageError) as error:
+        fault = str(error).removesuffix(".")
         raise WeightsError(
-            f"{path} is not an sla_attention.pt as SimpleTuner writes it: {error}. Download it again."
+            f"{path} is not a valid sla_attention.pt of SimpleTuner ({fault}). Download it again."
         ) from error
     if faults:
-        raise WeightsError(f"{path} does not match this model: {'; '.join(faults)}. Download it again.")
+        raise WeightsError(f"{path} is corrupt ({'; '.join(faults)}). Download it again.")
     return SideFile(path, weight.float(), bias.float(), config)

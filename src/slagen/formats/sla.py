@@ -79,14 +79,14 @@ class SLAMetadata:
         text = (metadata or {}).get("slagen")
         if text is None:
             raise WeightsError(
-                f"{path} has no slagen metadata, so its block sizes and domain are unknown. "
-                f"Give a {SLA_FILE} that slagen wrote."
+                f"{path} has no slagen metadata, so its block sizes and linear domain are unknown. "
+                f"Give an {SLA_FILE} that slagen wrote."
             )
         fields = read_strings(path, text, {"format_version": int})
         version = fields["format_version"]
         if version not in (UNLISTED, FORMAT_VERSION):
             raise WeightsError(
-                f"{path} has format version {version}; this version of slagen reads up to {FORMAT_VERSION}. "
+                f"{path} has format version {version}, but this version of slagen reads only up to {FORMAT_VERSION}. "
                 "Upgrade slagen."
             )
         read_strings(path, text, FORM if version == UNLISTED else FORM | LIST)
@@ -99,7 +99,7 @@ class SLAMetadata:
         except (TypeError, UsageError) as error:
             fault = str(error).removesuffix(".")
             raise WeightsError(
-                f"{path} has metadata that slagen cannot read: {fault}. Copy or download it again."
+                f"{path} has metadata that slagen cannot read ({fault}). Copy or download it again."
             ) from error
 
 
@@ -130,11 +130,11 @@ def check_contents(metadata: SLAMetadata, tensors: dict[str, Tensor], path: Path
     missing, extra = sorted(listed - tensors.keys()), sorted(tensors.keys() - listed)
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"contains {extra[0]}, which is unexpected"
-        more = f", and {len(missing) + len(extra) - 1} more differ" if len(missing) + len(extra) > 1 else ""
+        more = f", and {len(missing) + len(extra) - 1} more tensors differ" if len(missing) + len(extra) > 1 else ""
         raise WeightsError(f"{path} has changed since it was written: it {what}{more}. Copy or download it again.")
     if tensors_hash(tensors) != metadata.tensors_hash:
         raise WeightsError(
-            f"{path} has changed since it was written: the hash of its tensors is different. Copy or download it again."
+            f"{path} has changed since it was written: the hash of its tensors differs. Copy or download it again."
         )
 
 
@@ -174,11 +174,9 @@ def find_sla_file(path: Path) -> Path:
         if not path.is_file():
             raise WeightsError(f"{path.parent} holds no {SLA_FILE}. Give the file, or a folder with it.")
     if not path.is_file():
-        raise no_file(path, f"Give a {SLA_FILE}, or a folder with one.")
+        raise no_file(path, f"Give an {SLA_FILE}, or a folder with one.")
     if path.suffix in PICKLE_SUFFIXES:
-        raise WeightsError(
-            f"{path} is a pickle, which can run code when it is loaded. slagen reads safetensors: give a {SLA_FILE}."
-        )
+        raise WeightsError(f"{path} is a pickle, which can run code when it is loaded. Give an {SLA_FILE} instead.")
     return path
 
 

@@ -63,6 +63,6 @@ def read_settings(path: Path, metadata: dict[str, Any]) -> dict[str, Any] | None
         config = read_config(method, settings["config"])
     except UsageError as error:
         fault = str(error).removesuffix(".")
-        raise WeightsError(f"{path} has invalid attention settings: {fault}. Copy or download it again.") from error
+        raise WeightsError(f"{path} has invalid attention settings ({fault}). Copy or download it again.") from error
     sampler = "rcm" if settings["sampler_family"] == "rcm" else None
     return {"trained_with": config, "method": method, "sampler": sampler, "trained": settings["trained"]}

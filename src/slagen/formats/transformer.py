@@ -85,7 +85,7 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
     spellings: dict[str, set[str]] = {}
     for name, value in names.items():
         if not isinstance(value, Tensor):
-            faults.append(f"{name} is a {type(value).__name__}, not a tensor")
+            faults.append(f"{name} is of type {type(value).__name__}, not a tensor")
             continue
         target = layout.rename(name)
         if parts := learned(name):
@@ -108,5 +108,9 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
             for name in checkpoint.tensors
             if LINEARS_OF_A_BLOCK.fullmatch(name) and name not in checkpoint.forms
         ]
-        faults += [f"{name} must not be int8" for name in checkpoint.forms if not LINEARS_OF_A_BLOCK.fullmatch(name)]
+        faults += [
+            f"{name} is int8, but only the linear layers of the blocks may be"
+            for name in checkpoint.forms
+            if not LINEARS_OF_A_BLOCK.fullmatch(name)
+        ]
     return checkpoint

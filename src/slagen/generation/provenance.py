@@ -109,7 +109,7 @@ def read_video(path: Path) -> Made:
     try:
         return Made(path, "video", parse_json(text, RECORDED))
     except Fault as fault:
-        raise WeightsError(f"{foreign}: its comment {fault}.") from fault
+        raise WeightsError(f"{foreign} ({fault}).") from fault
 
 
 def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> RestoredReport:

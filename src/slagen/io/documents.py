@@ -25,12 +25,13 @@ JSON_FAULTS = {  # what Python's parser says, as whole clauses
     "Expecting property name enclosed in double quotes": "expected a key in double quotes",
     "Expecting ':' delimiter": "expected a colon",
     "Expecting ',' delimiter": "expected a comma",
-    "Extra data": "there is more after its end",
+    "Extra data": "there is extra text after the value",
 }
 MAX_VALUES = 4_000_000  # of JSON, which bounds the memory that it takes
 MAX_YAML_BYTES = 2 * 2**20
 MAX_YAML_VALUES = 1_000_000  # with every alias written out
-TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep, which slagen does not read"
+TOO_DEEP = f"it is nested too deeply (more than {MAX_DEPTH} levels)"
+TOO_LONG = f"it contains a number with {{:,}} digits, but at most {MAX_DIGITS:,} are allowed"
 
 
 def read_json(
@@ -51,7 +52,7 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
     with open_regular(path) as handle:
         data = handle.read(most + 1)
     if len(data) > most:
-        raise Fault(f"is larger than {size_of(most)}")
+        raise Fault(f"it is larger than {size_of(most)}")
     return data
 
 
@@ -70,7 +71,7 @@ def decode(data: bytes) -> str:
             f"byte {data[start]:#04x} is not UTF-8", data[:start].count(b"\n") + 1, start - data.rfind(b"\n", 0, start)
         ) from None
     if "\0" in text:
-        raise Fault("contains a NUL byte", text[: text.index("\0")].count("\n") + 1)
+        raise Fault("it contains a NUL byte", text[: text.index("\0")].count("\n") + 1)
     return text
 
 
@@ -78,12 +79,12 @@ def parse_json(data: str | bytes, form: Any = None) -> Any:
     """A value from JSON. Without a form nothing but its bounds is looked at. Raises Fault."""
     text = decode(data) if isinstance(data, bytes) else data
     if sum(map(text.count, "[{,")) > MAX_VALUES:
-        raise Fault(f"contains more than {MAX_VALUES:,} values")
+        raise Fault(f"it contains more than {MAX_VALUES:,} values")
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except json.JSONDecodeError as error:
         reason = JSON_FAULTS.get(error.msg, f"{error.msg[:1].lower()}{error.msg[1:]}")
-        raise Fault(f"is not valid JSON: {reason}", error.lineno, error.colno) from None
+        raise Fault(f"it is not valid JSON: {reason}", error.lineno, error.colno) from None
     except RecursionError:
         raise Fault(TOO_DEEP) from None
     _check_depth(value)
@@ -114,14 +115,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise Fault(f"contains the key {shown(name)} twice")
+            raise Fault(f"it contains the key {shown(name)} twice")
         found[name] = value
     return found
 
 
 def _whole(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise Fault(f"contains a number with {len(digits):,} digits, which is too long")
+        raise Fault(TOO_LONG.format(len(digits)))
     return int(digits)
 
 
@@ -144,7 +145,7 @@ def _check_halves(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Fault("contains an incomplete character (a lone surrogate)") from None
+        raise Fault("it contains an incomplete character (a lone surrogate)") from None
 
 
 def parse_yaml(text: str) -> Any:
@@ -156,7 +157,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_BYTES:
-        raise Fault(f"is larger than {size_of(MAX_YAML_BYTES)}")
+        raise Fault(f"it is larger than {size_of(MAX_YAML_BYTES)}")
     tree = _Tree()
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -164,7 +165,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).splitlines()[0]
-        raise Fault(f"is not valid YAML: {what}", *((mark.line + 1, mark.column + 1) if mark else ())) from None
+        raise Fault(f"it is not valid YAML: {what}", *((mark.line + 1, mark.column + 1) if mark else ())) from None
     return tree.root
 
 
@@ -210,12 +211,12 @@ class _Tree:
         if name == "DocumentStartEvent":
             self.documents += 1
             if self.documents > 1:
-                raise Fault("contains a second YAML document; only one is read")
+                raise Fault("it contains a second YAML document, but only one is allowed")
         elif name == "ScalarEvent":
             self._add(_scalar(event), 1, event, event.anchor)
         elif name == "AliasEvent":
             if event.anchor not in self.anchors:
-                raise Fault(f"the alias *{event.anchor:.60} refers to no complete value before it")
+                raise Fault(f"the alias *{event.anchor:.60} refers to a value that is not defined before it")
             self._add(*self.anchors[event.anchor], event)
         elif name in ("SequenceStartEvent", "MappingStartEvent"):
             plain = "seq" if name.startswith("S") else "map"
@@ -241,7 +242,7 @@ class _Tree:
         parent = self.open[-1]
         parent.count += count
         if parent.count > MAX_YAML_VALUES:
-            raise Fault(f"contains more than {MAX_YAML_VALUES:,} values with its aliases expanded")
+            raise Fault(f"it contains more than {MAX_YAML_VALUES:,} values once its aliases are expanded")
         if isinstance(parent.value, Entries):
             parent.value.append(value)
             parent.value.lines.append(event.start_mark.line + 1)
@@ -250,7 +251,7 @@ class _Tree:
                 raise Fault("a key must be text, but this one is a list or an object")
             parent.key = event.value if type(event).__name__ == "ScalarEvent" else str(value)
             if parent.key in parent.value:
-                raise Fault(f"contains the key {shown(parent.key)} twice")
+                raise Fault(f"it contains the key {shown(parent.key)} twice")
         else:
             key, parent.key = parent.key, None
             if key != "<<":
@@ -285,7 +286,7 @@ def _plain(text: str) -> Any:
         return text.lower() == "true"
     if re.fullmatch(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", text):
         if len(text) > MAX_DIGITS:
-            raise Fault(f"contains a number with {len(text):,} digits, which is too long")
+            raise Fault(TOO_LONG.format(len(text)))
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
         return float(text)

@@ -94,8 +94,7 @@ def reserved(*paths: Path) -> Iterator[None]:
             check_writable(folder)
         except OSError as error:
             raise SlagenError(
-                f"{folder} is not writable ({error.strerror or error}). Give a folder that you can write to with "
-                "--output."
+                f"{folder} is not writable ({error.strerror or error}). Choose another output."
             ) from error
         sweep(folder)
     with ExitStack() as held:
@@ -104,7 +103,7 @@ def reserved(*paths: Path) -> Iterator[None]:
                 lock = acquire_lock(_reservation(path))
             except Timeout as error:
                 raise SlagenError(
-                    f"another slagen run is writing {path}. Wait until it has ended, or give another --output."
+                    f"another slagen run is writing {path}. Wait until it ends, or choose another output."
                 ) from error
             if lock is not None:
                 held.callback(release_lock, lock)

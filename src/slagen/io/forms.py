@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_args
 
+from slagen.io.text import counted
+
 
 class Fault(ValueError):
     """What is wrong with a document, and where, line and column counted from 1, as far as that is known."""
@@ -97,13 +99,13 @@ def check(value: Any, form: Any, path: str = "") -> None:
             check(item, form[0], f"{path}[{number}]")
     elif isinstance(form, tuple):
         if not isinstance(value, list) or len(value) != len(form):
-            what = f"a list of {len(value)}" if isinstance(value, list) else kind_of(value)
+            what = f"a list of {counted(len(value), 'item')}" if isinstance(value, list) else kind_of(value)
             raise _unfit(path, what, form)
         for number, (item, inner) in enumerate(zip(value, form, strict=True)):
             check(item, inner, f"{path}[{number}]")
     elif not is_of(value, form):
         if is_of(0.0, form) and not isinstance(value, bool) and isinstance(value, int | float) and abs(value) >= 1e300:
-            raise Fault(f"{_quoted(path)} is {shown(value)}, which is too large".lstrip())
+            raise Fault(f"{_named(path)} is {shown(value)}, which is too large")
         bad = isinstance(value, float) and not math.isfinite(value)
         raise _unfit(path, str(value) if bad else kind_of(value), form)
 
@@ -118,7 +120,7 @@ def _check_object(value: dict[str, Any], form: dict[Any, Any], path: str) -> Non
         if plain in value:
             check(value[plain], inner, _below(path, plain))
         elif plain == name:
-            raise Fault(f'{_quoted(path)} has no "{plain}"' if path else f'has no "{plain}"')
+            raise Fault(f'{_named(path)} has no "{plain}"')
 
 
 def is_of(value: Any, form: Any) -> bool:
@@ -137,11 +139,11 @@ def is_of(value: Any, form: Any) -> bool:
 
 
 def _unfit(path: str, found: str, form: Any) -> Fault:
-    return Fault(f"{_quoted(path)} is {found}, but must be {_words(form)}".lstrip())
+    return Fault(f"{_named(path)} is {found}, but must be {_words(form)}")
 
 
-def _quoted(path: str) -> str:
-    return f'"{path}"' if path else ""
+def _named(path: str) -> str:
+    return f'"{path}"' if path else "it"
 
 
 def _below(path: str, name: str) -> str:

@@ -52,7 +52,8 @@ def check_utf8(path: str | Path) -> None:
         os.path.abspath(path).encode()
     except UnicodeEncodeError:
         raise UsageError(
-            f"the path of {quote_path(path)} has bytes that are not UTF-8, so safetensors cannot open it. Rename it."
+            f"the path of {quote_path(path)} has bytes that are not UTF-8, so safetensors cannot open the file. "
+            "Rename it."
         ) from None
 
 

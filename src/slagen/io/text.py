@@ -135,7 +135,7 @@ def check_prompt(name: str, text: str) -> None:
     """
     if re.search(r"[\x00\ud800-\udfff]", text):
         raise UsageError(
-            f"the {name} {quote(text)} is not UTF-8 text. Give it as UTF-8, in a UTF-8 locale (LC_ALL=C.UTF-8)."
+            f"the {name} {quote(text)} is not valid UTF-8 text. Give UTF-8 text, in a UTF-8 locale (LC_ALL=C.UTF-8)."
         )
     if len(text) > MAX_PROMPT:
         raise UsageError(f"the {name} has {len(text):,} characters, but at most {MAX_PROMPT:,} are allowed.")

@@ -135,7 +135,7 @@ def job_of(name: str, target: int, head_dim: int, dtype: str = "bf16", tile: Til
 def _compile(job: Job) -> Compiled:
     """Raises RuntimeError under TRITON_INTERPRET."""
     if knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is on, so nothing compiles. Unset it.")
+        raise RuntimeError("TRITON_INTERPRET is set, so no kernel compiles. Unset it.")
     said = io.StringIO()  # Triton prints what ptxas says; from its cache it would come without
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(said):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
@@ -154,7 +154,7 @@ def _cost(compiled: Compiled, code: Code) -> KernelCost:
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     if registers is None or spills is None:
-        raise RuntimeError(f"ptxas for sm_{job.target} printed nothing that can be parsed: {said.strip()[:400]}")
+        raise RuntimeError(f"the output of ptxas for sm_{job.target} cannot be parsed: {said.strip()[:400]}")
     copies = code.copies_in_flight() or 0
     if "cp.async.bulk" in compiled.ptx:
         copies = job.stages - 1

@@ -182,7 +182,7 @@ def entries(
         if row_bytes <= most and shared_bytes >= needed and (tensor_memory or not only)
     ]
     if not found:
-        raise ValueError(f"{kernel}: no configuration for rows of {row_bytes} bytes")
+        raise ValueError(f"the kernel {kernel} has no configuration for rows of {row_bytes} bytes")
     return found
 
 

@@ -212,9 +212,7 @@ def disassemble(cubins: list[bytes], target: int) -> list[Code]:
         result = subprocess.run(command, capture_output=True, text=True)
     found = [(int(m[1], 16), (m[2] or "").strip(), m[3], m[4].strip()) for m in LINE.finditer(result.stdout)]
     if result.returncode or not found:
-        raise RuntimeError(
-            f"nvdisasm for sm_{target} printed nothing that can be parsed: {result.stderr.strip()[:400]}"
-        )
+        raise RuntimeError(f"the output of nvdisasm for sm_{target} cannot be parsed: {result.stderr.strip()[:400]}")
     codes, first = [], 0
     for text in texts:
         lines = [line for line in found if first <= line[0] < first + len(text)]
@@ -285,4 +283,4 @@ def _text(cubin: bytes) -> bytes:
     for name, _, _, _, start, length in sections:
         if cubin.startswith(b".text.", strings + name):
             return cubin[start : start + length]
-    raise RuntimeError("the cubin holds no code")
+    raise RuntimeError("the compiled kernel (cubin) contains no code")

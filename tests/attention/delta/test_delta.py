@@ -264,5 +264,5 @@ def test_the_command_line_lists_and_runs_it(tmp_path, capsys):
     arguments += ["--steps", "1", "--seed", "1", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
     assert slagen_command(["generate", "a", *arguments, "--attention", "mean", "--block-n", "16", "--delta", "16"]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "delta 16 -> 3 of 48 query rows exactly" in told and "one query row of 16 exactly (delta)" in told
+    assert "delta 16 -> 3 of 48 query rows exactly" in told and "one query row in 16 attended exactly (delta)" in told
     assert math.isclose(json.loads((tmp_path / "a.json").read_text())["attention"]["delta"], 16)

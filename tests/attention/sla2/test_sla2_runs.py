@@ -108,7 +108,10 @@ def test_generate_and_plan_run_it(tuned, tmp_path, capsys):
     made = generate(config).videos[0]
     report = made.report
     show_report(made.record)
-    assert "3 key blocks of 16: 1 critical (33.3%), 2 marginal, 0 negligible; torch backend" in capsys.readouterr().err
+    assert (
+        "3 key blocks of 16 tokens: 1 critical (33.3%), 2 marginal, 0 negligible; torch backend"
+        in capsys.readouterr().err
+    )
     assert report["attention"]["mode"] == "sla2" and report["attention"]["critical"] < report["attention"]["key_blocks"]
     assert report["weights"]["used"] == "sla2 attention"
     hashes = {report["latents_hash"]}

@@ -195,10 +195,10 @@ def test_the_command_line_shows_its_blocks(tmp_path, capsys):
     output = ["--steps", "1", "--seed", "1", "--output", str(tmp_path / "a.mp4")]
     assert slagen(["generate", *asked, *output]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "4 key blocks of 64: 2 critical (50.0%), 0 marginal, 2 negligible; torch backend" in told
+    assert "4 key blocks of 64 tokens: 2 critical (50.0%), 0 marginal, 2 negligible; torch backend" in told
     assert slagen(["plan", *asked]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "4 query blocks of 64, 4 key blocks of 64" in told and "the last with" not in told
+    assert "4 query blocks of 64 tokens, 4 key blocks of 64 tokens" in told and "the last with" not in told
 
 
 def test_from_python_on_tensors():

@@ -36,7 +36,7 @@ def show_selftest(result: Selftest, path: Path, as_json: bool) -> None:
     """
     if as_json:
         write_json(result.to_dict())
-        note(f"also in {path}")
+        note(f"also written to {path}")
         return
     colours = {"ok": "green", "missing": "yellow", "failed": "bold red"}
     table = Table()

@@ -15,7 +15,7 @@ def show_finetune(result: Any, as_json: bool) -> None:
         return
     before, after = result.teacher_error_before, result.teacher_error_after
     log(f"relative L2 error to the dense teacher on held-out clips: {before:.4f} before, {after:.4f} after")
-    log(f"curves and clips: {result.page}")
+    log(f"page with curves and clips: {result.page}")
     write(str(result.weights))
 
 

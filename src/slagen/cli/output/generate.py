@@ -33,17 +33,18 @@ def show_report(report: VideoReport) -> None:
     what = f"{attention.mode} attention, {counted(attention.tokens, 'token')}"
     if (blocks := attention.blocks) is not None:
         what += (
-            f", {counted(blocks.key_blocks, 'key block')} of {blocks.block_n}: "
+            f", {counted(blocks.key_blocks, 'key block')} of {counted(blocks.block_n, 'token')}: "
             f"{blocks.critical} critical ({blocks.critical_share:.1%}), "
             f"{blocks.marginal} marginal, {blocks.negligible} negligible; {attention.backend} backend"
         )
     elif attention.density is not None:
-        what += f", {attention.density:.1%} of all query-key pairs exactly; {attention.backend} backend"
+        what += f", {attention.density:.1%} of all query-key pairs attended exactly; {attention.backend} backend"
     if "delta" in attention.method:
-        what += f"; one query row of {attention.method['delta']} exactly (delta)"
+        what += f"; one query row in {attention.method['delta']} attended exactly (delta)"
     for name in ("steps", "layers"):
-        if f"dense_{name}" in attention.method:
-            what += f"; dense {name} {', '.join(map(str, attention.method[f'dense_{name}']))}"
+        if places := attention.method.get(f"dense_{name}"):
+            noun = name if len(places) > 1 else name.removesuffix("s")
+            what += f"; dense attention in {noun} {', '.join(map(str, places))}"
     log(what)
     log(f"weights: {report.weights.used}, model {report.weights.model}")
     if attention.mode != "dense":
@@ -59,7 +60,7 @@ def show_report(report: VideoReport) -> None:
         )
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages_s.items())
     log(f"time in seconds: {spent}; peak memory {report.peak_memory_gib:.2f} GiB")
-    log(f"seed {report.settings['seed']}, latents {report.latents_hash[:12]}")
+    log(f"seed {report.settings['seed']}, hash of the latents {report.latents_hash[:12]}")
 
 
 def _step_table(steps: list[ReportedStep]) -> Table:

@@ -44,7 +44,7 @@ def show_kernels(costs: KernelCosts, as_json: bool) -> None:
     write_text("")
     write_sentence(
         f"{shown} of {len(costs.kernels)} kernels are shown: the main ones at head dimension 128, and those that "
-        "break a limit. --json has all of them."
+        "break a limit. --json lists them all."
     )
     _show_operator(costs.operator)
 
@@ -78,7 +78,7 @@ def _show_operator(operator: OperatorCall) -> None:
     """One call of the operator: its launches, and the bounds of each kernel."""
     write_text("")
     write_sentence(
-        f"one call at {operator.shape}, {operator.dtype}, sparsity {operator.sparsity:g}, domain "
+        f"one call at {operator.shape}, {operator.dtype}, sparsity {operator.sparsity:g}, linear domain "
         f"{operator.linear_domain}: {operator.launches} launches, {operator.estimate_ms['total']:.2f} ms "
         f"on one {operator.card} (estimated, not measured)"
     )

@@ -24,8 +24,8 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
         ""
         if estimate.query_blocks is None or estimate.key_blocks is None
         else (
-            f": {counted(estimate.query_blocks, 'query block')} of {settings['block_m']}, "
-            f"{counted(estimate.key_blocks, 'key block')} of {settings['block_n']}{tail}"
+            f": {counted(estimate.query_blocks, 'query block')} of {counted(settings['block_m'], 'token')}, "
+            f"{counted(estimate.key_blocks, 'key block')} of {counted(settings['block_n'], 'token')}{tail}"
         )
     )
     of = "SLA" if estimate.flops_of == "sla" else estimate.flops_of
@@ -42,7 +42,7 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
                             f"{_rounded(tera['dense_attention'])}; "
                             f"{of} {_rounded(tera['sla_forward'])}, of which attention "
                             f"{_rounded(tera['sla_attention'])}"),
-        ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; the limit, with free attention, is "
+        ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; if attention cost nothing, it would be "
                            f"{estimate.amdahl_ceiling:.2f}x (Amdahl's law)"),
         *_memory_rows(estimate.device, memory),
         *[("download", f"{row.repository}, about {_rounded(row.gib)} GiB unless cached")
@@ -88,8 +88,8 @@ def _memory_rows(device: str | None, memory: RunMemory) -> list[tuple[str, str]]
     on_cpu = f"about {_rounded(cpu.peak)} GiB of RAM on a CPU ({_rounded(cpu.left)} GiB is available)"
     if device == "cpu":
         stages = (
-            f"weights {_rounded(cpu.weights)}; on top of them, denoise {_rounded(cpu.denoise)}, decode "
-            f"{_rounded(cpu.decode)} (estimates)"
+            f"weights {_rounded(cpu.weights)}, plus {_rounded(cpu.denoise)} for denoising or "
+            f"{_rounded(cpu.decode)} for decoding (estimates)"
         )
         return [("memory", on_cpu), ("by stage, GiB", stages)]
     parts = memory.stages.items()

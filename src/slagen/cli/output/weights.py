@@ -25,7 +25,7 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
 
     table = Table()
     for row in rows:
-        sampler = f"{row.steps} x {row.sampler}"
+        sampler = f"{counted(row.steps, 'step')} of {row.sampler}"
         sampler += "" if row.flow_shift is None else f", shift {row.flow_shift:g}"
         sla = row.sla
         said = [f"{row.size}, {counted(row.num_frames, 'frame')}; {sampler}, guidance {row.guidance_scale:g}"]
@@ -34,7 +34,7 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
         if row.recommended_attention is not None:
             policy = recommended_policy(row.name, row.recommended_attention)
             said.append(f"recommended: --attention {row.recommended_attention}, which needs no training")
-            said.append(f"by default with --dense-steps {policy.dense_steps} --dense-layers {policy.dense_layers}")
+            said.append(f"defaults for it: --dense-steps {policy.dense_steps} --dense-layers {policy.dense_layers}")
         said.append(f"from {row.weights or row.base or 'the installed package'}")
         table.add_row(row.name, Cell("\n".join(map(line, said))))
     write_table(table)
@@ -47,7 +47,7 @@ def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table()
     for row in rows:
-        known = {"needs_training": "training", "needs_weights": "weights", "needs_gpu": "a CUDA device"}
+        known = {"needs_training": "fine-tuning", "needs_weights": "the weights from it", "needs_gpu": "a CUDA device"}
         needs = [text for name, text in known.items() if row[name]]
         trained = {name: value for name, value in row["options"].items() if name.replace("_", "-") in SET_IN_TRAINING}
         # What a video may be given otherwise than its weights were trained with.
@@ -56,9 +56,9 @@ def show_methods(rows: list[dict[str, Any]], as_json: bool) -> None:
         options = ", ".join(f"{name} {value}" for name, value in shown.items())
         in_training = ", ".join(f"{name} {value}" for name, value in trained.items())
         is_method = row["kind"] == "method"
-        said = [row["summary"], f"needs {' and '.join(needs) or 'nothing'}" if is_method else f"a {row['kind']}"]
+        said = [row["summary"], f"needs {' and '.join(needs) or 'no training'}" if is_method else f"a {row['kind']}"]
         said += [f"options: {options}"] if options else []
-        said += [f"set in training, with slagen finetune: {in_training}"] if in_training else []
+        said += [f"set in training (slagen finetune): {in_training}"] if in_training else []
         said += [f"{flag}: {help}" for flag, help in row["flags"].items()]
         if len(row["backends"]) > 1:
             said.append(f"backends: {', '.join(row['backends'])}")
