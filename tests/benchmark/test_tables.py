@@ -28,7 +28,7 @@ from slagen.kernels.costs import KernelCosts
 from slagen.timing import Times, TurnTimes
 
 WIDTH = 80
-MEDIANS = "Times are medians. The files and --json also have the quartiles and the number of repeats."
+MEDIANS = "Times are medians. The files and --json also have quartiles and repeats."
 
 METHODS = all_methods()
 

@@ -25,4 +25,4 @@ def test_a_folder_of_that_name_is_itself(tmp_path, monkeypatch, capsys):
 
 def test_a_preset_is_no_file(capsys):
     assert slagen(["info", "wan2.1-t2v-1.3b"]) == 2
-    assert "slagen models describes" in capsys.readouterr().err
+    assert "See slagen models" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def show_bench(result: BenchResult, as_json: bool) -> None:
             write_sentence(text)
     if result.short_tables:
         write_text("")
-        write_sentence("Times are medians. The files and --json also have the quartiles and the number of repeats.")
+        write_sentence("Times are medians. The files and --json also have quartiles and repeats.")
     for verdict in result.verdicts:
         write_sentence(verdict)
     for path in result.files:
