@@ -62,7 +62,7 @@ def test_a_side_file_with_other_settings_is_refused(tmp_path, change):
     settings = {"topk": 0.1, "feature_map": "softmax", "blkq": 64, "blkk": 64} | change
     pair = {"proj_l.weight": torch.ones(4, 4), "proj_l.bias": torch.ones(4)}
     torch.save({"version": 1, "settings": settings, "state": {"4:bf16": pair}}, tmp_path / "sla_attention.pt")
-    with pytest.raises(WeightsError, match="SimpleTuner writes it"):
+    with pytest.raises(WeightsError, match="sla_attention.pt of SimpleTuner"):
         peek(tmp_path / "sla_attention.pt")
 
 

@@ -165,5 +165,5 @@ def _gguf_entries(path: Path) -> list[Any]:
         raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
     except Exception as error:  # of whatever kind the reader raises over a damaged file
         raise WeightsError(
-            f"{path} is corrupt or in an unsupported format ({error}). Copy or download it again."
+            f"{path} is corrupt, incomplete or in an unsupported format ({error}). Copy or download it again."
         ) from error
