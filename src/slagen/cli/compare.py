@@ -24,13 +24,15 @@ def compare(
     *,
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT", help="What the video shows; or two reports of videos.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="What the video shows, or two .json reports.", show_default=False),
     ] = None,
     video: dict[str, Any],
     settings: dict[str, Any],
     keep: Annotated[
         str | None,
-        typer.Option(help="Key blocks with exact attention, 1 - sparsity.", rich_help_panel=ATTENTION, metavar="LIST"),
+        typer.Option(
+            help="Fraction of key blocks with exact attention, 1 - sparsity.", rich_help_panel=ATTENTION, metavar="LIST"
+        ),
     ] = None,
     how: dict[str, Any],
     as_json: Annotated[

@@ -19,7 +19,7 @@ def attention(
     *,
     words: Annotated[
         str | None,
-        typer.Argument(metavar="PROMPT", help="What the video shows; - reads it from stdin.", show_default=False),
+        typer.Argument(metavar="PROMPT", help="What the video shows, or - to read it from stdin.", show_default=False),
     ] = None,
     where: dict[str, Any],
     settings: dict[str, Any],

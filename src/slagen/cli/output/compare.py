@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from slagen.cli.console import log, log_table, write, write_json, write_table
 from slagen.cli.table import Table
+from slagen.io.text import counted
 
 if TYPE_CHECKING:
     from slagen.comparison.reports import ReportsCompared
@@ -32,8 +33,8 @@ def show_comparison(result: Comparison, as_json: bool) -> None:
         log_table(controls)
     runs = len(result.reference.denoise_s)
     log(
-        f"Errors, PSNR and SSIM are to dense attention with the same noise. Times are medians of {runs} "
-        f"run{'s' * (runs > 1)} in turn; the speed-up is that of the denoising. Quartiles, errors by layer and "
+        "Errors, PSNR and SSIM compare with dense attention on the same noise. Times are medians of "
+        f"{counted(runs, 'run')}, and the speed-up is that of denoising. Quartiles, errors by layer and "
         f"{'intervals' if len(result.prompts) > 1 else 'densities'} are in the JSON."
     )
     for path in (*result.videos, result.path):

@@ -17,9 +17,9 @@ def show_map(result: AttentionMap, as_json: bool) -> None:
         return
     log(
         f"layer {result.layer}, head {result.head}, step {result.step}: {result.density:.1%} of all query-key pairs "
-        f"are attended exactly, and hold {result.kept_mass:.1%} of the softmax. The best blocks, as many in each row, "
-        f"hold {result.best_mass:.1%}."
+        f"are attended exactly. They hold {result.kept_mass:.1%} of the softmax; the best choice of as many blocks "
+        f"would hold {result.best_mass:.1%}."
     )
     frame, row, column = result.query
-    log(f"Of query {frame},{row},{column}, {result.query_kept_mass:.1%} of the softmax is attended exactly.")
+    log(f"For query {frame},{row},{column}, {result.query_kept_mass:.1%} of the softmax is attended exactly.")
     write(str(result.picture))

@@ -42,8 +42,8 @@ def show_plan(estimate: RunEstimate, as_json: bool) -> None:
                             f"{_rounded(tera['dense_attention'])}; "
                             f"{of} {_rounded(tera['sla_forward'])}, of which attention "
                             f"{_rounded(tera['sla_attention'])}"),
-        ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; if attention cost nothing, it would be "
-                           f"{estimate.amdahl_ceiling:.2f}x (Amdahl's law)"),
+        ("FLOP reduction", f"{estimate.flops_speedup:.2f}x; the limit is {estimate.amdahl_ceiling:.2f}x "
+                           f"(Amdahl's law)"),
         *_memory_rows(estimate.device, memory),
         *[("download", f"{row.repository}, about {_rounded(row.gib)} GiB unless cached")
           for row in estimate.downloads],
