@@ -47,7 +47,7 @@ def read_side_file(path: Path, content: dict[str, Any]) -> SideFile:
         if weight.ndim != 2 or weight.shape[0] != weight.shape[1] or bias.shape != weight.shape[:1]:
             raise WeightsError(
                 f"{path} has a proj_l with a weight of shape {tuple(weight.shape)} and a bias of shape "
-                f"{tuple(bias.shape)}, but the weight must be square and the bias of the same length. Download it again."
+                f"{tuple(bias.shape)}, but the weight must be square and the bias of that length. Download it again."
             )
         faults = number_faults({"proj_l.weight": weight, "proj_l.bias": bias})
     except (AttributeError, Fault, UsageError) as error:
