@@ -247,10 +247,7 @@ def test_operator_is_well_registered(soft):
     q, k, v = make_qkv((1, 2, 40, 8), torch.float16, requires_grad=True)
     keys = k.detach().float().requires_grad_()
     logs = make_qkv((1, 2, 3, 3), torch.float32)[0].requires_grad_()
-    every = torch.arange(3).expand(1, 2, 3, 3)
-    chosen = (
-        (every, logs, logs) if soft else (every[..., :1], None, torch.tensor([False, True, True]).expand(1, 2, 3, 3))
-    )
+    chosen = (logs, logs) if soft else (None, torch.tensor([False, True, True]).expand(1, 2, 3, 3))
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.slagen.sla2_forward.default, (q, keys, v, *chosen, 16, 16, 0.25), test_utils=utils)
 

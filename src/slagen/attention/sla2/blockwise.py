@@ -11,26 +11,25 @@ from torch import Tensor
 
 from slagen.attention.sla.blocks import from_blocks, head_groups, query_runs, rows_of_run, to_blocks
 from slagen.attention.sla.blockwise_linear import key_states, linear_backward, linear_rows, states_backward
-from slagen.attention.sla.blockwise_sparse import sparse_backward, sparse_forward
+from slagen.attention.sla.blockwise_sparse import kept_lists, sparse_backward, sparse_forward
 from slagen.attention.sla.config import SLAConfig
 
 
 def blockwise_branches(
-    q: Tensor, k: Tensor, v: Tensor, kv_indices: Tensor, log_kept: Tensor | None, rest: Tensor, config: SLAConfig,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Attend exactly to the listed blocks, and linearly to the rest. Differentiable once.
+    q: Tensor, k: Tensor, v: Tensor, log_kept: Tensor | None, rest: Tensor, config: SLAConfig, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attend exactly to the kept blocks, and linearly to the rest. Differentiable once.
 
     Args:
         q, k, v: (B, H, L, D), any floating dtype; k may have another than q and v.
-        kv_indices: (B, H, M, topk) int64, ascending.
-        log_kept: (B, H, M, topk), log of the degree to which each of these is kept; None is 0.
-        rest: (B, H, M, N), bool, or the log of the degree to which each block enters the linear branch.
+        log_kept: (B, H, M, N), log of the degree to which each block is kept; None keeps those that are not the rest.
+        rest: (B, H, M, N), the log of the degree to which each block enters the linear branch; with log_kept None bool,
+            False at least once in a row.
         config: its block sizes count.
     Returns: o_sparse and o_linear, (B, H, L, D), and the log of the sparse branch's denominator, (B, H, L); float32, or
         float64 for float64.
     """
-    return _forward(q, k, v, kv_indices, log_kept, rest, config.block_m, config.block_n, scale)
+    return _forward(q, k, v, log_kept, rest, config.block_m, config.block_n, scale)
 
 
 def _config(block_m: int, block_n: int) -> SLAConfig:
@@ -42,7 +41,6 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_indices: Tensor,
     log_kept: Tensor | None,
     rest: Tensor,
     block_m: int,
@@ -57,17 +55,17 @@ def _forward(
         for run, tokens in query_runs(q, block_m):
             q_i = to_blocks(q[heads][:, :, tokens], block_m)
             o_i, lse_i = torch.empty_like(q_i), torch.empty_like(q_i[..., 0])
-            indices, bias = rows_of_run(kv_indices, heads, run), _rows(log_kept, heads, run)
-            sparse_forward(q_i * scale, k_j, v_j, indices, length, o_i, lse=lse_i, bias=bias)
+            rest_i, indices, counts, bias = _kept(log_kept, rest, heads, run)
+            sparse_forward(q_i * scale, k_j, v_j, indices, length, o_i, lse=lse_i, bias=bias, counts=counts)
             from_blocks(o_i, o_sparse[heads][:, :, tokens])
             from_blocks(lse_i[..., None], lse[heads][:, :, tokens, None])
-            *_, o_i = linear_rows(q_i, z, means, rows_of_run(rest, heads, run), config)
+            *_, o_i = linear_rows(q_i, z, means, rest_i, config)
             from_blocks(o_i, o_linear[heads][:, :, tokens])
     return o_sparse, o_linear, lse
 
 
 @_forward.register_fake
-def _(q, k, v, kv_indices, log_kept, rest, block_m, block_n, scale):
+def _(q, k, v, log_kept, rest, block_m, block_n, scale):
     return _outputs(q)
 
 
@@ -77,8 +75,18 @@ def _outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return o_sparse, o_linear, q.new_empty(q.shape[:3], dtype=dtype)
 
 
-def _rows(x: Tensor | None, heads: tuple[slice, slice], run: slice) -> Tensor | None:
-    return None if x is None else rows_of_run(x, heads, run)
+def _kept(
+    log_kept: Tensor | None, rest: Tensor, heads: tuple[slice, slice], run: slice
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of a run: the rest, and lists of the kept blocks with their counts and log degrees, as `sparse_forward` takes it.
+
+    How long the lists are depends on numbers, which a compiled graph does not know: they are made inside the operator.
+    """
+    rest_i = rows_of_run(rest, heads, run)
+    if log_kept is None:
+        return rest_i, *kept_lists(~rest_i), None
+    every = torch.arange(rest_i.shape[2], device=rest_i.device).expand(rest_i.shape)
+    return rest_i, every, None, rows_of_run(log_kept, heads, run)
 
 
 @torch.library.custom_op("slagen::sla2_backward", mutates_args=())
@@ -89,7 +97,6 @@ def _backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kv_indices: Tensor,
     log_kept: Tensor | None,
     rest: Tensor,
     block_m: int,
@@ -109,13 +116,12 @@ def _backward(
                 q_i, do_i, do_l, dlse_i = (
                     to_blocks(x[heads][:, :, tokens], block_m) for x in (q, do_sparse, do_linear, dlse[..., None])
                 )
-                indices, bias = rows_of_run(kv_indices, heads, run), _rows(log_kept, heads, run)
+                rest_i, indices, counts, bias = _kept(log_kept, rest, heads, run)
                 dbias = None if bias is None else torch.empty_like(bias)
                 dq_i = sparse_backward(
                     q_i * scale, k_j, v_j, indices, length, do_i, dk_j, dv_j,
-                    dlse=dlse_i[..., 0], bias=bias, dbias=dbias,
+                    dlse=dlse_i[..., 0], bias=bias, dbias=dbias, counts=counts,
                 ).mul_(scale)  # fmt: skip
-                rest_i = rows_of_run(rest, heads, run)
                 drest_i = None if rest_i.dtype == torch.bool else torch.empty_like(rest_i)
                 dq_i += linear_backward(q_i, z, means, rest_i, config, do_l, dstates, drest_i)[0]
                 from_blocks(dq_i, dq[heads][:, :, tokens])
@@ -129,7 +135,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(do_sparse, do_linear, dlse, q, k, v, kv_indices, log_kept, rest, block_m, block_n, scale):
+def _(do_sparse, do_linear, dlse, q, k, v, log_kept, rest, block_m, block_n, scale):
     return _gradients(q, k, v, log_kept, rest)
 
 
@@ -148,10 +154,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, do_sparse: Tensor, do_linear: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, _, _, log_kept, rest = saved = ctx.saved_tensors
+    _, _, _, log_kept, rest = saved = ctx.saved_tensors
     dq, dk, dv, dkept, drest = _backward(do_sparse, do_linear, dlse, *saved, *ctx.options)
     none = (None,) * 3
-    return dq, dk, dv, None, None if log_kept is None else dkept, None if rest.dtype == torch.bool else drest, *none
+    return dq, dk, dv, None if log_kept is None else dkept, None if rest.dtype == torch.bool else drest, *none
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -8,14 +8,7 @@ from torch import Tensor
 
 from slagen.attention.order import CubeOrder, in_order
 from slagen.attention.protocol import Grid
-from slagen.attention.sla.block_map import (
-    MARGINAL,
-    block_map,
-    block_means,
-    block_tokens,
-    critical_indices,
-    scores_of_means,
-)
+from slagen.attention.sla.block_map import MARGINAL, block_map, block_means, block_tokens, scores_of_means
 from slagen.attention.sla.config import Backend
 from slagen.attention.sla.functional import check_qkv, pick_scale, sparse_linear_attention
 from slagen.attention.sla.functional import choose_backend as choose_sla_backend
@@ -138,9 +131,8 @@ def _hard_branches(
     q: Tensor, keys: Tensor, v: Tensor, config: SLA2Config, q_routed: Tensor, k_routed: Tensor, logit: Tensor,
     scale: float,
 ) -> Branches:  # fmt: skip
-    scores, sla = scores_of_means(q_routed.detach(), k_routed.detach()), config.sla
-    kv_indices, rest = critical_indices(scores, sla), block_map(scores, sla) == MARGINAL
-    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, kv_indices, None, rest, sla, scale)
+    rest = block_map(scores_of_means(q_routed.detach(), k_routed.detach()), config.sla) == MARGINAL
+    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, None, rest, config.sla, scale)
     return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)
 
 
@@ -149,10 +141,9 @@ def _soft_branches(
     scale: float,
 ) -> Branches:  # fmt: skip
     scores = q_routed @ k_routed.mT
-    every = torch.arange(scores.shape[3], device=q.device).expand(scores.shape)
     logs = soft_topk(scores * (scale / config.router_tau), config.sla.num_critical(scores.shape[3]))
     kept, rest = F.logsigmoid(logs), F.logsigmoid(-logs)
-    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, every, kept, rest, config.sla, scale)
+    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, kept, rest, config.sla, scale)
     return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)
 
 
