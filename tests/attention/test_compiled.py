@@ -11,6 +11,7 @@ CASES = {
     **{name: (name, {}) for name in registry.names()},
     "sla2-mass": ("sla2", {"mixing": "mass"}),
     "sla2-each-block": ("sla2", {"mixing_blocks": 3, "smooth_keys": False}),
+    "sla2-int8": ("sla2", {"low_bit": "int8"}),
     "sla2-cube": ("sla2", {"order": "cube"}),
 }
 

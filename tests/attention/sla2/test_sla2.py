@@ -249,7 +249,9 @@ def test_operator_is_well_registered(soft):
     logs = make_qkv((1, 2, 3, 3), torch.float32)[0].requires_grad_()
     chosen = (logs, logs) if soft else (None, torch.tensor([False, True, True]).expand(1, 2, 3, 3))
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.slagen.sla2_forward.default, (q, keys, v, *chosen, 16, 16, 0.25), test_utils=utils)
+    torch.library.opcheck(
+        torch.ops.slagen.sla2_forward.default, (q, keys, v, *chosen, 16, 16, 0.25, True), test_utils=utils
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ The last key block may be partial, by the length. Where others may be too, `fill
 each are real: those stand first, and the rest is masked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,10 +85,12 @@ def sparse_forward(
     bias: Tensor | None = None,
     counts: Tensor | None = None,
     filled: Tensor | None = None,
+    rounded: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Write O^s into `out` (G, R, block_m, D), and the log of each row's denominator into `lse` (G, R, block_m).
 
     q comes scaled; bias (G, R, topk), which goes without counts, is added to the scores of all keys of a block.
+    `rounded` is applied to the weights before they meet the values, (C, block_m, topk, block_n).
     """
     q_flat, k_flat, v_flat, out_flat = (x.flatten(0, 1) for x in (q, k, v, out))
     padding = k.shape[1] * k.shape[2] - length
@@ -98,6 +100,8 @@ def sparse_forward(
         k_c = k_flat.index_select(0, blocks).view(gathered)
         s = _critical_scores(q_flat[rows], k_c, ends, padding, bias_c, hidden)
         p = torch.softmax(s, -1)
+        if rounded is not None:
+            p = rounded(p.unflatten(-1, (-1, k.shape[2]))).flatten(-2)
         torch.bmm(p, v_flat.index_select(0, blocks).view(gathered), out=out_flat[rows])
         if lse is not None:  # the largest weight is exp(its score - lse)
             lse.flatten(0, 1)[rows] = s.amax(-1) - p.amax(-1).log()

@@ -16,8 +16,9 @@ from slagen.attention.sla.config import SLAConfig
 
 
 def blockwise_branches(
-    q: Tensor, k: Tensor, v: Tensor, log_kept: Tensor | None, rest: Tensor, config: SLAConfig, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, log_kept: Tensor | None, rest: Tensor, config: SLAConfig, scale: float,
+    int8: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Attend exactly to the kept blocks, and linearly to the rest. Differentiable once.
 
     Args:
@@ -26,10 +27,21 @@ def blockwise_branches(
         rest: (B, H, M, N), the log of the degree to which each block enters the linear branch; with log_kept None bool,
             False at least once in a row.
         config: its block sizes count.
+        int8: round in the sparse branch as in 8-bit arithmetic; gradients are those without.
     Returns: o_sparse and o_linear, (B, H, L, D), and the log of the sparse branch's denominator, (B, H, L); float32, or
         float64 for float64.
     """
-    return _forward(q, k, v, log_kept, rest, config.block_m, config.block_n, scale)
+    return _forward(q, k, v, log_kept, rest, config.block_m, config.block_n, scale, int8)
+
+
+_BLOCK = (-2, -1)  # the rows and channels of a block
+
+
+def rounded(x: Tensor, together: tuple[int, ...] = (-1,)) -> Tensor:
+    """x in 127 steps from 0 to its largest magnitude along some dimensions: the numbers that int8 stands for."""
+    step = x.abs().amax(together, keepdim=True) / 127
+    step.masked_fill_(step == 0, 1)
+    return (x / step).round_().mul_(step)
 
 
 def _config(block_m: int, block_n: int) -> SLAConfig:
@@ -46,17 +58,23 @@ def _forward(
     block_m: int,
     block_n: int,
     scale: float,
+    int8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, length = _config(block_m, block_n), q.shape[2]
     o_sparse, o_linear, lse = _outputs(q)
     for heads in head_groups(q):
         k_j, v_j = to_blocks(k[heads], block_n), to_blocks(v[heads], block_n)
         z, means = key_states(k_j, v_j, config, length)
+        k_s, v_s = (rounded(k_j, _BLOCK), rounded(v_j, _BLOCK)) if int8 else (k_j, v_j)
         for run, tokens in query_runs(q, block_m):
             q_i = to_blocks(q[heads][:, :, tokens], block_m)
+            q_s = rounded(q_i, _BLOCK) if int8 else q_i
             o_i, lse_i = torch.empty_like(q_i), torch.empty_like(q_i[..., 0])
             rest_i, indices, counts, bias = _kept(log_kept, rest, heads, run)
-            sparse_forward(q_i * scale, k_j, v_j, indices, length, o_i, lse=lse_i, bias=bias, counts=counts)
+            sparse_forward(
+                q_s * scale, k_s, v_s, indices, length, o_i, lse=lse_i, bias=bias, counts=counts,
+                rounded=rounded if int8 else None,
+            )  # fmt: skip
             from_blocks(o_i, o_sparse[heads][:, :, tokens])
             from_blocks(lse_i[..., None], lse[heads][:, :, tokens, None])
             *_, o_i = linear_rows(q_i, z, means, rest_i, config)
@@ -65,7 +83,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, log_kept, rest, block_m, block_n, scale):
+def _(q, k, v, log_kept, rest, block_m, block_n, scale, int8):
     return _outputs(q)
 
 
@@ -148,7 +166,7 @@ def _gradients(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, block_m, block_n, scale = inputs
+    *tensors, block_m, block_n, scale, _int8 = inputs
     ctx.save_for_backward(*tensors)
     ctx.options = block_m, block_n, scale
 
@@ -156,7 +174,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, do_sparse: Tensor, do_linear: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     _, _, _, log_kept, rest = saved = ctx.saved_tensors
     dq, dk, dv, dkept, drest = _backward(do_sparse, do_linear, dlse, *saved, *ctx.options)
-    none = (None,) * 3
+    none = (None,) * 4
     return dq, dk, dv, None if log_kept is None else dkept, None if rest.dtype == torch.bool else drest, *none
 
 

@@ -13,6 +13,7 @@ from slagen.io.forms import shown
 from slagen.settings import option
 
 Mixing = Literal["learned", "mass"]
+LowBit = Literal["none", "int8"]
 
 MAX_MIXING_BLOCKS = 65536  # what a damaged file may ask for
 
@@ -32,6 +33,8 @@ class SLA2Config:
         mixing_blocks: learned logits along the query blocks, for each head; 1 is one for all query blocks.
         block_m, block_n: query rows and key columns in a block: 16, 32, 64 or 128.
         order: in which order tokens are divided into blocks; "cube" needs their grid.
+        low_bit: "int8" rounds queries, keys, values and weights of the exact branch to 8 bits, block by block; the
+            gradients are those without it.
     Raises: UsageError if a value is out of range.
     """
 
@@ -49,9 +52,15 @@ class SLA2Config:
     block_m: int = 128
     block_n: int = 64
     order: Order = order_option()
+    low_bit: LowBit = option(
+        "none",
+        "8-bit arithmetic in the exact branch: int8, forward only (gradients are unrounded), or none.",
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         _ = self.sla  # which checks sparsity and block sizes
+        check_choice("low_bit", self.low_bit, get_args(LowBit))
         check_choice("order", self.order, get_args(Order))
         tau = self.router_tau
         if not isinstance(tau, int | float) or isinstance(tau, bool) or not 0 < tau <= sys.float_info.max:

@@ -14,6 +14,7 @@ from slagen.attention.sla.functional import check_qkv, pick_scale, sparse_linear
 from slagen.attention.sla.functional import choose_backend as choose_sla_backend
 from slagen.attention.sla2.blockwise import blockwise_branches
 from slagen.attention.sla2.config import SLA2Config
+from slagen.attention.sla2.low_bit import low_bit_attention, no_kernel
 from slagen.attention.sla2.reference import reference_attention
 from slagen.attention.sla2.soft_topk import soft_topk
 
@@ -47,7 +48,8 @@ def sla2_attention(
         soft: keep every block by a degree, as in training of the router: at the cost of dense attention.
         backend: "reference" is the definition, with dense masks; "torch" works block by block, in bounded memory;
             "triton" runs SLA's fused kernels, once for each branch, where blocks are kept whole and `config.mixing` is
-            "learned". "auto" is "triton" on CUDA where it can be, otherwise "torch".
+            "learned"; in int8 a kernel of its own, from a head dimension and key blocks of 32 on. "auto" is "triton" on
+            CUDA where it can be, otherwise "torch".
         grid: of the L tokens, or its cubes, which `config.order` "cube" needs; q, k, v and o are in raster order.
     Returns: o, (B, H, L, D) in q's dtype.
     Raises: ValueError if shapes, dtypes, devices or options do not fit, or the grid is needed and missing.
@@ -113,6 +115,7 @@ def choose_backend(
 ) -> Literal["reference", "torch", "triton"]:
     """The backend that tensors like q (B, H, L, D) run on. Raises ValueError where a named one cannot, or is none."""
     without = "the soft top-k" if soft else "mixing 'mass'" if config.mixing == "mass" else None
+    without = without or no_kernel(q.shape[3], config)
     if without and backend == "triton":
         raise ValueError(f"backend is 'triton', but {without} has no Triton kernels. Try torch or auto.")
     chosen = choose_sla_backend(q, backend)
@@ -132,7 +135,7 @@ def _hard_branches(
     scale: float,
 ) -> Branches:  # fmt: skip
     rest = block_map(scores_of_means(q_routed.detach(), k_routed.detach()), config.sla) == MARGINAL
-    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, None, rest, config.sla, scale)
+    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, None, rest, config.sla, scale, config.low_bit == "int8")
     return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)
 
 
@@ -143,7 +146,7 @@ def _soft_branches(
     scores = q_routed @ k_routed.mT
     logs = soft_topk(scores * (scale / config.router_tau), config.sla.num_critical(scores.shape[3]))
     kept, rest = F.logsigmoid(logs), F.logsigmoid(-logs)
-    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, kept, rest, config.sla, scale)
+    o_sparse, o_linear, lse = blockwise_branches(q, keys, v, kept, rest, config.sla, scale, config.low_bit == "int8")
     return o_sparse, o_linear, _logits(q, keys, config, logit, lse, rest, scale)
 
 
@@ -163,7 +166,14 @@ def _triton_branches(
         )  # fmt: skip
         return o.to(keys.dtype)
 
-    return attend("sparse"), attend("linear"), _learned_logits(q, config, logit)
+    if config.low_bit == "none":
+        o_sparse = attend("sparse")
+    else:
+        o_sparse = low_bit_attention(q, keys, v, q_means, k_means, config, scale).to(keys.dtype)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, v)):
+            unrounded = attend("sparse")
+            o_sparse = o_sparse + (unrounded - unrounded.detach())  # adds 0, and the gradients
+    return o_sparse, attend("linear"), _learned_logits(q, config, logit)
 
 
 def _logits(

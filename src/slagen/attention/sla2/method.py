@@ -42,10 +42,14 @@ def _reference(
 
 def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLA2Config) -> None:
     from slagen.attention.sla.backends import check_kernels
+    from slagen.attention.sla2.low_bit import check_kernel, no_kernel
 
-    if backend == "triton" and config.mixing == "mass":
-        raise EnvironmentProblem("sla2 attention with --mixing mass has no Triton kernels. Give --backend torch.")
+    without = "--mixing mass" if config.mixing == "mass" else no_kernel(head_dim, config)
+    if backend == "triton" and without:
+        raise EnvironmentProblem(f"sla2 attention with {without} has no Triton kernels. Give --backend torch.")
     check_kernels(backend, head_dim, device, dtype, config.sla)
+    if backend == "triton" and config.low_bit == "int8":
+        check_kernel(head_dim, device, dtype, config)
 
 
 def _describe(config: SLA2Config, grid: Grid) -> dict[str, Any]:
@@ -64,7 +68,8 @@ def _density(config: SLA2Config, grid: Grid) -> float:
 def _note(config: SLA2Config, options: Mapping[str, Any], grid: Grid) -> str:
     counts = block_counts(config.sla, grid.num_tokens)
     kept = f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
-    return f"sparsity {config.sparsity:g} -> {kept}{note_of_order(config.order)}"
+    arithmetic = "" if config.low_bit == "none" else f", attended in {config.low_bit}"
+    return f"sparsity {config.sparsity:g} -> {kept}{note_of_order(config.order)}{arithmetic}"
 
 
 SLA2 = Method(

@@ -19,6 +19,14 @@ others are taken to be their block's mean, n_j of them:
 The gradient of the soft top-k includes that of lambda: with w = m (1 - m) / tau and g the gradient of m, that of
 scale s_ij is w_ij (g_ij - sum_j(w g) / sum_j(w)). No gradient passes through the hard top-k.
 
+With `low_bit` "int8" the sparse branch is computed of rounded numbers. [x] is x rounded to 127 steps from 0 to the
+largest magnitude of its group: the block, for queries, keys and values; and for weights one row within one key block.
+
+    S = scale [Q] [K]^T + log m      P = softmax of the rows of S      O^s = [P] [V]      l_t = sum of exp(S_tj)
+
+So P is divided by the sum of its unrounded terms, and a row's factor drops out of [P]: it may be rounded before it is
+known. Gradients pass straight through the rounding: those of q, k and v are those of the sparse branch without it.
+
 What the paper leaves open, and what is done here:
 
 - Its text has neither scale nor softmax on the router's scores, its algorithm has both. Here the soft top-k takes
@@ -35,6 +43,13 @@ What the paper leaves open, and what is done here:
   at a = 0.9. "mass" is a number a row and learns nothing.
 - Where every block is kept the linear branch has no term. Then O = O^s, which is dense attention, whatever `a` is.
   Where a sum of the linear branch is 0 in floating point, O^l is 0 and passes no gradient.
+- It quantises "as SageAttention2++", INT8 or FP8, and says neither of which groups the scales are taken nor how P is
+  scaled. Here all is int8, with one scale for each block of Q, K and V. P has the fixed scale 1/127 of SageAttention,
+  applied to exp(S - the row's maximum in the key block), so that the result depends on no order of blocks. Keys are
+  rounded after their mean is subtracted.
+- Its backward pass takes O^s and the log-sum-exp of the rounded forward pass beside unrounded Q, K and V. Here it takes
+  those of the unrounded branch, so that it is the gradient of a function.
+- Which stages of its training round is not said; here whatever runs with the option does, soft degrees too.
 
 Source: SLA2, arXiv:2602.12675v1, sections 3 to 5 and algorithm 2; "mass" and the soft branches are not in it.
 """
@@ -74,13 +89,14 @@ def reference_attention(
     key_means = _means(k, config.block_n)
     scores = F.linear(_means(q, config.block_m), router_q) @ F.linear(key_means, router_k).mT
     count = config.sla.num_critical(scores.shape[3])
-    if count == scores.shape[3]:
-        return ((q @ k.mT * scale).softmax(-1) @ v).to(out_dtype)
+    everything = count == scores.shape[3]
+    soft = soft and not everything
     m = _soft_topk(scores * (scale / config.router_tau), count) if soft else _hard_topk(scores, count)
     log_kept, log_rest = (_rows(F.logsigmoid(x), config, length) for x in (m, -m))
 
-    s = q @ k.mT * scale + _columns(log_kept, config, length)
-    o_sparse = s.softmax(-1) @ v
+    o_sparse, lse = _sparse(q, k, v, _columns(log_kept, config, length), config, scale)
+    if everything:
+        return o_sparse.to(out_dtype)
     w = q.softmax(-1) @ k.softmax(-1).mT * _columns(log_rest.exp(), config, length)
     denominator = w.sum(-1, keepdim=True)
     empty = denominator == 0
@@ -89,12 +105,40 @@ def reference_attention(
     if config.mixing == "mass":
         counts = q.new_tensor([len(piece) for piece in torch.arange(length).split(config.block_n)])
         estimated = (q @ key_means.mT * scale + counts.log() + log_rest).logsumexp(-1, keepdim=True)
-        a = (s.logsumexp(-1, keepdim=True) - estimated).sigmoid()
+        a = (lse - estimated).sigmoid()
     else:
         size = scores.shape[2]
         a = F.interpolate(logit[None], size, mode="linear") if logit.shape[1] not in (1, size) else logit[None]
         a = a.sigmoid().expand(1, -1, size).repeat_interleave(config.block_m, 2)[:, :, :length, None]
     return (a * o_sparse + (1 - a) * o_linear).to(out_dtype)
+
+
+def _sparse(
+    q: Tensor, k: Tensor, v: Tensor, log_kept: Tensor, config: SLA2Config, scale: float
+) -> tuple[Tensor, Tensor]:
+    """O^s (B, H, L, D) and log l (B, H, L, 1), rounded or not; log_kept (B, H, L, L)."""
+    s = q @ k.mT * scale + log_kept
+    found = s.softmax(-1) @ v, s.logsumexp(-1, keepdim=True)
+    if config.low_bit == "none":
+        return found
+    with torch.no_grad():
+        q, k, v = (_rounded(x, block) for x, block in ((q, config.block_m), (k, config.block_n), (v, config.block_n)))
+        s = q @ k.mT * scale + log_kept
+        p = [_in_steps(piece, piece.amax(-1, keepdim=True)) for piece in s.softmax(-1).split(config.block_n, -1)]
+        rounded = torch.cat(p, -1) @ v, s.logsumexp(-1, keepdim=True)
+    o, lse = (x + (r - x).detach() for x, r in zip(found, rounded, strict=True))
+    return o, lse
+
+
+def _rounded(x: Tensor, block: int) -> Tensor:
+    """[x] above of blocks of tokens, (..., L, D)."""
+    return torch.cat([_in_steps(piece, piece.abs().amax((-2, -1), keepdim=True)) for piece in x.split(block, -2)], -2)
+
+
+def _in_steps(x: Tensor, largest: Tensor) -> Tensor:
+    step = largest / 127
+    step = step.masked_fill(step == 0, 1)
+    return (x / step).round() * step
 
 
 def _means(x: Tensor, block: int) -> Tensor:
