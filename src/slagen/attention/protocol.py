@@ -261,6 +261,8 @@ class Method:
         choose_backend: (name, head_dim, device, dtype) -> the one that runs. Raises EnvironmentProblem where a named
             one cannot; None takes the name as it is.
         check: (backend, head_dim, device, dtype, config): try the kernels. Raises EnvironmentProblem.
+        error_limit: config -> its largest error to the reference, in units of the largest output, where it rounds
+            coarsely; None is that of the dtype.
         parts: (module, q, k, v, inputs) -> what a forward pass consists of, each to be timed alone; None times none.
         parameters: what it adds to the model.
         options: names beside the config's fields that `configure` understands.
@@ -290,6 +292,7 @@ class Method:
     backends: tuple[Backend, ...] = (Backend("auto"),)
     choose_backend: Callable[[str, int, torch.device, torch.dtype], str] | None = None
     check: Callable[[str, int, torch.device, torch.dtype, Any], None] | None = None
+    error_limit: Callable[[Any], float | None] = lambda config: None
     parts: Callable[[Any, Tensor, Tensor, Tensor, Inputs], dict[str, Attend]] | None = None
     parameters: tuple[ParameterGroup, ...] = ()
     options: tuple[str, ...] = ()

@@ -48,7 +48,7 @@ class Contender:
 
     Args:
         kind: "sla", "sparse" or "dense": whose reference it is validated against, if it has none of its own.
-        error_limit: the largest error to the reference, in units of the largest output.
+        error_limit: of another's, the largest error to the reference, in units of the largest output.
         package: what it is imported from, where that need not be installed.
         record: of slagen's own method; None for another's.
     """
@@ -82,6 +82,11 @@ class Contender:
             raise Unavailable("not installed")
         return self.build(setting)
 
+    def limit(self, setting: Setting) -> float:
+        """The largest error to the reference, in units of the largest output."""
+        given = self.error_limit if self.record is None else self.record.error_limit(_config(self.record, setting))
+        return given or 32 * torch.finfo(setting.dtype).eps
+
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The exact output, by the reference."""
         if self.record is not None:
@@ -95,6 +100,11 @@ class Contender:
         return record.reference(config, q, k, v, parameters, None)
 
 
+def _config(record: protocol.Method, setting: Setting, grid: Grid | None = None) -> Any:
+    """A method's config at a setting, for tokens in a grid; without one as far as it depends on none."""
+    return record.configure(record.config(), record.own(setting.options), grid or setting.grid or Grid.flat(1))
+
+
 def build_module(record: protocol.Method, setting: Setting, q: Tensor) -> tuple[Any, Inputs]:
     """A method's module at a setting, with random parameters, and the inputs of each call.
 
@@ -102,7 +112,7 @@ def build_module(record: protocol.Method, setting: Setting, q: Tensor) -> tuple[
         q: (B, H, L, D), as in the calls.
     """
     grid = setting.grid or Grid.flat(q.shape[2])
-    config = record.configure(record.config(), record.own(setting.options), grid)
+    config = _config(record, setting, grid)
     layer = Layer(0, 1, setting.num_heads, setting.weight.shape[0])
     names = [backend.name for backend in record.backends]
     backend = setting.backend if setting.backend in names else "auto"

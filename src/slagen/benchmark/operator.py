@@ -149,7 +149,7 @@ def _prepare(
     label = "" if sparsity is None else f", sparsity {sparsity:g}"
     on_note(f"{entry.method.name}, {counted(entry.sizes[2], 'token')}{label}")
     error = _error(entry.method, setting, attend, entry.sizes[3])
-    limit = entry.method.error_limit or 32 * torch.finfo(setting.dtype).eps
+    limit = entry.method.limit(setting)
     if not math.isfinite(error):
         entry.update_row(correct=False, reason="wrong: it produced NaN or Inf")
         return

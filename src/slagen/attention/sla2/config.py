@@ -15,6 +15,7 @@ from slagen.settings import option
 Mixing = Literal["learned", "mass"]
 LowBit = Literal["none", "int8"]
 
+COARSE = 0.05  # of the largest output: in int8, numbers round to either side where sums differ in their last digit
 MAX_MIXING_BLOCKS = 65536  # what a damaged file may ask for
 
 
@@ -54,7 +55,7 @@ class SLA2Config:
     order: Order = order_option()
     low_bit: LowBit = option(
         "none",
-        "8-bit arithmetic in the exact branch: int8, forward only (gradients are unrounded), or none.",
+        "8-bit arithmetic in the exact branch: int8 (gradients ignore the rounding), or none.",
         later=True,
     )
 

@@ -10,7 +10,7 @@ from slagen.attention.cubes import note_of_order
 from slagen.attention.protocol import Grid, Inputs, Layer, Method, Needs, ParameterGroup
 from slagen.attention.sla.cost import block_counts, density, describe_blocks
 from slagen.attention.sla.method import BACKENDS, choose_backend
-from slagen.attention.sla2.config import SLA2Config
+from slagen.attention.sla2.config import COARSE, SLA2Config
 from slagen.attention.sla2.cost import sla2_attention_flops
 from slagen.errors import EnvironmentProblem
 from slagen.settings import to_fields
@@ -84,6 +84,7 @@ SLA2 = Method(
     backends=BACKENDS,
     choose_backend=choose_backend,
     check=_check,
+    error_limit=lambda config: None if config.low_bit == "none" else COARSE,
     parameters=(
         ParameterGroup("router_q", stage="router"),
         ParameterGroup("router_k", stage="router"),
