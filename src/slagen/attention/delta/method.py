@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slagen.attention.cost import ModelShape, dense_attention_flops
-from slagen.attention.protocol import Addition, Grid, Inputs, Method
+from slagen.attention.protocol import Addition, Attend, Grid, Inputs, Method
 from slagen.errors import UsageError
 from slagen.io.forms import shown
 
@@ -46,10 +46,11 @@ def with_delta(method: Method, stride: int | None) -> Method:
         return method
     if method.family == "dense":
         raise UsageError("dense attention has nothing to correct. Leave --delta out.")
-    parts = (method, stride)
+    both = (method, stride)
     return dataclasses.replace(
-        method, delta=stride, cost=partial(_cost, *parts), density=partial(_density, *parts),
-        describe=partial(_describe, *parts), note=partial(_note, *parts), reference=partial(_reference, *parts),
+        method, delta=stride, cost=partial(_cost, *both), density=partial(_density, *both),
+        describe=partial(_describe, *both), note=partial(_note, *both), reference=partial(_reference, *both),
+        parts=partial(_parts, *both),
     )  # fmt: skip
 
 
@@ -72,6 +73,16 @@ def _note(method: Method, stride: int, config: Any, options: Mapping[str, Any], 
     own = f"delta {stride} -> {rows} of {grid.num_tokens} query rows exactly"
     note = method.note(config, options, grid)
     return own if note is None else f"{note}; {own}"
+
+
+def _parts(
+    method: Method, stride: int, module: Any, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs
+) -> dict[str, Attend]:
+    from slagen.attention.delta.correction import corrected
+
+    own = {} if method.parts is None else method.parts(module, q, k, v, inputs)
+    o = module(q, k, v, inputs)
+    return {**own, "correction": lambda q, k, v: corrected(o, q, k, v, stride)}
 
 
 def _reference(

@@ -56,8 +56,15 @@ def block_mean_attention(
             on_kept(kept)
         if chosen == "reference":
             return reference_attention(q, k, v, config, scale, seeds)
-        run = fused_attention if chosen == "triton" else blockwise_attention
-        return run(q, k, v, kept, config.block_m, config.block_n, scale)
+        return attend_to(kept, q, k, v, config, scale, chosen)
 
     with torch.autocast(q.device.type, enabled=False):
         return in_order(config.order, grid, attend, q, k, v)
+
+
+def attend_to(
+    kept: Tensor, q: Tensor, k: Tensor, v: Tensor, config: MeanConfig | SolConfig, scale: float, backend: str
+) -> Tensor:
+    """Attend exactly to the kept blocks, (B, H, M, N) bool, and to the others as their mean, by "triton" or "torch"."""
+    run = fused_attention if backend == "triton" else blockwise_attention
+    return run(q, k, v, kept, config.block_m, config.block_n, scale)

@@ -8,12 +8,14 @@ from torch import Tensor
 from slagen.attention.block_maps import BlockMap, map_in_order
 from slagen.attention.kept_pairs import PairCounter
 from slagen.attention.mean.config import MeanConfig, SolConfig
-from slagen.attention.mean.functional import block_mean_attention
+from slagen.attention.mean.functional import attend_to, block_mean_attention
 from slagen.attention.mean.selection import kept_blocks, kept_pairs
 from slagen.attention.order import CubesOfPass
-from slagen.attention.protocol import Inputs, Layer
+from slagen.attention.parts import ordered, selected
+from slagen.attention.protocol import Attend, Inputs, Layer
 from slagen.attention.ranking import head_seeds
 from slagen.attention.sla.config import Backend
+from slagen.attention.sla.functional import choose_backend
 
 
 class BlockMeanAttention(PairCounter, CubesOfPass):
@@ -62,3 +64,16 @@ class BlockMeanAttention(PairCounter, CubesOfPass):
         return block_mean_attention(
             q, k, v, self.config, backend=self.backend, grid=grid, on_kept=count, seeds=self.seeds
         )
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Attend]:
+        """What a forward pass consists of, as `Method.parts`."""
+        config, scale, backend = self.config, q.shape[3] ** -0.5, choose_backend(q, self.backend)
+
+        def select(q: Tensor, k: Tensor) -> Tensor:
+            return kept_blocks(q, k, config, self.seeds, scale)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+            return attend_to(kept, q, k, v, config, scale, backend)
+
+        parts, q, k, v = ordered(config.order, self.cubes_in(inputs, q), q, k, v)
+        return {**parts, **selected(select, attend, q, k, v)}

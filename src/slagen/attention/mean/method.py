@@ -89,6 +89,7 @@ _COMMON: dict[str, Any] = {
     "backends": BACKENDS,
     "choose_backend": choose_backend,
     "check": _check,
+    "parts": lambda module, *tensors: module.parts(*tensors),
     "describe": _describe,
     "applies": _applies,
     "density": _density,

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from slagen.attention.block_maps import BlockMap
+from slagen.attention.block_sparse import block_sparse_attention
 from slagen.attention.cubes import CUBE_TOKENS
 from slagen.attention.kept_pairs import GridLayer, kept_pairs
 from slagen.attention.nabla.config import Backend, NablaConfig
 from slagen.attention.nabla.functional import nabla_attention
 from slagen.attention.nabla.selection import Patches, kept_patches, patches_of
-from slagen.attention.protocol import Grid, Inputs
+from slagen.attention.parts import selected
+from slagen.attention.protocol import Attend, Grid, Inputs
 
 
 class Nabla(GridLayer):
@@ -46,3 +48,15 @@ class Nabla(GridLayer):
             kept = kept_patches(q, k, self.config, patches, q.shape[3] ** -0.5)
             self.pairs += kept_pairs(kept, patches.order.counts, patches.order.counts)
         return nabla_attention(q, k, v, self.config, patches, backend=self.backend, kept=kept)
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Attend]:
+        """What a forward pass consists of, as `Method.parts`."""
+        patches, scale = self.blocks_in(inputs, q), q.shape[3] ** -0.5
+
+        def select(q: Tensor, k: Tensor) -> Tensor:
+            return kept_patches(q, k, self.config, patches, scale)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+            return block_sparse_attention(q, k, v, kept, scale, patches.order)
+
+        return selected(select, attend, q, k, v)

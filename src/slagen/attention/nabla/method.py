@@ -61,6 +61,7 @@ NABLA = Method(
     reference=_reference,
     backends=tuple(map(Backend, get_args(settings.Backend))),
     choose_backend=_choose_backend,
+    parts=lambda module, *tensors: module.parts(*tensors),
     describe=_describe,
     applies=lambda config, grid: not keeps_all(config, grid),
     density=density_bound,

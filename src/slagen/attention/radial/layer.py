@@ -7,7 +7,7 @@ from torch import Tensor
 
 from slagen.attention.block_maps import BlockMap
 from slagen.attention.kept_pairs import GridLayer
-from slagen.attention.protocol import Grid, Inputs
+from slagen.attention.protocol import Attend, Grid, Inputs
 from slagen.attention.radial.config import RadialConfig
 from slagen.attention.radial.functional import radial_attention
 from slagen.attention.radial.mask import RadialMask, radial_mask
@@ -46,3 +46,8 @@ class Radial(GridLayer):
         with torch.no_grad():
             self.pairs += mask.pairs * (q.shape[0] * q.shape[1])
         return radial_attention(q, k, v, self.config, mask, backend=self.backend)
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Attend]:
+        """What a forward pass consists of, as `Method.parts`: the mask is made once for a grid."""
+        mask: RadialMask = self.blocks_in(inputs, q)
+        return {"fused": lambda q, k, v: radial_attention(q, k, v, self.config, mask, backend=self.backend)}

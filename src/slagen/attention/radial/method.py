@@ -64,6 +64,7 @@ RADIAL = Method(
     backends=BACKENDS,
     choose_backend=choose_backend,
     check=_check,
+    parts=lambda module, *tensors: module.parts(*tensors),
     describe=_describe,
     applies=lambda config, grid: grid.num_frames >= 2 and config.num_blocks(grid.num_tokens) != (1, 1),
     density=density,

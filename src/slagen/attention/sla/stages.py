@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slagen.attention.order import CubeOrder, cubes_of
+from slagen.attention.order import CubeOrder
+from slagen.attention.parts import ordered
 from slagen.attention.protocol import Attend, Grid
 from slagen.attention.ranking import selector_scores
 from slagen.attention.sla import blocks, blockwise, blockwise_linear, blockwise_sparse
@@ -29,11 +30,8 @@ def stages(
             part too.
     """
     own = _triton_stages if choose_backend(q, module.backend) == "triton" else _torch_stages
-    if module.config.order == "raster":
-        return own(module, q, k, v)
-    cubes = cubes_of(grid, q)
-    q, k, v = (x.index_select(2, cubes.order) for x in (q, k, v))
-    return {"order": lambda q, k, v: cubes.reordered(lambda q, k, v: q, q, k, v), **own(module, q, k, v)}
+    parts, q, k, v = ordered(module.config.order, grid, q, k, v)
+    return {**parts, **own(module, q, k, v)}
 
 
 def _triton_stages(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:

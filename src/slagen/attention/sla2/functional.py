@@ -99,15 +99,32 @@ def routed_attention(
         q_routed, k_routed: (B, H, M, D) and (B, H, N, D), in the dtype of `keys`.
     """
     _check_weight("logit", logit, (q.shape[1], config.mixing_blocks), q)
-    scale = pick_scale(q, scale)
-    everything = config.sla.num_critical(k_routed.shape[2]) == k_routed.shape[2]
-    branches = (
-        _triton_branches if backend == "triton" else _soft_branches if soft and not everything else _hard_branches
-    )
-    o_sparse, o_linear, logits = branches(q, keys, v, config, q_routed, k_routed, logit, scale)
-    if everything:  # the linear branch has no term
-        return o_sparse.to(q.dtype)
-    return (logits.sigmoid() * o_sparse + (-logits).sigmoid() * o_linear).to(q.dtype)
+    found = branches(q, keys, v, config, q_routed, k_routed, logit, pick_scale(q, scale), soft, backend)
+    return mixed(*found, config).to(q.dtype)
+
+
+def branches(
+    q: Tensor, keys: Tensor, v: Tensor, config: SLA2Config, q_routed: Tensor, k_routed: Tensor, logit: Tensor,
+    scale: float, soft: bool, backend: str,
+) -> Branches:  # fmt: skip
+    """Both branches of the blocks that the router's means choose; arguments as in `routed_attention`."""
+    if backend == "triton":
+        run = _triton_branches
+    else:
+        run = _soft_branches if soft and not _keeps_all(config, q) else _hard_branches
+    return run(q, keys, v, config, q_routed, k_routed, logit, scale)
+
+
+def mixed(o_sparse: Tensor, o_linear: Tensor, logits: Tensor, config: SLA2Config) -> Tensor:
+    """a O^s + (1 - a) O^l, (B, H, L, D)."""
+    if _keeps_all(config, o_sparse):  # the linear branch has no term
+        return o_sparse
+    return logits.sigmoid() * o_sparse + (-logits).sigmoid() * o_linear
+
+
+def _keeps_all(config: SLA2Config, q: Tensor) -> bool:
+    num_columns = config.sla.num_blocks(q.shape[2])[1]
+    return config.sla.num_critical(num_columns) == num_columns
 
 
 def choose_backend(

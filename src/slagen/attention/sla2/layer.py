@@ -9,11 +9,19 @@ from torch import Tensor, nn
 
 from slagen.attention.block_maps import BlockMap, map_in_order
 from slagen.attention.order import CubesOfPass, in_order
-from slagen.attention.protocol import Inputs
+from slagen.attention.parts import ordered
+from slagen.attention.protocol import Attend, Inputs
 from slagen.attention.sla.block_map import block_map, block_means, scores_of_means
 from slagen.attention.sla.config import Backend
 from slagen.attention.sla2.config import SLA2Config
-from slagen.attention.sla2.functional import choose_backend, routed_attention, sla2_attention, smoothed
+from slagen.attention.sla2.functional import (
+    branches,
+    choose_backend,
+    mixed,
+    routed_attention,
+    sla2_attention,
+    smoothed,
+)
 
 START = math.log(9)  # the logit of a = 0.9
 
@@ -76,9 +84,7 @@ class SLA2(CubesOfPass):
         config = self.config
 
         def classify(q: Tensor, k: Tensor) -> Tensor:
-            q_routed = _routed(self.router_q, block_means(q, config.block_m))
-            k_routed = _routed(self.router_k, block_means(smoothed(k, config), config.block_n))
-            return block_map(scores_of_means(q_routed, k_routed), config.sla)
+            return block_map(scores_of_means(*self._route(q, k)[1:]), config.sla)
 
         return map_in_order(config, config.order, self.cubes_in(inputs, q), q, k, classify)
 
@@ -94,14 +100,32 @@ class SLA2(CubesOfPass):
             return sla2_attention(q, k, v, config, *weights, soft=self.soft, backend=chosen, grid=grid)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys = smoothed(k, config)
-            q_routed = _routed(self.router_q, block_means(q, config.block_m))
-            k_routed = _routed(self.router_k, block_means(keys, config.block_n))
+            keys, q_routed, k_routed = self._route(q, k)
             logit = self.mix()
             return routed_attention(q, keys, v, config, q_routed, k_routed, logit, soft=self.soft, backend=chosen)
 
         with torch.autocast(q.device.type, enabled=False):
             return in_order(config.order, grid, attend, q, k, v)
+
+    def _route(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The smoothed keys, and the means of queries and keys after the router."""
+        keys = smoothed(k, self.config)
+        q_routed = _routed(self.router_q, block_means(q, self.config.block_m))
+        return keys, q_routed, _routed(self.router_k, block_means(keys, self.config.block_n))
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Attend]:
+        """What a forward pass consists of, as `Method.parts`; what attends includes the choice of blocks."""
+        config, chosen = self.config, choose_backend(q, self.config, self.soft, self.backend)
+        parts, q, k, v = ordered(config.order, self.cubes_in(inputs, q), q, k, v)
+        keys, q_routed, k_routed = self._route(q, k)
+
+        def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            scale, logit = q.shape[3] ** -0.5, self.mix()
+            return branches(q, keys, v, config, q_routed, k_routed, logit, scale, self.soft, chosen)
+
+        found = fused(q, k, v)
+        own: dict[str, Attend] = {"router": lambda q, k, v: self._route(q, k), "fused": fused}
+        return {**parts, **own, "mix": lambda q, k, v: mixed(*found, config).to(q.dtype)}
 
     def extra_repr(self) -> str:
         return f"{self.config}, backend={self.backend!r}, soft={self.soft}"

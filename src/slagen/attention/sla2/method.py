@@ -90,6 +90,7 @@ SLA2 = Method(
         ParameterGroup("router_k", stage="router"),
         ParameterGroup("mix"),
     ),
+    parts=lambda module, *tensors: module.parts(*tensors),
     describe=_describe,
     applies=_applies,
     density=_density,

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slagen.attention.block_maps import BlockMap
+from slagen.attention.block_sparse import block_sparse_attention
 from slagen.attention.cubes import CUBE_TOKENS
 from slagen.attention.order import CubesOfPass, cubes_of
-from slagen.attention.protocol import Inputs, Layer
-from slagen.attention.sla.block_map import highest
+from slagen.attention.parts import selected
+from slagen.attention.protocol import Attend, Inputs, Layer
 from slagen.attention.sla.module import ZeroLinear
+from slagen.attention.vsa.blockwise import add_coarse, kept_cubes
 from slagen.attention.vsa.config import VSAConfig
 from slagen.attention.vsa.functional import video_sparse_attention
-from slagen.attention.vsa.reference import cube_scores
 
 
 class GateLinear(ZeroLinear):
@@ -49,7 +50,7 @@ class VSA(CubesOfPass):
     def kept_blocks(self, q: Tensor, k: Tensor, inputs: Inputs) -> BlockMap:
         """Which cubes are attended exactly, of q, k (B, H, L, D)."""
         cubes = cubes_of(self.cubes_in(inputs, q), q)
-        kept = highest(cube_scores(q, k, cubes), self.config.num_kept(len(cubes.counts)))
+        kept = kept_cubes(q, k, self.config, cubes)
         return BlockMap(kept.to(torch.int8), cubes.slots // CUBE_TOKENS, cubes.slots // CUBE_TOKENS)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> Tensor:
@@ -58,9 +59,31 @@ class VSA(CubesOfPass):
         Raises: ValueError where the grid is unknown or not one of L tokens, or a gate lacks the hidden states.
         """
         cubes = self.cubes_in(inputs, q)
-        gate = None if self.to_gate_compress is None else self.to_gate_compress(_hidden_states(inputs))
-        gate = None if gate is None else gate.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+        gate = self._gate(inputs, q)
         return video_sparse_attention(q, k, v, self.config, cubes, gate, backend=self.backend)  # type: ignore[arg-type]
+
+    def _gate(self, inputs: Inputs, q: Tensor) -> Tensor | None:
+        """The gate (B, H, L, D) of the coarse branch; None without one. Raises ValueError for lack of hidden states."""
+        if self.to_gate_compress is None:
+            return None
+        return self.to_gate_compress(_hidden_states(inputs)).unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, inputs: Inputs) -> dict[str, Attend]:
+        """What a forward pass consists of, as `Method.parts`."""
+        cubes, scale = cubes_of(self.cubes_in(inputs, q), q), q.shape[3] ** -0.5
+
+        def select(q: Tensor, k: Tensor) -> Tensor:
+            return kept_cubes(q, k, self.config, cubes)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+            return block_sparse_attention(q, k, v, kept, scale, cubes)
+
+        parts, gate = selected(select, attend, q, k, v), self._gate(inputs, q)
+        if gate is None:
+            return parts
+        o = parts["fused"](q, k, v)
+        coarse = {"coarse": lambda q, k, v: add_coarse(o, q, k, v, cubes, gate, scale)}
+        return {**parts, "gate": lambda q, k, v: self._gate(inputs, q), **coarse}
 
 
 def _hidden_states(inputs: Inputs) -> Tensor:

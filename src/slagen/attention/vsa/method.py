@@ -78,6 +78,7 @@ VSA = Method(
     choose_backend=_choose_backend,
     parameters=(ParameterGroup("to_gate_compress"),),
     in_training=lambda config: dataclasses.replace(config, gate=True),
+    parts=lambda module, *tensors: module.parts(*tensors),
     describe=_describe,
     applies=lambda config, grid: config.gate or num_cubes(grid) >= 2,
     density=lambda config, grid: config.num_kept(num_cubes(grid)) / num_cubes(grid),
