@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from slagen.benchmark.config import BenchConfig
 from slagen.cli.main import run
 from slagen.doctor import selftest
 from slagen.doctor.checks import Finding
-from slagen.errors import EnvironmentProblem
+from slagen.errors import EnvironmentProblem, KernelProblem
 
 
 @pytest.fixture
@@ -61,6 +62,32 @@ def test_a_failure_stops_no_other(small, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "3 of 7 checks failed. The first is torch fp32, head dimension 128, domain all" in said.err
     assert str(file) in said.out
+
+
+def test_kernels_of_other_methods_are_tried(small, monkeypatch):
+    """Those of block means and of int8, at both head dimensions; one that is wrong fails, and stops no other."""
+    tried = []
+
+    def check(method, backend, head_dim, device, dtype, config):
+        tried.append((method, head_dim, dtype, getattr(config, "low_bit", None)))
+        if method == "mean" and head_dim == 128:
+            raise KernelProblem("the Triton kernels fail on cpu: dq is wrong. Try --backend torch.")
+
+    monkeypatch.setattr(selftest, "kernels_here", lambda device: [("triton", "fp16")])
+    monkeypatch.setattr(selftest, "_agrees", lambda *_: "fine")
+    monkeypatch.setattr(selftest, "_generate", lambda device: "made")
+    monkeypatch.setattr(selftest, "_bench", lambda device, rows: "fast")
+    monkeypatch.setattr(
+        selftest.registry, "get", lambda method: SimpleNamespace(check=lambda *given: check(method, *given))
+    )
+    found = {check.name: check.status for check in selftest.selftest().checks if "fp16, head" in check.name}
+    assert found.pop("block means, fp16, head dimension 128") == "failed"
+    assert set(found.values()) == {"ok"}
+    assert {name for name in found if "domain" not in name} == {
+        "block means, fp16, head dimension 64", "int8, fp16, head dimension 64", "int8, fp16, head dimension 128"
+    }  # fmt: skip
+    kinds = (("mean", None), ("sla2", "int8"))
+    assert tried == [(name, dim, torch.float16, low_bit) for dim in (64, 128) for name, low_bit in kinds]
 
 
 def test_what_is_missing_is_the_environment(small, tmp_path, capsys, monkeypatch):

@@ -20,16 +20,18 @@ from typing import Any
 import torch
 
 from slagen import machine, packages
-from slagen.attention import sparse_linear_attention
+from slagen.attention import registry, sparse_linear_attention
+from slagen.attention.mean.config import MeanConfig
 from slagen.attention.sla import fused
 from slagen.attention.sla.config import Backend, LinearDomain, SLAConfig
 from slagen.attention.sla.functional import choose_backend
+from slagen.attention.sla2.config import SLA2Config
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.rows import BenchRow
 from slagen.device import Device
 from slagen.doctor import checks as doctor
 from slagen.doctor.checks import Finding
-from slagen.errors import EnvironmentProblem, GateError, SlagenError, UsageError
+from slagen.errors import EnvironmentProblem, GateError, KernelProblem, SlagenError, UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.io.files import scratch, write_json
 from slagen.io.paths import user_path
@@ -42,6 +44,10 @@ BENCH = BenchConfig(
     shapes=("wan-1.3b-480p",), lengths=(4096,), seconds=1.0, sparsities=(0.95,), methods=("sla", "sdpa")
 )
 BENCH_ON_CPU = dataclasses.replace(BENCH, shapes=("1x2x4096x64",), lengths=(), device="cpu")
+OTHER_KERNELS = {  # than those of SLA: a method that runs them, and how
+    "block means": ("mean", MeanConfig()),
+    "int8": ("sla2", SLA2Config(low_bit="int8")),
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,11 @@ def selftest(on_note: Callable[[str], None] = lambda text: None) -> Selftest:
             for domain in ("all", "marginal"):
                 name = f"{backend} {dtype}, head dimension {head_dim}, domain {domain}"
                 parts.append((name, partial(_agrees, device, backend, dtype, head_dim, domain)))
+            if backend == "triton":
+                parts += [
+                    (f"{name}, {dtype}, head dimension {head_dim}", partial(_tried, device, dtype, head_dim, *tried))
+                    for name, tried in OTHER_KERNELS.items()
+                ]
     parts += [("generate", partial(_generate, device)), ("bench", partial(_bench, device, rows))]
     checks = []
     for name, part in parts:
@@ -167,6 +178,17 @@ def _agrees(device: torch.device, backend: Backend, dtype: str, head_dim: int, d
         raise Wrong(wrong)
     smaller = f", but only with smaller tiles: {'; '.join(gave_way)}" if gave_way else ""
     return f"the output and all gradients agree with the float64 reference{smaller}"
+
+
+def _tried(device: torch.device, dtype: str, head_dim: int, method: str, config: Any) -> str:
+    """Kernels of another method, tried as before a run with it."""
+    check = registry.get(method).check
+    assert check is not None
+    try:
+        check("triton", head_dim, device, machine.DTYPES[dtype], config)
+    except KernelProblem as error:
+        raise Wrong(str(error)) from error
+    return f"{method} attention agrees with its reference"
 
 
 def _torch_trial(q: torch.Tensor, config: SLAConfig) -> str | None:

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slagen.kernels import backward, forward, rotary, selection, states
+from slagen.kernels import backward, block_means, forward, low_bit, rotary, selection, states
 from slagen.kernels.costs import KernelCost
 from slagen.kernels.launches import Launch
 from slagen.kernels.occupancy import MULTIPROCESSORS, programs_per_sm
@@ -218,10 +218,10 @@ TARGETS_OF_64 = (80, 90, 120)  # heads of 64 too: one target of each kind of ten
 class Variant:
     """One way to call a kernel.
 
-    row: of the table of tiles; None where it has no tiles.
+    row: of the table of tiles; None where it has no tiles, or of one size.
     options: its constants, without tiles, blocks and head dimension.
     pointers: dtypes that differ from POINTERS.
-    warps, stages: of a kernel without tiles.
+    warps, stages: of a kernel without a row.
     rounds: of a selection, how often its loops go round for a row of SELECTED_COLUMNS: loops without loops inside,
         those around them, and so on.
     heads: False where the head dimension changes nothing.
@@ -254,6 +254,15 @@ VARIANTS = {
     ),
     "attend-marginal": Variant(forward.attend_kernel, "attend", {**_ATTEND, "MARGINAL": True}, targets=_SOME),
     "attend-128": Variant(forward.attend_kernel, "attend", _ATTEND),
+    "block-means": Variant(
+        block_means.block_means_kernel, None, {"TILE_M": BLOCK, "TILE_N": block_means.MEANS},
+        {"weight_ptr": "fp32", "kept_ptr": "i8"}, targets=_SOME,
+    ),
+    "low-bit": Variant(
+        low_bit.low_bit_kernel, None, {"TILE_M": BLOCK},
+        {**dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "i8"),
+         **dict.fromkeys(("o_ptr", "q_step_ptr", "k_step_ptr", "v_step_ptr"), "fp32")}, warps=8, targets=_SOME,
+    ),
     "key-states": Variant(
         states.key_states_kernel, "states", {**_POOLED, "PROJECT": False}, _SUMS
     ),

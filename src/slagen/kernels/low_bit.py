@@ -105,6 +105,6 @@ def low_bit_forward(
     low_bit_kernel[(triton.cdiv(length, tile) * batch * num_heads,)](
         q8, k8, v8, o, q_steps, k_steps, v_steps, kv_indices, *o.stride(), num_heads, length, q_steps.shape[2],
         k_steps.shape[2], kv_indices.shape[2], scale * LOG2_E.value, BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile,
-        HEAD_DIM=head_dim, num_warps=4, num_stages=2,
+        HEAD_DIM=head_dim, num_warps=8, num_stages=2,
     )  # fmt: skip
     return o
