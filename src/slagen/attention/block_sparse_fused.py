@@ -6,6 +6,7 @@ lists go on with a block behind the last, all of whose keys the kernels mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,35 @@ def fused_block_sparse_attention(
 ) -> Tensor:
     """Attend with the Triton kernels; arguments and result as in `block_sparse_attention`. Differentiable once."""
     verify(q, SLAConfig(block_m=blocks[0], block_n=blocks[1]))
-    return _forward(q, k, v, kept, *blocks, scale)[0]
+    return _operator(q, k, v, kept, *blocks, scale)[0]
 
 
-@torch.library.custom_op("slagen::block_sparse_fused_forward", mutates_args=())
+def operator_of_kept(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The PyTorch operator of a softmax over kept blocks, and perhaps more, whose gradients need only o and lse.
+
+    Args:
+        name: of the operator. forward, backward: as `_forward` and `_backward` here, all types of arguments annotated.
+    Returns: what takes the arguments of `forward`; differentiable once, in q, k and v.
+    """
+    attend = torch.library.custom_op(f"slagen::{name}_forward", forward, mutates_args=())
+    differentiate = torch.library.custom_op(f"slagen::{name}_backward", backward, mutates_args=())
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, kept, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, kept, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    def autograd(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *differentiate(do, *ctx.saved_tensors, *ctx.options), *(None,) * 4
+
+    attend.register_autograd(autograd, setup_context=setup_context)
+    attend.register_fake(
+        lambda q, *_: (torch.empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32))
+    )
+    differentiate.register_fake(lambda do, q, k, v, *_: tuple(torch.empty_like(x) for x in (q, k, v)))
+    return attend
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_m: int, block_n: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -41,11 +67,6 @@ def _forward(
             scale=scale, sparse=True,
         )  # fmt: skip
     return o, lse
-
-
-@_forward.register_fake
-def _(q, k, v, kept, block_m, block_n, scale):
-    return torch.empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
 
 
 def kept_backward(
@@ -66,7 +87,6 @@ def kept_backward(
     return dq, dk, dv
 
 
-@torch.library.custom_op("slagen::block_sparse_fused_backward", mutates_args=())
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, o: Tensor, lse: Tensor, block_m: int, block_n: int,
     scale: float,
@@ -75,19 +95,4 @@ def _backward(
         return kept_backward(do, q, k, v, kept, o, lse, block_m, block_n, scale)
 
 
-@_backward.register_fake
-def _(do, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, kept, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, kept, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(do, *ctx.saved_tensors, *ctx.options), *(None,) * 4
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_operator = operator_of_kept("block_sparse_fused", _forward, _backward)

@@ -75,8 +75,8 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
     ("failing", "error", "said"),
     [
         ("verify", KernelProblem("SLA's kernels fail. Try --backend torch."), "^SLA's kernels fail. Try"),
-        ("_forward", torch.OutOfMemoryError("no memory is left"), "^no memory is left$"),
-        ("_forward", RuntimeError("no driver"), "^the Triton kernels fail on .*: no driver. Try --backend torch.$"),
+        ("_operator", torch.OutOfMemoryError("no memory is left"), "^no memory is left$"),
+        ("_operator", RuntimeError("no driver"), "^the Triton kernels fail on .*: no driver. Try --backend torch.$"),
     ],
     ids=["sla", "memory", "launch"],
 )

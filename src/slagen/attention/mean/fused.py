@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slagen.attention.block_sparse_fused import kept_backward
+from slagen.attention.block_sparse_fused import kept_backward, operator_of_kept
 from slagen.attention.mean.config import MeanConfig, SolConfig
 from slagen.attention.mean.reference import reference_attention
 from slagen.attention.mean.selection import kept_blocks
@@ -28,7 +28,7 @@ SCORE_BYTES = 2**28  # scores of queries and means that the backward pass holds 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_m: int, block_n: int, scale: float) -> Tensor:
     """Attend with the Triton kernels; arguments and result as in `blockwise_attention`. Differentiable once."""
     verify(q, SLAConfig(block_m=block_m, block_n=block_n))
-    return _forward(q, k, v, kept, block_m, block_n, scale)[0]
+    return _operator(q, k, v, kept, block_m, block_n, scale)[0]
 
 
 def check_kernels(head_dim: int, device: torch.device, dtype: torch.dtype, config: MeanConfig | SolConfig) -> None:
@@ -58,7 +58,6 @@ def check_kernels(head_dim: int, device: torch.device, dtype: torch.dtype, confi
         raise KernelProblem(f"the Triton kernels fail on {device}: {fault}. Try --backend torch.")
 
 
-@torch.library.custom_op("slagen::block_means_fused_forward", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, block_m: int, block_n: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -68,12 +67,6 @@ def _forward(
         return block_means_forward(q, k, v, kept.flatten(0, 1), block_m=block_m, block_n=block_n, scale=scale)
 
 
-@_forward.register_fake
-def _(q, k, v, kept, block_m, block_n, scale):
-    return torch.empty_like(q), q.new_empty(q.shape[0] * q.shape[1], q.shape[2], dtype=torch.float32)
-
-
-@torch.library.custom_op("slagen::block_means_fused_backward", mutates_args=())
 def _backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, o: Tensor, lse: Tensor, block_m: int, block_n: int,
     scale: float,
@@ -113,19 +106,4 @@ def _add_means_backward(
             dv[b, h] += (dvalues / counts[:, None])[block_of].to(dv.dtype)
 
 
-@_backward.register_fake
-def _(do, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, kept, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, kept, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(do, *ctx.saved_tensors, *ctx.options), *(None,) * 4
-
-
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_operator = operator_of_kept("block_means_fused", _forward, _backward)
