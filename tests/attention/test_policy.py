@@ -25,7 +25,7 @@ from slagen.wan.processor import install, processors
     ("text", "steps"),
     [
         ("0-2,-1", (0, 1, 2, 9)), ("3", (3,)), ("-3--1", (7, 8, 9)), ("8, 8-9", (8, 9)), ("20%", (0, 1)),
-        ("29%", (0, 1, 2)),
+        ("29%", (0, 1, 2)), ("7-", (7, 8, 9)), ("0, -2-", (0, 8, 9)),
         ("0%", ()), ("100 %", tuple(range(10))), ("-10", (0,)), ("0--1", tuple(range(10))), (None, ()),
     ],
 )  # fmt: skip
@@ -34,7 +34,7 @@ def test_what_a_text_chooses(text, steps):
     assert AttentionPolicy(dense_layers=text).resolve(7, 10, 100) == DensePart((), steps, 7, 10)
 
 
-@pytest.mark.parametrize("text", ["", "a", "1-", "1,,2", "101%", "-5%", "10%,3", "1.5", "99999", "1-2-3", 3])
+@pytest.mark.parametrize("text", ["", "a", "1--", "-", "1,,2", "101%", "-5%", "10%,3", "1.5", "99999", "1-2-3", 3])
 def test_what_is_no_choice_is_refused(text):
     with pytest.raises(UsageError, match="dense_steps is .*, but must be numbers and ranges, or a percentage. Try"):
         AttentionPolicy(dense_steps=text)

@@ -19,7 +19,7 @@ def compile_blocks(model, fullgraph=True):
     return graphs
 
 
-def denoise(pipe, steps, dense=None, size=64):
+def denoise(pipe, steps, dense=None, size=64, configs=None):
     """The final latents of a short guided clip whose attention is told of its steps, and of the part that is dense."""
-    with denoising(pipe.transformer, steps, dense) as end_step:
+    with denoising(pipe.transformer, steps, dense, configs) as end_step:
         return run(pipe, steps=steps, size=size, callback_on_step_end=lambda *_: end_step() or {})

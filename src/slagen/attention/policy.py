@@ -1,11 +1,11 @@
-"""What every attention method has in common: where a clip is dense, and whether it is corrected. No torch here."""
+"""What every attention method has in common: where a clip is dense, its sparsity by step, its correction. No torch."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
+from slagen.attention.choices import chosen, parse, parse_schedule, scheduled
 from slagen.attention.cost import ModelShape
 from slagen.attention.delta.method import check_delta
 from slagen.attention.protocol import Grid, Method
@@ -16,13 +16,15 @@ from slagen.io.text import counted
 
 @dataclass(frozen=True)
 class AttentionPolicy:
-    """What every method has in common: where dense attention takes its place, and its correction.
+    """What every method has in common: where dense attention takes its place, its sparsity by step, its correction.
 
     Args:
-        dense_steps: denoising steps, such as "0-9,-1": from 0, negative ones from the end; or "20%", the first ones.
+        dense_steps: denoising steps, such as "0-9,-1": from 0, negative ones from the end, "10-" to the last; or "20%",
+            the first ones.
         dense_layers: transformer blocks, in the same form.
         min_tokens: clips of fewer tokens use dense attention in all layers.
         delta: query rows of which one is attended exactly and corrects the others; see `delta/method.py`.
+        sparsity_schedule: the sparsity of some steps, such as "0-9:0.8,10-:0.95"; of methods that have one.
     Raises: UsageError for what is none of these.
     """
 
@@ -30,21 +32,33 @@ class AttentionPolicy:
     dense_layers: str | None = None
     min_tokens: int | None = None
     delta: int | None = None
+    sparsity_schedule: str | None = None
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
+        if self.sparsity_schedule is not None:
+            parse_schedule(self.sparsity_schedule)
         for name in ("dense_steps", "dense_layers"):
             if getattr(self, name) is not None:
-                _parse(name, getattr(self, name))
+                parse(name, getattr(self, name))
         if self.min_tokens is not None and (type(self.min_tokens) is not int or self.min_tokens < 0):
             raise UsageError(f"min_tokens is {shown(self.min_tokens)}, but must be 0 or above. Try --min-tokens 4096.")
 
     def resolve(self, num_steps: int, num_layers: int, num_tokens: int) -> DensePart:
         """The steps and layers of a clip that use dense attention. Raises UsageError for an unknown one."""
-        layers = _chosen("dense_layers", self.dense_layers, num_layers)
+        layers = chosen("dense_layers", self.dense_layers, num_layers)
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             layers = tuple(range(num_layers))
-        return DensePart(_chosen("dense_steps", self.dense_steps, num_steps), layers, num_steps, num_layers)
+        return DensePart(chosen("dense_steps", self.dense_steps, num_steps), layers, num_steps, num_layers)
+
+    def sparsities(self, num_steps: int) -> tuple[float | None, ...]:
+        """The sparsity of each step; None where the schedule does not say it. Raises UsageError for an unknown step."""
+        return scheduled(self.sparsity_schedule, num_steps)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise UsageError for a denoising step that there is not."""
+        chosen("dense_steps", self.dense_steps, num_steps)
+        self.sparsities(num_steps)
 
     def note(self, num_tokens: int, part: DensePart) -> str | None:
         """One line on the dense steps and layers of a clip of so many tokens; None if there are none."""
@@ -72,6 +86,10 @@ class DensePart:
     def share(self) -> float:
         """The fraction of all attention calls that are dense."""
         return 1 - (1 - len(self.steps) / self.num_steps) * (1 - len(self.layers) / self.num_layers)
+
+    def share_of(self, step: int) -> float:
+        """The fraction of a step's attention calls that are dense."""
+        return 1.0 if step in self.steps else len(self.layers) / self.num_layers
 
     def mean(self, own: int, dense: int) -> int:
         """A cost of one forward pass, all layers, as the mean over the steps: the method's own, and dense."""
@@ -112,36 +130,3 @@ class Remembered:
         return [
             f"{name} attention stores {size} in all between steps ({where}); --dense-layers excludes layers from that"
         ]
-
-
-def _parse(name: str, text: object) -> list[tuple[int, int]] | float:
-    """The ranges of a text, their ends included, or a fraction of all. Raises UsageError."""
-    pieces = [piece.strip() for piece in text.split(",")] if isinstance(text, str) else []
-    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)\s*%", pieces[0]) if len(pieces) == 1 else None
-    if match is not None and float(match[1]) <= 100:
-        return float(match[1]) / 100
-    matches = [re.fullmatch(r"(-?\d{1,4})(?:-(-?\d{1,4}))?", piece) for piece in pieces]
-    if not pieces or None in matches:
-        raise UsageError(
-            f"{name} is {shown(text)}, but must be numbers and ranges, or a percentage. Try "
-            f"--{name.replace('_', '-')} 0-9,-1 or --{name.replace('_', '-')} 20%."
-        )
-    return [(int(match[1]), int(match[2] or match[1])) for match in matches if match]
-
-
-def _chosen(name: str, text: str | None, count: int) -> tuple[int, ...]:
-    """The numbers, from 0, that a text chooses of so many. Raises UsageError."""
-    parsed = [] if text is None else _parse(name, text)
-    if isinstance(parsed, float):
-        return tuple(range(min(count, round(parsed * count))))
-    found = set[int]()
-    for pair in parsed:
-        first, last = (index + count if index < 0 else index for index in pair)
-        if not 0 <= first <= last < count:
-            what = name.removeprefix("dense_")
-            raise UsageError(
-                f"{name} is {shown(text)}, but there are {count} {what}: 0 to {count - 1}, or -{count} to -1 from the "
-                f"end. Try --{name.replace('_', '-')} 0."
-            )
-        found |= set(range(first, last + 1))
-    return tuple(sorted(found))

@@ -60,6 +60,7 @@ class GenerateConfig:
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
         sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
             the two; see `SLAConfig.with_topk`.
+        sparsity_schedule: the sparsity of some denoising steps; see AttentionPolicy.
         block_m, block_n: query rows and key columns of a block; None is what the weights were trained with.
         negative_prompt: what to steer away from.
         width, height: in pixels. num_frames: video frames, 4k + 1. fps: frames a second.
@@ -139,6 +140,12 @@ class GenerateConfig:
         "SLA code.",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
+    sparsity_schedule: str | None = option(
+        None,
+        "Sparsity of single denoising steps, with steps as in --dense-steps: 0-9:0.8,10-:0.95. All other steps have "
+        "--sparsity.",
+        panel=ATTENTION, metavar="STEPS:SPARSITY,...", prompt_line=True,
+    )  # fmt: skip
     block_m: int | None = option(
         None,
         "Query rows per block: 16, 32, 64 or 128. Default: the value from training, or the method's own.",
@@ -147,7 +154,9 @@ class GenerateConfig:
     block_n: int | None = option(None, "Key columns per block. Default: as for --block-m.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
-        None, "Denoising steps with dense attention, such as 0-9,-1 (-1 is the last step), or 20% for the first 20%.",
+        None,
+        "Denoising steps with dense attention, such as 0-9,-1 (-1 is the last step; 10- means from step 10 on), or 20% "
+        "for the first 20%.",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     dense_layers: str | None = option(
@@ -271,9 +280,9 @@ class GenerateConfig:
 
     @property
     def policy(self) -> AttentionPolicy:
-        """What uses dense attention, whatever the method."""
+        """What uses dense attention whatever the method, the sparsity by step, and the correction."""
         own = registry.get(self.attention).dense_steps if self.dense_steps is None else self.dense_steps
-        return AttentionPolicy(own, self.dense_layers, self.min_tokens, self.delta)
+        return AttentionPolicy(own, self.dense_layers, self.min_tokens, self.delta, self.sparsity_schedule)
 
     @property
     def attention_settings(self) -> dict[str, Any]:
@@ -284,8 +293,9 @@ class GenerateConfig:
     def with_dense_attention(self) -> "GenerateConfig":
         """The same with dense attention, without the options of another method."""
         none = dict.fromkeys(
-            ("sparsity", "sla_topk", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens", "delta")
-        )
+            ("sparsity", "sla_topk", "sparsity_schedule", "block_m", "block_n", "dense_steps", "dense_layers",
+             "min_tokens", "delta")
+        )  # fmt: skip
         return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
 
     @property
@@ -298,14 +308,17 @@ class GenerateConfig:
 def _check_attention(config: GenerateConfig) -> None:
     """Raise UsageError for a method that there is not, and for what it does not take."""
     method = registry.get(config.attention)
-    if method.family == "dense" and (config.sparsity is not None or config.sla_topk is not None):
-        raise UsageError("dense attention has no sparsity. Leave --sparsity and --keep out.")
+    given = [name for name in ("sparsity", "sla_topk", "sparsity_schedule") if getattr(config, name) is not None]
+    if method.family == "dense" and given:
+        names = "--sparsity-schedule" if given == ["sparsity_schedule"] else "--sparsity and --keep"
+        raise UsageError(f"dense attention has no sparsity. Leave {names} out.")
     if method.family == "dense" and (config.block_m is not None or config.block_n is not None):
         raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
-    for name, value in config.attention_settings.items():
-        if value is not None and name not in method.option_names:
+    needed = {"sparsity_schedule": "sparsity"}  # the option that a method with this one has
+    for name, value in {**config.attention_settings, "sparsity_schedule": config.sparsity_schedule}.items():
+        if value is not None and needed.get(name, name) not in method.option_names:
             taken = ", ".join(method.option_names) or "none"
-            others = " or ".join(f"--attention {other}" for other in registry.with_option(name))
+            others = " or ".join(f"--attention {other}" for other in registry.with_option(needed.get(name, name)))
             advice = f"Leave it out, or give {others}." if others else "Leave it out."
             raise UsageError(f"{name} is not an option of {method.name} attention (its options: {taken}). {advice}")
     method.config(**dict(config.attention_options))  # it checks what is out of range

@@ -10,9 +10,10 @@ from typing import Any
 from slagen.attention import cost, registry
 from slagen.attention.cost import ModelShape
 from slagen.attention.delta.method import with_delta
-from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
+from slagen.attention.learned import SLA_NAME, label, of_another, suits
 from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
+from slagen.attention.schedule import Schedule
 from slagen.errors import SlagenError, UsageError
 from slagen.formats.headers import read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
@@ -112,8 +113,9 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     base = model.trained if model.trained is not None and suits(method, model.method) else method.config()
     attention = method.configure(base, method.own(config.attention_settings), grid)
     about = method.describe(attention, grid)
-    notes = _notes(config, model, None if is_dense else method, attention, size, grid) + notes
-    part = config.policy.resolve(config.steps or 1, model.shape.num_layers, tokens)
+    schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, model.shape.num_layers)
+    notes = _notes(config, model, None if is_dense else method, schedule, size) + notes
+    part = schedule.dense
     item_bytes, guidance = 4 if config.dtype == "fp32" else 2, config.guidance_scale or 0.0
     kept = Remembered.of(method, attention, model.shape, grid, item_bytes, guidance, part)
     cpu = _cpu_need(config, model, tokens, size).keeping(kept.num_bytes)
@@ -121,7 +123,8 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         notes.append(lack)
     notes += [config.policy.note(tokens, part) or ""] * (part.share > 0) + kept.notes(method.name)
     notes += recommended_notes(asked, config)
-    flops = _flops(model, method, attention, grid, part)
+    shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
+    flops = _flops(shape, schedule)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(
         model=model.preset.name,
@@ -132,7 +135,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         key_blocks=about.get("key_blocks"),
         tail_tokens=_tail(about, tokens),
         topk_blocks=about.get("key_blocks" if is_dense else "critical"),
-        kept_fraction=1.0 if is_dense else part.share + (1 - part.share) * method.density(attention, grid),
+        kept_fraction=1.0 if is_dense else part.share + (1 - part.share) * schedule.mean_density,
         flops=flops,
         flops_of=method.name,
         flops_speedup=flops.dense_forward / flops.sla_forward,
@@ -144,7 +147,13 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         downloads=_downloads(model.preset),
         outputs=_outputs(asked),
         notes=notes,
+        **({} if schedule.by_step is None else _by_step(schedule, shape)),
     )  # fmt: skip
+
+
+def _by_step(schedule: Schedule, shape: ModelShape) -> dict[str, Any]:
+    """What an estimate says of each step, where a --sparsity-schedule sets its sparsity."""
+    return {"step_densities": schedule.densities(), "step_attention_flops": schedule.flops(shape)}
 
 
 def _settings(
@@ -156,7 +165,8 @@ def _settings(
         "guidance_scale": config.guidance_scale, "sampler": config.sampler, "attention": config.attention,
         "sparsity": None if is_dense else about.get("sparsity"), "sla_topk": config.sla_topk,
         **{name: about.get(name) for name in ("block_m", "block_n", "linear_domain", "feature_map")},
-        **dict(config.attention_options), **part.to_dict(), **({} if config.delta is None else {"delta": config.delta}),
+        **dict(config.attention_options), **part.to_dict(),
+        **{name: x for name in ("delta", "sparsity_schedule") if (x := getattr(config, name)) is not None},
     }  # fmt: skip
 
 
@@ -171,11 +181,11 @@ def _placed(config: GenerateConfig, device: str | None) -> tuple[GenerateConfig,
     return config, device
 
 
-def _flops(model: _Model, method: Method, attention: Any, grid: Grid, part: DensePart) -> Flops:
-    """FLOPs of a forward pass, with the method and with dense attention."""
-    shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
-    dense, other = cost.dense_attention_flops(shape, grid.num_tokens), cost.other_flops(shape, grid.num_tokens)
-    own = part.mean(method.cost(attention, shape, grid), dense)
+def _flops(shape: ModelShape, schedule: Schedule) -> Flops:
+    """FLOPs of a forward pass, with the method, on average over the steps, and with dense attention."""
+    tokens = schedule.grid.num_tokens
+    dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
+    own = schedule.dense.mean(schedule.mean_flops(shape), dense)
     return Flops(dense + other, own + other, dense, own, other)
 
 
@@ -189,19 +199,18 @@ def _notes(
     config: GenerateConfig,
     model: _Model,
     method: Method | None,
-    attention: Any,
+    schedule: Schedule,
     size: tuple[int, int, int],
-    grid: Grid,
 ) -> list[str]:
     """What looks wrong; `method` is None where dense attention runs.
 
     Raises: WeightsError for weights that were never tuned for SLA, where their headers show it.
     """
-    defaults, notes = model.defaults, list[str]()
+    defaults, notes = model.defaults, schedule.notes({}) if schedule.by_step is not None else []
     if method is None:
         notes.append("this run uses dense attention; the cost of SLA is shown for comparison")
     elif model.trained is not None and suits(method, model.method):
-        notes += differences(attention, model.trained)
+        notes += schedule.differences(model.trained)
     elif method.needs.weights:
         if not config.allow_untrained and _is_untuned(model.folder if config.weights is None else config.weights):
             raise never_tuned(model.name, method)
@@ -213,8 +222,8 @@ def _notes(
                 f"{tuned}, so the video will be poor" if config.allow_untrained else
                 f"{tuned}; slagen generate needs other weights, given with --weights, or --allow-untrained"
             )  # fmt: skip
-    elif (note := method.note(attention, method.own(config.attention_settings), grid)) is not None:
-        notes.append(note)
+    elif schedule.by_step is None:
+        notes += schedule.notes(method.own(config.attention_settings))
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
         notes.append(defaults.unknown_words_warning(model.name, unknown))

@@ -17,9 +17,11 @@ from slagen.wan.presets import local_folder
 def check_run(config: GenerateConfig) -> None:
     """Look at all that one call of `slagen generate` reads and writes.
 
-    Raises: as `check_model`; UsageError for a video that exists.
+    Raises: as `check_model`; UsageError for a video that exists, and for a denoising step that there is not.
     """
     check_model(config.model, config.weights, config.vae)
+    if config.steps is not None:
+        config.policy.check_steps(config.steps)
     check_output(config)
 
 

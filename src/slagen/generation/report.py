@@ -176,12 +176,13 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     from slagen import machine  # with torch, which nothing else here needs
 
     plan, stages, recorder = sample.plan, sample.stages, sample.recorder
-    config, method, steps = plan.config, plan.method, recorder.steps
+    config, method, schedule, steps = plan.config, plan.method, plan.schedule, recorder.steps
     shape = plan.weights.source.shape
     about = {
         **method.describe(plan.attention, plan.grid),
         **density_section(sample.densities, plan.dense, exact_share(plan.num_tokens, config.delta)),
         **plan.dense.to_dict(),
+        **({} if schedule.by_step is None else {"step_densities": schedule.densities(sample.step_densities)}),
     }  # fmt: skip
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(

@@ -18,9 +18,10 @@ from slagen import machine
 from slagen.attention import registry
 from slagen.attention.cost import dense_attention_flops
 from slagen.attention.delta.method import with_delta
-from slagen.attention.learned import SLA_NAME, differences, label, of_another, suits
+from slagen.attention.learned import SLA_NAME, label, of_another, suits
 from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
+from slagen.attention.schedule import Schedule
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.peek import Found, lacks_settings, peek
@@ -81,10 +82,15 @@ class Plan:
         return self.grid.num_tokens
 
     @property
+    def schedule(self) -> Schedule:
+        """What the attention does in each step."""
+        c, layers = self.config, self.weights.source.shape.num_layers
+        return Schedule.of(self.method, self.attention, self.grid, c.policy, c.steps or 1, layers)
+
+    @property
     def dense(self) -> DensePart:
         """What uses dense attention, whatever the method."""
-        c, shape = self.config, self.weights.source.shape
-        return c.policy.resolve(c.steps or 1, shape.num_layers, self.num_tokens)
+        return self.schedule.dense
 
     @property
     def remembered(self) -> Remembered:
@@ -100,13 +106,14 @@ class Plan:
             densities: the fraction of all query-key pairs that each layer attended exactly, where it was counted; it
                 takes the place of the method's own estimate. Layers that always used dense attention do not count.
         """
-        shape = self.weights.source.shape
-        own, full = self.method.cost(self.attention, shape, self.grid), dense_attention_flops(shape, self.num_tokens)
+        shape, schedule = self.weights.source.shape, self.schedule
+        own, full = schedule.mean_flops(shape), dense_attention_flops(shape, self.num_tokens)
         counted = [density for density in densities if density is not None]
         if counted:
-            estimate = registry.get(self.config.attention).density(self.attention, self.grid)  # without exact rows
+            bare = registry.get(self.config.attention)  # without exact rows
+            estimate = schedule.mean(lambda config: bare.density(config, self.grid))
             own += round(full * (sum(counted) / len(counted) - estimate))
-        return self.dense.mean(own, full)
+        return schedule.dense.mean(own, full)
 
     @property
     def method(self) -> Method:
@@ -233,18 +240,19 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     grid = source.token_grid(*size)
     options = method.own(config.attention_settings)
     attention = method.configure(weights.trained_with or method.config(), options, grid)
+    schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, source.shape.num_layers)
     if weights.trained_with is not None and weights.sla_path is not None:
-        warnings += differences(attention, weights.trained_with)
-    if not method.applies(attention, grid):
+        warnings += schedule.differences(weights.trained_with)
+    if not schedule.applies:
         warnings.append(f"{method.nothing_to_skip(grid.num_tokens)}, so this clip uses dense attention")
         method = registry.get("dense")
-        attention, options = method.config(), {}
+        attention = method.config()
         config = config.with_dense_attention()
-    elif (note := method.note(attention, options, grid)) is not None:
-        notes.append(note)
+        schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, source.shape.num_layers)
+    else:
+        notes += schedule.notes(options)
     notes += recommended_notes(asked, config)
-    dense = config.policy.resolve(config.steps or 1, source.shape.num_layers, grid.num_tokens)
-    if (dense_note := config.policy.note(grid.num_tokens, dense)) is not None:
+    if (dense_note := config.policy.note(grid.num_tokens, schedule.dense)) is not None:
         notes.append(dense_note)
     backend = None
     if method.family != "dense" or config.backend != "auto":

@@ -92,6 +92,8 @@ class RunEstimate:
         forward_passes: of one video, with guidance two a step.
         device: the kind that it will run on; None where it is not known.
         outputs: file names. notes: what looks wrong.
+        step_densities: the fraction of all query-key pairs attended exactly in each step, and step_attention_flops:
+            FLOPs of the method in a forward pass of each; None where no --sparsity-schedule sets them.
     """
 
     model: str
@@ -114,10 +116,13 @@ class RunEstimate:
     downloads: list[Download]
     outputs: list[str]
     notes: list[str]
+    step_densities: list[float] | None = None
+    step_attention_flops: list[int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What --json prints."""
-        return dataclasses.asdict(self)
+        by_step = ("step_densities", "step_attention_flops")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in by_step or v is not None}
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Sample:
         weights: what the report says of them.
         vae: what decoded it.
         densities: the fraction of all query-key pairs that each layer attended exactly; None where it does not say.
+        step_densities: the same in each step, where a --sparsity-schedule sets the sparsity of steps.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class Sample:
     weights: UsedWeights
     vae: Any = None
     densities: Sequence[float | None] = ()
+    step_densities: Sequence[Sequence[float | None]] = ()
 
 
 class Session:
@@ -114,16 +116,23 @@ class Session:
 
     @torch.no_grad()
     def denoise(
-        self, plan: Plan, embeds: dict[str, torch.Tensor | None], on_event: Callable[[Event], None]
+        self,
+        plan: Plan,
+        embeds: dict[str, torch.Tensor | None],
+        on_event: Callable[[Event], None],
+        after_step: Callable[[], None] = lambda: None,
     ) -> tuple[torch.Tensor, StepRecorder]:
-        """One video's final latents, (1, C, T, h, w), and its steps. Raises SlagenError where they are not finite."""
+        """One video's final latents, (1, C, T, h, w), and its steps; `after_step` is called after each.
+
+        Raises: SlagenError where the latents are not finite.
+        """
         c, pipe = plan.config, self.pipe
         assert c.sampler is not None and c.flow_shift is not None and c.steps
         set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
         for processor in processors(pipe.transformer) if plan.attention is not None else []:
             processor.config, processor.method = plan.attention, plan.method
         on_event(Event("stage", "denoise", num_steps=c.steps))
-        latents, recorder = _denoise(pipe, plan, embeds, on_event)
+        latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step)
         if not torch.isfinite(latents).all():
             raise SlagenError(
                 f"the latents of seed {c.seed} contain NaN or Inf, so no video was written. "
@@ -141,9 +150,15 @@ class Session:
     ) -> Sample:
         """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
         began = time.perf_counter()
-        take_densities(self.pipe.transformer)  # what a clip that failed has left
-        latents, recorder = self.denoise(plan, embeds, on_event)
-        densities = take_densities(self.pipe.transformer)
+        transformer, by_step = self.pipe.transformer, list[list[float | None]]()
+        take_densities(transformer)  # what a clip that failed has left
+        if plan.schedule.by_step is None:
+            latents, recorder = self.denoise(plan, embeds, on_event)
+            densities = take_densities(transformer)
+        else:
+            count = lambda: by_step.append(take_densities(transformer))  # noqa: E731
+            latents, recorder = self.denoise(plan, embeds, on_event, count)
+            densities = [_mean(layer) for layer in zip(*by_step, strict=True)]
         stages["denoise"] = time.perf_counter() - began
 
         on_event(Event("stage", "decode"))
@@ -152,7 +167,13 @@ class Session:
         stages["decode"] = time.perf_counter() - began
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
         latents = latents.float().cpu().contiguous()
-        return Sample(plan, frames, latents, recorder, stages, self.about, self.pipe.vae, densities)
+        return Sample(plan, frames, latents, recorder, stages, self.about, self.pipe.vae, densities, by_step)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known; None where none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _check_kernels(plan: Plan) -> None:
@@ -217,16 +238,24 @@ def _norms(pipe: Any, method: Method) -> dict[str, list[float]] | None:
 
 
 def _denoise(
-    pipe: Any, plan: Plan, embeds: dict[str, Any], on_event: Callable[[Event], None]
+    pipe: Any,
+    plan: Plan,
+    embeds: dict[str, Any],
+    on_event: Callable[[Event], None],
+    count: Callable[[], None],
 ) -> tuple[Any, StepRecorder]:
-    """Run the sampling loop; returns the final latents (1, C, T, h, w) and the recorder with its steps."""
-    config = plan.config
+    """Run the sampling loop; returns the final latents (1, C, T, h, w) and the recorder with its steps.
+
+    Args: count: called after each step.
+    """
+    config, schedule = plan.config, plan.schedule
     recorder = StepRecorder(plan.weights.device.type, config.timing)
     detach = attach_recorder(pipe.transformer, recorder)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         step = recorder.end_step(float(timestep))
         end_step()
+        count()
         on_event(Event("step", "denoise", step, config.steps or 0))
         return {}
 
@@ -240,7 +269,7 @@ def _denoise(
         embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
     with contextlib.ExitStack() as stack:
         stack.callback(detach)
-        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0, plan.dense))
+        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0, schedule.dense, schedule.by_step))
         recorder.begin_step()
         output = pipe(
             **embeds, height=config.height, width=config.width, num_frames=config.num_frames,

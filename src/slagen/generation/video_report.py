@@ -110,6 +110,11 @@ class ReportedAttention:
         return density if isinstance(density, float) else None
 
     @property
+    def step_densities(self) -> list[float]:
+        """That fraction in each step, where a --sparsity-schedule set the sparsity of steps; otherwise empty."""
+        return list(self.method.get("step_densities", ()))
+
+    @property
     def blocks(self) -> Blocks | None:
         """None for a method without blocks."""
         about = self.method

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -358,12 +358,14 @@ def watching(transformer: WanTransformer3DModel, watch: Watch) -> Iterator[None]
 
 @contextmanager
 def denoising(
-    transformer: WanTransformer3DModel, num_steps: int, dense: DensePart | None = None
-) -> Iterator[Callable[[], None]]:
+    transformer: WanTransformer3DModel, num_steps: int, dense: DensePart | None = None,
+    configs: Sequence[Any] | None = None,
+) -> Iterator[Callable[[], None]]:  # fmt: skip
     """Tell the installed attention that a clip of so many steps is denoised meanwhile; the value ends a step.
 
     Args:
         dense: the steps and layers that use dense attention.
+        configs: of the method, one for each step; None leaves the one that is installed.
     """
     record = installation(transformer)
     if record is None:
@@ -372,19 +374,22 @@ def denoising(
     context = record.context
 
     def choose() -> None:
-        """A processor's own bool, so that blocks are compiled twice at most."""
+        """A processor's own bool, so that blocks are compiled twice at most; and once for each config."""
         for index, processor in enumerate(processors(transformer)):
             processor.runs_dense = dense is not None and (context.step in dense.steps or index in dense.layers)
+            if configs is not None and (context.step or 0) < len(configs):  # after the last step there is none
+                processor.config = configs[context.step or 0]
 
     def end_step() -> None:
         context.end_step()
         choose()
 
+    installed = [processor.config for processor in processors(transformer)]
     context.begin_clip(num_steps)
     choose()
     try:
         yield end_step
     finally:
         context.end_clip()
-        for processor in processors(transformer):
-            processor.runs_dense = False
+        for processor, config in zip(processors(transformer), installed, strict=True):
+            processor.runs_dense, processor.config = False, config

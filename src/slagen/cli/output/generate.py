@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slagen.attention.choices import named_steps
 from slagen.cli.console import log, log_table, write, write_json, write_table
 from slagen.cli.table import Cell, Table
 from slagen.io.text import counted
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from slagen.generation.replay import ReplayResult
     from slagen.generation.result import GenerateResult
     from slagen.generation.video_report import ReportedStep, VideoReport
+
+MAX_DENSITIES = 4  # of steps, in one line
 
 
 def show_videos(result: GenerateResult, as_json: bool) -> None:
@@ -29,9 +32,11 @@ def show_report(report: VideoReport) -> None:
     """A report as a table of steps, and lines for the totals, on stderr."""
     attention, cost = report.attention, report.cost
     if report.timing.level != "off":
-        log_table(_step_table(report.steps))
+        log_table(_step_table(report.steps, attention.step_densities))
     what = f"{attention.mode} attention, {counted(attention.tokens, 'token')}"
-    if (blocks := attention.blocks) is not None:
+    if by_step := attention.step_densities:
+        what += f", {_by_step(by_step)} of all query-key pairs exactly; {attention.backend} backend"
+    elif (blocks := attention.blocks) is not None:
         what += (
             f", {counted(blocks.key_blocks, 'key block')} of {counted(blocks.block_n, 'token')}: "
             f"{blocks.critical} critical ({blocks.critical_share:.1%}), "
@@ -63,8 +68,19 @@ def show_report(report: VideoReport) -> None:
     log(f"seed {report.settings['seed']}, hash of the latents {report.latents_hash[:12]}")
 
 
-def _step_table(steps: list[ReportedStep]) -> Table:
-    table = Table("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share", right=True)
+def _by_step(densities: list[float]) -> str:
+    """The densities of the steps: "20.0% in steps 0-9, 5.0% in step 10"; of many different ones their range."""
+    steps: dict[str, list[int]] = {}
+    for step, density in enumerate(densities):
+        steps.setdefault(f"{density:.1%}", []).append(step)
+    if len(steps) > MAX_DENSITIES:
+        return f"{min(densities):.1%} to {max(densities):.1%}, {sum(densities) / len(densities):.1%} on average,"
+    return ", ".join(f"{density} in {named_steps(own)}" for density, own in steps.items())
+
+
+def _step_table(steps: list[ReportedStep], densities: list[float]) -> Table:
+    columns = ("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share", *["exact"] * bool(densities))
+    table = Table(*columns, right=True)
     shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]
     for step in shown:
         if len(steps) > 12 and step is steps[-5]:
@@ -73,6 +89,7 @@ def _step_table(steps: list[ReportedStep]) -> Table:
             str(step.step + 1), f"{step.timestep:g}", _ms(step.latency_ms), _ms(step.attention_ms),
             _ms(step.attention_conditional_ms), _ms(step.attention_unconditional_ms),
             "" if step.attention_share is None else f"{step.attention_share:.0%}",
+            *[f"{densities[step.step]:.1%}" for _ in columns[7:]],
         )  # fmt: skip
     return table
 

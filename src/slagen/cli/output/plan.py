@@ -74,6 +74,11 @@ def _planned_attention(estimate: RunEstimate) -> str:
     settings = estimate.settings
     if settings["attention"] == "dense":
         return "dense: every key block"
+    if (by_step := estimate.step_densities) is not None:
+        return (
+            f"{settings['attention']}: {min(by_step):.2%} to {max(by_step):.2%} of all query-key pairs attended "
+            f"exactly in each step, {estimate.kept_fraction:.2%} on average"
+        )
     if estimate.topk_blocks is None or estimate.key_blocks is None:
         return f"{settings['attention']}: {estimate.kept_fraction:.2%} of all query-key pairs attended exactly"
     return (
