@@ -1,5 +1,6 @@
 """slagen compare: every row is dense attention's own run again but for its attention; the JSON, the clip, bad input."""
 
+import dataclasses
 import json
 import statistics
 
@@ -106,6 +107,23 @@ def test_tuned_weights_run_in_their_rows_and_leave_dense_as_it_was(tmp_path, cap
     assert dense["velocity_error"] == 0 and dense["latent_error"] == 0
     assert first["velocity_error"] == again["velocity_error"] > 0
     assert (tmp_path / "c.mp4").exists() and json.loads((tmp_path / "c.json").read_text()) == found
+
+
+def test_a_sparsity_by_step(toy, tmp_path):
+    """It is of the methods with a sparsity; delta's exact rows count once."""
+    config = CompareConfig(
+        base(toy, tmp_path), ("sparse", "mean", "sol"), (0.5,),
+        {"block_m": 16, "block_n": 16, "sparsity_schedule": "1:0.75", "delta": 16}, repeats=1, no_controls=True,
+    )  # fmt: skip
+    assert [row.sparsity_schedule for row in config.rows] == ["1:0.75", "1:0.75", None]
+    plain = compare(dataclasses.replace(config, attention={**config.attention, "sparsity_schedule": None}))
+    rows, others = (json.loads(each.path.read_text())["methods"] for each in (compare(config), plain))
+    assert rows[0]["options"] == {"sparsity_schedule": "1:0.75", "delta": 16}
+    for row, other in zip(rows[:2], others[:2], strict=True):
+        assert row["density"] == pytest.approx(1 / 16 + 15 / 16 * (0.5 + 0.25) / 2)
+        assert other["density"] == pytest.approx(1 / 16 + 15 / 16 * 0.5)
+        assert row["velocity_error"] != other["velocity_error"] and row["layer_errors"] != other["layer_errors"]
+    assert rows[2]["velocity_error"] == others[2]["velocity_error"]
 
 
 def test_averages_over_a_file_of_prompts(toy, tmp_path, capsys):

@@ -51,7 +51,7 @@ class Schedule:
         for sparsity in asked:
             own = method.configure(config, {"sparsity": sparsity}, grid)
             density = method.density(own, grid)
-            configs.append(own if density == 1 else alike.setdefault(density, own))
+            configs.append(alike.setdefault(density, own) if 0 < density < 1 else own)  # otherwise it says too little
         return cls(method, grid, tuple(configs), policy, num_layers, tuple(asked))
 
     @functools.cached_property
@@ -118,6 +118,12 @@ class Schedule:
         """The fraction of all query-key pairs attended exactly, as if no layer or step were dense; the mean over the
         steps that are not."""
         return self.mean(lambda config: self.method.density(config, self.grid))
+
+    def planned(self, shape: ModelShape) -> dict[str, Any]:
+        """What an estimate says of the steps, by field; nothing without a --sparsity-schedule."""
+        if self.sparsities is None:
+            return {}
+        return {"step_densities": self.densities(), "step_attention_flops": self.flops(shape)}
 
     def notes(self, options: Mapping[str, Any]) -> list[str]:
         """What a clip will run with: the method's own line, or with a --sparsity-schedule one for each sparsity.

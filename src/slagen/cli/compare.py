@@ -55,6 +55,8 @@ def compare(
     from slagen.generation import preflight
 
     preflight.check_model(config.base.model, config.base.weights, config.base.vae)
+    for row in config.rows:
+        preflight.check_steps(row)
     with GenerateProgress() as progress:
         check_docstrings()  # torchmetrics imports what start_quickly leaves out
         from slagen.comparison import run as task

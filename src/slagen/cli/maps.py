@@ -38,6 +38,7 @@ def attention(
     from slagen.generation import preflight
 
     preflight.check_model(base.model, base.weights, base.vae)
+    preflight.check_steps(base)
     with GenerateProgress() as progress:
         start_quickly(context, base.weights)
         from slagen.maps import run as task

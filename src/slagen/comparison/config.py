@@ -24,6 +24,8 @@ TAKEN = tuple(
     and setting.field not in ("attention", "sparsity", "sla_topk", "weights", "allow_untrained")
 )
 POLICY = ("dense_steps", "dense_layers", "min_tokens", "delta")  # of every method but dense
+SCHEDULE = "sparsity_schedule"
+NEEDED = {SCHEDULE: "sparsity"}  # the option that a method with this one has
 
 
 def read_methods(text: str) -> tuple[str, ...]:
@@ -113,8 +115,8 @@ class CompareConfig:
                     raise UsageError(
                         f"backend is {shown(value)}, which none of {', '.join(self.methods)} has. Leave --backend out."
                     )
-            elif not any(name in method.option_names for method in sparse):
-                others = " or ".join(registry.with_option(name))
+            elif not any(NEEDED.get(name, name) in method.option_names for method in sparse):
+                others = " or ".join(registry.with_option(NEEDED.get(name, name)))
                 raise UsageError(
                     f"{name} is an option of {others or 'no method'}, which is not compared here. Leave it out."
                 )
@@ -167,6 +169,8 @@ class CompareConfig:
         own = {name: value for name, value in given.items() if name in method.option_names}
         fields = {name: own.pop(name) for name in ("block_m", "block_n") if name in own}
         policy = {name: given[name] for name in POLICY if name in given}
+        if SCHEDULE in given and "sparsity" in method.option_names and method.name != "linear":
+            policy[SCHEDULE] = given[SCHEDULE]
         backend = given.get("backend", "auto")
         known = [each.name for each in method.backends]
         return dataclasses.replace(

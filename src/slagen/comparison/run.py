@@ -168,7 +168,9 @@ def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> 
         elif "sparsity" in asked.option_names and asked.name != "linear":
             row.sparsity = getattr(plan.attention, "sparsity", entry.config.sparsity)
         own = {name: value for name, value in entry.config.attention_options if value != getattr(base, name, None)}
-        policy = {name: getattr(plan.config, name) for name in ("dense_steps", "dense_layers", "delta")}
+        policy = {
+            name: getattr(plan.config, name) for name in ("sparsity_schedule", "dense_steps", "dense_layers", "delta")
+        }
         row.options.update(own | {name: value for name, value in policy.items() if value is not None})
         row.backend = plan.backend
         texts = [("warning", text) for text in plan.warnings]
@@ -206,7 +208,8 @@ def _compare_clip(
         on_event(Event("stage", "measure"))
         take_densities(session.pipe.transformer)
         if entry.row.method != OTHER_SEED:
-            deviation = measure_deviation(session.pipe.transformer, trajectory, plan.dense)
+            schedule = plan.schedule
+            deviation = measure_deviation(session.pipe.transformer, trajectory, schedule.dense, schedule.by_step)
             own.velocity_error, own.layer_errors = deviation.velocity, deviation.layers
         own.density = _density(plan, take_densities(session.pipe.transformer))
 
@@ -253,7 +256,8 @@ def _density(plan: Plan, counted_densities: list[float | None]) -> float:
     layers = plan.weights.source.shape.num_layers
     known = counted_densities
     if not any(density is not None for density in known):
-        known = [plan.method.density(plan.attention, plan.grid)] * layers
+        bare = registry.get(plan.config.attention)  # without exact rows
+        known = [plan.schedule.mean(lambda config: bare.density(config, plan.grid))] * layers
     exact = exact_share(plan.num_tokens, plan.config.delta)
     density: float = density_section(known, plan.dense, exact)["density"]
     return density

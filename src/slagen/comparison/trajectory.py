@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,18 +61,23 @@ class Deviation:
 
 @torch.inference_mode()
 def measure_deviation(
-    transformer: Any, trajectory: Trajectory, dense: DensePart | None, on_pass: Callable[[], None] = lambda: None
+    transformer: Any,
+    trajectory: Trajectory,
+    dense: DensePart | None,
+    configs: Sequence[Any] | None = None,
+    on_pass: Callable[[], None] = lambda: None,
 ) -> Deviation:
     """Run the attention that is installed on every input of a trajectory.
 
     Args:
-        dense: the steps and layers that use dense attention in any case. on_pass: called after each forward pass.
+        dense: the steps and layers that use dense attention in any case. configs: as for `denoising`.
+        on_pass: called after each forward pass.
     """
     device = next(transformer.parameters()).device
     passes = len(trajectory.inputs) // trajectory.num_steps
     layers = _LayerErrors(len(transformer.blocks))
     difference = scale = 0.0
-    with denoising(transformer, trajectory.num_steps, dense) as end_step, watching(transformer, layers):
+    with denoising(transformer, trajectory.num_steps, dense, configs) as end_step, watching(transformer, layers):
         for index, (inputs, expected) in enumerate(zip(trajectory.inputs, trajectory.velocities, strict=True), 1):
             found = transformer(**{name: x.to(device) for name, x in inputs.items()}, return_dict=False)[0]
             expected = expected.double()

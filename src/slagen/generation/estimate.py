@@ -121,10 +121,9 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     cpu = _cpu_need(config, model, tokens, size).keeping(kept.num_bytes)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
-    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0) + kept.notes(method.name)
-    notes += recommended_notes(asked, config)
-    shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
-    flops = _flops(shape, schedule)
+    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0)
+    notes += kept.notes(method.name) + recommended_notes(asked, config)
+    flops = _flops(model, schedule)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return RunEstimate(
         model=model.preset.name,
@@ -147,13 +146,8 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         downloads=_downloads(model.preset),
         outputs=_outputs(asked),
         notes=notes,
-        **({} if schedule.by_step is None else _by_step(schedule, shape)),
+        **schedule.planned(model.shape),
     )  # fmt: skip
-
-
-def _by_step(schedule: Schedule, shape: ModelShape) -> dict[str, Any]:
-    """What an estimate says of each step, where a --sparsity-schedule sets its sparsity."""
-    return {"step_densities": schedule.densities(), "step_attention_flops": schedule.flops(shape)}
 
 
 def _settings(
@@ -181,8 +175,9 @@ def _placed(config: GenerateConfig, device: str | None) -> tuple[GenerateConfig,
     return config, device
 
 
-def _flops(shape: ModelShape, schedule: Schedule) -> Flops:
+def _flops(model: _Model, schedule: Schedule) -> Flops:
     """FLOPs of a forward pass, with the method, on average over the steps, and with dense attention."""
+    shape = dataclasses.replace(model.shape, text_tokens=model.defaults.max_sequence_length)
     tokens = schedule.grid.num_tokens
     dense, other = cost.dense_attention_flops(shape, tokens), cost.other_flops(shape, tokens)
     own = schedule.dense.mean(schedule.mean_flops(shape), dense)

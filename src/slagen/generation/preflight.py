@@ -20,9 +20,14 @@ def check_run(config: GenerateConfig) -> None:
     Raises: as `check_model`; UsageError for a video that exists, and for a denoising step that there is not.
     """
     check_model(config.model, config.weights, config.vae)
+    check_steps(config)
+    check_output(config)
+
+
+def check_steps(config: GenerateConfig) -> None:
+    """Raise UsageError for a denoising step that there is not, where their number is given."""
     if config.steps is not None:
         config.policy.check_steps(config.steps)
-    check_output(config)
 
 
 def check_model(model: str | None, weights: str | None = None, vae: str | None = None) -> None:
