@@ -23,6 +23,7 @@ from slagen.attention.sla.block_map import CRITICAL, NEGLIGIBLE, block_map
 from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run as command
 from slagen.errors import UsageError
+from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.wan.processor import install_method
 
 BLOCKS = {"block_m": 32, "block_n": 16}
@@ -213,3 +214,17 @@ def test_what_is_no_selector_and_what_is_no_method():
         registry.get("random")
     with pytest.raises(UsageError, match="selector is 'best', but must be one of 'pooled', 'subblock', 'random'"):
         slagen.attend("mean", *make_qkv((1, 1, 64, 8)), selector="best")
+
+
+@pytest.mark.parametrize(("name", "value"), [("selector", "random"), ("order", "cube")])
+def test_linear_attention_over_all_tokens_has_nothing_to_choose(name, value):
+    """It took both silently."""
+    method, options = registry.get("linear"), {name: value}
+    message = f"{name} is '{value}', but linear attention over all tokens chooses no key blocks. Leave --{name} out."
+    with pytest.raises(UsageError, match=message):
+        method.configure(SLAConfig(), options, Grid.flat(64))
+    with pytest.raises(UsageError, match=message):
+        FinetuneConfig(DataConfig("d"), attention="linear", attention_options=((name, value),)).attention_config(None)
+    assert getattr(method.configure(SLA, options, Grid.flat(64)), name) == value  # they bound the domain "marginal"
+    trained = SLAConfig(**options)
+    assert method.configure(trained, {"sparsity": 0.5}, Grid.flat(64)) == dataclasses.replace(trained, sparsity=0.5)

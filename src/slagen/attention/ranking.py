@@ -39,7 +39,7 @@ def selector_scores(
     if config.selector == "subblock":
         return subblock_scores(q.detach(), k.detach(), config.block_m, config.block_n, scale)
     batch, num_heads, length, _ = q.shape
-    seeds = torch.arange(num_heads, device=q.device) if seeds is None else seeds[:num_heads]
+    seeds = torch.arange(num_heads, device=q.device) if seeds is None else seeds
     return random_scores(seeds, *config.num_blocks(length)).expand(batch, -1, -1, -1)
 
 

@@ -26,7 +26,7 @@ from slagen.io.text import quote
 from slagen.timing import StepRecorder
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
-from slagen.wan.processor import attach_recorder, denoising, install_method, processors, remove, take_densities
+from slagen.wan.processor import attach_recorder, denoising, install_method, remove, set_config, take_densities
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents
@@ -129,8 +129,8 @@ class Session:
         c, pipe = plan.config, self.pipe
         assert c.sampler is not None and c.flow_shift is not None and c.steps
         set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
-        for processor in processors(pipe.transformer) if plan.attention is not None else []:
-            processor.config, processor.method = plan.attention, plan.method
+        if plan.attention is not None:
+            set_config(pipe.transformer, plan.method, plan.attention)
         on_event(Event("stage", "denoise", num_steps=c.steps))
         latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step)
         if not torch.isfinite(latents).all():

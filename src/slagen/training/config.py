@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from slagen.attention import registry
-from slagen.attention.protocol import Method
+from slagen.attention.protocol import Grid, Method
 from slagen.attention.sla.config import (
     BLOCK_SIZES,
     FeatureMap,
@@ -355,7 +355,7 @@ class FinetuneConfig:
         base = trained or (SLAConfig() if method.family == "dense" else method.config())
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
-        return method.in_training(dataclasses.replace(base, **given))
+        return method.in_training(method.configure(base, given, Grid.flat(1)))  # of no one clip: none counts tokens
 
 
 def _check_stages(config: FinetuneConfig, method: Method) -> None:

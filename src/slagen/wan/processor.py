@@ -234,6 +234,15 @@ def install_method(transformer: WanTransformer3DModel, method: Method, config: A
         record.hooks = _follow(transformer, record.context)
 
 
+def set_config(transformer: WanTransformer3DModel, method: Method, config: Any) -> None:
+    """Have the installed attention go on with another config of its method, or with that corrected by delta."""
+    for processor in processors(transformer):
+        processor.config, processor.method = config, method
+    record = installation(transformer)
+    if record is not None and not record.hooks and method.takes_context(config):
+        record.hooks = _follow(transformer, record.context)
+
+
 def _follow(transformer: WanTransformer3DModel, context: StepContext) -> list[Any]:
     """Have a transformer's forward passes noted in a context. Returns the hooks' handles."""
     context.position = torch.full((2,), -1)

@@ -96,4 +96,7 @@ def split_tokens(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -
     transformer.blocks[0].register_forward_pre_hook(split_hidden)
     transformer.proj_out.register_forward_hook(gather)
     for block in transformer.blocks:
-        block.attn1.processor.token_group = group
+        processor = block.attn1.processor
+        processor.token_group = group
+        if getattr(processor, "seeds", None) is not None:  # of the heads, of which this process has its share
+            processor.seeds = processor.seeds.chunk(parts)[dist.get_rank(group)]

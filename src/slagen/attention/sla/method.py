@@ -13,6 +13,8 @@ from slagen.attention.selectors import note_of_selector
 from slagen.attention.sla import config as settings
 from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.cost import block_counts, density, describe_blocks, sla_attention_flops
+from slagen.errors import UsageError
+from slagen.io.forms import shown
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +76,17 @@ def _configure(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> SLA
     return config.with_options(options, grid.num_tokens)
 
 
+def _configure_linear(config: SLAConfig, options: Mapping[str, Any], grid: Grid) -> SLAConfig:
+    made = _configure(config, options, grid)
+    for name in ("selector", "order"):
+        if options.get(name) is not None and made.linear_domain == "all":
+            raise UsageError(
+                f"{name} is {shown(options[name])}, but linear attention over all tokens chooses no key blocks. Leave "
+                f"--{name} out."
+            )
+    return made
+
+
 def _describe(config: SLAConfig, grid: Grid) -> dict[str, Any]:
     return {**config.to_dict(), **describe_blocks(config, grid.num_tokens)}
 
@@ -107,10 +120,9 @@ def _method(name: str, summary: str, branches: Branches, projection: ParameterGr
         check=_check,
         parameters=(projection,),
         options=("sla_topk",),
-        configure=_configure,
         describe=_describe,
         applies=_applies,
-        **{"density": _density, "note": _note, **others},
+        **{"density": _density, "note": _note, "configure": _configure, **others},
     )
 
 
@@ -125,4 +137,5 @@ SPARSE = _method(
 LINEAR = _method(
     "linear", "only the linear branch of sla", "linear", ParameterGroup("proj_l", identity=True),
     family="sla", density=lambda config, grid: 0.0, note=lambda config, options, grid: None, benched=False,
+    configure=_configure_linear,
 )  # fmt: skip
