@@ -59,11 +59,33 @@ def test_methods_are_those_of_the_command():
         ),
         (("sol",), {"grid": (2, 5, 5)}, UsageError, "grid is 2 x 5 x 5 = 50 tokens, but q has 20"),
         (("sol",), {"grid": Grid(-2, -10, 1)}, UsageError, "grid is -2 x -10 x 1"),
+        (("vsa",), {"grid": (4, 5)}, UsageError, r"grid is \(4, 5\), but must be three whole numbers. Give grid=\("),
+        (("vsa",), {"grid": "1x4x5"}, UsageError, "grid is '1x4x5', but must be three whole numbers"),
+        (("vsa",), {"grid": (1, 4, 5.0)}, UsageError, r"grid is \(1, 4, 5.0\), but must be three whole numbers"),
+        (("dense",), {"taus": 1}, TypeError, r"attend\(\) has no argument 'taus'. Settings are none."),
     ],
 )
 def test_what_it_refuses(arguments, options, error, said):
     with pytest.raises(error, match=said):
         slagen.attend(*arguments, *make_qkv((1, 1, 20, 4)), **options)
+
+
+@pytest.mark.parametrize("name", ["dense", "nabla", "radial", "sol"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]),
+        lambda q, k, v: (q, k.float(), v),
+        lambda q, k, v: (q.int(), k.int(), v.int()),
+        lambda q, k, v: (q[:0], k[:0], v[:0]),
+        lambda q, k, v: (q[0], k[0], v[0]),
+    ],
+    ids=["lengths", "dtypes", "int", "empty", "3d"],
+)
+def test_tensors_that_do_not_fit_are_refused_alike(name, change):
+    """Each method had errors of its own for these, or took them."""
+    with pytest.raises(ValueError, match="^q, k, v have (shapes|dtypes)"):
+        slagen.attend(name, *change(*make_qkv((1, 1, 20, 4))), grid=(1, 4, 5))
 
 
 def test_lists_methods_without_torch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from slagen.attention import registry
 from slagen.attention.delta.correction import corrected
 from slagen.attention.delta.method import with_delta
 from slagen.attention.protocol import Grid, Inputs, Layer, StepContext
+from slagen.attention.sla.functional import check_qkv
 from slagen.errors import UsageError
 from slagen.settings import no_argument, without_complement
 
@@ -52,8 +54,7 @@ def attend(
         raise UsageError(
             f"{name} attention keeps tensors from one denoising step to the next, so it runs in generate() only."
         )
-    if q.ndim != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; it must be (B, H, L, D).")
+    check_qkv(q, k, v)
     layer = Layer(0, 1, q.shape[1], q.shape[3])
     context = StepContext()
     context.begin_pass(_grid(grid, q.shape[2]))
@@ -77,10 +78,15 @@ def attend(
 
 
 def _grid(grid: Grid | tuple[int, int, int] | None, num_tokens: int) -> Grid:
-    """The arrangement of the tokens. Raises UsageError unless there are as many."""
+    """The arrangement of the tokens. Raises UsageError unless it is three numbers, and there are as many tokens."""
     if grid is None:
         return Grid.flat(num_tokens)
-    made = grid if isinstance(grid, Grid) else Grid(*grid)
+    sizes = dataclasses.astuple(grid) if isinstance(grid, Grid) else grid
+    if not isinstance(sizes, tuple | list) or [type(size) for size in sizes] != [int] * 3:
+        raise UsageError(
+            f"grid is {repr(grid)[:60]}, but must be three whole numbers. Give grid=(latent frames, rows, columns)."
+        )
+    made = Grid(*sizes)
     if made.num_tokens != num_tokens or min(made.num_frames, made.height, made.width) < 1:
         raise UsageError(
             f"grid is {made.num_frames} x {made.height} x {made.width} = {made.num_tokens} tokens, but q has "

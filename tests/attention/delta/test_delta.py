@@ -120,6 +120,13 @@ def test_every_row_exact_is_dense_attention(method):
     assert pickle.loads(pickle.dumps(wrapped)).delta == 1 and pickle.loads(pickle.dumps(method)) is method
 
 
+def test_a_stride_beyond_the_sequence_is_one_block():
+    """Its rows were made before they were cut off, so that a large number took all memory."""
+    q, k, v = make_qkv((1, 2, 20, 8))
+    found = slagen.attend("sol", q, k, v, delta=10**12)
+    torch.testing.assert_close(found, slagen.attend("sol", q, k, v, delta=20))
+
+
 def test_some_rows_exact():
     """Others are the sparse method's, moved by its error at the first row of their block."""
     q, k, v = make_qkv((1, 2, 150, 16))

@@ -162,6 +162,7 @@ def test_triton_is_within_budget(dtype, sizes):
     [
         ({"decay_factor": 0}, "decay_factor is 0, but must be a finite number above 0. Try --decay-factor 0.2."),
         ({"decay_factor": float("inf")}, "decay_factor is inf"),
+        ({"decay_factor": 10**400}, r"decay_factor is 1000.* \(401 digits\), but must be a finite number above 0"),
         ({"decay_factor": float("nan")}, "decay_factor is nan"),
         ({"decay_factor": True}, "decay_factor is True"),
         ({"block_n": 48}, "block_n is 48, but must be one of 16, 32, 64, 128"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 from slagen.attention.sla.config import BLOCK_SIZES, check_choice
@@ -32,7 +33,7 @@ class RadialConfig:
 
     def __post_init__(self) -> None:
         valid = isinstance(self.decay_factor, int | float) and not isinstance(self.decay_factor, bool)
-        if not valid or not 0 < self.decay_factor < math.inf:
+        if not valid or not 0 < self.decay_factor <= sys.float_info.max:  # whole numbers beyond it are no floats
             raise UsageError(
                 f"decay_factor is {shown(self.decay_factor)}, but must be a finite number above 0. Try "
                 "--decay-factor 0.2."
