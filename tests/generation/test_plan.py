@@ -11,6 +11,9 @@ import torch
 from public_forms import SIZES, projections, turbo
 from wan_models import build_transformer, save_pipeline
 
+from slagen.attention import registry
+from slagen.attention.cost import ModelShape
+from slagen.attention.protocol import Grid
 from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run
 from slagen.errors import SlagenError, UsageError, WeightsError
@@ -299,3 +302,34 @@ def test_a_small_plan_has_sizes_too(capsys):
     assert run(["plan", "--model", "tiny-wan", "--device", "cpu"]) == 0
     figures = re.findall(r"\d+\.\d+", capsys.readouterr().out)
     assert len(figures) > 10 and 0 not in map(float, figures)
+
+
+@pytest.mark.parametrize("name", ["sla", "mean", "vsa", "nabla", "radial"])
+def test_a_clip_with_nothing_to_skip_is_planned_dense_as_generate_runs_it(name):
+    """Its plan had the method's cost, with the means and scores that nobody computes, and did not say it."""
+    small = GenerateConfig("a", model="tiny-wan", attention=name, width=32, height=32, num_frames=1, device="cpu")
+    found = planning.plan(small)
+    said = f"with these settings, {name} attention has nothing to skip in 4 tokens, so this clip uses dense attention"
+    assert [note for note in found.notes if "attention" in note] == [said]
+    assert found.flops.sla_attention == found.flops.dense_attention and found.kept_fraction == 1
+    assert said in make_plan(small).warnings
+
+
+@pytest.mark.parametrize("domain", ["all", "marginal"])
+def test_linear_attention_attends_to_no_block_exactly(domain, capsys):
+    """Plan and report said that it kept as many blocks as sla does, and counted scores of blocks that it does not
+    choose."""
+    method, grid = registry.get("linear"), Grid(5, 8, 8)
+    config = SLAConfig(linear_domain=domain, block_m=16, block_n=16)
+    about = method.describe(config, grid)
+    assert (about["critical"], about["marginal"], about["negligible"]) == (
+        0,
+        *((20, 0) if domain == "all" else (19, 1)),
+    )
+    assert about["fractions"]["critical"] == method.density(config, grid) == 0
+    shape = ModelShape(1, 1, 16, 64, 8)
+    states = 6 * 320 * 16**2
+    scores_and_sums = 2 * 20 * 20 * 16 + 2 * 20 * 20 * 16**2
+    assert method.cost(config, shape, grid) == states + (scores_and_sums if domain == "marginal" else 0)
+    assert run(["plan", "--attention", "linear", "--device", "cpu"]) == 0
+    assert "linear: 0.00% of all query-key pairs attended exactly" in capsys.readouterr().out

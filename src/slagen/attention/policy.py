@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,10 +47,9 @@ class AttentionPolicy:
 
     def resolve(self, num_steps: int, num_layers: int, num_tokens: int) -> DensePart:
         """The steps and layers of a clip that use dense attention. Raises UsageError for an unknown one."""
-        layers = chosen("dense_layers", self.dense_layers, num_layers)
-        if self.min_tokens is not None and num_tokens < self.min_tokens:
-            layers = tuple(range(num_layers))
-        return DensePart(chosen("dense_steps", self.dense_steps, num_steps), layers, num_steps, num_layers)
+        steps = chosen("dense_steps", self.dense_steps, num_steps)
+        part = DensePart(steps, chosen("dense_layers", self.dense_layers, num_layers), num_steps, num_layers)
+        return part.everywhere() if self.min_tokens is not None and num_tokens < self.min_tokens else part
 
     def sparsities(self, num_steps: int) -> tuple[float | None, ...]:
         """The sparsity of each step; None where the schedule does not say it. Raises UsageError for an unknown step."""
@@ -90,6 +90,10 @@ class DensePart:
     def share_of(self, step: int) -> float:
         """The fraction of a step's attention calls that are dense."""
         return 1.0 if step in self.steps else len(self.layers) / self.num_layers
+
+    def everywhere(self) -> DensePart:
+        """The same with dense attention in all layers."""
+        return dataclasses.replace(self, layers=tuple(range(self.num_layers)))
 
     def mean(self, own: int, dense: int) -> int:
         """A cost of one forward pass, all layers, as the mean over the steps: the method's own, and dense."""

@@ -56,8 +56,10 @@ class Schedule:
 
     @functools.cached_property
     def dense(self) -> DensePart:
-        """What uses dense attention. Raises UsageError for a step or layer that there is not."""
-        return self.policy.resolve(len(self.configs), self.num_layers, self.grid.num_tokens)
+        """What uses dense attention: all, where there is nothing to leave out. Raises UsageError for a step or layer
+        that there is not."""
+        part = self.policy.resolve(len(self.configs), self.num_layers, self.grid.num_tokens)
+        return part if self.applies else part.everywhere()
 
     @property
     def by_step(self) -> tuple[Any, ...] | None:

@@ -18,7 +18,7 @@ from slagen.attention.delta.method import with_delta
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.dense.kernels import SDPA, dense_kernel
 from slagen.attention.dense.method import DENSE
-from slagen.attention.protocol import Grid, Unavailable
+from slagen.attention.protocol import Grid, Method, Unavailable
 from slagen.benchmark.clock import spread
 from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
@@ -28,6 +28,7 @@ from slagen.generation.sizes import check_grid
 from slagen.timing import StepRecorder, Times
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import token_grid
+from slagen.wan.presets import recommended_policy
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Contender:
         install: puts it into a transformer.
         sdpa: the backend of PyTorch that scaled_dot_product_attention is held to meanwhile; None is PyTorch's choice.
         delta: corrects it, if not None.
+        dense_elsewhere: what `generate` runs dense unless told otherwise, and this loop does not; empty for nothing.
     """
 
     attention: str
@@ -47,6 +49,7 @@ class Contender:
     install: Callable[[Any], None]
     sdpa: SDPBackend | None = None
     delta: int | None = None
+    dense_elsewhere: str = ""
 
     def held(self) -> AbstractContextManager[None]:
         """Holds PyTorch's attention, cross-attention too, to the backend."""
@@ -94,6 +97,11 @@ def bench_model(
     for contender in [*_dense(config, device), *_methods(config, grid, head_dim, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
             on_note(f"{name}, {contender.label}" + ", compiled" * compiled)
+            if contender.dense_elsewhere:
+                on_note(
+                    f"{contender.attention} is timed in every step and layer, but generate uses dense attention in "
+                    f"some by default ({contender.dense_elsewhere})"
+                )
             contender.install(pipe.transformer)
             try:
                 with contender.held():
@@ -150,8 +158,16 @@ def _methods(
             options = {**dataclasses.asdict(config.sla(sparsity or 0.0)), **dict(config.attention_options)}
             own = method.configure(method.config(), method.own(options), grid)
             put = partial(install_method, method=with_delta(method, config.delta), config=own, backend=chosen)
-            found.append(Contender(method.name, label, sparsity, put, delta=config.delta))
+            dense = _dense_elsewhere(config.model, method)
+            found.append(Contender(method.name, label, sparsity, put, None, config.delta, dense))
     return found
+
+
+def _dense_elsewhere(model: str | None, method: Method) -> str:
+    """The steps and layers that `generate` runs dense with a method of its own accord, as a message names them."""
+    policy = recommended_policy(model, method.name)
+    dense = {"dense_steps": policy.dense_steps or method.dense_steps, "dense_layers": policy.dense_layers}
+    return " and ".join(f"{name} {text}" for name, text in dense.items() if text is not None)
 
 
 def _size(config: BenchConfig, defaults: ModelDefaults) -> tuple[int, int, int]:

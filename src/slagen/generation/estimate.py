@@ -121,7 +121,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     cpu = _cpu_need(config, model, tokens, size).keeping(kept.num_bytes)
     if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
         notes.append(lack)
-    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0)
+    notes += [config.policy.note(tokens, part) or ""] * (part.share > 0 and schedule.applies)
     notes += kept.notes(method.name) + recommended_notes(asked, config)
     flops = _flops(model, schedule)
     passes = (config.steps or 0) * (2 if (config.guidance_scale or 0) > 1 else 1)
@@ -217,8 +217,10 @@ def _notes(
                 f"{tuned}, so the video will be poor" if config.allow_untrained else
                 f"{tuned}; slagen generate needs other weights, given with --weights, or --allow-untrained"
             )  # fmt: skip
-    elif schedule.by_step is None:
+    elif schedule.by_step is None and schedule.applies:
         notes += schedule.notes(method.own(config.attention_settings))
+    if method is not None and not schedule.applies:
+        notes.append(f"{schedule.method.nothing_to_skip(schedule.grid.num_tokens)}, so this clip uses dense attention")
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []
     if unknown:
         notes.append(defaults.unknown_words_warning(model.name, unknown))

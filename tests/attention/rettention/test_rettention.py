@@ -21,6 +21,7 @@ from slagen.attention.rettention import reference, windowed
 from slagen.attention.rettention.config import RettentionConfig
 from slagen.attention.rettention.layer import Rettention
 from slagen.benchmark.config import BenchConfig
+from slagen.benchmark.run import bench
 from slagen.cli.main import run as slagen_command
 from slagen.errors import SlagenError, UsageError
 from slagen.generation.config import GenerateConfig
@@ -279,6 +280,21 @@ def test_a_video_and_its_report(tmp_path, capsys):
     share = RettentionConfig(window_fraction=0.2).pairs(Grid(3, 4, 4)) / 48**2
     # Step 0 is dense and remembers nothing, 1 is the first that does, 2 is a second one, 3 is the first between.
     assert attention["density"] == pytest.approx((3 + share) / 4) and attention["dense_steps"] == [0]
+
+
+def test_bench_says_that_it_times_no_dense_steps(tmp_path):
+    """Its loop left them out silently."""
+    size = {"width": 64, "height": 64, "num_frames": 9, "steps": 2, "device": "cpu"}
+    config, notes = (
+        BenchConfig(model=str(save_pipeline(tmp_path / "model")), methods=("mean", "rettention"), **size),
+        [],
+    )
+    mean, timed = bench(config, notes.append).models[1:]
+    assert (mean.attention, timed.attention) == ("mean", "rettention")
+    assert [note for note in notes if "by default" in note] == [
+        "rettention is timed in every step and layer, but generate uses dense attention in some by default "
+        "(dense_steps 30%)"
+    ]
 
 
 @pytest.mark.parametrize(

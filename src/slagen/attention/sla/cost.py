@@ -40,7 +40,8 @@ def sla_attention_flops(
     """FLOPs of sparse-linear attention in one forward pass: block map, critical blocks, linear branch, projection."""
     query_blocks, key_blocks = config.num_blocks(num_tokens)
     dim = shape.head_dim
-    flops = score_flops(config.selector, query_blocks, key_blocks, dim)
+    chooses = sparse or config.linear_domain == "marginal"
+    flops = score_flops(config.selector, query_blocks, key_blocks, dim) if chooses else 0
     if sparse:
         kept = min(num_tokens, config.num_critical(key_blocks) * config.block_n)
         flops += 4 * num_tokens * kept * dim

@@ -91,6 +91,16 @@ def _describe(config: SLAConfig, grid: Grid) -> dict[str, Any]:
     return {**config.to_dict(), **describe_blocks(config, grid.num_tokens)}
 
 
+def _describe_linear(config: SLAConfig, grid: Grid) -> dict[str, Any]:
+    """No block is critical. Over all tokens every one is marginal; otherwise those that are not are left out."""
+    blocks = block_counts(config, grid.num_tokens)
+    count = blocks["key_blocks"]
+    marginal = count if config.linear_domain == "all" else blocks["marginal"]
+    counts = {"critical": 0, "negligible": count - marginal, "marginal": marginal}
+    fractions = {name: number / count for name, number in counts.items()}
+    return {**config.to_dict(), **blocks, **counts, "fractions": fractions}
+
+
 def _applies(config: SLAConfig, grid: Grid) -> bool:
     return config.num_blocks(grid.num_tokens)[1] >= 2
 
@@ -120,9 +130,8 @@ def _method(name: str, summary: str, branches: Branches, projection: ParameterGr
         check=_check,
         parameters=(projection,),
         options=("sla_topk",),
-        describe=_describe,
         applies=_applies,
-        **{"density": _density, "note": _note, "configure": _configure, **others},
+        **{"note": _note, "configure": _configure, "describe": _describe, "density": _density, **others},
     )
 
 
@@ -136,6 +145,6 @@ SPARSE = _method(
 )  # fmt: skip
 LINEAR = _method(
     "linear", "only the linear branch of sla", "linear", ParameterGroup("proj_l", identity=True),
-    family="sla", density=lambda config, grid: 0.0, note=lambda config, options, grid: None, benched=False,
-    configure=_configure_linear,
+    family="sla", note=lambda config, options, grid: None, benched=False, configure=_configure_linear,
+    describe=_describe_linear, density=lambda config, grid: 0.0,
 )  # fmt: skip

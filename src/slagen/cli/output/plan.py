@@ -79,7 +79,7 @@ def _planned_attention(estimate: RunEstimate) -> str:
             f"{settings['attention']}: {min(by_step):.2%} to {max(by_step):.2%} of all query-key pairs attended "
             f"exactly in each step, {estimate.kept_fraction:.2%} on average"
         )
-    if estimate.topk_blocks is None or estimate.key_blocks is None:
+    if not estimate.topk_blocks or estimate.key_blocks is None:
         return f"{settings['attention']}: {estimate.kept_fraction:.2%} of all query-key pairs attended exactly"
     return (
         f"{_kept(settings)} -> top-k {estimate.topk_blocks} of {counted(estimate.key_blocks, 'key block')} "
