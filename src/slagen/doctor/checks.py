@@ -121,7 +121,7 @@ def _kernels_on(device: torch.device) -> Finding:
                 return Finding(
                     name,
                     "problem",
-                    f"the Triton kernels are wrong with the linear domain {domain}: {wrong}",
+                    f"the Triton kernels give wrong results with the linear domain {domain}: {wrong}",
                     "use --backend torch, and report this as a bug",
                 )
             gave_way += before

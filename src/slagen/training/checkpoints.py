@@ -179,8 +179,8 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     expected = {f"{kind}/{name}" for name in trainer.named for kind in ("weights", "average")}
     if expected != {name for name in tensors if not name.startswith("optimizer/")}:
         raise WeightsError(
-            f"{path} is a checkpoint of a different model, or of a training of different parameters. Start again with "
-            "--restart."
+            f"{path} is a checkpoint of a different model, or of a run that trained different parameters. Start again "
+            "with --restart."
         )
     flat: dict[str, dict[str, Any]] = {name: dict(entries) for name, entries in checkpoint.plain.items()}
     for name, tensor in tensors.items():

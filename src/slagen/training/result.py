@@ -167,7 +167,7 @@ def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None
         "model": source.name, "attention": config.attention + about, "trained": config.train, "loss": config.loss,
         "steps": str(result.steps),
         "relative L2 error to the dense teacher": f"{before:.4f} before, {after:.4f} after "
-        f"({1 - after / (before or 1):.0%} lower)",
+        f"({abs(1 - after / (before or 1)):.0%} {'lower' if after <= before else 'higher'})",
         "clips": f"{len(run.data.training)} for training, {len(run.data.held_out)} held out",
         "time": f"{result.seconds / 60:.1f} min",
     }  # fmt: skip

@@ -64,7 +64,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
     found: list[SourceVideo] = []
     for where, video, caption in read_list(file, faults):
         if not isinstance(video, str) or not video.strip():
-            faults.append(f"{where}: the entry names no video")
+            faults.append(f"{where}: the entry has no video")
             continue
         caption = _caption(caption)
         if not caption:
@@ -98,7 +98,7 @@ def _folder(path: Path, videos: list[Path]) -> tuple[list[SourceVideo], list[str
     if not videos:
         raise UsageError(
             f"{path} contains no videos ({', '.join(sorted(SUFFIXES))}) and no list of them ({', '.join(NAMES)}, "
-            "*.jsonl)."
+            "*.jsonl). Give a folder that does."
         )
     faults, found = [], []
     for video in videos:
