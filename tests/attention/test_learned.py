@@ -199,7 +199,7 @@ def test_it_resumes_and_goes_on(tuned, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tune(model, tmp_path / "out", data, **options)
     monkeypatch.setattr(loop, "_log_step", real)
-    with pytest.raises(UsageError, match="stride was 3 and is 4"):
+    with pytest.raises(UsageError, match="stride was 3 and is now 4"):
         tune(model, tmp_path / "out", data, attention_options=(("stride", 4),))
     tune(model, tmp_path / "out", data, **options)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "out").items())

@@ -65,7 +65,7 @@ def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatc
 def test_a_new_option_does_not_stop_a_training_that_was_begun_without_it(monkeypatch, tmp_path):
     monkeypatch.setitem(resume.DEFAULTS, "sparkle", 0)
     resume.compare_settings({"lr": 1.0}, {"lr": 1.0, "sparkle": 0}, tmp_path, but=())
-    with pytest.raises(UsageError, match="sparkle was 0 and is 3"):
+    with pytest.raises(UsageError, match="sparkle was 0 and is now 3"):
         resume.compare_settings({"lr": 1.0}, {"lr": 1.0, "sparkle": 3}, tmp_path, but=())
 
 

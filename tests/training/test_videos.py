@@ -415,7 +415,7 @@ def test_the_split_of_a_hugging_face_folder(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "a.mp4").write_bytes(b"")
         (tmp_path / split / "metadata.csv").write_text(f"file_name,text\na.mp4,{split}\n")
-    with pytest.raises(UsageError, match=r"contains test/metadata.csv and train/metadata.csv. Give the folder of one"):
+    with pytest.raises(UsageError, match=r"such as test/metadata.csv and train/metadata.csv. Give the folder of one"):
         find_videos(tmp_path)
     (tmp_path / "test" / "metadata.csv").unlink()
     assert [item.caption for item in find_videos(tmp_path)[0]] == ["train"]

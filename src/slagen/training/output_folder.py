@@ -32,7 +32,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
             stack.enter_context(locked_folder(folder))
         except Timeout as error:
             raise SlagenError(
-                f"another slagen finetune is writing to {folder}. Wait for it, or give another --output."
+                f"another slagen run is writing to {folder}. Wait for it, or give another --output."
             ) from error
         except OSError as error:
             why = error.strerror or error

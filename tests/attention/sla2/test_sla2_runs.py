@@ -95,7 +95,7 @@ def test_it_resumes_in_either_stage(tuned, tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             tune(model, tmp_path / "out", data, **STAGES, save_every=2)
-    with pytest.raises(UsageError, match="router_steps was 2 and is 3"):
+    with pytest.raises(UsageError, match="router_steps was 2 and is now 3"):
         tune(model, tmp_path / "out", data, **{**STAGES, "router_steps": 3})
     tune(model, tmp_path / "out", data, **STAGES, save_every=2)
     before, after = weights(folder), weights(tmp_path / "out")
