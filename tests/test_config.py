@@ -138,7 +138,7 @@ def test_trained_sizes_are_read_and_the_nearest_is_named():
     assert all(defaults.size_warning("tiny", **size) is None for size in sizes)
     for size, nearest in (((160, 160, 17), "128x128 --num-frames 17"), ((224, 256, 65), "256x256 --num-frames 33")):
         text = defaults.size_warning("tiny", *size)
-        assert text.startswith("tiny was trained at 128x128 with 17 frames, 256x256 with 33 frames only")
+        assert text.startswith("tiny was trained only at 128x128 with 17 frames, 256x256 with 33 frames")
         assert text.endswith(f"Try --size {nearest}")
 
 

@@ -166,8 +166,8 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
         ("generate x --a[ 3", "No such option: --a[. See slagen generate --help."),
         ("batch p.txt --fry 3", "No such option: --fry. See slagen batch --help."),
         ("batch p.txt --lora a",
-         "--lora is an option of other tools that slagen does not have: LoRA weights are not supported yet in "
-         "generation; slagen merge adds the change of a fine-tuned model to another."),
+         "--lora is an option of other tools that slagen does not have: videos cannot be generated with LoRA weights "
+         "yet; slagen merge adds what one model learned in fine-tuning to another model."),
         ("batch p.txt --num-videos 2",
          "slagen batch has no --num-videos. Put --num-videos on a line of the file, or run slagen generate --prompts "
          "FILE --num-videos 2."),

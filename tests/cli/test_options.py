@@ -171,15 +171,16 @@ def test_translation(line, wanted):
 def test_sageattention_is_not_claimed():
     assert translated("--attention_type sagesla") == (
         ["--attention", "sla"],
-        ["sagesla runs sla: SageAttention is not used"],
+        ["sagesla runs as sla attention, without SageAttention"],
     )
     assert translated("--attn_mode sageattn") == (
         ["--attention", "dense"],
-        ["sageattn runs dense: SageAttention is not used"],
+        ["sageattn runs as dense attention, without SageAttention"],
     )
     notes: list[str] = []
     peers.translate(["--attention_backend", "SAGE_ATTN"], {"--attention": True, "--backend": True}, notes.append)
-    assert notes == ["sage_attn runs dense: SageAttention is not used; for it, give --attention dense --backend sage"]
+    said = "sage_attn runs as dense attention, without SageAttention; to use it, give --attention dense --backend sage"
+    assert notes == [said]
 
 
 TRAINER = dict.fromkeys(("--steps", "--lr", "--lora-rank", "--dtype", "--model", "--optimizer", "--batch-size"), True)
@@ -228,17 +229,17 @@ def test_a_group_leaves_what_is_behind_its_command():
     ("line", "words"),
     [
         ("--image a.png", "--image is an option of other tools .* image-to-video is not supported yet"),
-        ("--Offload_Model True", "offloads models automatically"),
-        ("--lora_weight=a", "LoRA weights are not supported"),
+        ("--Offload_Model True", "offloads parts of the model automatically"),
+        ("--lora_weight=a", "videos cannot be generated with LoRA weights"),
         ("--steps 3 --infer_steps 4", "--steps and --infer-steps are the same option"),
         ("--task i2v-14B", "image-to-video is not supported yet"),
         ("--task s2v", "t2v-1.3b or t2v-14b"),
-        ("--video_size 480", "takes two numbers"),
+        ("--video_size 480", "needs two numbers"),
         ("--task vace-1.3B", "task is 'vace-1.3B', but VACE is not supported yet. Try --task t2v-1.3b"),
         ("--task t2i-14B", "images are not supported: slagen generates videos"),
         ("--quantization fp8", "fp8 and int8 weight files"),
-        ("--sdpa", "full attention is --attention dense"),
-        ("--xformers", "xFormers is not used; full attention is --attention dense"),
+        ("--sdpa", "--attention dense is full attention"),
+        ("--xformers", "xFormers is not used; --attention dense is full attention"),
         ("--flash_attn", "--attention dense --backend flash-attn"),
         ("--STA-mode x", "is not supported; slagen methods"),
         ("--vae-tiling", "VAE tiling is not supported"),
@@ -250,10 +251,10 @@ def test_a_group_leaves_what_is_behind_its_command():
         ("--dit-precision bf16", "slagen computes in"),
         ("--vae-precision fp16", "slagen computes in"),
         ("--embedded-cfg-scale 6", "no embedded guidance"),
-        ("--enable_model_cpu_offload", "offloads models automatically"),
+        ("--enable_model_cpu_offload", "offloads parts of the model automatically"),
         ("--enable_cfg true", "if --guidance-scale is above 1"),
         ("--low_noise_checkpoint x", "Wan2.2"),
-        ("--lora a", "LoRA weights are not supported"),
+        ("--lora a", "videos cannot be generated with LoRA weights"),
     ],
 )
 def test_what_is_refused_with_the_reason(line, words):

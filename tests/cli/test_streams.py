@@ -93,7 +93,7 @@ def test_python_without_docstrings(monkeypatch, capsys):
     assert "-OO or PYTHONOPTIMIZE=2" in told and "a bug in slagen" not in told
 
 
-@pytest.mark.parametrize(("scheme", "words"), [("socks5", "pip install socksio"), ("gopher", "see ALL_PROXY")])
+@pytest.mark.parametrize(("scheme", "words"), [("socks5", "pip install socksio"), ("gopher", "check ALL_PROXY")])
 def test_a_proxy_that_cannot_be_used(monkeypatch, capsys, tmp_path, scheme, words):
     """The package was named by httpx alone, in a bug in slagen."""
     from huggingface_hub.utils import close_session

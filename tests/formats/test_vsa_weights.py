@@ -133,7 +133,7 @@ def test_sla_is_refused_and_vsa_named(state, base, tmp_path, capsys):
 def test_dense_runs_it_without_the_gates_and_says_so(state, base, tmp_path):
     path = write(tmp_path / "x.safetensors", FORMS["hub"](state, gates()))
     plan = make_plan(settings(base, path, attention="dense"))
-    assert any("its weights are used with full attention" in note for note in plan.notes)
+    assert any("dense attention uses the transformer weights in" in note for note in plan.notes)
 
 
 def faulty(state, pairs):

@@ -71,7 +71,7 @@ def test_a_notebook_shows_so_many_videos(toy, monkeypatch):
 
 
 def test_warnings_are_pythons(toy):
-    with pytest.warns(UserWarning, match="do not suit Wan2.1.*need guidance_scale=1, all"):
+    with pytest.warns(UserWarning, match="will not work well for Wan2.1.*need guidance_scale=1, and all"):
         slagen.generate("a circle", model=toy, weights=toy / "transformer", guidance_scale=5, **TINY)
 
 

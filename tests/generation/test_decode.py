@@ -52,7 +52,7 @@ def test_a_black_video_is_told_as_generate_tells_it(toy, video, tmp_path, monkey
         "slagen.generation.decode.decode_latents", lambda vae, latents: torch.zeros(9, 128, 128, 3).byte()
     )
     assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 0
-    assert "every pixel of the video of seed 3 has the RGB 0, 0, 0" in capsys.readouterr().err
+    assert "every pixel of the video with seed 3 has the same colour, RGB 0, 0, 0" in capsys.readouterr().err
 
 
 def test_what_takes_less_memory_is_what_decode_has(toy, video, tmp_path, monkeypatch, capsys):
@@ -187,7 +187,7 @@ def test_a_hub_model_that_only_a_file_names_is_not_fetched(video, tmp_path, caps
         path.write_text(json.dumps({**video.report, "settings": {**video.report["settings"], "model": "evil/m"}}))
     assert run([command, str(path), "--local-files-only"]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "was made with the hub model evil/m; give --model evil/m to download it" in told and not fetched
+    assert "was made with the Hugging Face model evil/m. Give --model evil/m to download it" in told and not fetched
     assert run([command, str(path), "--model", "evil/m", "--local-files-only"]) == 1
     monkeypatch.setattr("slagen.wan.models.is_cached", lambda repo_id: True)
     assert run([command, str(path)]) == 1

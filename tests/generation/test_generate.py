@@ -146,7 +146,7 @@ def test_an_interrupt_leaves_no_file(toy, tmp_path):
         ({"output": "/dev/null/out"}, SlagenError, "is not writable"),
         ({"allow_untrained": False}, WeightsError, "--allow-untrained"),
         ({"weights": "/none"}, WeightsError, "does not exist"),
-        ({"model": "nothing"}, UsageError, "not a preset, a folder or a hub id"),
+        ({"model": "nothing"}, UsageError, "not a preset, a folder or a Hugging Face id"),
         ({"device": "tpu"}, UsageError, "Try --device auto"),
         ({"output": "a.mp4", "num_videos": 2}, UsageError, "is one file"),
     ],

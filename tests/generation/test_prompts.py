@@ -59,14 +59,14 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
 @pytest.mark.parametrize(
     ("text", "suffix", "words"),
     [
-        ("", ".txt", "holds no prompt"),
-        ("# only\n  # comments\n", ".txt", "holds no prompt"),
+        ("", ".txt", "contains no prompts"),
+        ("# only\n  # comments\n", ".txt", "contains no prompts"),
         ("a\nb --sed 4", ".txt", r"prompts.txt:2:3: --sed is unknown"),
         ("a --model x", ".txt", r":1:3: --model is the same for all prompts and belongs on the command line"),
         ("a --seed", ".txt", r":1:3: --seed is '', but must be a whole number"),
         ("a --l 3 --g 2", ".txt", ":1:9: --l and --g both set the guidance scale"),
         ("a --g 3 --g 2", ".txt", ":1:9: --g is given twice"),
-        ('{"promt": "b"}', ".jsonl", r":1: promt is unknown; did you mean prompt\? A line takes prompt, size, "),
+        ('{"promt": "b"}', ".jsonl", r":1: promt is unknown; did you mean prompt\? A line can set prompt, size, "),
         ('{"prompt": "b", "model": "x"}', ".jsonl", ":1: model is the same for all prompts"),
         ('{"prompt": "b", "image": "x"}', ".jsonl", ":1: image is an option of other tools"),
         ('{"prompt": "b", "seed": 1, "d": 2}', ".jsonl", "seed and d both set the seed"),
@@ -78,7 +78,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("a", ".docx", "prompts.docx ends in .docx"),
         ('{"prompt": }', ".jsonl", r":1:\d+: it is not valid JSON: expected a value"),
         ("a --seed 1 --d 2", ".txt", r":1:12: --seed and --d both set the seed"),
-        ("--seed 1", ".txt", r":1:1: has no prompt"),
+        ("--seed 1", ".txt", r":1:1: the line has no prompt"),
         ("a --num-frames 80", ".txt", "Try --num-frames 81"),
         ("a --size 10", ".txt", "Try --size 832x480"),
         ("a --id ../x", ".txt", "id is '../x'"),
@@ -104,12 +104,12 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ('{"prompt": "ok"}\n{"prompt": "a circle \\ud83d"}', ".jsonl", ":2: prompt is .* incomplete character"),
         ('{"prompt": "a", "negative_prompt": "\\udc00"}', ".jsonl", "incomplete character"),
         ("- {prompt: a, seed: .inf}\n", ".yaml", "whole number"),
-        ("text,seed\na,1", ".csv", r":1: has no column named prompt"),
-        ("prompt,seed\na", ".csv", r":2: has 1 cells"),
+        ("text,seed\na,1", ".csv", r":1: the table has no column named prompt"),
+        ("prompt,seed\na", ".csv", r":2: the line has 1 cells"),
         ('prompt\n"a', ".csv", "is not valid CSV"),
         ("prompts: [a, b", ".yaml", "not valid YAML|YAML tag"),
-        ("just text", ".yaml", "must be a list"),
-        ("- {prompt: a}\n- 7\n", ".yaml", r":2: is 7"),
+        ("just text", ".yaml", "must contain a list"),
+        ("- {prompt: a}\n- 7\n", ".yaml", r":2: the entry is 7"),
         ("- !!python/object/apply:os.system [ls]", ".yaml", "not valid YAML|YAML tag"),
     ],
 )
@@ -183,7 +183,7 @@ def test_malformed_files_are_refused_or_read(tmp_path, suffix):
     ],
 )
 def test_a_dash_that_a_word_processor_made_is_told(tmp_path, line, column, option):
-    with pytest.raises(UsageError, match=f":2:{column}: .*Write {option};"):
+    with pytest.raises(UsageError, match=f":2:{column}: .*Write {option} for the option"):
         read(tmp_path, f"a dog\n{line}\n")
 
 

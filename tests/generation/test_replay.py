@@ -89,7 +89,7 @@ def test_info_and_foreign_files(video, tmp_path, capsys):
     foreign = tmp_path / "foreign.mp4"
     write_mp4(np.zeros((2, 16, 16, 3), np.uint8), foreign, 8)
     assert read_comment(foreign) == ""
-    with pytest.raises(WeightsError, match="not one that slagen generated"):
+    with pytest.raises(WeightsError, match="slagen did not generate it"):
         describe(foreign)
     with pytest.raises(UsageError, match="neither a video"):
         replay(__file__)
@@ -157,7 +157,7 @@ def test_the_bundled_weights_of_another_installation(monkeypatch, tmp_path):
 
     for known in ({"sla_hash": own}, {}):
         assert _find_weights(place, told(elsewhere, known), "tiny-wan") is None
-    with pytest.raises(UsageError, match="not found. Give them with --weights"):
+    with pytest.raises(UsageError, match="cannot be found. Give them with --weights"):
         _find_weights(place, told(elsewhere, {"sla_hash": "0" * 64}), "tiny-wan")
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     own = told("mine.safetensors", {"sla_hash": hashlib.sha256(b"mine").hexdigest()})

@@ -195,7 +195,7 @@ def test_where_a_text_is_cut_is_told():
     told = describe_cut(tokenizer, "a red circle &amp; a red circle, and a blue one", 8)
     assert told == (
         "has 12 tokens, but the model reads only the first 8: it reads up to 'a red circle & a red circle,' and "
-        "ignores all from 'and a blue one' on"
+        "ignores everything from 'and a blue one' on"
     )
     events = []
     pipe = SimpleNamespace(tokenizer=tokenizer, _execution_device="cpu", encode_prompt=lambda **options: ([None], None))

@@ -146,7 +146,7 @@ def test_sla_weights_go_in_before_others_round_the_base(tmp_path):
     cast.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     doubled(quantised.blocks[1].ffn.net[2])
     for model, words in ((cast, "Parameter of torch.float8_e4m3fn"), (quantised, "net.2.weight is Quantised")):
-        with pytest.raises(UsageError, match=f"cannot be loaded into quantised weights .*{words}.*Do it before"):
+        with pytest.raises(UsageError, match=f"cannot be loaded into quantised weights .*{words}.*Load them before"):
             load_sla(model, file)
 
 

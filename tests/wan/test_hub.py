@@ -158,7 +158,7 @@ def test_a_replaced_transformer_is_not_fetched(hub, tmp_path):
 
 def test_sla_weights_are_fetched_alone(hub, tmp_path):
     code, out = fetch(hub.url, tmp_path, "sla", REPO)
-    assert code == 5 and f"{REPO} holds no sla.safetensors" in out
+    assert code == 5 and f"{REPO} does not contain sla.safetensors" in out
     hub.files["sla.safetensors"] = b"weights"
     code, out = fetch(hub.url, tmp_path / "again", "sla", REPO)
     path = Path(out.splitlines()[-1])

@@ -180,7 +180,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     whole = file.read_text()
     file.write_text(whole.replace('"circle": 5', '"circle": 5, "square": 6'))
     try:
-        with pytest.raises(WeightsError, match="has 7 tokens, but the text encoder 6"):
+        with pytest.raises(WeightsError, match="has 7 tokens, but the text encoder has only 6"):
             load(folder)
     finally:
         file.write_text(whole)
@@ -218,7 +218,7 @@ def test_a_black_video_is_told(monkeypatch):
     told = []
     session.sample(SimpleNamespace(config=GenerateConfig("a red circle", seed=7)), {}, {}, told.append)
     assert [event.text for event in told if event.kind == "warning"] == [
-        "every pixel of the video of seed 7 has the RGB 0, 0, 0"
+        "every pixel of the video with seed 7 has the same colour, RGB 0, 0, 0"
     ]
 
 

@@ -88,7 +88,7 @@ class BenchConfig:
         panel=WHAT, name="length",
     )  # fmt: skip
     model: str | None = option(
-        None, "Time this model's denoising loop: a preset, folder or hub id.", panel=WHAT, short="-m"
+        None, "Time this model's denoising loop: a preset, folder or Hugging Face id.", panel=WHAT, short="-m"
     )
     random_init: RandomInit | None = option(
         None, "Time the denoising loop of a Wan model with random weights: wan-1.3b or wan-14b.", panel=WHAT

@@ -67,18 +67,19 @@ VALUES = {
 _IMAGE = "image-to-video is not supported yet"
 _VIDEO = "video-to-video and control videos are not supported yet"
 _LORA = (
-    "LoRA weights are not supported yet in generation; slagen merge adds the change of a fine-tuned model to another"
+    "videos cannot be generated with LoRA weights yet; slagen merge adds what one model learned in fine-tuning to "
+    "another model"
 )
-_MEMORY = "slagen offloads models automatically when they do not fit on the GPU together"
+_MEMORY = "slagen offloads parts of the model automatically when they do not all fit on the GPU"
 _GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
 _FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files can be given with --weights"
 _REWRITE = "slagen does not rewrite prompts; give the full prompt"
 _TEXT = "the text encoder is loaded from the model's folder, given with --model"
 _LAYER = "skip-layer guidance is not supported"
 _CACHE = "step caching is not supported; every step is computed"
-_CFG = "the guidance scale is the same in every step: --guidance-scale"
+_CFG = "the guidance scale is the same in every step; set it with --guidance-scale"
 _TWO = f"Wan2.2 with its two transformers is not supported, and {_CFG}"
-_DENSE_IS = "full attention is --attention dense, with PyTorch's scaled_dot_product_attention"
+_DENSE_IS = "--attention dense is full attention, and uses PyTorch's scaled_dot_product_attention"
 _TILES = "VAE tiling is not supported; the VAE decodes one latent frame at a time"
 _ONLY = "slagen generates videos from text only"
 # Their options that slagen has not, and why, in one line.
@@ -110,15 +111,15 @@ REFUSED = {
     **dict.fromkeys(("sdpa", "torch-sdpa"), _DENSE_IS),
     **dict.fromkeys(
         ("flash-attn", "flash-attn2", "flash-attn3", "flash", "flash2", "flash3"),
-        "FlashAttention is --attention dense --backend flash-attn"),
-    **dict.fromkeys(("sage-attn", "sageattn"), "SageAttention is --attention dense --backend sage"),
+        "to use FlashAttention, give --attention dense --backend flash-attn"),
+    **dict.fromkeys(("sage-attn", "sageattn"), "to use SageAttention, give --attention dense --backend sage"),
     **dict.fromkeys(
         ("vae-tiling", "enable-vae-tiling", "vae-slicing", "enable-vae-slicing", "vae-chunk-size",
          "vae-spatial-tile-sample-min-size", "vae-sp"), _TILES),
     **dict.fromkeys(
         ("embedded-cfg-scale", "embedded-guidance-scale"), f"Wan's models have no embedded guidance; {_CFG}"),
     **dict.fromkeys(("enable-cfg", "use-cfg"), "guidance is used if --guidance-scale is above 1"),
-    "quant-linear": "a quantised file, such as -quant.pth, is recognised automatically",
+    "quant-linear": "quantised files, such as those ending in -quant.pth, are recognised automatically",
     "default-norm": "the model's original normalization layers are always used",
     **dict.fromkeys(
         ("use-prompt-extend", "prompt-extend-method", "prompt-extend-model", "prompt-extend-target-lang",
@@ -132,17 +133,17 @@ REFUSED = {
          "low-noise-checkpoint", "high-noise-checkpoint"), _TWO),
     "model-type": "the type of a model is read from its files; choose the model with --model",
     **dict.fromkeys(("workload-type", "mode", "inference-mode", "model-cls", "pipeline-config"), _ONLY),
-    **dict.fromkeys(("config-json", "config"), "settings are given as options, or with a prompt file (--prompts)"),
+    **dict.fromkeys(("config-json", "config"), "give settings as options, or in a prompt file (--prompts)"),
     **dict.fromkeys(
         ("enable-torch-compile", "torch-compile-kwargs", "compile", "compile-args"),
         "videos are generated without torch.compile; slagen bench --compile measures how much faster it would be"),
-    "vsa-sparsity": "VSA is --attention vsa, and its sparsity is --sparsity",
+    "vsa-sparsity": "to use VSA, give --attention vsa, and set its sparsity with --sparsity",
     "sta-mode": "sliding tile attention (STA) is not supported; slagen methods lists the attention methods",
     "output-type": "the output is an MP4; --save-latents writes the final latents too",
     "interactive": "there is no interactive mode; slagen batch - reads prompts from stdin",
     "latent-path": "slagen decode FILE turns saved latents into a video",
-    "no-metadata": "a video's metadata always record its settings",
-    "trim-tail-frames": "frames are not trimmed; for a shorter video give --num-frames",
+    "no-metadata": "the settings are always stored in the video's metadata",
+    "trim-tail-frames": "frames are not trimmed; for a shorter video, lower --num-frames",
     "trust-remote-code": "slagen never runs code from a model's repository",
 }  # fmt: skip
 
@@ -174,7 +175,7 @@ TRAINER_REFUSED = {
     **dict.fromkeys(("blocks-to-swap", "cpu-offload", "enable-model-cpu-offload", "offload-model"), _TRAINING_MEMORY),
     **dict.fromkeys(("sdpa", "torch-sdpa", "xformers", "flash-attn", "flash-attn2", "flash-attn3", "flash3"),
                     "--attention and --backend select how attention is computed"),
-    "report-to": "--tensorboard writes event files",
+    "report-to": "--tensorboard writes event files for TensorBoard",
 }  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def why_not(name: str, *, is_training: bool = False) -> str | None:
     """What to say of another tool's option that slagen does not have; None for any other option."""
     plain = name.replace("_", "-").lower()
     if plain in SET_IN_TRAINING:
-        return f"--{plain} is set in training: slagen finetune --{plain}."
+        return f"--{plain} is only for training, with slagen finetune --{plain}."
     reason = (TRAINER_REFUSED.get(plain) if is_training else None) or REFUSED.get(plain)
     return None if reason is None else f"--{cut(name)} is an option of other tools that slagen does not have: {reason}."
 
@@ -252,7 +253,10 @@ def translate(
 def _height_first(name: str, values: list[str]) -> list[str]:
     """The arguments behind an option with height and width, with our options for these."""
     if len(values) < 2 or not (values[0].isdecimal() and values[1].isdecimal()):
-        raise UsageError(f"--{cut(name)} takes two numbers, height and width. Or give --size 832x480, width first.")
+        raise UsageError(
+            f"--{cut(name)} needs two numbers: first the height, then the width. Or give both "
+            "as --size 832x480, width first."
+        )
     return ["--height", values[0], "--width", values[1], *values[2:]]
 
 
@@ -269,7 +273,7 @@ def _of_task(value: str) -> str | None:
     ):
         if small.startswith(start):
             raise UsageError(f"task is {quote(value)}, but {reason}. Try --task {next(iter(TASKS))}.")
-    raise UsageError(f"task is {quote(value)}, but must be {' or '.join(TASKS)}. Or give --model.")
+    raise UsageError(f"task is {quote(value)}, but must be {' or '.join(TASKS)}. Or choose a model with --model.")
 
 
 def _in_our_words(theirs: str, value: str, note: Callable[[str], None], has_sage: bool) -> str:
@@ -281,6 +285,6 @@ def _in_our_words(theirs: str, value: str, note: Callable[[str], None], has_sage
         return value
     ours = VALUES[theirs].get(small, small)
     if "sage" in small and ours != small:
-        advice = "; for it, give --attention dense --backend sage" if has_sage and ours == "dense" else ""
-        note(f"{small} runs {ours}: SageAttention is not used{advice}")
+        advice = "; to use it, give --attention dense --backend sage" if has_sage and ours == "dense" else ""
+        note(f"{small} runs as {ours} attention, without SageAttention{advice}")
     return ours

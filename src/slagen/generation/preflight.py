@@ -49,7 +49,9 @@ def check_output(config: GenerateConfig) -> None:
         return
     output = user_path(config.output)
     if config.num_videos > 1:
-        raise UsageError(f"{output} is one file, but --num-videos is {config.num_videos}. Give a folder with --output.")
+        raise UsageError(
+            f"{output} is a single file, but --num-videos is {config.num_videos}. Give a folder with --output."
+        )
     check_free(output, config)
 
 

@@ -76,7 +76,7 @@ def read_prompts(source: str) -> list[Request]:
     ids: dict[str, str] = {}
     for line, entry in PARSERS[suffix](name, text):
         if len(requests) == MAX_PROMPTS:
-            raise UsageError(f"{name} holds more than {MAX_PROMPTS:,} prompts. Split it into several files.")
+            raise UsageError(f"{name} contains more than {MAX_PROMPTS:,} prompts. Split it into several files.")
         if len(faults) == MAX_FAULTS:
             break
         where = f"{name}:{line}"
@@ -96,7 +96,7 @@ def read_prompts(source: str) -> list[Request]:
         more = [f"... and {len(faults) - 10} more faults"] if len(faults) > 10 else []
         raise UsageError(*faults[:10], *more)
     if not requests:
-        raise UsageError(f"{name} holds no prompt. Write one on each line.")
+        raise UsageError(f"{name} contains no prompts. Write one on each line.")
     return requests
 
 
@@ -156,7 +156,8 @@ def check_dashes(line: str) -> None:
         if dash == "--" or not known or (len(name) == 1 and not re.match(r"\s*[=:]?\s*\d", line[match.end() :])):
             continue
         raise _Fault(
-            f"{dash}{name} does not begin with two hyphens. Write --{name}; in text, put a space after the dash",
+            f"{dash}{name} does not begin with two hyphens. Write --{name} for the option, or put a space after the "
+            "dash if it is a part of the prompt",
             match.start() + 1,
         )
 
@@ -200,7 +201,7 @@ def _option(name: str, column: int | None = None) -> str:
     known = list(TYPES) if column else ["prompt", *TYPES]
     near = [f"; did you mean {_spelt(n, column)}?" for n in difflib.get_close_matches(plain, known, n=1, cutoff=0.75)]
     lead = f"{near[0]} A" if near else "; a"
-    raise _Fault(f"{typed} is unknown{lead} line takes {', '.join(_spelt(n, column) for n in known)}", column)
+    raise _Fault(f"{typed} is unknown{lead} line can set {', '.join(_spelt(n, column) for n in known)}", column)
 
 
 def _spelt(option: str, column: int | None) -> str:
@@ -241,7 +242,7 @@ def _convert(option: str, value: Any, column: int | None = None) -> Any:
 def _readable(name: str, text: str) -> str:
     """The text itself; half of a pair that JSON can write is no character. Raises _Fault."""
     if any("\ud800" <= char <= "\udfff" for char in text):
-        raise _Fault(f"{name} is {shown(text)}, which holds an incomplete character (a lone surrogate)")
+        raise _Fault(f"{name} is {shown(text)}, which contains an incomplete character (a lone surrogate)")
     return text
 
 
@@ -250,7 +251,7 @@ def _mapping(content: Any) -> Entry:
     if isinstance(content, str):
         content = {"prompt": content}
     if not isinstance(content, dict):
-        return _Fault(f"is {shown(content)}, but must be an object with a prompt")
+        return _Fault(f"the entry is {shown(content)}, but must be an object with a prompt")
     entry: dict[str, Any] = {}
     spelt: dict[str, str] = {}
     try:
@@ -290,22 +291,25 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
             if header is None:
                 header = [plain_name(cell) for cell in without_empty_end(row)]
                 if "prompt" not in header:
-                    yield rows.line_num, _Fault("has no column named prompt")
+                    yield rows.line_num, _Fault("the table has no column named prompt")
                     return
                 if len(set(header)) < len(header):
-                    yield rows.line_num, _Fault("has two columns of the same name")
+                    yield rows.line_num, _Fault("the table has two columns of the same name")
                     return
                 continue
             row = without_empty_end(row, len(header))
             if len(row) != len(header):
-                yield rows.line_num, _Fault(f"has {len(row)} cells, but the first line names {len(header)}")
+                yield (
+                    rows.line_num,
+                    _Fault(f"the line has {len(row)} cells, but the first line has {len(header)} column names"),
+                )
                 continue
             yield (
                 rows.line_num,
                 _mapping({k: v.strip() for k, v in zip(header, row, strict=True) if v.strip() or k == "prompt"}),
             )
     except csv.Error as error:
-        yield rows.line_num, _Fault(f"is not valid CSV: {error}")
+        yield rows.line_num, _Fault(f"the file is not valid CSV: {error}")
 
 
 def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
@@ -319,7 +323,7 @@ def _yaml(name: str, text: str) -> Iterator[tuple[int, Entry]]:
     if content is None:
         return
     if not isinstance(content, Entries):
-        yield 1, _Fault("must be a list of prompts")
+        yield 1, _Fault("the file must contain a list of prompts")
         return
     for line, value in zip(content.lines, content, strict=True):
         yield line, _mapping(value)
@@ -335,10 +339,10 @@ def _request(entry: dict[str, Any], where: str) -> Request:
     """Check a line by making the config that it would run with, model apart."""
     prompt = entry.pop("prompt", "")
     if not prompt:
-        raise _Fault("has no prompt", 1)
+        raise _Fault("the line has no prompt", 1)
     name = entry.pop("id", "")
     if name and not re.fullmatch(r"[\w][\w.-]{0,79}", name):
-        raise _Fault(f"id is {shown(name)}, but must be letters, digits, dots, dashes and underscores, at most 80")
+        raise _Fault(f"id is {shown(name)}, but must be at most 80 letters, digits, dots, dashes and underscores")
     try:
         fields = with_complements(GenerateConfig, {name.replace("-", "_"): value for name, value in entry.items()})
         size = clip_size(**{key: fields.pop(key) for key in SIZES if key in fields})

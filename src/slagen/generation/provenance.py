@@ -75,7 +75,7 @@ def describe(path: Path) -> Made | None:
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise WeightsError(
-            f"{path} {kind_of_path(path)}. Give a video, its .json report, or weights, in a regular file or folder."
+            f"{path} {kind_of_path(path)}. Give a regular file or a folder: a video, its .json report, or weights."
         )
     if is_mp4(path):
         return read_video(path)
@@ -102,7 +102,7 @@ def read_made(path: Path) -> Made:
 
 def read_video(path: Path) -> Made:
     """What a video's metadata say. Raises WeightsError unless slagen made it."""
-    foreign = f"{path} is a video, but not one that slagen generated, or its metadata is lost"
+    foreign = f"{path} is a video, but slagen did not generate it, or its metadata is lost"
     text = read_comment(path)
     if not text:
         raise WeightsError(f"{foreign}.")
@@ -125,7 +125,7 @@ def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]
     width, _, height = made.get("size", "").partition("x")
     frames, fps, hashed = made.get("num_frames"), made.get("fps"), hashes.get("frames")
     if not (width and frames and fps and hashed) or hashes["latents"] != result.get("latents_hash"):
-        raise WeightsError(f"{path} lacks some of the metadata, or belongs to another job.")
+        raise WeightsError(f"{path} lacks some of its metadata, or belongs to another job.")
     return RestoredReport(
         created=datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         video=VideoFile(path.name, frames, int(width), int(height), fps, frames / fps, hashed, result["sha256"]),

@@ -90,7 +90,8 @@ def replay(
     settings = dict(recorded.settings)
     if settings.get("prompt") is None and "prompt_sha256" in settings:
         raise UsageError(
-            f"{path} holds only a hash of its prompt, which is too long for the metadata. Give its .json report."
+            f"{path} contains only a hash of its prompt, because the prompt is too long for the metadata. Give its "
+            ".json report instead."
         )
     try:
         settings["model"] = model or _find(path, "model", settings["model"])
@@ -132,7 +133,7 @@ def _find(path: Path, option: str, name: str | None) -> str | None:
     if option == "model" and is_hub_id(name):
         check_recorded_model(path, name)
         return name
-    raise UsageError(f"{path} was made with the {option} {name}, which is not found. Give it with --{option}.")
+    raise UsageError(f"{path} was made with the {option} {name}, which cannot be found. Give it with --{option}.")
 
 
 def _checked(weights: str, recorded: Made) -> str:
@@ -140,7 +141,8 @@ def _checked(weights: str, recorded: Made) -> str:
     path, expected = user_path(weights), recorded.hashes.get("SLA weights")
     if expected is not None and path.is_file() and file_hash(path) != expected:
         raise WeightsError(
-            f"{path} is not the file that generated this video, whose SHA-256 is {expected}. Give that file."
+            f"{path} is not the weights file that this video was made with. Give the file that has "
+            f"the SHA-256 {expected}."
         )
     return weights
 
@@ -163,7 +165,9 @@ def _find_weights(path: Path, recorded: Made, model: str) -> str | None:
     if own is not None and (file_hash(own) == expected if expected else own.name == Path(name).name):
         return None
     wanted = f" (SHA-256 {expected[:16]}...)" if expected else ""
-    raise UsageError(f"{path} was made with the weights {name}{wanted}, which are not found. Give them with --weights.")
+    raise UsageError(
+        f"{path} was made with the weights {name}{wanted}, which cannot be found. Give them with --weights."
+    )
 
 
 def _own_weights(model: str) -> Path | None:

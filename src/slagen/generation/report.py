@@ -124,7 +124,7 @@ def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> O
         spans=spans,
         span_cost_ms=span_cost_ms if spans else 0.0,
         overhead_share=spans * span_cost_ms / latency if latency else 0.0,
-        attention_means="block map, both branches and proj_l; not the q, k, v and output layers around them",
+        attention_means="the block map, both branches and proj_l, without the q, k, v and output projections",
     )
 
 

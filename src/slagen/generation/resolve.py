@@ -30,6 +30,7 @@ from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes
 from slagen.io.paths import user_path
+from slagen.io.text import counted
 from slagen.settings import changed
 from slagen.wan.folder import ModelSource, bundled_folder
 from slagen.wan.models import resolve_model
@@ -205,7 +206,7 @@ def find_weights(
     trained_with, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
     method = registry.get(config.attention)
     if method.family == "dense" and source.weights is not None:
-        notes.append(f"{source.weights.name} holds the only transformer, so its weights are used with full attention")
+        notes.append(f"dense attention uses the transformer weights in {source.weights.name}")
     elif found is not None and found.trained_with is not None and not suits(method, found.method):
         notes.append(f"{method.name} attention does not use the {label(found.method)} weights in {config.weights}")
     bundled = sla_path == bundled_folder() / SLA_FILE  # of that older kind: a new file would begin every batch anew
@@ -277,14 +278,14 @@ def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
         return None
     if weights.few_steps and (steps > 10 or guidance > 1):
         return (
-            f"{file.name} has {weights.few_steps!r} in its name or metadata: weights distilled to few steps need "
-            f"about 4 steps without guidance, not {steps} with guidance {guidance:g}. Try --steps 4 --guidance-scale 1 "
-            "--sampler euler"
+            f"{file.name} has {weights.few_steps!r} in its name or metadata, so it seems to be distilled to few steps. "
+            f"Such weights need about 4 steps without guidance, not {counted(steps, 'step')} with a guidance scale of "
+            f"{guidance:g}. Try --steps 4 --guidance-scale 1 --sampler euler"
         )
     if not weights.few_steps and steps <= 8 and guidance > 1:
         return (
-            f"{steps} steps with guidance {guidance:g} do not suit Wan2.1: weights distilled to few steps need "
-            "--guidance-scale 1, all others 20 steps or more"
+            f"{counted(steps, 'step')} with a guidance scale of {guidance:g} will not work well for Wan2.1. Weights "
+            "distilled to few steps need --guidance-scale 1, and all others need 20 steps or more"
         )
     return None
 

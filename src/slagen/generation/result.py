@@ -57,7 +57,7 @@ class Video:
         if self.path is not None and self.path.is_file():
             return self.path.read_bytes()
         if self.frames is None:
-            raise FileNotFoundError(f"{self.path} no longer exists, and its frames were not kept")
+            raise FileNotFoundError(f"{self.path} no longer exists, and its frames were not kept in memory")
         with scratch() as folder:
             encode_mp4(self.frames, folder / "video.mp4", self.record.video.fps)
             return (folder / "video.mp4").read_bytes()

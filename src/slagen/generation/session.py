@@ -72,7 +72,7 @@ class Session:
     def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
         self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
-            self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="those of the pipeline")
+            self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="the pipeline's own")
             return
         weights, vae = plan.weights, plan.config.vae
         _check_kernels(plan)
@@ -135,7 +135,7 @@ class Session:
         latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step)
         if not torch.isfinite(latents).all():
             raise SlagenError(
-                f"the latents of seed {c.seed} contain NaN or Inf, so no video was written. "
+                f"the latents for seed {c.seed} contain NaN or Inf, so no video was written. "
                 "Try --dtype fp32, or --backend reference to check whether a kernel is the cause."
             )
         return latents, recorder
@@ -187,7 +187,7 @@ def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event]
     """Warn if frames (F, H, W, 3) uint8 all have one colour."""
     if (frames == frames[0, 0, 0]).all():
         colour = ", ".join(map(str, frames[0, 0, 0]))
-        on_event(Event("warning", f"every pixel of the video of seed {seed} has the RGB {colour}"))
+        on_event(Event("warning", f"every pixel of the video with seed {seed} has the same colour, RGB {colour}"))
 
 
 def texts_of(plan: Plan) -> list[str]:

@@ -35,7 +35,10 @@ def clip_size(
     if text is None:
         return width, height
     if name == "resolution":
-        raise UsageError(f"resolution is {quote(text)}, but must be 480p or 720p. For any other, give --size 832x480.")
+        raise UsageError(
+            f"resolution is {quote(text)}, but must be 480p or 720p. For other sizes, use --size, "
+            "such as --size 832x480."
+        )
     match = re.fullmatch(r"\s*(\d{1,5})\s*[xX*×]\s*(\d{1,5})\s*", text)
     if match is None:
         raise UsageError(
@@ -68,7 +71,7 @@ def _of_ratio(tier: str, ratio: str) -> tuple[int, int]:
     plain = re.sub(r"[\s,x*/]+", ":", ratio.strip().lower())
     if plain not in RESOLUTIONS[tier]:
         raise UsageError(
-            f"aspect ratio is {quote(ratio)}, but must be one of {', '.join(RESOLUTIONS[tier])}. For any other, give "
-            "--size 832x480."
+            f"aspect ratio is {quote(ratio)}, but must be one of {', '.join(RESOLUTIONS[tier])}. For other sizes, use "
+            "--size, such as --size 832x480."
         )
     return RESOLUTIONS[tier][plain]

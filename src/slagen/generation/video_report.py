@@ -272,7 +272,7 @@ class RestoredReport:
         video["frames_hash"] = video.pop("frames_hash")  # the last one here
         return {
             "schema_version": SCHEMA_VERSION, "created": self.created,
-            "restored": "from the video's metadata, which hold no times", **vars(self), "video": video,
+            "restored": "from the video's metadata, which contains no times", **vars(self), "video": video,
         }  # fmt: skip
 
 

@@ -83,7 +83,8 @@ def describe_base(base: str) -> ModelSource:
     path = user_path(base)
     if not path.exists():
         raise UsageError(
-            f"--model is {quote_path(base)}, but convert needs a folder on this machine. Give one, or leave it out."
+            f"--model is {quote_path(base)}, but slagen convert needs a model folder on this machine. Give one, or "
+            "leave --model out."
         )
     return describe_folder(path, path.resolve().name)
 
@@ -92,14 +93,12 @@ def _check_free(target: Path, overwrite: bool, read: list[Path]) -> None:
     """Raise UsageError where a folder may not be written: what is replaced is a model, and nothing that is read."""
     content = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if (content and not overwrite) or (os.path.lexists(target) and not target.is_dir()):
-        raise UsageError(f"{target} exists. Choose another output, or replace a folder with --overwrite.")
+        raise UsageError(f"{target} exists. Choose another output, or replace a model folder with --overwrite.")
     if content and not content & MODEL_FILES:
         raise UsageError(f"{target} is not a model folder, so slagen does not overwrite it. Choose another output.")
     for path in read:
         if path.resolve().is_relative_to(target.resolve()):
-            raise UsageError(
-                f"{path} is an input, but lies in {target}, which would be replaced. Choose another output."
-            )
+            raise UsageError(f"{target} would be replaced, but the input {path} is in it. Choose another output.")
 
 
 def _convert_vae(path: Path, part: Path, folder: ModelSource | None) -> None:
@@ -120,7 +119,7 @@ def _convert_transformer(
     checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
     if not isinstance(checkpoint, Checkpoint):
         raise UsageError(
-            f"{path} holds only attention weights. Use it with its model: slagen generate --model MODEL "
+            f"{path} contains only attention weights. Use it with its model: slagen generate --model MODEL "
             f"--weights {path}."
         )
     for note in found.notes:
@@ -129,8 +128,8 @@ def _convert_transformer(
     model = build_transformer(checkpoint, config, dtype)
     layers = len({name.split(".")[1] for name in checkpoint.projections})
     on_note(
-        f"converted {counted(len(checkpoint.tensors), 'tensor')} from the {checkpoint.layout} format, and "
-        f"{label(found.method)} in {counted(layers, 'layer')}"
+        f"converted {counted(len(checkpoint.tensors), 'tensor')} from the {checkpoint.layout} format, with "
+        f"{label(found.method)} weights in {counted(layers, 'layer')}"
     )
     model.save_pretrained(target / "transformer", max_shard_size=MAX_SHARD)
     distilled = found.sampler == "rcm"
@@ -201,7 +200,7 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
     if not width or width % head_dim:
         raise WeightsError(
             f"{checkpoint.path} has layers of width {width}, which is not a multiple of the head dimension "
-            f"{head_dim}. Give the pipeline that it belongs to with --model."
+            f"{head_dim}. With --model, give the pipeline that it belongs to."
         )
     shape = ModelShape(checkpoint.num_layers, width // head_dim, head_dim, ffn_dim, 512)
     return {**wan_config(shape), **sizes}

@@ -56,11 +56,13 @@ class TrainingDefaults:
     def from_dict(cls, fields: object) -> "TrainingDefaults":
         """Build from JSON. Raises UsageError for an unknown name or a value that is no number of its type."""
         if not isinstance(fields, dict):
-            raise UsageError(f"training is {shown(fields)}. Give an object.")
+            raise UsageError(f"training is {shown(fields)}, but must be an object.")
         for name, value in fields.items():
             field = cls.__dataclass_fields__.get(name)
             if field is None:
-                raise UsageError(f"training.{shown(name)[1:-1]} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+                raise UsageError(
+                    f"training.{shown(name)[1:-1]} is unknown. Use one of {', '.join(cls.__dataclass_fields__)}."
+                )
             whole = isinstance(field.default, int)
             least = {"log_sigma_mean": -MAX_STRENGTH, "steps": 1, "batch_size": 1, "micro_batch": 1}.get(name, 0)
             is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
@@ -89,8 +91,8 @@ class ClipSize:
         good = isinstance(fields, dict) and set(fields) == set(names)
         if not good or not all(type(x) is int and 0 < x <= MAX_OF_A_CLIP[name] for name, x in fields.items()):
             raise UsageError(
-                f"trained_sizes contains {str(fields):.200}. Give objects with {', '.join(names)}, each a whole number "
-                "above 0."
+                f"trained_sizes contains {str(fields):.200}, but must contain objects with {', '.join(names)}, each a "
+                "whole number above 0."
             )
         return cls(**fields)
 
@@ -144,12 +146,14 @@ class ModelDefaults:
         sizes = fields.get("trained_sizes")
         if sizes is not None:
             if not isinstance(sizes, list) or not sizes:
-                raise UsageError(f"trained_sizes is {shown(sizes)}. Give a list of objects, or leave it out.")
+                raise UsageError(
+                    f"trained_sizes is {shown(sizes)}, but must be a list of objects. Give one, or leave it out."
+                )
             fields["trained_sizes"] = tuple(ClipSize.from_dict(size) for size in sizes)
         for name, value in fields.items():
             field = cls.__dataclass_fields__.get(name)
             if field is None:
-                raise UsageError(f"{shown(name)[1:-1]} is unknown. Use {', '.join(cls.__dataclass_fields__)}.")
+                raise UsageError(f"{shown(name)[1:-1]} is unknown. Use one of {', '.join(cls.__dataclass_fields__)}.")
             if name in ("training", "trained_sizes"):
                 continue
             if name == "vocabulary":
@@ -179,8 +183,8 @@ class ModelDefaults:
     def unknown_words_warning(self, name: str, words: list[str]) -> str:
         """The warning for words of a prompt that the model `name` was not trained on."""
         return (
-            f"{name} was not trained on {', '.join(map(repr, words))}, and must guess; try a prompt like "
-            f'"{self.example_prompt}"'
+            f"{name} was not trained on {', '.join(map(repr, words))}, so the video may not match the prompt; try a "
+            f'prompt like "{self.example_prompt}"'
         )
 
     def size_warning(self, name: str, width: int, height: int, num_frames: int) -> str | None:
@@ -193,6 +197,7 @@ class ModelDefaults:
             return None
         nearest = min(self.trained_sizes, key=size.distance)
         return (
-            f"{name} was trained at {', '.join(map(str, self.trained_sizes))} only, and gives poor videos at other "
-            f"sizes; this clip is {size}. Try --size {nearest.width}x{nearest.height} --num-frames {nearest.num_frames}"
+            f"{name} was trained only at {', '.join(map(str, self.trained_sizes))}, and gives poor videos at other "
+            f"sizes. This video is {size}. Try --size {nearest.width}x{nearest.height} "
+            f"--num-frames {nearest.num_frames}"
         )

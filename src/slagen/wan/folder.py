@@ -78,13 +78,15 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
         )
     if not (folder / "model_index.json").is_file() and list(folder.glob("models_t5*.pth")):
         raise WeightsError(
-            f"{folder} is Wan2.1 in its original layout, whose T5 text encoder diffusers does not read. Give "
-            f"--model wan2.1-t2v-1.3b (or -14b), and the transformer in this folder with --weights."
+            f"{folder} contains Wan2.1 in its original layout, and diffusers cannot read its T5 text encoder. Use "
+            "--model wan2.1-t2v-1.3b (or -14b), and give the transformer file from this folder with --weights."
         )
     index = read_json(folder / "model_index.json", folder)
     kind = index["_class_name"]
     if kind != "WanPipeline":
-        raise WeightsError(f"{folder} holds a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder.")
+        raise WeightsError(
+            f"{folder} contains a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder."
+        )
     if index.get("expand_timesteps"):
         raise WeightsError(f"{folder} is Wan2.2 TI2V-5B, which uses a different VAE. slagen runs Wan2.1 text-to-video.")
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:

@@ -20,9 +20,12 @@ def refuse_offloaded(transformer: nn.Module, todo: str) -> None:
     for module in transformer.modules():
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and registry.get_hook("group_offloading") is not None:
-            library, advice = "diffusers", "Do it before you enable offloading."
+            library, advice = "diffusers", "Do this before you enable offloading."
         elif hasattr(module, "_hf_hook") and any(x.is_meta for x in module.parameters(recurse=False)):
-            library, advice = "accelerate", "Call pipe.remove_all_hooks() before, and offload again afterwards."
+            library, advice = (
+                "accelerate",
+                "Call pipe.remove_all_hooks() first, and enable offloading again afterwards.",
+            )
         else:
             continue
         raise UsageError(f"SLA cannot be {todo} while {library} offloads the transformer's layers. {advice}")
@@ -44,8 +47,8 @@ def refuse_adapters(pipe: Any, todo: str) -> None:
         state = f"fused ({', '.join(fused)})" if fused else f"loaded ({', '.join(loaded)})"
         steps = "pipe.unfuse_lora() and pipe.unload_lora_weights()" if fused else "pipe.unload_lora_weights()"
         raise UsageError(
-            f"SLA weights cannot be {todo} while a LoRA is {state}: it changes the weights they belong to. "
-            f"Call {steps} first, and load the LoRA again afterwards."
+            f"SLA weights cannot be {todo} while a LoRA is {state}, because it changes the weights that they "
+            f"belong to. Call {steps} first, and load the LoRA again afterwards."
         )
 
 
@@ -60,7 +63,7 @@ def refuse_rounded(transformer: nn.Module, todo: str) -> None:
     for name, x in transformer.named_parameters():
         if type(x) is not nn.Parameter or not x.is_floating_point() or x.element_size() < 2:
             raise UsageError(
-                f"SLA weights cannot be {todo} into quantised weights ({name} is {type(x).__name__} of {x.dtype}): "
-                "they are checked against the exact weights that they were trained from. Do it before you quantise "
-                "or cast them."
+                f"SLA weights cannot be {todo} into quantised weights ({name} is {type(x).__name__} of {x.dtype}), "
+                "because they are checked against the exact weights that they were trained from. Load them before you "
+                "quantise or cast the model."
             )

@@ -76,8 +76,8 @@ def fetch_weights(repo_id: str, *, local_files_only: bool, on_note: OnNote) -> P
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
         raise EnvironmentProblem(
-            f"{repo_id} should hold one transformer file, but has {found}. Download the right one and give it with "
-            "--weights."
+            f"{repo_id} should contain one transformer file, but contains {found}. Download the right one and give "
+            "it with --weights."
         )
     return files[0]
 
@@ -86,7 +86,7 @@ def fetch_sla(repo_id: str, *, local_files_only: bool = False, on_note: OnNote) 
     """The `sla.safetensors` of a repository. Raises WeightsError if it has none."""
     folder = _fetch(repo_id, [SLA_FILE], [], local_files_only, on_note, "or give a file or folder")
     if not (folder / SLA_FILE).is_file():
-        raise WeightsError(f"{repo_id} holds no {SLA_FILE}. Give a repository with one, a file or a folder.")
+        raise WeightsError(f"{repo_id} does not contain {SLA_FILE}. Give a repository that does, a file or a folder.")
     return folder / SLA_FILE
 
 
@@ -110,12 +110,12 @@ def _fetch(
         return Path(snapshot_download(repo_id, **options))
     except HFValidationError as error:
         raise UsageError(
-            f"{quote(repo_id)} is not a hub id. Give owner/name, a folder, or a preset with --model."
+            f"{quote(repo_id)} is not a Hugging Face id. Give owner/name, a folder, or a preset with --model."
         ) from error
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise EnvironmentProblem(
-            f"the hub has no model {quote(repo_id)} that you can read. Check the name; a gated or private model needs "
-            "your token (hf auth login, or HF_TOKEN), and a wrong token makes it look missing."
+            f"Hugging Face has no model {quote(repo_id)} that you can read. Check the name. A gated or private model "
+            "also needs a valid token (hf auth login, or HF_TOKEN)."
         ) from error
     except LocalEntryNotFoundError as error:
         raise EnvironmentProblem(_absent(repo_id, "downloads are switched off", advice)) from error
@@ -130,15 +130,15 @@ def _unreached(error: Exception) -> str:
         package = "pysocks" if "requests" in type(error).__module__ else "socksio"
         return f"the SOCKS proxy in ALL_PROXY, HTTPS_PROXY or HTTP_PROXY needs a package (pip install {package})"
     if isinstance(error, ImportError | ValueError):
-        return f"the hub cannot be reached (see ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, HF_ENDPOINT): {first}"
-    return f"the hub cannot be reached: {first}"
+        return f"Hugging Face cannot be reached (check ALL_PROXY, HTTPS_PROXY, HTTP_PROXY, HF_ENDPOINT): {first}"
+    return f"Hugging Face cannot be reached: {first}"
 
 
 def _from_cache(repo_id: str, options: dict[str, Any], error: Exception, advice: str) -> Path:
     """A complete earlier download, where the hub cannot be reached now."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code in (401, 403):
-        raise EnvironmentProblem(f"the hub refuses {repo_id} ({first}). Check HF_TOKEN.") from error
+        raise EnvironmentProblem(f"Hugging Face denies access to {repo_id} ({first}). Check HF_TOKEN.") from error
     try:
         return Path(snapshot_download(repo_id, local_files_only=True, **options))
     except (LocalEntryNotFoundError, OSError) as missing:
@@ -165,4 +165,4 @@ def _check_room(repo_id: str, info: Any, wanted: list[str], ignored: list[str], 
             f"{repo_id} needs {needed / 2**30:.2f} GiB, but {place} has {free / 2**30:.2f} GiB free. Free some space, "
             "or set HF_HOME to a folder on another disk."
         )
-    on_note(f"downloading {counted(len(missing), 'file')} of {repo_id}, {needed / 2**30:.2f} GiB, to {cache}")
+    on_note(f"downloading {counted(len(missing), 'file')} of {repo_id} ({needed / 2**30:.2f} GiB) to {cache}")

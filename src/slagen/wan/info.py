@@ -180,7 +180,7 @@ def info(path_text: str) -> Info:
     dtypes = gguf_kinds(path) if path.suffix == ".gguf" else dtypes
     file = FileInfo(str(path), kind, len(tensors), sum(x.numel() for x in tensors.values()), dict(Counter(dtypes)))
     if (shard := shard_of(path)) is not None:
-        meaning = f"this is shard {shard[0]} of {shard[1]} of a model; to use it, give the folder with all of them"
+        meaning = f"this is shard {shard[0]} of {shard[1]} of a model; to use it, give the folder with all shards"
         return ShardInfo(**vars(file), shard=shard[0], shards=shard[1], meaning=f"{meaning}: {path.parent}")
     if kind == "sla":
         return _describe_sla(file, path, tensors)
@@ -204,7 +204,7 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     notes = [*found.notes, *([f"this {lacks_settings(found.method)}"] if found.lacks_settings else [])]
     if found.few_steps:
         notes.append(
-            f"{found.few_steps!r} is in its name or metadata: it may be distilled to few steps without guidance"
+            f"{found.few_steps!r} is in its name or metadata, so it may be distilled to few steps without guidance"
         )
     return TransformerInfo(
         **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,

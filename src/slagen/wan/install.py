@@ -45,9 +45,9 @@ from slagen.wan.processor import Installation, install_method, installation, pro
 from slagen.wan.saved import record_settings
 
 UNTRAINED = (
-    "SLA is installed untrained (proj_l is zero): what its sparse branch skips is lost, and videos are poor. Load "
-    "trained weights with slagen.load_sla, or train them with `slagen finetune --from-dense`. The "
-    "sparse branch alone (branches='sparse') has no proj_l, but the model must be trained for it too."
+    "SLA is installed without trained weights (proj_l is zero). The attention that its sparse branch skips is lost, "
+    "so videos are poor. Load trained weights with slagen.load_sla, or train them with `slagen finetune --from-dense`. "
+    "The sparse branch alone (branches='sparse') has no proj_l, but the model must be trained for it too."
 )
 
 
@@ -113,9 +113,9 @@ def load_weights(
     found = base_hash or weights_hash(transformer)
     if found != metadata.base_hash:
         raise WeightsError(
-            f"{path} was trained from {metadata.base_model} (weights {metadata.base_hash[:12]}), but this model has "
-            f"the weights {found[:12]}: it is a different model, or has a LoRA fused into it. Give the model that the "
-            "weights were trained from, or SLA weights for this one."
+            f"{path} was trained from {metadata.base_model} (weights hash {metadata.base_hash[:12]}), but this "
+            f"model has the weights hash {found[:12]}. It is a different model, or has a LoRA fused into it. Give the "
+            "model that the weights were trained from, or SLA weights for this one."
         )
     install_method(transformer, method, config, backend=backend)
     missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
@@ -228,8 +228,8 @@ def save_sla(
     found = state_hash(base)
     if metadata is not None and found != metadata.base_hash:
         raise UsageError(
-            f"the base's weights are not those of metadata.base_hash ({metadata.base_hash[:12]}), so the trained "
-            "change cannot be computed from it. Give the tensors from before training as base."
+            f"the hash of the base's weights is not metadata.base_hash ({metadata.base_hash[:12]}), so what training "
+            "changed cannot be computed from them. Give the tensors from before training as base."
         )
     kept = {
         name: tensor.detach().cpu().contiguous()
@@ -341,7 +341,10 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
         target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
         base = tensors.get(target, state.get(target))
         if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
-            raise WeightsError(f"{path} does not match the model, which has no layer that {name} can change.")
+            raise WeightsError(
+                f"{path} does not match the model, which has no layer that {name} can change. Give weights for this "
+                "model."
+            )
         product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
         changed[target] = base.to(product.device, torch.float32) + product
     return changed
@@ -368,7 +371,7 @@ def _fill(
         if name not in state:
             faults.append(f"{name} is not in the model")
         elif tensor.shape != state[name].shape:
-            faults.append(f"{name} is {tuple(tensor.shape)}, but the model's is {tuple(state[name].shape)}")
+            faults.append(f"{name} has shape {tuple(tensor.shape)}, but {tuple(state[name].shape)} in the model")
     if faults:
         more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise WeightsError(
@@ -376,9 +379,10 @@ def _fill(
         )
     zero = _untrained(processors(transformer)[0].method, tensors)
     if zero and not allow_untrained:
+        others = f", as are {len(zero) - 1} more" if len(zero) > 1 else ""
         raise WeightsError(
-            f"{path} has an all-zero {zero[0]}{f' and {len(zero) - 1} more' if len(zero) > 1 else ''}, which is "
-            "untrained and adds nothing. Give trained weights, or accept this with --allow-untrained."
+            f"{path} contains untrained weights: {zero[0]} is all zero{others}. "
+            "Give trained weights, or run it anyway with --allow-untrained."
         )
     record = installation(transformer)
     assert record is not None

@@ -65,7 +65,11 @@ def load_pipeline(
     if text_encoder:
         known, words = pipe.text_encoder.config.vocab_size, len(pipe.tokenizer)
         if words > known or pipe.tokenizer.pad_token is None:
-            what = f"has {words} tokens, but the text encoder {known}" if words > known else "has no padding token"
+            what = (
+                f"has {words} tokens, but the text encoder has only {known}"
+                if words > known
+                else "has no padding token"
+            )
             raise WeightsError(f"{source.folder / 'tokenizer'} {what}. Download the model again.")
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)

@@ -52,4 +52,4 @@ def check_recorded_model(path: Path, model: str) -> None:
     """Raise UsageError for a hub model that a file names and that would be downloaded: it may be anyone's."""
     known = model in (BUNDLED, *PRESETS) or user_path(model).exists()
     if not known and is_hub_id(model) and not is_cached(model):
-        raise UsageError(f"{path} was made with the hub model {model}; give --model {model} to download it.")
+        raise UsageError(f"{path} was made with the Hugging Face model {model}. Give --model {model} to download it.")

@@ -109,7 +109,7 @@ def unknown_model(model: str) -> UsageError:
     known = [BUNDLED, *PRESETS]
     close = difflib.get_close_matches(model.lower(), known, n=1, cutoff=0.4)
     return UsageError(
-        f"model {quote_path(model)} is not a preset, a folder or a hub id. Presets: {', '.join(known)}. "
+        f"model {quote_path(model)} is not a preset, a folder or a Hugging Face id. Presets: {', '.join(known)}. "
         f"Try --model {(close or known)[0]}."
     )
 
@@ -118,8 +118,8 @@ def check_sampler(sampler: str, distilled: bool) -> None:
     """Raise WeightsError for a sampler that weights are not made for: rcm for all but those distilled for it."""
     if distilled and sampler != "rcm":
         raise WeightsError(
-            f"--sampler is {sampler}, but these weights are distilled for rcm and produce noise with any other. "
-            "Leave --sampler out."
+            f"--sampler is {sampler}, but these weights are distilled for rcm and produce noise with any other "
+            "sampler. Leave --sampler out."
         )
     if not distilled and sampler == "rcm":
         raise WeightsError(

@@ -98,7 +98,7 @@ def _is_proven(x: Tensor) -> bool:
         _works[key] = fault is None
         if fault is not None:
             warnings.warn(
-                f"the fused norm and rotary-embedding kernel fails on {x.device} ({fault}); using PyTorch.",
+                f"the fused norm and rotary-embedding kernel fails on {x.device} ({fault}); using PyTorch instead.",
                 stacklevel=2,
             )
     return _works[key]

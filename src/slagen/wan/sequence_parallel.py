@@ -77,7 +77,7 @@ def split_tokens(transformer: WanTransformer3DModel, group: dist.ProcessGroup) -
         block.attn1.processor.method.check_context_parallel()
     parts, heads = dist.get_world_size(group), transformer.config.num_attention_heads
     if heads % parts:
-        raise UsageError(f"context_parallel is {parts}, but must divide the model's {heads} heads.")
+        raise UsageError(f"context_parallel is {parts}, but must evenly divide the model's {heads} attention heads.")
 
     def split_rope(module: Any, args: Any, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         if tables[0].shape[1] % parts:

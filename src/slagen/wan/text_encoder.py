@@ -23,13 +23,13 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     """
     fields = read_json(folder / "config.json", folder)
     if fields.get("model_type") != "umt5":
-        raise WeightsError(f"{folder} holds a {fields.get('model_type')}, but Wan2.1's text encoder is a umt5.")
+        raise WeightsError(f"{folder} contains a {fields.get('model_type')}, but Wan2.1's text encoder is a umt5.")
     tensors = {name: x for name, x in read_component(folder).items() if not name.startswith(UNUSED)}
     with torch.device("meta"), no_random_init(), reading_from(folder / "config.json"):
         model = UMT5EncoderModel(UMT5Config.from_dict(fields))
     found = [tensors[name] for name in EMBEDDINGS if name in tensors]
     if len(found) == 2 and (found[0].shape != found[1].shape or not torch.equal(*found)):
-        raise WeightsError(f"{folder} holds two different copies of its token embedding. Download the model again.")
+        raise WeightsError(f"{folder} contains two different copies of its token embedding. Download the model again.")
     tensors |= {name: found[0] for name in EMBEDDINGS if found}
     check_fit(Checkpoint(folder, "umt5", tensors, {}), {name: x.shape for name, x in model.state_dict().items()}, 0, 0)
     kept = set(model._keep_in_fp32_modules) if dtype == torch.float16 else set()  # they overflow in float16

@@ -41,7 +41,7 @@ def describe_cut(tokenizer: Any, text: str, limit: int) -> str | None:
     place = ends[max(0, limit - sum(marks) - 1)]
     return (
         f"has {len(marks):,} tokens, but the model reads only the first {limit:,}: it reads up to "
-        f"{quote(_last(text[:place]))} and ignores all from {quote(_first(text[place:]))} on"
+        f"{quote(_last(text[:place]))} and ignores everything from {quote(_first(text[place:]))} on"
     )
 
 

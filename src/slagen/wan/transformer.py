@@ -31,7 +31,9 @@ def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3
         component_files(config)
     checkpoint = read_checkpoint(source.weights or config, dtype)
     if not isinstance(checkpoint, Checkpoint):
-        raise WeightsError(f"{source.weights} holds only attention weights, not a transformer. Give it with --weights.")
+        raise WeightsError(
+            f"{source.weights} contains only attention weights, not a transformer. Give it with --weights."
+        )
     return build_transformer(checkpoint, read_json(config / "config.json", source.folder), dtype)
 
 
