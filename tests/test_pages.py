@@ -94,7 +94,8 @@ def test_every_thumbnail_plays_and_sorting_works(page):
         return page.evaluate(f"[...document.querySelectorAll('figure')].map(f => f.dataset.{name})")
 
     assert sorted(shown("prompt")) == sorted([*PROMPTS, "failed one", "failed one"])
-    for label, name in (("seed", "seed"), ("time", "seconds"), ("attention", "attention"), ("order", "index")):
+    orders = {"seed": "seed", "time": "seconds", "attention": "attention", "original order": "index"}
+    for label, name in orders.items():
         button = page.get_by_role("button", name=label, exact=True)
         button.click()
         assert button.get_attribute("aria-pressed") == "true"

@@ -152,5 +152,5 @@ def no_argument(function: str, name: str, known: Iterable[str], *, ours: str = "
         known: what it has. ours: its own name for the argument; empty: the nearest. reason: what to say instead.
     """
     close = [ours] if ours else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-    said = f". Did you mean {close[0]}?" if close else f". Settings are {', '.join(sorted(known)) or 'none'}."
+    said = f". Did you mean {close[0]}?" if close else f". Its arguments are {', '.join(sorted(known)) or 'none'}."
     return TypeError(f"{function}() has no argument {name[:60]!r}{reason or said}")

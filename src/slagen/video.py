@@ -38,9 +38,9 @@ def check_ffmpeg() -> None:
     Once in a process. Raises EnvironmentProblem where ffmpeg is missing, does not run, or lacks the encoder.
     """
     given = os.environ.get("IMAGEIO_FFMPEG_EXE")
-    mend = "Install it again: pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg."
+    mend = "Try pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to the path of an ffmpeg."
     if given:
-        mend = f"IMAGEIO_FFMPEG_EXE is set to {given!r}. Unset it, or set it to an ffmpeg with libx264."
+        mend = f"IMAGEIO_FFMPEG_EXE is set to {given!r}. Unset it, or set it to the path of an ffmpeg with libx264."
     try:
         exe = imageio_ffmpeg.get_ffmpeg_exe()
         command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-r", "1", "-i", "-"]
@@ -73,10 +73,10 @@ def not_written(path: Path, error: BaseException) -> SlagenError:
     reason = (lines or ["ffmpeg stopped"])[-1]
     mend = "Try again"
     if any(words in str(error) for words in ("No space left", "Disk quota")):
-        mend = f"Check the free space of {path.parent}"
+        mend = f"Free some disk space for {path.parent}"
     elif "File too large" in str(error):
         mend = f"Check the file size limit of the shell (ulimit -f) or of the file system of {path.parent}"
-    return SlagenError(f"{path} could not be written ({reason}). {mend}, or give another --output.")
+    return SlagenError(f"{path} could not be written ({reason}). {mend}, or choose another --output.")
 
 
 def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
@@ -101,9 +101,9 @@ def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> N
     try:
         read = _first_frame(path)
     except (RuntimeError, StopIteration) as error:
-        raise OSError(str(error).strip() or "it cannot be decoded again") from error
+        raise OSError(str(error).strip() or "the written video cannot be decoded") from error
     if read.shape != frames.shape[1:]:
-        raise OSError(f"it decodes to {read.shape[1]}x{read.shape[0]} pixels")
+        raise OSError(f"the written video has {read.shape[1]}x{read.shape[0]} pixels")
 
 
 def _name(path: str | Path) -> str:

@@ -399,10 +399,10 @@ WEIGHT, BIAS = torch.zeros(8, 8), torch.zeros(8)
         pytest.param((X.int(), X.int(), X.int()), {}, "torch.int32", id="integers"),
         pytest.param((X, X, X.to("meta")), {}, "v is on meta", id="mixed-devices"),
         pytest.param((X, X, X), {"proj_bias": BIAS}, "without proj_weight", id="bias-alone"),
-        pytest.param((X, X, X), {"proj_weight": WEIGHT[:4]}, r"proj_weight is \(4, 8\)", id="weight-shape"),
+        pytest.param((X, X, X), {"proj_weight": WEIGHT[:4]}, r"proj_weight has shape \(4, 8\)", id="weight-shape"),
         pytest.param((X, X, X), {"proj_weight": WEIGHT.int()}, "torch.int32", id="weight-integers"),
         pytest.param(
-            (X, X, X), {"proj_weight": WEIGHT, "proj_bias": WEIGHT}, r"proj_bias is \(8, 8\)", id="bias-shape"
+            (X, X, X), {"proj_weight": WEIGHT, "proj_bias": WEIGHT}, r"proj_bias has shape \(8, 8\)", id="bias-shape"
         ),
         pytest.param((X, X, X), {"proj_weight": WEIGHT.to("meta")}, "proj_weight is on meta", id="weight-device"),
         pytest.param((X, X, X), {"scale": 0}, "scale is 0", id="scale-0"),

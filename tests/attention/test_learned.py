@@ -154,7 +154,7 @@ def test_generate_plan_and_replay_run_it(tuned, tmp_path):
     assert untrained.videos[0].report["latents_hash"] != made["latents_hash"]
     assert untrained.videos[0].report["weights"]["used"] == "base with untrained gate attention"
     content = plan(dataclasses.replace(config, attention_options=(("stride", 1),), output="outputs"))
-    assert "the weights were trained with stride 3, not 1" in content.notes
+    assert "the weights were trained with stride 3, but this run uses 1" in content.notes
     generate(config)
     assert replay(str(tmp_path / "a.mp4"), model=str(model), weights=str(folder / "sla.safetensors")).same
 
@@ -231,7 +231,7 @@ def test_a_method_that_learns_nothing_is_tuned_with_all_of_the_model(toy, tmp_pa
         ({"attention": "gate", "anneal_from": 0.5}, "anneal_from is not an option of gate attention"),
         ({"attention": "sla", "attention_options": (("stride", 2),)}, "stride is not an option of sla attention"),
         ({"attention": "gate", "attention_options": (("stride", 0),)}, "stride is 0, but must be at least 1"),
-        ({"attention": "gate", "backend": "triton"}, "gate attention has one implementation only"),
+        ({"attention": "gate", "backend": "triton"}, "gate attention has only one implementation"),
         ({"attention": "stride", "train": "proj"}, "leaves nothing to train"),
     ],
 )

@@ -47,7 +47,8 @@ def test_cost_density_and_notes():
     assert share == pytest.approx(0.522, abs=1e-3)
     assert NABLA.cost(NablaConfig(), shape, WAN) / dense == pytest.approx(share + 588**2 / (2 * 32760**2))
     assert NABLA.note(NablaConfig(), {}, WAN).startswith(
-        "top-p 0.4 of 588 patches of 8x8 tokens, with the sliding tile 11x3x3 (12%) -> at most about 52% of all pairs"
+        "top-p 0.4 over 588 patches of 8x8 tokens, plus the sliding tile 11x3x3 (12%) -> at most "
+        "about 52% of all query-key pairs"
     )
 
 
@@ -138,7 +139,7 @@ def test_the_command_line_generates_and_plans(name, tmp_path, capsys):
     assert share == pytest.approx(about["density"], abs=0.01)
     assert slagen(["plan", *asked]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert {"radial": "over 3 frames ->", "nabla": "of 6 patches of 8x8 tokens"}[name] in told
+    assert {"radial": "over 3 frames ->", "nabla": "over 6 patches of 8x8 tokens"}[name] in told
 
 
 @pytest.mark.parametrize(

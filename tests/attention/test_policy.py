@@ -52,7 +52,7 @@ def test_the_share_of_dense_calls():
     assert DensePart((0, 1), (), 4, 10).mean(30, 100) == 65
     assert AttentionPolicy(min_tokens=101).resolve(4, 3, 100) == DensePart((), (0, 1, 2), 4, 3)
     assert AttentionPolicy(min_tokens=100).resolve(4, 3, 100).share == 0
-    with pytest.raises(UsageError, match="min_tokens is -1, but must be 0 or above"):
+    with pytest.raises(UsageError, match="min_tokens is -1, but must be a whole number of at least 0"):
         AttentionPolicy(min_tokens=-1)
 
 
@@ -99,7 +99,8 @@ def test_plans_count_what_is_dense(tmp_path):
     assert half.kept_fraction == pytest.approx((1 + sla.kept_fraction) / 2) and dense.kept_fraction == 1
     assert half.settings["dense_steps"] == list(range(25)) and "dense_steps" not in sla.settings
     assert "25 of 50 steps and 0 of 30 layers use dense attention" in half.notes
-    assert "32760 tokens, fewer than min_tokens (40000): this clip uses dense attention" in told(min_tokens=40000).notes
+    note = "this clip has 32760 tokens, fewer than --min-tokens 40000, so it uses dense attention"
+    assert note in told(min_tokens=40000).notes
 
 
 class Task:
@@ -125,7 +126,7 @@ def test_keys_and_forecasts():
         (["--dense-steps", "16"], "dense_steps is '16', but there are 16 steps: 0 to 15, or -16 to -1 from the end"),
         (["--dense-layers", "0-99"], "dense_layers is '0-99', but there are"),
         (["--dense-steps", "first"], "dense_steps is 'first', but must be numbers and ranges, or a percentage"),
-        (["--min-tokens", "-1"], "min_tokens is -1, but must be 0 or above"),
+        (["--min-tokens", "-1"], "min_tokens is -1, but must be a whole number of at least 0"),
         (
             ["--attention", "dense", "--dense-steps", "-1"],
             "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave",

@@ -230,7 +230,7 @@ def test_slagen_methods(toy, capsys, monkeypatch):
             r"window is not an option of sla attention \(its options: .*\). Leave it out, or give --attention window",
         ),
         ({"attention_options": (("window", -1),)}, "window is -1, but must be 0 or above"),
-        ({"backend": "triton"}, "window attention has one implementation only"),
+        ({"backend": "triton"}, "window attention has only one implementation"),
         ({"attention": "dense", "backend": "triton"}, "backend is 'triton', but must be one of auto, sdpa,"),
         ({"attention": "sla", "backend": "sdpa"}, "one of auto, reference, torch, triton for sla attention"),
     ],
@@ -435,7 +435,7 @@ def test_options_are_of_kinds_that_the_command_line_reads(name):
 
 
 def test_a_name_is_taken_once(toy):
-    with pytest.raises(ValueError, match="'window' is registered already"):
+    with pytest.raises(ValueError, match="'window' is already registered"):
         registry.register(TOY)
 
 
@@ -446,7 +446,7 @@ def test_a_shared_name_means_the_same(toy):
         ValueError, match="window is already an option of window attention, with another type or help text"
     ):
         registry.register(Method(**{**vars(TOY), "name": "deep", "config": deep}))
-    with pytest.raises(ValueError, match="proj_l is a parameter group of deep and of sla attention"):
+    with pytest.raises(ValueError, match="proj_l is a parameter group of both deep and sla attention"):
         registry.register(Method(**{**vars(TOY), "name": "deep", "parameters": (ParameterGroup("proj_l"),)}))
     assert "deep" not in registry.METHODS
 

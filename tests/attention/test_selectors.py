@@ -183,7 +183,9 @@ def test_cost_notes_and_what_is_told():
     )
     assert mean.describe(control, grid)["selector"] == "random" and "selector" not in mean.describe(MEAN, grid)
     trained = SLAConfig(selector="subblock")
-    assert differences(SLAConfig(), trained) == ["the weights were trained with the selector subblock, not pooled"]
+    assert differences(SLAConfig(), trained) == [
+        "the weights were trained with the selector subblock, but this run uses pooled"
+    ]
     assert SLAConfig.from_dict(trained.to_dict()) == trained and "selector" not in SLAConfig().to_dict()
 
 

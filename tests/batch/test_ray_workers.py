@@ -161,8 +161,10 @@ def test_a_job_that_costs_three_workers_fails(toy, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_what_cannot_start(toy, tmp_path, monkeypatch, capsys):
     config = settings(toy, tmp_path, ["a circle"])
-    with pytest.raises(UsageError, match="ray_workers is 2, but must be from 1 to 10000, and needs --ray"):
+    with pytest.raises(UsageError, match="ray_workers is 2, but Ray is not used. Add --ray"):
         dataclasses.replace(config, ray_workers=2)
+    with pytest.raises(UsageError, match="ray_workers is 0, but must be from 1 to 10000"):
+        dataclasses.replace(config, ray_workers=0, ray_address="auto")
     (tmp_path / "prompts.txt").write_text("a circle --sneed 3")
     assert run(["batch", str(tmp_path / "prompts.txt"), *command(toy, tmp_path / "out"), "--ray"]) == 2
     assert "--sneed is unknown" in capsys.readouterr().err

@@ -213,7 +213,7 @@ def test_model_is_timed_dense_and_with_sla():
         ({"model": "tiny-wan", "random_init": "wan-1.3b"}, "Give one of them"),
         ({"lengths": (0,)}, r"length is 0, but must be at least 1\."),
         ({"steps": 0}, "Try --steps 1"),
-        ({"steps": 4}, "^--steps is for the denoising loop. Add --model or --random-init.$"),
+        ({"steps": 4}, "^--steps is for the denoising loop, which is not timed. Add --model or --random-init.$"),
         ({"compile": True, "num_frames": 9}, "^--num-frames and --compile are for the denoising loop"),
         ({"width": 96, "height": 96}, "^--size is for the denoising loop"),
         (

@@ -111,7 +111,7 @@ def test_an_argument_that_there_is_not(name, message):
     with pytest.raises(TypeError) as error:
         slagen.generate("a circle", **{name: 1})
     assert str(error.value) == message
-    with pytest.raises(TypeError, match="Settings are allow_untrained, .*, width"):
+    with pytest.raises(TypeError, match="Its arguments are allow_untrained, .*, width"):
         slagen.generate("a circle", zzz=1)
 
 

@@ -289,7 +289,7 @@ def test_trained_weights_run_with_other_blocks(tmp_path):
                             output=str(tmp_path / "x.mp4"))  # fmt: skip
     (video,) = generate(config, events.append).videos
     told = [event.text for event in events if event.kind in ("note", "warning")]
-    assert "the weights were trained with blocks of 16x16 tokens, not 32x16" in told
+    assert "the weights were trained with blocks of 16x16 tokens, but this run uses 32x16" in told
     assert "sla-topk 0.1 -> 2 of 20 key blocks per query block" in told
     assert (video.report["attention"]["query_blocks"], video.report["attention"]["critical"]) == (10, 2)
 

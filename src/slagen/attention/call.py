@@ -52,7 +52,8 @@ def attend(
     method.check_backend(backend)
     if method.memory is not None:
         raise UsageError(
-            f"{name} attention keeps tensors from one denoising step to the next, so it runs in generate() only."
+            f"{name} attention keeps tensors from one denoising step to the next, which attend() cannot do. Use "
+            "generate()."
         )
     check_qkv(q, k, v)
     layer = Layer(0, 1, q.shape[1], q.shape[3])
@@ -69,8 +70,8 @@ def attend(
     learned = [each.name for each in method.parameters if each.used and getattr(module, each.name, None) is not None]
     if learned:
         raise UsageError(
-            f"{name} attention needs learned weights ({', '.join(learned)}), which attend() cannot take. Run it in a "
-            "model."
+            f"{name} attention needs learned weights ({', '.join(learned)}), which attend() cannot take. Use "
+            "generate()."
         )
     if (begin_pass := getattr(module, "begin_pass", None)) is not None:
         begin_pass(context)
@@ -89,7 +90,7 @@ def _grid(grid: Grid | tuple[int, int, int] | None, num_tokens: int) -> Grid:
     made = Grid(*sizes)
     if made.num_tokens != num_tokens or min(made.num_frames, made.height, made.width) < 1:
         raise UsageError(
-            f"grid is {made.num_frames} x {made.height} x {made.width} = {made.num_tokens} tokens, but q has "
-            f"{num_tokens}. Give grid=(latent frames, rows, columns) of these tokens, or leave grid out."
+            f"grid is {made.num_frames} x {made.height} x {made.width} ({made.num_tokens} tokens), but q has "
+            f"{num_tokens} tokens. Give grid=(latent frames, rows, columns) of q, or leave grid out."
         )
     return made

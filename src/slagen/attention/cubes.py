@@ -19,7 +19,7 @@ Sides = tuple[int, int, int]
 
 def order_option() -> Any:
     """The field `order` of a method's config: in which order tokens are divided into blocks."""
-    help = "Order in which tokens are divided into blocks: raster, or cube (by cubes of 4x4x4 tokens)."
+    help = "Order in which tokens are grouped into blocks: raster (row by row), or cube (in cubes of 4x4x4 tokens)."
     return option("raster", help, prompt_line=True, later=True)
 
 

@@ -89,7 +89,9 @@ def differences(config: Any, trained: Any) -> list[str]:
     if isinstance(config, SLAConfig):
         return config.differences(trained)
     pairs = [(s.field, getattr(trained, s.field), getattr(config, s.field)) for s in settings_of(type(config))]
-    return [f"the weights were trained with {name} {old}, not {new}" for name, old, new in pairs if old != new]
+    return [
+        f"the weights were trained with {name} {old}, but this run uses {new}" for name, old, new in pairs if old != new
+    ]
 
 
 def owner(key: str) -> str | None:

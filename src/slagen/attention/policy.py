@@ -43,7 +43,10 @@ class AttentionPolicy:
             if getattr(self, name) is not None:
                 parse(name, getattr(self, name))
         if self.min_tokens is not None and (type(self.min_tokens) is not int or self.min_tokens < 0):
-            raise UsageError(f"min_tokens is {shown(self.min_tokens)}, but must be 0 or above. Try --min-tokens 4096.")
+            raise UsageError(
+                f"min_tokens is {shown(self.min_tokens)}, but must be a whole number of at least 0. Try "
+                "--min-tokens 4096."
+            )
 
     def resolve(self, num_steps: int, num_layers: int, num_tokens: int) -> DensePart:
         """The steps and layers of a clip that use dense attention. Raises UsageError for an unknown one."""
@@ -64,8 +67,8 @@ class AttentionPolicy:
         """One line on the dense steps and layers of a clip of so many tokens; None if there are none."""
         if self.min_tokens is not None and num_tokens < self.min_tokens:
             return (
-                f"{counted(num_tokens, 'token')}, fewer than min_tokens ({self.min_tokens}): this clip uses dense "
-                "attention"
+                f"this clip has {counted(num_tokens, 'token')}, fewer than --min-tokens {self.min_tokens}, so it uses "
+                "dense attention"
             )
         if part.share == 0:
             return None
@@ -132,5 +135,6 @@ class Remembered:
         size = f"{self.num_bytes / 2**30:.1f} GiB" if self.num_bytes >= 2**30 else f"{self.num_bytes / 2**20:.1f} MiB"
         where = counted(self.layers, "layer") + ", for both guidance passes" * (self.passes == 2)
         return [
-            f"{name} attention stores {size} in all between steps ({where}); --dense-layers excludes layers from that"
+            f"{name} attention keeps {size} in memory between steps ({where}); dense layers (--dense-layers) "
+            "keep nothing"
         ]

@@ -337,7 +337,7 @@ class Method:
         if name in names:
             return
         if names == ["auto"]:
-            raise UsageError(f"{self.name} attention has one implementation only. Leave --backend out.")
+            raise UsageError(f"{self.name} attention has only one implementation. Leave --backend out.")
         raise UsageError(
             f"backend is {shown(name)}, but must be one of {', '.join(names)} for {self.name} attention. Leave "
             "--backend out for auto."
@@ -349,7 +349,7 @@ class Method:
         if missing:
             raise UsageError(
                 f"{self.name} attention needs {' and '.join(missing)} of a layer in one process, but "
-                "context_parallel splits them among processes. Leave --context-parallel out."
+                "--context-parallel gives each process only some of them. Leave --context-parallel out."
             )
 
     def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:

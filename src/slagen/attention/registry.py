@@ -32,7 +32,7 @@ def register(method: Method) -> None:
         method's and is not the same: the command line and files know each name once.
     """
     if method.name in METHODS:
-        raise ValueError(f"an attention method {method.name!r} is registered already. Give another name.")
+        raise ValueError(f"an attention method {method.name!r} is already registered. Give another name.")
     for other in METHODS.values():
         _check_shared(method, other)
     METHODS[method.name] = method
@@ -52,7 +52,7 @@ def _check_shared(method: Method, other: Method) -> None:
             )
     for name in {group.name for group in method.parameters} & {group.name for group in other.parameters}:
         raise ValueError(
-            f"{name} is a parameter group of {method.name} and of {other.name} attention. Give it another name."
+            f"{name} is a parameter group of both {method.name} and {other.name} attention. Give it another name."
         )
 
 
@@ -65,8 +65,8 @@ def get(name: str) -> Method:
     """The method of a name. Raises UsageError for one that there is not."""
     if name in ADDITIONS:
         added = ADDITIONS[name]
-        does = "corrects another method" if added.kind == "wrapper" else "ranks the key blocks of a method"
-        raise UsageError(f"{name} {does}: give {added.example} with, for example, --attention {added.beside}.")
+        does = "corrects another method" if added.kind == "wrapper" else "selects key blocks for another method"
+        raise UsageError(f"attention is {name!r}, but {name} {does}. Try --attention {added.beside} {added.example}.")
     if name not in METHODS:
         raise UsageError(f"attention is {shown(name)}, but must be one of {', '.join(METHODS)}.")
     return METHODS[name]

@@ -11,7 +11,7 @@ Selector = Literal["pooled", "subblock", "random"]
 
 PARTS = 4  # means of a block that "subblock" takes
 
-_HELP = "How key blocks are ranked: pooled, by their mean, subblock, by four means of each, or random, as a control."
+_HELP = "How key blocks are ranked: pooled (by their mean), subblock (by four means of each) or random (as a control)."
 
 
 def _named(name: Selector, kind: str, summary: str) -> Addition:
@@ -23,8 +23,8 @@ SELECTORS = (
     _named("pooled", "selector", "ranks key blocks by the product of mean query and mean key (the default)"),
     _named("subblock", "selector", "ranks key blocks by the log-sum-exp over four means of each query and key block"),
     _named(
-        "random", "control", "keeps as many key blocks, at random, always the same of a layer and head: what any "
-        "selection has to be better than",
+        "random", "control", "keeps the same number of key blocks, chosen at random once for each layer and head: a "
+        "control for comparison",
     ),
 )  # fmt: skip
 

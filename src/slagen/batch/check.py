@@ -55,10 +55,10 @@ def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Cal
     videos = [manifest.folder / task.job.name for task in kept if task.plan.config.save_latents]
     lacking = [video for video in videos if not latents_beside(video)]
     if lacking:
-        are = "one video is" if len(lacking) == 1 else f"{len(lacking)} videos are"
+        have = "one complete video has" if len(lacking) == 1 else f"{len(lacking)} complete videos have"
         text = (
-            f"{are} complete but without latents, and will not be generated again. To get them too, delete the video "
-            f"(rm {shlex.quote(str(lacking[0]))}) and run this command again, or choose another --output"
+            f"{have} no saved latents and will not be generated again. To get the latents, delete the video (rm "
+            f"{shlex.quote(str(lacking[0]))}) and run this command again, or choose another folder with --output"
         )
         on_event(Event("warning", text))
 
@@ -72,7 +72,9 @@ def _restore_report(manifest: Manifest, job: Job, on_event: Callable[[Event], No
         return
     try:
         write_json(lost, restored_report(path, job.settings, job.result).to_dict())
-        on_event(Event("note", f"{lost.name} was missing; it is restored from the video's metadata, without timings"))
+        on_event(
+            Event("note", f"{lost.name} was missing and has been restored from the video's metadata, without timings")
+        )
     except (SlagenError, OSError) as error:
         on_event(
             Event(

@@ -14,7 +14,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     """(i, n) from "i/n". Raises UsageError."""
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
     if match is None:
-        raise UsageError(f"shard is {quote(text)}, but must be i/n, such as 1/4 on the first of four machines.")
+        raise UsageError(f"shard is {quote(text)}, but must be I/N, such as 1/4 on the first of four machines.")
     return int(match[1]), int(match[2])
 
 
@@ -43,16 +43,20 @@ class BatchConfig:
     no_cache: bool = option(False, "Do not cache prompt embeddings.")
     ray_address: str | None = option(
         None,
-        "Distribute the batch over the Ray cluster at this address. If it requires a token, set RAY_AUTH_TOKEN, or "
-        "RAY_AUTH_TOKEN_PATH to a file with the token.",
+        "Distribute the batch over the Ray cluster at this address. If the cluster requires a token, set "
+        "RAY_AUTH_TOKEN to the token or RAY_AUTH_TOKEN_PATH to a file that holds it.",
         metavar="HOST:PORT",
     )
     ray_workers: int | None = option(
-        None, "Ray workers, each with a model in memory. Default: one per GPU, or one per machine without GPUs."
+        None, "Number of Ray workers; each loads the model. Default: one per GPU, or one per machine without GPUs."
     )
 
     def __post_init__(self) -> None:
-        if self.ray_workers is not None and (not 1 <= self.ray_workers <= MAX_VIDEOS or self.ray_address is None):
-            raise UsageError(f"ray_workers is {self.ray_workers}, but must be from 1 to {MAX_VIDEOS}, and needs --ray.")
+        if self.ray_workers is not None and self.ray_address is None:
+            raise UsageError(f"ray_workers is {self.ray_workers}, but Ray is not used. Add --ray.")
+        if self.ray_workers is not None and not 1 <= self.ray_workers <= MAX_VIDEOS:
+            raise UsageError(
+                f"ray_workers is {self.ray_workers}, but must be from 1 to {MAX_VIDEOS}. Try --ray-workers 1."
+            )
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            raise UsageError(f"shard is {self.shard[0]}/{self.shard[1]}, but must be i/n from 1/n to n/n. Try 1/2.")
+            raise UsageError(f"shard is {self.shard[0]}/{self.shard[1]}, but must be I/N with I from 1 to N. Try 1/2.")

@@ -152,7 +152,7 @@ class Manifest:
             return
         except OSError as error:
             raise SlagenError(
-                f"{self.path} cannot be read ({error.strerror or error}). Choose another --output."
+                f"{self.path} cannot be read ({error.strerror or error}). Choose another folder with --output."
             ) from error
 
     def append(self, *events: dict[str, Any]) -> None:
@@ -175,7 +175,8 @@ class Manifest:
             append(self.path, ("\n".join(lines) + "\n").encode())
         except OSError as error:
             raise SlagenError(
-                f"{self.path} cannot be written ({error.strerror or error}). Fix this, or choose another --output."
+                f"{self.path} cannot be written ({error.strerror or error}). Fix this, or choose another folder "
+                "with --output."
             ) from error
 
     def queue(self, wanted: list[Wanted]) -> list[Job]:

@@ -95,15 +95,15 @@ def _connect(address: str, match: re.Match[str] | None, folder: Path | None) -> 
 
 def _refused(address: str) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"Ray at {quote(address)} answers but refuses the connection: the token is missing or wrong, or it runs a "
-        "different version of Ray. Set RAY_AUTH_TOKEN to the token that Ray was started with, or RAY_AUTH_TOKEN_PATH "
-        "to a file with it."
+        f"Ray at {quote(address)} refuses the connection: the token is missing or wrong, or the versions of Ray "
+        "differ. Set RAY_AUTH_TOKEN to the cluster's token (or RAY_AUTH_TOKEN_PATH to a file that holds it), and "
+        "install the cluster's version of Ray."
     )
 
 
 def _unreached(address: str, error: Exception) -> EnvironmentProblem:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return EnvironmentProblem(
-        f"Ray at {quote(address)} cannot be reached ({reason}). Start it with ray start --head, or leave out the "
-        "address."
+        f"Ray at {quote(address)} cannot be reached ({reason}). Start it with ray start --head, or leave the "
+        "address out to use this machine."
     )

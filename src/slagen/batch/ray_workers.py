@@ -195,7 +195,8 @@ class Driver:
             handle.name, version, events = given
             if version != __version__:
                 raise EnvironmentProblem(
-                    f"a Ray worker runs slagen {version}, but this is {__version__}. Install one version everywhere."
+                    f"a Ray worker runs slagen {version}, but this machine runs {__version__}. Install one "
+                    "version everywhere."
                 )
             for event in events:
                 if event.kind != "plan" or handle.number == 1:

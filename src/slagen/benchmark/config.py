@@ -66,25 +66,25 @@ class BenchConfig:
 
     shapes: tuple[str, ...] = option(
         ("wan-1.3b-480p",),
-        f"{', '.join(SHAPES)}, or batch x heads x tokens x head dimension, such as 1x12x8192x128. May be repeated. "
-        "Default: wan-1.3b-480p.",
+        f"Shape of q, k and v: {', '.join(SHAPES)}, or batch x heads x tokens x head dimension, such as "
+        "1x12x8192x128. May be repeated. Default: wan-1.3b-480p.",
         panel=WHAT, name="shape",
     )  # fmt: skip
     sparsities: tuple[float, ...] = option(
         (),
-        "Sparsity to measure. May be repeated. Default: 0.8, 0.9, 0.95 and 0.97; 0.95 for a model.",
+        "Sparsity to measure. May be repeated. Default: 0.8, 0.9, 0.95 and 0.97, or only 0.95 for a denoising loop.",
         panel=WHAT,
         name="sparsity",
         complement="keep",
     )
     methods: tuple[str, ...] = option(
         (),
-        f"{_known_methods()}. May be repeated. Default: all.",
+        f"Method to measure: {_known_methods()}. May be repeated. Default: all.",
         panel=WHAT, name="method",
     )  # fmt: skip
     lengths: tuple[int, ...] | None = option(
         None,
-        "Sequence length to sweep, in tokens. May be repeated. Default: powers of two from 1,024 up to the shape's.",
+        "Sequence length to measure, in tokens. May be repeated. Default: powers of two from 1,024 to the full length.",
         panel=WHAT, name="length",
     )  # fmt: skip
     model: str | None = option(
@@ -93,11 +93,13 @@ class BenchConfig:
     random_init: RandomInit | None = option(
         None, "Time the denoising loop of a Wan model with random weights: wan-1.3b or wan-14b.", panel=WHAT
     )
-    width: int | None = option(None, "Video size of the loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True)
+    width: int | None = option(
+        None, "Video size in the denoising loop, in pixels.", panel=WHAT, metavar="WxH", is_size=True
+    )
     height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)
-    num_frames: int | None = option(None, "Video frames of the loop.", panel=WHAT)
-    steps: int | None = option(None, "Denoising steps of the loop. Default: 4.", panel=WHAT)
-    compile: bool = option(False, "Time the loop with torch.compile as well.", panel=WHAT)
+    num_frames: int | None = option(None, "Video frames in the denoising loop.", panel=WHAT)
+    steps: int | None = option(None, "Steps of the denoising loop. Default: 4.", panel=WHAT)
+    compile: bool = option(False, "Also time the denoising loop with torch.compile.", panel=WHAT)
     backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=HOW)
     linear_domain: LinearDomain = option("all", "Key blocks in the linear branch: all or marginal.", panel=HOW)
     feature_map: FeatureMap = option("softmax", "Feature map of the linear branch: softmax, elu or relu.", panel=HOW)
@@ -109,7 +111,9 @@ class BenchConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=HOW, read=read_device)
     backward: bool | None = option(None, "Also time the backward pass. Default: on CUDA only.", panel=HOW)
     seconds: float = option(2.0, "Seconds per measurement.", panel=HOW)
-    output: str | None = option(None, "Folder for bench.json, .md, .png and .svg.", panel=OUTPUT, short="-o")
+    output: str | None = option(
+        None, "Folder for bench.json, bench.md, bench.png and bench.svg.", panel=OUTPUT, short="-o"
+    )
 
     def __post_init__(self) -> None:
         if self.output is not None:
@@ -157,7 +161,9 @@ class BenchConfig:
         given = [name for name, value in asked.items() if value is not None] + ["--compile"] * self.compile
         if given and not self.is_loop:
             are = "is" if len(given) == 1 else "are"
-            raise UsageError(f"{' and '.join(given)} {are} for the denoising loop. Add --model or --random-init.")
+            raise UsageError(
+                f"{' and '.join(given)} {are} for the denoising loop, which is not timed. Add --model or --random-init."
+            )
         if self.width is not None and self.height is not None:
             check_grid(self.width, self.height)
 

@@ -72,11 +72,13 @@ def _cudnn_blocks(setting: Setting) -> Attend:
     try:
         from cudnn import BSA
     except ImportError as error:
-        raise Unavailable("has no block-sparse attention. Try pip install --upgrade nvidia-cudnn-frontend.") from error
+        raise Unavailable(
+            "no block-sparse attention in this version. Try pip install --upgrade nvidia-cudnn-frontend."
+        ) from error
     config = setting.config
     block = config.block_n
     if config.block_m != block or block not in (64, 128):
-        raise Unavailable(f"supports blocks of 64 x 64 or 128 x 128, not {config.block_m} x {block}")
+        raise Unavailable(f"only blocks of 64 x 64 or 128 x 128 are supported, not {config.block_m} x {block}")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
@@ -116,7 +118,7 @@ def _public_sla(setting: Setting) -> Attend:
 
     config = setting.config
     if config.linear_domain != "all":
-        raise Unavailable("supports the linear domain 'all' only")
+        raise Unavailable("only the linear domain 'all' is supported")
     module = SparseLinearAttention(
         head_dim=setting.weight.shape[0], topk=1 - config.sparsity, feature_map=config.feature_map,
         BLKQ=config.block_m, BLKK=config.block_n,

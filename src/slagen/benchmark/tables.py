@@ -107,9 +107,7 @@ class BenchResult:
         for row in self.rows:
             if row.reason and row.correct is not False:
                 reasons.setdefault(row.reason, []).append(row.method)
-        lines = [
-            f"{', '.join(dict.fromkeys(names))}: {reason.removeprefix('is ')}" for reason, names in reasons.items()
-        ]
+        lines = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
         lines += [str(group) for group in self.same_top_k or []]
         drifts = [_drift(row.forward_ms) for row in self.rows if row.forward_ms]
         if drifts:

@@ -179,7 +179,7 @@ def test_plans():
     )
     assert some.kept_fraction == pytest.approx(sol.kept_fraction + (1 - sol.kept_fraction) * 512 / 32760)
     assert some.settings["delta"] == 64 and "delta" not in sol.settings
-    assert any(note.endswith("; delta 64 -> 512 of 32760 query rows exactly") for note in some.notes)
+    assert any(note.endswith("; delta 64 -> 512 of 32760 query rows computed exactly") for note in some.notes)
     half = told(delta=64, dense_steps="50%")
     assert half.kept_fraction == pytest.approx((1 + some.kept_fraction) / 2)
 
@@ -271,5 +271,6 @@ def test_the_command_line_lists_and_runs_it(tmp_path, capsys):
     arguments += ["--steps", "1", "--seed", "1", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
     assert slagen_command(["generate", "a", *arguments, "--attention", "mean", "--block-n", "16", "--delta", "16"]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "delta 16 -> 3 of 48 query rows exactly" in told and "one query row in 16 attended exactly (delta)" in told
+    assert "delta 16 -> 3 of 48 query rows computed exactly" in told
+    assert "one query row in 16 attended exactly (delta)" in told
     assert math.isclose(json.loads((tmp_path / "a.json").read_text())["attention"]["delta"], 16)

@@ -239,7 +239,7 @@ def test_plans_tell_of_the_memory():
 
     made, sol = told(), told(attention="sol")
     kept = 60 * (32760 * 1536 * 2 + 32760 * 12 * 4) / 2**30
-    said = f"rettention attention stores {kept:.1f} GiB in all between steps (30 layers, for both guidance passes)"
+    said = f"rettention attention keeps {kept:.1f} GiB in memory between steps (30 layers, for both guidance passes)"
     assert any(note.startswith(said) for note in made.notes) and not any("from step to" in note for note in sol.notes)
     activations = [each.memory_gib.stages["denoise"].activations for each in (made, sol)]
     assert activations[0] - activations[1] == pytest.approx(kept)
@@ -247,7 +247,7 @@ def test_plans_tell_of_the_memory():
     assert made.settings["dense_steps"] == list(range(15))
     own = told(dense_steps="0%", dense_layers="0-28", guidance_scale=1.0)
     assert "dense_steps" not in own.settings
-    assert any("stores 97.5 MiB in all between steps (1 layer);" in note for note in own.notes)
+    assert any("keeps 97.5 MiB in memory between steps (1 layer);" in note for note in own.notes)
 
 
 def settings(**changes):
@@ -275,7 +275,7 @@ def test_a_video_and_its_report(tmp_path, capsys):
     arguments += ["--attention", "rettention", "--refresh-steps", "2", "--guidance-scale", "3"]
     assert slagen_command(["generate", "a", *arguments]) == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "rettention attention stores" in told and "window of 3 of 16 places in every frame -> " in told
+    assert "rettention attention keeps" in told and "window of 3 of 16 positions in each frame -> " in told
     attention = json.loads(video.with_suffix(".json").read_text())["attention"]
     share = RettentionConfig(window_fraction=0.2).pairs(Grid(3, 4, 4)) / 48**2
     # Step 0 is dense and remembers nothing, 1 is the first that does, 2 is a second one, 3 is the first between.
@@ -321,7 +321,7 @@ def test_one_line_says_what_is_wrong(arguments, said, capsys):
 def test_single_calls_are_refused():
     with pytest.raises(
         UsageError,
-        match="rettention attention keeps tensors from one denoising step to the next, so it runs in generate",
+        match="rettention attention keeps tensors from one denoising step to the next, which attend\\(\\) cannot do",
     ):
         slagen.attend("rettention", *make_qkv((1, 1, 8, 8)), grid=(2, 2, 2))
     with pytest.raises(ValueError, match="has 8 tokens, but the sequence has 60"):

@@ -279,8 +279,8 @@ def test_operator_refuses():
     q, k, v = make_qkv((1, 2, 40, 8))
     eye, logit = torch.eye(8), torch.zeros(2, 1)
     for change, text in (
-        ({"router_q": torch.eye(4)}, "router_q is (4, 4) of torch.float32 on cpu"),
-        ({"logit": torch.zeros(2, 3)}, "logit is (2, 3) of torch.float32 on cpu"),
+        ({"router_q": torch.eye(4)}, "router_q has shape (4, 4) and dtype torch.float32 on cpu"),
+        ({"logit": torch.zeros(2, 3)}, "logit has shape (2, 3) and dtype torch.float32 on cpu"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
         ({"backend": "triton", "soft": True}, "the soft top-k has no Triton kernels. Try torch or auto."),

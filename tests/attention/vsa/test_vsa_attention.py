@@ -245,9 +245,9 @@ def test_refuses_what_does_not_fit():
     (q, k, v, gate), _ = draw(grid)
     config = VSAConfig()
     cases = [
-        (lambda: video_sparse_attention(q, k[:, :, 1:], v, config, grid), "all must be one"),
+        (lambda: video_sparse_attention(q, k[:, :, 1:], v, config, grid), "all must have the same shape"),
         (lambda: video_sparse_attention(q, k.float(), v, config, grid), "dtypes"),
-        (lambda: video_sparse_attention(q, k, v, config, grid, gate[:, :1]), "gate is"),
+        (lambda: video_sparse_attention(q, k, v, config, grid, gate[:, :1]), "gate has shape"),
         (lambda: video_sparse_attention(q, k, v, config, Grid(2, 3, 5)), "2 x 3 x 5 has 30 tokens"),
         (lambda: video_sparse_attention(q, k, v, config, cube_order(Grid(2, 3, 5), q.device)), "for 30 tokens"),
         (

@@ -178,7 +178,10 @@ def test_steps_and_layers_compile_nothing_anew(gate):
 def test_a_plan_says_what_it_keeps():
     plan = make_plan(GenerateConfig("a red circle moving right", attention="vsa", sparsity=0.7, device="cpu"))
     assert plan.attention == VSAConfig(0.7) and plan.backend == "torch"
-    assert "sparsity 0.7 -> 3 of 8 key cubes per query cube, no coarse branch: the weights have no gate" in plan.notes
+    assert (
+        "sparsity 0.7 -> 3 of 8 key cubes per query cube, no coarse branch because the weights have no gate"
+        in plan.notes
+    )
 
 
 def test_triton_is_refused_in_one_line(capsys):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 DELTA = Addition(
     name="delta",
     kind="wrapper",
-    summary="any sparse method, corrected by the error that one exact query row of every N shows (delta attention)",
-    help="Correct any sparse method: attend one query row of every N exactly, and add its difference to all N rows.",
+    summary="any sparse method, corrected by its error in one query row of every N (delta attention)",
+    help="Correct any sparse method: compute one query row of every N exactly, and add its difference to all N rows.",
     example="--delta 64",
 )
 
@@ -70,7 +70,7 @@ def _describe(method: Method, stride: int, config: Any, grid: Grid) -> dict[str,
 
 def _note(method: Method, stride: int, config: Any, options: Mapping[str, Any], grid: Grid) -> str:
     rows = -(-grid.num_tokens // stride)
-    own = f"delta {stride} -> {rows} of {grid.num_tokens} query rows exactly"
+    own = f"delta {stride} -> {rows} of {grid.num_tokens} query rows computed exactly"
     note = method.note(config, options, grid)
     return own if note is None else f"{note}; {own}"
 

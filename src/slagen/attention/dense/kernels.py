@@ -33,7 +33,7 @@ def dense_kernel(name: str, device: torch.device) -> Attend:
     if name in ("auto", "sdpa"):
         return F.scaled_dot_product_attention
     if is_absent(name):
-        raise Unavailable("is not installed")
+        raise Unavailable("not installed")
     if name in SDPA:
         return _sdpa(SDPA[name], device)
     return {"flash-attn": _flash_attn, "sage": _sage, "flashinfer": _flashinfer}[name]()
@@ -66,13 +66,13 @@ def check_kernel(name: str, head_dim: int, device: torch.device, dtype: torch.dt
 
 def _sdpa(backend: SDPBackend, device: torch.device) -> Attend:
     if device.type != "cuda":
-        raise Unavailable("needs a CUDA device")
+        raise Unavailable("no CUDA device")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if backend == SDPBackend.MATH:
             gib = q.shape[0] * q.shape[1] * q.shape[2] ** 2 * 4 / 2**30
             if gib > MATH_LIMIT_GIB:
-                raise Unavailable(f"its attention matrix would take {gib:.0f} GiB")
+                raise Unavailable(f"the attention matrix would take {gib:.0f} GiB")
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 

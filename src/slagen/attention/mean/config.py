@@ -81,8 +81,8 @@ class SolConfig(BlockMeanConfig):
 
     tau: float = option(
         1.0,
-        "Attend exactly to key blocks whose score is more than this many standard deviations above the mean of its "
-        "row: 1 keeps about 16%, 1.3 about 10%, 2 about 2%.",
+        "Attend exactly to key blocks whose score exceeds the mean score of their query block by more than this many "
+        "standard deviations: 1 keeps about 16% of the blocks, 1.3 about 10%, 2 about 2%.",
         prompt_line=True,
     )
 

@@ -77,7 +77,7 @@ def _mean_note(config: MeanConfig, options: Mapping[str, Any], grid: Grid) -> st
 def _sol_note(config: SolConfig, options: Mapping[str, Any], grid: Grid) -> str:
     whole = density(config, grid.num_tokens)
     return (
-        f"tau {config.tau:g} -> about {expected_share(config.tau):.0%} of key blocks, or {whole:.0%} with those "
+        f"tau {config.tau:g} -> about {expected_share(config.tau):.0%} of key blocks, or {whole:.0%} including those "
         f"around each query block (estimates; the report has the measured fraction){note_of_order(config.order)}"
     )
 
@@ -97,14 +97,14 @@ _COMMON: dict[str, Any] = {
 }
 MEAN = Method(
     name="mean",
-    summary="exact attention to the key blocks of highest score, the rest as block means",
+    summary="exact attention to the highest-scoring key blocks, block means for the rest",
     config=MeanConfig,
     note=_mean_note,
     **_COMMON,
 )
 SOL = Method(
     name="sol",
-    summary="exact attention to key blocks above a threshold, the rest as block means (Sol-Attn)",
+    summary="exact attention to key blocks that score above a threshold, block means for the rest (Sol-Attn)",
     config=SolConfig,
     note=_sol_note,
     **_COMMON,

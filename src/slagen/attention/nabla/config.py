@@ -29,12 +29,12 @@ class NablaConfig:
 
     top_p: float = option(
         0.4,
-        "Share of each row of the pooled attention map that the kept patches hold at least, above 0 and at most 1.",
+        "Share of the pooled attention that the kept patches must hold for each query patch, above 0 and at most 1.",
         prompt_line=True,
     )
     sliding_tile: str = option(
         "11x3x3",
-        "Tile of patches around each patch that is always kept: frames x rows x columns of patches, or none.",
+        "Size of the tile that is always kept around each patch: frames x rows x columns of patches, or none.",
         metavar="TxHxW",
         prompt_line=True,
     )

@@ -43,12 +43,12 @@ def nabla_attention(
     check_qkv(q, k, v)
     if backend not in get_args(Backend):
         raise ValueError(
-            f"backend is {backend!r}, but must be one of {', '.join(get_args(Backend))} for nabla. Try auto."
+            f"backend is {backend!r}, but must be one of {', '.join(get_args(Backend))} for nabla attention. Try auto."
         )
     length, scale = q.shape[2], q.shape[3] ** -0.5
     patches = grid if isinstance(grid, Patches) else patches_of(check_tokens(grid, length), config.reach, q.device)
     if patches.num_tokens != length:
-        raise ValueError(f"the patches are for {patches.num_tokens} tokens, but q has {length}. Give the grid of q's.")
+        raise ValueError(f"the patches are for {patches.num_tokens} tokens, but q has {length}. Give the grid of q.")
     with torch.autocast(q.device.type, enabled=False):
         if backend == "reference":
             return reference_attention(q, k, v, config, patches, scale)

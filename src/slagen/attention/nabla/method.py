@@ -44,16 +44,16 @@ def _describe(config: NablaConfig, grid: Grid) -> dict[str, Any]:
 
 
 def _note(config: NablaConfig, options: Mapping[str, Any], grid: Grid) -> str:
-    near = f", with the sliding tile {config.sliding_tile} ({tile_share(config, grid):.0%})" if config.reach else ""
+    near = f", plus the sliding tile {config.sliding_tile} ({tile_share(config, grid):.0%})" if config.reach else ""
     return (
-        f"top-p {config.top_p:g} of {num_cubes(grid, PATCH)} patches of 8x8 tokens{near} -> at most about "
-        f"{density_bound(config, grid):.0%} of all pairs (the report has the measured fraction)"
+        f"top-p {config.top_p:g} over {num_cubes(grid, PATCH)} patches of 8x8 tokens{near} -> at most about "
+        f"{density_bound(config, grid):.0%} of all query-key pairs (the report has the measured fraction)"
     )
 
 
 NABLA = Method(
     name="nabla",
-    summary="exact attention to the patches of 8x8 tokens that hold most of a pooled attention map (NABLA)",
+    summary="exact attention to the patches of 8x8 tokens that receive most of the pooled attention (NABLA)",
     config=NablaConfig,
     needs=Needs(context=True),
     cost=nabla_flops,

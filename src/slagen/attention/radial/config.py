@@ -25,7 +25,7 @@ class RadialConfig:
 
     decay_factor: float = option(
         0.2,
-        "Factor, above 0, on the width of the attended band of tokens between frames that are two or more apart.",
+        "Factor above 0 that scales the width of the attended band of tokens between frames two or more apart.",
         prompt_line=True,
     )
     block_m: int = 128

@@ -29,13 +29,17 @@ class RettentionConfig:
     """
 
     window_fraction: float = option(
-        0.031, "Fraction of the places in every frame, around its own, that a token attends to.", prompt_line=True
+        0.031,
+        "Fraction of the positions in each frame that a token attends to, around its own position.",
+        prompt_line=True,
     )
     refresh_steps: int = option(
-        5, "Every so many steps attend densely and are remembered for the steps after.", prompt_line=True
+        5, "Number of steps from one dense step to the next; the steps in between reuse its result.", prompt_line=True
     )
     ratio_growth: float = option(
-        0.04, "Added at each step between to the remembered share of the softmax in the window.", prompt_line=True
+        0.04,
+        "Added, at each step after a dense step, to the estimated share of the softmax inside the window.",
+        prompt_line=True,
     )
 
     def __post_init__(self) -> None:

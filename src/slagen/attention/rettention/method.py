@@ -10,6 +10,7 @@ from slagen.attention.cost import ModelShape
 from slagen.attention.protocol import Backend, Grid, Inputs, Layer, Method, Needs
 from slagen.attention.rettention import config as settings
 from slagen.attention.rettention.config import RettentionConfig
+from slagen.io.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -61,17 +62,17 @@ def _applies(config: RettentionConfig, grid: Grid) -> bool:
 def _note(config: RettentionConfig, options: Mapping[str, Any], grid: Grid) -> str:
     places = min(2 * config.reach(grid) + 1, grid.height * grid.width)
     return (
-        f"window of {places} of {grid.height * grid.width} places in every frame -> "
-        f"{config.pairs(grid) / grid.num_tokens**2:.1%} of all query-key pairs, and all of them in every "
-        f"{config.refresh_steps}th step"
+        f"window of {places} of {grid.height * grid.width} positions in each frame -> "
+        f"{config.pairs(grid) / grid.num_tokens**2:.1%} of all query-key pairs, and dense attention every "
+        f"{counted(config.refresh_steps, 'step')}"
     )
 
 
 RETTENTION = Method(
     name="rettention",
     summary=(
-        "a static window, scaled and corrected by what the last dense step showed (Re-ttention); the first 30% of the "
-        "steps run dense unless --dense-steps says otherwise"
+        "exact attention in a fixed window, corrected with the result of the last dense step (Re-ttention); the first "
+        "30% of the steps are dense unless --dense-steps is given"
     ),
     config=RettentionConfig,
     needs=Needs(context=True),

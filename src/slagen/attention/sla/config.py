@@ -94,16 +94,22 @@ class SLAConfig:
         """What to say of weights that were trained with a different sparsity, block size or token order."""
         found = []
         if not math.isclose(self.sparsity, trained.sparsity, abs_tol=1e-9):
-            found.append(f"the weights were trained at sparsity {trained.sparsity:g}, not {self.sparsity:g}")
+            found.append(
+                f"the weights were trained at sparsity {trained.sparsity:g}, but this run uses {self.sparsity:g}"
+            )
         if (self.block_m, self.block_n) != (trained.block_m, trained.block_n):
             found.append(
-                f"the weights were trained with blocks of {trained.block_m}x{trained.block_n} tokens, not "
-                f"{self.block_m}x{self.block_n}"
+                f"the weights were trained with blocks of {trained.block_m}x{trained.block_n} tokens, "
+                f"but this run uses {self.block_m}x{self.block_n}"
             )
         if self.order != trained.order:
-            found.append(f"the weights were trained with tokens in {trained.order} order, not {self.order}")
+            found.append(
+                f"the weights were trained with tokens in {trained.order} order, but this run uses {self.order}"
+            )
         if self.selector != trained.selector:
-            found.append(f"the weights were trained with the selector {trained.selector}, not {self.selector}")
+            found.append(
+                f"the weights were trained with the selector {trained.selector}, but this run uses {self.selector}"
+            )
         return found
 
     def num_negligible(self, num_key_blocks: int) -> int:
@@ -125,11 +131,11 @@ class SLAConfig:
         """Rebuild what `to_dict` gave. Raises UsageError unless every field that it always gives is there, and none is
         unknown."""
         if not isinstance(fields, dict):
-            raise UsageError(f"SLA settings are {shown(fields)}. Give a JSON object.")
+            raise UsageError(f"SLA settings are {shown(fields)}, but must be a JSON object.")
         expected = {setting.field for setting in settings_of(cls) if not setting.about.later}
         known = {setting.field for setting in settings_of(cls)}
         faults = [f"lack {name}" for name in sorted(expected - fields.keys())]
-        faults += [f"contain the unknown {name}" for name in sorted(fields.keys() - known)]
+        faults += [f"contain the unknown setting {name}" for name in sorted(fields.keys() - known)]
         if faults:
             raise UsageError(f"SLA settings {' and '.join(faults)}. Give exactly {', '.join(sorted(expected))}.")
         return cls(**fields)

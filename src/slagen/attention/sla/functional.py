@@ -104,7 +104,7 @@ def pick_scale(q: Tensor, scale: float | None) -> float:
     if scale is None:
         return float(q.shape[-1] ** -0.5)
     if not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}; it must be finite and above 0, or the lowest scores would win. Try None.")
+        raise ValueError(f"scale is {scale}; it must be finite and above 0. Try None for the default.")
     return float(scale)
 
 
@@ -113,12 +113,12 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.numel() == 0:
         raise ValueError(
             f"q, k, v have shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
-            "all must be one (B, H, L, D) with no size 0."
+            "all must have the same shape (B, H, L, D), and no dimension may be 0."
         )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ValueError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; "
-            f"all must be one of {', '.join(map(str, DTYPES))}. Convert them with .to()."
+            f"all must have the same dtype, one of {', '.join(map(str, DTYPES))}. Convert them with .to()."
         )
     for name, tensor in (("k", k), ("v", v)):
         _check_device(name, tensor, q)
@@ -142,8 +142,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, proj_weight: Tensor | None, 
             continue
         if tensor.shape != shape or not tensor.is_floating_point():
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)} of {tensor.dtype}; "
-                f"for head dimension {head_dim} it must be {shape}, floating point."
+                f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}; for head dimension {head_dim} it "
+                f"must have shape {shape} and a floating-point dtype."
             )
         _check_device(name, tensor, q)
 
@@ -161,6 +161,6 @@ def _check_means(q: Tensor, config: SLAConfig, block_means: tuple[Tensor, Tensor
         shape = (batch * num_heads, count, head_dim)
         if means.shape != shape or means.dtype != torch.float32 or means.device != q.device:
             raise ValueError(
-                f"block_means of {name} is {tuple(means.shape)} of {means.dtype} on {means.device}; "
-                f"it must be {shape} of torch.float32 on {q.device}."
+                f"block_means of {name} has shape {tuple(means.shape)} and dtype {means.dtype} on {means.device}; "
+                f"it must have shape {shape} and dtype torch.float32 on {q.device}."
             )

@@ -79,7 +79,7 @@ def verify(q: Tensor, config: SLAConfig) -> None:
         return
     fault, gave_way = prove(q, config)
     for text in gave_way:
-        warnings.warn(f"{text}; using the next smaller tiles.", stacklevel=2)
+        warnings.warn(f"{text}; using smaller tiles.", stacklevel=2)
     if fault is not None:
         raise KernelProblem(f"the Triton kernels fail on {q.device}: {fault}. Try --backend torch.")
 
@@ -103,7 +103,7 @@ def prove(q: Tensor, config: SLAConfig) -> tuple[str | None, list[str]]:
         elif not choices.demote(q, *blocks, kernel):
             return fault, gave_way
         else:
-            gave_way.append(f"{kernel or 'the Triton kernels'} on {q.device}: {fault}")
+            gave_way.append(f"{kernel or 'the Triton kernels'} failed on {q.device}: {fault}")
     return None, gave_way
 
 

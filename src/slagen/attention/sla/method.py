@@ -136,7 +136,7 @@ def _method(name: str, summary: str, branches: Branches, projection: ParameterGr
 
 
 SLA = _method(
-    "sla", "exact attention to the highest-scoring key blocks, linear attention to the others", "both",
+    "sla", "exact attention to the highest-scoring key blocks, linear attention for the rest", "both",
     ParameterGroup("proj_l"), family="sla", parts=_parts,
 )  # fmt: skip
 SPARSE = _method(

@@ -41,14 +41,15 @@ class SLA2Config:
 
     sparsity: float = 0.95
     router_tau: float = option(
-        0.1, "Temperature of the soft top-k while the router is trained; lower is closer to the final, hard choice."
+        0.1,
+        "Temperature of the soft top-k in router training; a lower value is closer to the hard top-k used afterwards.",
     )
     smooth_keys: bool = option(True, "Subtract the mean key from all keys, in the router and in the linear branch.")
     mixing: Mixing = option(
-        "learned", "Weight of the exact branch: learned, or mass, its estimated share of the softmax."
+        "learned", "Weight of the exact branch: learned, or mass (its estimated share of the softmax)."
     )
     mixing_blocks: int = option(
-        1, "Learned mixing weights per head, spread over the query blocks; 1 shares one weight among all of them."
+        1, "Number of learned mixing weights per head, spread over the query blocks; 1 means one weight for all blocks."
     )
     block_m: int = 128
     block_n: int = 64

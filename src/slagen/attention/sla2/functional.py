@@ -142,8 +142,8 @@ def choose_backend(
 def _check_weight(name: str, weight: Tensor, shape: tuple[int, int], q: Tensor) -> None:
     if weight.shape != shape or not weight.is_floating_point() or weight.device != q.device:
         raise ValueError(
-            f"{name} is {tuple(weight.shape)} of {weight.dtype} on {weight.device}; for q of {tuple(q.shape)} it must "
-            f"be {shape}, floating point, on {q.device}."
+            f"{name} has shape {tuple(weight.shape)} and dtype {weight.dtype} on {weight.device}; for q of shape "
+            f"{tuple(q.shape)} it must have shape {shape} and a floating-point dtype on {q.device}."
         )
 
 

@@ -47,7 +47,8 @@ def video_sparse_attention(
     cubes = cubes_of(grid, q)
     if gate is not None and (gate.shape != q.shape or not gate.is_floating_point()):
         raise ValueError(
-            f"gate is {tuple(gate.shape)} of {gate.dtype}; it must be {tuple(q.shape)}, floating point, as q is."
+            f"gate has shape {tuple(gate.shape)} and dtype {gate.dtype}; it must have the shape of q, "
+            f"{tuple(q.shape)}, and a floating-point dtype."
         )
     if backend not in BACKENDS:
         raise ValueError(

@@ -89,8 +89,7 @@ class VSA(CubesOfPass):
 def _hidden_states(inputs: Inputs) -> Tensor:
     if inputs.hidden_states is None:
         raise ValueError(
-            "vsa's gate needs the hidden states of all tokens of a layer, but there are none here, or only those of "
-            "this "
-            "process's tokens. Run it in a model, on one device."
+            "the gate of vsa attention needs the hidden states of all tokens of a layer, but they are missing or split "
+            "among processes. Run it inside a model, on one device."
         )
     return inputs.hidden_states

@@ -58,7 +58,7 @@ def _describe(config: VSAConfig, grid: Grid) -> dict[str, Any]:
 
 def _note(config: VSAConfig, options: Mapping[str, Any], grid: Grid) -> str:
     cubes = num_cubes(grid)
-    branch = "coarse branch with its gate" if config.gate else "no coarse branch: the weights have no gate"
+    branch = "with a gated coarse branch" if config.gate else "no coarse branch because the weights have no gate"
     kept = f"sparsity {config.sparsity:g} -> {config.num_kept(cubes)} of {cubes} key cubes per query cube"
     return f"{kept}, {branch}"
 
@@ -66,8 +66,8 @@ def _note(config: VSAConfig, options: Mapping[str, Any], grid: Grid) -> str:
 VSA = Method(
     name="vsa",
     summary=(
-        "Video Sparse Attention: exact attention to the highest-scoring cubes of 4x4x4 tokens, and a gated coarse "
-        "branch"
+        "Video Sparse Attention (VSA): exact attention to the highest-scoring cubes of 4x4x4 tokens, plus a gated "
+        "coarse branch"
     ),
     config=VSAConfig,
     needs=Needs(context=True, hidden_states=True),
