@@ -62,7 +62,7 @@ def test_methods_are_those_of_the_command():
         (("vsa",), {"grid": (4, 5)}, UsageError, r"grid is \(4, 5\), but must be three whole numbers. Give grid=\("),
         (("vsa",), {"grid": "1x4x5"}, UsageError, "grid is '1x4x5', but must be three whole numbers"),
         (("vsa",), {"grid": (1, 4, 5.0)}, UsageError, r"grid is \(1, 4, 5.0\), but must be three whole numbers"),
-        (("dense",), {"taus": 1}, TypeError, r"attend\(\) has no argument 'taus'. Settings are none."),
+        (("dense",), {"taus": 1}, TypeError, r"attend\(\) has no argument 'taus'. Its arguments are none."),
     ],
 )
 def test_what_it_refuses(arguments, options, error, said):
