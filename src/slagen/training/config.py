@@ -38,6 +38,8 @@ OWN_FIELDS = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m
 Loss = Literal["distill", "flow"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Stages = Literal["all", "router,all", "router"]
+InitFrom = Literal["mean"]
+IN_ONE_PROCESS = "--init-from mean fits proj_l in one process. Start without torchrun."
 Optimizer = Literal["adamw", "adamw8bit"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 
@@ -114,6 +116,7 @@ class FinetuneConfig:
         model: preset, folder or hub id; None is Wan2.1 1.3B on CUDA and the bundled model elsewhere.
         weights: SLA weights to go on from, or a whole transformer; None takes the model's own.
         from_dense: begin with the model's dense weights and what the attention learns fresh: of SLA `proj_l`.
+        init_from: "mean" fits SLA's fresh `proj_l` to that method first; see `init_from.py`.
         output: a folder for `sla.safetensors`, checkpoints, log, clips and page, and for the transformer where
             `weights` is a whole one of your own.
         attention: a method's name, see `slagen methods`; "dense" for a control that is tuned as long.
@@ -152,6 +155,12 @@ class FinetuneConfig:
     )
     from_dense: bool = option(
         False, "Start from dense weights, with untrained attention weights (SLA's proj_l is zero).", panel=MODEL
+    )
+    init_from: InitFrom | None = option(
+        None,
+        "Before the first step, fit SLA's proj_l to the output of the training-free method mean, by least squares on "
+        "training clips: mean. With --from-dense.",
+        panel=MODEL,
     )
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=MODEL, pixels=False)
     attention: Attention = option(
@@ -335,6 +344,8 @@ class FinetuneConfig:
                 raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
         method.config(**dict(self.attention_options))  # it checks what is out of range
         _check_stages(self, method)
+        if self.init_from is not None:
+            _check_init_from(self, method)
         method.check_backend(self.backend)
         check_backward(method, self.backend)
 
@@ -356,6 +367,23 @@ class FinetuneConfig:
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
         return method.in_training(method.configure(base, given, Grid.flat(1)))  # of no one clip: none counts tokens
+
+
+def _check_init_from(config: FinetuneConfig, method: Method) -> None:
+    """Raise UsageError where there is no fresh proj_l of SLA to fit."""
+    if config.init_from not in get_args(InitFrom):
+        raise UsageError(f"init_from is {shown(config.init_from)}, but must be mean. Try --init-from mean.")
+    if method.name != "sla":
+        raise UsageError(
+            f"init_from fits proj_l to what sla's sparse branch leaves out, which {method.name} attention does not "
+            "learn. Leave --init-from out, or give --attention sla."
+        )
+    if not config.from_dense:
+        raise UsageError(
+            "init_from takes the place of trained SLA weights, so it starts from dense weights. Add --from-dense."
+        )
+    if config.context_parallel > 1:
+        raise UsageError(IN_ONE_PROCESS)
 
 
 def _check_stages(config: FinetuneConfig, method: Method) -> None:

@@ -19,6 +19,7 @@ from slagen.training.config import FinetuneConfig
 from slagen.training.data import dataset, prepare
 from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import join
+from slagen.training.init_from import fit_to_mean
 from slagen.training.log import Emit, cut_log
 from slagen.training.loop import train
 from slagen.training.metrics import TeacherErrors
@@ -147,6 +148,8 @@ def _build_trainer(setup: Setup, data: Dataset, found: Checkpoint | None) -> tup
     if team.kind != "fsdp":
         models.student.to(team.device)
     teacher = team.share_frozen(models.teacher)
+    if setup.config.init_from is not None and found is None:  # a checkpoint has what became of it
+        fit_to_mean(setup, models, data)
     return models, Trainer(models.student, teacher, data, recipe, team)
 
 

@@ -75,7 +75,7 @@ def velocity_error(
     device = device or next(teacher.parameters()).device
     difference = torch.zeros((), dtype=torch.float64)
     scale = torch.zeros((), dtype=torch.float64)
-    for noisy, level, text in _inputs(examples, levels, device):
+    for noisy, level, text in noisy_inputs(examples, levels, device):
         with autocast():
             expected = velocity(teacher, noisy, level, text).double().cpu()
             found = velocity(student, noisy, level, text).double().cpu()
@@ -103,7 +103,7 @@ def layer_errors(
     device = device or next(teacher.parameters()).device
     layers = len(teacher.blocks)  # type: ignore[arg-type]
     difference, scale = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.float64)
-    for noisy, level, text in _inputs(examples, levels, device):
+    for noisy, level, text in noisy_inputs(examples, levels, device):
         with autocast(), AttentionOutputs(teacher) as expected, AttentionOutputs(student) as found:
             velocity(teacher, noisy, level, text)
             velocity(student, noisy, level, text)
@@ -138,7 +138,8 @@ class AttentionOutputs:
             handle.remove()
 
 
-def _inputs(examples: Sequence[Example], levels: Sequence[float], device: torch.device) -> Any:
+def noisy_inputs(examples: Sequence[Example], levels: Sequence[float], device: torch.device) -> Any:
+    """What a transformer gets for every example and level: noisy latents, level and text, alike in every call."""
     for i, example in enumerate(examples):
         for j, level in enumerate(levels):
             generator = torch.Generator().manual_seed(i * 1009 + j)

@@ -20,7 +20,7 @@ from slagen.generation.resolve import Weights, find_weights
 from slagen.io.paths import user_path
 from slagen.io.text import quote
 from slagen.machine import pick_device, pick_dtype
-from slagen.training.config import FinetuneConfig, check_backward
+from slagen.training.config import IN_ONE_PROCESS, FinetuneConfig, check_backward
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team
 from slagen.training.log import Emit
@@ -159,6 +159,8 @@ def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
         )
     if config.stages != "all" and team.size > 1:
         raise UsageError(f"--stages {config.stages} runs in a single process only. Start slagen without torchrun.")
+    if config.init_from is not None and team.size > 1:
+        raise UsageError(IN_ONE_PROCESS)
     dtype = pick_dtype(config.dtype, team.device)
     return Recipe(
         schedule, config.loss, config.layer_loss, config.weight_decay, config.max_grad_norm, config.optimizer,
