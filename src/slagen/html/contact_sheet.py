@@ -25,8 +25,8 @@ SHEET = (
   main { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1rem; margin-top: 1rem;
     align-items: start; }
   section { display: contents; }
-  section.variants { display: grid; grid-column: 1 / -1; grid-auto-flow: column; grid-auto-columns: minmax(160px, 252px);
-    gap: 1rem; overflow-x: auto; align-items: start; }
+  section.variants { display: grid; grid-column: 1 / -1; grid-auto-flow: column; gap: 1rem;
+    grid-auto-columns: minmax(160px, 252px); overflow-x: auto; align-items: start; }
   section[hidden] { display: none; }
   .open { display: block; width: 100%; padding: 0; border: 0; border-radius: 0; }
   figcaption { padding: .5rem .7rem .7rem; overflow-wrap: anywhere; }
