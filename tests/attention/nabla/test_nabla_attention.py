@@ -190,3 +190,19 @@ def test_what_is_out_of_range(fields, said):
 def test_what_it_does_not_take(grid, options, said):
     with pytest.raises(ValueError, match=said):
         nabla_attention(*make_qkv((1, 1, 48, 4)), NablaConfig(), grid, **options)
+
+
+def test_a_row_keeps_a_patch_however_small_the_share():
+    """1 - top_p is 1 there in floating point, and a row's weights may sum to less."""
+    grid, config = Grid(5, 24, 24), NablaConfig(top_p=1e-20, sliding_tile="none")
+    q, k, _ = make_qkv((1, 8, grid.num_tokens, 16), torch.float32)
+    kept = kept_patches(q, k, config, patches_of(grid, None, CPU), 0.25)
+    assert (kept.sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.55])
+def test_an_even_map_keeps_the_bound_but_for_less_than_a_patch(top_p):
+    grid, config = Grid(2, 16, 24), NablaConfig(top_p=top_p, sliding_tile="none")
+    q = torch.zeros(1, 1, grid.num_tokens, 4)
+    share = kept_patches(q, q, config, patches_of(grid, None, CPU), 0.5).double().mean().item()
+    assert top_p <= share <= density_bound(config, grid) <= share + 1 / 12

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from numerics import make_qkv, results, strided
 from torch.autograd import gradcheck
 
+from slagen.attention.cost import ModelShape
 from slagen.attention.mean.config import MeanConfig
 from slagen.attention.mean.functional import block_mean_attention
 from slagen.attention.sla import blocks, blockwise_sparse
 from slagen.attention.sla.block_map import MARGINAL, block_map, block_scores
 from slagen.attention.sla2.config import SLA2Config
+from slagen.attention.sla2.cost import sla2_attention_flops
 from slagen.attention.sla2.functional import sla2_attention
 from slagen.attention.sla2.layer import SLA2
 
@@ -290,3 +292,20 @@ def test_operator_refuses():
         with pytest.raises(ValueError) as error:
             sla2_attention(q, k, v, **given)
         assert text in str(error.value)
+
+
+def test_a_fresh_layer_gives_the_exact_branch_nine_tenths():
+    layer = SLA2(8, 2, small(mixing_blocks=3))
+    torch.testing.assert_close(layer.mix().sigmoid(), torch.full((2, 3), 0.9))
+    assert all(torch.equal(router.weight, torch.eye(8)) for router in (layer.router_q, layer.router_k))
+
+
+@pytest.mark.parametrize("mixing", ["learned", "mass"])
+def test_cost_counts_the_router_and_the_mix(mixing):
+    """160 tokens of one head: 5 query blocks, 10 key blocks of which 3 are kept, and no proj_l."""
+    length, dim, kept = 160, 8, 3 * 16
+    exact, states, sums = 4 * length * kept * dim, 4 * length * dim**2, 2 * 5 * 10 * dim**2
+    router = 2 * 5 * 10 * dim + 2 * (5 + 10) * dim**2
+    mix = 3 * length * dim + (2 * length * 10 * dim if mixing == "mass" else 0)
+    found = sla2_attention_flops(small(mixing=mixing), ModelShape(1, 1, dim, 32, 4), length)
+    assert found == exact + states + sums + router + mix
