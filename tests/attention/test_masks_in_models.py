@@ -17,7 +17,8 @@ from slagen.attention.protocol import Grid, Inputs, Layer, StepContext
 from slagen.attention.radial.config import RadialConfig
 from slagen.attention.radial.functional import radial_attention
 from slagen.cli.main import run as slagen
-from slagen.wan.processor import install_method, take_densities
+from slagen.wan.observe import take_densities
+from slagen.wan.processor import install_method
 
 RADIAL, NABLA = registry.get("radial"), registry.get("nabla")
 SMALL = {"radial": RadialConfig(block_m=16, block_n=16), "nabla": NablaConfig(top_p=0.2, sliding_tile="none")}

@@ -137,7 +137,7 @@ def test_a_training_begins_there_and_resumes(toy, tmp_path, monkeypatch):
     ended(settings(model, tmp_path / "parts", **fields), stop=2)
     assert read_latest(tmp_path / "parts").state.step == 2
     assert len(fits) == 2 and all(map(torch.equal, *fits)) and all(weight.any() for weight in fits[0])
-    with pytest.raises(UsageError, match="init_from was 'mean' and is None"):
+    with pytest.raises(UsageError, match="init_from was 'mean' and is now None"):
         finetune(settings(model, tmp_path / "parts", data=data, steps=4))
     result, notes = ended(settings(model, tmp_path / "parts", **fields))
     assert len(fits) == 2 and not any("fitted" in note for note in notes)

@@ -20,7 +20,8 @@ from slagen.timing import StepRecorder
 from slagen.wan.install import load_sla, save_sla
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import resolve_model
-from slagen.wan.processor import attach_recorder, install, installation, processors
+from slagen.wan.observe import attach_recorder
+from slagen.wan.processor import install, installation, processors
 from slagen.wan.text_encoder import EMBEDDINGS, load_text_encoder
 
 CONFIG = SLAConfig(sparsity=0.6, block_m=16, block_n=16)

@@ -193,7 +193,8 @@ def _compiled_blocks(transformer: Any) -> Iterator[None]:
 
 def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> LoopTimes:
     """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
-    from slagen.wan.processor import attach_recorder, denoising
+    from slagen.wan.observe import attach_recorder
+    from slagen.wan.processor import denoising
 
     transformer = pipe.transformer
     device = next(transformer.parameters()).device

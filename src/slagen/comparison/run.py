@@ -40,7 +40,7 @@ from slagen.io.files import reserved, write_json
 from slagen.io.paths import is_video, user_path
 from slagen.packages import versions
 from slagen.video import check_ffmpeg, write_mp4
-from slagen.wan.processor import take_densities
+from slagen.wan.observe import take_densities
 from slagen.wan.vae import decode_latents
 
 ATTENTION_SETTINGS = ("attention", "backend", "sparsity", "sla_topk", "allow_untrained", "num_videos", "prompt", "seed")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slagen.attention.policy import DensePart
 from slagen.attention.protocol import Inputs
-from slagen.wan.processor import denoising, watching
+from slagen.wan.observe import watching
+from slagen.wan.processor import denoising
 
 KEPT = ("hidden_states", "timestep", "encoder_hidden_states")
 

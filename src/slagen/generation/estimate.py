@@ -100,10 +100,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     config, device = _placed(config, device)
     model = _model(config)
     notes = list[str]()
-    distilled = _distilled(config, model.defaults)
-    if distilled is None:  # what is asked for is taken at its word
-        distilled = (config.sampler or model.defaults.sampler) == "rcm"
-    asked, config = config, fill_defaults(config, model.defaults, distilled, notes)
+    asked, config = config, fill_defaults(config, model.defaults, _distilled(config, model.defaults), notes)
     size, grid = model.size(config)
     tokens = grid.num_tokens
     method = registry.get(config.attention)
@@ -231,16 +228,19 @@ def _notes(
     return notes
 
 
-def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool | None:
-    """Whether weights are distilled for rcm; None if only their tensors show it."""
+def _distilled(config: GenerateConfig, defaults: ModelDefaults) -> bool:
+    """Whether weights are distilled for rcm; if only their tensors show it, what is asked for is taken at its word."""
+    asked = (config.sampler or defaults.sampler) == "rcm"
     if config.weights is None:
         return defaults.sampler == "rcm"
     file = user_path(config.weights)
     file = file / SLA_FILE if file.is_dir() else file
     if file.suffix != ".safetensors" or not file.is_file():
-        return None
+        return asked
     about = read_header(file).get("__metadata__", {}).get("slagen")
-    return None if about is None else read_strings(file, about, {"sampler_family?": str}).get("sampler_family") == "rcm"
+    return (
+        asked if about is None else read_strings(file, about, {"sampler_family?": str}).get("sampler_family") == "rcm"
+    )
 
 
 def _is_untuned(place: Path | str | None) -> bool:

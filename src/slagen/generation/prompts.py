@@ -210,8 +210,7 @@ def _spelt(option: str, column: int | None) -> str:
 
 
 def _plain(name: str) -> str:
-    name = plain_name(name)
-    return peers.LETTERS.get(name, peers.normalize(name))
+    return peers.LETTERS.get(plain := plain_name(name), peers.normalize(plain))
 
 
 def _convert(option: str, value: Any, column: int | None = None) -> Any:
@@ -396,8 +395,6 @@ def apply(base: GenerateConfig, request: Request) -> GenerateConfig:
         fields["sla_topk"] = None
     elif "sla_topk" in fields:
         fields["sparsity"] = None
-    if "attention_options" in fields:
-        fields["attention_options"] = tuple(
-            {**dict(base.attention_options), **dict(fields["attention_options"])}.items()
-        )
+    if own := fields.get("attention_options"):
+        fields["attention_options"] = tuple({**dict(base.attention_options), **dict(own)}.items())
     return dataclasses.replace(base, prompt=request.prompt, **fields)

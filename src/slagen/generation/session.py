@@ -26,7 +26,8 @@ from slagen.io.text import quote
 from slagen.timing import StepRecorder
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
-from slagen.wan.processor import attach_recorder, denoising, install_method, remove, set_config, take_densities
+from slagen.wan.observe import attach_recorder, take_densities
+from slagen.wan.processor import denoising, install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents

@@ -26,7 +26,8 @@ from slagen.io.paths import user_path
 from slagen.maps.config import PNG, MapConfig, without_map
 from slagen.maps.mass import best_curve, block_mass, query_weights, summarise
 from slagen.plot import AttentionPicture, draw_attention
-from slagen.wan.processor import processors, watching
+from slagen.wan.observe import watching
+from slagen.wan.processor import processors
 
 SCHEMA_VERSION = 1
 OnEvent = Callable[[Event], None]

@@ -21,6 +21,7 @@ from slagen.io.forms import shown
 from slagen.io.paths import check_folder
 from slagen.io.text import read_device
 from slagen.settings import option
+from slagen.training.method_checks import InitFrom, check_backward, check_init_from, check_stages
 from slagen.wan.defaults import MAX_STRENGTH, MAX_TRAINING
 
 
@@ -38,8 +39,6 @@ OWN_FIELDS = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m
 Loss = Literal["distill", "flow"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Stages = Literal["all", "router,all", "router"]
-InitFrom = Literal["mean"]
-IN_ONE_PROCESS = "--init-from mean fits proj_l in one process. Start without torchrun."
 Optimizer = Literal["adamw", "adamw8bit"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 
@@ -343,9 +342,9 @@ class FinetuneConfig:
                 option = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
         method.config(**dict(self.attention_options))  # it checks what is out of range
-        _check_stages(self, method)
+        check_stages(self, method)
         if self.init_from is not None:
-            _check_init_from(self, method)
+            check_init_from(self, method)
         method.check_backend(self.backend)
         check_backward(method, self.backend)
 
@@ -367,49 +366,3 @@ class FinetuneConfig:
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
         return method.in_training(method.configure(base, given, Grid.flat(1)))  # of no one clip: none counts tokens
-
-
-def _check_init_from(config: FinetuneConfig, method: Method) -> None:
-    """Raise UsageError where there is no fresh proj_l of SLA to fit."""
-    if config.init_from not in get_args(InitFrom):
-        raise UsageError(f"init_from is {shown(config.init_from)}, but must be mean. Try --init-from mean.")
-    if method.name != "sla":
-        raise UsageError(
-            f"init_from fits proj_l to what sla's sparse branch leaves out, which {method.name} attention does not "
-            "learn. Leave --init-from out, or give --attention sla."
-        )
-    if not config.from_dense:
-        raise UsageError(
-            "init_from takes the place of trained SLA weights, so it starts from dense weights. Add --from-dense."
-        )
-    if config.context_parallel > 1:
-        raise UsageError(IN_ONE_PROCESS)
-
-
-def _check_stages(config: FinetuneConfig, method: Method) -> None:
-    """Raise UsageError for a stage that the method or the other settings do not have."""
-    if config.stages != "all" and not any(group.stage == "router" for group in method.parameters):
-        raise UsageError(f"{method.name} attention has no router to train. Leave --stages out.")
-    most = MAX_TRAINING["steps"]
-    if config.router_steps is not None and not 1 <= config.router_steps <= most:
-        raise UsageError(
-            f"router_steps is {shown(config.router_steps)}, but must be a whole number from 1 to {most:,}. Try "
-            "--router-steps 100."
-        )
-    if config.router_steps is not None and config.stages != "router,all":
-        raise UsageError(
-            f"--router-steps is for --stages router,all, but --stages is {config.stages}. Leave --router-steps out."
-        )
-    if config.stages != "all" and config.backend == "triton":
-        raise UsageError("the router stage has no Triton kernels. Leave --backend out, or give --backend torch.")
-
-
-def check_backward(method: Method, backend: str) -> None:
-    """Raise UsageError for an implementation of a method that gradients do not pass through."""
-    if next(each.backward for each in method.backends if each.name == backend):
-        return
-    others = [each.name for each in method.backends if each.backward]
-    raise UsageError(
-        f"{method.name} attention has no backward pass"
-        + (f" on the {backend} backend. Try --backend {others[0]}." if others else ", so it cannot be fine-tuned.")
-    )

@@ -20,11 +20,12 @@ from slagen.generation.resolve import Weights, find_weights
 from slagen.io.paths import user_path
 from slagen.io.text import quote
 from slagen.machine import pick_device, pick_dtype
-from slagen.training.config import IN_ONE_PROCESS, FinetuneConfig, check_backward
+from slagen.training.config import FinetuneConfig
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.distributed import Team
 from slagen.training.log import Emit
 from slagen.training.lora import lora_config
+from slagen.training.method_checks import IN_ONE_PROCESS, check_backward
 from slagen.training.output_folder import TRANSFORMER_FILE
 from slagen.training.trainer import Recipe, optimizer_8bit
 from slagen.wan.defaults import TrainingDefaults

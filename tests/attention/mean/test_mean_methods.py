@@ -24,7 +24,8 @@ from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
 from slagen.generation.session import Session
-from slagen.wan.processor import install_method, processors, remove, take_densities
+from slagen.wan.observe import take_densities
+from slagen.wan.processor import install_method, processors, remove
 
 MEAN, SOL = registry.get("mean"), registry.get("sol")
 SHAPE = ModelShape(num_layers=2, num_heads=3, head_dim=16, ffn_dim=64, text_tokens=8)
