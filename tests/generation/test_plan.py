@@ -99,7 +99,7 @@ def test_the_bundled_model_is_planned_as_it_runs():
     assert content.trained_sparsity == 0.95 and not content.downloads and not content.notes
     assert any("trained at sparsity 0.95" in text for text in plan(sparsity=0.8).notes)
     (note,) = plan(width=256, height=256, num_frames=33).notes
-    assert "this clip is 256x256 with 33 frames. Try --size 128x128 --num-frames 17" in note
+    assert "This video is 256x256 with 33 frames. Try --size 128x128 --num-frames 17" in note
 
 
 def test_a_top_k_counts_as_published_and_a_sparsity_as_ours(capsys):

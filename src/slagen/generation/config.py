@@ -197,7 +197,7 @@ class GenerateConfig:
         self._check_kept_blocks()
         self._check_whole_numbers()
         self._check_strengths()
-        self._check_seed()
+        _check_seed(self)
         for name, choices in (("timing", Timing), ("dtype", Dtype), ("sampler", Sampler)):
             value = getattr(self, name)
             if value not in get_args(choices) and (name, value) != ("sampler", None):
@@ -266,18 +266,6 @@ class GenerateConfig:
                     f"Try --{name.replace('_', '-')} {example}."
                 )
 
-    def _check_seed(self) -> None:
-        """Raise UsageError for a seed that torch does not take, of any of the videos."""
-        if self.seed is None:
-            return
-        if not 0 <= self.seed <= MAX_SEED:
-            raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
-        if self.seed > MAX_SEED - self.num_videos + 1:
-            raise UsageError(
-                f"seed is {self.seed} and num_videos is {self.num_videos}, but the last video's seed must be at most "
-                f"2**63 - 1. Try --seed {MAX_SEED - self.num_videos + 1}."
-            )
-
     @property
     def policy(self) -> AttentionPolicy:
         """What uses dense attention whatever the method, the sparsity by step, and the correction."""
@@ -303,6 +291,19 @@ class GenerateConfig:
         """The prompt as a part of a file name."""
         plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
+
+
+def _check_seed(config: GenerateConfig) -> None:
+    """Raise UsageError for a seed that torch does not take, of any of the videos."""
+    if config.seed is None:
+        return
+    if not 0 <= config.seed <= MAX_SEED:
+        raise UsageError(f"seed is {shown(config.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
+    if config.seed > MAX_SEED - config.num_videos + 1:
+        raise UsageError(
+            f"seed is {config.seed} and num_videos is {config.num_videos}, but the last video's seed must be at most "
+            f"2**63 - 1. Try --seed {MAX_SEED - config.num_videos + 1}."
+        )
 
 
 def _check_attention(config: GenerateConfig) -> None:

@@ -307,7 +307,7 @@ class FinetuneConfig:
                 check_choice(name, getattr(self, name), BLOCK_SIZES)
         method = registry.get(self.attention)
         is_dense = method.family == "dense"
-        self._check_method(method)
+        _check_method(self, method)
         if is_dense and self.loss != "flow":
             raise UsageError("dense attention cannot be distilled from itself. Give --loss flow.")
         if is_dense and self.train not in ("all", "attn"):
@@ -334,20 +334,6 @@ class FinetuneConfig:
         if not 0 <= self.seed <= MAX_SEED:
             raise UsageError(f"seed is {shown(self.seed)}, but must be from 0 to 2**63 - 1. Try --seed 42.")
 
-    def _check_method(self, method: Method) -> None:
-        """Raise UsageError for a method that cannot be trained, and for what it does not take."""
-        asked = {name: getattr(self, name) for name in OWN_FIELDS} | dict(self.attention_options)
-        for name, value in (asked | {"anneal_from": self.anneal_from}).items():
-            if value is not None and (name if name != "anneal_from" else "sparsity") not in method.option_names:
-                option = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
-        method.config(**dict(self.attention_options))  # it checks what is out of range
-        check_stages(self, method)
-        if self.init_from is not None:
-            check_init_from(self, method)
-        method.check_backend(self.backend)
-        check_backward(method, self.backend)
-
     def num_router_steps(self, steps: int) -> int:
         """How many of the steps, the first ones, train the router."""
         if self.stages == "router,all":
@@ -366,3 +352,18 @@ class FinetuneConfig:
         if given.get("linear_domain") == "all" and "negligible" not in given:
             base = dataclasses.replace(base, negligible=0.0)
         return method.in_training(method.configure(base, given, Grid.flat(1)))  # of no one clip: none counts tokens
+
+
+def _check_method(config: "FinetuneConfig", method: Method) -> None:
+    """Raise UsageError for a method that cannot be trained, and for what it does not take."""
+    asked = {name: getattr(config, name) for name in OWN_FIELDS} | dict(config.attention_options)
+    for name, value in (asked | {"anneal_from": config.anneal_from}).items():
+        if value is not None and (name if name != "anneal_from" else "sparsity") not in method.option_names:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
+    method.config(**dict(config.attention_options))  # it checks what is out of range
+    check_stages(config, method)
+    if config.init_from is not None:
+        check_init_from(config, method)
+    method.check_backend(config.backend)
+    check_backward(method, config.backend)
