@@ -124,7 +124,7 @@ def test_dict_round_trip():
 
 def test_dict_with_other_fields_is_refused():
     fields = SLAConfig().to_dict()
-    with pytest.raises(UsageError, match="unknown topk"):
+    with pytest.raises(UsageError, match="unknown setting topk"):
         SLAConfig.from_dict(fields | {"topk": 3})
     del fields["block_n"]
     with pytest.raises(UsageError, match="lack block_n"):
