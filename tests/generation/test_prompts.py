@@ -105,7 +105,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ('{"prompt": "a", "negative_prompt": "\\udc00"}', ".jsonl", "incomplete character"),
         ("- {prompt: a, seed: .inf}\n", ".yaml", "whole number"),
         ("text,seed\na,1", ".csv", r":1: the table has no column named prompt"),
-        ("prompt,seed\na", ".csv", r":2: the line has 1 cells"),
+        ("prompt,seed\na", ".csv", r":2: the line has 1 cell,"),
         ('prompt\n"a', ".csv", "is not valid CSV"),
         ("prompts: [a, b", ".yaml", "not valid YAML|YAML tag"),
         ("just text", ".yaml", "must contain a list"),

@@ -354,7 +354,7 @@ def test_every_fault_is_told_at_once(tmp_path):
         ("metadata.csv", 'video,prompt\na.mp4,"a', ":2: the line is not valid CSV"),
         ("metadata.csv", 'video,prompt\na.mp4,x\nb.mp4,"x" y\nc.mp4,z', "3 faults(.|\n)*:3: the line(.|\n)*:4: c.mp4"),
         ("metadata.csv", "a,b\n1,2\n", "lacks a column"), ("videos2caption.json", "{}", "does not contain a list"),
-        ("a.txt", "x", "is not a list of videos"), ("a.csv", b"\xff\xfe", "cannot be read as UTF-8"),
+        ("a.txt", "x", "is not a list of videos"), ("a.csv", b"\xff\xfe", "byte 0xff is not UTF-8. Give UTF-8 text"),
     ],
 )  # fmt: skip
 def test_lists_that_are_none(tmp_path, name, text, message):

@@ -21,7 +21,7 @@ from slagen.io.documents import Entries, decode, parse_json, parse_yaml, size_of
 from slagen.io.forms import Fault, shown
 from slagen.io.paths import user_path
 from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
-from slagen.io.text import LONG_DASH, cut
+from slagen.io.text import LONG_DASH, counted, cut
 from slagen.settings import settings_of, with_complements
 
 MAX_FILE = 16 * 2**20
@@ -298,10 +298,8 @@ def _csv(name: str, text: str) -> Iterator[tuple[int, Entry]]:
                 continue
             row = without_empty_end(row, len(header))
             if len(row) != len(header):
-                yield (
-                    rows.line_num,
-                    _Fault(f"the line has {len(row)} cells, but the first line has {len(header)} column names"),
-                )
+                cells = counted(len(row), "cell")
+                yield rows.line_num, _Fault(f"the line has {cells}, but the first line has {len(header)} column names")
                 continue
             yield (
                 rows.line_num,

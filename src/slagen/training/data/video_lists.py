@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import UsageError
-from slagen.io.documents import decode, parse_json, read_bytes
+from slagen.io.documents import decode, parse_json, read_bytes, size_of
 from slagen.io.forms import Fault, shown
 from slagen.io.spreadsheet import open_csv, plain_name, without_empty_end
 
@@ -97,7 +97,7 @@ def read_list(file: Path, faults: list[str]) -> Iterator[tuple[str, Any, Any]]:
     try:
         text = decode(read_bytes(file, MAX_LIST))
     except Fault as fault:
-        raise UsageError(f"{file} cannot be read as UTF-8 text{fault.place}: {fault}.") from fault
+        raise UsageError(f"{file}{fault.place}: {fault}. Give UTF-8 text of at most {size_of(MAX_LIST)}.") from fault
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
     if kind in (".csv", ".tsv"):
