@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 FLAGS = {
-    "overwrite", "allow-untrained", "ode", "save-latents", "local-files-only", "from-dense", "restart", "retry-failed",
+    "overwrite", "allow-untrained", "ode", "report", "save-latents", "local-files-only", "from-dense", "restart", "retry-failed",
     "no-cache", "compile", "backward", "checkpointing", "tensorboard", "no-upscale", "smooth-keys",
 }  # fmt: skip
 # Words behind an option that are not its value.
