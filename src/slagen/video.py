@@ -73,7 +73,7 @@ def not_written(path: Path, error: BaseException) -> SlagenError:
     reason = (lines or ["ffmpeg stopped"])[-1]
     mend = "Try again"
     if any(words in str(error) for words in ("No space left", "Disk quota")):
-        mend = f"Free some disk space for {path.parent}"
+        mend = f"Free some space on the disk of {path.parent}"
     elif "File too large" in str(error):
         mend = f"Check the file size limit of the shell (ulimit -f) or of the file system of {path.parent}"
     return SlagenError(f"{path} could not be written ({reason}). {mend}, or choose another --output.")

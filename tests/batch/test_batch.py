@@ -147,7 +147,7 @@ def test_a_report_that_is_gone_is_made_again_of_what_its_video_says(toy, tmp_pat
     assert second.kept == first.made and told.startswith(
         "2 complete videos have no saved latents and will not be generated again"
     )
-    assert f"(rm {tmp_path / 'out' / first.made[0]})" in told and "another folder with --output" in told
+    assert f"(the first: rm {tmp_path / 'out' / first.made[0]})" in told and "another folder with --output" in told
 
 
 def test_a_time_that_no_machine_takes_is_no_measurement(toy, tmp_path):

@@ -84,7 +84,7 @@ def broken_encoder(monkeypatch):
 def test_a_video_that_cannot_be_written_leaves_its_latents(toy, video, tmp_path, broken_encoder, capsys):
     """The message names the command, and that makes the video, with its hashes."""
     output = tmp_path / "a video.mp4"
-    with pytest.raises(SlagenError, match="No space left on device.*Free some disk space for") as told:
+    with pytest.raises(SlagenError, match="No space left on device.*Free some space on the disk of") as told:
         generate(config(toy, output))
     broken_encoder.undo()
     command = shlex.split(str(told.value).partition(": slagen ")[2])
@@ -98,7 +98,7 @@ def test_a_video_that_cannot_be_written_leaves_its_latents(toy, video, tmp_path,
 
 def test_an_encoder_that_dies_is_not_blamed_on_the_disk(tmp_path):
     told = str(mp4.not_written(tmp_path / "v.mp4", OSError("ffmpeg exited with code -9")))
-    assert "ffmpeg exited with code -9" in told and "disk space" not in told
+    assert "ffmpeg exited with code -9" in told and "space on the disk" not in told
 
 
 def test_where_the_folder_takes_nothing_latents_are_kept_elsewhere(toy, tmp_path, broken_encoder):

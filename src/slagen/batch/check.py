@@ -55,10 +55,13 @@ def _warn_of_missing_latents(manifest: Manifest, kept: list[Task], on_event: Cal
     videos = [manifest.folder / task.job.name for task in kept if task.plan.config.save_latents]
     lacking = [video for video in videos if not latents_beside(video)]
     if lacking:
-        have = "one complete video has" if len(lacking) == 1 else f"{len(lacking)} complete videos have"
+        remove = f"rm {shlex.quote(str(lacking[0]))}"
+        have, them = "one complete video has", f"the video ({remove})"
+        if len(lacking) > 1:
+            have, them = f"{len(lacking)} complete videos have", f"these videos (the first: {remove})"
         text = (
-            f"{have} no saved latents and will not be generated again. To get the latents, delete the video (rm "
-            f"{shlex.quote(str(lacking[0]))}) and run this command again, or choose another folder with --output"
+            f"{have} no saved latents and will not be generated again. To get the latents, delete {them} and run this "
+            "command again, or choose another folder with --output"
         )
         on_event(Event("warning", text))
 
