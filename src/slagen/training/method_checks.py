@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from slagen.training.config import FinetuneConfig
 
 InitFrom = Literal["mean"]
-IN_ONE_PROCESS = "--init-from mean fits proj_l in one process. Start without torchrun."
+IN_ONE_PROCESS = "--init-from mean runs in a single process only. Start slagen without torchrun."
 
 
 def check_init_from(config: FinetuneConfig, method: Method) -> None:
