@@ -87,7 +87,7 @@ def test_a_layer_comes_as_near_as_it_can(order, domain):
         ({"attention": "sla2"}, "which sla2 attention does not learn"),
         ({"attention": "dense", "loss": "flow", "sparsity": None, "block_m": None, "block_n": None}, "dense attention"),
         ({"init_from": "sol"}, "init_from is 'sol', but must be mean. Try --init-from mean."),
-        ({"context_parallel": 2}, "fits proj_l in one process. Start without torchrun."),
+        ({"context_parallel": 2}, "runs in a single process only. Start slagen without torchrun."),
     ],
 )
 def test_where_it_has_no_meaning_it_is_refused(fields, said):
