@@ -148,7 +148,7 @@ def test_an_interrupt_leaves_no_file(toy, tmp_path):
         ({"weights": "/none"}, WeightsError, "does not exist"),
         ({"model": "nothing"}, UsageError, "not a preset, a folder or a Hugging Face id"),
         ({"device": "tpu"}, UsageError, "Try --device auto"),
-        ({"output": "a.mp4", "num_videos": 2}, UsageError, "is one file"),
+        ({"output": "a.mp4", "num_videos": 2}, UsageError, "is a single file"),
     ],
     ids=["size", "output", "untrained", "weights", "model", "device", "one-file"],
 )
@@ -250,7 +250,7 @@ def test_a_size_the_bundled_model_was_not_trained_at_is_told_once(toy, tmp_path)
     """A 256x256 clip was a grid of dots, and one of 5 frames began broken, without a word."""
     for changes in (dict(width=256, height=256), dict(num_frames=5), dict(width=112, height=128)):
         (text,) = make_plan(GenerateConfig("a red circle moving right", model="tiny-wan", **changes)).warnings
-        assert "trained at 128x128 with 17 frames only" in text
+        assert "trained only at 128x128 with 17 frames" in text
         assert text.endswith("Try --size 128x128 --num-frames 17")
     fits = GenerateConfig("a red circle", model="tiny-wan", width=128, height=128, num_frames=17)
     assert make_plan(fits).warnings == []
