@@ -260,7 +260,7 @@ def test_a_size_the_bundled_model_was_not_trained_at_is_told_once(toy, tmp_path)
     events = []
     generate(toy_config(str(model), tmp_path, width=192, height=64), events.append)
     (text,) = [event.text for event in events if event.kind == "warning"]
-    assert "this clip is 192x64 with 9 frames. Try --size 256x64 --num-frames 9" in text
+    assert "This video is 192x64 with 9 frames. Try --size 256x64 --num-frames 9" in text
 
 
 SETTINGS = """prompt negative_prompt model weights vae allow_untrained attention backend sparsity sla_topk size
