@@ -159,20 +159,20 @@ def test_reference_is_timed_where_dense_is_no_row(toy, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "dense,slo"], "methods holds 'slo', but a method is one of sla"),
-        (["--methods", ""], "methods holds ''"),
+        (["--methods", "dense,slo"], "methods contains 'slo', which is not one of sla"),
+        (["--methods", ""], "methods contains ''"),
         (["--sparsity", "0.9,x"], "sparsity is '0.9,x', but must be numbers"),
         (["--sparsity", "1"], "sparsity is 1.0, but must be a number of at least 0 and below 1"),
-        (["--methods", "dense", "--sparsity", "0.9"], "none of dense has a sparsity"),
-        (["--methods", "dense,sla", "--tau", "1"], "tau is an option of sol, which is not compared here"),
-        (["--methods", "dense", "--dense-steps", "0"], "dense_steps is not for dense attention"),
-        (["--methods", "dense,mean", "--backend", "sage"], "backend is 'sage', which none of dense, mean has"),
+        (["--methods", "dense", "--sparsity", "0.9"], "none of the methods dense has a sparsity"),
+        (["--methods", "dense,sla", "--tau", "1"], "tau is an option of sol, which is not among the methods"),
+        (["--methods", "dense", "--dense-steps", "0"], "dense_steps does not apply to dense attention"),
+        (["--methods", "dense,mean", "--backend", "sage"], "backend is 'sage', which none of the methods dense, mean has"),
         (["--repeats", "0"], "repeats is 0, but must be from 1 to 100"),
         (["--max-error", "nan"], "max_error is nan"),
         (["--keep", "0.1", "--sparsity", "0.9"], "keep and sparsities are both given"),
         (["another prompt"], "2 prompts are given"),
         (["--prompts", "file.txt"], "both a prompt and --prompts are given"),
-        (["--seed", str(2**63 - 1)], "the control other-seed takes the next"),
+        (["--seed", str(2**63 - 1)], "the control other-seed needs the next seed"),
     ],
 )
 def test_bad_input_is_one_message_before_anything_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):
@@ -194,7 +194,7 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(toy, tmp_path):
 def test_a_line_sets_no_attention(toy, tmp_path):
     (tmp_path / "p.txt").write_text("a circle --sparsity 0.5\n")
     config = CompareConfig(base(toy, tmp_path), prompts=str(tmp_path / "p.txt"))
-    with pytest.raises(UsageError, match=r"p.txt:1: a line of compare may not set sparsity"):
+    with pytest.raises(UsageError, match=r"p.txt:1: a prompt file for slagen compare cannot set sparsity"):
         compare(config)
 
 

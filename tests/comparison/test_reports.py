@@ -42,8 +42,8 @@ def test_what_differs_and_where_the_time_went(reports, capsys):
     ("change", "code", "message"),
     [
         (lambda report: {**report, "schema_version": "x"}, 5, "schema_version"),
-        (lambda report: {**report, "restored": "from"}, 5, "was restored without its times"),
-        (lambda report: {"kind": "comparison"}, 5, "is the JSON of another command"),
+        (lambda report: {**report, "restored": "from"}, 5, "was restored from a video and has no times"),
+        (lambda report: {"kind": "comparison"}, 5, "is the JSON output of another command"),
         (lambda report: [], 5, "must be"),
     ],
 )

@@ -109,8 +109,8 @@ def test_command(made, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [
-        ('{"kind": "comparison"}', 5, "is the JSON of another command"),
-        ('{"restored": "from"}', 5, "was restored without its times"),
+        ('{"kind": "comparison"}', 5, "is the JSON output of another command"),
+        ('{"restored": "from"}', 5, "was restored from a video and has no times"),
         ("{}", 5, "has no"),
         ("no", 5, "is not valid JSON"),
         (None, 2, "does not exist"),

@@ -120,12 +120,12 @@ def test_a_picture_and_its_numbers(toy, tmp_path):
 @pytest.mark.parametrize(
     ("where", "changes", "message"),
     [
-        (["--layer", "2"], [], "layer is 2, but there are 2: 0 to 1"),
-        (["--head", "-3"], [], "head is -3, but there are 2"),
-        (["--step", "3"], [], "step is 3, but there are 3: 0 to 2"),
-        (["--query", "3,0,0"], [], "query is 3,0,0, but this clip's tokens are 0,0,0 to 2,7,7"),
-        (["--query", "1,2"], [], "query is '1,2', but must be a frame, row and column"),
-        ([], ["--attention", "dense"], "dense attention does not choose between key blocks"),
+        (["--layer", "2"], [], "layer is 2, but must be from 0 to 1"),
+        (["--head", "-3"], [], "head is -3, but must be from 0 to 1"),
+        (["--step", "3"], [], "step is 3, but must be from 0 to 2"),
+        (["--query", "3,0,0"], [], "query is 3,0,0, but the tokens of this clip run from 0,0,0 to 2,7,7"),
+        (["--query", "1,2"], [], "query is '1,2', but must be three numbers: a latent frame"),
+        ([], ["--attention", "dense"], "dense attention does not select key blocks"),
         (["-o", "x.jpg"], [], "the output is 'x.jpg', but must be a folder, or a file that ends in .png"),
     ],
 )

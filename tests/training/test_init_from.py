@@ -81,7 +81,7 @@ def test_a_layer_comes_as_near_as_it_can(order, domain):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"from_dense": False}, "init_from takes the place of trained SLA weights"),
+        ({"from_dense": False}, "init_from replaces trained SLA weights"),
         ({"attention": "mean"}, "which mean attention does not learn. Leave --init-from out"),
         ({"attention": "sparse"}, "which sparse attention does not learn"),
         ({"attention": "sla2"}, "which sla2 attention does not learn"),

@@ -91,7 +91,10 @@ def cubes_of(grid: Grid | CubeOrder | None, q: Tensor) -> CubeOrder:
     """The cubes of the tokens of q (B, H, L, D), on its device. Raises ValueError unless they are so many."""
     cubes = grid if isinstance(grid, CubeOrder) else cube_order(check_tokens(grid, q.shape[2]), q.device)
     if len(cubes.slots) != q.shape[2]:
-        raise ValueError(f"the cubes are for {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give the grid of q.")
+        raise ValueError(
+            f"the grid of cubes has {len(cubes.slots)} tokens, but q has {q.shape[2]}. Give the grid (latent frames, "
+            "rows, columns) of the tokens of q."
+        )
     return cubes
 
 

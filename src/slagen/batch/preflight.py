@@ -19,7 +19,7 @@ def read_batch(config: BatchConfig) -> list[Request]:
     base = config.generate
     if is_video(base.output):
         raise UsageError(
-            f"{user_path(base.output)} is one file, but a batch writes many. Choose a folder with --output."
+            f"{user_path(base.output)} is a single file, but a batch writes many. Choose a folder with --output."
         )
     check_model(base.model, base.weights, base.vae)
     _check_steps(base, requests)

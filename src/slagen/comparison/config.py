@@ -33,7 +33,7 @@ def read_methods(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if name not in registry.METHODS:
-            raise UsageError(f"methods holds {shown(name)}, but a method is one of {', '.join(registry.METHODS)}.")
+            raise UsageError(f"methods contains {shown(name)}, which is not one of {', '.join(registry.METHODS)}.")
     return names
 
 
@@ -67,7 +67,8 @@ class CompareConfig:
         kind=str, read=read_methods, metavar="LIST",
     )  # fmt: skip
     sparsities: tuple[float, ...] = option(
-        (), "Sparsities to compare, separated by commas. Default: as trained, or the method's own.", panel=ATTENTION,
+        (), "Sparsities to compare, separated by commas. Default: the value from training, or the method's default.",
+        panel=ATTENTION,
         name="sparsity", kind=str, read=read_fractions, metavar="LIST",
     )  # fmt: skip
     attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,7 +77,7 @@ class CompareConfig:
     )
     repeats: int | None = option(None, "Timed runs of each method. Default: 3, or 1 with --prompts.", panel=OUTPUT)
     prompts: str | None = option(
-        None, "A file of prompts to average over, as for slagen batch.", panel=VIDEO, metavar="FILE"
+        None, "A file of prompts to average over, in the same format as for slagen batch.", panel=VIDEO, metavar="FILE"
     )
     max_error: float | None = option(
         None, "Fail with exit code 6 if the velocity error of a method is above this.", panel=OUTPUT
@@ -96,7 +97,7 @@ class CompareConfig:
         self._check_taken()
         if len(self.rows) > MAX_ROWS:
             raise UsageError(
-                f"{len(self.rows)} rows are too many: at most {MAX_ROWS} are compared. Give fewer --methods or "
+                f"{len(self.rows)} rows cannot be compared at once; the most is {MAX_ROWS}. Give fewer --methods or "
                 "sparsities."
             )
 
@@ -104,21 +105,22 @@ class CompareConfig:
         """Raise UsageError for an option that no method of these has."""
         sparse = [registry.get(name) for name in self.methods if registry.get(name).family != "dense"]
         if self.sparsities and not any("sparsity" in method.option_names for method in sparse):
-            raise UsageError(f"none of {', '.join(self.methods)} has a sparsity. Leave --sparsity out.")
+            raise UsageError(f"none of the methods {', '.join(self.methods)} has a sparsity. Leave --sparsity out.")
         for name, value in self._given.items():
             if name in POLICY:
                 if not sparse:
-                    raise UsageError(f"{name} is not for dense attention, the only method here. Leave it out.")
+                    raise UsageError(f"{name} does not apply to dense attention, the only method here. Leave it out.")
             elif name == "backend":
                 registry_backends = {backend.name for method in sparse for backend in method.backends}
                 if value not in registry_backends:
                     raise UsageError(
-                        f"backend is {shown(value)}, which none of {', '.join(self.methods)} has. Leave --backend out."
+                        f"backend is {shown(value)}, which none of the methods {', '.join(self.methods)} has. "
+                        "Leave --backend out."
                     )
             elif not any(NEEDED.get(name, name) in method.option_names for method in sparse):
                 others = " or ".join(registry.with_option(NEEDED.get(name, name)))
                 raise UsageError(
-                    f"{name} is an option of {others or 'no method'}, which is not compared here. Leave it out."
+                    f"{name} is an option of {others or 'no method'}, which is not among the methods. Leave it out."
                 )
 
     @property

@@ -123,7 +123,8 @@ def _clips(config: CompareConfig) -> list[GenerateConfig]:
         for request in requests:
             for name in request.fields.keys() - {*OF_A_CLIP, "seed"}:
                 raise UsageError(
-                    f"{request.where}: a line of compare may not set {name.replace('_', ' ')}. Leave it out there."
+                    f"{request.where}: a prompt file for slagen compare cannot set {name.replace('_', ' ')}. Remove it "
+                    "from this line."
                 )
             found.append(apply(base, request))
     seeded = [
@@ -131,7 +132,9 @@ def _clips(config: CompareConfig) -> list[GenerateConfig]:
     ]
     for clip in seeded:
         if clip.seed == MAX_SEED:
-            raise UsageError(f"seed is {clip.seed}, but the control other-seed takes the next. Give a lower --seed.")
+            raise UsageError(
+                f"seed is {clip.seed}, but the control other-seed needs the next seed. Give a lower --seed."
+            )
     return seeded
 
 
@@ -175,9 +178,7 @@ def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> 
         row.backend = plan.backend
         texts = [("warning", text) for text in plan.warnings]
         if row.trained is False:
-            texts.append(
-                ("note", f"{row.label} runs untrained: there are no {plan.method.name} weights for this model")
-            )
+            texts.append(("note", f"{row.label} runs untrained, because this model has no {plan.method.name} weights"))
         for kind, text in texts:
             if text not in said:
                 said.add(text)
@@ -195,7 +196,7 @@ def _compare_clip(
     embeds = session.encode(dense)
     for text in session.cuts(dense):
         on_event(Event("warning", text))
-    on_event(Event("run", "dense, as the reference"))
+    on_event(Event("run", "dense attention, as the reference"))
     trajectory = Trajectory(dense.config.steps or 1)
     with trajectory.recording(session.pipe.transformer):
         expected, _ = _denoise(session, dense, embeds, on_event)
@@ -203,7 +204,7 @@ def _compare_clip(
 
     runs = [Runs() for _ in everyone]
     for entry, plan, own in zip(everyone, plans, runs, strict=True):
-        on_event(Event("run", f"{entry.row.label}, error at the dense run's latents"))
+        on_event(Event("run", f"{entry.row.label}, error on the latents of the dense run"))
         session.use(plan)
         on_event(Event("stage", "measure"))
         take_densities(session.pipe.transformer)
@@ -281,7 +282,9 @@ def _places(config: CompareConfig, clips: list[GenerateConfig], plan: Plan) -> I
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
     if is_video(config.base.output):
         if not single:
-            raise UsageError(f"{output} is one file, but --prompts gives several. Give a folder with --output.")
+            raise UsageError(
+                f"{output} is a single file, but --prompts needs one for each prompt. Give a folder with --output."
+            )
         videos = [output]
     else:
         videos = [

@@ -148,7 +148,7 @@ class GenerateConfig:
     )  # fmt: skip
     block_m: int | None = option(
         None,
-        "Query rows per block: 16, 32, 64 or 128. Default: the value from training, or the method's own.",
+        "Query rows per block: 16, 32, 64 or 128. Default: the value from training, or the method's default.",
         panel=ATTENTION,
     )
     block_n: int | None = option(None, "Key columns per block. Default: as for --block-m.", panel=ATTENTION)

@@ -12,7 +12,7 @@ from slagen.io.documents import read_json
 from slagen.io.files import reserved, write_text
 from slagen.io.paths import is_video
 
-ADVICE = "Give a report that slagen generate wrote, with its times."
+ADVICE = "Give a report with times, as slagen generate writes it."
 MAX_REPORTS = 16  # of a page
 
 
@@ -40,9 +40,9 @@ def read_report(path: Path) -> VideoReport:
         raise UsageError(f"{path} does not exist. {ADVICE}")
     content = read_json(path, advice=ADVICE)
     if content.get("kind") in ("comparison", "attention map"):
-        raise WeightsError(f"{path} is the JSON of another command, not a video's report. {ADVICE}")
+        raise WeightsError(f"{path} is the JSON output of another command, not the report of a video. {ADVICE}")
     if "restored" in content:
-        raise WeightsError(f"{path} was restored without its times. {ADVICE}")
+        raise WeightsError(f"{path} was restored from a video and has no times. {ADVICE}")
     return VideoReport.from_dict(read_json(path, FORM, advice=ADVICE))
 
 

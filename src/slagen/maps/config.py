@@ -20,7 +20,7 @@ def read_query(text: str) -> tuple[int, int, int]:
         frame, row, column = (int(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
-            f"query is {shown(text)}, but must be a frame, row and column of the latent tokens. Try --query 0,4,4."
+            f"query is {shown(text)}, but must be three numbers: a latent frame, a row and a column. Try --query 0,4,4."
         ) from None
     return frame, row, column
 
@@ -28,7 +28,7 @@ def read_query(text: str) -> tuple[int, int, int]:
 def without_map(name: str) -> UsageError:
     """The error for a method that attends to all keys, or by another pattern than blocks."""
     return UsageError(
-        f"{name} attention does not choose between key blocks, so it has no map of them. Give another --attention, "
+        f"{name} attention does not select key blocks, so there is no block map to draw. Give another --attention, "
         "such as sla, mean or sol."
     )
 
@@ -51,7 +51,7 @@ class MapConfig:
     step: int | None = option(None, "Denoising step, from 0; -1 is the last. Default: the middle one.", panel=WHERE)
     query: tuple[int, int, int] | None = option(
         None,
-        "Latent frame, row and column of the query to show alone, such as 2,4,4. Default: the middle of the clip.",
+        "Latent frame, row and column of the query token to show, such as 2,4,4. Default: the middle of the clip.",
         panel=WHERE, metavar="T,Y,X", kind=str, read=read_query,
     )  # fmt: skip
 
@@ -70,7 +70,7 @@ class MapConfig:
             return default
         if not -count <= value < count:
             raise UsageError(
-                f"{name} is {shown(value)}, but there are {count}: 0 to {count - 1}, or -1 for the last. "
+                f"{name} is {shown(value)}, but must be from 0 to {count - 1}, or -1 for the last. "
                 f"Try --{name} {default}."
             )
         return value % count
@@ -83,5 +83,7 @@ class MapConfig:
         if any(not 0 <= place < size for place, size in zip(self.query, sizes, strict=True)):
             given = ",".join(map(str, self.query))
             last = ",".join(str(size - 1) for size in sizes)
-            raise UsageError(f"query is {given}, but this clip's tokens are 0,0,0 to {last}. Try --query {last}.")
+            raise UsageError(
+                f"query is {given}, but the tokens of this clip run from 0,0,0 to {last}. Try --query {last}."
+            )
         return self.query

@@ -22,13 +22,11 @@ def check_init_from(config: FinetuneConfig, method: Method) -> None:
         raise UsageError(f"init_from is {shown(config.init_from)}, but must be mean. Try --init-from mean.")
     if method.name != "sla":
         raise UsageError(
-            f"init_from fits proj_l to what sla's sparse branch leaves out, which {method.name} attention does not "
-            "learn. Leave --init-from out, or give --attention sla."
+            f"init_from prepares the linear branch of sla attention, which {method.name} attention does not have. "
+            "Leave --init-from out, or give --attention sla."
         )
     if not config.from_dense:
-        raise UsageError(
-            "init_from takes the place of trained SLA weights, so it starts from dense weights. Add --from-dense."
-        )
+        raise UsageError("init_from replaces trained SLA weights, so it needs --from-dense. Add --from-dense.")
     if config.context_parallel > 1:
         raise UsageError(IN_ONE_PROCESS)
 

@@ -183,7 +183,7 @@ def test_what_is_out_of_range(fields, said):
     [
         (None, {}, "the grid of the 48 tokens is unknown"),
         (Grid(4, 3, 5), {}, "4 x 3 x 5 has 60 tokens, but the sequence has 48"),
-        (patches_of(Grid(4, 3, 5), None, CPU), {}, "the patches are for 60 tokens, but q has 48"),
+        (patches_of(Grid(4, 3, 5), None, CPU), {}, "the grid of patches has 60 tokens, but q has 48"),
         (Grid(4, 3, 4), {"backend": "triton"}, "backend is 'triton', but must be one of auto, reference, torch"),
     ],
 )

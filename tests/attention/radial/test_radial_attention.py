@@ -178,7 +178,7 @@ def test_what_is_out_of_range(fields, said):
     [
         (None, {}, "the grid of the 48 tokens is unknown"),
         (Grid(4, 3, 5), {}, "4 x 3 x 5 has 60 tokens, but the sequence has 48"),
-        (radial_mask(radial(), Grid(4, 3, 5), CPU), {}, "the mask is for 60 tokens, but q has 48"),
+        (radial_mask(radial(), Grid(4, 3, 5), CPU), {}, "the grid of the mask has 60 tokens, but q has 48"),
         (Grid(4, 3, 4), {"backend": "sdpa"}, "backend is 'sdpa'; it must be one of auto, reference, torch, triton"),
     ],
 )

@@ -48,7 +48,10 @@ def nabla_attention(
     length, scale = q.shape[2], q.shape[3] ** -0.5
     patches = grid if isinstance(grid, Patches) else patches_of(check_tokens(grid, length), config.reach, q.device)
     if patches.num_tokens != length:
-        raise ValueError(f"the patches are for {patches.num_tokens} tokens, but q has {length}. Give the grid of q.")
+        raise ValueError(
+            f"the grid of patches has {patches.num_tokens} tokens, but q has {length}. Give the grid (latent frames, "
+            "rows, columns) of the tokens of q."
+        )
     with torch.autocast(q.device.type, enabled=False):
         if backend == "reference":
             return reference_attention(q, k, v, config, patches, scale)

@@ -36,7 +36,10 @@ def radial_attention(
     chosen, scale = choose_backend(q, backend), q.shape[3] ** -0.5
     mask = grid if isinstance(grid, RadialMask) else radial_mask(config, check_tokens(grid, q.shape[2]), q.device)
     if mask.num_tokens != q.shape[2]:
-        raise ValueError(f"the mask is for {mask.num_tokens} tokens, but q has {q.shape[2]}. Give the grid of q.")
+        raise ValueError(
+            f"the grid of the mask has {mask.num_tokens} tokens, but q has {q.shape[2]}. Give the grid (latent frames, "
+            "rows, columns) of the tokens of q."
+        )
     with torch.autocast(q.device.type, enabled=False):
         if chosen == "reference":
             return block_sparse.reference_attention(q, k, v, kept_tokens(mask, config), scale)

@@ -34,11 +34,11 @@ class RettentionConfig:
         prompt_line=True,
     )
     refresh_steps: int = option(
-        5, "Number of steps from one dense step to the next; the steps in between reuse its result.", prompt_line=True
+        5, "Run every N-th step with dense attention; the steps in between reuse its result.", prompt_line=True
     )
     ratio_growth: float = option(
         0.04,
-        "Added, at each step after a dense step, to the estimated share of the softmax inside the window.",
+        "Increase per step, since the last dense step, of the share of the softmax that the window is taken to hold.",
         prompt_line=True,
     )
 

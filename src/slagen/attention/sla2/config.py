@@ -56,7 +56,7 @@ class SLA2Config:
     order: Order = order_option()
     low_bit: LowBit = option(
         "none",
-        "8-bit arithmetic in the exact branch: int8 (gradients ignore the rounding), or none.",
+        "Arithmetic of the exact attention: int8 (its gradients ignore the rounding), or none for full precision.",
         later=True,
     )
 

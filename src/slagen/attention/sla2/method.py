@@ -68,7 +68,7 @@ def _density(config: SLA2Config, grid: Grid) -> float:
 def _note(config: SLA2Config, options: Mapping[str, Any], grid: Grid) -> str:
     counts = block_counts(config.sla, grid.num_tokens)
     kept = f"{counts['critical']} of {counts['key_blocks']} key blocks per query block"
-    arithmetic = "" if config.low_bit == "none" else f", attended in {config.low_bit}"
+    arithmetic = "" if config.low_bit == "none" else f", computed in {config.low_bit}"
     return f"sparsity {config.sparsity:g} -> {kept}{note_of_order(config.order)}{arithmetic}"
 
 
