@@ -82,9 +82,9 @@ def test_a_layer_comes_as_near_as_it_can(order, domain):
     ("fields", "said"),
     [
         ({"from_dense": False}, "init_from replaces trained SLA weights"),
-        ({"attention": "mean"}, "which mean attention does not learn. Leave --init-from out"),
-        ({"attention": "sparse"}, "which sparse attention does not learn"),
-        ({"attention": "sla2"}, "which sla2 attention does not learn"),
+        ({"attention": "mean"}, "which mean attention does not have. Leave --init-from out"),
+        ({"attention": "sparse"}, "which sparse attention does not have"),
+        ({"attention": "sla2"}, "which sla2 attention does not have"),
         ({"attention": "dense", "loss": "flow", "sparsity": None, "block_m": None, "block_n": None}, "dense attention"),
         ({"init_from": "sol"}, "init_from is 'sol', but must be mean. Try --init-from mean."),
         ({"context_parallel": 2}, "runs in a single process only. Start slagen without torchrun."),
