@@ -176,3 +176,14 @@ def test_every_method_can_run_dense_in_part():
     for name in registry.names():
         if registry.get(name).family != "dense":
             assert GenerateConfig("a", attention=name, dense_steps="20%").policy.dense_steps == "20%"
+
+
+def test_a_percentage_that_rounds_to_none_is_told():
+    """Nothing ran dense, and nothing said so."""
+    policy = AttentionPolicy(dense_steps="20%", dense_layers="1%")
+    assert policy.note(64, policy.resolve(2, 30, 64)) == (
+        "dense_steps 20% of 2 steps rounds to none, and dense_layers 1% of 30 layers rounds to none"
+    )
+    assert policy.note(64, policy.resolve(10, 30, 64)) == "2 of 10 steps and 0 of 30 layers use dense attention"
+    for none in (AttentionPolicy(), AttentionPolicy(dense_steps="0%", dense_layers="0%")):
+        assert none.note(64, none.resolve(2, 30, 64)) is None

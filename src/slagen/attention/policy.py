@@ -71,9 +71,22 @@ class AttentionPolicy:
                 "dense attention"
             )
         if part.share == 0:
-            return None
+            return self._rounded_off(part)
         steps, layers = counted(part.num_steps, "step"), counted(part.num_layers, "layer")
         return f"{len(part.steps)} of {steps} and {len(part.layers)} of {layers} use dense attention"
+
+    def _rounded_off(self, part: DensePart) -> str | None:
+        """One line on percentages that are less than half a step or layer; None if there are none."""
+        asked = (
+            ("dense_steps", self.dense_steps, part.num_steps),
+            ("dense_layers", self.dense_layers, part.num_layers),
+        )
+        found = []
+        for name, text, count in asked:
+            share = None if text is None else parse(name, text)
+            if isinstance(share, float) and share > 0:
+                found.append(f"{name} {text} of {counted(count, name[6:-1])} rounds to none")
+        return ", and ".join(found) or None
 
 
 @dataclass(frozen=True)
