@@ -67,7 +67,7 @@ def test_all_are_given_the_grid_of_the_clip(seen, tmp_path):
     model, grid = save_pipeline(tmp_path / "model"), Grid(3, 6, 4)
     config = settings(model, tmp_path)
     plan(config)
-    assert seen == {name: {grid} for name in ("cost", "configure", "describe", "density", "note")}
+    assert seen == {name: {grid} for name in ("applies", "cost", "configure", "describe", "density", "note")}
     seen.clear()
     generate(config)
     assert seen == {name: {grid} for name in ASKED if name != "density"}

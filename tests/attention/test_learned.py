@@ -256,7 +256,7 @@ def test_files_that_do_not_hold(tuned, tmp_path):
             r"for unheard attention, which this version of slagen does not have\. Upgrade slagen\.$",
         ),
         ({"method": "z" * 5000}, r"for z{40,90}\.\.\.z{10,50} attention"),
-        ({"method": "dense", "config": {}}, "dense attention has no weights of its own. Copy or"),
+        ({"method": "dense", "config": {}}, r"dense attention has no weights of its own\)"),
         ({"config": {"stride": "a"}}, '"stride" is text, but must be a whole number'),
         ({"config": {"stride": 0}}, "stride is 0"),
         ({"config": {"width": 1}}, "gate attention has no setting width; its settings are stride"),

@@ -144,7 +144,8 @@ def test_a_correction_counts_in_each_step():
     assert told.densities() == pytest.approx([(1 + 15 * share) / 16 for share in (0.5, 0.5, 0.05, 0.05)])
     assert told.densities([[0.5]])[0] == pytest.approx((1 + 15 * 0.5) / 16)
     assert told.notes({})[1] == (
-        "steps 2-3: sparsity 0.95 -> 1 of 20 key blocks per query block; delta 16 -> 20 of 320 query rows exactly"
+        "steps 2-3: sparsity 0.95 -> 1 of 20 key blocks per query block; "
+        "delta 16 -> 20 of 320 query rows computed exactly"
     )
 
 
@@ -171,7 +172,7 @@ def test_weights_of_one_sparsity_say_in_how_many_steps_it_is_another():
     told = schedule("0-1:0.8,2:0.9", dense_steps="0", block_n=32)
     assert told.differences(trained) == [
         "the weights were trained at sparsity 0.95, but 2 of 4 steps run with sparsities from 0.8 to 0.9",
-        "the weights were trained with blocks of 16x16 tokens, not 16x32",
+        "the weights were trained with blocks of 16x16 tokens, but this run uses 16x32",
     ]
     assert schedule("0-:0.95", sparsity=0.5).differences(trained) == []
     assert schedule("0:0.5", dense_steps="0").differences(trained) == []

@@ -24,6 +24,8 @@ from slagen.benchmark.rows import BenchMachine, BenchRow, ModelRow
 from slagen.benchmark.tables import BenchResult
 from slagen.cli import console, output, plain, progress
 from slagen.cli.main import app, run
+from slagen.comparison.reports import ReportsCompared
+from slagen.comparison.result import Comparison, Row, Runs
 from slagen.device import Device
 from slagen.doctor.checks import Finding
 from slagen.doctor.selftest import Check, Machine, Selftest
@@ -42,6 +44,7 @@ from slagen.generation.video_report import (
     VideoReport,
 )
 from slagen.kernels.costs import Bounds, KernelCost, KernelCosts, OperatorCall
+from slagen.maps.run import AttentionMap
 from slagen.timing import TurnTimes
 from slagen.training.data.dataset import Dataset
 from slagen.training.result import FinetuneResult
@@ -91,6 +94,16 @@ BENCH = BenchResult(
 PLAN = plan.plan(GenerateConfig("x", model="wan2.1-t2v-1.3b"))
 
 
+def comparison():
+    def row(method, error):
+        return Row(method, 0.9, {}, None, None, [Runs(error, [0.1], 0.2, 30.0, 0.9, None, 0.1, [5.0], [0.1])])
+
+    return Comparison(
+        "2026-11-30", [(HOSTILE, 1)], {HOSTILE: HOSTILE}, row("dense", 0.0), [row(HOSTILE, 0.1)], [row("random", 0.2)],
+        [poisoned(Path("v.mp4"))], poisoned(Path("c.json")), {"torch": "2"}, DEVICE,
+    )  # fmt: skip
+
+
 def prepared(**fields):
     """A data set as `prepare` returns it, of these fields alone."""
     data = Dataset.__new__(Dataset)
@@ -119,6 +132,12 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
                                                      HOSTILE + "x": [{"b": 1}], "proj_l_norms": [1.0]})],
     "show_replay": lambda: [ReplayResult(Path("p"), {HOSTILE: Compared(HOSTILE, HOSTILE, False)},
                                          {HOSTILE: (HOSTILE, None)}, None)],
+    "show_comparison": lambda: [comparison()],
+    "show_reports": lambda: [
+        ReportsCompared((HOSTILE, "b"), {HOSTILE: (HOSTILE, 1)}, {"load": (1.0, 2.0)}, True, True)
+    ],
+    "show_map": lambda: [AttentionMap(1, 0, 2, (0, 1, 2), (4, 4), 0.1, 0.5, 0.6, 0.4, {"prompt": HOSTILE},
+                                      poisoned(Path("p.png")))],
     "show_error": lambda: [HOSTILE],
 }  # fmt: skip
 
@@ -246,7 +265,7 @@ def strings_of(content):
         content, list) else []  # fmt: skip
 
 
-EVENTS = ("note", "warning", "plan", "clip", "job")
+EVENTS = ("note", "warning", "plan", "clip", "job")  # and "run", of which a pipe is told every 15 s
 
 
 def test_events_on_a_pipe(monkeypatch, printer):
@@ -265,7 +284,7 @@ def test_events_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setattr(console, "stderr", console.Console(file=screen, force_terminal=True, width=300))
     with progress.GenerateProgress() as show:
-        for kind in EVENTS:
+        for kind in (*EVENTS, "run"):
             show(SimpleNamespace(kind=kind, text=HOSTILE, worker=0, num_steps=0, step=None))
             show(SimpleNamespace(kind="stage", text="load", worker=0, num_steps=0, step=None))
             show._progress.refresh()
@@ -366,12 +385,13 @@ ARGUMENTS = {
     ("generate",): ["x"], ("batch",): ["f.txt"], ("plan",): ["x"], ("bench",): [], ("models",): [],
     ("info",): ["none"], ("replay",): ["none"], ("convert",): ["none", "b"], ("doctor",): ["--selftest"],
     ("merge",): ["none", "b.safetensors", "--diff-base", "c", "--diff-target", "d"], ("finetune",): ["--data", "d"],
-    ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"], ("methods",): [],
+    ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"], ("methods",): [], ("report",): ["none"],
+    ("compare",): ["x"], ("attention",): ["x"],
 }  # fmt: skip
 TASKS = (
     "generation.generate.generate", "generation.decode.decode", "batch.run.batch", "batch.ray_workers.batch_on_ray",
     "training.finetune.finetune", "training.data.prepare.prepare", "benchmark.run.bench", "doctor.selftest.selftest",
-    "generation.replay.replay",
+    "generation.replay.replay", "generation.pages.write_page", "comparison.run.compare", "maps.run.draw",
 )  # fmt: skip
 CHECKS = (  # of what lies at the paths of a command line, before its task
     "generation.preflight.check_run", "generation.preflight.check_model", "batch.preflight.read_batch",

@@ -9,7 +9,7 @@ import pytest
 from slagen.cli import progress
 
 FAULTS = {  # by command line: the exit code, and a part of the message
-    "info nope.mp4": (2, "nope.mp4 does not exist. Give a weight file, a model folder, a video or its .json."),
+    "info nope.mp4": (2, "nope.mp4 does not exist. Give a weight file, a model folder, a video or its .json report."),
     "info broken.safetensors": (5, "broken.safetensors is corrupt or incomplete"),
     "batch nope.txt": (2, "nope.txt cannot be read"),
     "batch faulty.txt": (2, "faulty.txt:2"),

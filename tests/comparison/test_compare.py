@@ -166,7 +166,10 @@ def test_reference_is_timed_where_dense_is_no_row(toy, tmp_path):
         (["--methods", "dense", "--sparsity", "0.9"], "none of the methods dense has a sparsity"),
         (["--methods", "dense,sla", "--tau", "1"], "tau is an option of sol, which is not among the methods"),
         (["--methods", "dense", "--dense-steps", "0"], "dense_steps does not apply to dense attention"),
-        (["--methods", "dense,mean", "--backend", "sage"], "backend is 'sage', which none of the methods dense, mean has"),
+        (
+            ["--methods", "dense,mean", "--backend", "sage"],
+            "backend is 'sage', which none of the methods dense, mean has",
+        ),
         (["--repeats", "0"], "repeats is 0, but must be from 1 to 100"),
         (["--max-error", "nan"], "max_error is nan"),
         (["--keep", "0.1", "--sparsity", "0.9"], "keep and sparsities are both given"),

@@ -103,7 +103,7 @@ def test_command(made, tmp_path, capsys):
     report = json.loads(made[0].report_path.read_text())
     old = {**report, "steps": [{k: v for k, v in step.items() if k != "layers_ms"} for step in report["steps"]]}
     (tmp_path / "old.json").write_text(json.dumps(old))  # a report of an earlier version
-    assert write_page([tmp_path / "old.json"], None, False) == tmp_path / "old.html"
+    assert write_page([str(tmp_path / "old.json")], None, False) == tmp_path / "old.html"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Schedule:
     @property
     def applies(self) -> bool:
         """Whether there is anything to leave out, in any step."""
-        return any(self.method.applies(config, self.grid) for config in self._distinct)
+        return any(config is None or self.method.applies(config, self.grid) for config in self._distinct)
 
     @property
     def _distinct(self) -> list[Any]:

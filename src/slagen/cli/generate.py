@@ -192,7 +192,7 @@ def report(
     if output is not None and not output.lower().endswith((".html", ".htm")):
         raise UsageError(f"output is {quote_path(output)}, but must be a file that ends in .html.")
     page = None if output is None else user_path(output)
-    write(str(pages.write_page([user_path(path) for path in paths], page, settings["overwrite"])))
+    write(str(pages.write_page(tuple(paths), page, settings["overwrite"])))
 
 
 @takes(settings=Fields(GenerateConfig, only=("vae", "local_files_only")))

@@ -10,13 +10,13 @@ from slagen.generation.report_page import EMBEDDED, Shown, report_page
 from slagen.generation.video_report import FORM, VideoReport
 from slagen.io.documents import read_json
 from slagen.io.files import reserved, write_text
-from slagen.io.paths import is_video
+from slagen.io.paths import is_video, user_path
 
 ADVICE = "Give a report with times, as slagen generate writes it."
 MAX_REPORTS = 16  # of a page
 
 
-def write_page(paths: Sequence[Path], output: Path | None, overwrite: bool) -> Path:
+def write_page(paths: Sequence[str], output: Path | None, overwrite: bool) -> Path:
     """Write the page of reports, with their videos where these are beside them.
 
     Args:
@@ -25,8 +25,8 @@ def write_page(paths: Sequence[Path], output: Path | None, overwrite: bool) -> P
     """
     if len(paths) > MAX_REPORTS:
         raise UsageError(f"{len(paths)} reports are given, but a page holds at most {MAX_REPORTS}. Give fewer.")
-    shown = [_read(path) for path in paths]
-    page = output or paths[0].with_suffix(".html")
+    shown = [_read(user_path(path)) for path in paths]
+    page = output or user_path(paths[0]).with_suffix(".html")
     with reserved(page):
         if page.exists() and not overwrite:
             raise UsageError(f"{page} exists. Choose another --output, or replace it with --overwrite.")
