@@ -224,8 +224,8 @@ def test_saving_what_was_trained_needs_its_base(tmp_path):
     [
         (lambda t: t.pop("blocks.1.attn1.processor.proj_l.weight"), "proj_l.weight is missing"),
         (lambda t: t.update({"blocks.9.attn1.processor.proj_l.weight": torch.ones(16, 16)}), "not in the model"),
-        (lambda t: t.update({"blocks.0.attn1.processor.proj_l.bias": torch.ones(8)}), r"is \(8,\)"),
-        (lambda t: t["blocks.0.attn1.processor.proj_l.weight"].zero_(), "all zero"),
+        (lambda t: t.update({"blocks.0.attn1.processor.proj_l.bias": torch.ones(8)}), r"has shape \(8,\)"),
+        (lambda t: t["blocks.0.attn1.processor.proj_l.weight"].zero_(), "is all zero"),
         (lambda t: t["blocks.0.attn1.to_q.weight"].fill_(torch.nan), "NaN or Inf"),
     ],
     ids=["missing", "extra", "shape", "zero", "nan"],
