@@ -53,7 +53,7 @@ def trained(tmp_path):
 
 def test_settings_by_name_and_a_warning_that_nothing_is_trained():
     pipe = build_pipeline()
-    with pytest.warns(UserWarning, match="untrained.*slagen.load_sla") as told:
+    with pytest.warns(UserWarning, match="without trained weights.*slagen.load_sla") as told:
         slagen.apply_sla(pipe, CONFIG, sparsity=0.25)
     assert told[0].filename == __file__ and "must be trained for it too" in str(told[0].message)
     assert registry.get("sparse").needs.training  # `slagen methods` says the same
