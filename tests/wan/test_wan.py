@@ -273,7 +273,7 @@ def test_files_that_are_no_sla_weights_are_refused(trained, tmp_path):
     for path, words in (
         (broken, "corrupt or incomplete"), (plain, "no slagen metadata"), (newer, "version 99"),
         (pickle, "is a pickle"), (tmp_path / "none.safetensors", "does not exist"),
-        (tmp_path, "does not contain sla.safetensors"),
+        (tmp_path, "holds no sla.safetensors"),
     ):  # fmt: skip
         with pytest.raises(WeightsError, match=words):
             load_sla(pipe, path)
