@@ -216,7 +216,8 @@ def test_a_black_video_is_told(monkeypatch):
     torch.nn.init.constant_(session.pipe.vae.decoder.conv_out.bias, -2.0)
     monkeypatch.setattr(Session, "denoise", lambda self, plan, embeds, on_event: (torch.zeros(1, 4, 2, 4, 4), None))
     told = []
-    session.sample(SimpleNamespace(config=GenerateConfig("a red circle", seed=7)), {}, {}, told.append)
+    plan = SimpleNamespace(config=GenerateConfig("a red circle", seed=7), schedule=SimpleNamespace(by_step=None))
+    session.sample(plan, {}, {}, told.append)
     assert [event.text for event in told if event.kind == "warning"] == [
         "every pixel of the video with seed 7 has the same colour, RGB 0, 0, 0"
     ]
