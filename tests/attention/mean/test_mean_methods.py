@@ -99,7 +99,7 @@ def test_expected_density_is_that_of_bell_shaped_scores():
 def test_notes_and_what_applies():
     grid = Grid(21, 30, 52)
     assert SOL.note(SolConfig(), {}, grid) == (
-        "tau 1 -> about 16% of key blocks, or 16% with those around each query block (estimates; the report has "
+        "tau 1 -> about 16% of key blocks, or 16% including those around each query block (estimates; the report has "
         "the measured fraction)"
     )
     assert MEAN.note(MeanConfig(), {}, grid) == "sparsity 0.85 -> 76 of 512 key blocks per query block"
