@@ -206,4 +206,8 @@ def _draw_query(figure: Any, axes: Any, drawn: AttentionPicture) -> None:
     frame, row, column = drawn.query
     top, left = frame // across * (height + 1), frame % across * (width + 1)
     axes.plot([left + column], [top + row], "+", color="lime", ms=9, mew=2)
-    axes.set(title=f"keys of query {frame},{row},{column} by latent frame; outlined: exact", xticks=[], yticks=[])
+    axes.set(
+        title=f"softmax of query {frame},{row},{column} over the keys of each latent frame (outlined: exact)",
+        xticks=[],
+        yticks=[],
+    )

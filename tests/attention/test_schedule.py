@@ -176,7 +176,9 @@ def test_weights_of_one_sparsity_say_in_how_many_steps_it_is_another():
     ]
     assert schedule("0-:0.95", sparsity=0.5).differences(trained) == []
     assert schedule("0:0.5", dense_steps="0").differences(trained) == []
-    assert schedule(None, sparsity=0.5).differences(trained) == ["the weights were trained at sparsity 0.95, but this run uses 0.5"]
+    assert schedule(None, sparsity=0.5).differences(trained) == [
+        "the weights were trained at sparsity 0.95, but this run uses 0.5"
+    ]
 
 
 @pytest.mark.slow

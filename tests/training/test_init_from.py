@@ -133,7 +133,7 @@ def test_a_training_begins_there_and_resumes(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "fit_to_mean", fitted)
     fields = {"data": data, "steps": 4, "init_from": "mean"}
     whole, notes = ended(settings(model, tmp_path / "whole", **fields))
-    assert any("proj_l is fitted to mean attention on" in note for note in notes)
+    assert any("proj_l starts from a fit to the method mean on" in note for note in notes)
     ended(settings(model, tmp_path / "parts", **fields), stop=2)
     assert read_latest(tmp_path / "parts").state.step == 2
     assert len(fits) == 2 and all(map(torch.equal, *fits)) and all(weight.any() for weight in fits[0])

@@ -99,8 +99,8 @@ def bench_model(
             on_note(f"{name}, {contender.label}" + ", compiled" * compiled)
             if contender.dense_elsewhere:
                 on_note(
-                    f"{contender.attention} is timed in every step and layer, but generate uses dense attention in "
-                    f"some by default ({contender.dense_elsewhere})"
+                    f"{contender.attention} is timed in every step and layer, but by default slagen generate uses "
+                    f"dense attention in some steps or layers ({contender.dense_elsewhere})"
                 )
             contender.install(pipe.transformer)
             try:

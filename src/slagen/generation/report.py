@@ -124,7 +124,8 @@ def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> O
         spans=spans,
         span_cost_ms=span_cost_ms if spans else 0.0,
         overhead_share=spans * span_cost_ms / latency if latency else 0.0,
-        attention_means="the block map, both branches and proj_l, without the q, k, v and output projections",
+        attention_means="the choice of key blocks, the attention itself and proj_l, but not the projections to q, k, v "
+        "and the output",
     )
 
 

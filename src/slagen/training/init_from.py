@@ -123,6 +123,6 @@ def fit_to_mean(setup: Setup, models: Models, data: Dataset) -> None:
         each = fit.errors(weight, bias)
         before, after = before + each[0] / len(layers), after + each[1] / len(layers)
     setup.emit(Event("note", (
-        f"proj_l is fitted to mean attention on {len(examples)} training clips: the error of SLA to it falls from "
-        f"{before:.3g} to {after:.3g}, on average over the layers"
+        f"proj_l starts from a fit to the method mean on {len(examples)} training clips, which lowers the average "
+        f"error of SLA to that method from {before:.3g} to {after:.3g}"
     )))  # fmt: skip
