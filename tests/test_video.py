@@ -70,7 +70,7 @@ def test_a_failed_write_keeps_the_former_file(tmp_path, monkeypatch):
     write_mp4(clip(), tmp_path / "a.mp4", fps=8)
     before = (tmp_path / "a.mp4").read_bytes()
     monkeypatch.setattr("slagen.video._first_frame", lambda path: np.zeros((2, 2, 3), np.uint8))
-    with pytest.raises(SlagenError, match="the written video has 2x2 pixels"):
+    with pytest.raises(SlagenError, match="the written video has the wrong size, 2x2 pixels"):
         write_mp4(clip(), tmp_path / "a.mp4", fps=8)
     assert (tmp_path / "a.mp4").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]

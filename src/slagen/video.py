@@ -103,7 +103,7 @@ def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> N
     except (RuntimeError, StopIteration) as error:
         raise OSError(str(error).strip() or "the written video cannot be decoded") from error
     if read.shape != frames.shape[1:]:
-        raise OSError(f"the written video has {read.shape[1]}x{read.shape[0]} pixels")
+        raise OSError(f"the written video has the wrong size, {read.shape[1]}x{read.shape[0]} pixels")
 
 
 def _name(path: str | Path) -> str:

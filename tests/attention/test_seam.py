@@ -209,7 +209,10 @@ def test_slagen_methods(toy, capsys, monkeypatch):
         "set in training (slagen finetune): negligible 0.0, linear_domain all, feature_map softmax"
     ) == 3  # fmt: skip
     assert slagen(["generate", "x", "--negligible", "0.1"]) == 2
-    assert "--negligible is only for training, with slagen finetune --negligible." in capsys.readouterr().err
+    assert (
+        "--negligible is an option for training only. Use it with slagen finetune --negligible."
+        in capsys.readouterr().err
+    )
     assert slagen(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert list(rows) == [*registry.METHODS, *registry.ADDITIONS] and list(registry.METHODS)[-1] == "window"

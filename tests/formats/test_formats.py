@@ -498,7 +498,7 @@ def test_a_merge_says_how_many_tensors_changed(state, tmp_path):
     """Of the same model before and after it said that all of them had."""
     base, told = str(write(tmp_path / "base.safetensors", wan(state))), list[str]()
     merge(base, str(tmp_path / "same.safetensors"), diff_base=base, diff_target=base, on_note=told.append)
-    assert told == ["nothing changed: all tensors equal those of the base"]
+    assert told == ["the merge changed nothing: all tensors equal those of the base transformer"]
     name = next(name for name, tensor in wan(state).items() if tensor.any())
     after = str(write(tmp_path / "after.safetensors", {**wan(state), name: 2 * wan(state)[name]}))
     merge(base, str(tmp_path / "new.safetensors"), diff_base=base, diff_target=after, on_note=told.append)

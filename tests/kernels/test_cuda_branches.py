@@ -338,7 +338,7 @@ def test_doctor_tells_of_smaller_tiles_and_of_wrong_ones(card, monkeypatch):
     monkeypatch.setattr(doctor, "prove", lambda q, config: (None, [f"attend on cuda:0: {config.linear_domain}"]))
     (finding,) = doctor._kernels()
     assert finding.status == "note" and "agree with the reference" in finding.found
-    assert finding.found.endswith("only with smaller tiles: attend on cuda:0: all; attend on cuda:0: marginal")
+    assert finding.found.endswith("some had to use smaller tiles: attend on cuda:0: all; attend on cuda:0: marginal")
     monkeypatch.setattr(doctor, "prove", lambda q, config: ("dq is wrong", []))
     (finding,) = doctor._kernels()
     assert finding.status == "problem" and "dq is wrong" in finding.found and "--backend torch" in finding.fix

@@ -210,7 +210,7 @@ def test_doctor_goes_down_to_smaller_tiles_as_a_call_does(error, card, monkeypat
     monkeypatch.setattr(fused, "_call", call)
     with resources.using(Choices(dict.fromkeys(resources.TABLE, STAGES))) as choices:
         (finding,) = doctor._kernels()
-        assert finding.status == "note" and "with smaller tiles: dq on cuda:0: " in finding.found
+        assert finding.status == "note" and "had to use smaller tiles: dq failed on cuda:0: " in finding.found
         assert len(choices.verified) == 2 and set(choices._steps.values()) == {1}
 
 
@@ -259,7 +259,7 @@ def test_a_tile_that_does_not_fit_gives_way(card, monkeypatch):
     monkeypatch.setattr(forward, "attend_kernel", attend)
     q = on_card(make_qkv((1, 1, 40, 16), torch.float32)[0])
     with resources.using(Choices(dict.fromkeys(resources.TABLE, STAGES))) as choices:
-        with pytest.warns(UserWarning, match="attend on cuda:0: out of resource: shared memory"):
+        with pytest.warns(UserWarning, match="attend failed on cuda:0: out of resource: shared memory"):
             o = sparse_linear_attention(q, q, q, SMALL)
         assert attend.ran == [3, 2, 2]
         assert choices.tiles("attend", q, 16, 16) == STAGES[1][2]

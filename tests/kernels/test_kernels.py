@@ -249,7 +249,7 @@ def test_products_are_exact_where_the_caller_allows_tf32(given, default_precisio
 
 def test_refuses_rows_of_too_many_blocks():
     """The scan of a row must fit the shared memory of the smallest card."""
-    with pytest.raises(ValueError, match="8,193 key blocks.*8,192 at most. Use larger blocks"):
+    with pytest.raises(ValueError, match="8,193 key blocks.*at most 8,192. Use larger blocks"):
         selection.select(torch.empty(1, 1, 8193), 1, 0, classes=False)
 
 

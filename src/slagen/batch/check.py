@@ -82,7 +82,8 @@ def _restore_report(manifest: Manifest, job: Job, on_event: Callable[[Event], No
         on_event(
             Event(
                 "warning",
-                f"{lost.name} is missing and cannot be restored ({error}); delete {path.name} to generate both again",
+                f"{lost.name} is missing and cannot be restored ({error}); delete {path.name} to generate the video "
+                "and its report again",
             )
         )
     finally:

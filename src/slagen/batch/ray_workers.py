@@ -231,7 +231,9 @@ class Driver:
         for job in mine:
             self.losses[job.key] += 1
             if self.losses[job.key] >= MAX_LOSSES:
-                reason = f"its worker process died {MAX_LOSSES} times; it may have run out of memory"
+                reason = (
+                    f"the worker process that was generating it died {MAX_LOSSES} times; it may have run out of memory"
+                )
                 manifest.finish(job, job.attempt, event="failed", worker=handle.name, reason=reason)
         if self.stop.is_set():
             return

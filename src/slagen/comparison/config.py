@@ -42,7 +42,9 @@ def read_fractions(text: str, name: str = "sparsity") -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{name} is {shown(text)}, but must be numbers. Try --{name} 0.9,0.95.") from None
+        raise UsageError(
+            f"{name} is {shown(text)}, but must be one or more numbers separated by commas. Try --{name} 0.9,0.95."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class CompareConfig:
     )  # fmt: skip
     attention: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     no_controls: bool = option(
-        False, "Leave out the controls: random key blocks, and dense attention with another seed.", panel=ATTENTION
+        False,
+        "Do not run the controls: attention to random key blocks, and dense attention with another seed.",
+        panel=ATTENTION,
     )
     repeats: int | None = option(None, "Timed runs of each method. Default: 3, or 1 with --prompts.", panel=OUTPUT)
     prompts: str | None = option(

@@ -133,7 +133,7 @@ def _clips(config: CompareConfig) -> list[GenerateConfig]:
     for clip in seeded:
         if clip.seed == MAX_SEED:
             raise UsageError(
-                f"seed is {clip.seed}, but the control other-seed needs the next seed. Give a lower --seed."
+                f"seed is {clip.seed}, but the control other-seed needs the next higher seed. Give a lower --seed."
             )
     return seeded
 
@@ -204,7 +204,7 @@ def _compare_clip(
 
     runs = [Runs() for _ in everyone]
     for entry, plan, own in zip(everyone, plans, runs, strict=True):
-        on_event(Event("run", f"{entry.row.label}, error on the latents of the dense run"))
+        on_event(Event("run", f"{entry.row.label}, measuring its error on the latents of the dense run"))
         session.use(plan)
         on_event(Event("stage", "measure"))
         take_densities(session.pipe.transformer)

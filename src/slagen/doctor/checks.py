@@ -129,9 +129,9 @@ def _kernels_on(device: torch.device) -> Finding:
         found, _, fix = str(error).partition(" Try ")
         lines = found.strip().splitlines() or [type(error).__name__]
         return Finding(name, "problem", lines[0].removesuffix("."), fix.removesuffix("."))
-    agree = "the Triton kernels agree with the reference, forward and backward, in both linear domains"
+    agree = "the Triton kernels agree with the reference, forward and backward"
     if gave_way:
-        return Finding(name, "note", f"{agree}, but only with smaller tiles: {'; '.join(gave_way)}")
+        return Finding(name, "note", f"{agree}, but some had to use smaller tiles: {'; '.join(gave_way)}")
     return Finding(name, "ok", agree)
 
 
@@ -153,7 +153,8 @@ def _bundled_model() -> Finding:
         return Finding(
             "bundled model",
             "problem",
-            "the text encoder's token embeddings were not loaded (UMT5's embed_tokens is not tied), so videos would be "
+            "the text encoder's token embeddings were not loaded (UMT5's embed_tokens is not the shared "
+            "embedding), so videos would be "
             "noise",
             "report this as a bug",
         )

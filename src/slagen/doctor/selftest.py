@@ -176,7 +176,7 @@ def _agrees(device: torch.device, backend: Backend, dtype: str, head_dim: int, d
     wrong, gave_way = fused.prove(q, config) if backend == "triton" else (_torch_trial(q, config), [])
     if wrong is not None:
         raise Wrong(wrong)
-    smaller = f", but only with smaller tiles: {'; '.join(gave_way)}" if gave_way else ""
+    smaller = f"; some kernels had to use smaller tiles: {'; '.join(gave_way)}" if gave_way else ""
     return f"the output and all gradients agree with the float64 reference{smaller}"
 
 

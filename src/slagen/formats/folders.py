@@ -14,8 +14,8 @@ def transformer_folder(folder: Path) -> Path:
     """A pipeline's transformer folder, or the folder itself. Raises WeightsError for a pipeline that has two."""
     if (folder / "transformer_2").is_dir():
         raise WeightsError(
-            f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video pipelines, which "
-            "have one. Give one of these."
+            f"{folder} is a Wan2.2 pipeline with two transformers, but slagen runs Wan2.1 text-to-video "
+            "pipelines, which have one. Give a Wan2.1 pipeline."
         )
     return folder / "transformer" if (folder / "transformer").is_dir() else folder
 

@@ -49,7 +49,7 @@ FOREIGN = (  # what a file begins with, the suffixes that it should not have the
     (rb"(?s).{4}ftyp", WEIGHTS, "a video. Give a weight file"),
     (rb"GGUF", tuple({*WEIGHTS} - {".gguf"}), "a GGUF file. Give it a name that ends in .gguf"),
     (rb"(?s).{6}\0\0\{\s*\"", WEIGHTS[1:], "a safetensors file. Give it a name that ends in .safetensors"),
-    (rb"PK\x03\x04", WEIGHTS[:2], "a zip archive, like PyTorch's pickles. Give it a name that ends in .pth"),
+    (rb"PK\x03\x04", WEIGHTS[:2], "a zip archive, as PyTorch saves checkpoints. Rename it so that it ends in .pth"),
 )  # fmt: skip
 
 

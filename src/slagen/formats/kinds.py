@@ -31,7 +31,7 @@ REFUSALS = {
     "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), not a transformer. {_MERGE}",
     "difference": f"is an adapter of weight differences (diff, diff_b), not a transformer. {_MERGE}",
     **NOT_READ,
-    "vace": f"is Wan2.1 VACE or a part of it, which edits and extends videos. {_RUNS}",
+    "vace": f"is Wan2.1 VACE, a model that edits and extends videos, or a part of it. {_RUNS}",
     "skyreels": f"is SkyReels V2 diffusion forcing, which generates videos chunk by chunk. {_RUNS}",
     "speech": f"is an audio-driven transformer (Wan2.2 S2V, HuMo, MultiTalk or FantasyTalking). {_RUNS}",
     "animate": f"is Wan2.2 Animate, which animates a given character. {_RUNS}",

@@ -56,7 +56,7 @@ def merge(
             with writing(target, replace=overwrite) as part:
                 save_file(tensors, part, metadata=about)
         except (OSError, SafetensorError) as error:
-            raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
+            raise SlagenError(f"{target} cannot be written ({error}). Check the free space on its disk.") from error
     return target
 
 
@@ -88,7 +88,7 @@ def _merged(
             f"{len(copied)} copied from the fine-tuned transformer"
         )
     else:
-        on_note("nothing changed: all tensors equal those of the base")
+        on_note("the merge changed nothing: all tensors equal those of the base transformer")
     return {name: tensor.contiguous() for name, tensor in merged.items()}, about
 
 

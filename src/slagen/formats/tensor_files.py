@@ -162,7 +162,9 @@ def _gguf_entries(path: Path) -> list[Any]:
     try:
         return list(read_gguf(path).tensors)
     except ImportError as error:
-        raise EnvironmentProblem(f"{path} is a GGUF file. Install its reader: pip install 'slagen[gguf]'.") from error
+        raise EnvironmentProblem(
+            f"{path} is a GGUF file. To read it, install the GGUF package: pip install 'slagen[gguf]'."
+        ) from error
     except Exception as error:  # of whatever kind the reader raises over a damaged file
         raise WeightsError(
             f"{path} is corrupt, incomplete or in an unsupported format ({error}). Copy or download it again."

@@ -61,7 +61,7 @@ def tensors_of_one(path: Path, content: dict[str, Any], part: str | None) -> tup
         holds = f"{path} holds {len(found)} transformers: {', '.join(found)}. " if several else ""
         if part is None:
             raise WeightsError(
-                f"{holds}Extract one of them into a folder, and give that: slagen convert {path} FOLDER "
+                f"{holds}Extract one of them, and give the new folder: slagen convert {path} FOLDER "
                 f"--part {list(found)[-1]}"
             )
         fault = f"{holds}Give one of these." if several else f"{path} holds only one transformer. Leave --part out."

@@ -73,7 +73,7 @@ def _instead(name: str, known: set[str]) -> dict[str, str]:
     if reason := peers.REFUSED.get(name.replace("_", "-")):
         return {"reason": f": {worded(reason)}."}
     if name.replace("_", "-") in peers.SET_IN_TRAINING:
-        return {"reason": ": it is only for training, with slagen finetune."}
+        return {"reason": ". It is an option for training only; use it with slagen finetune."}
     if name in ("size", "resolution"):
         return {"reason": ". Give width and height."}
     ours = peers.normalize(name).replace("-", "_")

@@ -191,7 +191,7 @@ def save(
     if lost:
         names = " and ".join(map(str, lost))
         reason = next(iter(lost.values()))
-        text = f"{path} was written, but {names} could not be written ({reason}). Check the free space there."
+        text = f"{path} was written, but {names} could not be written ({reason}). Check the free space on that disk."
         if latents_path in lost:
             kept = keep_latents(path, sample.latents, weights_hash(sample.vae), record)
             text += " The latents are lost." if kept is None else f" The latents are kept in {kept}."

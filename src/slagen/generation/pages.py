@@ -12,7 +12,7 @@ from slagen.io.documents import read_json
 from slagen.io.files import reserved, write_text
 from slagen.io.paths import is_video, user_path
 
-ADVICE = "Give a report with times, as slagen generate writes it."
+ADVICE = "Give a report with measured times, as slagen generate writes it."
 MAX_REPORTS = 16  # of a page
 
 
@@ -42,7 +42,7 @@ def read_report(path: Path) -> VideoReport:
     if content.get("kind") in ("comparison", "attention map"):
         raise WeightsError(f"{path} is the JSON output of another command, not the report of a video. {ADVICE}")
     if "restored" in content:
-        raise WeightsError(f"{path} was restored from a video and has no times. {ADVICE}")
+        raise WeightsError(f"{path} was restored from the metadata of a video and has no times. {ADVICE}")
     return VideoReport.from_dict(read_json(path, FORM, advice=ADVICE))
 
 

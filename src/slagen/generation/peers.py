@@ -193,7 +193,7 @@ def why_not(name: str, *, is_training: bool = False) -> str | None:
     """What to say of another tool's option that slagen does not have; None for any other option."""
     plain = name.replace("_", "-").lower()
     if plain in SET_IN_TRAINING:
-        return f"--{plain} is only for training, with slagen finetune --{plain}."
+        return f"--{plain} is an option for training only. Use it with slagen finetune --{plain}."
     reason = (TRAINER_REFUSED.get(plain) if is_training else None) or REFUSED.get(plain)
     return None if reason is None else f"--{cut(name)} is an option of other tools that slagen does not have: {reason}."
 

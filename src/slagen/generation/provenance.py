@@ -125,7 +125,7 @@ def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]
     width, _, height = made.get("size", "").partition("x")
     frames, fps, hashed = made.get("num_frames"), made.get("fps"), hashes.get("frames")
     if not (width and frames and fps and hashed) or hashes["latents"] != result.get("latents_hash"):
-        raise WeightsError(f"{path} lacks some of its metadata, or belongs to another job.")
+        raise WeightsError(f"{path} lacks some of its metadata, or is not the video that was expected here.")
     return RestoredReport(
         created=datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         video=VideoFile(path.name, frames, int(width), int(height), fps, frames / fps, hashed, result["sha256"]),

@@ -187,11 +187,11 @@ def _content(shown: Shown) -> dict[str, Any]:
         "stages": stages,
         "stages_text": ", ".join(f"{stage['name']} {stage['seconds']:.2f} seconds" for stage in stages),
         "steps": steps, "chart": _chart(steps), "guided": any(s.attention_unconditional_ms for s in steps),
-        "steps_text": f"{len(steps)} steps, attention {share:.0%} of their time" if share else f"{len(steps)} steps",
+        "steps_text": f"{len(steps)} steps" + (f"; attention took {share:.0%} of their time" if share else ""),
         "heat": _heat(steps),
         "computed": None if attention.mode == "dense" else (
             f"With dense attention, the forward passes would have taken {cost.flops_speedup:.2f} times as many FLOPs. "
-            f"The limit, with attention that costs nothing, is {cost.amdahl_ceiling:.2f} (Amdahl's law)."
+            f"Even if attention cost nothing, this factor would be {cost.amdahl_ceiling:.2f} (Amdahl's law)."
         ),
         "facts": _facts(report),
     }  # fmt: skip
@@ -205,7 +205,7 @@ def _summary(report: VideoReport) -> str:
         f"{report.stages_s['total']:.1f} s in all",
     ]
     if cost.measured_attention_share is not None:
-        parts.append(f"attention {cost.measured_attention_share:.0%} of the steps' time")
+        parts.append(f"attention took {cost.measured_attention_share:.0%} of the steps' time")
     if report.attention.density is not None:
         parts.append(f"{report.attention.density:.1%} of all query-key pairs attended exactly")
     elif report.attention.blocks is not None:

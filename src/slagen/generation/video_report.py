@@ -272,7 +272,8 @@ class RestoredReport:
         video["frames_hash"] = video.pop("frames_hash")  # the last one here
         return {
             "schema_version": SCHEMA_VERSION, "created": self.created,
-            "restored": "from the video's metadata, which contains no times", **vars(self), "video": video,
+            "restored": "from the metadata of the video, which does not record how long each part took", **vars(self),
+            "video": video,
         }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class KernelCost:
         """Which limits the kernel breaks on its target."""
         found = []
         if self.shared_bytes > self.shared_limit:
-            found.append(f"{self.shared_bytes} bytes of shared memory, but the card has {self.shared_limit}")
+            found.append(f"{self.shared_bytes} bytes of shared memory, but the GPU has only {self.shared_limit}")
         if self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes spilled")
         if self.uses_dot and self.mma is None:

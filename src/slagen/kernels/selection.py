@@ -146,7 +146,7 @@ def select(scores: Tensor, num_critical: int, num_negligible: int, classes: bool
     batch, num_rows, num_columns = scores.shape
     if num_columns > MAX_COLUMNS:
         raise ValueError(
-            f"a row has {num_columns:,} key blocks, but the kernels choose from at most {MAX_COLUMNS:,}. "
+            f"the sequence has {num_columns:,} key blocks, but the kernels support at most {MAX_COLUMNS:,}. "
             "Use larger blocks."
         )
     kv_indices = torch.empty(batch, num_rows, num_critical, dtype=torch.int32, device=scores.device)

@@ -192,7 +192,7 @@ class FinetuneConfig:
     )
     loss: Loss = option(
         "distill",
-        "Target velocity: distill (what the dense model predicts) or flow (that of the data, as in flow matching).",
+        "Target velocity: distill (the prediction of the dense model) or flow (from the data, as in flow matching).",
         panel=TRAINING,
     )
     layer_loss: float = option(

@@ -72,7 +72,7 @@ def convert(
                 else:
                     _convert_transformer(path, half, folder, dtype, part, on_note)
         except (OSError, SafetensorError) as error:
-            raise SlagenError(f"{target} cannot be written ({error}). Check the free space there.") from error
+            raise SlagenError(f"{target} cannot be written ({error}). Check the free space on its disk.") from error
     return target
 
 

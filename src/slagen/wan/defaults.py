@@ -67,7 +67,10 @@ class TrainingDefaults:
             least = {"log_sigma_mean": -MAX_STRENGTH, "steps": 1, "batch_size": 1, "micro_batch": 1}.get(name, 0)
             is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
             if not is_number or not least <= value <= MAX_TRAINING.get(name, MAX_STRENGTH):
-                raise UsageError(f"training.{name} is {shown(value)}. Give a value like {field.default!r}.")
+                raise UsageError(
+                    f"training.{name} is {shown(value)}, which is not a valid value. Give a value like "
+                    f"{field.default!r}."
+                )
         if "caption_dropout" in fields:
             check_fraction("training.caption_dropout", fields["caption_dropout"], "Give 0.1.")
         return cls(**fields)
@@ -169,7 +172,9 @@ class ModelDefaults:
             else:
                 good = isinstance(value, str)
             if not good:
-                raise UsageError(f"{name} is {shown(value)}. Give a value like {field.default!r}.")
+                raise UsageError(
+                    f"{name} is {shown(value)}, which is not a valid value. Give a value like {field.default!r}."
+                )
         vocabulary = fields.get("vocabulary")
         return cls(**dict(fields, vocabulary=None if vocabulary is None else tuple(vocabulary)))
 

@@ -88,9 +88,11 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
             f"{folder} contains a {kind}, not a WanPipeline. Give a diffusers Wan2.1 text-to-video folder."
         )
     if index.get("expand_timesteps"):
-        raise WeightsError(f"{folder} is Wan2.2 TI2V-5B, which uses a different VAE. slagen runs Wan2.1 text-to-video.")
+        raise WeightsError(
+            f"{folder} is Wan2.2 TI2V-5B, which uses a different VAE, but slagen runs Wan2.1 text-to-video."
+        )
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
-        raise WeightsError(f"{folder} is a Wan2.2 pipeline with two transformers. slagen runs Wan2.1 text-to-video.")
+        raise WeightsError(f"{folder} is a Wan2.2 pipeline, but slagen runs Wan2.1 text-to-video.")
     transformer = read_json(folder / "transformer" / "config.json", folder)
     vae = read_json(folder / "vae" / "config.json", folder)
     check_parts(folder, ("text_encoder", "scheduler"))

@@ -86,7 +86,9 @@ def fetch_sla(repo_id: str, *, local_files_only: bool = False, on_note: OnNote) 
     """The `sla.safetensors` of a repository. Raises WeightsError if it has none."""
     folder = _fetch(repo_id, [SLA_FILE], [], local_files_only, on_note, "or give a file or folder")
     if not (folder / SLA_FILE).is_file():
-        raise WeightsError(f"{repo_id} does not contain {SLA_FILE}. Give a repository that does, a file or a folder.")
+        raise WeightsError(
+            f"{repo_id} does not contain {SLA_FILE}. Give a repository that contains it, a file or a folder."
+        )
     return folder / SLA_FILE
 
 

@@ -204,7 +204,7 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     notes = [*found.notes, *([f"this {lacks_settings(found.method)}"] if found.lacks_settings else [])]
     if found.few_steps:
         notes.append(
-            f"{found.few_steps!r} is in its name or metadata, so it may be distilled to few steps without guidance"
+            f"its name or metadata contain {found.few_steps!r}, so it may be distilled to few steps without guidance"
         )
     return TransformerInfo(
         **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,

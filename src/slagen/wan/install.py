@@ -327,7 +327,7 @@ def _check_same_form(config: Any, trained: Any, path: str | Path, other_blocks: 
         if getattr(config, name, None) != getattr(trained, name, None):
             raise WeightsError(
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
-                "weights work only with that. Leave the setting out."
+                "weights work only with the value from training. Leave the setting out."
             )
 
 

@@ -162,7 +162,7 @@ def test_the_kernel_is_tried_before_a_run(monkeypatch):
     arguments = "triton", 32, torch.device(DEVICE), torch.float16, in_int8(block_n=32)
     check(*arguments)
     monkeypatch.setattr(kernels, "low_bit_forward", lambda q, k, v, *_, **__: v.float())
-    with pytest.raises(KernelProblem, match="the int8 kernel fails on .*: o is wrong. Try --backend torch."):
+    with pytest.raises(KernelProblem, match="the int8 kernel fails on .*: its output is wrong. Try --backend torch."):
         check(*arguments)
 
 
@@ -196,5 +196,5 @@ def test_files_and_notes_say_it():
     assert "low_bit" not in to_fields(SLA2Config())
     trained = to_fields(SLA2Config(low_bit="int8"))
     assert trained["low_bit"] == "int8" and read_config("sla2", trained) == SLA2Config(low_bit="int8")
-    assert sla2.note(SLA2Config(0.5, low_bit="int8"), {}, Grid.flat(256)).endswith("query block, attended in int8")
+    assert sla2.note(SLA2Config(0.5, low_bit="int8"), {}, Grid.flat(256)).endswith("query block, computed in int8")
     assert "int8" not in sla2.note(SLA2Config(0.5), {}, Grid.flat(256))

@@ -45,7 +45,7 @@ def with_delta(method: Method, stride: int | None) -> Method:
     if stride is None:
         return method
     if method.family == "dense":
-        raise UsageError("dense attention has nothing to correct. Leave --delta out.")
+        raise UsageError("--delta corrects sparse attention, and dense attention has no such error. Leave --delta out.")
     both = (method, stride)
     return dataclasses.replace(
         method, delta=stride, cost=partial(_cost, *both), density=partial(_density, *both),

@@ -38,7 +38,7 @@ class RettentionConfig:
     )
     ratio_growth: float = option(
         0.04,
-        "Increase per step, since the last dense step, of the share of the softmax that the window is taken to hold.",
+        "Increase of the window's assumed share of the softmax with each step since the last dense step.",
         prompt_line=True,
     )
 

@@ -51,7 +51,7 @@ class SLAConfig:
 
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
-        check_fraction("negligible", self.negligible, "Try --negligible 0.1, as in the paper.")
+        check_fraction("negligible", self.negligible, "Try --negligible 0.1, as in the SLA paper.")
         check_choice("linear_domain", self.linear_domain, get_args(LinearDomain))
         check_choice("feature_map", self.feature_map, get_args(FeatureMap))
         check_choice("block_m", self.block_m, BLOCK_SIZES)

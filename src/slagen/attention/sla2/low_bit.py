@@ -77,4 +77,4 @@ def check_kernel(head_dim: int, device: torch.device, dtype: torch.dtype, config
         message = f"the int8 kernel fails on {device}: {error.reason}. Try --backend torch."
         raise KernelProblem(message) from error
     if not (found - exact).abs().max() <= COARSE * exact.abs().max():
-        raise KernelProblem(f"the int8 kernel fails on {device}: o is wrong. Try --backend torch.")
+        raise KernelProblem(f"the int8 kernel fails on {device}: its output is wrong. Try --backend torch.")

@@ -33,8 +33,8 @@ def show_comparison(result: Comparison, as_json: bool) -> None:
         log_table(controls)
     runs = len(result.reference.denoise_s)
     log(
-        "Errors, PSNR and SSIM compare with dense attention on the same noise. Times are medians of "
-        f"{counted(runs, 'run')}, and the speed-up is that of denoising. Quartiles, errors by layer and "
+        "Errors, PSNR and SSIM are measured against dense attention with the same noise. Times are medians of "
+        f"{counted(runs, 'run')}, and the speed-up is that of the denoising. Quartiles, errors by layer and "
         f"{'intervals' if len(result.prompts) > 1 else 'densities'} are in the JSON."
     )
     for path in (*result.videos, result.path):

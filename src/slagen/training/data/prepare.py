@@ -55,7 +55,9 @@ def prepare(
             f"another slagen run is preparing {folder}. Wait for it, or give another --output."
         ) from error
     except OSError as error:
-        raise SlagenError(f"{error.filename or folder}: {error.strerror or error}. Fix this and run again.") from error
+        raise SlagenError(
+            f"{error.filename or folder} cannot be read or written ({error.strerror or error}). Fix this and run again."
+        ) from error
 
 
 def _prepare(job: Job) -> Dataset:

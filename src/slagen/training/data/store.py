@@ -25,7 +25,7 @@ SHARD_BYTES = 256 * 2**20
 SHARD_TENSORS = 16
 AGAIN = "Prepare it again with the same command, which encodes only what is missing."
 SHARD_S = 20.0  # a killed run loses at most this much work
-SHAPE = Kind("a list of 1 to 8 sizes", [forms.whole(1, 2**31)], lambda shape: 1 <= len(shape) <= 8)
+SHAPE = Kind("a shape of 1 to 8 dimensions", [forms.whole(1, 2**31)], lambda shape: 1 <= len(shape) <= 8)
 INDEX = {
     "name": str, "shard": forms.matching(r"\w[\w.-]*\.safetensors", "a plain file name"), "sha256": str,
     "shape": SHAPE,

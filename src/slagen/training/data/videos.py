@@ -78,7 +78,7 @@ def find_videos(path: Path) -> tuple[list[SourceVideo], list[str]]:
         else:
             found.append(SourceVideo(place, caption, where))
     if not found and not faults:
-        raise UsageError(f"{file} lists no videos. Give a list of videos and captions, or a folder of them.")
+        raise UsageError(f"{file} lists no videos. Give a list of videos and captions, or a folder of videos.")
     return found, faults
 
 
