@@ -67,8 +67,8 @@ def finetune(config: FinetuneConfig, on_event: Emit = lambda event: None) -> Fin
                 ) from error
             except OSError as error:
                 raise SlagenError(
-                    f"{error.filename or folder} cannot be read or written ({error.strerror or error}). Fix this and run "
-                    "again to resume from the last checkpoint."
+                    f"{error.filename or folder} cannot be read or written ({error.strerror or error}). Fix this and "
+                    "run again to resume from the last checkpoint."
                 ) from error
 
 
