@@ -161,7 +161,8 @@ def test_reference_is_timed_where_dense_is_no_row(toy, tmp_path):
     [
         (["--methods", "dense,slo"], "methods contains 'slo', which is not one of sla"),
         (["--methods", ""], "methods contains ''"),
-        (["--sparsity", "0.9,x"], "sparsity is '0.9,x', but must be numbers"),
+        (["--methods", "dense,delta"], "Try --attention"),
+        (["--sparsity", "0.9,x"], "sparsity is '0.9,x', but must be one or more numbers"),
         (["--sparsity", "1"], "sparsity is 1.0, but must be a number of at least 0 and below 1"),
         (["--methods", "dense", "--sparsity", "0.9"], "none of the methods dense has a sparsity"),
         (["--methods", "dense,sla", "--tau", "1"], "tau is an option of sol, which is not among the methods"),
@@ -175,7 +176,7 @@ def test_reference_is_timed_where_dense_is_no_row(toy, tmp_path):
         (["--keep", "0.1", "--sparsity", "0.9"], "keep and sparsities are both given"),
         (["another prompt"], "2 prompts are given"),
         (["--prompts", "file.txt"], "both a prompt and --prompts are given"),
-        (["--seed", str(2**63 - 1)], "the control other-seed needs the next seed"),
+        (["--seed", str(2**63 - 1)], "the control other-seed needs the next higher seed"),
     ],
 )
 def test_bad_input_is_one_message_before_anything_is_loaded(arguments, message, tmp_path, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def test_what_differs_and_where_the_time_went(reports, capsys):
     ("change", "code", "message"),
     [
         (lambda report: {**report, "schema_version": "x"}, 5, "schema_version"),
-        (lambda report: {**report, "restored": "from"}, 5, "was restored from a video and has no times"),
+        (lambda report: {**report, "restored": "from"}, 5, "was restored from the metadata of a video"),
         (lambda report: {"kind": "comparison"}, 5, "is the JSON output of another command"),
         (lambda report: [], 5, "must be"),
     ],
@@ -52,3 +52,4 @@ def test_what_is_no_report(change, code, message, reports, tmp_path, capsys):
     assert command(["compare", str(reports[0]), str(tmp_path / "b.json")]) == code
     assert message in capsys.readouterr().err.replace("\n", " ")
     assert command(["compare", str(reports[0]), str(tmp_path / "none.json")]) == 2
+    assert command(["compare", str(reports[0])]) == 2 and "is a single report" in capsys.readouterr().err

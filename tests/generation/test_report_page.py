@@ -110,7 +110,7 @@ def test_command(made, tmp_path, capsys):
     ("content", "code", "message"),
     [
         ('{"kind": "comparison"}', 5, "is the JSON output of another command"),
-        ('{"restored": "from"}', 5, "was restored from a video and has no times"),
+        ('{"restored": "from"}', 5, "was restored from the metadata of a video"),
         ("{}", 5, "has no"),
         ("no", 5, "is not valid JSON"),
         (None, 2, "does not exist"),

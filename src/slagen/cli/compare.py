@@ -11,6 +11,7 @@ from slagen.comparison.config import TAKEN, CompareConfig, read_fractions
 from slagen.errors import GateError, UsageError
 from slagen.generation.config import ATTENTION, OUTPUT, GenerateConfig
 from slagen.io.paths import user_path
+from slagen.io.text import quote_path
 from slagen.settings import without_complement
 
 # Of all methods: the command line has no option for it, or another.
@@ -53,8 +54,11 @@ def compare(
     config = _config(words or [], settings, keep, video, how)
     from slagen.cli.progress import GenerateProgress
     from slagen.generation import preflight
+    from slagen.generation.prompts import read_prompts
 
     preflight.check_model(config.base.model, config.base.weights, config.base.vae)
+    if config.prompts is not None:
+        read_prompts(config.prompts)
     for row in config.rows:
         preflight.check_steps(row)
     with GenerateProgress() as progress:
@@ -72,6 +76,8 @@ def _config(
     words: list[str], settings: dict[str, Any], keep: str | None, video: dict[str, Any], how: dict[str, Any]
 ) -> CompareConfig:
     """Raises UsageError for words that are no prompt, and for what does not go together."""
+    if len(words) == 1 and words[0].lower().endswith(".json"):
+        raise UsageError(f"{quote_path(words[0])} is a single report. Give two .json reports, or a prompt in quotes.")
     if len(words) > 1:
         raise UsageError(f"{len(words)} prompts are given. Give one in quotes, two .json reports, or --prompts FILE.")
     if words and settings["prompts"] is not None:

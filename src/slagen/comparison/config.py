@@ -32,6 +32,8 @@ def read_methods(text: str) -> tuple[str, ...]:
     """The methods of a list such as "dense,sla". Raises UsageError for one that does not exist."""
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
+        if name in registry.ADDITIONS:
+            registry.get(name)  # says how it is given
         if name not in registry.METHODS:
             raise UsageError(f"methods contains {shown(name)}, which is not one of {', '.join(registry.METHODS)}.")
     return names
