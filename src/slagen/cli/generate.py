@@ -176,7 +176,7 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="The page. Default: the name of the first report with .html at its end.",
+            help="The HTML file to write. Default: the path of the first report, with .html in place of .json.",
             metavar="FILE",
         ),
     ] = None,
@@ -208,7 +208,9 @@ def replay(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="The weights that generated the video, if they have moved.", metavar="FILE_OR_FOLDER"),
+        typer.Option(
+            help="The weights that generated the video, if they are in a different place now.", metavar="FILE_OR_FOLDER"
+        ),
     ] = None,
     settings: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON on stdout.")] = False,

@@ -19,7 +19,8 @@ DELTA = Addition(
     name="delta",
     kind="wrapper",
     summary="any sparse method, corrected by its error in one query row of every N (delta attention)",
-    help="Correct any sparse method: compute one query row of every N exactly, and add its difference to all N rows.",
+    help="Correct any sparse method: compute one of every N query rows exactly, and add its difference from the sparse "
+    "result to all N rows.",
     example="--delta 64",
 )
 
