@@ -292,8 +292,8 @@ def test_bench_says_that_it_times_no_dense_steps(tmp_path):
     mean, timed = bench(config, notes.append).models[1:]
     assert (mean.attention, timed.attention) == ("mean", "rettention")
     assert [note for note in notes if "by default" in note] == [
-        "rettention is timed in every step and layer, but generate uses dense attention in some by default "
-        "(dense_steps 30%)"
+        "rettention is timed in every step and layer, but by default slagen generate uses dense attention in some "
+        "steps or layers (dense_steps 30%)"
     ]
 
 

@@ -249,7 +249,7 @@ def test_refuses_what_does_not_fit():
         (lambda: video_sparse_attention(q, k.float(), v, config, grid), "dtypes"),
         (lambda: video_sparse_attention(q, k, v, config, grid, gate[:, :1]), "gate has shape"),
         (lambda: video_sparse_attention(q, k, v, config, Grid(2, 3, 5)), "2 x 3 x 5 has 30 tokens"),
-        (lambda: video_sparse_attention(q, k, v, config, cube_order(Grid(2, 3, 5), q.device)), "for 30 tokens"),
+        (lambda: video_sparse_attention(q, k, v, config, cube_order(Grid(2, 3, 5), q.device)), "has 30 tokens"),
         (
             lambda: video_sparse_attention(q, k, v, config, grid, backend="triton"),
             "one of auto, reference, torch for vsa",
