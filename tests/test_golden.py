@@ -39,7 +39,7 @@ from slagen.doctor import checks as doctor
 from slagen.doctor import kernel_costs, selftest
 from slagen.formats import headers, merge
 from slagen.formats.sla import read_sla, weights_hash, write_sla
-from slagen.generation import decode, generate, latents, pages, preflight, provenance, replay
+from slagen.generation import decode, generate, latents, pages, preflight, prompts, provenance, replay
 from slagen.generation import estimate as plan
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import tensor_hash
@@ -88,7 +88,7 @@ def compare(name: str, found: dict[str, Any], *, forever: bool = False) -> None:
 CHECKS = (  # of what lies at the paths of a command line, before its task
     (preflight, "check_run"), (preflight, "check_model"), (batch_preflight, "read_batch"),
     (training_preflight, "check_training"), (training_preflight, "check_data"),
-    (provenance, "read_made"), (latents, "read_about"), (headers, "check_weights"),
+    (provenance, "read_made"), (latents, "read_about"), (headers, "check_weights"), (prompts, "read_prompts"),
 )  # fmt: skip
 
 
