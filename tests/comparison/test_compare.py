@@ -143,9 +143,9 @@ def test_averages_over_a_file_of_prompts(toy, tmp_path, capsys):
     assert sparse["timed_runs"] == 2
     low, high = sparse["intervals"]["velocity_error"]
     assert low <= sparse["velocity_error"] <= high
-    less = mean["less_sparse_0.5"]["velocity_error"]
+    less = mean["less_first_sparse"]["velocity_error"]
     assert less["mean"] == pytest.approx(mean["velocity_error"] - sparse["velocity_error"])
-    assert "less_sparse_0.5" not in sparse
+    assert "less_first_sparse" not in sparse
 
 
 def test_reference_is_timed_where_dense_is_no_row(toy, tmp_path):

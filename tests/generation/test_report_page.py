@@ -63,6 +63,20 @@ def test_generate_writes_the_page_beside_its_video(made):
     assert made[1].record.latents_hash in found.text
 
 
+def test_the_page_of_a_video_that_is_replaced_goes_and_no_other(made, tmp_path):
+    config = GenerateConfig(
+        "a", model=str(made[0].path.parent / "pipe"), width=64, height=64, num_frames=9, steps=1, seed=1, device="cpu",
+        attention="dense", output=str(tmp_path / "a.mp4"), report=True,
+    )  # fmt: skip
+    page = generate(config).videos[0].path.with_suffix(".html")
+    assert page.exists()
+    generate(dataclasses.replace(config, seed=2, report=False, overwrite=True))
+    assert not page.exists()
+    page.write_text("<html>mine</html>")
+    generate(dataclasses.replace(config, seed=3, report=False, overwrite=True))
+    assert page.read_text() == "<html>mine</html>"
+
+
 def test_a_page_asks_the_network_for_nothing(made):
     page = report_page([Shown(video.report_path.name, video.record, video.path.read_bytes()) for video in made])
     links = [value for _, attributes in Elements(page).found for name, value in attributes.items()

@@ -92,7 +92,7 @@ class Row:
         return [statistics.fmean(layer) for layer in zip(*found, strict=True)]
 
     def to_dict(self, first: Row | None) -> dict[str, Any]:
-        """Its object in the JSON; with several prompts, intervals, and differences to the row `first`."""
+        """Its object in the JSON; with several prompts, intervals, and differences to `first`, the first sparse row."""
         attention, denoise = quartiles(self.attention_ms), quartiles(self.denoise_s)
         content = {
             "method": self.method, "sparsity": self.sparsity,
@@ -106,9 +106,7 @@ class Row:
         if len(self.runs) > 1:
             content["intervals"] = {name: interval(self.values(name)) for name in MEASURES}
             if first is not None:
-                content[f"less_{first.label.replace(' ', '_')}"] = {
-                    name: self.difference(first, name) for name in MEASURES
-                }
+                content["less_first_sparse"] = {name: self.difference(first, name) for name in MEASURES}
         return content
 
     def difference(self, other: Row, name: str) -> dict[str, Any] | None:

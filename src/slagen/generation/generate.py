@@ -22,6 +22,7 @@ from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
+from slagen.generation.pages import is_report_page
 from slagen.generation.preflight import check_free, check_output
 from slagen.generation.report_page import Shown, report_page
 from slagen.generation.resolve import Plan, find_weights, make_plan
@@ -164,7 +165,7 @@ def save(
             encode_mp4(sample.frames, video, config.fps, comment)
             sample.stages["write"] = time.perf_counter() - began
             record = report.video_report(sample, video, **hashes)
-            going = []
+            going = [] if config.report or not is_report_page(page_path) else [page_path.name]  # that of the old video
             try:
                 write_json(stage.folder / report_path.name, record.to_dict())
             except OSError as error:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slagen.errors import UsageError, WeightsError
-from slagen.generation.report_page import EMBEDDED, Shown, report_page
+from slagen.generation.report_page import EMBEDDED, GENERATOR, Shown, report_page
 from slagen.generation.video_report import FORM, VideoReport
 from slagen.io.documents import read_json
 from slagen.io.files import reserved, write_text
 from slagen.io.paths import is_video, user_path
+from slagen.io.reading import open_regular
 
 ADVICE = "Give a report with measured times, as slagen generate writes it."
 MAX_REPORTS = 16  # of a page
@@ -32,6 +33,15 @@ def write_page(paths: Sequence[str], output: Path | None, overwrite: bool) -> Pa
             raise UsageError(f"{page} exists. Choose another --output, or replace it with --overwrite.")
         write_text(page, report_page(shown))
     return page
+
+
+def is_report_page(path: Path) -> bool:
+    """Whether a file is a page that `slagen report` wrote, and not somebody's own."""
+    try:
+        with open_regular(path) as handle:
+            return f'content="{GENERATOR}"'.encode() in handle.read(2048)
+    except OSError:
+        return False
 
 
 def read_report(path: Path) -> VideoReport:

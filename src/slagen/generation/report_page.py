@@ -10,6 +10,7 @@ from typing import Any
 from slagen.generation.video_report import VideoReport
 from slagen.html import HEAD, data_uri, render
 
+GENERATOR = "slagen report"  # what the page says of who wrote it
 EMBEDDED = 10 * 2**20  # bytes of a video at most that the page holds; a larger one is linked
 STAGES = {"start": "start-up", "load": "loading", "text": "text encoder", "denoise": "denoising", "decode": "decoding",
           "write": "writing"}  # fmt: skip
@@ -166,7 +167,7 @@ def report_page(shown: Sequence[Shown]) -> str:
     """The HTML of one report or several, the first of which the others are compared to."""
     title = shown[0].report.settings["prompt"] if len(shown) == 1 else f"{len(shown)} reports"
     compared = _compared(shown) if len(shown) > 1 else []
-    return render(PAGE, title=title, reports=[_content(each) for each in shown], compared=compared)
+    return render(PAGE, title=title, generator=GENERATOR, reports=[_content(each) for each in shown], compared=compared)
 
 
 def _content(shown: Shown) -> dict[str, Any]:

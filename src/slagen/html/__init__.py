@@ -15,6 +15,7 @@ HEAD = """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
   script-src 'unsafe-inline'; img-src data:; media-src data: file:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="{{ generator or 'slagen' }}">
 <title>{{ title }}</title>
 <style>
   :root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }

@@ -77,9 +77,9 @@ class MapConfig:
 
     def token(self, grid: Grid) -> tuple[int, int, int]:
         """The query token. Raises UsageError where the grid has none there."""
-        sizes = (grid.num_frames, grid.height, grid.width)
         if self.query is None:
-            return tuple(size // 2 for size in sizes)  # type: ignore[return-value]
+            return grid.num_frames // 2, grid.height // 2, grid.width // 2
+        sizes = (grid.num_frames, grid.height, grid.width)
         if any(not 0 <= place < size for place, size in zip(self.query, sizes, strict=True)):
             given = ",".join(map(str, self.query))
             last = ",".join(str(size - 1) for size in sizes)

@@ -66,7 +66,8 @@ class Fit:
         """The relative L2 error of SLA's output to Y: with proj_l zero, and with these."""
         w = torch.cat([weight.mT, bias[None]])
         left = self.yy - 2 * (w * self.xy).sum() + (w * (self.xx @ w)).sum()
-        return tuple(float((each.clamp_min(0) / self.scale).sqrt()) for each in (self.yy, left))  # type: ignore[return-value]
+        before, after = (float((each.clamp_min(0) / self.scale).sqrt()) for each in (self.yy, left))
+        return before, after
 
 
 def mean_of(config: SLAConfig) -> MeanConfig:
