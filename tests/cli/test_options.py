@@ -192,6 +192,7 @@ TRAINER = dict.fromkeys(("--steps", "--lr", "--lora-rank", "--dtype", "--model",
         ("--learning_rate 1e-5 --max_train_steps 9", "--lr 1e-5 --steps 9"),
         ("--mixed_precision bf16", "--dtype bf16"),
         ("--mixed_precision=no --optimizer_type AdamW8bit", "--dtype=fp32 --optimizer adamw8bit"),
+        ("--optimizer_type Muon", "--optimizer muon"),
     ],
 )
 def test_options_of_other_trainers(line, wanted):

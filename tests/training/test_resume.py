@@ -31,10 +31,11 @@ pytest_plugins = ["finetune_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_pictures")]
 
 
-def test_going_on_ends_where_one_run_ends(toy, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_going_on_ends_where_one_run_ends(toy, tmp_path, optimizer):
     """N steps are k, an end, and N - k, bit for bit; so are the log and the error."""
     model, data = toy
-    whole = finetune(settings(model, tmp_path / "whole", data=data, steps=8))
+    whole = finetune(settings(model, tmp_path / "whole", data=data, steps=8, optimizer=optimizer))
     for output, stop in (("parts", 3), ("parts", 5), ("parts", None)):
         told = []
 
@@ -46,7 +47,7 @@ def test_going_on_ends_where_one_run_ends(toy, tmp_path):
             if isinstance(event, StepRecord) and event.step == stop:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        config = settings(model, tmp_path / output, data=data, steps=8)
+        config = settings(model, tmp_path / output, data=data, steps=8, optimizer=optimizer)
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
                 finetune(config, end)
@@ -61,7 +62,7 @@ def test_going_on_ends_where_one_run_ends(toy, tmp_path):
     )  # fmt: skip
     losses = [[line.loss for line in steps_of(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
-    again = finetune(settings(model, tmp_path / "parts", data=data, steps=8))
+    again = finetune(settings(model, tmp_path / "parts", data=data, steps=8, optimizer=optimizer))
     assert again.teacher_error_after == whole.teacher_error_after
 
 

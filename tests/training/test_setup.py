@@ -17,6 +17,8 @@ from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.data.dataset import Dataset
 from slagen.training.distributed import Team
 from slagen.training.finetune import finetune
+from slagen.training.models import build_models
+from slagen.training.trainer import Trainer
 
 pytest_plugins = ["finetune_fixtures"]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("plain_pictures")]
@@ -31,8 +33,9 @@ def test_what_cannot_train_is_refused(toy, tmp_path, monkeypatch):
         with pytest.raises(UsageError, match="wan.gguf is quantised and cannot be trained"):
             finetune(settings(model, tmp_path / "out", data=data))
     split = Team(0, 2, torch.device("cpu"), "fsdp")
-    with pytest.raises(UsageError, match="Leave --optimizer out"):
-        setup.check_setup(settings(model, tmp_path, data=data, optimizer="adamw8bit"), tmp_path, split, print)
+    for optimizer in ("adamw8bit", "muon"):
+        with pytest.raises(UsageError, match=f"{optimizer} does not support FSDP.* Leave --optimizer out"):
+            setup.check_setup(settings(model, tmp_path, data=data, optimizer=optimizer), tmp_path, split, print)
     alone = Team(0, 1, split.device, "alone")
     with monkeypatch.context() as patch:  # before a model is loaded
         gated = dataclasses.replace(registry.get("sla"), needs=Needs(hidden_states=True))
@@ -92,4 +95,30 @@ def test_the_1_3b_is_planned_to_fit_on_80_gb():
     parameters = sum(p.numel() for p in student.parameters())
     assert (20 + 2) * parameters / 2**30 < gib() < 60  # 20 bytes a trained parameter, 2 a teacher's
     assert gib(recomputes=False) > 100 > gib(dataclasses.replace(recipe, optimizer="adamw8bit")) + 45
+    assert gib() - 6 < gib(dataclasses.replace(recipe, optimizer="muon")) < gib() - 4
     assert gib(parts=8) < gib() - 15
+
+
+def test_muon_trains_the_matrices_of_the_blocks(toy, tmp_path):
+    """Their updates are the gradients with more equal singular values, as large as AdamW's; all else is AdamW's."""
+    model, data = toy
+    config = settings(model, tmp_path, data=data, optimizer="muon", lr=0.01, warmup_steps=0, weight_decay=0.0)
+    alone = Team(0, 1, torch.device("cpu"), "alone")
+    checked = setup.check_setup(config, tmp_path, alone, print)
+    models = build_models(checked)
+    trainer = Trainer(models.student, models.teacher, Dataset(data), checked.recipe, alone)
+    before = {name: p.detach().clone() for name, p in trainer.named.items()}
+    trainer.step(0)
+    muon, adam = trainer.optimizers
+    names = {id(p): name for name, p in trainer.named.items()}
+    kinds = [{names[id(p)] for group in one.param_groups for p in group["params"]} for one in (muon, adam)]
+    assert kinds[0] | kinds[1] == trainer.named.keys() and not kinds[0] & kinds[1]
+    for name in kinds[0]:
+        assert name.startswith("blocks.") and "proj_l" not in name
+        change = trainer.named[name].detach() - before[name]
+        singular, slope = torch.linalg.svdvals(change), torch.linalg.svdvals(trainer.named[name].grad)
+        assert change.ndim == 2 and 0.6 < singular[0] / (0.01 * 0.2 * max(change.shape) ** 0.5) < 1.3, name
+        assert (singular / singular[0]).square().sum() > 1.2 * (slope / slope[0]).square().sum(), name
+    assert any("proj_l" in name for name in kinds[1])
+    assert all(p.ndim != 2 or not name.startswith("blocks.") or "proj_l" in name for name, p in trainer.named.items()
+               if name in kinds[1])  # fmt: skip

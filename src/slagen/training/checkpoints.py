@@ -80,7 +80,7 @@ def save_state(trainer: Trainer, folder: Path, run: RunState) -> None:
     Raises: SlagenError where the disk is full; earlier checkpoints are kept.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=trainer.team.size > 1, ignore_frozen_params=True)
-    state: Any = get_state_dict(trainer.student, trainer.optimizer, options=options)
+    state: Any = get_state_dict(trainer.student, trainer.optimizers, options=options)
     weights, optimizer = state
     tensors = {f"weights/{name}": tensor for name, tensor in weights.items()}
     plain: dict[str, dict[str, Any]] = {}
@@ -194,14 +194,15 @@ def load_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     }
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     in_parts = StateDictOptions(ignore_frozen_params=True)  # no full tensors are gathered only to read the groups
-    groups = get_state_dict(trainer.student, trainer.optimizer, options=in_parts)[1]["param_groups"]
+    groups = get_state_dict(trainer.student, trainer.optimizers, options=in_parts)[1]["param_groups"]
     set_state_dict(
-        trainer.student, trainer.optimizer, model_state_dict=weights,
+        trainer.student, trainer.optimizers, model_state_dict=weights,
         optim_state_dict={"state": state, "param_groups": groups}, options=options,
     )  # fmt: skip
     if trainer.recipe.router_steps:  # what no stage has trained yet was given the state of a step without gradients
         for untrained in trainer.named.keys() - state.keys():
-            trainer.optimizer.state.pop(trainer.named[untrained], None)
+            for optimizer in trainer.optimizers:
+                optimizer.state.pop(trainer.named[untrained], None)
     with torch.no_grad():
         for name, average in trainer.average.items():
             average.copy_(_shard_of(tensors[f"average/{name}"], trainer.named[name].detach()))

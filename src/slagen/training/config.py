@@ -39,7 +39,7 @@ OWN_FIELDS = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m
 Loss = Literal["distill", "flow"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Stages = Literal["all", "router,all", "router"]
-Optimizer = Literal["adamw", "adamw8bit"]
+Optimizer = Literal["adamw", "adamw8bit", "muon"]
 Parallel = Literal["auto", "ddp", "fsdp"]
 
 
@@ -129,8 +129,9 @@ class FinetuneConfig:
         stages: "router,all" first trains what chooses blocks, and their mix, for `router_steps` (None is half of the
             steps), then what `train` says; "router" ends there, and "all" has no such steps.
         steps, lr, proj_multiplier, warmup_steps, batch_size, micro_batch, caption_dropout: see TrainingDefaults.
-        weight_decay: of AdamW. max_grad_norm: longer gradients are cut to it; None cuts none.
-        optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes).
+        weight_decay: of the optimizer. max_grad_norm: longer gradients are cut to it; None cuts none.
+        optimizer: "adamw8bit" keeps its state in 8 bits (bitsandbytes); "muon" is torch.optim.Muon for the matrices of
+            the blocks, with updates as large as AdamW's, and AdamW for the rest.
         checkpointing: recompute activations in the backward pass; None does on CUDA.
         seed: of noise and order. dtype: to compute in; weights stay in float32. device, backend: as in GenerateConfig.
         parallel: how the processes of torchrun share the model: "ddp" copies it, "fsdp" splits it; "auto" copies.
@@ -234,12 +235,15 @@ class FinetuneConfig:
         None, "Fraction of captions replaced by the negative prompt, for guidance. Default: depends on the model.",
         panel=TRAINING,
     )  # fmt: skip
-    weight_decay: float = option(0.01, "Weight decay of AdamW.", panel=TRAINING)
+    weight_decay: float = option(0.01, "Weight decay of the optimizer.", panel=TRAINING)
     max_grad_norm: float | None = option(
         None, "Maximum gradient norm; larger gradients are scaled down to it. Default: no limit.", panel=TRAINING
     )
     optimizer: Optimizer = option(
-        "adamw", "adamw, or adamw8bit, which keeps its state in 8 bits (not with --parallel fsdp).", panel=TRAINING
+        "adamw",
+        "adamw; adamw8bit, which keeps its state in 8 bits; or muon, which orthogonalises the updates of the blocks' "
+        "matrices (neither with --parallel fsdp).",
+        panel=TRAINING,
     )
     checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass to save memory. Default: on CUDA only.", panel=MACHINE,

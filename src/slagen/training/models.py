@@ -17,6 +17,9 @@ from slagen.wan.processor import install, install_method
 from slagen.wan.sequence_parallel import split_tokens
 from slagen.wan.transformer import load_transformer
 
+# of the optimizer's state, for each trained parameter; Muon keeps AdamW's for the few outside the blocks' matrices
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+
 
 @dataclass(frozen=True)
 class Models:
@@ -101,7 +104,7 @@ def _choose_trained(student: Any, setup: Setup) -> None:
 def checkpoint_bytes(student: nn.Module, recipe: Recipe) -> int:
     """The size of a checkpoint: trained weights, their average, and the optimiser's state."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    return (8 + (2 if recipe.optimizer == "adamw8bit" else 8)) * trained
+    return (8 + STATE_BYTES[recipe.optimizer]) * trained
 
 
 def memory_plan(
@@ -115,8 +118,7 @@ def memory_plan(
     """
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in student.parameters()) - trained
-    state = 2 if recipe.optimizer == "adamw8bit" else 8
-    weights = (4 * frozen + (4 + 4 + 4 + state) * trained) / parts  # value, gradient, average, optimizer state
+    weights = (4 * frozen + (4 + 4 + 4 + STATE_BYTES[recipe.optimizer]) * trained) / parts  # value, gradient, average
     other = sum(p.numel() * p.element_size() for p in teacher.parameters())
     config: Any = student.config
     width, bytes_each = config.num_attention_heads * config.attention_head_dim, recipe.dtype.itemsize

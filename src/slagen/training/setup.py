@@ -96,9 +96,10 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     _check_weights(config, weights, method)
     if weights.source.weights is None:
         base = dataclasses.replace(base, weights=None)  # the dense model has no use for SLA weights
-    if config.optimizer == "adamw8bit" and team.kind == "fsdp":
+    if config.optimizer != "adamw" and team.kind == "fsdp":
         raise UsageError(
-            "adamw8bit does not support FSDP's sharded parameters. Leave --optimizer out, or use --parallel ddp."
+            f"{config.optimizer} does not support FSDP's sharded parameters. Leave --optimizer out, or use --parallel "
+            "ddp."
         )
     attention = config.attention_config(weights.trained_with)
     if config.anneal_from is not None and config.anneal_from > attention.sparsity:

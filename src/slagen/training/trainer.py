@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class Trainer:
         self.student, self.teacher, self.data, self.recipe, self.team = student, teacher, data, recipe, team
         self.shared = team.share(student, recipe.dtype)
         self.named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = self._make_optimizer()
+        self.optimizers = self._make_optimizers()
         self.average = {name: local_shard(p.detach()).clone() for name, p in self.named.items()}
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -90,20 +91,26 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.team.device.type, dtype=self.recipe.dtype)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """One for all that trains, or with Muon one for the matrices of the blocks and one for the rest."""
         recipe, schedule = self.recipe, self.recipe.schedule
         projections = [p for name, p in self.named.items() if parameter_group(name) is not None]
-        rest = [p for name, p in self.named.items() if parameter_group(name) is None]
+        matrices = [p for name, p in self.named.items() if recipe.optimizer == "muon" and _is_hidden_matrix(name, p)]
+        apart = set(map(id, projections + matrices))
+        rest = [p for p in self.named.values() if id(p) not in apart]
+        options: dict[str, Any] = {"lr": schedule.lr, "weight_decay": recipe.weight_decay}
+        found: list[torch.optim.Optimizer] = []
+        if matrices:  # its updates are as large as AdamW's are, so one learning rate suits both
+            group = [{"params": matrices, "factor": 1.0}]
+            found.append(torch.optim.Muon(group, **options, adjust_lr_fn="match_rms_adamw"))
         groups: list[dict[str, Any]] = [
             {"params": params, "factor": factor}
             for params, factor in ((rest, 1.0), (projections, schedule.proj_multiplier)) if params
         ]  # fmt: skip
-        options: dict[str, Any] = {
-            "lr": schedule.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": recipe.weight_decay
-        }  # fmt: skip
-        if recipe.optimizer == "adamw8bit":
-            return optimizer_8bit()(groups, **options)
-        return torch.optim.AdamW(groups, **options, foreach=True)
+        if groups:
+            make = optimizer_8bit() if recipe.optimizer == "adamw8bit" else partial(torch.optim.AdamW, foreach=True)
+            found.append(make(groups, **options, betas=(0.9, 0.999), eps=1e-8))
+        return found
 
     def learning_rate(self, step: int) -> float:
         """At a step, from 0: linear warm-up, constant, then linear decay over the last part of the steps."""
@@ -127,9 +134,10 @@ class Trainer:
         pieces, passes = shares[team.data_rank], max(map(len, shares))
         levels = self._levels(number)
         rate = self.learning_rate(number)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
         sums = torch.zeros(4, dtype=torch.float64, device=team.device)  # loss, ||difference||^2, ||teacher||^2, tokens
         for j in range(passes):  # FSDP needs as many on every process; surplus passes count nothing
             piece, counts = pieces[min(j, len(pieces) - 1)], float(j < len(pieces))
@@ -160,7 +168,8 @@ class Trainer:
                 )
         if recipe.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, norm)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self._update_average(number)
         error = math.sqrt(difference_sum / scale_sum) if scale_sum > 0 else None
         return StepResult(loss_sum / batch, error, norm_value, rate, int(latents) // self._patch())
@@ -269,6 +278,11 @@ class Trainer:
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, p in self.named.items():
             local_shard(p.detach()).copy_(values[name])
+
+
+def _is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix between hidden states of a block, as Muon trains them, but not `proj_l`."""
+    return parameter.ndim == 2 and ".blocks." in f".{name}" and parameter_group(name) is None
 
 
 def optimizer_8bit() -> Any:
