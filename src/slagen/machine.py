@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,16 @@ def peak_memory_gib(device: torch.device) -> float:
 
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def process_age_s() -> float:
+    """Seconds since the operating system started this process, long before Python's first line."""
+    if sys.platform == "linux":  # psutil takes the time of boot in whole seconds there
+        began = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # in ticks since boot
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")
+    import psutil
+
+    return time.time() - psutil.Process().create_time()
 
 
 def cpu_name() -> str:

@@ -1,7 +1,11 @@
 """generate() on a random pipeline, and the bundled model as a user starts it."""
 
+import itertools
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from processes import start
 from safetensors.torch import load_file
 from wan_models import save_pipeline
 
+from slagen import machine
 from slagen.cli.main import run
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsError
 from slagen.generation.config import GenerateConfig
@@ -59,13 +64,36 @@ def test_a_video_and_its_report(toy, tmp_path):
             step["attention_conditional_ms"] + step["attention_unconditional_ms"]
         )
         assert 0 < step["attention_share"] < 1
-    assert set(report["stages_s"]) == {"start", "load", "text", "denoise", "decode", "write", "total"}
+    assert set(report["stages_s"]) == {"start", "prepare", "load", "text", "denoise", "decode", "write", "total"}
     assert report["timing"]["overhead_share"] < 0.5
     assert report["weights"]["used"] == "base with untrained SLA"
     assert load_file(video.latents_path)["latents"].shape == (1, 4, 3, 16, 16)
     assert [e.text for e in events if e.kind == "stage"] == ["load", "text", "denoise", "decode", "write"]
     assert sum(e.kind == "step" for e in events) == 2
     assert not list(video.path.parent.glob("*.part"))
+
+
+def test_the_stages_account_for_all_the_time(toy, tmp_path, monkeypatch):
+    """Every look at the clock is a second later; the last look is that of the time they are to account for."""
+    looks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(looks)))
+    monkeypatch.setattr(machine, "process_age_s", lambda: 1000.0)
+    first, second = (video.report for video in generate(toy_config(toy, tmp_path, num_videos=2)).videos)
+    for report in (first, second):
+        *stages, total = report["stages_s"].values()
+        assert sum(stages) == total == report["wall_s"] - 1
+    assert first["stages_s"]["start"] == first["since_process_start_s"] == 1000
+    assert all(seconds > 0 for seconds in first["stages_s"].values())
+    assert not any(second["stages_s"][name] for name in ("start", "prepare", "load", "text"))
+
+
+def test_the_age_of_the_process_is_what_the_system_says():
+    """The one here began before this test, and another one after it."""
+    began = time.monotonic()
+    code = "from slagen.machine import process_age_s; print(process_age_s())"
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0 < age <= time.monotonic() - began + 0.02  # a tick of either clock
+    assert machine.process_age_s() > age
 
 
 def test_seeds_count_up_and_repeat(toy, tmp_path):

@@ -20,6 +20,7 @@ from slagen.formats.sla import SLAMetadata, read_sla, weights_hash
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
 from slagen.generation.session import Session
+from slagen.generation.stage_clock import StageClock
 from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.hub import closed_hub
 from slagen.wan.info import info as describe
@@ -217,7 +218,7 @@ def test_a_black_video_is_told(monkeypatch):
     monkeypatch.setattr(Session, "denoise", lambda self, plan, embeds, on_event: (torch.zeros(1, 4, 2, 4, 4), None))
     told = []
     plan = SimpleNamespace(config=GenerateConfig("a red circle", seed=7), schedule=SimpleNamespace(by_step=None))
-    session.sample(plan, {}, {}, told.append)
+    session.sample(plan, {}, StageClock(), told.append)
     assert [event.text for event in told if event.kind == "warning"] == [
         "every pixel of the video with seed 7 has the same colour, RGB 0, 0, 0"
     ]

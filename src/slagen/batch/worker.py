@@ -33,6 +33,7 @@ from slagen.generation.generate import check_memory, save
 from slagen.generation.resolve import find_weights
 from slagen.generation.result import Video
 from slagen.generation.session import Sample, Session, free_memory
+from slagen.generation.stage_clock import StageClock
 from slagen.interrupts import ENDING, stopping
 from slagen.io.paths import user_path
 from slagen.machine import describe_device
@@ -147,17 +148,19 @@ class WorkerLoop:
             running = {"event": "running", "key": now.key, "attempt": attempt.id, "worker": self.worker}
             self.manifest.append(running)
             self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt}"))
-            stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared by all
+            clock = StageClock()
+            clock.begin("prepare")
             sample: Sample | None
             try:
                 check_memory(task.plan, loaded=True)
-                sample = session.sample(task.plan, embeddings.get(task.plan, session), stages, self.on_event)
+                sample = session.sample(task.plan, embeddings.get(task.plan, session), clock, self.on_event)
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
                 self._fail(attempt, error)
                 sample = None
             if sample is None:
                 free_memory()  # what ran out of it held it until here
                 return True
+            clock.begin("wait")
             self._finish()
             attempt.video, kept = writer.submit(save, sample, self.manifest.folder / task.job.name), True
             self.writing = attempt

@@ -114,7 +114,7 @@ def _write(
             record = dataclasses.replace(
                 recorded, created=datetime.now(UTC).isoformat(timespec="seconds"),
                 video=report.video_section(video, frames.shape, settings["fps"], frames_hash),
-                stages_s={**stages, "total": sum(stages.values())},
+                stages_s={**stages, "total": sum(stages.values())}, wall_s=None,
                 decoded=Decoded(packages.versions(), machine.describe_device(place)),
             )  # fmt: skip
             write_json(stage.folder / target.with_suffix(".json").name, record.to_dict())

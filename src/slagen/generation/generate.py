@@ -7,15 +7,14 @@ import hashlib
 import json
 import shlex
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors import SafetensorError
 
+from slagen import machine
 from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.sla import weights_hash
@@ -28,6 +27,7 @@ from slagen.generation.report_page import Shown, report_page
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import Sample, Session
+from slagen.generation.stage_clock import StageClock
 from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import is_video, user_path
 from slagen.io.stages import staging
@@ -54,11 +54,13 @@ def generate(
     Returns: the videos, each written with its report.
     Raises: SlagenError of some kind. Videos that were finished before stay.
     """
+    clock = StageClock(0.0 if from_python else machine.process_age_s())
+    clock.begin("prepare")
     check_ffmpeg()
     weights = find_weights(config, lambda text: on_event(Event("note", text)))
     plan = make_plan(config, weights)
     with enough_gpu_memory(plan.config):
-        return GenerateResult(_run(plan, on_event, from_python, write))
+        return GenerateResult(_run(plan, clock, on_event, from_python, write))
 
 
 @contextmanager
@@ -88,7 +90,9 @@ def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 
 
-def _run(plan: Plan, on_event: Callable[[Event], None], from_python: bool, write: bool) -> list[Video]:
+def _run(
+    plan: Plan, clock: StageClock, on_event: Callable[[Event], None], from_python: bool, write: bool
+) -> list[Video]:
     for text in plan.notes:
         on_event(Event("note", text))
     for text in plan.warnings:
@@ -96,32 +100,30 @@ def _run(plan: Plan, on_event: Callable[[Event], None], from_python: bool, write
     if (doubt := check_memory(plan)) is not None:
         on_event(Event("warning", doubt))
     with _claimed_paths(plan) if write else nullcontext() as paths:
-        return _make(plan, paths, on_event, from_python)
+        return _make(plan, clock, paths, on_event, from_python)
 
 
-def _make(plan: Plan, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool) -> list[Video]:
-    stages = {"start": 0.0 if from_python else time.time() - psutil.Process().create_time()}
-
+def _make(
+    plan: Plan, clock: StageClock, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool
+) -> list[Video]:
+    clock.begin("load")
     on_event(Event("stage", "load"))
-    began = time.perf_counter()
     session = Session(plan)
-    stages["load"] = time.perf_counter() - began
 
+    clock.begin("text")
     on_event(Event("stage", "text"))
-    began = time.perf_counter()
     embeds = session.encode(plan)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
-    stages["text"] = time.perf_counter() - began
 
     videos = []
     for index in range(plan.config.num_videos):
         config = dataclasses.replace(plan.config, seed=(plan.config.seed or 0) + index)
         one = dataclasses.replace(plan, config=config)
-        sample = session.sample(one, embeds, dict(stages), on_event)
+        sample = session.sample(one, embeds, clock, on_event)
         video = _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
         videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))
-        stages = {"start": 0.0, "load": 0.0, "text": 0.0}  # shared: counted once, with the first video
+        clock = StageClock()  # start, load and text are shared: counted once, with the first video
     return videos
 
 
@@ -151,8 +153,8 @@ def save(
     """
     config = sample.plan.config
     assert config.fps
+    sample.clock.begin("write")
     on_event(Event("stage", "write"))
-    began = time.perf_counter()
     hashes = _hashes(sample)
     report_path, latents_path, page_path = (path.with_suffix(suffix) for suffix in (".json", SUFFIX, ".html"))
     lost: dict[Path, Exception] = {}
@@ -163,7 +165,6 @@ def save(
                 sample.plan.recorded, hashes["latents_hash"], hashes["frames_hash"], sample.weights
             )
             encode_mp4(sample.frames, video, config.fps, comment)
-            sample.stages["write"] = time.perf_counter() - began
             record = report.video_report(sample, video, **hashes)
             going = [] if config.report or not is_report_page(page_path) else [page_path.name]  # that of the old video
             try:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.attention.delta.method import exact_share
@@ -176,7 +173,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     """The report of a video, whose file may not be there yet."""
     from slagen import machine  # with torch, which nothing else here needs
 
-    plan, stages, recorder = sample.plan, sample.stages, sample.recorder
+    plan, clock, recorder = sample.plan, sample.clock, sample.recorder
     config, method, schedule, steps = plan.config, plan.method, plan.schedule, recorder.steps
     shape = plan.weights.source.shape
     about = {
@@ -196,11 +193,12 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         weights=sample.weights,
         latents_hash=latents_hash,
         attention=ReportedAttention(config.attention, plan.num_tokens, about, plan.backend),
-        stages_s={**stages, "total": sum(stages.values())},
-        since_process_start_s=time.time() - psutil.Process().create_time(),
         peak_memory_gib=machine.peak_memory_gib(plan.weights.device),
         steps=step_section(steps),
         layers=layer_section(steps),
         cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(sample.densities), steps),
         timing=timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
+        stages_s=clock.read(),  # last, for all of the above takes time too
+        wall_s=clock.wall_s(),
+        since_process_start_s=machine.process_age_s(),
     )

@@ -12,8 +12,8 @@ from slagen.html import HEAD, data_uri, render
 
 GENERATOR = "slagen report"  # what the page says of who wrote it
 EMBEDDED = 10 * 2**20  # bytes of a video at most that the page holds; a larger one is linked
-STAGES = {"start": "start-up", "load": "loading", "text": "text encoder", "denoise": "denoising", "decode": "decoding",
-          "write": "writing"}  # fmt: skip
+STAGES = {"start": "start-up", "prepare": "preparing", "load": "loading", "text": "text encoder",
+          "denoise": "denoising", "decode": "decoding", "wait": "waiting", "write": "writing"}  # fmt: skip
 
 PAGE = (
     HEAD
@@ -151,7 +151,7 @@ height="{{ r.heat.row }}" fill="var(--attention)" fill-opacity="{{ cell.share }}
 </html>
 """
 )
-COLOURS = ("#8b949e", "#bf8700", "#8250df", "var(--attention)", "#1a7f37", "#cf222e")  # of the stages
+COLOURS = ("#8b949e", "#6e7781", "#bf8700", "#8250df", "var(--attention)", "#1a7f37", "#d4a72c", "#cf222e")  # of STAGES
 
 
 @dataclass(frozen=True)
@@ -268,9 +268,18 @@ def _facts(report: VideoReport) -> list[tuple[str, str]]:
         ("machine", text({k: v for k, v in report.device.to_dict().items() if v is not None})),
         ("weights", report.weights.used),
         *((f"hash of {name}", value) for name, value in report.hashes.items()),
+        *_accounted(report),
         ("peak memory", f"{report.peak_memory_gib:.2f} GiB"),
         ("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
     ]
+
+
+def _accounted(report: VideoReport) -> list[tuple[str, str]]:
+    """How much of the time that a clock of its own counted the stages account for; nothing where none counted."""
+    if not report.wall_s:
+        return []
+    total = report.stages_s["total"]
+    return [("time", f"{report.wall_s:.2f} s, of which the stages are {total:.2f} s ({total / report.wall_s:.1%})")]
 
 
 def _compared(shown: Sequence[Shown]) -> list[dict[str, Any]]:

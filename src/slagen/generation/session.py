@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import gc
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.resolve import Plan
+from slagen.generation.stage_clock import StageClock
 from slagen.generation.video_report import UsedWeights
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
@@ -42,7 +42,7 @@ class Sample:
         frames: (F, H, W, 3) uint8.
         latents: (1, C, T, h, w) float32 on the CPU.
         recorder: its steps.
-        stages: seconds of each stage so far.
+        clock: of its stages, which goes on until it is written.
         weights: what the report says of them.
         vae: what decoded it.
         densities: the fraction of all query-key pairs that each layer attended exactly; None where it does not say.
@@ -53,7 +53,7 @@ class Sample:
     frames: np.ndarray
     latents: torch.Tensor
     recorder: StepRecorder
-    stages: dict[str, float]
+    clock: StageClock
     weights: UsedWeights
     vae: Any = None
     densities: Sequence[float | None] = ()
@@ -146,11 +146,11 @@ class Session:
         self,
         plan: Plan,
         embeds: dict[str, torch.Tensor | None],
-        stages: dict[str, float],
+        clock: StageClock,
         on_event: Callable[[Event], None],
     ) -> Sample:
         """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
-        began = time.perf_counter()
+        clock.begin("denoise")
         transformer, by_step = self.pipe.transformer, list[list[float | None]]()
         take_densities(transformer)  # what a clip that failed has left
         if plan.schedule.by_step is None:
@@ -160,15 +160,13 @@ class Session:
             count = lambda: by_step.append(take_densities(transformer))  # noqa: E731
             latents, recorder = self.denoise(plan, embeds, on_event, count)
             densities = [_mean(layer) for layer in zip(*by_step, strict=True)]
-        stages["denoise"] = time.perf_counter() - began
 
+        clock.begin("decode")
         on_event(Event("stage", "decode"))
-        began = time.perf_counter()
         frames = decode_latents(self.pipe.vae, latents).numpy()
-        stages["decode"] = time.perf_counter() - began
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
         latents = latents.float().cpu().contiguous()
-        return Sample(plan, frames, latents, recorder, stages, self.about, self.pipe.vae, densities, by_step)
+        return Sample(plan, frames, latents, recorder, clock, self.about, self.pipe.vae, densities, by_step)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -196,7 +196,9 @@ class VideoReport:
 
     Args:
         created: time in ISO 8601. settings: by option name, as recorded. versions: of packages.
-        stages_s: seconds by stage, and "total". decoded: of a video that `slagen decode` made.
+        stages_s: seconds by stage, and their sum as "total". wall_s: measured by itself, from the start of the process,
+            or of this video where it is not the run's first, until the report; None where that is not one run.
+        decoded: of a video that `slagen decode` made.
     """
 
     schema_version: int
@@ -215,6 +217,7 @@ class VideoReport:
     layers: list[ReportedLayer]
     cost: Cost
     timing: Overhead
+    wall_s: float | None = None
     decoded: Decoded | None = None
 
     @classmethod
@@ -233,6 +236,8 @@ class VideoReport:
             **{name: getattr(self, name).to_dict() for name in ("video", "device", "weights", "attention")},
         }  # fmt: skip
         decoded = content.pop("decoded")
+        if self.wall_s is None:
+            del content["wall_s"]
         if decoded is None:
             return content
         return {**content, "decoded": {"versions": dict(decoded.versions), "device": decoded.device.to_dict()}}

@@ -24,6 +24,7 @@ from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
 from slagen.generation.session import Session
+from slagen.generation.stage_clock import StageClock
 from slagen.wan.observe import take_densities
 from slagen.wan.processor import install_method, processors, remove
 
@@ -217,8 +218,8 @@ def test_a_clip_that_failed_counts_in_no_density(tmp_path):
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        session.sample(failing, session.encode(failing), {}, fail)
-    found = session.sample(plan, session.encode(plan), {}, lambda event: None)
+        session.sample(failing, session.encode(failing), StageClock(), fail)
+    found = session.sample(plan, session.encode(plan), StageClock(), lambda event: None)
     assert found.densities == pytest.approx([1 / 3, 1 / 3])
 
 

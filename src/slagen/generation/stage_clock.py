@@ -1,0 +1,43 @@
+"""The stages of a run on one clock: each begins where the one before it ended, so no time between them is lost."""
+
+from __future__ import annotations
+
+import time
+
+SHARED = ("start", "prepare", "load", "text")  # by all videos of a run, so counted with the first
+
+
+class StageClock:
+    """Seconds of the stages of one video.
+
+    Args:
+        since_start_s: what the stage "start" has taken already: the seconds since the process began.
+    """
+
+    def __init__(self, since_start_s: float = 0.0) -> None:
+        self._seconds = {**dict.fromkeys(SHARED, 0.0), "start": since_start_s}
+        self._last = time.perf_counter()
+        self._began = self._last - since_start_s
+        self._stage: str | None = None
+
+    def begin(self, stage: str) -> None:
+        """Begin a stage where the one before it ends."""
+        self.end()
+        self._stage = stage
+
+    def end(self) -> None:
+        """End the stage that goes on. What comes before the next one begins belongs to that."""
+        if self._stage is None:
+            return
+        now = time.perf_counter()
+        self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._last
+        self._last, self._stage = now, None
+
+    def read(self) -> dict[str, float]:
+        """End the stage that goes on: the seconds of each stage, and their sum as "total"."""
+        self.end()
+        return {**self._seconds, "total": sum(self._seconds.values())}
+
+    def wall_s(self) -> float:
+        """Seconds since the first stage began, whatever the stages say."""
+        return time.perf_counter() - self._began
