@@ -273,7 +273,7 @@ def command(anew, monkeypatch):
     """(arguments) -> the config that the command made, or the exit code of what it refused."""
     cli, seen = anew("cli.main"), []
     monkeypatch.setattr("slagen.generation.generate.generate", lambda config, on_event: seen.append(config))
-    monkeypatch.setattr("slagen.benchmark.run.bench", lambda config, on_note: seen.append(config))
+    monkeypatch.setattr("slagen.benchmark.run.bench", lambda config, on_event: seen.append(config))
     monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
     monkeypatch.setattr("slagen.cli.output.bench.show_bench", lambda result, as_json: None)
     return lambda *arguments: cli.run(list(arguments)) or seen.pop()

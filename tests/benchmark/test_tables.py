@@ -212,14 +212,15 @@ def test_no_verdict_within_the_noise(sla, said, mark):
 
 def quick(monkeypatch, methods, **changes):
     """A bench of an instant: its content, and the notes."""
-    notes = []
+    events = []
     monkeypatch.setattr(task, "measure_ceilings", lambda device, dtype: (1.0, 1.0))
     monkeypatch.setattr(task, "all_methods", lambda delta: methods)
     monkeypatch.setattr(operator, "_time_parts", lambda *given: None)
     config = BenchConfig(
         **{"shapes": ("1x1x128x16",), "lengths": (), "seconds": 0.001, "device": "cpu", "sparsities": (0.5,), **changes}
     )
-    return task.bench(config, notes.append), notes
+    result = task.bench(config, events.append)
+    return result, [event.text for event in events if event.kind in ("job", "note")]
 
 
 def dense(name, **options):

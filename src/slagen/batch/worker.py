@@ -26,7 +26,7 @@ from slagen.batch.manifest import Job, Manifest
 from slagen.batch.queue import Task, _warn, identity_of_weights, plan_videos, queue_jobs, warn_of_each
 from slagen.batch.result import BatchResult
 from slagen.errors import SlagenError, no_memory, of_memory
-from slagen.events import Event
+from slagen.events import Event, counted_parts, nth
 from slagen.generation import prompts
 from slagen.generation.embeddings import Embeddings
 from slagen.generation.generate import check_memory, save
@@ -108,11 +108,13 @@ class WorkerLoop:
         embeddings = Embeddings(self.todo[0].plan, self.config.cache_dir, not self.config.no_cache)
         missing = [task for task in self.todo if not embeddings.has(task.plan)]
         self.on_event(Event("stage", "load"))
-        session = Session(self.todo[0].plan, text_encoder=bool(missing))
+        session = Session(self.todo[0].plan, text_encoder=bool(missing), on_event=self.on_event)
         if missing:
-            self.on_event(Event("stage", "text"))
+            self.on_event(Event("stage", "text", num_steps=len(missing)))
+            advance = counted_parts(self.on_event, len(missing))
             for task in missing:
                 embeddings.put(task.plan, session.encode(task.plan))
+                advance()
             session.release_text_encoder()
         warn_of_each((text for task in self.todo for text in session.cuts(task.plan)), self.on_event)
         waiting = list(self.todo)
@@ -147,7 +149,7 @@ class WorkerLoop:
             attempt = _Attempt(task, lock, uuid.uuid4().hex)
             running = {"event": "running", "key": now.key, "attempt": attempt.id, "worker": self.worker}
             self.manifest.append(running)
-            self.on_event(Event("job", f"{self._progress(jobs)}: {task.plan.config.prompt}"))
+            self.on_event(self._job_event(jobs, task.plan.config.prompt))
             clock = StageClock()
             clock.begin("prepare")
             sample: Sample | None
@@ -204,11 +206,11 @@ class WorkerLoop:
         """Whether any process has completed or failed a job since this run began."""
         return job.state in ("done", "failed") and job.result is not self.before[job.key]
 
-    def _progress(self, jobs: dict[str, Job]) -> str:
+    def _job_event(self, jobs: dict[str, Job], prompt: str) -> Event:
         """How many videos have ended, and the time left by what all who share the work have done since the first, which
         takes longer: kernels are compiled, and files read."""
         ended = [task for task in self.todo if self._has_ended(jobs[task.job.key])]
-        left = ""
+        left_s = None
         sampled = [*ended, self.writing.task] if self.writing is not None else ended
         done, everything, now = (
             sum(map(denoising_flops, sampled)),
@@ -218,9 +220,12 @@ class WorkerLoop:
         if done and self.began is None:
             self.began = now, done
         elif self.began is not None and done > self.began[1]:
-            seconds = (everything - done) * (now - self.began[0]) / (done - self.began[1])
-            left = f", about {readable_duration(seconds)} left"
-        return f"{len(ended)} of {len(self.todo)} done{left}"
+            left_s = (everything - done) * (now - self.began[0]) / (done - self.began[1])
+        left = "" if left_s is None else f", about {readable_duration(left_s)} left"
+        total = len(self.todo)
+        text = f"{len(ended)} of {total} done{left}: {prompt}"
+        about = nth("video", min(total, len(ended) + 1), total, prompt)
+        return Event("job", text, num_steps=total, done=len(ended), about=about, left_s=left_s)
 
 
 def stop_on_signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:

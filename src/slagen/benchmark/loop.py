@@ -24,6 +24,7 @@ from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import unavailable
 from slagen.benchmark.rows import ModelRow
+from slagen.events import Event, counted_parts, loaded_parts
 from slagen.generation.sizes import check_grid
 from slagen.timing import StepRecorder, Times
 from slagen.wan.defaults import ModelDefaults
@@ -72,7 +73,7 @@ class LoopTimes:
 
 
 def bench_model(
-    config: BenchConfig, device: torch.device, dtype: torch.dtype, on_note: Callable[[str], None]
+    config: BenchConfig, device: torch.device, dtype: torch.dtype, on_event: Callable[[Event], None]
 ) -> list[ModelRow]:
     """Time the denoising loop with dense attention, and with SLA and every method named or in no need of weights."""
     from slagen.wan.loading import load_pipeline, random_pipeline
@@ -81,14 +82,15 @@ def bench_model(
 
     name: str
     if config.random_init is not None:
-        on_note(f"initializing {config.random_init} with random weights")
+        on_event(Event("job", f"initializing {config.random_init} with random weights"))
         name, defaults = config.random_init, ModelDefaults()
         pipe = random_pipeline(name, device, dtype)
     else:
-        source = resolve_model(config.model, device.type, on_note=on_note)
+        source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
         check_grid(*_size(config, source.defaults)[:2], source.spatial_grid)
-        on_note(f"loading {source.name}")
-        pipe, name, defaults = load_pipeline(source, device, dtype), source.name, source.defaults
+        on_event(Event("job", f"loading {source.name}"))
+        pipe = load_pipeline(source, device, dtype, on_part=loaded_parts(on_event))
+        name, defaults = source.name, source.defaults
     head_dim = pipe.transformer.config.attention_head_dim
     width, height, num_frames = _size(config, defaults)
     factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
@@ -96,16 +98,19 @@ def bench_model(
     rows = []
     for contender in [*_dense(config, device), *_methods(config, grid, head_dim, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
-            on_note(f"{name}, {contender.label}" + ", compiled" * compiled)
+            label = f"{name}, {contender.label}" + ", compiled" * compiled
+            on_event(Event("job", label))
+            on_event(Event("stage", "time", num_steps=config.num_steps + 1, about=label))
             if contender.dense_elsewhere:
-                on_note(
+                text = (
                     f"{contender.attention} is timed in every step and layer, but by default slagen generate uses "
                     f"dense attention in some steps or layers ({contender.dense_elsewhere})"
                 )
+                on_event(Event("note", text))
             contender.install(pipe.transformer)
             try:
                 with contender.held():
-                    times = time_loop(pipe, config, defaults, compiled)
+                    times = time_loop(pipe, config, defaults, compiled, on_event)
             finally:
                 remove(pipe.transformer)
             rows.append(ModelRow(
@@ -191,7 +196,10 @@ def _compiled_blocks(transformer: Any) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool) -> LoopTimes:
+def time_loop(
+    pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> LoopTimes:  # fmt: skip
     """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
     from slagen.wan.observe import attach_recorder
     from slagen.wan.processor import denoising
@@ -202,12 +210,14 @@ def time_loop(pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled:
     shape = (1, defaults.max_sequence_length, transformer.config.text_dim)
     text = [torch.randn(shape, generator=generator).to(device, transformer.dtype) for _ in range(2)]
     recorder = StepRecorder(device.type, "layer")
+    advance = counted_parts(on_event, config.num_steps + 1)
     width, height, num_frames = _size(config, defaults)
 
     def run(steps: int) -> None:
         def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             recorder.end_step(float(timestep))
             end_step()
+            advance()
             return {}
 
         with denoising(transformer, steps) as end_step:

@@ -20,6 +20,7 @@ from slagen.benchmark.methods import Contender, Setting, begin_pass, build_modul
 from slagen.benchmark.rows import BenchRow, SameTopK
 from slagen.benchmark.tables import BenchResult
 from slagen.errors import SlagenError
+from slagen.events import Event
 from slagen.io.text import counted
 from slagen.timing import TURNS, Timer
 
@@ -37,6 +38,12 @@ class Entry:
     sizes: tuple[int, int, int, int]
     timers: dict[str, Timer] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The method with its sparsity."""
+        sparsity = self.row.sparsity
+        return self.method.name + ("" if sparsity is None else f", sparsity {sparsity:g}")
+
     def update_row(self, **found: Any) -> None:
         """Set fields of the row."""
         self.row = dataclasses.replace(self.row, **found)
@@ -44,7 +51,7 @@ class Entry:
 
 def bench_shape(
     config: BenchConfig, shape: str, methods: list[Contender], device: torch.device, dtype: torch.dtype,
-    result: BenchResult, on_note: Callable[[str], None],
+    result: BenchResult, on_event: Callable[[Event], None],
 ) -> None:  # fmt: skip
     """Add all rows of one shape to a result: the sparsities at full length, then the lengths at one sparsity."""
     batch, num_heads, length, head_dim = parse_shape(shape)
@@ -68,7 +75,7 @@ def bench_shape(
                 entries[key] = _entry(config, method, sizes, grid_of(shape, tokens), sparsity, device, dtype)
         compared.append([entries[key] for key in keys])
     for tokens in dict.fromkeys(tokens for tokens, _ in plans):
-        _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_note)
+        _measure(config, [entry for entry in entries.values() if entry.sizes[2] == tokens], on_event)
     for group in compared:
         for entry, row in zip(group, with_speedups([entry.row for entry in group]), strict=True):
             entry.row = row
@@ -117,20 +124,30 @@ def _entry(
     return Entry(row, method, setting, sizes)
 
 
-def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str], None]) -> None:
+def _measure(config: BenchConfig, entries: list[Entry], on_event: Callable[[Event], None]) -> None:
     """Check every method at one length and warm it up, then let all of them take turns, and fill in their rows."""
     setting = entries[0].setting
     backward = config.backward if config.backward is not None else setting.device.type == "cuda"
     if any(entry.method.name == "flex" for entry in entries):
         torch.compiler.reset()  # lengths must not add up to the limit of recompilations
     inputs = draw_inputs(entries[0].sizes, setting.device, setting.dtype)
-    for entry in entries:
+    total = len(entries) * (1 + TURNS)
+    at = counted(entries[0].sizes[2], "token")
+    on_event(Event("stage", "time", num_steps=total, about=f"{len(entries)} settings at {at}"))
+
+    def begin(entry: Entry, verb: str, done: int) -> None:
+        on_event(Event("part", f"{verb} {entry.label} at {at}", num_steps=total, done=done))
+
+    for number, entry in enumerate(entries):
+        on_event(Event("job", f"{entry.method.name}, {at}{entry.label.removeprefix(entry.method.name)}"))
+        begin(entry, "checking", number)
         with _reasons(entry):
-            _prepare(entry, inputs, config.seconds, backward, on_note)
+            _prepare(entry, inputs, config.seconds, backward)
         if entry.row.reason and not entry.timers and entry.method.name in config.methods:
             raise unavailable(entry.method.name, entry.row.reason)
-    for _ in range(TURNS):
-        for entry in entries:
+    for turn in range(TURNS):
+        for number, entry in enumerate(entries):
+            begin(entry, "timing", (turn + 1) * len(entries) + number)
             for name in list(entry.timers):
                 with _reasons(entry, name):
                     entry.timers[name].turn()
@@ -140,14 +157,10 @@ def _measure(config: BenchConfig, entries: list[Entry], on_note: Callable[[str],
             entry.update_row(parts_ms=_time_parts(entry, inputs, config.seconds))
 
 
-def _prepare(
-    entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool, on_note: Callable[[str], None]
-) -> None:
+def _prepare(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool) -> None:
     """Build a method, validate it, and warm up its passes."""
-    setting, sparsity = entry.setting, entry.row.sparsity
+    setting = entry.setting
     attend = entry.method.make(setting)
-    label = "" if sparsity is None else f", sparsity {sparsity:g}"
-    on_note(f"{entry.method.name}, {counted(entry.sizes[2], 'token')}{label}")
     error = _error(entry.method, setting, attend, entry.sizes[3])
     limit = entry.method.limit(setting)
     if not math.isfinite(error):

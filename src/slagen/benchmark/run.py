@@ -28,6 +28,7 @@ from slagen.benchmark.registry import all_methods
 from slagen.benchmark.rows import BenchMachine
 from slagen.benchmark.tables import BenchResult, markdown
 from slagen.errors import UsageError
+from slagen.events import Event
 from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import user_path
 from slagen.io.stages import staging
@@ -37,11 +38,11 @@ from slagen.plot import Timed
 JSON_FILE = "bench.json"
 
 
-def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: None) -> BenchResult:
+def bench(config: BenchConfig, on_event: Callable[[Event], None] = lambda event: None) -> BenchResult:
     """Measure what the configuration asks for.
 
     Args:
-        on_note: called with one line for each thing that begins or is left out.
+        on_event: called for each measurement that begins, its parts, and with notes on what is left out.
     Returns: the rows, and the files written.
     Raises: UsageError for an unknown method, EnvironmentProblem for a device that is not there or a named method that
         does not run here, ImportError where a model is asked for and a package it takes is not here.
@@ -55,18 +56,18 @@ def bench(config: BenchConfig, on_note: Callable[[str], None] = lambda text: Non
     methods = [known[name] for name in config.methods] or [method for method in known.values() if method.by_default]
     _check_present(config, methods)
     if config.output is None:
-        return _rows(config, device, dtype, methods, on_note)
+        return _rows(config, device, dtype, methods, on_event)
     folder = user_path(config.output)
     with reserved(folder / JSON_FILE):
         check_writable(folder)  # before the measurement
-        result = _rows(config, device, dtype, methods, on_note)
-        result.files = _write(folder, result, on_note)
+        result = _rows(config, device, dtype, methods, on_event)
+        result.files = _write(folder, result, on_event)
     return result
 
 
 def _rows(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, methods: list[Contender],
-    on_note: Callable[[str], None],
+    on_event: Callable[[Event], None],
 ) -> BenchResult:  # fmt: skip
     if config.model or config.random_init:
         importlib.import_module("slagen.wan.loading")  # a missing package is reported before the measurement
@@ -78,10 +79,10 @@ def _rows(
     ceilings = measure_ceilings(device, dtype)
     result = BenchResult(BenchMachine(about, versions, *ceilings, datetime.now(UTC).isoformat(timespec="seconds")))
     if config.model or config.random_init:
-        result.models = bench_model(config, device, dtype, on_note)
+        result.models = bench_model(config, device, dtype, on_event)
     else:
         for shape in config.shapes:
-            bench_shape(config, shape, methods, device, dtype, result, on_note)
+            bench_shape(config, shape, methods, device, dtype, result, on_event)
     return result
 
 
@@ -96,7 +97,7 @@ def _has_kernels(method: Contender) -> bool:
     return method.record is not None and method.record.config is SLAConfig
 
 
-def _write(folder: Path, result: BenchResult, on_note: Callable[[str], None]) -> list[Path]:
+def _write(folder: Path, result: BenchResult, on_event: Callable[[Event], None]) -> list[Path]:
     """bench.json, bench.md, and where shapes were timed bench.png and bench.svg: all of them, or none."""
     with staging(folder) as stage:
         files = [stage.folder / JSON_FILE, stage.folder / "bench.md"]
@@ -114,6 +115,6 @@ def _write(folder: Path, result: BenchResult, on_note: Callable[[str], None]) ->
             except ImportError as error:
                 if (lack := packages.explain(error)) is None:
                     raise
-                on_note(f"no plot was drawn: {lack}")
+                on_event(Event("note", f"no plot was drawn: {lack}"))
         stage.publish()
     return [folder / file.name for file in files]

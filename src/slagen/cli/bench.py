@@ -30,11 +30,11 @@ def bench(
     if not length_sweep:
         settings.setdefault("lengths", ())
     config = BenchConfig(**settings)
-    from slagen.cli import console, progress
     from slagen.cli.output.bench import show_bench
+    from slagen.cli.progress import GenerateProgress
 
-    progress.say_loading()
-    from slagen.benchmark import run as task
+    with GenerateProgress() as progress:
+        from slagen.benchmark import run as task
 
-    result = task.bench(config, console.note)
+        result = task.bench(config, progress)
     show_bench(result, as_json)

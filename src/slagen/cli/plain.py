@@ -1,4 +1,4 @@
-"""What console.py and progress.py take of rich, as plain text, for machines without rich."""
+"""What console.py and live.py take of rich, as plain text, for machines without rich."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import sys
 from typing import Any
 
 from slagen.io.text import encodable, escaped
-
-TaskID = int
 
 
 class Text(str):
@@ -37,22 +35,15 @@ class Console:
         self.file.write(encodable(escaped(text), self.file.encoding) + "\n")
 
 
-class Progress:
-    """Shows nothing but what its console prints."""
-
-    def __init__(self, *, console: Console, **style: Any) -> None:
-        self.console = console
+class Live:
+    """A display that shows nothing."""
 
     def start(self) -> None:
         """Nothing is live."""
 
     stop = start
 
-    def add_task(self, text: str, **fields: Any) -> TaskID:
-        """All tasks share one id."""
-        return 0
 
-    def update(self, task: TaskID, **fields: Any) -> None:
-        """Nothing is live."""
-
-    remove_task = update
+def live(console: Console, shown: Any) -> Live:
+    """Nothing is live."""
+    return Live()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import secrets
 import statistics
@@ -27,21 +28,20 @@ from slagen.comparison.quality import lpips, psnr_db, ssim
 from slagen.comparison.result import Comparison, Row, Runs
 from slagen.comparison.trajectory import Trajectory, measure_deviation
 from slagen.errors import UsageError
-from slagen.events import Event
+from slagen.events import Event, counted_parts, nth
 from slagen.formats.peek import peek
 from slagen.generation.config import MAX_SEED, GenerateConfig
 from slagen.generation.generate import check_memory, enough_gpu_memory
 from slagen.generation.prompts import apply, check_count, read_prompts
 from slagen.generation.report import density_section
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
-from slagen.generation.session import Session
+from slagen.generation.session import Session, decode_frames
 from slagen.generation.side_by_side import side_by_side
 from slagen.io.files import reserved, write_json
 from slagen.io.paths import is_video, user_path
 from slagen.packages import versions
 from slagen.video import check_ffmpeg, write_mp4
 from slagen.wan.observe import take_densities
-from slagen.wan.vae import decode_latents
 
 ATTENTION_SETTINGS = ("attention", "backend", "sparsity", "sla_topk", "allow_untrained", "num_videos", "prompt", "seed")
 OF_A_CLIP = (  # what a line of a prompt file may set, beside its seed
@@ -86,9 +86,10 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
     with _places(config, clips, plan) as (videos, path):
         with enough_gpu_memory(plan.config):
             on_event(Event("stage", "load"))
-            session = Session(plan)
-            for clip, video in zip(clips, videos, strict=True):
-                frames = _compare_clip(session, clip, reference, everyone, config, on_event)
+            session = Session(plan, on_event=on_event)
+            for index, (clip, video) in enumerate(zip(clips, videos, strict=True)):
+                begin = _announcer(index, clips, everyone, config, on_event)
+                frames = _compare_clip(session, clip, reference, everyone, config, begin, on_event)
                 shown = [index for index, entry in enumerate(everyone) if entry is given or entry is not reference]
                 labels = [_label(everyone[index].row, reference.row) for index in shown]
                 on_event(Event("stage", "write"))
@@ -187,7 +188,7 @@ def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> 
 
 def _compare_clip(
     session: Session, clip: GenerateConfig, reference: Entry, everyone: list[Entry], config: CompareConfig,
-    on_event: OnEvent,
+    begin: Callable[[str, str], None], on_event: OnEvent,
 ) -> list[np.ndarray]:  # fmt: skip
     """Run all rows on one clip, and add what they gave to the rows. Returns the frames of each."""
     plans, dense = [entry.plan(clip) for entry in everyone], reference.plan(clip)
@@ -196,7 +197,7 @@ def _compare_clip(
     embeds = session.encode(dense)
     for text in session.cuts(dense):
         on_event(Event("warning", text))
-    on_event(Event("run", "dense attention, as the reference"))
+    begin("dense attention, as the reference", "")
     trajectory = Trajectory(dense.config.steps or 1)
     with trajectory.recording(session.pipe.transformer):
         expected, _ = _denoise(session, dense, embeds, on_event)
@@ -204,21 +205,26 @@ def _compare_clip(
 
     runs = [Runs() for _ in everyone]
     for entry, plan, own in zip(everyone, plans, runs, strict=True):
-        on_event(Event("run", f"{entry.row.label}, measuring its error on the latents of the dense run"))
+        begin(
+            f"{entry.row.label}, measuring its error on the latents of the dense run", f"the error of {entry.row.label}"
+        )
         session.use(plan)
-        on_event(Event("stage", "measure"))
+        on_event(Event("stage", "measure", num_steps=len(trajectory.inputs)))
         take_densities(session.pipe.transformer)
         if entry.row.method != OTHER_SEED:
             schedule = plan.schedule
-            deviation = measure_deviation(session.pipe.transformer, trajectory, schedule.dense, schedule.by_step)
+            deviation = measure_deviation(
+                session.pipe.transformer, trajectory, schedule.dense, schedule.by_step,
+                on_pass=counted_parts(on_event, len(trajectory.inputs)),
+            )  # fmt: skip
             own.velocity_error, own.layer_errors = deviation.velocity, deviation.layers
         own.density = _density(plan, take_densities(session.pipe.transformer))
 
     frames: list[np.ndarray] = []
-    repeats = config.repeats or (3 if config.prompts is None else 1)
+    repeats = _num_repeats(config)
     for repeat in range(repeats):  # in turn, so that each meets every state of the machine
         for entry, plan, own in zip(everyone, plans, runs, strict=True):
-            on_event(Event("run", f"{entry.row.label}, run {repeat + 1} of {repeats}"))
+            begin(f"{entry.row.label}, run {repeat + 1} of {repeats}", "")
             session.use(plan)
             latents, steps = _denoise(session, plan, embeds, on_event)
             own.denoise_s.append(sum(step.latency_ms or 0.0 for step in steps) / 1e3)
@@ -234,6 +240,25 @@ def _compare_clip(
     return frames
 
 
+def _num_repeats(config: CompareConfig) -> int:
+    return config.repeats or (3 if config.prompts is None else 1)
+
+
+def _announcer(
+    index: int, clips: list[GenerateConfig], everyone: list[Entry], config: CompareConfig, on_event: OnEvent
+) -> Callable[[str, str], None]:
+    """What to call as each run on a clip begins, with a sentence and what a live display says it is about."""
+    each = 1 + len(everyone) * (1 + _num_repeats(config))
+    done = itertools.count(index * each)
+    name = nth("clip", index + 1, len(clips), clips[index].prompt)
+
+    def begin(text: str, about: str) -> None:
+        total = each * len(clips)
+        on_event(Event("run", text, num_steps=total, done=next(done), about=f"{about or text}, {name}"))
+
+    return begin
+
+
 @torch.inference_mode()
 def _denoise(session: Session, plan: Plan, embeds: Any, on_event: OnEvent) -> tuple[Tensor, list[Any]]:
     latents, recorder = session.denoise(plan, embeds, on_event)
@@ -242,9 +267,7 @@ def _denoise(session: Session, plan: Plan, embeds: Any, on_event: OnEvent) -> tu
 
 @torch.inference_mode()
 def _decode(session: Session, latents: Tensor, on_event: OnEvent) -> np.ndarray:
-    on_event(Event("stage", "decode"))
-    vae = session.pipe.vae
-    return decode_latents(vae, latents.to(session.pipe._execution_device)).numpy()
+    return decode_frames(session.pipe.vae, latents.to(session.pipe._execution_device), on_event)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

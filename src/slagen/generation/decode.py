@@ -15,13 +15,13 @@ import torch
 
 from slagen import machine, packages
 from slagen.errors import SlagenError, UsageError, WeightsError
-from slagen.events import Event
+from slagen.events import Event, loaded_parts
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
-from slagen.generation.session import warn_of_one_colour
+from slagen.generation.session import decode_frames, warn_of_one_colour
 from slagen.generation.video_report import Decoded, VideoReport
 from slagen.io.files import check_writable, reserved, write_json
 from slagen.io.paths import check_video, user_path
@@ -30,7 +30,6 @@ from slagen.video import check_ffmpeg, encode_mp4, not_written
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import check_recorded_model, resolve_model
-from slagen.wan.vae import decode_latents
 
 LESS = "Close other programs, or use --device cuda if there is a GPU"  # of this machine's memory
 
@@ -69,8 +68,9 @@ def decode(
         check_writable(target.parent)
         on_event(Event("stage", "load"))
         decoder = load_pipeline(
-            source, place, torch.float32, None if own is None else user_path(own), text_encoder=False, transformer=False
-        ).vae
+            source, place, torch.float32, None if own is None else user_path(own), text_encoder=False,
+            transformer=False, on_part=loaded_parts(on_event),
+        ).vae  # fmt: skip
         if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(
                 f"{path} was generated for a different VAE than {own or f'that of {source.name}'}. Give the right VAE "
@@ -85,11 +85,10 @@ def _write(
 ) -> Video:  # fmt: skip
     """Decode latents, and write the video and its report."""
     settings, stages = recorded.settings, {name: s for name, s in recorded.stages_s.items() if name != "total"}
-    on_event(Event("stage", "decode"))
     began = time.perf_counter()
     try:
         with torch.inference_mode():
-            frames = decode_latents(decoder, latents.to(place)).numpy()
+            frames = decode_frames(decoder, latents.to(place), on_event)
     except torch.OutOfMemoryError as error:
         raise SlagenError("the GPU ran out of memory. Try --device cpu.") from error
     stages["decode"] = time.perf_counter() - began

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from slagen import machine
 from slagen.errors import SlagenError
-from slagen.events import Event
+from slagen.events import Event, nth
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.config import GenerateConfig
@@ -108,7 +108,7 @@ def _make(
 ) -> list[Video]:
     clock.begin("load")
     on_event(Event("stage", "load"))
-    session = Session(plan)
+    session = Session(plan, on_event=on_event)
 
     clock.begin("text")
     on_event(Event("stage", "text"))
@@ -120,6 +120,8 @@ def _make(
     for index in range(plan.config.num_videos):
         config = dataclasses.replace(plan.config, seed=(plan.config.seed or 0) + index)
         one = dataclasses.replace(plan, config=config)
+        about = nth("video", index + 1, plan.config.num_videos, config.prompt)
+        on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
         sample = session.sample(one, embeds, clock, on_event)
         video = _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
         videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))

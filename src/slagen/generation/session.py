@@ -13,7 +13,7 @@ import torch
 from slagen.attention.learned import SLA_NAME, label, matrix_norms, name_in_files
 from slagen.attention.protocol import Method
 from slagen.errors import SlagenError
-from slagen.events import Event
+from slagen.events import Event, loaded_parts
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.fill_defaults import SIGMA_MAX
@@ -67,10 +67,14 @@ class Session:
         plan: the first of them, which says what to load.
         text_encoder: False where all prompts are encoded already.
         pipe: a pipeline with the plan's attention in it already; None loads one.
+        on_event: called for each part that is loaded.
     Raises: WeightsError where weights are broken or do not fit, EnvironmentProblem where the kernels do not run.
     """
 
-    def __init__(self, plan: Plan, text_encoder: bool = True, pipe: Any = None) -> None:
+    def __init__(
+        self, plan: Plan, text_encoder: bool = True, pipe: Any = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:  # fmt: skip
         self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
             self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="the pipeline's own")
@@ -79,7 +83,7 @@ class Session:
         _check_kernels(plan)
         self.pipe = load_pipeline(
             weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
-            text_encoder=text_encoder,
+            text_encoder=text_encoder, on_part=loaded_parts(on_event),
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
         self.about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
@@ -162,8 +166,7 @@ class Session:
             densities = [_mean(layer) for layer in zip(*by_step, strict=True)]
 
         clock.begin("decode")
-        on_event(Event("stage", "decode"))
-        frames = decode_latents(self.pipe.vae, latents).numpy()
+        frames = decode_frames(self.pipe.vae, latents, on_event)
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
         latents = latents.float().cpu().contiguous()
         return Sample(plan, frames, latents, recorder, clock, self.about, self.pipe.vae, densities, by_step)
@@ -180,6 +183,13 @@ def _check_kernels(plan: Plan) -> None:
     if plan.backend is not None and plan.method.check is not None:
         weights = plan.weights
         plan.method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
+
+
+def decode_frames(vae: Any, latents: torch.Tensor, on_event: Callable[[Event], None]) -> np.ndarray:
+    """The stage "decode": latents (1, C, T, h, w) to frames (F, H, W, 3) uint8. Raises as `decode_latents`."""
+    total = latents.shape[2]
+    on_event(Event("stage", "decode", num_steps=total))
+    return decode_latents(vae, latents, lambda done: on_event(Event("part", num_steps=total, done=done))).numpy()
 
 
 def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:

@@ -17,7 +17,7 @@ from slagen.attention.block_maps import BlockMap
 from slagen.attention.protocol import Grid, Inputs
 from slagen.attention.sla.block_map import CRITICAL
 from slagen.errors import UsageError
-from slagen.events import Event
+from slagen.events import Event, nth
 from slagen.generation.generate import check_memory, enough_gpu_memory
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.session import Session
@@ -111,13 +111,14 @@ def draw(config: MapConfig, on_event: OnEvent = lambda event: None) -> Attention
 def _capture(plan: Plan, layer: int, step: int, on_event: OnEvent) -> tuple[Tensor, Tensor, BlockMap]:
     """q and k (1, H, L, D) of a layer in the conditional pass of a step, and what its method keeps of them."""
     on_event(Event("stage", "load"))
-    session = Session(plan)
+    session = Session(plan, on_event=on_event)
     if not hasattr(processors(session.pipe.transformer)[layer], "kept_blocks"):
         raise without_map(plan.method.name)
     on_event(Event("stage", "text"))
     embeds = session.encode(plan)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
+    on_event(Event("run", about=f"{nth('clip', 1, 1, plan.config.prompt)} up to step {step}"))
     found: list[tuple[Tensor, Tensor, BlockMap | None]] = []
     passes, guided = 0, (plan.config.guidance_scale or 0) > 1
 

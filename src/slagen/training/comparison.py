@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slagen.events import Event
+from slagen.events import Event, nth
 from slagen.generation.resolve import make_plan
-from slagen.generation.session import Session
+from slagen.generation.session import Session, decode_frames
 from slagen.generation.side_by_side import side_by_side
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.log import CLIPS
 from slagen.training.run import Run
 from slagen.video import read_mp4, write_mp4
 from slagen.wan.loading import load_pipeline
-from slagen.wan.vae import decode_latents
 
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
 
@@ -37,12 +36,16 @@ def write_clips(run: Run, step: int) -> list[str]:
     pipe = load_pipeline(
         setup.weights.source, setup.team.device, setup.recipe.dtype, text_encoder=False, transformer=False
     )
-    for number, clip in enumerate(shown_clips(data)):
+    shown = shown_clips(data)
+    for number, clip in enumerate(shown):
         kept = setup.folder / CLIPS / f"dense-{number}.mp4"
         file = setup.folder / CLIPS / f"step-{step:06d}-{number}.mp4"
         kept.parent.mkdir(exist_ok=True)
         there = not setup.team.agree(run.is_first and not kept.is_file())
+        about = nth("clip", number + 1, len(shown), clip.caption)
+        setup.emit(Event("run", about=f"with dense attention, {about}"))
         dense = None if there else sample(run, pipe, run.trainer.teacher, clip, number)
+        setup.emit(Event("run", about=f"after step {step}, {about}"))
         student = sample(run, pipe, run.trainer.student, clip, number)
         if run.is_first:
             if dense is not None:
@@ -77,17 +80,18 @@ def sample(run: Run, pipe: Any, transformer: Any, clip: Clip, seed: int) -> np.n
         name: text[None].to(setup.team.device) for name, text in zip(names, texts, strict=True)
     }
 
-    def stop_here(event: Event) -> None:
+    def stop_or_emit(event: Event) -> None:
         if run.stopping():
             raise Stopped
+        setup.emit(event)
 
     pipe.register_modules(transformer=transformer)
     training = transformer.training
     transformer.eval()
     try:
         with run.trainer.autocast():
-            latents, _ = Session(plan, pipe=pipe).denoise(plan, embeds, stop_here)
+            latents, _ = Session(plan, pipe=pipe).denoise(plan, embeds, stop_or_emit)
         with torch.no_grad():
-            return decode_latents(pipe.vae, latents).numpy()
+            return decode_frames(pipe.vae, latents, setup.emit)
     finally:
         transformer.train(training)

@@ -155,8 +155,7 @@ def _build_trainer(setup: Setup, data: Dataset, found: Checkpoint | None) -> tup
 
 def _begin(setup: Setup, trainer: Trainer, held_out: HeldOut) -> TeacherErrors:
     """Measure the errors before the first step. Raises WeightsError where they are NaN or Inf."""
-    setup.emit(Event("stage", "measure"))
-    before = measure(trainer, held_out)
+    before = measure(trainer, held_out, setup.emit, "before training")
     if not math.isfinite(before.error):
         raise WeightsError(
             f"{setup.weights.source.name} with these weights predicts NaN or Inf before any training. Download the "

@@ -31,7 +31,7 @@ def train(run: Run, step: int, seconds: float) -> float:
     save_every = setup.config.save_every or max(10, steps // 10)
     if step < steps:
         validate_if_due(run, step)
-    setup.emit(Event("stage", "train"))
+    setup.emit(Event("stage", "train", num_steps=steps))
     first, before, saved = step, seconds, step
     began = time.monotonic()
     text = "stopping after this step, once a checkpoint is saved; press Ctrl-C again to stop now"

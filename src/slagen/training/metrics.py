@@ -65,11 +65,13 @@ def velocity_error(
     *,
     device: torch.device | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    after_each: Callable[[], None] = lambda: None,
 ) -> float:
     """Relative L2 error of a student's velocity to its teacher's, over all examples and noise levels together.
 
     Args:
         levels: t of each, in (0, 1). The noise is the same in every call.
+        after_each: called after each example at each level.
     Returns: ||student - teacher|| / ||teacher||.
     """
     device = device or next(teacher.parameters()).device
@@ -81,6 +83,7 @@ def velocity_error(
             found = velocity(student, noisy, level, text).double().cpu()
         difference += (found - expected).square().sum()
         scale += expected.square().sum()
+        after_each()
     return float((difference / scale).sqrt())
 
 
@@ -94,6 +97,7 @@ def layer_errors(
     device: torch.device | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    after_each: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """The same for the output of self-attention in each layer; it includes the errors of earlier layers.
 
@@ -110,6 +114,7 @@ def layer_errors(
         for i, (e, f) in enumerate(zip(expected.tensors, found.tensors, strict=True)):
             difference[i] += (f.double() - e.double()).square().sum().cpu()
             scale[i] += e.double().square().sum().cpu()
+        after_each()
     difference, scale = total(difference.float().to(device)), total(scale.float().to(device))
     return (difference / scale).sqrt().tolist()
 

@@ -74,7 +74,7 @@ def finish(run: Run, seconds: float) -> FinetuneResult:
     with run.trainer.averaged(), torch.no_grad():
         wanted = {name: p for name, p in run.trainer.student.named_parameters() if _is_written(run, name)}
         _round(wanted)
-        after = measure(run.trainer, run.held_out)
+        after = measure(run.trainer, run.held_out, setup.emit, f"after step {steps}")
         if not math.isfinite(after.error):
             raise SlagenError(
                 f"the weights after step {steps} produce NaN or Inf, so none were written. Start again with "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slagen.events import Event, counted_parts
 from slagen.training.data.dataset import Dataset
+from slagen.training.log import Emit
 from slagen.training.metrics import (
     LEVELS,
     Example,
@@ -67,25 +69,43 @@ def choose_held_out(setup: Setup, data: Dataset) -> HeldOut:
     return HeldOut(examples, noise_levels(LEVELS, schedule.log_sigma_mean, schedule.log_sigma_std))
 
 
-def measure_velocity(trainer: Trainer, held_out: HeldOut) -> float:
-    """Relative L2 error of the student's velocity to the dense teacher's."""
+def measure_velocity(trainer: Trainer, held_out: HeldOut, emit: Emit, when: str) -> float:
+    """Relative L2 error of the student's velocity to the dense teacher's.
+
+    Args:
+        when: "before training" or the like, for a live display.
+    """
+    count = _begin_measuring(emit, len(held_out.examples) * len(held_out.levels), when)
+    return _velocity_error(trainer, held_out, count)
+
+
+def measure(trainer: Trainer, held_out: HeldOut, emit: Emit, when: str) -> TeacherErrors:
+    """The same, and the error of each layer's self-attention on a few of the clips and levels."""
+    assert trainer.teacher is not None
+    examples, levels = held_out.examples[:2], held_out.levels[::2]
+    total = len(held_out.examples) * len(held_out.levels) + len(examples) * len(levels)
+    count = _begin_measuring(emit, total, when)
+    velocity = _velocity_error(trainer, held_out, count)
+    layers = layer_errors(
+        trainer.student, trainer.teacher, examples, levels, device=trainer.team.device, autocast=trainer.autocast,
+        total=trainer.team.over_context if trainer.team.context_group is not None else lambda sums: sums,
+        after_each=count,
+    )  # fmt: skip
+    return TeacherErrors(velocity, layers)
+
+
+def _velocity_error(trainer: Trainer, held_out: HeldOut, after_each: Callable[[], None]) -> float:
     assert trainer.teacher is not None
     return velocity_error(
         trainer.student, trainer.teacher, held_out.examples, held_out.levels, device=trainer.team.device,
-        autocast=trainer.autocast,
+        autocast=trainer.autocast, after_each=after_each,
     )  # fmt: skip
 
 
-def measure(trainer: Trainer, held_out: HeldOut) -> TeacherErrors:
-    """The same, and the error of each layer's self-attention on a few of the clips and levels."""
-    assert trainer.teacher is not None
-    velocity = measure_velocity(trainer, held_out)
-    layers = layer_errors(
-        trainer.student, trainer.teacher, held_out.examples[:2], held_out.levels[::2], device=trainer.team.device,
-        autocast=trainer.autocast,
-        total=trainer.team.over_context if trainer.team.context_group is not None else lambda sums: sums,
-    )  # fmt: skip
-    return TeacherErrors(velocity, layers)
+def _begin_measuring(emit: Emit, total: int, when: str) -> Callable[[], None]:
+    """Begin the stage "measure"; call what it returns after each of its parts."""
+    emit(Event("stage", "measure", num_steps=total, about=f"the error to the dense teacher {when}"))
+    return counted_parts(emit, total)
 
 
 def anneal(run: Run, step: int) -> None:

@@ -24,9 +24,10 @@ def validate(run: Run, step: int) -> None:
     setup = run.setup
     if setup.team.agree(run.is_first and step in validated(setup.folder)):
         return
-    setup.emit(Event("stage", "measure"))
     anneal(run, setup.schedule.steps)  # at the final sparsity
-    error = measure_velocity(run.trainer, run.held_out) if step else run.before.error
+    error = run.before.error
+    if step:
+        error = measure_velocity(run.trainer, run.held_out, setup.emit, f"after step {step}")
     try:
         files = write_clips(run, step)
     except Stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def load_pipeline(
     *,
     text_encoder: bool = True,
     transformer: bool = True,
+    on_part: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> WanPipeline:
     """Load a pipeline: transformer and text encoder in `dtype`, the VAE in float32, on the device as memory allows.
 
@@ -43,6 +45,7 @@ def load_pipeline(
     Args:
         vae: a file or folder of another VAE, in the original or in diffusers' names.
         text_encoder: False leaves text encoder and tokenizer out. transformer: False leaves it out.
+        on_part: called with what is loaded next, how many parts are loaded, and of how many, before each.
     Raises: WeightsError if a file is broken, or a component's tensors are not its model's: one is missing or one too
         many, or has another shape, another dtype, or NaN or Inf.
     """
@@ -53,11 +56,16 @@ def load_pipeline(
     transformers_logging.disable_progress_bar()
     read_json(source.folder / "scheduler" / "scheduler_config.json", source.folder)
     check_parts(source.folder, ("tokenizer",) if text_encoder else ())
-    parts: dict[str, Any] = {
-        "transformer": load_transformer(source, dtype) if transformer else None,
-        "vae": load_vae(vae or source.folder / "vae", source.folder / "vae"),
-        "text_encoder": load_text_encoder(source.folder / "text_encoder", dtype) if text_encoder else None,
-    }
+    total = 1 + transformer + text_encoder
+    parts: dict[str, Any] = {"transformer": None, "text_encoder": None}
+    if transformer:
+        on_part("the transformer", 0, total)
+        parts["transformer"] = load_transformer(source, dtype)
+    on_part("the VAE", int(transformer), total)
+    parts["vae"] = load_vae(vae or source.folder / "vae", source.folder / "vae")
+    if text_encoder:
+        on_part("the text encoder", total - 1, total)
+        parts["text_encoder"] = load_text_encoder(source.folder / "text_encoder", dtype)
     if not text_encoder:
         parts["tokenizer"] = None
     with closed_hub(), reading_from(f"the tokenizer or scheduler of {source.folder}"):

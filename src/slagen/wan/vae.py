@@ -1,6 +1,8 @@
 """The VAE of a Wan model: loaded from any public form, latents to video frames and back."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -43,14 +45,29 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     return vae.eval()
 
 
-def decode_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(
+    vae: AutoencoderKLWan, latents: torch.Tensor, on_frame: Callable[[int], None] = lambda done: None
+) -> torch.Tensor:
     """Latents (1, C, T, h, w), normalised, to video frames (F, H, W, 3) uint8 on the CPU.
 
+    Args:
+        on_frame: called with the number of latent frames that are decoded, after each.
     Raises: SlagenError for values that are not finite, WeightsError for a video without any content, but for a black
         or white one, which a prompt may ask for.
     """
     mean, std = (x.to(latents.device) for x in _statistics(vae))
-    video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0].float()
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        on_frame(done)
+
+    handle = vae.decoder.register_forward_hook(count)  # which decodes one latent frame after the other
+    try:
+        video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0].float()
+    finally:
+        handle.remove()
     if not is_finite(video):
         raise SlagenError(
             "the VAE produced NaN or Inf from these latents, so there is no video. Try other settings, or "

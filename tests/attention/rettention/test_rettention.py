@@ -289,7 +289,7 @@ def test_bench_says_that_it_times_no_dense_steps(tmp_path):
         BenchConfig(model=str(save_pipeline(tmp_path / "model")), methods=("mean", "rettention"), **size),
         [],
     )
-    mean, timed = bench(config, notes.append).models[1:]
+    mean, timed = bench(config, lambda event: notes.append(event.text)).models[1:]
     assert (mean.attention, timed.attention) == ("mean", "rettention")
     assert [note for note in notes if "by default" in note] == [
         "rettention is timed in every step and layer, but by default slagen generate uses dense attention in some "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from slagen.errors import UsageError
-from slagen.events import Event
+from slagen.events import Event, counted_parts, loaded_parts
 from slagen.generation.embeddings import content_hashes
 from slagen.generation.resolve import Weights
 from slagen.generation.sizes import check_grid
@@ -20,7 +20,7 @@ from slagen.io.text import counted, quote
 from slagen.training.config import DataConfig
 from slagen.training.data.clips import ClipSpec, plan_clips, raise_faults, read_clip
 from slagen.training.data.dataset import Clip
-from slagen.training.data.job import Job, Made
+from slagen.training.data.job import Job, Made, clip_event
 from slagen.training.data.store import DECODED_FILE, Store
 from slagen.training.data.videos import SourceVideo, find_videos
 from slagen.wan.folder import ModelSource
@@ -88,7 +88,7 @@ def _plan(job: Job, videos: list[SourceVideo], largest: ClipSpec, faults: list[s
     """The clip of each video, with a note on those that are deinterlaced. Raises UsageError with every fault."""
 
     def look(number: int) -> None:
-        job.emit(Event("clip", f"reading video {number + 1} of {len(videos)}: {videos[number].path.name}"))
+        job.emit(clip_event("reading", "video", number, len(videos), videos[number].path.name))
 
     grid = max(16, job.source.spatial_grid)
     specs = plan_clips(
@@ -122,7 +122,7 @@ def _check_decoding(job: Job, pending: Sequence[_Pending], faults: list[str]) ->
     file = job.store.folder / DECODED_FILE
     known = set(file.read_bytes().decode(errors="replace").split()) if file.is_file() else set()
     for number, clip in enumerate(pending):
-        job.emit(Event("clip", f"checking clip {number + 1} of {len(pending)}: {clip.video.path.name}"))
+        job.emit(clip_event("checking", "clip", number, len(pending), clip.video.path.name))
         if clip.name in known:
             continue
         try:
@@ -140,13 +140,14 @@ def _encode(job: Job, pending: Sequence[_Pending], texts: dict[str, str]) -> Non
     if pending or missing:
         job.emit(Event("stage", "load"))
         pipe = load_pipeline(
-            job.source, job.weights.device, job.weights.dtype, text_encoder=bool(missing), transformer=False
-        )
+            job.source, job.weights.device, job.weights.dtype, text_encoder=bool(missing), transformer=False,
+            on_part=loaded_parts(job.emit),
+        )  # fmt: skip
         encode_texts(pipe, missing, texts, job.store, job.source, job.emit)
         pipe.text_encoder = pipe.tokenizer = None
     try:
         for number, clip in enumerate(pending):
-            job.emit(Event("clip", f"encoding clip {number + 1} of {len(pending)}: {clip.video.path.name}"))
+            job.emit(clip_event("encoding", "clip", number, len(pending), clip.video.path.name))
             frames = torch.from_numpy(read_clip(clip.video.path, clip.spec))
             with torch.inference_mode():
                 job.store.add(clip.name, encode_video(pipe.vae, frames), str(clip.video.path))
@@ -161,7 +162,7 @@ def encode_texts(
 ) -> None:  # fmt: skip
     """Encode captions into the store, with a warning for those that are longer than the model reads."""
     if missing:
-        on_event(Event("stage", "text"))
+        on_event(Event("stage", "text", num_steps=len(missing)))
     limit = source.defaults.max_sequence_length
     cuts = [
         f"the caption {quote(text)} {cut}" for text in missing if (cut := describe_cut(pipe.tokenizer, text, limit))
@@ -169,10 +170,12 @@ def encode_texts(
     for number, warning in enumerate(cuts[:MAX_WARNINGS]):
         more = f" ({len(cuts)} captions are truncated)" if number + 1 == MAX_WARNINGS < len(cuts) else ""
         on_event(Event("warning", warning + more))
+    advance = counted_parts(on_event, len(missing))
     for text in missing:
         embeds, _ = pipe.encode_prompt(
             prompt=text, do_classifier_free_guidance=False, device=pipe._execution_device,
             max_sequence_length=limit,
         )  # fmt: skip
         store.add(texts[text], embeds[0], f"the caption {quote(text)}")
+        advance()
     store.flush()

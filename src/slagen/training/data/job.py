@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slagen.events import Event
+from slagen.events import Event, nth
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import Weights
 from slagen.training.config import DataConfig
@@ -42,6 +42,12 @@ class Job:
     def encoder_identity(self) -> str:
         """A hash of that VAE and text encoder."""
         return encoder_identity(self.source, self.cache)
+
+
+def clip_event(verb: str, noun: str, index: int, total: int, name: str) -> Event:
+    """One of several clips begins: index from 0."""
+    text = f"{verb} {noun} {index + 1} of {total}: {name}"
+    return Event("clip", text, num_steps=total, done=index, about=nth(noun, index + 1, total, name))
 
 
 @dataclass(frozen=True)

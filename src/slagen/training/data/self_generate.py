@@ -16,7 +16,7 @@ from slagen.io.text import quote
 from slagen.training.data.clips import raise_faults
 from slagen.training.data.dataset import Clip, transformer_files
 from slagen.training.data.encode import encode_texts, text_name
-from slagen.training.data.job import Job, Made
+from slagen.training.data.job import Job, Made, clip_event
 
 CLIPS_PER_PROMPT = 4
 
@@ -92,13 +92,13 @@ def _generate(job: Job, clips: list[_Planned], texts: dict[str, str]) -> None:
     missing = [text for text, name in texts.items() if name not in store]
     if todo or missing:
         job.emit(Event("stage", "load"))
-        session = Session(clips[0].plan)
+        session = Session(clips[0].plan, on_event=job.emit)
         encode_texts(session.pipe, missing, texts, store, job.source, job.emit)
         session.release_text_encoder()
     for number, (name, plan) in enumerate(todo):
-        job.emit(Event("clip", f"generating clip {number + 1} of {len(todo)}: {plan.config.prompt}"))
+        job.emit(clip_event("generating", "clip", number, len(todo), plan.config.prompt))
         embeds = [store.load(texts[text])[None].to(session.pipe._execution_device) for text in texts_of(plan)]
         named = dict(zip(("prompt_embeds", "negative_prompt_embeds"), [*embeds, None], strict=False))
-        latents, _ = session.denoise(plan, named, lambda event: None)
+        latents, _ = session.denoise(plan, named, job.emit)
         store.add(name, latents[0].float(), f"the prompt {quote(plan.config.prompt)}")
     store.flush()
