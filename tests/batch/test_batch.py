@@ -474,8 +474,10 @@ def test_the_time_left_is_told_by_videos_after_the_first(toy, monkeypatch):
     for done in range(4):
         jobs = {task.job.key: SimpleNamespace(key=task.job.key, state="done" if i < done else "queued", result={})
                 for i, task in enumerate(tasks)}  # fmt: skip
-        told.append(run_._progress(jobs))
-    assert told == ["0 of 4 done", "1 of 4 done", "2 of 4 done, about 4 s left", "3 of 4 done, about 2 s left"]
+        told.append(run_._job_event(jobs, "p"))
+    expected = ["0 of 4 done", "1 of 4 done", "2 of 4 done, about 4 s left", "3 of 4 done, about 2 s left"]
+    assert [event.text for event in told] == [f"{text}: p" for text in expected]
+    assert [event.left_s for event in told] == [None, None, 4.0, 2.0] and told[1].about == "video 2 of 4: 'p'"
 
 
 def test_damaged_notes_in_the_cache_are_made_anew(toy, tmp_path):

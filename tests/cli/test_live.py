@@ -124,7 +124,7 @@ def test_what_is_shown(terminal):
         "━━──────────────────  7/60  9.43 s/step  8:19 left  loss 4.100e-02  error 0.2123",
     ]
     assert terminal(20, of_training) == ["training step 7 ...", "━────────  8:19 left"]
-    assert terminal(60, of_ray)[0] == "worker 2: denoising video 4 of 20: 'a red fox with ...'"
+    assert terminal(60, of_ray)[0] == "worker 2: denoising video 4 of 20: 'a red fox with a ...'"
     assert terminal(80, of_loading)[0] == "loading the text encoder"
     assert terminal(80, of_loading)[1].split("  ")[1:] == ["2/3", "-:-- left"]
 

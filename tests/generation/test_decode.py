@@ -49,7 +49,7 @@ def test_latents_become_the_same_video(toy, video, tmp_path, capsys):
 
 def test_a_black_video_is_told_as_generate_tells_it(toy, video, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "slagen.generation.decode.decode_latents", lambda vae, latents: torch.zeros(9, 128, 128, 3).byte()
+        "slagen.generation.session.decode_latents", lambda vae, latents, on_frame: torch.zeros(9, 128, 128, 3).byte()
     )
     assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 0
     assert "every pixel of the video with seed 3 has the same colour, RGB 0, 0, 0" in capsys.readouterr().err

@@ -240,7 +240,7 @@ def out_of_memory(*args, **options):
 
 
 def test_decode_out_of_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "decode_latents", out_of_memory)
+    monkeypatch.setattr(decode, "decode_frames", out_of_memory)
     told = SimpleNamespace(settings={}, stages_s={})
     with pytest.raises(SlagenError, match="the GPU ran out of memory. Try --device cpu"):
         decode._write(told, torch.zeros(1), None, torch.device("cpu"), tmp_path, tmp_path, False, lambda event: None)
@@ -427,7 +427,7 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     )
     source = SimpleNamespace(name="toy", defaults=ModelDefaults(), spatial_grid=16)
     monkeypatch.setattr(models, "resolve_model", lambda *args, **options: source)
-    monkeypatch.setattr(loading, "load_pipeline", lambda *args: pipe)
+    monkeypatch.setattr(loading, "load_pipeline", lambda *args, **options: pipe)
     for name in ("install_method", "remove"):
         monkeypatch.setattr(processor, name, lambda *args, **options: None)
     monkeypatch.setattr(loop, "time_loop", lambda *args: loop.LoopTimes(clock.spread([2.0]), None, None, 1.0))

@@ -139,10 +139,9 @@ def _measure(config: BenchConfig, entries: list[Entry], on_event: Callable[[Even
         on_event(Event("part", f"{verb} {entry.label} at {at}", num_steps=total, done=done))
 
     for number, entry in enumerate(entries):
-        on_event(Event("job", f"{entry.method.name}, {at}{entry.label.removeprefix(entry.method.name)}"))
         begin(entry, "checking", number)
         with _reasons(entry):
-            _prepare(entry, inputs, config.seconds, backward)
+            _prepare(entry, inputs, config.seconds, backward, on_event)
         if entry.row.reason and not entry.timers and entry.method.name in config.methods:
             raise unavailable(entry.method.name, entry.row.reason)
     for turn in range(TURNS):
@@ -157,10 +156,14 @@ def _measure(config: BenchConfig, entries: list[Entry], on_event: Callable[[Even
             entry.update_row(parts_ms=_time_parts(entry, inputs, config.seconds))
 
 
-def _prepare(entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool) -> None:
+def _prepare(
+    entry: Entry, inputs: list[tuple[Tensor, ...]], seconds: float, backward: bool, on_event: Callable[[Event], None]
+) -> None:
     """Build a method, validate it, and warm up its passes."""
     setting = entry.setting
     attend = entry.method.make(setting)
+    sparsity = entry.label.removeprefix(entry.method.name)
+    on_event(Event("job", f"{entry.method.name}, {counted(entry.sizes[2], 'token')}{sparsity}"))
     error = _error(entry.method, setting, attend, entry.sizes[3])
     limit = entry.method.limit(setting)
     if not math.isfinite(error):
