@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 from wan_models import build_pipeline, build_transformer, run, save_pipeline
@@ -268,9 +269,14 @@ def test_files_that_are_no_sla_weights_are_refused(trained, tmp_path):
     save_file({"x": torch.ones(1)}, plain)
     newer = tmp_path / "newer.safetensors"
     save_file({"x": torch.ones(1)}, newer, metadata={"slagen": json.dumps({"format_version": 99})})
+    with safe_open(file, "pt") as read:
+        fields = json.loads(read.metadata()["slagen"])
+    strange = tmp_path / "strange.safetensors"
+    save_file({"x": torch.ones(1)}, strange, metadata={"slagen": json.dumps({**fields, "colour": "red"})})
     pickle = tmp_path / "weights.pth"
     torch.save({"x": torch.ones(1)}, pickle)
     for path, words in (
+        (strange, "unknown key 'colour'. A newer slagen may"),
         (broken, "corrupt or incomplete"), (plain, "no slagen metadata"), (newer, "version 99"),
         (pickle, "is a pickle"), (tmp_path / "none.safetensors", "does not exist"),
         (tmp_path, "holds no sla.safetensors"),

@@ -65,7 +65,7 @@ def attend(
         raise UsageError(
             f"{name} attention{order} depends on how the tokens are arranged. Give grid=(latent frames, rows, columns)."
         )
-    backend = method.pick_backend(backend, q.shape[3], q.device, q.dtype)
+    backend = method.pick_backend(backend, q.shape[3], q.device, q.dtype, config)
     module = method.build(config, layer, backend, q.device)
     learned = [each.name for each in method.parameters if each.used and getattr(module, each.name, None) is not None]
     if learned:

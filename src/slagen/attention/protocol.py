@@ -258,8 +258,8 @@ class Method:
         reference: (config, q, k, v, parameters, inputs) -> o by the definition, in float64 for float64; `parameters`
             is the module's state.
         backends: its implementations; the first is "auto".
-        choose_backend: (name, head_dim, device, dtype) -> the one that runs. Raises EnvironmentProblem where a named
-            one cannot; None takes the name as it is.
+        choose_backend: (name, head_dim, device, dtype, config) -> the one that runs. Raises EnvironmentProblem where a
+            named one cannot; None takes the name as it is.
         check: (backend, head_dim, device, dtype, config): try the kernels. Raises EnvironmentProblem.
         error_limit: config -> its largest error to the reference, in units of the largest output, where it rounds
             coarsely; None is that of the dtype.
@@ -290,7 +290,7 @@ class Method:
     kind: str = "method"
     needs: Needs = Needs()
     backends: tuple[Backend, ...] = (Backend("auto"),)
-    choose_backend: Callable[[str, int, torch.device, torch.dtype], str] | None = None
+    choose_backend: Callable[[str, int, torch.device, torch.dtype, Any], str] | None = None
     check: Callable[[str, int, torch.device, torch.dtype, Any], None] | None = None
     error_limit: Callable[[Any], float | None] = lambda config: None
     parts: Callable[[Any, Tensor, Tensor, Tensor, Inputs], dict[str, Attend]] | None = None
@@ -352,9 +352,9 @@ class Method:
                 "--context-parallel gives each process only some of them. Leave --context-parallel out."
             )
 
-    def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: Any) -> str:
         """The backend that runs. Raises EnvironmentProblem where a named one cannot."""
-        return name if self.choose_backend is None else self.choose_backend(name, head_dim, device, dtype)
+        return name if self.choose_backend is None else self.choose_backend(name, head_dim, device, dtype, config)
 
     def to_dict(self) -> dict[str, Any]:
         """What `slagen methods --json` says of it."""

@@ -157,11 +157,11 @@ def _methods(
     found = []
     for method in config.loop_methods:
         chosen = config.backend if config.backend in [backend.name for backend in method.backends] else "auto"
-        label = method.pick_backend(chosen, head_dim, device, dtype)
         sparsities = (config.sparsities or (0.95,)) if "sparsity" in method.option_names else (None,)
         for sparsity in sparsities:
             options = {**dataclasses.asdict(config.sla(sparsity or 0.0)), **dict(config.attention_options)}
             own = method.configure(method.config(), method.own(options), grid)
+            label = method.pick_backend(chosen, head_dim, device, dtype, own)
             put = partial(install_method, method=with_delta(method, config.delta), config=own, backend=chosen)
             dense = _dense_elsewhere(config.model, method)
             found.append(Contender(method.name, label, sparsity, put, None, config.delta, dense))

@@ -84,7 +84,9 @@ class Contender:
 
     def limit(self, setting: Setting) -> float:
         """The largest error to the reference, in units of the largest output."""
-        given = self.error_limit if self.record is None else self.record.error_limit(_config(self.record, setting))
+        given = (
+            self.error_limit if self.record is None else self.record.error_limit(method_config(self.record, setting))
+        )
         return given or 32 * torch.finfo(setting.dtype).eps
 
     def exact(self, setting: Setting, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ class Contender:
         return record.reference(config, q, k, v, parameters, None)
 
 
-def _config(record: protocol.Method, setting: Setting, grid: Grid | None = None) -> Any:
+def method_config(record: protocol.Method, setting: Setting, grid: Grid | None = None) -> Any:
     """A method's config at a setting, for tokens in a grid; without one as far as it depends on none."""
     return record.configure(record.config(), record.own(setting.options), grid or setting.grid or Grid.flat(1))
 
@@ -112,7 +114,7 @@ def build_module(record: protocol.Method, setting: Setting, q: Tensor) -> tuple[
         q: (B, H, L, D), as in the calls.
     """
     grid = setting.grid or Grid.flat(q.shape[2])
-    config = _config(record, setting, grid)
+    config = method_config(record, setting, grid)
     layer = Layer(0, 1, setting.num_heads, setting.weight.shape[0])
     names = [backend.name for backend in record.backends]
     backend = setting.backend if setting.backend in names else "auto"

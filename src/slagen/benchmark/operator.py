@@ -16,7 +16,7 @@ from slagen.attention.protocol import Attend, Grid, Unavailable
 from slagen.benchmark.clock import both_passes, draw, draw_inputs, forward_timer, median_ms
 from slagen.benchmark.compare import break_even, even_tokens, with_speedups
 from slagen.benchmark.config import BenchConfig, grid_of, parse_shape
-from slagen.benchmark.methods import Contender, Setting, begin_pass, build_module, unavailable
+from slagen.benchmark.methods import Contender, Setting, begin_pass, build_module, method_config, unavailable
 from slagen.benchmark.rows import BenchRow, SameTopK
 from slagen.benchmark.tables import BenchResult
 from slagen.errors import SlagenError
@@ -222,7 +222,8 @@ def _backend_name(method: Contender, setting: Setting, head_dim: int) -> str:
     record = method.record
     if record is None or setting.backend not in [backend.name for backend in record.backends]:
         return method.name
-    return record.pick_backend(setting.backend, head_dim, setting.device, setting.dtype)
+    config = method_config(record, setting)
+    return record.pick_backend(setting.backend, head_dim, setting.device, setting.dtype, config)
 
 
 def _error(method: Contender, setting: Setting, attend: Attend, head_dim: int) -> float:

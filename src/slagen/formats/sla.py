@@ -26,6 +26,7 @@ from slagen.io.files import writing
 from slagen.io.forms import one_of, sha256
 from slagen.io.paths import check_utf8
 from slagen.io.reading import no_file
+from slagen.io.text import quote
 from slagen.settings import to_fields
 
 FORMAT_VERSION = 2
@@ -93,10 +94,15 @@ class SLAMetadata:
         names = fields.pop("tensors", None)
         method = fields.get("method", SLA_NAME)
         check_known(path, method)
+        if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
+            raise WeightsError(
+                f"{path} has metadata with the unknown key {quote(unknown[0])}. A newer slagen may have written it: "
+                "upgrade slagen, or copy or download the file again."
+            )
         try:
             config = read_config(method, fields["config"])
             return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
-        except (TypeError, UsageError) as error:
+        except UsageError as error:
             fault = str(error).removesuffix(".")
             raise WeightsError(
                 f"{path} has metadata that slagen cannot read ({fault}). Copy or download it again."

@@ -257,7 +257,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         notes.append(dense_note)
     backend = None
     if method.family != "dense" or config.backend != "auto":
-        backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype)
+        backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype, attention)
         notes.append(f"{label(method.name)} runs on the {backend} backend")
     made = Plan(config, weights, attention, grid, notes, warnings, backend)
     notes += made.remembered.notes(method.name)

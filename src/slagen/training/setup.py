@@ -117,10 +117,11 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     if config.context_parallel > 1:
         method.check_context_parallel()
     about = weights.source.head_dim, team.device, recipe.dtype
-    backend = method.pick_backend(config.backend, *about)
+    trained = method.config() if method.family == "dense" else attention
+    backend = method.pick_backend(config.backend, *about, trained)
     check_backward(method, backend)
     if method.check is not None:
-        method.check(backend, *about, method.config() if method.family == "dense" else attention)
+        method.check(backend, *about, trained)
     if config.train == "lora":
         lora_config()
     if config.optimizer == "adamw8bit":

@@ -198,3 +198,17 @@ def test_files_and_notes_say_it():
     assert trained["low_bit"] == "int8" and read_config("sla2", trained) == SLA2Config(low_bit="int8")
     assert sla2.note(SLA2Config(0.5, low_bit="int8"), {}, Grid.flat(256)).endswith("query block, computed in int8")
     assert "int8" not in sla2.note(SLA2Config(0.5), {}, Grid.flat(256))
+
+
+def test_auto_takes_torch_where_there_is_no_kernel(monkeypatch):
+    """What the command line picks on a card, by the config too, before anything is loaded."""
+    from slagen.attention.sla2 import method
+
+    monkeypatch.setattr(method, "choose_backend", lambda name, *about: "triton")
+    for fields, head_dim, expected in (
+        ({"mixing": "mass"}, 64, "torch"), ({"low_bit": "int8", "block_n": 16}, 64, "torch"),
+        ({"low_bit": "int8"}, 16, "torch"), ({"low_bit": "int8"}, 64, "triton"), ({}, 16, "triton"),
+    ):  # fmt: skip
+        about = head_dim, torch.device("cuda"), torch.bfloat16, SLA2Config(**fields)
+        assert method.SLA2.pick_backend("auto", *about) == expected
+        assert method.SLA2.pick_backend("triton", *about) == "triton"  # `check` refuses it, by name

@@ -32,7 +32,7 @@ def _reference(
     return scaled_dot_product_attention(q, k, v)
 
 
-def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: DenseConfig) -> str:
     from slagen.attention.dense.kernels import pick_kernel
 
     return pick_kernel(name, device)

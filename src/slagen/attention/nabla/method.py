@@ -31,7 +31,7 @@ def _reference(
     return nabla_attention(q, k, v, config, None if inputs is None else inputs.context.grid, backend="reference")
 
 
-def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: NablaConfig) -> str:
     return "torch" if name == "auto" else name
 
 

@@ -80,7 +80,7 @@ RETTENTION = Method(
     build=_build,
     reference=_reference,
     backends=tuple(Backend(name, backward=False) for name in get_args(settings.Backend)),
-    choose_backend=lambda name, head_dim, device, dtype: "torch" if name == "auto" else name,
+    choose_backend=lambda name, head_dim, device, dtype, config: "torch" if name == "auto" else name,
     describe=_describe,
     applies=_applies,
     density=_density,

@@ -53,7 +53,7 @@ def _reference(
 BACKENDS = tuple(map(Backend, get_args(settings.Backend)))
 
 
-def choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: Any) -> str:
     """Of BACKENDS the one that runs: for every method that works by SLA's kernels. Raises EnvironmentProblem."""
     from slagen.attention.sla.backends import pick_backend
 

@@ -40,11 +40,23 @@ def _reference(
     return sla2_attention(q, k, v, config, *weights, backend="reference", grid=grid)
 
 
+def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLA2Config) -> str:
+    chosen = choose_backend(name, head_dim, device, dtype, config)
+    return "torch" if name == "auto" and chosen == "triton" and _without_kernels(head_dim, config) else chosen
+
+
+def _without_kernels(head_dim: int, config: SLA2Config) -> str | None:
+    """What of a config has no Triton kernels, or None."""
+    from slagen.attention.sla2.low_bit import no_kernel
+
+    return "--mixing mass" if config.mixing == "mass" else no_kernel(head_dim, config)
+
+
 def _check(backend: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: SLA2Config) -> None:
     from slagen.attention.sla.backends import check_kernels
-    from slagen.attention.sla2.low_bit import check_kernel, no_kernel
+    from slagen.attention.sla2.low_bit import check_kernel
 
-    without = "--mixing mass" if config.mixing == "mass" else no_kernel(head_dim, config)
+    without = _without_kernels(head_dim, config)
     if backend == "triton" and without:
         raise EnvironmentProblem(f"sla2 attention with {without} has no Triton kernels. Give --backend torch.")
     check_kernels(backend, head_dim, device, dtype, config.sla)
@@ -82,7 +94,7 @@ SLA2 = Method(
     reference=_reference,
     family="sla",
     backends=BACKENDS,
-    choose_backend=choose_backend,
+    choose_backend=_choose_backend,
     check=_check,
     error_limit=lambda config: None if config.low_bit == "none" else COARSE,
     parameters=(

@@ -40,7 +40,7 @@ def _reference(
     return video_sparse_attention(q, k, v, config, grid, gate, backend="reference")
 
 
-def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+def _choose_backend(name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: VSAConfig) -> str:
     return "torch" if name == "auto" else name
 
 
