@@ -163,8 +163,24 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
 
 
 @dataclass
+class DenseTimes:
+    """Times of a step whose forward passes ran with dense attention too, in milliseconds.
+
+    Args:
+        own_ms: its own passes. dense_ms, dense_attention_ms: those with dense attention, and the attention in them.
+        extra_ms: all that was run for this measurement alone: these, and a first one that is not counted.
+    """
+
+    own_ms: float = 0.0
+    dense_ms: float = 0.0
+    dense_attention_ms: float = 0.0
+    extra_ms: float = 0.0
+
+
+@dataclass
 class StepTimes:
-    """Where one denoising step's time went, in milliseconds. `attention_ms` lists the forward passes in order."""
+    """Where one denoising step's time went, in milliseconds. `attention_ms` lists the forward passes in order; what was
+    run with dense attention beside them counts in `dense` only."""
 
     index: int
     timestep: float
@@ -172,6 +188,7 @@ class StepTimes:
     attention_ms: list[float] = field(default_factory=list)
     layers_ms: list[float] = field(default_factory=list)
     num_spans: int = 0
+    dense: DenseTimes | None = None
 
     @property
     def attention_share(self) -> float | None:
@@ -193,6 +210,7 @@ class StepRecorder:
         self.clock = SpanClock(device_type)
         self.steps: list[StepTimes] = []
         self._pass = -1
+        self._dense: bool | None = None  # within a dense pass: whether it counts
         self._start: Any = None
 
     @property
@@ -212,11 +230,21 @@ class StepRecorder:
     @contextmanager
     def attention(self, layer: int) -> Iterator[None]:
         """Time one layer's self-attention."""
-        if not self.enabled:
+        if not self.enabled or self._dense is False:
             yield
             return
-        with self.clock.span((self._pass, layer)):
+        with self.clock.span(("dense", "attention") if self._dense else (self._pass, layer)):
             yield
+
+    @contextmanager
+    def dense_pass(self, counted: bool = True) -> Iterator[None]:
+        """Time a forward pass with dense attention that is run beside the step's own."""
+        self._dense = counted
+        try:
+            with self.clock.span(("dense", "pass" if counted else "extra")):
+                yield
+        finally:
+            self._dense = None
 
     def end_step(self, timestep: float) -> StepTimes:
         """Close the step, read its spans, and begin the next one."""
@@ -224,8 +252,8 @@ class StepRecorder:
         if self.enabled:
             self.clock.add("step", self._start, self.clock.mark())
             for key, duration in self.clock.read():
-                if key == "step":
-                    step.latency_ms = duration
+                if isinstance(key, str) or key[0] == "dense":
+                    _add(step, key, duration)
                     continue
                 number, layer = key
                 step.attention_ms += [0.0] * (number + 1 - len(step.attention_ms))
@@ -234,6 +262,23 @@ class StepRecorder:
                     step.layers_ms += [0.0] * (layer + 1 - len(step.layers_ms))
                     step.layers_ms[layer] += duration
                 step.num_spans += 1
+        if step.dense is not None and step.latency_ms is not None:
+            step.latency_ms -= step.dense.extra_ms
         self.steps.append(step)
         self.begin_step()
         return step
+
+
+def _add(step: StepTimes, key: Any, duration: float) -> None:
+    """Note a span that is not one of the step's own attention."""
+    if key == "step":
+        step.latency_ms = duration
+        return
+    dense = step.dense = step.dense or DenseTimes()
+    if key == "pass":
+        dense.own_ms += duration
+    elif key == ("dense", "attention"):
+        dense.dense_attention_ms += duration
+    else:
+        dense.extra_ms += duration
+        dense.dense_ms += duration if key == ("dense", "pass") else 0.0

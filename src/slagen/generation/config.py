@@ -33,7 +33,7 @@ MAX_SEED = 2**63 - 1
 # What is counted, with an option that an error suggests.
 COUNTS = {
     "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
-    "steps": "--steps 50", "num_videos": "--num-videos 4",
+    "steps": "--steps 50", "num_videos": "--num-videos 4", "measure_dense": "--measure-dense 3",
 }  # fmt: skip
 # The sampling's numbers, each with its least value and an example.
 STRENGTHS = {"guidance_scale": (0.0, 5), "flow_shift": (MIN_STRENGTH, 3), "sigma_max": (MIN_STRENGTH, 80)}
@@ -73,6 +73,7 @@ class GenerateConfig:
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
         timing: "layer" times attention by layer, "step" by step only, "off" not at all.
+        measure_dense: so many steps are run with dense attention too, to measure the speed-up.
         output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
         overwrite: replace files that are there.
@@ -192,6 +193,13 @@ class GenerateConfig:
         pixels=False,
     )
 
+    measure_dense: int | None = option(
+        None,
+        "Run this many of the steps with dense attention too, and report the measured speed-up.",
+        panel=OUTPUT,
+        pixels=False,
+    )
+
     def __post_init__(self) -> None:
         self._check_texts()
         self._check_kept_blocks()
@@ -203,6 +211,7 @@ class GenerateConfig:
             if value not in get_args(choices) and (name, value) != ("sampler", None):
                 raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
         _check_attention(self)
+        _check_measurement(self)
 
     def _check_texts(self) -> None:
         """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
@@ -282,7 +291,7 @@ class GenerateConfig:
         """The same with dense attention, without the options of another method."""
         none = dict.fromkeys(
             ("sparsity", "sla_topk", "sparsity_schedule", "block_m", "block_n", "dense_steps", "dense_layers",
-             "min_tokens", "delta")
+             "min_tokens", "delta", "measure_dense")
         )  # fmt: skip
         return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
 
@@ -303,6 +312,25 @@ def _check_seed(config: GenerateConfig) -> None:
         raise UsageError(
             f"seed is {config.seed} and num_videos is {config.num_videos}, but the last video's seed must be at most "
             f"2**63 - 1. Try --seed {MAX_SEED - config.num_videos + 1}."
+        )
+
+
+def _check_measurement(config: GenerateConfig) -> None:
+    """Raise UsageError for steps to run with dense attention too where that says nothing."""
+    count = config.measure_dense
+    if count is None:
+        return
+    if registry.get(config.attention).family == "dense":
+        raise UsageError(
+            "--measure-dense compares with dense attention, which this run uses already. Leave it out, or give another "
+            "--attention."
+        )
+    if config.timing == "off":
+        raise UsageError("--measure-dense measures times, but --timing off takes none. Leave one of them out.")
+    if config.steps is not None and count > config.steps:
+        raise UsageError(
+            f"measure_dense is {count}, but there are only {config.steps} steps. "
+            f"Try --measure-dense {min(3, config.steps)}."
         )
 
 

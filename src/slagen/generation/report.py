@@ -12,6 +12,7 @@ from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.attention.delta.method import exact_share
 from slagen.attention.policy import DensePart
 from slagen.generation.config import GenerateConfig
+from slagen.generation.measured_dense import dense_section
 from slagen.generation.video_report import (
     SCHEMA_VERSION,
     Cost,
@@ -194,6 +195,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         latents_hash=latents_hash,
         attention=ReportedAttention(config.attention, plan.num_tokens, about, plan.backend),
         peak_memory_gib=machine.peak_memory_gib(plan.weights.device),
+        measured_dense=dense_section(steps),
         steps=step_section(steps),
         layers=layer_section(steps),
         cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(sample.densities), steps),

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slagen.generation.measured_dense import describe_dense
+from slagen.generation.stage_clock import MEASURE
 from slagen.generation.video_report import VideoReport
 from slagen.html import HEAD, data_uri, render
 
 GENERATOR = "slagen report"  # what the page says of who wrote it
 EMBEDDED = 10 * 2**20  # bytes of a video at most that the page holds; a larger one is linked
 STAGES = {"start": "start-up", "prepare": "preparing", "load": "loading", "text": "text encoder",
-          "denoise": "denoising", "decode": "decoding", "wait": "waiting", "write": "writing"}  # fmt: skip
+          "denoise": "denoising", MEASURE: "measuring dense attention", "decode": "decoding", "wait": "waiting",
+          "write": "writing"}  # fmt: skip
 
 PAGE = (
     HEAD
@@ -64,6 +67,8 @@ PAGE = (
 {% for r in reports %}
 <article>
   {% if reports|length > 1 %}<h2>{{ r.name }}</h2>{% endif %}
+  {% if r.measured %}<p><strong>{{ r.measured }}.</strong></p>{% endif %}
+
   {% if r.video %}
   <figure>
     <video src="{{ r.video }}" controls loop muted playsinline aria-label="{{ r.prompt }}"></video>
@@ -151,7 +156,17 @@ height="{{ r.heat.row }}" fill="var(--attention)" fill-opacity="{{ cell.share }}
 </html>
 """
 )
-COLOURS = ("#8b949e", "#6e7781", "#bf8700", "#8250df", "var(--attention)", "#1a7f37", "#d4a72c", "#cf222e")  # of STAGES
+COLOURS = (
+    "#8b949e",
+    "#6e7781",
+    "#bf8700",
+    "#8250df",
+    "var(--attention)",
+    "#fb8f44",
+    "#1a7f37",
+    "#d4a72c",
+    "#cf222e",
+)  # of STAGES
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,7 @@ def _content(shown: Shown) -> dict[str, Any]:
     return {
         "name": shown.name, "prompt": settings["prompt"], "video": data_uri(video) if video and fits else None,
         "link": report.video.file if video is not None and not fits else None,
-        "summary": _summary(report),
+        "summary": _summary(report), "measured": _measured(report),
         "stages": stages,
         "stages_text": ", ".join(f"{stage['name']} {stage['seconds']:.2f} seconds" for stage in stages),
         "steps": steps, "chart": _chart(steps), "guided": any(s.attention_unconditional_ms for s in steps),
@@ -196,6 +211,13 @@ def _content(shown: Shown) -> dict[str, Any]:
         ),
         "facts": _facts(report),
     }  # fmt: skip
+
+
+def _measured(report: VideoReport) -> str | None:
+    if report.measured_dense is None:
+        return None
+    text = describe_dense(report.measured_dense)
+    return text[0].upper() + text[1:]
 
 
 def _summary(report: VideoReport) -> str:
@@ -278,7 +300,7 @@ def _accounted(report: VideoReport) -> list[tuple[str, str]]:
     """How much of the time that a clock of its own counted the stages account for; nothing where none counted."""
     if not report.wall_s:
         return []
-    total = report.stages_s["total"]
+    total = report.stages_s["total"] + report.stages_s.get(MEASURE, 0.0)
     return [("time", f"{report.wall_s:.2f} s, of which the stages are {total:.2f} s ({total / report.wall_s:.1%})")]
 
 

@@ -29,6 +29,7 @@ from slagen.formats.sla import read_metadata
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes
+from slagen.generation.measured_dense import check_measured, measured_steps
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import changed
@@ -92,6 +93,11 @@ class Plan:
     def dense(self) -> DensePart:
         """What uses dense attention, whatever the method."""
         return self.schedule.dense
+
+    @property
+    def measured_steps(self) -> tuple[int, ...]:
+        """The steps that are run with dense attention too."""
+        return measured_steps(self.config.measure_dense, self.dense)
 
     @property
     def remembered(self) -> Remembered:
@@ -245,6 +251,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if weights.trained_with is not None and weights.sla_path is not None:
         warnings += schedule.differences(weights.trained_with)
     if not schedule.applies:
+        check_measured(config.measure_dense, schedule.dense, method.nothing_to_skip(grid.num_tokens))
         warnings.append(f"{method.nothing_to_skip(grid.num_tokens)}, so this clip uses dense attention")
         method = registry.get("dense")
         attention = method.config()
@@ -252,6 +259,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, source.shape.num_layers)
     else:
         notes += schedule.notes(options)
+    check_measured(config.measure_dense, schedule.dense)
     notes += recommended_notes(asked, config)
     if (dense_note := config.policy.note(grid.num_tokens, schedule.dense)) is not None:
         notes.append(dense_note)

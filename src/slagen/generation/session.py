@@ -24,6 +24,7 @@ from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import quote
 from slagen.timing import StepRecorder
+from slagen.wan.dense_beside import measuring_dense
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
 from slagen.wan.observe import attach_recorder, take_densities
@@ -166,6 +167,7 @@ class Session:
             densities = [_mean(layer) for layer in zip(*by_step, strict=True)]
 
         clock.begin("decode")
+        clock.set_apart(sum(step.dense.extra_ms for step in recorder.steps if step.dense) / 1e3)
         frames = decode_frames(self.pipe.vae, latents, on_event)
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
         latents = latents.float().cpu().contiguous()
@@ -279,6 +281,7 @@ def _denoise(
     with contextlib.ExitStack() as stack:
         stack.callback(detach)
         end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0, schedule.dense, schedule.by_step))
+        stack.enter_context(measuring_dense(pipe.transformer, recorder, plan.measured_steps))
         recorder.begin_step()
         output = pipe(
             **embeds, height=config.height, width=config.width, num_frames=config.num_frames,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+MEASURE = "measure"  # what ran for a measurement alone, and is not part of making the video
 SHARED = ("start", "prepare", "load", "text")  # by all videos of a run, so counted with the first
 
 
@@ -33,10 +34,16 @@ class StageClock:
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._last
         self._last, self._stage = now, None
 
+    def set_apart(self, seconds: float) -> None:
+        """So much of the denoising was only for a measurement: a stage of its own, which the total leaves out."""
+        if seconds:
+            self._seconds["denoise"] -= seconds
+            self._seconds[MEASURE] = self._seconds.get(MEASURE, 0.0) + seconds
+
     def read(self) -> dict[str, float]:
-        """End the stage that goes on: the seconds of each stage, and their sum as "total"."""
+        """End the stage that goes on: the seconds of each stage, and as "total" their sum without `MEASURE`."""
         self.end()
-        return {**self._seconds, "total": sum(self._seconds.values())}
+        return {**self._seconds, "total": sum(s for name, s in self._seconds.items() if name != MEASURE)}
 
     def wall_s(self) -> float:
         """Seconds since the first stage began, whatever the stages say."""

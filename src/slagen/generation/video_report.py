@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from slagen.device import Device
@@ -148,6 +148,35 @@ class ReportedLayer:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times as fast something was: median, least and most."""
+
+    median: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """A denoising step that was run with dense attention too, on the same latents: attention, and all of the step."""
+
+    step: int
+    attention_ms: float
+    dense_attention_ms: float
+    latency_ms: float
+    dense_latency_ms: float
+
+
+@dataclass(frozen=True)
+class MeasuredDense:
+    """The measured speed-up over dense attention, of attention alone and of the whole step, and its steps."""
+
+    attention_speedup: Ratio
+    step_speedup: Ratio
+    steps: list[MeasuredStep]
+
+
+@dataclass(frozen=True)
 class Cost:
     """What dense attention would have cost, what was spent, and how near that is to the limit Amdahl's law sets.
 
@@ -198,6 +227,7 @@ class VideoReport:
         created: time in ISO 8601. settings: by option name, as recorded. versions: of packages.
         stages_s: seconds by stage, and their sum as "total". wall_s: measured by itself, from the start of the process,
             or of this video where it is not the run's first, until the report; None where that is not one run.
+        measured_dense: of --measure-dense.
         decoded: of a video that `slagen decode` made.
     """
 
@@ -218,6 +248,7 @@ class VideoReport:
     cost: Cost
     timing: Overhead
     wall_s: float | None = None
+    measured_dense: MeasuredDense | None = None
     decoded: Decoded | None = None
 
     @classmethod
@@ -238,6 +269,9 @@ class VideoReport:
         decoded = content.pop("decoded")
         if self.wall_s is None:
             del content["wall_s"]
+        del content["measured_dense"]
+        if self.measured_dense is not None:
+            content = {"measured_dense": asdict(self.measured_dense), **content}
         if decoded is None:
             return content
         return {**content, "decoded": {"versions": dict(decoded.versions), "device": decoded.device.to_dict()}}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from slagen.attention.choices import named_steps
 from slagen.cli.console import log, log_table, write, write_json, write_table
 from slagen.cli.table import Cell, Table
+from slagen.generation.measured_dense import describe_dense
 from slagen.io.text import counted
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def show_videos(result: GenerateResult, as_json: bool) -> None:
 def show_report(report: VideoReport) -> None:
     """A report as a table of steps, and lines for the totals, on stderr."""
     attention, cost = report.attention, report.cost
+    if report.measured_dense is not None:
+        log(describe_dense(report.measured_dense))
     if report.timing.level != "off":
         log_table(_step_table(report.steps, attention.step_densities))
     what = f"{attention.mode} attention, {counted(attention.tokens, 'token')}"
