@@ -202,9 +202,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         self._check_texts()
-        self._check_kept_blocks()
+        _check_kept_blocks(self)
         self._check_whole_numbers()
-        self._check_strengths()
+        _check_strengths(self)
         _check_seed(self)
         for name, choices in (("timing", Timing), ("dtype", Dtype), ("sampler", Sampler)):
             value = getattr(self, name)
@@ -220,21 +220,6 @@ class GenerateConfig:
         check_prompt("prompt", self.prompt)
         check_prompt("negative prompt", self.negative_prompt or "")
         check_output(self.output)
-
-    def _check_kept_blocks(self) -> None:
-        """Raise UsageError for a share of blocks, or a size of a block, that is out of range or said twice."""
-        if self.sparsity is not None and self.sla_topk is not None:
-            raise UsageError(
-                f"--sparsity {self.sparsity} and --sla-topk {self.sla_topk} both set how many blocks are kept. "
-                "Give one of them."
-            )
-        if self.sparsity is not None:
-            check_fraction("sparsity", self.sparsity, "Try --sparsity 0.95.")
-        if self.sla_topk is not None and not MIN_TOPK <= self.sla_topk <= 1:
-            raise UsageError(f"sla_topk is {self.sla_topk}, but must be from {MIN_TOPK:g} to 1. Try --sla-topk 0.05.")
-        for name in ("block_m", "block_n"):
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), BLOCK_SIZES)
 
     def _check_whole_numbers(self) -> None:
         """Raise UsageError for a count that is not a whole number or out of range."""
@@ -265,16 +250,6 @@ class GenerateConfig:
         if (self.width is None) != (self.height is None):
             raise UsageError("only one of width and height is given. Give both: --size 832x480.")
 
-    def _check_strengths(self) -> None:
-        """Raise UsageError for a number of the sampling that is out of range."""
-        for name, (least, example) in STRENGTHS.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= MAX_STRENGTH:
-                raise UsageError(
-                    f"{name} is {shown(value)}, but must be from {least:g} to {MAX_STRENGTH:g}. "
-                    f"Try --{name.replace('_', '-')} {example}."
-                )
-
     @property
     def policy(self) -> AttentionPolicy:
         """What uses dense attention whatever the method, the sparsity by step, and the correction."""
@@ -300,6 +275,33 @@ class GenerateConfig:
         """The prompt as a part of a file name."""
         plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
+
+
+def _check_kept_blocks(config: GenerateConfig) -> None:
+    """Raise UsageError for a share of blocks, or a size of a block, that is out of range or said twice."""
+    if config.sparsity is not None and config.sla_topk is not None:
+        raise UsageError(
+            f"--sparsity {config.sparsity} and --sla-topk {config.sla_topk} both set how many blocks are kept. "
+            "Give one of them."
+        )
+    if config.sparsity is not None:
+        check_fraction("sparsity", config.sparsity, "Try --sparsity 0.95.")
+    if config.sla_topk is not None and not MIN_TOPK <= config.sla_topk <= 1:
+        raise UsageError(f"sla_topk is {config.sla_topk}, but must be from {MIN_TOPK:g} to 1. Try --sla-topk 0.05.")
+    for name in ("block_m", "block_n"):
+        if getattr(config, name) is not None:
+            check_choice(name, getattr(config, name), BLOCK_SIZES)
+
+
+def _check_strengths(config: GenerateConfig) -> None:
+    """Raise UsageError for a number of the sampling that is out of range."""
+    for name, (least, example) in STRENGTHS.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= MAX_STRENGTH:
+            raise UsageError(
+                f"{name} is {shown(value)}, but must be from {least:g} to {MAX_STRENGTH:g}. "
+                f"Try --{name.replace('_', '-')} {example}."
+            )
 
 
 def _check_seed(config: GenerateConfig) -> None:
