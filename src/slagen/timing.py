@@ -6,11 +6,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Timing = Literal["off", "step", "layer"]
+Timing = Literal["off", "step", "layer", "part"]
+_timed: ContextVar[tuple[SpanClock, tuple[int, int]] | None] = ContextVar("timed", default=None)
+_NOT_TIMED = nullcontext()
 
 
 MIN_REPEATS, MAX_REPEATS, TURNS = 3, 100, 5  # of one measurement
@@ -179,14 +182,16 @@ class DenseTimes:
 
 @dataclass
 class StepTimes:
-    """Where one denoising step's time went, in milliseconds. `attention_ms` lists the forward passes in order; what was
-    run with dense attention beside them counts in `dense` only."""
+    """Where one denoising step's time went, in milliseconds. `attention_ms` lists the forward passes in order,
+    `parts_ms` has what `part` timed of all of them; what was run with dense attention beside them is in `dense` only.
+    """
 
     index: int
     timestep: float
     latency_ms: float | None = None
     attention_ms: list[float] = field(default_factory=list)
     layers_ms: list[float] = field(default_factory=list)
+    parts_ms: dict[str, float] = field(default_factory=dict)
     num_spans: int = 0
     dense: DenseTimes | None = None
 
@@ -233,8 +238,13 @@ class StepRecorder:
         if not self.enabled or self._dense is False:
             yield
             return
-        with self.clock.span(("dense", "attention") if self._dense else (self._pass, layer)):
-            yield
+        own = self._pass, layer
+        token = _timed.set((self.clock, own) if self.level == "part" and not self._dense else None)
+        try:
+            with self.clock.span(("dense", "attention") if self._dense else own):
+                yield
+        finally:
+            _timed.reset(token)
 
     @contextmanager
     def dense_pass(self, counted: bool = True) -> Iterator[None]:
@@ -255,18 +265,30 @@ class StepRecorder:
                 if isinstance(key, str) or key[0] == "dense":
                     _add(step, key, duration)
                     continue
+                step.num_spans += 1
+                if len(key) == 3:
+                    step.parts_ms[key[2]] = step.parts_ms.get(key[2], 0.0) + duration
+                    continue
                 number, layer = key
                 step.attention_ms += [0.0] * (number + 1 - len(step.attention_ms))
                 step.attention_ms[number] += duration
-                if self.level == "layer":
+                if self.level in ("layer", "part"):
                     step.layers_ms += [0.0] * (layer + 1 - len(step.layers_ms))
                     step.layers_ms[layer] += duration
-                step.num_spans += 1
         if step.dense is not None and step.latency_ms is not None:
             step.latency_ms -= step.dense.extra_ms
         self.steps.append(step)
         self.begin_step()
         return step
+
+
+def part(name: str) -> AbstractContextManager[None]:
+    """Time a block as a part of the attention that runs, of all layers together, where a recorder asks for parts.
+
+    Only inside operators that compiled code does not look into.
+    """
+    timed = _timed.get()
+    return _NOT_TIMED if timed is None else timed[0].span((*timed[1], name))
 
 
 def _add(step: StepTimes, key: Any, duration: float) -> None:

@@ -5,17 +5,20 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from slagen import timing
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.attention.sla.config import SLAConfig
 from slagen.attention.sla.cost import block_counts, sla_attention_flops
+from slagen.attention.sla.functional import sparse_linear_attention
 from slagen.generation.report import (
     cost_section,
     layer_section,
     step_section,
     timing_section,
 )
+from slagen.generation.report_page import PARTS, _split
 from slagen.generation.video_report import FORM, ReportedStep, VideoReport
 from slagen.io import forms
 from slagen.io.files import write_json
@@ -97,6 +100,49 @@ def test_coarser_timing(level, layers, timed):
     assert (timing_section(level, [step], 0.001).spans > 0) == timed
 
 
+def test_parts_of_attention_add_up(clock):
+    """Over layers and passes; what runs with dense attention beside it counts for none of them."""
+    recorder = StepRecorder("cpu", "part")
+    recorder.begin_step()
+    for _ in range(2):
+        recorder.begin_pass()
+        for layer in range(3):
+            with recorder.attention(layer):
+                with timing.part("block_map"):
+                    clock.now += 0.002
+                with timing.part("sparse"):
+                    clock.now += 0.003
+                clock.now += 0.001
+        with recorder.dense_pass(), recorder.attention(0), timing.part("sparse"):
+            clock.now += 1.0
+    with timing.part("sparse"):
+        clock.now += 1.0
+    step = recorder.end_step(999.0)
+    assert step.parts_ms == {"block_map": pytest.approx(12), "sparse": pytest.approx(18)}
+    assert step.attention_ms == pytest.approx([18.0, 18.0]) and step.layers_ms == pytest.approx([12.0] * 3)
+    assert step.num_spans == 18 and step.dense.dense_attention_ms == pytest.approx(2000)
+    row = step_section([step])[0]
+    assert row.parts_ms == step.parts_ms and _split(row)[0] == ("block_map", row.parts_ms["block_map"])
+    assert dict(_split(row))["inside"] == pytest.approx(6) and dict(_split(row))["rest"] == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("domain", ["all", "marginal"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sla_says_what_its_parts_are(backend, domain):
+    q, k, v, weight = *torch.randn(3, 1, 1, 40, 16), torch.randn(16, 16)
+    config = SLAConfig(sparsity=0.5, block_m=16, block_n=16, linear_domain=domain)
+    recorder = StepRecorder("cpu", "part")
+    recorder.begin_step()
+    recorder.begin_pass()
+    with recorder.attention(0):
+        o = sparse_linear_attention(q, k, v, config, weight, backend=backend)
+    found = recorder.end_step(1.0)
+    attends = {"torch": {"sparse", "linear"}, "triton": {"fused"}}[backend]
+    assert set(found.parts_ms) == {"block_map", "state", "projection", *attends} == set(found.parts_ms) & set(PARTS)
+    assert 0 < sum(found.parts_ms.values()) <= sum(found.attention_ms)
+    assert torch.equal(o, sparse_linear_attention(q, k, v, config, weight, backend=backend))
+
+
 def test_the_cost_of_a_span_is_two_looks_at_the_clock(monkeypatch):
     """And those around all spans, which count among so many for nothing."""
     looks = itertools.count()
@@ -151,7 +197,7 @@ def report_of_a_video():
         "attention": {"mode": "sla", "tokens": 192, "sparsity": 0.5, "block_n": 64, **block,
                       "fractions": {"critical": 1 / 3}, "backend": "triton"},
         "stages_s": {"load": 1, "total": 1.5}, "since_process_start_s": 3.5, "peak_memory_gib": 1.0,
-        "steps": [vars(step)], "layers": [{"layer": 0, "attention_ms": 3.0}],
+        "steps": [step.to_dict()], "layers": [{"layer": 0, "attention_ms": 3.0}],
         "cost": vars(cost_section(WAN_1_3B, 192, 1, 10**9, [])),
         "timing": vars(timing_section("layer", [], 0.1)),
     }  # fmt: skip

@@ -72,7 +72,7 @@ class GenerateConfig:
         num_videos: how many videos to make of the prompt.
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        timing: "layer" times attention by layer, "step" by step only, "off" not at all.
+        timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
         output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
@@ -188,7 +188,7 @@ class GenerateConfig:
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
     timing: Timing = option(
         "layer",
-        "Measure the time of attention per layer, per step, or not at all: layer, step or off.",
+        "Measure the time of attention per step, per layer, with its parts, or not at all: step, layer, part or off.",
         panel=OUTPUT,
         pixels=False,
     )

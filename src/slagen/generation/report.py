@@ -82,6 +82,7 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
             attention_unconditional_ms=passes[1] if len(passes) > 1 else None,
             attention_share=step.attention_share,
             layers_ms=list(step.layers_ms) or None,
+            parts_ms=dict(step.parts_ms) or None,
         )
         rows.append(row)
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from slagen.generation.measured_dense import describe_dense
 from slagen.generation.stage_clock import MEASURE
-from slagen.generation.video_report import VideoReport
+from slagen.generation.video_report import ReportedStep, VideoReport
 from slagen.html import HEAD, data_uri, render
 
 GENERATOR = "slagen report"  # what the page says of who wrote it
@@ -95,17 +95,16 @@ PAGE = (
     {% for bar in r.chart.bars %}
     <g><title>{{ bar.title }}</title>
     {% for part in bar.parts %}<rect x="{{ bar.x }}" y="{{ part.y }}" width="{{ r.chart.bar }}" \
-height="{{ part.height }}" fill="var(--{{ part.kind }})"></rect>{% endfor %}</g>
+height="{{ part.height }}" fill="{{ part.colour }}"></rect>{% endfor %}</g>
     {% endfor %}
     {% for label in r.chart.labels %}
     <text x="{{ label.x }}" y="147" text-anchor="middle">{{ label.text }}</text>
     {% endfor %}
   </svg>
   <ul class="key">
-    <li><i style="background: var(--attention)"></i>attention, with the prompt</li>
-    {% if r.guided %}<li><i style="background: var(--unconditional)"></i>attention, without it</li>{% endif %}
-
-    <li><i style="background: var(--rest)"></i>everything else</li>
+    {% for kind in r.chart.kinds %}
+    <li><i style="background: {{ kind.colour }}"></i>{{ kind.label }}</li>
+    {% endfor %}
   </ul>
   {% if r.heat %}
   <{{ h }}>Attention by layer and step</{{ h }}>
@@ -122,12 +121,16 @@ height="{{ r.heat.row }}" fill="var(--attention)" fill-opacity="{{ cell.share }}
   <div class="scroll" tabindex="0" role="region" aria-label="steps of {{ r.name }}">
   <table>
     <thead><tr><th scope="col">step</th><th scope="col">timestep</th><th scope="col">ms</th>
-      <th scope="col">attention, ms</th><th scope="col">share</th></tr></thead>
+      <th scope="col">attention, ms</th>{% for name in r.chart.parts %}<th scope="col">{{ name }}, ms</th>{% endfor %}
+      <th scope="col">share</th></tr></thead>
     <tbody>
     {% for step in r.steps %}
     <tr><td>{{ step.step + 1 }}</td><td>{{ "%.0f"|format(step.timestep) }}</td>
       <td>{{ "%.1f"|format(step.latency_ms) }}</td>
       <td>{% if step.attention_ms is not none %}{{ "%.1f"|format(step.attention_ms) }}{% endif %}</td>
+      {% for name in r.chart.parts.values() %}<td>{{ "%.1f"|format((step.parts_ms or {}).get(name, 0)) }}</td>\
+{% endfor %}
+
       <td>{% if step.attention_share is not none %}{{ "%.0f"|format(100 * step.attention_share) }} %{% endif %}</td>
     </tr>
     {% endfor %}
@@ -168,6 +171,18 @@ COLOURS = (
     "#cf222e",
 )  # of STAGES
 
+PARTS = {"block_map": "block map", "state": "states", "projection": "projection", "sparse": "sparse attention",
+         "linear": "linear attention", "fused": "fused attention"}  # fmt: skip
+# Of a step, what the bars are made of, from below: what it is called, and its colour.
+KINDS = {
+    "attention": ("attention, with the prompt", "var(--attention)"),
+    "unconditional": ("attention, without it", "var(--unconditional)"),
+    **{name: (label, colour) for (name, label), colour in zip(PARTS.items(), (
+        "#bf8700", "#8250df", "#cf222e", "var(--attention)", "#1a7f37", "var(--attention)"), strict=True)},
+    "inside": ("the rest of attention", "var(--unconditional)"),
+    "rest": ("everything else", "var(--rest)"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -202,7 +217,7 @@ def _content(shown: Shown) -> dict[str, Any]:
         "summary": _summary(report), "measured": _measured(report),
         "stages": stages,
         "stages_text": ", ".join(f"{stage['name']} {stage['seconds']:.2f} seconds" for stage in stages),
-        "steps": steps, "chart": _chart(steps), "guided": any(s.attention_unconditional_ms for s in steps),
+        "steps": steps, "chart": _chart(steps),
         "steps_text": f"{len(steps)} steps" + (f"; attention took {share:.0%} of their time" if share else ""),
         "heat": _heat(steps),
         "computed": None if attention.mode == "dense" else (
@@ -236,26 +251,43 @@ def _summary(report: VideoReport) -> str:
     return f"{'; '.join(parts)}. Measured on {report.device.name}."
 
 
-def _chart(steps: Sequence[Any]) -> dict[str, Any]:
+def _split(step: ReportedStep) -> list[tuple[str, float]]:
+    """The milliseconds of a step by kind: the parts of attention where they were timed, otherwise its passes."""
+    if step.parts_ms:
+        inside = [(name, step.parts_ms.get(name, 0.0)) for name in PARTS]
+        inside.append(("inside", max(0.0, (step.attention_ms or 0.0) - sum(step.parts_ms.values()))))
+    else:
+        inside = [("attention", step.attention_conditional_ms or 0.0)]
+        inside.append(("unconditional", step.attention_unconditional_ms or 0.0))
+    return [*inside, ("rest", max(0.0, (step.latency_ms or 0.0) - sum(value for _, value in inside)))]
+
+
+def _chart(steps: Sequence[ReportedStep]) -> dict[str, Any]:
     """Stacked bars in a drawing 150 high, of which 15 at the top and at the bottom are for text."""
     width = max(360, 14 * len(steps))
     pitch = width / max(1, len(steps))
-    top = max((step.latency_ms for step in steps), default=1.0)
+    top = max((step.latency_ms or 0.0 for step in steps), default=1.0)
+    seen: set[str] = set()
     bars = []
     for i, step in enumerate(steps):
-        conditional, unconditional = step.attention_conditional_ms or 0.0, step.attention_unconditional_ms or 0.0
-        rest = max(0.0, step.latency_ms - conditional - unconditional)
         y, parts = 135.0, []
-        for kind, value in (("attention", conditional), ("unconditional", unconditional), ("rest", rest)):
+        for kind, value in _split(step):
             height = 120 * value / top
             y -= height
             if value:
-                parts.append({"kind": kind, "y": f"{y:.2f}", "height": f"{height:.2f}"})
-        said = f"step {step.step + 1}: {step.latency_ms:.1f} ms, attention {conditional + unconditional:.1f} ms"
+                seen.add(kind)
+                parts.append({"colour": KINDS[kind][1], "y": f"{y:.2f}", "height": f"{height:.2f}"})
+        said = f"step {step.step + 1}: {step.latency_ms:.1f} ms, attention {step.attention_ms or 0:.1f} ms"
+        for name, value in (step.parts_ms or {}).items():
+            said += f", {PARTS.get(name, name)} {value:.1f} ms"
         bars.append({"x": f"{i * pitch:.2f}", "parts": parts, "title": said})
     every = max(1, len(steps) // 10)
     labels = [{"x": f"{(i + 0.4) * pitch:.2f}", "text": str(i + 1)} for i in range(0, len(steps), every)]
-    return {"width": f"{width:g}", "bar": f"{0.8 * pitch:.2f}", "bars": bars, "top": top, "labels": labels}
+    kinds = [{"label": label, "colour": colour} for kind, (label, colour) in KINDS.items() if kind in seen]
+    return {
+        "width": f"{width:g}", "bar": f"{0.8 * pitch:.2f}", "bars": bars, "top": top, "labels": labels, "kinds": kinds,
+        "parts": {label: name for name, label in PARTS.items() if name in seen},
+    }  # fmt: skip
 
 
 def _heat(steps: Sequence[Any]) -> dict[str, Any] | None:

@@ -126,8 +126,8 @@ class ReportedAttention:
 
 @dataclass(frozen=True)
 class ReportedStep:
-    """The times of a denoising step; None where they were not taken. Attention: of both passes, of each, and of each
-    layer in both passes."""
+    """The times of a denoising step; None where they were not taken. Attention: of both passes, of each, of each layer
+    in both passes, and of each of its parts in all layers and both passes."""
 
     step: int
     timestep: float
@@ -137,6 +137,11 @@ class ReportedStep:
     attention_unconditional_ms: float | None
     attention_share: float | None
     layers_ms: list[float] | None = None
+    parts_ms: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its object in the JSON."""
+        return {name: value for name, value in vars(self).items() if name != "parts_ms" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -261,7 +266,7 @@ class VideoReport:
         """What the file beside the video holds."""
         content = {
             **vars(self), "settings": dict(self.settings), "versions": dict(self.versions),
-            "stages_s": dict(self.stages_s), "steps": [dict(vars(step)) for step in self.steps],
+            "stages_s": dict(self.stages_s), "steps": [step.to_dict() for step in self.steps],
             "layers": [dict(vars(layer)) for layer in self.layers], "cost": dict(vars(self.cost)),
             "timing": dict(vars(self.timing)),
             **{name: getattr(self, name).to_dict() for name in ("video", "device", "weights", "attention")},

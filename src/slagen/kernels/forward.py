@@ -186,17 +186,20 @@ def attend(
         linear: add the linear branch.
         eps: added to the denominator, in units of z.
     """
+    from slagen.timing import part  # not above: Triton's hash of a kernel counts the lines before it
+
     batch, num_heads, length, head_dim = q.shape
     tile: Tiles = tiles("attend", q, block_m, block_n)
     bias = None if bias is None else bias.contiguous()
-    attend_kernel[(triton.cdiv(length, tile.m) * batch * num_heads,)](
-        q, k, v, o, lse, kv_indices, folded, z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
-        num_heads, length, triton.cdiv(length, block_m), num_critical, scale * LOG2_E.value, eps,
-        BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim, SPARSE=sparse,
-        CHUNK=min(head_dim, COLUMNS_AT_ONCE), LINEAR=linear, MARGINAL=marginal, BIAS=bias is not None,
-        SAVE_LSE=lse.numel() > 0, SHORT=length < tile.n, FEATURE_MAP=feature_map, PRECISION=precision(q),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with part("fused"):
+        attend_kernel[(triton.cdiv(length, tile.m) * batch * num_heads,)](
+            q, k, v, o, lse, kv_indices, folded, z, bias, *q.stride(), *k.stride(), *v.stride(), *o.stride(),
+            num_heads, length, triton.cdiv(length, block_m), num_critical, scale * LOG2_E.value, eps,
+            BLOCK_M=block_m, BLOCK_N=block_n, TILE_M=tile.m, TILE_N=tile.n, HEAD_DIM=head_dim, SPARSE=sparse,
+            CHUNK=min(head_dim, COLUMNS_AT_ONCE), LINEAR=linear, MARGINAL=marginal, BIAS=bias is not None,
+            SAVE_LSE=lse.numel() > 0, SHORT=length < tile.n, FEATURE_MAP=feature_map, PRECISION=precision(q),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
 
 
 def sla_forward(
@@ -245,8 +248,8 @@ def sla_forward(
     pooling = block_means is None and scores is None and (sparse or bounded)
     k_means, states, zs = _key_states(k, v, weight, block_n, feature_map, marginal, pooling)
     if sparse or bounded:
-        scores = _scores(q, k_means, block_m, block_means) if scores is None else scores
-        kv_indices, classes = select(scores, num_critical, num_negligible, classes=bounded or (save and sparse))
+        scored = (q, k_means, block_m, block_means) if scores is None else scores
+        kv_indices, classes = _chosen(scored, num_critical, num_negligible, bounded or (save and sparse))
     if sparse and save:
         q_indices, q_offsets = column_lists(classes, num_critical)
         lse = torch.empty(heads, q.shape[2], dtype=torch.float32, device=q.device)
@@ -259,6 +262,21 @@ def sla_forward(
     if not save:
         return o, *nothing
     return o, lse, kv_indices if sparse else nothing[1], classes, q_indices, q_offsets, state, z
+
+
+def _chosen(
+    scored: Tensor | tuple[Tensor, Tensor, int, tuple[Tensor, Tensor] | None], num_critical: int, num_negligible: int,
+    classes: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """kv_indices and classes, as `select` gives them.
+
+    scored: the scores, or what `_scores` makes them of.
+    """
+    from slagen.timing import part
+
+    with part("block_map"):
+        scores = _scores(*scored) if isinstance(scored, tuple) else scored
+        return select(scores, num_critical, num_negligible, classes=classes)
 
 
 def _scores(q: Tensor, k_means: Tensor, block_m: int, block_means: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -296,10 +314,14 @@ def _key_states(
 
     What is not needed is empty.
     """
+    from slagen.timing import part
+
     if weight is None:
-        return pool(k, block_n) if pooling else k.new_empty(0), k.new_empty(0), k.new_empty(0)
-    projection = weight.to(state_dtype(k)).contiguous() if marginal and projects(k) else None
-    return key_states(k, v, block_n, feature_map, marginal, projection, pool=pooling)
+        with part("block_map"):
+            return pool(k, block_n) if pooling else k.new_empty(0), k.new_empty(0), k.new_empty(0)
+    with part("state"):
+        projection = weight.to(state_dtype(k)).contiguous() if marginal and projects(k) else None
+        return key_states(k, v, block_n, feature_map, marginal, projection, pool=pooling)
 
 
 def _fold(
@@ -314,11 +336,18 @@ def _fold(
 ) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
     """The linear branch's normalised and projected states, their z and eps in its units, as `attend` takes them; and
     state and z as `sla_forward` returns them."""
+    from slagen.timing import part
+
     state, z = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
     if weight is None:
         return q.new_empty(0), q.new_empty(0), eps, state, z
     if marginal:
-        folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
-        return folded if projects(q) else folded @ weight.to(q.dtype).mT, folded_z, eps, state, z
-    folded, z, state = combine(states, zs, weight.contiguous(), q.shape[2], q.dtype, save)
+        with part("state"):
+            folded, folded_z = mix(states, zs, classes, None, q.dtype, precision(q))
+        if not projects(q):
+            with part("projection"):
+                folded = folded @ weight.to(q.dtype).mT
+        return folded, folded_z, eps, state, z
+    with part("projection"):
+        folded, z, state = combine(states, zs, weight.contiguous(), q.shape[2], q.dtype, save)
     return folded, z, eps / q.shape[2], state, z

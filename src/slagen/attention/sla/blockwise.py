@@ -18,6 +18,7 @@ from slagen.attention.sla.blocks import from_blocks, head_groups, query_runs, ro
 from slagen.attention.sla.blockwise_linear import key_states, linear_backward, linear_rows, states_backward
 from slagen.attention.sla.blockwise_sparse import sparse_backward, sparse_forward
 from slagen.attention.sla.config import SLAConfig
+from slagen.timing import part
 
 
 def blockwise_attention(
@@ -65,25 +66,33 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o, and for the backward pass what `select_blocks` gives, empty for None."""
     config = SLAConfig(sparsity, negligible, linear_domain, feature_map, block_m, block_n)  # type: ignore[arg-type]
-    kv_indices, domain = select_blocks(q, k, config, sparse, linear=weight is not None, scores=scores)
+    with part("block_map"):
+        kv_indices, domain = select_blocks(q, k, config, sparse, linear=weight is not None, scores=scores)
     o, length = torch.empty_like(q), q.shape[2]
     for heads in head_groups(q):
         k_j, v_j = to_blocks(k[heads], config.block_n), to_blocks(v[heads], config.block_n)
         if weight is not None:
-            z, means = key_states(k_j, v_j, config, length)
+            with part("state"):
+                z, means = key_states(k_j, v_j, config, length)
             if domain is None:  # project the one state, not every row
-                means = means @ weight.mT
+                with part("projection"):
+                    means = means @ weight.mT
         for run, tokens in query_runs(q, config.block_m):
             q_i = to_blocks(q[heads][:, :, tokens], config.block_m)
             o_i = torch.empty_like(q_i)
             if kv_indices is None:
                 o_i.zero_()
             else:
-                sparse_forward(q_i * scale, k_j, v_j, rows_of_run(kv_indices, heads, run), length, o_i)
+                with part("sparse"):
+                    sparse_forward(q_i * scale, k_j, v_j, rows_of_run(kv_indices, heads, run), length, o_i)
             if weight is not None:
                 domain_i = None if domain is None else rows_of_run(domain, heads, run)
-                *_, o_linear = linear_rows(q_i, z, means, domain_i, config)
-                o_i += o_linear.view(o_i.shape) if domain is None else o_linear @ weight.mT
+                with part("linear"):
+                    *_, o_linear = linear_rows(q_i, z, means, domain_i, config)
+                if domain is not None:
+                    with part("projection"):
+                        o_linear = o_linear @ weight.mT
+                o_i += o_linear.view(o_i.shape)
             if bias is not None:
                 o_i += bias
             from_blocks(o_i, o[heads][:, :, tokens])
