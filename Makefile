@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 ALL := $(VENV)/.installed-all
+DOCS := build/docs-venv
 
-.PHONY: demo test quick check evaluate bench gpu soak clean
+.PHONY: demo test quick check evaluate bench gpu soak docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,5 +55,14 @@ soak: $(ALL)  ## long tests: kills and errors at every file operation, kills at 
 	SLAGEN_SOAK_CORRUPTIONS=300 $(BIN)/python -m pytest tests/formats/test_formats.py -k corruption
 	SLAGEN_SOAK_DAMAGES=1000 $(BIN)/python -m pytest tests/formats/test_bounds.py -k damaged
 
+$(DOCS)/.installed: pyproject.toml constraints.txt  # the extra `docs` alone: the pages are built without PyTorch
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt \
+		$$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
+docs: $(DOCS)/.installed  ## the pages of docs/ as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist site

@@ -162,6 +162,7 @@ def draw_attention(drawn: AttentionPicture) -> bytes:
     bar.ax.set_yticklabels(["negligible", "not exact", "exact"])
     for axes, title in ((mass, "softmax of dense attention"), (classes, "what becomes of each key block")):
         axes.set(xlabel=f"key block (of {columns})", ylabel=f"query block (of {rows})", title=title)
+        axes.locator_params(integer=True)
     _draw_query(figure, query, drawn)
     share = [n / columns for n in range(columns + 1)]
     curve.plot(share, drawn.best, label="blocks of most mass")
@@ -207,7 +208,7 @@ def _draw_query(figure: Any, axes: Any, drawn: AttentionPicture) -> None:
     top, left = frame // across * (height + 1), frame % across * (width + 1)
     axes.plot([left + column], [top + row], "+", color="lime", ms=9, mew=2)
     axes.set(
-        title=f"softmax of query {frame},{row},{column} over the keys of each latent frame (outlined: exact)",
+        title=f"softmax of query {frame},{row},{column} over the keys\nof each latent frame (outlined: exact)",
         xticks=[],
         yticks=[],
     )

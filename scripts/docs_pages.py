@@ -1,0 +1,278 @@
+"""Write those parts of docs/ that come from the code and from the measurements: options, names, numbers.
+
+    python scripts/docs_pages.py            rewrite them
+    python scripts/docs_pages.py --check    say which are out of date; exit code 1 if any is
+
+A page has them between the lines `<!-- made by scripts/docs_pages.py: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.core
+
+import slagen
+from slagen.cli.app import app
+from slagen.generation import peers
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+PART = re.compile(r"(<!-- made by scripts/docs_pages\.py: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def command_line() -> str:
+    """Every command with its arguments and options, as its help has them."""
+    return "\n".join(line for name, command in commands(typer.main.get_command(app)) for line in help_of(name, command))
+
+
+def commands(command: typer.core.TyperCommand, name: str = "slagen") -> Iterator[tuple[str, typer.core.TyperCommand]]:
+    """A command and those below it, with the words that call each."""
+    yield name, command
+    for sub, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, f"{name} {sub}")
+
+
+def help_of(name: str, command: typer.core.TyperCommand) -> Iterator[str]:
+    """The lines of a command's section."""
+    context = typer.Context(command, info_name=name)
+    yield f"## {name}\n"
+    for paragraph in (command.help or "").split("\n\n"):
+        text = " ".join(paragraph.split())
+        if text.startswith("Example: "):
+            yield f"```bash\n{text.removeprefix('Example: ')}\n```\n"
+        else:
+            yield f"{plain(text)}\n"
+    panels: dict[str, list[str]] = {}
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context)
+        if record is not None:
+            default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panel = getattr(parameter, "rich_help_panel", None) or default
+            text = " ".join(record[1].split())
+            panels.setdefault(panel, []).append(f"- `{record[0]}`: {plain(text)}")
+    for panel, rows in panels.items():
+        yield f"**{panel}**\n"
+        yield from rows
+        yield ""
+
+
+def plain(text: str) -> str:
+    """Text of a help as Markdown: what Markdown would take for its own signs is escaped."""
+    return re.sub(r"([<>*_\[\]])", r"\\\1", text)
+
+
+def names() -> str:
+    """Other tools' names for slagen's options."""
+    return table(("their option", "slagen's option"), rows_by_ours({**peers.NAMES}))
+
+
+def trainer_names() -> str:
+    """The same of trainers, in `slagen finetune`."""
+    return table(("their option", "slagen's option"), rows_by_ours({**peers.TRAINER_NAMES}))
+
+
+def rows_by_ours(found: dict[str, str]) -> list[tuple[str, str]]:
+    ours: dict[str, list[str]] = {}
+    for theirs, name in found.items():
+        ours.setdefault(name, []).append(f"`--{theirs.replace('-', '_')}`")
+    return [(", ".join(theirs), f"`--{name}`") for name, theirs in sorted(ours.items())]
+
+
+def values() -> str:
+    """Other tools' values that slagen understands."""
+    ours: dict[tuple[str, str], list[str]] = {}
+    spelling = {"attention-backend": "attention", "sampler": "sampler", "dtype": "dtype"}
+    for option, name in spelling.items():
+        for theirs, value in peers.VALUES[option].items():
+            ours.setdefault((name, value), []).append(f"`{theirs}`")
+    rows = [(", ".join(theirs), f"`--{name} {value}`") for (name, value), theirs in ours.items()]
+    return table(("their value", "slagen's"), rows)
+
+
+def refused() -> str:
+    """Other tools' options that slagen does not have, with the reason."""
+    return table(("their options", "what slagen says"), rows_by_reason(peers.REFUSED))
+
+
+def trainer_refused() -> str:
+    """The same of trainers."""
+    return table(("their options", "what slagen finetune says"), rows_by_reason(peers.TRAINER_REFUSED))
+
+
+def rows_by_reason(found: dict[str, str]) -> list[tuple[str, str]]:
+    reasons: dict[str, list[str]] = {}
+    for theirs, reason in found.items():
+        reasons.setdefault(reason, []).append(f"`--{theirs.replace('-', '_')}`")
+    return [(", ".join(theirs), plain(reason)) for reason, theirs in reasons.items()]
+
+
+def options_of(name: str) -> str:
+    """The options of an attention method with their defaults, and its backends."""
+    method = next(each for each in slagen.methods() if each["name"] == name)
+    needs = "yes" if method["needs_training"] else "no"
+    lines = [f"Training needed: {needs}. Backends: {', '.join(f'`{b}`' for b in method['backends'])}.", ""]
+    for option, value in method["options"].items():
+        flag = f"--{option.replace('_', '-')}"
+        help = method["flags"].get(flag) or SHARED.get(option, "")
+        lines.append(f"- `{flag}`, default {shown(value)}{f': {plain(help)}' if help else ''}")
+    return "\n".join(lines) + "\n"
+
+
+SHARED = {
+    "sparsity": "Fraction of key blocks that are not attended exactly.",
+    "block_m": "Query rows per block.",
+    "block_n": "Key columns per block.",
+    "negligible": "Fraction of key blocks that neither the exact nor the linear branch attends to.",
+    "linear_domain": "Key blocks that the linear branch attends to: all, or marginal (neither exact nor negligible).",
+    "feature_map": "Feature map of the linear branch: softmax, elu or relu.",
+}
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "as trained" if value is None else f"`{'x'.join(map(str, value)) if isinstance(value, tuple) else value}`"
+
+
+def tuning_curves() -> str:
+    """The error to dense attention while tiny-wan is fine-tuned, and which prompts are right at the end."""
+    runs = json.loads((RESULTS / "tiny-wan-sla-table.json").read_text(encoding="utf-8"))["runs"]
+    long = {key.split("/")[0]: run for key, run in runs.items() if key.endswith("/0.95/0/1000")}
+    steps = list(next(iter(long.values()))["errors"])
+    rows = []
+    for name, run in sorted(long.items(), reverse=True):
+        errors = [f"{run['errors'][step]:.3f}" for step in steps]
+        rows.append((name, *errors, f"{100 * run['adherence']['all']:.0f} %"))
+    return table(("trained", *[f"step {step}" for step in steps], "prompts right"), rows)
+
+
+def short_curves() -> str:
+    """The same over 250 steps, for every branch, at 95 %: the mean of three seeds."""
+    runs = json.loads((RESULTS / "tiny-wan-sla-table.json").read_text(encoding="utf-8"))["runs"]
+    rows, steps = [], ["0", "50", "100", "150", "200", "250"]
+    for name in dict.fromkeys(key.split("/")[0] for key in runs):
+        found = [runs[key] for seed in range(3) if (key := f"{name}/128x128x17/0.95/{seed}/250") in runs]
+        if len(found) == 3:
+            errors = [f"{statistics.mean(run['errors'][step] for run in found):.3f}" for step in steps]
+            right = 100 * statistics.mean(run["adherence"]["all"] for run in found)
+            rows.append((name, *errors, f"{right:.0f} %"))
+    return table(("trained", *[f"step {step}" for step in steps], "prompts right"), rows)
+
+
+def quality() -> str:
+    """How many held-out prompts the bundled model gets right."""
+    found = read("tiny-wan-quality-cpu-2026-11-22.json")
+    head = ("row", "colour", "shape", "motion", "background", "all four", "error to dense")
+    rows = [
+        (
+            row["row"],
+            *[f"{100 * row[key]:.0f} %" for key in ("colour", "shape", "motion", "background", "all")],
+            f"{row['error_to_dense']:.3f}",
+        )
+        for row in found["rows"]
+    ]
+    return about(found) + table(head, rows)
+
+
+def attention_cpu() -> str:
+    """Times of one layer of Wan2.1-1.3B on CPUs."""
+    parts = []
+    for path in sorted(RESULTS.glob("attention-cpu-*.json")):
+        found = read(path.name)
+        rows = []
+        for row in found["rows"]:
+            own, dense = statistics.median(row["slagen_s"]), statistics.median(row["dense_s"])
+            rows.append((f"{row['length']:,}", f"{own:.2f} s", f"{dense:.1f} s", f"{row['speedup']:.1f}x",
+                         f"{row['extra_memory_gib']:.2f} GiB"))  # fmt: skip
+        parts.append(about(found, path.name) + table(("tokens", "SLA", "dense", "ratio", "extra memory"), rows))
+    return "\n".join(parts)
+
+
+def whole_commands() -> str:
+    """Wall time of whole commands with the bundled model."""
+    start, whole = read("startup-cpu-2026-11-25.json"), read("commands-cpu-2026-11-22.json")
+    rows = [(row["what"], str(row["runs"]), f"{row['after_s']:.2f} s") for row in start["rows"]]
+    text = about(start, "startup-cpu-2026-11-25.json") + table(("what", "runs", "median"), rows)
+    rows = []
+    for part in (whole["generate"], whole["finetune"]):
+        seconds = part.get("median_s", part["wall_s"])
+        rows.append((f"`slagen {part['command'].split()[1]}`, as the file says", f"{seconds:.1f} s"))
+    return text + "\n" + about(whole, "commands-cpu-2026-11-22.json") + table(("command", "time"), rows)
+
+
+def verified_on() -> str:
+    """The machines whose self-test somebody sent."""
+    rows = []
+    for path in sorted((RESULTS / "selftest").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        machine, checks = found["machine"], found["checks"]
+        good = sum(check["status"] == "ok" for check in checks)
+        packages = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "triton", "diffusers"))
+        rows.append((machine["cpu"], machine["name"] if machine["type"] == "cuda" else "none", packages,
+                     "bundled", f"{good} of {len(checks)} ok", found["date"][:10], f"`{path.name}`"))  # fmt: skip
+    head = ("machine", "card", "packages", "weights", "`slagen doctor --selftest`", "date", "file")
+    return table(head, rows) if rows else "No machine yet.\n"
+
+
+def read(name: str) -> dict[str, Any]:
+    return {"file": name, **json.loads((RESULTS / name).read_text(encoding="utf-8"))}
+
+
+def about(found: dict[str, Any], name: str = "") -> str:
+    """One line: the file of a measurement, its machine and date."""
+    machine = found.get("machine") or found.get("device")
+    date = found.get("date") or machine["date"]
+    cores = machine.get("threads") or machine.get("cores")
+    return f"`{name or found['file']}`: {machine['cpu']}, {cores} cores, {date[:10]}.\n\n"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "command line": command_line, "names": names, "trainer names": trainer_names, "values": values,
+    "refused": refused, "trainer refused": trainer_refused, "tuning curves": tuning_curves,
+    "short curves": short_curves, "quality": quality, "attention cpu": attention_cpu,
+    "whole commands": whole_commands, "verified on": verified_on,
+}  # fmt: skip
+
+
+def made(name: str) -> str:
+    """The text of a part. Raises KeyError for one that there is not."""
+    if name.startswith("options "):
+        return options_of(name.removeprefix("options "))
+    return MADE[name]()
+
+
+def renewed(text: str) -> str:
+    """A page with every part as it is now."""
+    return PART.sub(lambda part: f"{part[1]}\n{made(part[2]).rstrip()}\n\n{part[4]}", text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
+    check, old = parser.parse_args().check, []
+    for path in sorted(DOCS.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if (new := renewed(text)) != text:
+            old.append(path)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    print("\n".join(f"{path.relative_to(ROOT)} {'is out of date' if check else 'is renewed'}" for path in old))
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
