@@ -17,6 +17,7 @@ from slagen.attention.delta.method import with_delta
 from slagen.attention.policy import AttentionPolicy, DensePart
 from slagen.attention.protocol import Grid
 from slagen.attention.schedule import Schedule
+from slagen.attention.schedule_file import LayerSchedule
 from slagen.attention.sla.config import SLAConfig
 from slagen.batch.forecast import denoising_flops
 from slagen.cli.main import run as slagen_command
@@ -24,7 +25,7 @@ from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
-from slagen.generation.prompts import read_prompts
+from slagen.generation.prompts import apply, read_prompts
 from slagen.generation.replay import replay
 from slagen.generation.resolve import make_plan
 from slagen.wan.processor import install_method, processors
@@ -51,7 +52,23 @@ def test_what_a_text_says_of_each_step(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0-9", "0.8", ":0.8", "0-9:", "0-9:x", "a:0.5", "0-9:0.8,", "0:0.5:0.5", "1--:0.5", "101%:0.5", 0.5]
+    "text",
+    [
+        "",
+        "0-9",
+        "0.8",
+        ":0.8",
+        "0-9:",
+        "0-9:x",
+        "a:0.5",
+        "0-9:0.8,",
+        "0:0.5:0.5",
+        "1--:0.5",
+        "101%:0.5",
+        "0:0.5/",
+        "0:/0.5",
+        0.5,
+    ],
 )
 def test_a_malformed_pair_is_refused(text):
     with pytest.raises(UsageError, match=r"must be pairs STEPS:SPARSITY, separated by commas. Try --sparsity-schedule"):
@@ -181,6 +198,111 @@ def test_weights_of_one_sparsity_say_in_how_many_steps_it_is_another():
     ]
 
 
+def test_a_sparsity_for_each_layer():
+    """Each layer of a step runs at its own, and costs, densities and notes are means over the layers."""
+    text = "0-1:0.5/0.95,2:0.9"
+    assert scheduled(text, 4) == ((0.5, 0.95), (0.5, 0.95), 0.9, None)
+    told = schedule(text, "mean", sparsity=0.8)
+    sparsities = [[each.sparsity for each in own] if isinstance(own, tuple) else own.sparsity for own in told.configs]
+    assert sparsities == [[0.5, 0.95], [0.5, 0.95], 0.9, 0.8]
+    cost = {each: told.method.cost(schedule(None, "mean", sparsity=each).configs[0], SHAPE, GRID)
+            for each in (0.5, 0.95, 0.9, 0.8)}  # fmt: skip
+    mixed = round((cost[0.5] + cost[0.95]) / 2)
+    assert told.flops(SHAPE) == [mixed, mixed, cost[0.9], cost[0.8]]
+    assert told.densities() == pytest.approx([0.275, 0.275, 0.1, 0.2])
+    assert told.notes({})[0] == "steps 0-1: sparsities from 0.5 to 0.95 by layer -> 27.5% of all query-key pairs"
+    part = schedule(text, "mean", sparsity=0.8, dense_layers="0", dense_steps="3")  # the first layer's does not count
+    full = dense_attention_flops(SHAPE, 320)
+    assert part.flops(SHAPE)[0] == round((cost[0.95] + full) / 2) and part.flops(SHAPE)[3] == full
+    assert part.densities() == pytest.approx([0.525, 0.525, 0.55, 1])
+    assert part.mean_flops(SHAPE) == pytest.approx((2 * cost[0.95] + cost[0.9]) / 3, abs=1)
+    trained = SLAConfig(0.95, block_m=16, block_n=16)
+    assert schedule("0-:0.95/0.5", sparsity=0.8).differences(trained) == [
+        "the weights were trained at sparsity 0.95, but 4 of 4 steps run with sparsity 0.5"
+    ]
+    assert schedule("0-:0.95/0.5", dense_layers="1").differences(trained) == []
+
+
+def test_each_layer_runs_at_its_own():
+    """As if the other layer's were that of the clip, where that one is dense; equal ones are a plain sparsity."""
+    method, grid = registry.get("sparse"), Grid(3, 16, 16)
+    low, middle, high = configs_of("sparse", grid)
+    pipe = build_pipeline()
+    install_method(pipe.transformer, method, middle)
+
+    def video(dense_layers, *configs):
+        return denoise(pipe, 2, DensePart((), dense_layers, 2, 2), 256, configs)
+
+    assert torch.equal(video((1,), (low, high), (low, high)), video((1,), low, low))
+    assert torch.equal(video((0,), (low, high), (low, high)), video((0,), high, high))
+    assert torch.equal(video((), (low, low), low), video((), low, low))
+    mixed = video((), (low, high), (low, high))
+    assert not torch.equal(mixed, video((), low, low)) and not torch.equal(mixed, video((), (high, low), (high, low)))
+    assert all(processor.config == middle for processor in processors(pipe.transformer))
+
+
+def written(path, **changes):
+    """A file of a schedule for two layers."""
+    content = LayerSchedule("sparse", 2, (("0-1", (0.0, 0.3)), ("2-", (0.7, 0.3)))).to_dict()
+    path.write_text(json.dumps({**content, "tuned": {"anything": 1}, **changes}))
+    return str(path)
+
+
+def test_a_file_is_what_it_holds(tmp_path):
+    """The config, and so the key of a batch and the record of a video, hold its content, wherever it lies."""
+    model = save_pipeline(tmp_path / "model")
+    text = "0-1:0/0.3,2-:0.7/0.3"
+    configs = [
+        settings(model, tmp_path, attention="sparse", sparsity_schedule=each)
+        for each in (written(tmp_path / "a.json"), written(tmp_path / "b.JSON"), text)
+    ]
+    assert configs[0] == configs[1] == configs[2] and configs[0].sparsity_schedule == text
+    made = generate(configs[0]).videos[0].report
+    assert made["settings"]["sparsity_schedule"] == text
+    assert made["attention"]["step_densities"] == pytest.approx([5 / 6, 5 / 6, 1 / 2])
+    (tmp_path / "a.json").unlink(missing_ok=True)
+    assert replay(str(tmp_path / "a.mp4")).same
+    lines = tmp_path / "p.txt"
+    lines.write_text(f"a --sparsity-schedule {tmp_path / 'b.JSON'}\n")
+    base = settings(model, tmp_path, attention="sparse")
+    assert apply(base, read_prompts(str(lines))[0]).sparsity_schedule == text
+    with pytest.raises(UsageError, match="b.JSON was tuned for sparse attention, but this is mean attention"):
+        apply(dataclasses.replace(base, attention="mean"), read_prompts(str(lines))[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"schema_version": 2}, "schema version 2, but this version of slagen reads only 1. Make it again with slagen"),
+        ({"kind": "report"}, '"kind" is \'report\', but must be one of sparsity schedule'),
+        ({"num_layers": 3}, "is for 3 layers, but has 2 sparsities in a part"),
+        ({"schedule": []}, "is not a sparsity schedule: sparsity_schedule is ''"),
+        ({"schedule": [{"steps": "0-", "sparsities": [0.5, 1.0]}]}, "must be a number of at least 0 and below 1"),
+        ({"schedule": [{"steps": "-", "sparsities": [0.5, 0.5]}]}, "is not a sparsity schedule: sparsity_schedule is"),
+        ({"schedule": [{"steps": "0-"}]}, 'has no "sparsities"'),
+        ({"method": "mean"}, "was tuned for mean attention, but this is sla attention. Give --attention mean, or make"),
+        ({"method": "sla", "num_layers": 1, "schedule": [{"steps": "9-", "sparsities": [0.5]}]}, "there are 3 steps"),
+        ({"method": "sla"}, "has sparsities for 2 layers, but this model has 6. Give one sparsity, or make a schedule"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_a_file_that_does_not_fit_is_one_line(changes, said, tmp_path, capsys):
+    path = written(tmp_path / "a.json", **changes)
+    assert slagen_command(["generate", "a", "--model", "tiny-wan", "--steps", "3", "--sparsity-schedule", path]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0", '{"schema_version": 1}'])
+def test_a_broken_file_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "a.json").write_text(content)
+    for path in (tmp_path / "a.json", tmp_path / "none.json", tmp_path):
+        named = path if path.suffix else path / "folder.json"
+        (tmp_path / "folder.json").mkdir(exist_ok=True)
+        assert slagen_command(["plan", "a", "--model", "tiny-wan", "--sparsity-schedule", str(named)]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert named.name in told and "Give a file that slagen tune wrote, or pairs STEPS:SPARSITY." in told
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sla", "mean"])
 def test_a_graph_for_each_density(name):
@@ -189,11 +311,11 @@ def test_a_graph_for_each_density(name):
     config = method.configure(method.config(), {"block_m": 16, "block_n": 16, "sparsity": 0.5}, grid)
     install_method(pipe.transformer, method, config)
     graphs = compile_blocks(pipe.transformer, fullgraph=False)
-    for text in (None, "0:0.8,2:0.8", "0:0.8,1:0.81,2:0.82,3:0.5", "0-:0.8"):
+    for text in (None, "0:0.8,2:0.8", "0:0.8,1:0.81,2:0.82,3:0.5", "0-:0.8", "0-2:0.8/0.5/0.81,3:0.5/0.8/0.5"):
         told = Schedule.of(method, config, grid, AttentionPolicy(sparsity_schedule=text), 4, 3)
         denoise(pipe, 4, size=128, configs=told.by_step)
         counts.append(len(graphs))
-    assert 0 < counts[0] < counts[1] == counts[2] == counts[3] <= 2 * counts[0]
+    assert 0 < counts[0] < counts[1] == counts[2] == counts[3] == counts[4] <= 2 * counts[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the card there, which bench checks")

@@ -1,4 +1,4 @@
-"""The texts that choose denoising steps or layers, such as 0-9,-1 and 0-9:0.8,10-:0.95. No torch here."""
+"""The texts that choose denoising steps or layers, such as 0-9,-1 and 0-9:0.8,10-:0.95/0.9. No torch here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _PERCENTAGE = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%")
 _NUMBER = re.compile(r"-?(?:\d{1,6}(?:\.\d{0,16})?|\.\d{1,16})")
 
 Chosen = list[tuple[int, int]] | float  # ranges, their ends included and -1 the last, or a fraction of all
+Sparsity = float | tuple[float, ...]  # of all layers, or of each
 
 
 def parse(name: str, text: object) -> Chosen:
@@ -67,31 +68,34 @@ def _numbers(name: str, text: str, parsed: Chosen, count: int, example: str) -> 
     return tuple(sorted(found))
 
 
-def parse_schedule(text: object) -> list[tuple[Chosen, float]]:
-    """The pairs of a --sparsity-schedule: which steps, and their sparsity. Raises UsageError."""
-    pairs = list[tuple[Chosen, float]]()
+def parse_schedule(text: object) -> list[tuple[Chosen, Sparsity]]:
+    """The pairs of a --sparsity-schedule: which steps, and their sparsity, or that of each layer. Raises UsageError."""
+    pairs = list[tuple[Chosen, Sparsity]]()
     for piece in text.split(",") if isinstance(text, str) else [""]:
-        steps, _, number = (part.strip() for part in piece.partition(":"))
+        steps, _, sparsities = (part.strip() for part in piece.partition(":"))
         ends, fraction = _range(steps), _fraction(steps)
-        if (ends is None and fraction is None) or _NUMBER.fullmatch(number) is None:
+        numbers = [number.strip() for number in sparsities.split("/")]
+        if (ends is None and fraction is None) or not all(map(_NUMBER.fullmatch, numbers)):
             raise UsageError(
                 f"sparsity_schedule is {shown(text)}, but must be pairs STEPS:SPARSITY, separated by commas. {EXAMPLE}"
             )
-        if not 0 <= float(number) < 1:
-            raise UsageError(
-                f"sparsity_schedule is {shown(text)}, but a sparsity must be at least 0 and below 1, not {number}. "
-                f"{EXAMPLE}"
-            )
-        pairs.append((fraction if ends is None else [ends], float(number)))  # type: ignore[arg-type]
+        for number in numbers:
+            if not 0 <= float(number) < 1:
+                raise UsageError(
+                    f"sparsity_schedule is {shown(text)}, but a sparsity must be at least 0 and below 1, not {number}. "
+                    f"{EXAMPLE}"
+                )
+        found = tuple(map(float, numbers))
+        pairs.append((fraction if ends is None else [ends], found if len(found) > 1 else found[0]))  # type: ignore[arg-type]
     return pairs
 
 
-def scheduled(text: str | None, num_steps: int) -> tuple[float | None, ...]:
+def scheduled(text: str | None, num_steps: int) -> tuple[Sparsity | None, ...]:
     """The sparsity of each denoising step by a --sparsity-schedule; None where no pair says it.
 
     Raises: UsageError for a step that there is not, or that two pairs name.
     """
-    found: list[float | None] = [None] * num_steps
+    found: list[Sparsity | None] = [None] * num_steps
     for steps, sparsity in [] if text is None else parse_schedule(text):
         for step in _numbers("sparsity_schedule", text or "", steps, num_steps, "--sparsity-schedule 0-:0.9"):
             if found[step] is not None:

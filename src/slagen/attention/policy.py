@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from slagen.attention.choices import chosen, parse, parse_schedule, scheduled
+from slagen.attention.choices import Sparsity, chosen, parse, parse_schedule, scheduled
 from slagen.attention.cost import ModelShape
 from slagen.attention.delta.method import check_delta
 from slagen.attention.protocol import Grid, Method
@@ -25,7 +25,8 @@ class AttentionPolicy:
         dense_layers: transformer blocks, in the same form.
         min_tokens: clips of fewer tokens use dense attention in all layers.
         delta: query rows of which one is attended exactly and corrects the others; see `delta/method.py`.
-        sparsity_schedule: the sparsity of some steps, such as "0-9:0.8,10-:0.95"; of methods that have one.
+        sparsity_schedule: the sparsity of some steps, such as "0-9:0.8,10-:0.95", or of each layer in them, such as
+            "0-:0.8/0.95" of a model with two; of methods that have one.
     Raises: UsageError for what is none of these.
     """
 
@@ -54,8 +55,11 @@ class AttentionPolicy:
         part = DensePart(steps, chosen("dense_layers", self.dense_layers, num_layers), num_steps, num_layers)
         return part.everywhere() if self.min_tokens is not None and num_tokens < self.min_tokens else part
 
-    def sparsities(self, num_steps: int) -> tuple[float | None, ...]:
-        """The sparsity of each step; None where the schedule does not say it. Raises UsageError for an unknown step."""
+    def sparsities(self, num_steps: int) -> tuple[Sparsity | None, ...]:
+        """The sparsity of each step, or of each layer in it; None where the schedule does not say it.
+
+        Raises: UsageError for an unknown step.
+        """
         return scheduled(self.sparsity_schedule, num_steps)
 
     def check_steps(self, num_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Schedule: what an attention method does in each denoising step of a clip, and what that costs. No torch here."""
+"""Schedule: what an attention method does in each step and layer of a clip, and what that costs. No torch here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from slagen.attention import learned
-from slagen.attention.choices import named_steps
+from slagen.attention.choices import Sparsity, named_steps
 from slagen.attention.cost import ModelShape, dense_attention_flops
 from slagen.attention.delta.method import exact_share
 from slagen.attention.policy import AttentionPolicy, DensePart
 from slagen.attention.protocol import Grid, Method
+from slagen.errors import UsageError
 from slagen.io.text import counted
 
 MAX_NOTES = 4  # lines on what the steps run with
@@ -26,10 +27,11 @@ class Schedule:
 
     Args:
         method: that runs, with its correction. grid: of the clip's tokens.
-        configs: one for each step; the same one wherever as many blocks are kept, so that compiled code, which is
-            specialised for the numbers in it, is compiled once for each density.
+        configs: one for each step, or a tuple with one for each layer; the same one wherever as many blocks are kept,
+            so that compiled code, which is specialised for the numbers in it, is compiled once for each density.
         policy: what uses dense attention in any case, whatever the config of the step. num_layers: of the model.
-        sparsities: as asked for in each step, where a --sparsity-schedule sets them; otherwise None.
+        sparsities: as asked for in each step, or in each of its layers, where a --sparsity-schedule sets them;
+            otherwise None.
     """
 
     method: Method
@@ -37,21 +39,31 @@ class Schedule:
     configs: tuple[Any, ...]
     policy: AttentionPolicy
     num_layers: int
-    sparsities: tuple[float, ...] | None = None
+    sparsities: tuple[Sparsity, ...] | None = None
 
     @classmethod
     def of(
         cls, method: Method, config: Any, grid: Grid, policy: AttentionPolicy, num_steps: int, num_layers: int
     ) -> Schedule:
-        """Args: config: of the steps that no pair names. Raises: UsageError for a pair's step that there is not."""
+        """Args: config: of the steps that no pair names. Raises: UsageError for a pair's step that there is not, and
+        for sparsities of another number of layers."""
         if policy.sparsity_schedule is None:
             return cls(method, grid, (config,) * num_steps, policy, num_layers)
         asked = [config.sparsity if each is None else each for each in policy.sparsities(num_steps)]
-        alike, configs = {method.density(config, grid): config}, []
-        for sparsity in asked:
+        alike = {method.density(config, grid): config}
+
+        def of_one(sparsity: float) -> Any:
             own = method.configure(config, {"sparsity": sparsity}, grid)
             density = method.density(own, grid)
-            configs.append(alike.setdefault(density, own) if 0 < density < 1 else own)  # otherwise it says too little
+            return alike.setdefault(density, own) if 0 < density < 1 else own  # otherwise it says too little
+
+        for each in asked:
+            if isinstance(each, tuple) and len(each) != num_layers:
+                raise UsageError(
+                    f"sparsity_schedule has sparsities for {counted(len(each), 'layer')}, but this model has "
+                    f"{num_layers}. Give one sparsity, or make a schedule for this model with slagen tune."
+                )
+        configs = [tuple(map(of_one, each)) if isinstance(each, tuple) else of_one(each) for each in asked]
         return cls(method, grid, tuple(configs), policy, num_layers, tuple(asked))
 
     @functools.cached_property
@@ -73,18 +85,32 @@ class Schedule:
 
     @property
     def _distinct(self) -> list[Any]:
-        return list(self.configs[:1] if self.sparsities is None else dict.fromkeys(self.configs))
+        every = [config for own in self.configs for config in (own if isinstance(own, tuple) else [own])]
+        return list(self.configs[:1] if self.sparsities is None else dict.fromkeys(every))
+
+    def _in_layers(self, step: int, of: Sequence[Any]) -> list[Any]:
+        """Of configs or sparsities by step, those of a step's layers that are not dense, or the one of all layers."""
+        own = of[step]
+        if not isinstance(own, tuple):
+            return [own]
+        return [each for layer, each in enumerate(own) if layer not in self.dense.layers] or list(own)
 
     def _sparse_steps(self) -> list[int]:
         """The steps that are not dense."""
         return [step for step in range(len(self.configs)) if step not in self.dense.steps]
 
     def mean(self, value: Callable[[Any], float]) -> float:
-        """The mean of a value of the config over the steps that are not dense; over all steps, where all are."""
+        """The mean of a value of the config over the steps and layers that are not dense; over all steps, where all
+        are."""
         if len(self._distinct) == 1:
-            return value(self.configs[0])
-        own = [self.configs[step] for step in self._sparse_steps()] or self.configs
-        return sum(map(value, own)) / len(own)
+            return value(self._distinct[0])
+        own = [self._mean_of(step, value) for step in self._sparse_steps() or range(len(self.configs))]
+        return sum(own) / len(own)
+
+    def _mean_of(self, step: int, value: Callable[[Any], float]) -> float:
+        """The mean of a value of the config over the layers of a step that are not dense."""
+        own = self._in_layers(step, self.configs)
+        return value(own[0]) if len(set(own)) == 1 else sum(map(value, own)) / len(own)
 
     def _flops_with(self, config: Any, shape: ModelShape) -> int:
         """FLOPs of a pass with a config, as if no layer were dense."""
@@ -100,7 +126,7 @@ class Schedule:
     def flops(self, shape: ModelShape) -> list[int]:
         """FLOPs of self-attention in a forward pass of each step."""
         full = dense_attention_flops(shape, self.grid.num_tokens)
-        own = [self._flops_with(config, shape) for config in self.configs]
+        own = [self._mean_of(step, lambda config: self._flops_with(config, shape)) for step in range(len(self.configs))]
         return [round(flops + self.dense.share_of(step) * (full - flops)) for step, flops in enumerate(own)]
 
     def densities(self, counts: Sequence[Sequence[float | None]] = ()) -> list[float]:
@@ -109,9 +135,10 @@ class Schedule:
         Args: counts: what the layers counted in each step, in passes in which they were not dense, where they do.
         """
         exact, found = exact_share(self.grid.num_tokens, self.method.delta), []
-        for step, config in enumerate(self.configs):
+        for step in range(len(self.configs)):
             known = [x for x in counts[step] if x is not None] if step < len(counts) else []
-            own = exact + (1 - exact) * sum(known) / len(known) if known else self.method.density(config, self.grid)
+            planned = self._mean_of(step, lambda config: self.method.density(config, self.grid))
+            own = exact + (1 - exact) * sum(known) / len(known) if known else planned
             found.append(own + self.dense.share_of(step) * (1 - own))
         return found
 
@@ -135,27 +162,42 @@ class Schedule:
         if self.sparsities is None:
             note = self.method.note(self.configs[0], options, self.grid)
             return [] if note is None else [note]
-        groups = dict[float, list[int]]()
+        groups = dict[Sparsity, list[int]]()
         for step in self._sparse_steps():
             groups.setdefault(self.sparsities[step], []).append(step)
         lines = []
         for sparsity, steps in list(groups.items())[: MAX_NOTES if len(groups) == MAX_NOTES else MAX_NOTES - 1]:
-            config = self.method.configure(self.configs[steps[0]], {"sparsity": sparsity}, self.grid)
-            note = self.method.note(config, {}, self.grid) or f"sparsity {sparsity:g}"
-            lines.append(f"{named_steps(steps)}: {note}")
+            lines.append(f"{named_steps(steps)}: {self._note_of(sparsity, steps[0])}")
         if rest := list(groups)[len(lines) :]:
-            lines.append(f"{counted(sum(len(groups[each]) for each in rest), 'more step')}: {_span(rest)}")
+            steps = [step for each in rest for step in groups[each]]
+            lines.append(f"{counted(len(steps), 'more step')}: {_span(self._asked_in(steps))}")
         return lines
+
+    def _note_of(self, sparsity: Sparsity, step: int) -> str:
+        """What a step runs with."""
+        if isinstance(sparsity, tuple):
+            density = self._mean_of(step, lambda config: self.method.density(config, self.grid))
+            return f"{_span(self._asked_in([step]))} by layer -> {density:.1%} of all query-key pairs"
+        config = self.method.configure(self._in_layers(step, self.configs)[0], {"sparsity": sparsity}, self.grid)
+        return self.method.note(config, {}, self.grid) or f"sparsity {sparsity:g}"
+
+    def _asked_in(self, steps: Sequence[int]) -> list[float]:
+        """The sparsities asked for in some steps, in the layers that are not dense."""
+        return [each for step in steps for each in self._in_layers(step, self.sparsities or ())]
 
     def differences(self, trained: Any) -> list[str]:
         """What to say of weights that were trained with other settings; of the sparsity, in how many steps."""
         if self.sparsities is None:
             return learned.differences(self.configs[0], trained)
-        same = dataclasses.replace(self.configs[0], sparsity=trained.sparsity)
-        used = [self.sparsities[step] for step in self._sparse_steps()]
-        others = [each for each in used if not math.isclose(each, trained.sparsity, abs_tol=1e-9)]
+        same = dataclasses.replace(self._distinct[0], sparsity=trained.sparsity)
+
+        def others_in(steps: Sequence[int]) -> list[float]:
+            return [each for each in self._asked_in(steps) if not math.isclose(each, trained.sparsity, abs_tol=1e-9)]
+
+        changed = [step for step in self._sparse_steps() if others_in([step])]
+        others = others_in(changed)
         told = (
-            f"the weights were trained at sparsity {trained.sparsity:g}, but {len(others)} of "
+            f"the weights were trained at sparsity {trained.sparsity:g}, but {len(changed)} of "
             f"{counted(len(self.configs), 'step')} run with {_span(others)}"
         ) if others else ""  # fmt: skip
         return [told] * bool(others) + learned.differences(same, trained)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from slagen.attention import registry
 from slagen.attention.delta.method import DELTA
 from slagen.attention.policy import AttentionPolicy
+from slagen.attention.schedule_file import as_text
 from slagen.attention.sla.config import BLOCK_SIZES, check_choice, check_fraction
 from slagen.errors import UsageError
 from slagen.formats.published import Sampler
@@ -60,7 +61,8 @@ class GenerateConfig:
         sparsity: fraction of key blocks not attended exactly; None is what the weights were trained with.
         sla_topk: fraction of them that is, counted as the published code does: int(sla_topk * N) of N. At most one of
             the two; see `SLAConfig.with_topk`.
-        sparsity_schedule: the sparsity of some denoising steps; see AttentionPolicy.
+        sparsity_schedule: the sparsity of some denoising steps, or of each layer in them; see AttentionPolicy. Of a
+            file that `slagen tune` wrote, the config holds the content, in that form.
         block_m, block_n: query rows and key columns of a block; None is what the weights were trained with.
         negative_prompt: what to steer away from.
         width, height: in pixels. num_frames: video frames, 4k + 1. fps: frames a second.
@@ -144,7 +146,7 @@ class GenerateConfig:
     sparsity_schedule: str | None = option(
         None,
         "Sparsity of single denoising steps, with steps as in --dense-steps: 0-9:0.8,10-:0.95. All other steps have "
-        "--sparsity.",
+        "--sparsity. 0-:0.8/0.9/0.95 is for each layer, or give a file of slagen tune that ends in .json.",
         panel=ATTENTION, metavar="STEPS:SPARSITY,...", prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(
@@ -201,6 +203,7 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
         self._check_texts()
         _check_kept_blocks(self)
         self._check_whole_numbers()

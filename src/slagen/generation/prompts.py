@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, get_args, get_origin
 
 from slagen.attention import registry
+from slagen.attention.schedule_file import method_of, names_file
 from slagen.errors import UsageError
 from slagen.generation import peers
 from slagen.generation.config import GenerateConfig
@@ -355,10 +356,11 @@ def _request(entry: dict[str, Any], where: str) -> Request:
     if own:
         fields["attention_options"] = own
     try:
-        config = GenerateConfig(prompt=prompt, **fields, **_method_with(own))
+        method = _method_with(own) | method_of(fields.get("sparsity_schedule"))
+        config = GenerateConfig(prompt=prompt, **fields, **method)
     except UsageError as error:
         raise _Fault(str(error)) from None
-    fields = {key: getattr(config, key) for key in fields}
+    fields = {key: value if names_file(value) else getattr(config, key) for key, value in fields.items()}
     return Request(prompt, fields, name, where)
 
 

@@ -342,7 +342,7 @@ def denoising(
 
     Args:
         dense: the steps and layers that use dense attention.
-        configs: of the method, one for each step; None leaves the one that is installed.
+        configs: of the method, one for each step, or a tuple with one for each layer; None leaves what is installed.
     """
     record = installation(transformer)
     if record is None:
@@ -352,10 +352,14 @@ def denoising(
 
     def choose() -> None:
         """A processor's own bool, so that blocks are compiled twice at most; and once for each config."""
+        step = context.step or 0
+        own = (
+            configs[step] if configs is not None and step < len(configs) else None
+        )  # after the last step there is none
         for index, processor in enumerate(processors(transformer)):
             processor.runs_dense = dense is not None and (context.step in dense.steps or index in dense.layers)
-            if configs is not None and (context.step or 0) < len(configs):  # after the last step there is none
-                processor.config = configs[context.step or 0]
+            if own is not None:
+                processor.config = own[index] if isinstance(own, tuple) else own
 
     def end_step() -> None:
         context.end_step()
