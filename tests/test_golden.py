@@ -49,6 +49,7 @@ from slagen.training import finetune
 from slagen.training import preflight as training_preflight
 from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.training.data import prepare
+from slagen.tuning import run as tuning
 from slagen.wan import convert
 from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.transformer import load_transformer
@@ -60,7 +61,7 @@ HOW = "If that is meant: SLAGEN_GOLDEN=renew python -m pytest -n 0 tests/test_go
 TASKS = (
     (generate, "generate"), (batch, "batch"), (ray_workers, "batch_on_ray"), (plan, "plan"), (plan, "models"),
     (registry, "describe"), (provenance, "describe"), (replay, "replay"), (decode, "decode"), (convert, "convert"),
-    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (maps, "draw"),
+    (merge, "merge"), (comparison, "compare"), (two_reports, "compare_reports"), (maps, "draw"), (tuning, "tune"),
     (pages, "write_page"), (finetune, "finetune"), (prepare, "prepare"), (bench, "bench"), (doctor, "examine"),
     (kernel_costs, "kernel_costs"), (selftest, "claim"),
 )  # fmt: skip

@@ -23,7 +23,7 @@ FLOORS = (
     {"wan"},
     {"generation"},
     {"batch", "training", "benchmark", "comparison", "maps"},
-    {"doctor"},
+    {"doctor", "tuning"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -369,12 +369,13 @@ ARGUMENTS = {
     ("info",): ["none"], ("replay",): ["none"], ("convert",): ["none", "b"], ("doctor",): ["--selftest"],
     ("merge",): ["none", "b.safetensors", "--diff-base", "c", "--diff-target", "d"], ("finetune",): ["--data", "d"],
     ("finetune", "data"): ["d", "-o", "o"], ("decode",): ["none"], ("methods",): [], ("report",): ["none"],
-    ("compare",): ["x"], ("attention",): ["x"],
+    ("compare",): ["x"], ("attention",): ["x"], ("tune",): [],
 }  # fmt: skip
 TASKS = (
     "generation.generate.generate", "generation.decode.decode", "batch.run.batch", "batch.ray_workers.batch_on_ray",
     "training.finetune.finetune", "training.data.prepare.prepare", "benchmark.run.bench", "doctor.selftest.selftest",
     "generation.replay.replay", "generation.pages.write_page", "comparison.run.compare", "maps.run.draw",
+    "tuning.run.tune",
 )  # fmt: skip
 CHECKS = (  # of what lies at the paths of a command line, before its task
     "generation.preflight.check_run", "generation.preflight.check_model", "batch.preflight.read_batch",

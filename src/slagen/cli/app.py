@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from slagen import __version__
-from slagen.cli import batch, bench, compare, convert, doctor, finetune, generate, info, maps
+from slagen.cli import batch, bench, compare, convert, doctor, finetune, generate, info, maps, tune
 from slagen.cli.parsing import CONTEXT, Command, Group
 
 app = typer.Typer(
@@ -53,6 +53,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": convert.merge,
     "compare": compare.compare,
     "attention": maps.attention,
+    "tune": tune.tune,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

@@ -143,14 +143,14 @@ def _entry(name: str, config: GenerateConfig, weights: dict[GenerateConfig, Weig
     """A row, with the weights that it runs with: those that are given where they suit its method."""
     plain = dataclasses.replace(config, attention_options=(), sparsity=None, block_m=None, block_n=None)
     if plain not in weights:
-        weights[plain] = find_weights(_with_suiting_weights(plain), lambda text: on_event(Event("note", text)))
+        weights[plain] = find_weights(with_suiting_weights(plain), lambda text: on_event(Event("note", text)))
     found = weights[plain]
     method = make_plan(config, found).method
     trained = found.sla_path is not None if method.needs.weights else None
     return Entry(config, found, Row(name, None, {}, trained, None))
 
 
-def _with_suiting_weights(config: GenerateConfig) -> GenerateConfig:
+def with_suiting_weights(config: GenerateConfig) -> GenerateConfig:
     """A row's config without weights of another method than its own; a whole transformer is for all rows."""
     if config.weights is None:
         return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,20 +74,39 @@ def measure_deviation(
         dense: the steps and layers that use dense attention in any case. configs: as for `denoising`.
         on_pass: called after each forward pass.
     """
+    layers = _LayerErrors(len(transformer.blocks))
+    with watching(transformer, layers):
+        squares = velocity_squares(transformer, trajectory, dense, configs, on_pass=on_pass)
+    difference, scale = (sum(each) for each in zip(*squares.values(), strict=True))
+    return Deviation((difference / scale) ** 0.5, layers.errors)
+
+
+@torch.inference_mode()
+def velocity_squares(
+    transformer: Any, trajectory: Trajectory, dense: DensePart | None, configs: Sequence[Any] | None = None, *,
+    steps: Collection[int] | None = None, on_pass: Callable[[], None] = lambda: None,
+) -> dict[int, tuple[float, float]]:  # fmt: skip
+    """Run the attention that is installed on the inputs of some steps of a trajectory.
+
+    Args: as for `measure_deviation`. steps: from 0, others are left out; None runs all.
+    Returns: by step, the sum of the squares of the velocity's difference to that of the trajectory, and of the latter.
+    """
     device = next(transformer.parameters()).device
     passes = len(trajectory.inputs) // trajectory.num_steps
-    layers = _LayerErrors(len(transformer.blocks))
-    difference = scale = 0.0
-    with denoising(transformer, trajectory.num_steps, dense, configs) as end_step, watching(transformer, layers):
-        for index, (inputs, expected) in enumerate(zip(trajectory.inputs, trajectory.velocities, strict=True), 1):
-            found = transformer(**{name: x.to(device) for name, x in inputs.items()}, return_dict=False)[0]
-            expected = expected.double()
-            difference += float((found.double().cpu() - expected).square().sum())
-            scale += float(expected.square().sum())
-            if index % passes == 0:
+    found = dict[int, tuple[float, float]]()
+    with denoising(transformer, trajectory.num_steps, dense, configs) as end_step:
+        for index, (inputs, expected) in enumerate(zip(trajectory.inputs, trajectory.velocities, strict=True)):
+            step = index // passes
+            if steps is None or step in steps:
+                velocity = transformer(**{name: x.to(device) for name, x in inputs.items()}, return_dict=False)[0]
+                expected = expected.double()
+                difference, scale = found.get(step, (0.0, 0.0))
+                difference += float((velocity.double().cpu() - expected).square().sum())
+                found[step] = difference, scale + float(expected.square().sum())
+                on_pass()
+            if (index + 1) % passes == 0:
                 end_step()
-            on_pass()
-    return Deviation((difference / scale) ** 0.5, layers.errors)
+    return found
 
 
 class _LayerErrors:
