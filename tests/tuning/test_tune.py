@@ -100,6 +100,7 @@ def test_every_method_with_a_sparsity(name, toy, tmp_path, prompts):
     assert found.schedule.method == name and found.chosen.sparsity == 0.7
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_is_resumed(toy, tmp_path, prompts, monkeypatch):
     """What was measured is not measured again, and the result is that of one call."""
     done, notes = [], []
