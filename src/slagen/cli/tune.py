@@ -9,7 +9,9 @@ from slagen.cli.startup import check_docstrings
 from slagen.generation.config import OUTPUT, GenerateConfig
 from slagen.tuning.config import TuneConfig
 
-LEFT_OUT = ("num_videos", "fps", "save_latents", "report", "timing", "vae", "output", "sparsity_schedule")
+LEFT_OUT = (
+    "num_videos", "fps", "save_latents", "report", "measure_dense", "timing", "vae", "output", "sparsity_schedule",
+)  # fmt: skip
 
 
 @takes(
