@@ -209,9 +209,9 @@ def test_known_prompts_need_no_text_encoder(toy, tmp_path, monkeypatch):
     loaded = []
     real = session.load_pipeline
 
-    def watch(*arguments, text_encoder):
+    def watch(*arguments, text_encoder, **more):
         loaded.append(text_encoder)
-        return real(*arguments, text_encoder=text_encoder)
+        return real(*arguments, text_encoder=text_encoder, **more)
 
     monkeypatch.setattr(session, "load_pipeline", watch)
     second = batch(settings(toy, tmp_path, lines, output="again"))
