@@ -1,4 +1,4 @@
-"""Write those parts of docs/ that come from the code and from the measurements: options, names, numbers.
+"""Write those parts of README and docs/ that come from the code and from the measurements: options, names, numbers.
 
     python scripts/docs_pages.py            rewrite them
     python scripts/docs_pages.py --check    say which are out of date; exit code 1 if any is
@@ -23,6 +23,8 @@ import typer.core
 import slagen
 from slagen.cli.app import app
 from slagen.generation import peers
+from slagen.generation.config import GenerateConfig
+from slagen.generation.estimate import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
@@ -143,6 +145,50 @@ def shown(value: Any) -> str:
     return "as trained" if value is None else f"`{'x'.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
+def methods() -> str:
+    """The attention methods in one table, with what each costs on Wan2.1-1.3B at 480p, as `slagen plan` computes it."""
+    rows = []
+    for each in slagen.methods():
+        if each["kind"] == "method":
+            rows.append((f"`{each['name']}`", *["yes" if each[need] else "no" for need in NEEDS], cost_of(each)))
+    return table(("method", "needs training", "needs weights", "attention FLOPs, of dense"), rows)
+
+
+def cost_of(method: dict[str, Any]) -> str:
+    """A method's FLOPs of attention on Wan2.1-1.3B at 480p, in percent of those of dense attention."""
+    if method["name"] == "dense":
+        return "100 %"
+    config = GenerateConfig(
+        "a", model="wan2.1-t2v-1.3b", width=832, height=480, num_frames=81, attention=method["name"],
+        dense_steps="0%", dense_layers="0%", allow_untrained=method["needs_weights"],
+    )  # fmt: skip
+    flops = plan(config, device="cpu").to_dict()["flops"]
+    return f"{100 * flops['sla_attention'] / flops['dense_attention']:.0f} %"
+
+
+NEEDS = ("needs_training", "needs_weights")
+
+
+def memory() -> str:
+    """What a video of each preset takes, as `slagen plan` computes it."""
+    rows = []
+    for model, size, attention in PLANNED:
+        width, height = map(int, size.split("x"))
+        config = GenerateConfig("a", model=model, width=width, height=height, num_frames=81, attention=attention)
+        found = plan(config, device="cpu").to_dict()
+        gpu = found["memory_gib"]
+        rows.append((f"`{model}`", f"{size}, 81 frames", f"{found['tokens']:,}",
+                     f"{gpu['gpu_peak_all_resident']:.0f} GiB", f"{gpu['gpu_peak_offloaded']:.0f} GiB",
+                     f"{sum(part['gib'] for part in found['downloads']):.0f} GiB"))  # fmt: skip
+    return table(("model", "video", "tokens", "GPU memory", "with offload", "download"), rows)
+
+
+PLANNED = (
+    ("turbowan2.1-t2v-1.3b-480p", "832x480", "sla"), ("wan2.1-t2v-1.3b", "832x480", "sol"),
+    ("wan2.1-t2v-14b", "832x480", "sol"), ("wan2.1-t2v-14b", "1280x720", "sol"),
+)  # fmt: skip
+
+
 def tuning_curves() -> str:
     """The error to dense attention while tiny-wan is fine-tuned, and which prompts are right at the end."""
     runs = json.loads((RESULTS / "tiny-wan-sla-table.json").read_text(encoding="utf-8"))["runs"]
@@ -244,7 +290,7 @@ MADE: dict[str, Callable[[], str]] = {
     "command line": command_line, "names": names, "trainer names": trainer_names, "values": values,
     "refused": refused, "trainer refused": trainer_refused, "tuning curves": tuning_curves,
     "short curves": short_curves, "quality": quality, "attention cpu": attention_cpu,
-    "whole commands": whole_commands, "verified on": verified_on,
+    "whole commands": whole_commands, "verified on": verified_on, "methods": methods, "memory": memory,
 }  # fmt: skip
 
 
@@ -264,7 +310,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a page is out of date")
     check, old = parser.parse_args().check, []
-    for path in sorted(DOCS.glob("*.md")):
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         if (new := renewed(text)) != text:
             old.append(path)
