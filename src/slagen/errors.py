@@ -117,6 +117,12 @@ class GateError(SlagenError):
     exit_code = 6
 
 
+class Interrupted(SlagenError):
+    """The user or the system ended the command; the message says what is kept and how to go on."""
+
+    exit_code = 130
+
+
 STAGE = "while "  # a note of an error that begins so says at what the run was
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
 

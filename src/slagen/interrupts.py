@@ -16,6 +16,21 @@ INTERRUPTED = 130  # the exit code after these and after Ctrl-C
 
 
 @contextmanager
+def telling_what_is_kept(tell: Callable[[], str], *, instead: bool = False) -> Iterator[None]:
+    """Where the block is interrupted, a note of the KeyboardInterrupt says what is kept and how to go on.
+
+    Args:
+        instead: it replaces the note of a block within this one, which otherwise stays.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if instead or not getattr(stop, "__notes__", None):
+            stop.__notes__ = [tell()]
+        raise
+
+
+@contextmanager
 def stopping(
     stop: threading.Event, say: Callable[[], None], at_once: tuple[int, ...] = (), repeated_s: float = 0.0
 ) -> Iterator[None]:

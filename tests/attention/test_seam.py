@@ -274,8 +274,8 @@ def command(anew, monkeypatch):
     cli, seen = anew("cli.main"), []
     monkeypatch.setattr("slagen.generation.generate.generate", lambda config, on_event: seen.append(config))
     monkeypatch.setattr("slagen.benchmark.run.bench", lambda config, on_event: seen.append(config))
-    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
-    monkeypatch.setattr("slagen.cli.output.bench.show_bench", lambda result, as_json: None)
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda *given: None)
+    monkeypatch.setattr("slagen.cli.output.bench.show_bench", lambda *given: None)
     return lambda *arguments: cli.run(list(arguments)) or seen.pop()
 
 

@@ -16,6 +16,7 @@ from wan_models import save_pipeline
 
 import slagen
 from slagen.cli.main import app, run
+from slagen.cli.progress import NOTHING_KEPT
 from slagen.errors import SlagenError, WeightsError
 from slagen.generation.config import GenerateConfig
 
@@ -35,7 +36,7 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(task, "generate", stub)
     monkeypatch.setattr("slagen.generation.preflight.check_run", lambda config: None)
-    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda *given: None)
     return configs
 
 
@@ -218,6 +219,56 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "told"), [
+    (1, "Videos complete: 0 of 3. To generate the rest, run the same command with --seed 5 --num-videos 3."),
+    (2, "Videos complete: 1 of 3. To generate the rest, run the same command with --seed 6 --num-videos 2."),
+])  # fmt: skip
+def test_an_interrupt_says_what_is_kept_and_how_to_go_on(tmp_path, monkeypatch, capsys, number, told):
+    folder, begun = save_pipeline(tmp_path / "pipe"), []
+
+    def interrupt(progress, event):
+        begun.extend([event.text] if event.kind == "stage" and event.text == "decode" else [])
+        if len(begun) == number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("slagen.cli.progress.GenerateProgress.__call__", interrupt)
+    flags = ["--size", "64x64", "--num-frames", "9", "--steps", "1", "--allow-untrained", "--seed", "5"]
+    arguments = ["generate", "x", "--model", str(folder), *flags, "-o", str(tmp_path / "o"), "--num-videos", "3"]
+    assert run(arguments) == 130
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert len(list((tmp_path / "o").glob("*.mp4"))) == number - 1
+
+
+INTERRUPTED = {
+    "replay": (["replay", "v.mp4"], "generation.replay.replay"),
+    "decode": (["decode", "l.safetensors"], "generation.decode.decode"),
+    "compare": (["compare", "x"], "comparison.run.compare"),
+    "attention": (["attention", "x"], "maps.run.draw"),
+    "bench": (["bench"], "benchmark.run.bench"),
+    "finetune": (["finetune", "--data", "d"], "training.finetune.finetune"),
+}
+
+
+@pytest.mark.parametrize("command", INTERRUPTED)
+def test_every_long_command_tells_of_an_interrupt(monkeypatch, capsys, command):
+    """A note of the task says what is kept; without one, nothing is."""
+    arguments, task = INTERRUPTED[command]
+    for check in ("provenance.read_made", "latents.read_about", "preflight.check_model", "preflight.check_steps"):
+        monkeypatch.setattr(f"slagen.generation.{check}", lambda *given, **options: None)
+    monkeypatch.setattr("slagen.training.preflight.check_training", lambda config: None)
+    for kept in ("Step 3 of 9 is saved in o. Run the same command again to resume.", ""):
+
+        def interrupt(*given, kept=kept, **options):
+            stop = KeyboardInterrupt()
+            stop.__notes__ = [kept] * bool(kept)
+            raise stop
+
+        monkeypatch.setattr(f"slagen.{task}", interrupt)
+        assert run(arguments) == 130
+        err = " ".join(capsys.readouterr().err.split())
+        assert f"error: interrupted while starting. {kept or NOTHING_KEPT}" in err and err.count("error:") == 1
+
+
 def test_version(capsys):
     assert run(["--version"]) == 0
     assert capsys.readouterr().out == f"slagen {slagen.__version__}\n"
@@ -232,7 +283,19 @@ def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
     out, err = capsys.readouterr()
     path = Path(out.strip())
     assert re.fullmatch(r"0001-a-red-circle-s3-[0-9a-f]{8}\.mp4", path.name) and path.is_file()
-    assert "uses dense attention" in err and "peak memory" in err
+    assert "uses dense attention" in err and "peak memory" not in err
+    what, times, more = err.splitlines()[-3:]
+    assert re.fullmatch(rf"{re.escape(out.strip())}: 9 frames, \d\.\d s of 64x64, \d\.\d\d MiB, seed 3", what)
+    assert re.fullmatch(r"[\d.]+ s: .*denoise [\d.]+ \(measured: \d+% attention\).*", times)
+    assert more == f"Details: slagen info {path}. To make it again: slagen replay {path}"
+    for file in (path, path.with_suffix(".json")):  # with the times, which are in the report only
+        assert run(["info", str(file)]) == 0
+        told = capsys.readouterr().out
+        assert "attention ms" in told and "peak memory" in told and "settings.seed" in told
+    path.with_suffix(".json").unlink()
+    assert run(["info", str(path)]) == 0 and "peak memory" not in capsys.readouterr().out
+    assert run([*arguments, "--overwrite", "--verbose"]) == 0
+    assert "peak memory" in (told := capsys.readouterr().err) and "attention ms" in told
     assert "the negative prompt 'a a" in err and "has 601 tokens, but the model reads only the first 512" in err
     assert run(arguments) == 2  # the same name again
     assert run([*arguments, "--overwrite", "--json"]) == 0

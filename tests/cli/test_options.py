@@ -47,7 +47,7 @@ def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatc
     assert "How much the video sparkles." in capsys.readouterr().out
     seen = []
     monkeypatch.setattr("slagen.generation.generate.generate", lambda wanted, on_event: seen.append(wanted))
-    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda result, as_json: None)
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda *given: None)
     assert cli.run(["generate", "x", "--sparkle", "3"]) == 0
     assert seen == [Toy("x", sparkle=3)]
     file = tmp_path / "prompts.txt"

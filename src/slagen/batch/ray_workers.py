@@ -24,11 +24,12 @@ from slagen.batch.contact_sheet import write_page_or_warn
 from slagen.batch.manifest import Manifest
 from slagen.batch.preflight import read_batch
 from slagen.batch.ray_connection import LOCAL, connected_to_ray
-from slagen.batch.result import BatchResult
+from slagen.batch.result import REST, BatchResult
 from slagen.batch.worker import run_worker, stop_on_signals
 from slagen.errors import EnvironmentProblem, SlagenError, UsageError, for_the_command_line
 from slagen.events import Event
 from slagen.generation import prompts
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.wan.presets import PRESETS
@@ -56,6 +57,7 @@ def batch_on_ray(
         open(os.devnull, "w") as nowhere,
         redirect_stdout(nowhere),  # where Ray reports workers that died
         connected_to_ray(config.ray_address or LOCAL) as ray,
+        telling_what_is_kept(lambda: f"Finished videos are kept in {config.generate.output}. {REST}"),
         stop_on_signals(stop, on_event),
     ):
         return Driver(ray, config, requests, stop, on_event).run()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+REST = "Run the same command again to generate the rest."
+
 
 @dataclass
 class BatchResult:
@@ -24,6 +26,12 @@ class BatchResult:
     failed: list[tuple[str, str]] = field(default_factory=list)
     interrupted: bool = False
     page: Path | None = None
+
+    @property
+    def kept_so_far(self) -> str:
+        """What an interrupted batch says."""
+        there = len(self.made) + len(self.kept) + len(self.elsewhere)
+        return f"Videos complete in {self.folder}: {there}. {REST}"
 
     def to_dict(self) -> dict[str, Any]:
         """What `slagen batch --json` prints."""

@@ -34,7 +34,7 @@ from slagen.generation.resolve import find_weights
 from slagen.generation.result import Video
 from slagen.generation.session import Sample, Session, free_memory
 from slagen.generation.stage_clock import StageClock
-from slagen.interrupts import ENDING, stopping
+from slagen.interrupts import ENDING, stopping, telling_what_is_kept
 from slagen.io.paths import user_path
 from slagen.machine import describe_device
 from slagen.video import check_ffmpeg
@@ -74,7 +74,7 @@ def run_worker(
     times = RecordedTimes(cache, [identity, describe_device(weights.device).name])
     on_event(Event("plan", describe_forecast(folder, tasks, todo, times)))
     if todo:
-        with stop_on_signals(stop, on_event):
+        with telling_what_is_kept(lambda: result.kept_so_far), stop_on_signals(stop, on_event):
             WorkerLoop(config, manifest, todo, result, stop, on_event, worker, times).run()
             result.interrupted = stop.is_set()
     return result

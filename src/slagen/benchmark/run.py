@@ -29,6 +29,7 @@ from slagen.benchmark.rows import BenchMachine
 from slagen.benchmark.tables import BenchResult, markdown
 from slagen.errors import UsageError
 from slagen.events import Event
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import user_path
 from slagen.io.stages import staging
@@ -55,10 +56,12 @@ def bench(config: BenchConfig, on_event: Callable[[Event], None] = lambda event:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
     methods = [known[name] for name in config.methods] or [method for method in known.values() if method.by_default]
     _check_present(config, methods)
+    kept = "Nothing was written. Run the same command again; with --no-length-sweep or fewer --methods it is faster."
     if config.output is None:
-        return _rows(config, device, dtype, methods, on_event)
+        with telling_what_is_kept(lambda: kept):
+            return _rows(config, device, dtype, methods, on_event)
     folder = user_path(config.output)
-    with reserved(folder / JSON_FILE):
+    with telling_what_is_kept(lambda: kept), reserved(folder / JSON_FILE):
         check_writable(folder)  # before the measurement
         result = _rows(config, device, dtype, methods, on_event)
         result.files = _write(folder, result, on_event)

@@ -8,8 +8,8 @@ import typer
 from slagen.batch.config import BatchConfig
 from slagen.cli.options import Fields, takes
 from slagen.cli.startup import start_quickly
+from slagen.errors import Interrupted
 from slagen.generation.config import GenerateConfig
-from slagen.interrupts import INTERRUPTED
 
 PARTLY_FAILED = 3  # the exit code where some videos of a batch failed
 
@@ -67,6 +67,6 @@ def run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> Non
         result = task(config, progress, requests)
     show_batch(result, as_json)
     if result.interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise Interrupted(f"interrupted. {result.kept_so_far}")
     if result.failed:
         raise typer.Exit(PARTLY_FAILED)

@@ -88,6 +88,11 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
+def stdout_is_terminal() -> bool:
+    """Whether a person reads stdout, and no other program."""
+    return sys.stdout.isatty()
+
+
 def terminal_width(stream: Any) -> int | None:
     """Columns of the terminal that a stream leads to; None where it leads to a file or a pipe: nothing is wrapped."""
     if not stream.isatty():

@@ -39,6 +39,9 @@ def generate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only estimate the run, as slagen plan does.", rich_help_panel=OUTPUT)
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print the times of each step, and all totals.", rich_help_panel=OUTPUT)
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON on stdout.", rich_help_panel=OUTPUT)
     ] = False,
@@ -49,6 +52,8 @@ def generate(
     """
     if prompts is not None:
         _check_prompts(words, prompt, dry_run, settings["overwrite"])
+    if verbose and (prompts is not None or dry_run):
+        raise UsageError("--verbose prints the steps of one video that is generated now. Leave it out.")
     text = read_prompt(words, prompt) if prompts is None else "-"
     config = GenerateConfig(prompt=text, **settings)
     from slagen.cli.output.generate import show_videos
@@ -77,7 +82,7 @@ def generate(
         from slagen.generation import generate as task
 
         result = task.generate(config, progress)
-    show_videos(result, as_json)
+    show_videos(result, as_json, verbose)
 
 
 def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwrite: bool) -> None:

@@ -115,3 +115,8 @@ def info(
 
         about = task.info(str(place))
     show_info(about, as_json)
+    timed = provenance.timed_report(about) if isinstance(about, provenance.Made) else None
+    if timed is not None and not as_json:
+        from slagen.cli.output.generate import write_report
+
+        write_report(timed)

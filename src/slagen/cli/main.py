@@ -9,7 +9,7 @@ import typer
 
 from slagen.cli import streams
 from slagen.cli.app import app
-from slagen.errors import UsageError, for_the_command_line
+from slagen.errors import Interrupted, UsageError, for_the_command_line
 from slagen.interrupts import ENDING, INTERRUPTED
 from slagen.io.text import escaped
 
@@ -56,12 +56,15 @@ def _run(arguments: list[str], own_process: bool) -> int:
 
         _debug()
         text, code = usage.explain(error, arguments)
+        if isinstance(error, Interrupted):
+            _show_error(text)
+            return code
         if text.startswith("Usage: "):
             typer.echo(text, err=True)
         else:
             _show_error(text)
     if code == INTERRUPTED:
-        _show_error("interrupted. Finished files are kept, and unfinished ones are removed or have temporary names.")
+        _show_error("interrupted. Finished files are kept, unfinished ones are removed. Run the same command again.")
     return code if isinstance(code, int) else 0
 
 

@@ -11,10 +11,11 @@ from typing import Any
 from slagen.cli import console
 from slagen.cli.live import Activity, Pace, lines_of, live
 from slagen.cli.table import Segments
-from slagen.errors import STAGE
+from slagen.errors import STAGE, Interrupted
 
 LOADING = "Loading PyTorch and diffusers..."
 LOADER = -1  # in place of a worker
+NOTHING_KEPT = "Nothing was written. Run the same command again."
 LINE_S = 15.0  # between lines on what goes on, where there is no terminal
 
 STAGES = {
@@ -63,6 +64,9 @@ class GenerateProgress:
     ) -> None:
         if console.stderr.is_terminal:
             self._live.stop()
+        if isinstance(error, KeyboardInterrupt):
+            kept = " ".join(getattr(error, "__notes__", [])) or NOTHING_KEPT
+            raise Interrupted(f"interrupted {STAGE}{self._stage}. {kept}") from error
         if error is not None:
             error.add_note(f"{STAGE}{self._stage}")
 

@@ -37,8 +37,10 @@ from slagen.generation.report import density_section
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
 from slagen.generation.session import Session, decode_frames
 from slagen.generation.side_by_side import side_by_side
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import reserved, write_json
 from slagen.io.paths import is_video, user_path
+from slagen.io.text import counted
 from slagen.packages import versions
 from slagen.video import check_ffmpeg, write_mp4
 from slagen.wan.observe import take_densities
@@ -84,7 +86,8 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
     if (doubt := check_memory(plan)) is not None:
         on_event(Event("warning", doubt))
     with _places(config, clips, plan) as (videos, path):
-        with enough_gpu_memory(plan.config):
+        written: list[Path] = []
+        with enough_gpu_memory(plan.config), telling_what_is_kept(lambda: _kept_so_far(written, clips)):
             on_event(Event("stage", "load"))
             session = Session(plan, on_event=on_event)
             for index, (clip, video) in enumerate(zip(clips, videos, strict=True)):
@@ -100,6 +103,7 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
                     fps,
                     f"slagen compare: {', '.join(labels)}",
                 )
+                written.append(video)
         result = Comparison(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             prompts=[(clip.prompt, clip.seed or 0) for clip in clips],
@@ -110,6 +114,16 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
         )  # fmt: skip
         write_json(path, result.to_dict())
     return result
+
+
+def _kept_so_far(written: list[Path], clips: list[GenerateConfig]) -> str:
+    """What an interrupted comparison says."""
+    if not written:
+        return "Nothing was written. Run the same command again."
+    return (
+        f"The clips of {len(written)} of {counted(len(clips), 'prompt')} are kept in {written[0].parent}, but no "
+        "measurement. Run the same command again with --overwrite."
+    )
 
 
 def _clips(config: CompareConfig) -> list[GenerateConfig]:

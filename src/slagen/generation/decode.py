@@ -23,6 +23,7 @@ from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import decode_frames, warn_of_one_colour
 from slagen.generation.video_report import Decoded, VideoReport
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json
 from slagen.io.paths import check_video, user_path
 from slagen.io.stages import staging
@@ -76,7 +77,9 @@ def decode(
                 f"{path} was generated for a different VAE than {own or f'that of {source.name}'}. Give the right VAE "
                 "with --vae, or the folder of its model with --model."
             )
-        return GenerateResult([_write(recorded, latents, decoder, place, path, target, overwrite, on_event)])
+        kept = f"The latents in {path} are kept, and no video was written. Run the same command again."
+        with telling_what_is_kept(lambda: kept):
+            return GenerateResult([_write(recorded, latents, decoder, place, path, target, overwrite, on_event)])
 
 
 def _write(

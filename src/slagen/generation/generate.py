@@ -28,6 +28,7 @@ from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import Sample, Session
 from slagen.generation.stage_clock import StageClock
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import is_video, user_path
 from slagen.io.stages import staging
@@ -116,17 +117,31 @@ def _make(
     for text in session.cuts(plan):
         on_event(Event("warning", text))
 
-    videos = []
-    for index in range(plan.config.num_videos):
-        config = dataclasses.replace(plan.config, seed=(plan.config.seed or 0) + index)
-        one = dataclasses.replace(plan, config=config)
-        about = nth("video", index + 1, plan.config.num_videos, config.prompt)
-        on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
-        sample = session.sample(one, embeds, clock, on_event)
-        video = _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
-        videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))
-        clock = StageClock()  # start, load and text are shared: counted once, with the first video
+    videos: list[Video] = []
+    with telling_what_is_kept(lambda: _kept_so_far(plan.config, len(videos))):
+        for index in range(plan.config.num_videos):
+            config = dataclasses.replace(plan.config, seed=(plan.config.seed or 0) + index)
+            one = dataclasses.replace(plan, config=config)
+            about = nth("video", index + 1, plan.config.num_videos, config.prompt)
+            on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
+            sample = session.sample(one, embeds, clock, on_event)
+            video = (
+                _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
+            )
+            videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))
+            clock = StageClock()  # start, load and text are shared: counted once, with the first video
     return videos
+
+
+def _kept_so_far(config: GenerateConfig, made: int) -> str:
+    """What an interrupted run says of the videos that it has made."""
+    total, seed = config.num_videos, (config.seed or 0) + made
+    if total == 1:
+        return f"No video was written. Run the same command again, with --seed {seed} for the same noise."
+    return (
+        f"Videos complete: {made} of {total}. To generate the rest, run the same command with --seed {seed} "
+        f"--num-videos {total - made}."
+    )
 
 
 def _hashes(sample: Sample) -> dict[str, str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import UsageError, WeightsError
-from slagen.generation.video_report import RestoredReport, VideoFile, named_hashes
+from slagen.generation.video_report import FORM, RestoredReport, VideoFile, VideoReport, named_hashes
 from slagen.io.documents import parse_json, read_json
-from slagen.io.forms import Fault, matching
+from slagen.io.forms import Fault, check, matching
 from slagen.io.reading import kind_of_path
 from slagen.video import is_mp4, other_kind, read_comment
 
@@ -86,6 +86,18 @@ def describe(path: Path) -> Made | None:
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
     return Made(path, "report", read_json(path, RECORDED, advice="Give a complete report that slagen wrote."))
+
+
+def timed_report(made: Made) -> VideoReport | None:
+    """The report with times that was given, or lies beside a video and is its own; None where there is none."""
+    try:
+        if made.kind == "report":
+            check(made.content, FORM)
+            return VideoReport.from_dict(made.content)
+        content = read_json(made.path.with_suffix(".json"), FORM)
+    except (Fault, WeightsError):  # restored, of an older version, or not there
+        return None
+    return VideoReport.from_dict(content) if content["latents_hash"] == made.content["latents_hash"] else None
 
 
 def read_made(path: Path) -> Made:

@@ -15,6 +15,7 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.provenance import Made, read_made
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import scratch
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
@@ -112,7 +113,8 @@ def replay(
                 **fields, width=width, height=height, ode=bool(settings.get("ode")),
                 local_files_only=local_files_only, output=output or str(folder / "replay.mp4"),
             )  # fmt: skip
-            made = generate(config, on_event).videos[0].record
+            with telling_what_is_kept(lambda: "Nothing was written. Run the same command again.", instead=True):
+                made = generate(config, on_event).videos[0].record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} has settings that this version of slagen cannot reproduce: {error}.") from error
     before, after = recorded.hashes, made.hashes

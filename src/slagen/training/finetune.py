@@ -11,6 +11,7 @@ import torch
 
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import append
 from slagen.io.paths import check_utf8, user_path
 from slagen.machine import pick_device
@@ -57,7 +58,8 @@ def finetune(config: FinetuneConfig, on_event: Emit = lambda event: None) -> Fin
     with join(device, config.parallel, config.context_parallel) as team, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms stay in float32
         setup = check_setup(config, folder, team, on_event if team.first else lambda event: None)
-        with hold_folder(folder) if team.first else nullcontext():
+        kept = f"Checkpoints and prepared clips in {folder} are kept. Run the same command again to resume."
+        with telling_what_is_kept(lambda: kept), hold_folder(folder) if team.first else nullcontext():
             try:
                 return _run(setup)
             except torch.OutOfMemoryError as error:

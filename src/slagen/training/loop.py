@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from slagen.attention.learned import matrix_norms
 from slagen.attention.registry import parameter_group
 from slagen.events import Event
-from slagen.interrupts import stopping
+from slagen.interrupts import stopping, telling_what_is_kept
 from slagen.machine import peak_memory_gib
 from slagen.training.checkpoints import RunState, save_state
 from slagen.training.distributed import full_tensor
@@ -37,6 +38,7 @@ def train(run: Run, step: int, seconds: float) -> float:
     text = "stopping after this step, once a checkpoint is saved; press Ctrl-C again to stop now"
     repeated_s = 0 if setup.team.size == 1 else 5
     with (
+        telling_what_is_kept(lambda: _kept_so_far(setup.folder, saved, steps)),
         stopping(run.stop, lambda: setup.emit(Event("warning", text)), repeated_s=repeated_s),
         _tensorboard(run, step) as board,
     ):
@@ -63,6 +65,13 @@ def train(run: Run, step: int, seconds: float) -> float:
                 validate_if_due(run, step)
     anneal(run, steps)
     return seconds
+
+
+def _kept_so_far(folder: Path, saved: int, steps: int) -> str:
+    """What an interrupted training says."""
+    if saved == 0:
+        return "No checkpoint was saved yet; the prepared clips are kept. Run the same command again."
+    return f"Step {saved} of {steps} is saved in {folder}. Run the same command again to resume."
 
 
 def _save(run: Run, step: int, seconds: float) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slagen.attention.choices import named_steps
-from slagen.cli.console import log, log_table, write, write_json, write_table
+from slagen.cli.console import log, log_table, stdout_is_terminal, write, write_json, write_sentence, write_table
 from slagen.cli.table import Cell, Table
 from slagen.generation.measured_dense import describe_dense
 from slagen.io.text import counted
@@ -13,29 +15,88 @@ from slagen.io.text import counted
 if TYPE_CHECKING:
     from slagen.generation.replay import ReplayResult
     from slagen.generation.result import GenerateResult
-    from slagen.generation.video_report import ReportedStep, VideoReport
+    from slagen.generation.video_report import VideoReport
 
+SHORTEST_S = 0.05  # of a stage that is named
 MAX_DENSITIES = 4  # of steps, in one line
 
 
-def show_videos(result: GenerateResult, as_json: bool) -> None:
-    """Print what `generate` made: tables on stderr and one path a line on stdout, or JSON alone on stdout."""
+def show_videos(result: GenerateResult, as_json: bool, verbose: bool = False) -> None:
+    """Print what `generate` made: its path on stdout and a few lines on stderr, or JSON alone on stdout.
+
+    Args:
+        verbose: print each report's table and totals too.
+    """
     if as_json:
         rows = [{"video": str(v.path), "report": str(v.report_path), **v.record.to_dict()} for v in result.videos]
         write_json(rows if len(rows) > 1 else rows[0])
         return
     for video in result.videos:
-        show_report(video.record)
-        write(str(video.path))
+        if verbose:
+            show_report(video.record)
+        about = described_video(video.record, video.path)
+        if stdout_is_terminal():
+            write(f"{video.path}: {about}")
+        else:
+            write(str(video.path))
+            log(f"{video.path}: {about}")
+        for text in () if verbose else measured_first(video.record):
+            log(text)
+        log(described_times(video.record))
+    file = shlex.quote(str(result.videos[-1].path))
+    log(f"Details: slagen info {file}. To make it again: slagen replay {file}")
+
+
+def described_video(report: VideoReport, path: Path | None) -> str:
+    """Length, size and seed of a video."""
+    video = report.video
+    length = f"{counted(video.frames, 'frame')}, {video.duration_s:.1f} s of {video.width}x{video.height}"
+    there = path is not None and path.is_file()
+    size = f", {path.stat().st_size / 2**20:.2f} MiB" if there and path is not None else ""
+    return f"{length}{size}, seed {report.settings['seed']}"
+
+
+def described_times(report: VideoReport) -> str:
+    """Seconds by stage, with the share of attention as measured."""
+    share = report.cost.measured_attention_share
+    stages = {name: seconds for name, seconds in report.stages_s.items() if name != "total"}
+    parts = []
+    for name, seconds in stages.items():
+        if name == "denoise" and share is not None:
+            parts.append(f"denoise {seconds:.1f} (measured: {share:.0%} attention)")
+        elif seconds >= SHORTEST_S:
+            parts.append(f"{name} {seconds:.1f}")
+    return f"{sum(stages.values()):.1f} s: {', '.join(parts)}"
+
+
+def measured_first(report: VideoReport) -> list[str]:
+    """The measured speed-up over dense attention, which stands before all else; empty where it was not measured."""
+    return [] if report.measured_dense is None else [describe_dense(report.measured_dense)]
 
 
 def show_report(report: VideoReport) -> None:
     """A report as a table of steps, and lines for the totals, on stderr."""
-    attention, cost = report.attention, report.cost
-    if report.measured_dense is not None:
-        log(describe_dense(report.measured_dense))
+    for text in measured_first(report):
+        log(text)
     if report.timing.level != "off":
-        log_table(_step_table(report.steps, attention.step_densities))
+        log_table(step_table(report))
+    for text in totals(report):
+        log(text)
+
+
+def write_report(report: VideoReport) -> None:
+    """The same on stdout."""
+    for text in measured_first(report):
+        write_sentence(text)
+    if report.timing.level != "off":
+        write_table(step_table(report))
+    for text in totals(report):
+        write_sentence(text)
+
+
+def totals(report: VideoReport) -> list[str]:
+    """Sentences on what attended, and what a run took in all."""
+    attention, cost = report.attention, report.cost
     what = f"{attention.mode} attention, {counted(attention.tokens, 'token')}"
     if by_step := attention.step_densities:
         what += f", {_by_step(by_step)} of all query-key pairs exactly; {attention.backend} backend"
@@ -53,22 +114,22 @@ def show_report(report: VideoReport) -> None:
         if places := attention.method.get(f"dense_{name}"):
             noun = name if len(places) > 1 else name.removesuffix("s")
             what += f"; dense attention in {noun} {', '.join(map(str, places))}"
-    log(what)
-    log(f"weights: {report.weights.used}, model {report.weights.model}")
+    lines = [what, f"weights: {report.weights.used}, model {report.weights.model}"]
     if attention.mode != "dense":
-        log(
+        lines.append(
             f"computed, not measured: attention takes {cost.attention_tflop:.3g} TFLOP instead of "
             f"{cost.dense_attention_tflop:.3g} with dense attention, so all forward passes take "
             f"{cost.flops_speedup:.2f}x fewer FLOPs; with free attention it would be {cost.amdahl_ceiling:.2f}x"
         )
     if cost.measured_attention_share is not None:
-        log(
+        lines.append(
             f"attention time: {cost.measured_attention_share:.1%} of the step time; the overhead of timing is "
             f"{report.timing.overhead_share:.2%}"
         )
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages_s.items())
-    log(f"time in seconds: {spent}; peak memory {report.peak_memory_gib:.2f} GiB")
-    log(f"seed {report.settings['seed']}, hash of the latents {report.latents_hash[:12]}")
+    lines.append(f"time in seconds: {spent}; peak memory {report.peak_memory_gib:.2f} GiB")
+    lines.append(f"seed {report.settings['seed']}, hash of the latents {report.latents_hash[:12]}")
+    return lines
 
 
 def _by_step(densities: list[float]) -> str:
@@ -81,7 +142,9 @@ def _by_step(densities: list[float]) -> str:
     return ", ".join(f"{density} in {named_steps(own)}" for density, own in steps.items())
 
 
-def _step_table(steps: list[ReportedStep], densities: list[float]) -> Table:
+def step_table(report: VideoReport) -> Table:
+    """The times of each step; of many steps the first and the last ones."""
+    steps, densities = report.steps, report.attention.step_densities
     columns = ("step", "timestep", "step ms", "attention ms", "cond", "uncond", "share", *["exact"] * bool(densities))
     table = Table(*columns, right=True)
     shown = steps if len(steps) <= 12 else [*steps[:6], *steps[-5:]]

@@ -11,6 +11,7 @@ from slagen.errors import SlagenError, UsageError
 from slagen.events import Event
 from slagen.generation.config import GenerateConfig
 from slagen.generation.resolve import find_weights
+from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import write_json
 from slagen.io.locks import locked_folder
 from slagen.io.paths import check_utf8, user_path
@@ -48,7 +49,8 @@ def prepare(
     if raw is not None and raw.is_dir() and folder.resolve().is_relative_to(raw.resolve()):
         raise UsageError(f"{folder} is inside the data set {raw} and would become part of it. Give another --output.")
     try:
-        with locked_folder(folder):
+        kept = f"The clips that are prepared are kept in {folder}. Run the same command again to prepare the rest."
+        with telling_what_is_kept(lambda: kept), locked_folder(folder):
             return _prepare(Job(config, base, weights, Store(folder), cache, seed, on_event))
     except Timeout as error:
         raise SlagenError(
