@@ -50,6 +50,7 @@ def test_no_flag_is_needed(seen):
     [
         ("generate --prompts p.txt --dry-run", "Give one prompt"),
         ("generate --prompts p.txt --overwrite", "Leave --overwrite out"),
+        ("generate x --dry-run --verbose", "--verbose prints the steps of a single video. Leave it out."),
         (
             "finetune --model tiny-wan --lr 1 --json data videos --output o",
             "options before data have no effect: --model, --lr, --json",

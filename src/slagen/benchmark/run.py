@@ -56,7 +56,7 @@ def bench(config: BenchConfig, on_event: Callable[[Event], None] = lambda event:
             raise UsageError(f"method is {quote(name)}, but must be one of {', '.join(known)}.")
     methods = [known[name] for name in config.methods] or [method for method in known.values() if method.by_default]
     _check_present(config, methods)
-    kept = "Nothing was written. Run the same command again; --no-length-sweep or fewer --methods take less time."
+    kept = "Nothing was written. Run the same command again, for less time with fewer --methods or --no-length-sweep."
     if config.output is None:
         with telling_what_is_kept(lambda: kept):
             return _rows(config, device, dtype, methods, on_event)

@@ -53,7 +53,7 @@ def generate(
     if prompts is not None:
         _check_prompts(words, prompt, dry_run, settings["overwrite"])
     if verbose and (prompts is not None or dry_run):
-        raise UsageError("--verbose prints the steps of one video that is generated now. Leave it out.")
+        raise UsageError("--verbose prints the steps of a single video. Leave it out.")
     text = read_prompt(words, prompt) if prompts is None else "-"
     config = GenerateConfig(prompt=text, **settings)
     from slagen.cli.output.generate import show_videos
@@ -66,16 +66,7 @@ def generate(
         return
     preflight.check_run(config)
     if dry_run:
-        from slagen.generation import estimate as planning
-        from slagen.machine import pick_device
-        from slagen.wan.presets import CUDA_DEFAULT
-
-        device = config.device
-        kind = pick_device(device).type if device == "auto" else device.partition(":")[0]  # a plan needs no such device
-        if config.model is None:
-            config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
-
-        show_plan(planning.plan(config, kind), as_json)
+        show_plan(_estimated(config), as_json)
         return
     with GenerateProgress() as progress:
         start_quickly(context, config.weights)
@@ -83,6 +74,19 @@ def generate(
 
         result = task.generate(config, progress)
     show_videos(result, as_json, verbose)
+
+
+def _estimated(config: GenerateConfig) -> Any:
+    """What --dry-run shows."""
+    from slagen.generation import estimate as planning
+    from slagen.machine import pick_device
+    from slagen.wan.presets import CUDA_DEFAULT
+
+    device = config.device
+    kind = pick_device(device).type if device == "auto" else device.partition(":")[0]  # a plan needs no such device
+    if config.model is None:
+        config = dataclasses.replace(config, model=CUDA_DEFAULT if kind.startswith("cuda") else None)
+    return planning.plan(config, kind)
 
 
 def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwrite: bool) -> None:
