@@ -185,7 +185,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "generation/estimate.py::_placed": {
         "test_plan.py::test_device_and_dtype_count_in_a_plan": ("device == 'cuda'", "CUDA_DEFAULT")
     },
-    "cli/generate.py::generate": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
+    "cli/generate.py::_estimated": {"test_a_plan_for_a_card_that_is_not_here": ("'cuda'", "CUDA_DEFAULT")},
     "batch/ray_workers.py::Driver._resources": {
         "test_ray_workers.py::test_workers_fit_the_machines": ("'GPU'", "'num_gpus'")
     },
