@@ -11,16 +11,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timed:
-    """A forward pass that `slagen bench` timed: at how many tokens and what sparsity (None: dense), in milliseconds."""
+    """A forward pass that `slagen bench` timed: at how many tokens and what sparsity (None: dense), in milliseconds.
+
+    Args:
+        speedup: over the fastest dense method at the same shape; None where none was timed.
+    """
 
     method: str
     tokens: int
     sparsity: float | None
     forward_ms: float
+    speedup: float | None = None
 
 
 def draw_bench(rows: list[Timed], title: str, folder: Path) -> list[Path]:
-    """bench.png and bench.svg: forward time against the length of the sequence, and against sparsity.
+    """bench.png and bench.svg: a bar for each method at the longest sequence with its speed-up on it, and, where
+    several lengths were timed, forward time against length.
 
     Args:
         rows: at least one.
@@ -30,28 +36,14 @@ def draw_bench(rows: list[Timed], title: str, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     longest = max(row.tokens for row in rows)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    level = [row for row in rows if row.tokens == longest]
+    swept = len({row.tokens for row in rows}) > 1
+    figure = Figure(figsize=(11 if swept else 6.5, max(2.5, 1.5 + 0.35 * len(level))), layout="constrained")
     FigureCanvasAgg(figure)
-    by_length, by_sparsity = figure.subplots(1, 2)
-    swept = _swept(rows)
-    for i, method in enumerate(dict.fromkeys(row.method for row in rows)):
-        style = {"label": method, "color": f"C{i}"}
-        own = [row for row in rows if row.method == method]
-        curve = sorted((r for r in own if r.sparsity in (None, swept)), key=lambda r: r.tokens)
-        if curve:
-            by_length.plot([r.tokens for r in curve], [r.forward_ms for r in curve], "o-", ms=4, **style)
-        level = [r for r in own if r.tokens == longest]
-        if level and level[0].sparsity is None:
-            by_sparsity.axhline(level[0].forward_ms, ls="--", lw=1, **style)
-        elif level:
-            level.sort(key=lambda r: r.sparsity or 0.0)
-            by_sparsity.plot([r.sparsity for r in level], [r.forward_ms for r in level], "o-", ms=4, **style)
-    by_length.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, ms")
-    by_length.set_title(f"sparsity {swept:g}" if swept is not None else "dense")
-    by_sparsity.set(yscale="log", xlabel="sparsity", title=f"{longest:,} tokens")
-    for axes in (by_length, by_sparsity):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    bars, *others = figure.subplots(1, 1 + swept, squeeze=False)[0]
+    _draw_bars(bars, level, longest)
+    if swept:
+        _draw_lengths(others[0], rows)
     figure.suptitle(title, fontsize="medium")
     files = []
     for kind in ("png", "svg"):
@@ -59,6 +51,39 @@ def draw_bench(rows: list[Timed], title: str, folder: Path) -> list[Path]:
         figure.savefig(path, format=kind, dpi=150)
         files.append(path)
     return files
+
+
+def ratio_text(ratio: float) -> str:
+    """A speed-up as it stands on a bar: "5.2x", and below 2 with two digits."""
+    return f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
+
+
+def _draw_bars(axes: Any, level: list[Timed], tokens: int) -> None:
+    """The speed-up of each method, or its time where there is no dense one to compare with; the first one on top."""
+    judged = any(row.speedup is not None for row in level)
+    names = [row.method if row.sparsity is None else f"{row.method}, {row.sparsity:g}" for row in level]
+    values = [row.speedup or 0.0 if judged else row.forward_ms for row in level]
+    colours = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(row.method for row in level))}
+    found = axes.barh(range(len(level)), values, color=[colours[row.method] for row in level])
+    axes.bar_label(found, [ratio_text(v) if judged else f"{v:.3g} ms" for v in values], padding=3, fontsize="small")
+    axes.set_yticks(range(len(level)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    if judged:
+        axes.axvline(1.0, ls="--", lw=1, color="grey")
+    axes.set_title(f"{tokens:,} tokens: {'speed-up over dense attention' if judged else 'forward, ms'}")
+
+
+def _draw_lengths(axes: Any, rows: list[Timed]) -> None:
+    swept = _swept(rows)
+    for i, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        own = [row for row in rows if row.method == method and row.sparsity in (None, swept)]
+        curve = sorted(own, key=lambda row: row.tokens)
+        axes.plot([r.tokens for r in curve], [r.forward_ms for r in curve], "o-", ms=4, label=method, color=f"C{i}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward, ms")
+    axes.set_title(f"sparsity {swept:g}" if swept is not None else "dense")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
 
 
 def _swept(rows: list[Timed]) -> float | None:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch.nn.functional as F
 
@@ -25,6 +26,7 @@ from slagen.doctor.selftest import Check, Machine, Selftest
 from slagen.generation.estimate import models
 from slagen.io.records import read_record
 from slagen.kernels.costs import KernelCosts
+from slagen.plot import Timed, draw_bench
 from slagen.timing import Times, TurnTimes
 
 WIDTH = 80
@@ -82,6 +84,32 @@ def test_bench_is_whole_at_80_columns(stdout):
         assert shown.count([row.method, *backend, *times]) == 2
     assert ["sla", "triton", "0.95", "wrong"] in shown
     assert "sla is wrong: its error is 0.1, the limit 0.01" in lines
+
+
+def test_bars_have_the_ratio_on_them(stdout):
+    """bench.png showed two dots where two methods were timed."""
+    dense = bench_row(METHODS[-1], speedup=1.0, sparsity=None)
+    result = bench_result([bench_row(METHODS[0], speedup=5.21, sparsity=0.9), dense])
+    show_bench(result, False)
+    lines = stdout()
+    name = METHODS[-1].name
+    width = max(len("sla, 0.9"), len(name))
+    assert f"{'sla, 0.9':<{width}}  {'━' * 32} 5.2x" in lines and f"{name:<{width}}  {'━' * 6} 1.00x" in lines
+    assert any(row.startswith("Dense-equivalent TFLOP/s count every") for row in lines)
+    assert not bench_result([dense]).speedup_bars  # nothing to compare
+
+
+@pytest.mark.parametrize("speedups", [(1.0, 5.21, 0.97), (None, None, None)])
+def test_the_drawing_of_a_bench_has_a_bar_for_each_method(tmp_path, speedups):
+    rows = [Timed("sdpa", 512, None, 3.0, speedups[0]), Timed("sla", 512, 0.9, 0.576, speedups[1]),
+            Timed("other", 512, 0.9, 3.1, speedups[2])]  # fmt: skip
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        _, svg = draw_bench(rows, "t", tmp_path)
+    text = svg.read_text()
+    for told in ("5.2x", "1.00x", "0.97x") if speedups[0] else ("3 ms", "0.576 ms", "3.1 ms"):
+        assert f">{told}<" in text
+    assert "sla, 0.9" in text and "tokens" in text and ">forward, ms<" not in text  # no second drawing
+    draw_bench([*rows, Timed("sdpa", 256, None, 1.0)], "t", tmp_path)
 
 
 def test_bench_of_models_is_whole_at_80_columns(stdout):

@@ -107,7 +107,9 @@ def _write(folder: Path, result: BenchResult, on_event: Callable[[Event], None])
         write_json(files[0], result.to_dict())
         write_text(files[1], markdown(result))
         points = [
-            Timed(row.method, row.tokens, row.sparsity, row.forward_ms.median) for row in result.rows if row.forward_ms
+            Timed(row.method, row.tokens, row.sparsity, row.forward_ms.median, row.speedup)
+            for row in result.rows
+            if row.forward_ms
         ]
         if points:
             from slagen.plot import draw_bench

@@ -13,12 +13,12 @@ from slagen.io.text import counted
 from slagen.timing import TurnTimes
 
 COLUMNS = (
-    "shape", "method", "backend", "sparsity", "forward ms (quartiles, repeats)", "backward ms", "dense TFLOP/s",
-    "speed-up",
+    "shape", "method", "backend", "sparsity", "forward ms (quartiles, repeats)", "backward ms",
+    "dense-equivalent TFLOP/s", "speed-up",
 )  # fmt: skip
 MODEL_COLUMNS = ("model", "attention", "backend", "sparsity", "step ms (quartiles)", "attention share", "speed-up")
 SHORT_COLUMNS = (
-    "method", "backend", "sparsity", "forward\nms", "backward\nms", "dense\nTFLOP/s", "speed-up",
+    "method", "backend", "sparsity", "forward\nms", "backward\nms", "dense-\nequiv.\nTFLOP/s", "speed-up",
 )  # fmt: skip
 SHORT_MODEL_COLUMNS = ("attention", "backend", "sparsity", "step ms", "attention\nshare", "speed-up")
 NEVER = "SLA is slower than dense attention at the longest sequence measured"
@@ -89,6 +89,19 @@ class BenchResult:
             *[(shape, SHORT_COLUMNS, list(map(short_cells, found)), wrong[shape]) for shape, found in rows.items()],
             *[(name, SHORT_MODEL_COLUMNS, list(map(short_model_cells, found)), []) for name, found in models.items()],
         ]
+
+    @property
+    def speedup_bars(self) -> dict[str, list[tuple[str, float]]]:
+        """By the headings of `short_tables`: the name of each row, and its speed-up over dense attention."""
+        bars: dict[str, list[tuple[str, float]]] = {}
+        for heading, name, row in [
+            *((row.shape, _named(row.method, row), row) for row in self._shown),
+            *((_model(row), _named(row.attention, row) + ", compiled" * row.compiled, row) for row in self.models),
+        ]:
+            if row.speedup is not None:
+                sparsity = "" if row.sparsity is None else f", {row.sparsity:g}"
+                bars.setdefault(heading, []).append((name + sparsity, row.speedup))
+        return {heading: found for heading, found in bars.items() if len(found) > 1}
 
     @property
     def speedups(self) -> list[str]:

@@ -126,15 +126,18 @@ def _bar_line(activity: Activity, width: int, now: float, encoding: str) -> Segm
 
 def _bar(pace: Pace | None, length: int, now: float, encoding: str) -> Segments:
     """A bar of so many columns; where nothing is counted, a piece that wanders along it."""
-    full, rest = "━", "─"
-    if encodable(full + rest, encoding) != full + rest:
-        full, rest = "#", "-"
+    full, rest = bar_characters(encoding)
     if pace is None or not pace.total:
         size = max(1, length // 4)
         at = int(now * 8) % (length - size + 1)
         return [(rest * at, "dim"), (full * size, "cyan"), (rest * (length - size - at), "dim")]
     done = min(length, length * pace.done // pace.total)
     return [(full * done, "cyan"), (rest * (length - done), "dim")]
+
+
+def bar_characters(encoding: str | None) -> tuple[str, str]:
+    """What a bar is drawn with, and what its rest, on a stream of this encoding."""
+    return ("━", "─") if encodable("━─", encoding) == "━─" else ("#", "-")
 
 
 def fitting(text: str, width: int) -> str:
