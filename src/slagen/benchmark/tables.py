@@ -93,14 +93,13 @@ class BenchResult:
     @property
     def speedup_bars(self) -> dict[str, list[tuple[str, float]]]:
         """By the headings of `short_tables`: the name of each row, and its speed-up over dense attention."""
+        named: list[tuple[str, str, BenchRow | ModelRow]] = [(row.shape, row.method, row) for row in self._shown]
+        named += [(_model(row), row.attention + ", compiled" * row.compiled, row) for row in self.models]
         bars: dict[str, list[tuple[str, float]]] = {}
-        for heading, name, row in [
-            *((row.shape, _named(row.method, row), row) for row in self._shown),
-            *((_model(row), _named(row.attention, row) + ", compiled" * row.compiled, row) for row in self.models),
-        ]:
+        for heading, name, row in named:
             if row.speedup is not None:
                 sparsity = "" if row.sparsity is None else f", {row.sparsity:g}"
-                bars.setdefault(heading, []).append((name + sparsity, row.speedup))
+                bars.setdefault(heading, []).append((_named(name, row) + sparsity, row.speedup))
         return {heading: found for heading, found in bars.items() if len(found) > 1}
 
     @property
