@@ -43,6 +43,55 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+class PeakMemory:
+    """The most memory held in each of the spans between two calls of `take`: of the card on CUDA, otherwise of the
+    process.
+
+    Where a peak cannot be forgotten, only that of a span which exceeds all before it is known.
+
+    Args:
+        device: whose.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.owner = "card" if device.type == "cuda" else "process"
+        self.unknown: str | None = None  # why some are not known
+        self._most = self._before = 0.0
+        self.take()
+
+    def take(self) -> float | None:
+        """GiB: the most since the last call of this; None where that is not known."""
+        peak, before = self._read(), self._before
+        self._most = max(self._most, peak)
+        self._before = 0.0 if self._forget(peak) else peak
+        return peak if peak > before or self._before == 0 else None
+
+    def most(self) -> float:
+        """GiB: the most so far."""
+        return max(self._most, peak_memory_gib(self.device))
+
+    def _read(self) -> float:
+        if self.owner == "process" and sys.platform == "linux":  # what can be reset is not in getrusage alike
+            status = Path("/proc/self/status").read_text()
+            return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+        return peak_memory_gib(self.device)
+
+    def _forget(self, peak: float) -> bool:
+        """Have the system begin anew; False where it does not."""
+        if self.owner == "card":
+            if peak:  # or CUDA has not begun yet
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.unknown = f"this system does not let a process reset its peak memory (/proc/self/clear_refs: {reason})"
+            return False
+        return True
+
+
 def process_age_s() -> float:
     """Seconds since the operating system started this process, long before Python's first line."""
     if sys.platform == "linux":  # psutil takes the time of boot in whole seconds there

@@ -54,17 +54,34 @@ class SpanClock:
         yield
         self.add(key, start, self.mark())
 
-    def read(self) -> list[tuple[Any, float]]:
-        """All spans since the last call, as (key, milliseconds). On CUDA this waits for the device, once."""
+    def read(self, origin: Any = None) -> list[tuple[Any, float, float]]:
+        """All spans since the last call: key, milliseconds, where it began. On CUDA this waits for the device, once.
+
+        Args:
+            origin: a mark, from which the begin is counted in milliseconds; None leaves it 0.
+        """
         spans, self._spans = self._spans, []
         if not self.on_cuda:
-            return [(key, (end - start) * 1e3) for key, start, end in spans]
+            return [
+                (key, (end - start) * 1e3, 0.0 if origin is None else (start - origin) * 1e3)
+                for key, start, end in spans
+            ]
         if spans:
             spans[-1][2].synchronize()
-        read = [(key, start.elapsed_time(end)) for key, start, end in spans]
+        read = [
+            (key, start.elapsed_time(end), 0.0 if origin is None else origin.elapsed_time(start))
+            for key, start, end in spans
+        ]
         for _, start, end in spans:
             self._spare_events += [start, end]
         return read
+
+    def origin(self) -> tuple[Any, float]:
+        """A mark that the device has reached, and when that was by `time.perf_counter`."""
+        mark = self.mark()
+        if self.on_cuda:
+            mark.synchronize()
+        return mark, time.perf_counter()
 
     def cost_ms(self) -> float:
         """What marking and reading one span costs on the host, in milliseconds, measured now."""
@@ -116,7 +133,7 @@ class Timer:
         self._repeats = self._per_turn = 0
         self._turns: dict[Any, list[list[float]]] = {}
 
-    def _run(self, calls: int) -> list[tuple[Any, float]]:
+    def _run(self, calls: int) -> list[tuple[Any, float, float]]:
         for _ in range(calls):
             self._call(self._clock, self._inputs[self._calls % len(self._inputs)])
             self._calls += 1
@@ -143,7 +160,7 @@ class Timer:
         self._repeats -= self._per_turn
         uncounted = int(self._per_turn > 1)
         spans: dict[Any, list[float]] = {}
-        for key, duration in self._run(uncounted + self._per_turn):
+        for key, duration, _ in self._run(uncounted + self._per_turn):
             spans.setdefault(key, []).append(duration)
         for key, durations in spans.items():
             self._turns.setdefault(key, []).append(durations[uncounted:])
@@ -163,6 +180,17 @@ def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
         return times[0], times[0], times[0]
     q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
     return q1, median, q3
+
+
+@dataclass(frozen=True)
+class PlacedSpan:
+    """A span of a step, in milliseconds, with where it began since the first step did. key: as the recorder's clock has
+    it."""
+
+    step: int
+    key: Any
+    start_ms: float
+    ms: float
 
 
 @dataclass
@@ -208,12 +236,19 @@ class StepRecorder:
 
     The transformer's forward passes call `begin_pass`, the attention processors wrap their work in `attention`, and the
     sampling loop calls `begin_step` and `end_step`. With timing "off" none of them costs anything.
+
+    Args:
+        keep: all spans, with where they began, for a trace.
     """
 
-    def __init__(self, device_type: str, level: Timing) -> None:
+    def __init__(self, device_type: str, level: Timing, keep: bool = False) -> None:
         self.level = level
         self.clock = SpanClock(device_type)
         self.steps: list[StepTimes] = []
+        self.spans: list[PlacedSpan] = []
+        self.origin_s = 0.0  # when the first step began, by `time.perf_counter`
+        self._keep = keep
+        self._origin: Any = None
         self._pass = -1
         self._dense: bool | None = None  # within a dense pass: whether it counts
         self._start: Any = None
@@ -225,6 +260,8 @@ class StepRecorder:
     def begin_step(self) -> None:
         """Start a step's clock. The first step starts here; every other where the one before it ended."""
         self._pass = -1
+        if self._keep and self.enabled and self._origin is None:
+            self._origin, self.origin_s = self.clock.origin()
         if self.enabled:
             self._start = self.clock.mark()
 
@@ -261,7 +298,9 @@ class StepRecorder:
         step = StepTimes(len(self.steps), timestep)
         if self.enabled:
             self.clock.add("step", self._start, self.clock.mark())
-            for key, duration in self.clock.read():
+            for key, duration, start_ms in self.clock.read(self._origin):
+                if self._keep:
+                    self.spans.append(PlacedSpan(step.index, key, start_ms, duration))
                 if isinstance(key, str) or key[0] == "dense":
                     _add(step, key, duration)
                     continue

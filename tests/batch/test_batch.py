@@ -240,7 +240,11 @@ def test_a_batch_makes_what_generate_makes(toy, tmp_path):
     name = batch(config).made[0]
     one = generate(GenerateConfig(**{**vars(config.generate), "prompt": "a red circle", "seed": 9,
                                      "output": str(tmp_path / "one.mp4")})).videos[0].report  # fmt: skip
-    assert json.loads((tmp_path / "out" / name).with_suffix(".json").read_text())["latents_hash"] == one["latents_hash"]
+    own = json.loads((tmp_path / "out" / name).with_suffix(".json").read_text())
+    assert own["latents_hash"] == one["latents_hash"]
+    assert set(own["stages_s"]) == {*one["stages_s"], "wait"} and own["stages_s"]["load"] == 0
+    peaks = own["stage_memory"]  # a video is written while the next one is denoised
+    assert peaks["peak_gib"]["write"] is None and peaks["unknown"] == "other videos are generated at the same time"
 
 
 @pytest.mark.slow

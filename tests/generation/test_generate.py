@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from slagen.errors import EnvironmentProblem, SlagenError, UsageError, WeightsEr
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.resolve import make_plan
+from slagen.generation.video_report import FORM, VideoReport
+from slagen.io.documents import read_json
 from slagen.machine import pick_device
 from slagen.video import read_mp4
 
@@ -94,6 +97,56 @@ def test_the_age_of_the_process_is_what_the_system_says():
     age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0 < age <= time.monotonic() - began + 0.02  # a tick of either clock
     assert machine.process_age_s() > age
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """The memory of the process as its system tells it: what is held, the most so far, whether that is forgotten."""
+    told = SimpleNamespace(held=1.0, most=1.0, forgets=True)
+
+    def hold(gib):
+        told.held, told.most = gib, max(told.most, gib)
+
+    def forget(self, peak):
+        told.most = told.held if told.forgets else told.most
+        self.unknown = None if told.forgets else "it is not allowed here"
+        return told.forgets
+
+    told.hold = hold
+    monkeypatch.setattr(machine.PeakMemory, "_read", lambda self: told.most)
+    monkeypatch.setattr(machine.PeakMemory, "_forget", forget)
+    return told
+
+
+def test_the_most_memory_between_two_looks(process):
+    memory = machine.PeakMemory(torch.device("cpu"))
+    for peak in (5.0, 2.0):
+        process.hold(peak)
+        process.hold(1.5)
+        assert memory.take() == peak
+    assert memory.take() == 1.5
+
+
+def test_a_peak_that_cannot_be_forgotten_is_known_where_it_exceeds_all_before(process):
+    process.forgets = False
+    memory, found = machine.PeakMemory(torch.device("cpu")), []
+    for gib in (5.0, 2.0, 5.0, 6.0):
+        process.hold(gib)
+        found.append(memory.take())
+    assert found == [5.0, None, None, 6.0]
+    assert memory.unknown == "it is not allowed here"
+
+
+def test_the_most_memory_of_each_stage_is_in_the_report(toy, tmp_path, process):
+    report = generate(toy_config(toy, tmp_path, report=True)).videos[0].report
+    stages = ["load", "text", "denoise", "decode", "write"]
+    assert report["stage_memory"] == {"of": "process", "peak_gib": dict.fromkeys(stages, 1.0), "unknown": None}
+    process.forgets = False
+    video = generate(toy_config(toy, tmp_path / "again", report=True)).videos[0]
+    assert set(video.report["stage_memory"]["peak_gib"].values()) == {None}
+    page = video.path.with_suffix(".html").read_text()
+    assert VideoReport.from_dict(read_json(video.report_path, FORM)) == video.record
+    assert page.count("(memory not known)") == 5 and "Some of it is not known: it is not allowed here." in page
 
 
 def test_seeds_count_up_and_repeat(toy, tmp_path):

@@ -13,6 +13,8 @@ from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
 from slagen.generation.measured_dense import dense_section, describe_dense, measured_steps
+from slagen.generation.video_report import FORM, VideoReport
+from slagen.io.documents import read_json
 from slagen.timing import DenseTimes, StepTimes
 from slagen.wan.processor import processors
 
@@ -53,6 +55,7 @@ def test_the_video_stays_the_same_and_its_time_too(toy, tmp_path):
     assert stages["measure"] > 0
     assert stages["total"] == pytest.approx(sum(s for name, s in stages.items() if name not in ("measure", "total")))
     assert sum(step["latency_ms"] for step in report["steps"]) <= 1e3 * stages["denoise"]
+    assert VideoReport.from_dict(read_json(video.report_path, FORM)) == video.record
     page = video.path.with_suffix(".html").read_text()
     said = describe_dense(video.record.measured_dense)
     assert page.index(said[1:]) < page.index("<video") and "measuring dense attention" in page
@@ -131,7 +134,7 @@ def test_what_says_nothing_is_refused(toy, tmp_path, changes, words):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"dense_steps": "0-2"}, "only 1 of the 4 steps use less than dense attention. Try --measure-dense 1"),
+    [({"dense_steps": "0-2"}, "only 4 steps, of which 3 have dense attention already. Try --measure-dense 1"),
      ({"min_tokens": 10_000}, "every step of this clip uses dense attention already"),
      ({"width": 16, "height": 16, "num_frames": 1}, "so there is nothing to compare with it")],
 )  # fmt: skip
@@ -145,8 +148,8 @@ def test_command(toy, tmp_path, capsys):
             "--device", "cpu", "--allow-untrained", "--measure-dense", "2", "-o", str(tmp_path / "a.mp4")]  # fmt: skip
     assert run(line) == 0
     told = capsys.readouterr().err
-    assert told.index("measured speed-up over dense attention") < told.index("timestep")
+    assert told.index("measured speed-up over dense attention") < told.index("denoise ") < told.index("Details: ")
     assert run([*line, "--overwrite", "--steps", "1"]) == 2
-    assert "measure_dense is 2, but there are only 1 steps. Try --measure-dense 1." in " ".join(
+    assert "measure_dense is 2, but the run has only 1 step. Try --measure-dense 1." in " ".join(
         capsys.readouterr().err.split()
     )

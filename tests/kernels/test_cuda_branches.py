@@ -132,6 +132,17 @@ def test_reports_name_the_card(card):
     assert machine.peak_memory_gib(CARD) == 3
 
 
+def test_peaks_of_a_card(card):
+    """Each stage begins with what is held; before CUDA has begun there is nothing to forget."""
+    memory = machine.PeakMemory(CARD)
+    assert memory.owner == "card" and card.calls == []
+    for gib in (3, 2):
+        card.peak_bytes = gib * 2**30
+        assert memory.take() == gib
+    assert [name for name, *_ in card.calls] == ["reset_peak_memory_stats"] * 2
+    assert memory.most() == 3 and memory.unknown is None
+
+
 def test_spans_on_a_card(card):
     """Read once, after the device has reached the last mark; events are used again."""
     recorder = timing.StepRecorder("cuda", "layer")
@@ -149,6 +160,16 @@ def test_spans_on_a_card(card):
             step = recorder.end_step(1.0)
         assert step.latency_ms == 3 * 9 + 2 and step.attention_ms == [21.0] and step.layers_ms == [7.0] * 3
         assert len(made) == 8  # those of one step
+    kept = timing.StepRecorder("cuda", "layer", keep=True)
+    kept.begin_step()
+    kept.begin_pass()
+    card.clock_ms += 1.0
+    with kept.attention(0):
+        card.clock_ms += 5.0
+    kept.end_step(1.0)
+    (layer, step) = kept.spans
+    assert layer.key == (0, 0) and step.key == "step" and step.start_ms < layer.start_ms
+    assert layer.start_ms + layer.ms <= step.start_ms + step.ms
     assert timing.SpanClock("cuda").cost_ms() > 0
     assert timing.SpanClock("cuda").read() == []
 

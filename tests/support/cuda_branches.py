@@ -241,6 +241,8 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
             "torch.version.cuda",
         )
     },
+    "machine.py::PeakMemory.__init__": {"test_peaks_of_a_card": ("device.type == 'cuda'",)},
+    "machine.py::PeakMemory._forget": {"test_peaks_of_a_card": ("torch.cuda.reset_peak_memory_stats",)},
     "machine.py::peak_memory_gib": {
         "test_reports_name_the_card": ("device.type == 'cuda'", "torch.cuda.max_memory_allocated")
     },
@@ -280,6 +282,7 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "timing.py::SpanClock.__init__": {"test_spans_on_a_card": ("device_type == 'cuda'",)},
     "timing.py::SpanClock.cost_ms": {"test_spans_on_a_card": ("self.on_cuda", "'cuda'")},
     "timing.py::SpanClock.mark": {"test_spans_on_a_card": ("self.on_cuda", "torch.cuda.Event")},
+    "timing.py::SpanClock.origin": {"test_spans_on_a_card": ("self.on_cuda",)},
     "timing.py::SpanClock.read": {"test_spans_on_a_card": ("self.on_cuda",)},
     "wan/loading.py::place": {
         "test_parts_move_one_at_a_time_to_a_small_card": ("device.type != 'cuda'", "torch.cuda.mem_get_info")

@@ -36,7 +36,7 @@ from slagen.generation.session import Sample, Session, free_memory
 from slagen.generation.stage_clock import StageClock
 from slagen.interrupts import ENDING, stopping, telling_what_is_kept
 from slagen.io.paths import user_path
-from slagen.machine import describe_device
+from slagen.machine import PeakMemory, describe_device
 from slagen.video import check_ffmpeg
 
 POLL_S = 0.5
@@ -102,6 +102,7 @@ class WorkerLoop:
         self.before = {task.job.key: task.job.result for task in todo}
         self.began: tuple[float, int] | None = None  # when the first video had ended, and the FLOPs until then
         self.writing: _Attempt | None = None
+        self.memory = PeakMemory(todo[0].plan.weights.device)
 
     def run(self) -> None:
         """Generate what remains, and wait for what other processes hold."""
@@ -151,6 +152,7 @@ class WorkerLoop:
             self.manifest.append(running)
             self.on_event(self._job_event(jobs, task.plan.config.prompt))
             clock = StageClock()
+            clock.watch(self.memory)
             clock.begin("prepare")
             sample: Sample | None
             try:
@@ -162,6 +164,7 @@ class WorkerLoop:
             if sample is None:
                 free_memory()  # what ran out of it held it until here
                 return True
+            clock.overlap()
             clock.begin("wait")
             self._finish()
             attempt.video, kept = writer.submit(save, sample, self.manifest.folder / task.job.name), True

@@ -16,8 +16,8 @@ from slagen.settings import without_complement
 
 # Of all methods: the command line has no option for it, or another.
 OTHERWISE = (
-    *TAKEN, "attention", "sparsity", "sla_topk", "num_videos", "save_latents", "report", "measure_dense", "timing",
-    "allow_untrained",
+    *TAKEN, "attention", "sparsity", "sla_topk", "num_videos", "save_latents", "report", "measure_dense", "trace",
+    "timing", "allow_untrained",
 )  # fmt: skip
 
 

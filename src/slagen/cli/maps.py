@@ -10,7 +10,7 @@ from slagen.cli.startup import start_quickly
 from slagen.generation.config import OUTPUT, GenerateConfig
 from slagen.maps.config import MapConfig
 
-LEFT_OUT = ("num_videos", "fps", "save_latents", "report", "measure_dense", "timing", "vae", "output")
+LEFT_OUT = ("num_videos", "fps", "save_latents", "report", "measure_dense", "trace", "timing", "vae", "output")
 
 
 @takes(settings=Fields(GenerateConfig, without=LEFT_OUT), where=MapConfig)

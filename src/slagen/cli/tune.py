@@ -10,7 +10,8 @@ from slagen.generation.config import OUTPUT, GenerateConfig
 from slagen.tuning.config import TuneConfig
 
 LEFT_OUT = (
-    "num_videos", "fps", "save_latents", "report", "measure_dense", "timing", "vae", "output", "sparsity_schedule",
+    "num_videos", "fps", "save_latents", "report", "measure_dense", "trace", "timing", "vae", "output",
+    "sparsity_schedule",
 )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from slagen.attention.sla.config import BLOCK_SIZES, check_choice, check_fractio
 from slagen.errors import UsageError
 from slagen.formats.published import Sampler
 from slagen.io.forms import shown
-from slagen.io.paths import check_output
-from slagen.io.text import check_prompt, read_device
+from slagen.io.paths import check_output, is_video, user_path
+from slagen.io.text import check_prompt, counted, quote_path, read_device
 from slagen.settings import option
 from slagen.timing import Timing
 from slagen.wan.defaults import MAX_OF_A_CLIP, MAX_STRENGTH, MIN_STRENGTH
@@ -76,6 +76,7 @@ class GenerateConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
+        trace: a file that ends in .json, for the trace of the one video.
         output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
         overwrite: replace files that are there.
@@ -202,6 +203,11 @@ class GenerateConfig:
         pixels=False,
     )
 
+    trace: str | None = option(
+        None, "Also write a trace of stages, steps and layers, for ui.perfetto.dev or chrome://tracing.", panel=OUTPUT,
+        metavar="FILE.json", pixels=False,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
         self._check_texts()
@@ -215,6 +221,7 @@ class GenerateConfig:
                 raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
         _check_attention(self)
         _check_measurement(self)
+        _check_trace(self)
 
     def _check_texts(self) -> None:
         """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
@@ -334,8 +341,23 @@ def _check_measurement(config: GenerateConfig) -> None:
         raise UsageError("--measure-dense measures times, but --timing off takes none. Leave one of them out.")
     if config.steps is not None and count > config.steps:
         raise UsageError(
-            f"measure_dense is {count}, but there are only {config.steps} steps. "
+            f"measure_dense is {count}, but the run has only {counted(config.steps, 'step')}. "
             f"Try --measure-dense {min(3, config.steps)}."
+        )
+
+
+def _check_trace(config: GenerateConfig) -> None:
+    """Raise UsageError for a trace that is no .json file of its own, or one file for several videos."""
+    if config.trace is None:
+        return
+    if not config.trace.lower().endswith(".json"):
+        raise UsageError(f"trace is {quote_path(config.trace)}, but must be a file that ends in .json.")
+    if config.num_videos > 1:
+        raise UsageError(f"--trace writes one file, but --num-videos is {config.num_videos}. Leave one of them out.")
+    if is_video(config.output) and user_path(config.trace) == user_path(config.output).with_suffix(".json"):
+        raise UsageError(
+            f"trace is {quote_path(config.trace)}, which is the report of {quote_path(config.output)}. "
+            "Give another name."
         )
 
 

@@ -22,12 +22,13 @@ from slagen.generation import memory, report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.pages import is_report_page
-from slagen.generation.preflight import check_free, check_output
+from slagen.generation.preflight import check_free, check_output, check_trace
 from slagen.generation.report_page import Shown, report_page
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.session import Sample, Session
 from slagen.generation.stage_clock import StageClock
+from slagen.generation.trace import write_trace
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json, write_text
 from slagen.io.paths import is_video, user_path
@@ -108,6 +109,8 @@ def _make(
     plan: Plan, clock: StageClock, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool
 ) -> list[Video]:
     clock.begin("load")
+    memory = machine.PeakMemory(plan.weights.device)
+    clock.watch(memory)
     on_event(Event("stage", "load"))
     session = Session(plan, on_event=on_event)
 
@@ -128,8 +131,12 @@ def _make(
             video = (
                 _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
             )
+            if config.trace is not None:
+                write_trace(sample, user_path(config.trace))
+                on_event(Event("note", f"the trace is in {config.trace}; open it at ui.perfetto.dev"))
             videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))
             clock = StageClock()  # start, load and text are shared: counted once, with the first video
+            clock.watch(memory)
     return videos
 
 
@@ -261,7 +268,9 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
             "Free some space, or give another folder with --output."
         )
     # runs whose names are the same have the same first one; a report is one's own too: of v.mp4 and v.MP4 it is v.json
-    with reserved(paths[0], paths[0].with_suffix(".json")):
+    traces = [] if config.trace is None else [user_path(config.trace)]
+    with reserved(paths[0], paths[0].with_suffix(".json"), *traces):
+        check_trace(config)
         for path in paths:
             check_free(path, config)
         yield paths

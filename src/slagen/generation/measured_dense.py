@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from slagen.attention.policy import DensePart
 from slagen.errors import UsageError
 from slagen.generation.video_report import MeasuredDense, MeasuredStep, Ratio
+from slagen.io.text import counted
 from slagen.timing import StepTimes
 
 LEAVE_OUT = "Leave --measure-dense out"
@@ -25,11 +26,10 @@ def check_measured(count: int | None, dense: DensePart, reason: str = "") -> Non
         said = reason or "every step of this clip uses dense attention already"
         raise UsageError(f"{said}, so there is nothing to compare with it. {LEAVE_OUT}.")
     if count > len(own):
-        of_all = f" of the {dense.num_steps} steps use" if len(own) < dense.num_steps else " are run that use"
-        raise UsageError(
-            f"measure_dense is {count}, but only {len(own)}{of_all} less than dense attention. "
-            f"Try --measure-dense {min(3, len(own))}."
-        )
+        has = f"the run has only {counted(dense.num_steps, 'step')}"
+        if len(own) < dense.num_steps:
+            has += f", of which {dense.num_steps - len(own)} have dense attention already"
+        raise UsageError(f"measure_dense is {count}, but {has}. Try --measure-dense {min(3, len(own))}.")
 
 
 def measured_steps(count: int | None, dense: DensePart) -> tuple[int, ...]:

@@ -22,6 +22,16 @@ def check_run(config: GenerateConfig) -> None:
     check_model(config.model, config.weights, config.vae)
     check_steps(config)
     check_output(config)
+    check_trace(config)
+
+
+def check_trace(config: GenerateConfig) -> None:
+    """Raise UsageError for a trace that would replace what is there, unless that is wanted."""
+    if config.trace is None:
+        return
+    file = user_path(config.trace)
+    if file.is_dir() or (os.path.lexists(file) and not config.overwrite):
+        raise UsageError(f"{file} exists. Choose another --trace, or replace it with --overwrite.")
 
 
 def check_steps(config: GenerateConfig) -> None:

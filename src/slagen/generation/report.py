@@ -20,6 +20,7 @@ from slagen.generation.video_report import (
     ReportedAttention,
     ReportedLayer,
     ReportedStep,
+    StagePeaks,
     UsedWeights,
     VideoFile,
     VideoReport,
@@ -32,6 +33,7 @@ from slagen.timing import StepTimes
 
 if TYPE_CHECKING:
     from slagen.generation.session import Sample
+    from slagen.generation.stage_clock import StageClock
 
 COMMENT_BYTES = 32 * 1024
 AROUND = names_where(GenerateConfig, lambda option: not option.pixels)  # settings that are not of the video
@@ -128,6 +130,16 @@ def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> O
     )
 
 
+def memory_section(clock: StageClock) -> StagePeaks | None:
+    """The most memory of each stage that has ended; None where it was not noted."""
+    memory = clock.memory
+    if memory is None:
+        return None
+    reason = memory.unknown or "other videos are generated at the same time"
+    lacks = None in clock.peaks_gib.values()
+    return StagePeaks(memory.owner, dict(clock.peaks_gib), reason if lacks else None)
+
+
 def shareable(path: str | None) -> str | None:
     """A path to record in public files: as typed if it is relative, otherwise only its last name, because the folders
     above reveal this machine and its user. None stays None."""
@@ -195,13 +207,14 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         weights=sample.weights,
         latents_hash=latents_hash,
         attention=ReportedAttention(config.attention, plan.num_tokens, about, plan.backend),
-        peak_memory_gib=machine.peak_memory_gib(plan.weights.device),
         measured_dense=dense_section(steps),
         steps=step_section(steps),
         layers=layer_section(steps),
         cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(sample.densities), steps),
         timing=timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
         stages_s=clock.read(),  # last, for all of the above takes time too
+        stage_memory=memory_section(clock),
+        peak_memory_gib=clock.memory.most() if clock.memory else machine.peak_memory_gib(plan.weights.device),
         wall_s=clock.wall_s(),
         since_process_start_s=machine.process_age_s(),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from slagen.generation.measured_dense import describe_dense
 from slagen.generation.stage_clock import MEASURE
-from slagen.generation.video_report import ReportedStep, VideoReport
+from slagen.generation.video_report import ReportedStep, StagePeaks, VideoReport
 from slagen.html import HEAD, data_uri, render
 
 GENERATOR = "slagen report"  # what the page says of who wrote it
@@ -85,9 +85,12 @@ PAGE = (
   </div>
   <ul class="key">
     {% for stage in r.stages %}
-    <li><i style="background: {{ stage.colour }}"></i>{{ stage.name }} {{ "%.2f"|format(stage.seconds) }} s</li>
+    <li><i style="background: {{ stage.colour }}"></i>{{ stage.name }} {{ "%.2f"|format(stage.seconds) }} s\
+{{ stage.memory }}</li>
     {% endfor %}
   </ul>
+  {% if r.memory %}<p>{{ r.memory }}</p>{% endif %}
+
   {% if r.steps %}
   <{{ h }}>Each step</{{ h }}>
   <svg viewBox="0 0 {{ r.chart.width }} 150" role="img" aria-label="{{ r.steps_text }}">
@@ -205,7 +208,7 @@ def _content(shown: Shown) -> dict[str, Any]:
     settings, cost, attention = report.settings, report.cost, report.attention
     steps = [step for step in report.steps if step.latency_ms is not None]
     stages = [
-        {"name": label, "seconds": report.stages_s[name], "colour": colour}
+        {"name": label, "seconds": report.stages_s[name], "colour": colour, "memory": _memory_of(report, name)}
         for (name, label), colour in zip(STAGES.items(), COLOURS, strict=True)
         if report.stages_s.get(name)
     ]
@@ -215,6 +218,7 @@ def _content(shown: Shown) -> dict[str, Any]:
         "name": shown.name, "prompt": settings["prompt"], "video": data_uri(video) if video and fits else None,
         "link": report.video.file if video is not None and not fits else None,
         "summary": _summary(report), "measured": _measured(report),
+        "memory": _about_memory(report.stage_memory),
         "stages": stages,
         "stages_text": ", ".join(f"{stage['name']} {stage['seconds']:.2f} seconds" for stage in stages),
         "steps": steps, "chart": _chart(steps),
@@ -226,6 +230,22 @@ def _content(shown: Shown) -> dict[str, Any]:
         ),
         "facts": _facts(report),
     }  # fmt: skip
+
+
+def _memory_of(report: VideoReport, stage: str) -> str:
+    """The most memory of a stage, to stand behind its time; empty where nobody looked."""
+    peaks = report.stage_memory.peak_gib if report.stage_memory is not None else {}
+    if stage not in peaks:
+        return ""
+    return f" ({'memory not known' if (peak := peaks[stage]) is None else f'{peak:.2f} GiB'})"
+
+
+def _about_memory(memory: StagePeaks | None) -> str | None:
+    """What the numbers in brackets are."""
+    if memory is None:
+        return None
+    text = f"In brackets the most memory of the {memory.of} in each stage."
+    return text if memory.unknown is None else f"{text} Some of it is not known: {memory.unknown}."
 
 
 def _measured(report: VideoReport) -> str | None:

@@ -260,7 +260,7 @@ def _denoise(
     Args: count: called after each step.
     """
     config, schedule = plan.config, plan.schedule
-    recorder = StepRecorder(plan.weights.device.type, config.timing)
+    recorder = StepRecorder(plan.weights.device.type, config.timing, keep=config.trace is not None)
     detach = attach_recorder(pipe.transformer, recorder)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

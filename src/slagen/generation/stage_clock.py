@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slagen.machine import PeakMemory
 
 MEASURE = "measure"  # what ran for a measurement alone, and is not part of making the video
 SHARED = ("start", "prepare", "load", "text")  # by all videos of a run, so counted with the first
 
 
+@dataclass(frozen=True)
+class Lap:
+    """A stage from its begin, in seconds since the first stage began."""
+
+    stage: str
+    start_s: float
+    seconds: float
+
+
 class StageClock:
-    """Seconds of the stages of one video.
+    """Seconds of the stages of one video, and the most memory in each.
 
     Args:
         since_start_s: what the stage "start" has taken already: the seconds since the process began.
@@ -18,8 +32,21 @@ class StageClock:
     def __init__(self, since_start_s: float = 0.0) -> None:
         self._seconds = {**dict.fromkeys(SHARED, 0.0), "start": since_start_s}
         self._last = time.perf_counter()
-        self._began = self._last - since_start_s
+        self.began = self._last - since_start_s  # by `time.perf_counter`
+        self.laps = [Lap("start", 0.0, since_start_s)] if since_start_s else []
         self._stage: str | None = None
+        self.memory: PeakMemory | None = None
+        self.overlapped = False
+        self.peaks_gib: dict[str, float | None] = {}
+
+    def watch(self, memory: PeakMemory) -> None:
+        """From now on, note the most memory of each stage."""
+        self.memory = memory
+
+    def overlap(self) -> None:
+        """End the stage that goes on. Other work goes on beside those to come, so their memory is not known."""
+        self.end()
+        self.overlapped = True
 
     def begin(self, stage: str) -> None:
         """Begin a stage where the one before it ends."""
@@ -32,6 +59,9 @@ class StageClock:
             return
         now = time.perf_counter()
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._last
+        self.laps.append(Lap(self._stage, self._last - self.began, now - self._last))
+        if self.memory is not None:
+            self.peaks_gib[self._stage] = None if self.overlapped else self.memory.take()
         self._last, self._stage = now, None
 
     def set_apart(self, seconds: float) -> None:
@@ -47,4 +77,4 @@ class StageClock:
 
     def wall_s(self) -> float:
         """Seconds since the first stage began, whatever the stages say."""
-        return time.perf_counter() - self._began
+        return time.perf_counter() - self.began

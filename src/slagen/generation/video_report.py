@@ -206,6 +206,19 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class StagePeaks:
+    """The most memory held in each stage, of the card or of the process.
+
+    Args:
+        of: "card" or "process". peak_gib: by stage; None where it is not known. unknown: why it is not.
+    """
+
+    of: str
+    peak_gib: dict[str, float | None]
+    unknown: str | None
+
+
+@dataclass(frozen=True)
 class Overhead:
     """How the times were taken, and what taking them cost, as a share of the steps."""
 
@@ -232,7 +245,7 @@ class VideoReport:
         created: time in ISO 8601. settings: by option name, as recorded. versions: of packages.
         stages_s: seconds by stage, and their sum as "total". wall_s: measured by itself, from the start of the process,
             or of this video where it is not the run's first, until the report; None where that is not one run.
-        measured_dense: of --measure-dense.
+        measured_dense: of --measure-dense. stage_memory: None in reports of older versions.
         decoded: of a video that `slagen decode` made.
     """
 
@@ -254,6 +267,7 @@ class VideoReport:
     timing: Overhead
     wall_s: float | None = None
     measured_dense: MeasuredDense | None = None
+    stage_memory: StagePeaks | None = None
     decoded: Decoded | None = None
 
     @classmethod
@@ -274,6 +288,10 @@ class VideoReport:
         decoded = content.pop("decoded")
         if self.wall_s is None:
             del content["wall_s"]
+        if self.stage_memory is None:
+            del content["stage_memory"]
+        else:
+            content["stage_memory"] = asdict(self.stage_memory)
         del content["measured_dense"]
         if self.measured_dense is not None:
             content = {"measured_dense": asdict(self.measured_dense), **content}

@@ -17,7 +17,7 @@ def form_of(kind: Any) -> Any:
         hints = get_type_hints(kind)
         return {f"{each.name}{'?' if _has_default(each) else ''}": form_of(hints[each.name]) for each in fields(kind)}
     inner = get_args(kind)
-    if isinstance(kind, UnionType) and any(get_args(part) for part in inner):
+    if isinstance(kind, UnionType) and any(get_args(part) or is_dataclass(part) for part in inner):
         return OrNull(form_of(next(part for part in inner if part is not type(None))))
     if get_origin(kind) is list:
         return [form_of(inner[0])]
