@@ -1,14 +1,16 @@
 """The contact sheet and the page of a training in a real browser, opened from disk."""
 
+import re
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
 
+from slagen.generation.side_by_side import side_by_side
 from slagen.html.contact_sheet import Card, contact_sheet
 from slagen.training.log import CLIPS, StepRecord, ValidationRecord, add_line
-from slagen.training.page import write_page
+from slagen.training.page import Trained, verdict, write_page
 from slagen.video import make_thumbnail, write_mp4
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -40,15 +42,21 @@ def training(tmp_path):
     """The page of a run of 20 steps, validated before and after, with two prompts."""
     add = partial(add_line, tmp_path)
     (tmp_path / CLIPS).mkdir()
-    for step in (0, 20):
+    rng = np.random.default_rng(0)
+    dense = [rng.integers(0, 255, (17, 64, 96, 3), dtype=np.uint8) // 64 * 64 for _ in range(2)]
+    for i, clip in enumerate(dense):
+        write_mp4(clip, tmp_path / CLIPS / f"dense-{i}.mp4", 16)
+    for step in (0, 5, 10, 15, 20):
         names = [f"step-{step:06d}-{i}.mp4" for i in range(2)]
-        for name in names:
-            write_mp4(np.full((17, 64, 128, 3), 8 * step, np.uint8), tmp_path / CLIPS / name, 16)
+        for name, clip in zip(names, dense, strict=True):
+            student = (clip * (step / 20)).astype(np.uint8)
+            write_mp4(side_by_side([clip, student], ["dense", f"step {step}"]), tmp_path / CLIPS / name, 16)
         add(ValidationRecord(step, 0.6 - step / 50, names))
     for step in range(1, 21):
         add(StepRecord(step, 20, 1 / step, 0.5, 1.0, 1e-5, [step, 2 * step], 1e3, 0.0, step, 20 - step))
-    layers = {"before": [0.5, 0.6], "after": [0.2, 0.3]}
-    return write_page(tmp_path, "a <run>", {"steps": "20"}, layers, PROMPTS[:2])
+    layers = {"before": [0.5, 0.6], "after": [0.2, 0.7]}
+    commands = [("A video", "slagen generate x"), ("Beside dense", "slagen compare x")]
+    return write_page(tmp_path, Trained("a <run>", 0.6, 0.2, layers, PROMPTS[:2], 16, {"steps": "20"}, commands))
 
 
 @pytest.fixture(params=[sheet])
@@ -77,13 +85,48 @@ PLAYING = f"{SMALL}.map(v => v.readyState > 1 && !v.paused && v.currentTime > 0)
 
 @pytest.mark.parametrize("page", [training], indirect=True)
 def test_a_training_is_shown_with_its_curves_and_clips(page, tmp_path):
-    page.wait_for_function(f"(v => v.length === 4 && v.every(Boolean))({PLAYING})", timeout=20_000)
+    page.wait_for_function(f"(v => v.length === 8 && v.every(Boolean))({PLAYING})", timeout=20_000)
+    rows = page.evaluate("[...document.querySelectorAll('.row')].map(r => r.innerText.replace(/\\n+/g, ' '))")
+    labels = r"dense before training PSNR to dense [\d.]+ dB step 10 PSNR to dense [\d.]+ dB step 20 (PSNR|identical).*"
+    assert len(rows) == 2 and all(re.fullmatch(labels, row) for row in rows)
+    assert page.evaluate("[...document.querySelectorAll('video')].map(v => [v.videoWidth, v.videoHeight])") == 8 * [
+        [96, 64]
+    ]
+    page.get_by_role("button", name="pause").press("Enter")
+    assert page.evaluate("[...document.querySelectorAll('video')].every(v => v.paused)")
+    said = page.locator(".verdict").inner_text()
+    assert "fell from 0.6000 to 0.2000 (67% lower), and the clips below came nearer to" in said
+    assert page.get_by_text(
+        "Self-attention got worse in 1 of 2 layers: layer 1 (0.6000 before, 0.7000 after)"
+    ).is_visible()
+    assert page.locator("code").all_inner_texts() == ["slagen generate x", "slagen compare x"]
     assert page.locator("svg").count() == 5
-    for box in page.evaluate("[...document.querySelectorAll('section svg')].map(s => s.getBoundingClientRect())"):
+    inks = "[...document.querySelectorAll('svg text')].map(t => getComputedStyle(t).fill)"
+    own = "getComputedStyle(document.body).color"
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        assert set(page.evaluate(inks)) == {page.evaluate(own)}
+    for box in page.evaluate("[...document.querySelectorAll('.charts svg')].map(s => s.getBoundingClientRect())"):
         assert box["width"] > 300 and box["height"] > 100
     assert page.get_by_role("heading", name="a <run>").is_visible() and page.locator("run").count() == 0
     links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
-    assert len(links) == 4 and all((tmp_path / link).is_file() for link in links)
+    assert len(links) == 8 and all((tmp_path / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize(("before", "after", "nearness", "told"), [
+    (0.4, 0.2, (20.0, 22.0), ["Training helped:", "fell from 0.4000 to 0.2000 (50% lower), and", "nearer to"]),
+    (0.4, 0.2, (22.0, 20.0), ["Training helped:", "but the clips below came further from"]),
+    (0.4, 0.2, (22.0, 22.1), ["Training helped:", "about as near to the dense model's as before"]),
+    (0.2, 0.4, (20.0, 22.0), ["Training made it worse:", "rose from 0.2000 to 0.4000, but", "nearer to"]),
+    (0.2, 0.4, (22.0, 20.0), ["Training made it worse:", "and the clips below came further from"]),
+    (0.4, 0.4, (22.0, 20.0), ["Training changed little:", "stayed at 0.4000", "but the clips below came further"]),
+    (0.4, 0.2, None, ["Training helped:", "(50% lower)."]),
+    (0.0, 0.1, (float("inf"), 20.0), ["Training made it worse:", "PSNR without limit before"]),
+    (0.0, 0.0, (float("inf"), float("inf")), ["Training changed little:", "about as near"]),
+])  # fmt: skip
+def test_the_verdict_agrees_with_the_numbers_and_the_clips(before, after, nearness, told):
+    said = verdict(before, after, nearness)
+    assert all(words in said for words in told), said
 
 
 def test_every_thumbnail_plays_and_sorting_works(page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,27 +113,38 @@ class Chart:
     log: bool = False
 
 
+INK = "#010203"  # stands for the page's own text colour
+HUES = [f"#0102{n:02x}" for n in range(4, 10)]  # stand for its variables --line-0 to --line-5
+
+
 def draw_chart(chart: Chart) -> str:
-    """A chart as an SVG element that stands in a page; text in it is text."""
+    """A chart as an SVG element that stands in a page, in whose colours it is; text in it is text."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    for line in chart.lines:
-        axes.plot(line.x, line.y, "o-" if line.marked else "-", ms=4, lw=1.2, label=line.label)
-    axes.set(xlabel=chart.x_label, title=chart.title)
-    if chart.log and any(value > 0 for line in chart.lines for value in line.y):
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    if 1 < len(chart.lines) <= 12:
-        axes.legend(fontsize="small")
+    ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    look: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.title, "savefig.transparent": True, "grid.color": INK,
+            "legend.framealpha": 0, **ink}  # fmt: skip
     text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        for index, line in enumerate(chart.lines):
+            colour = HUES[index % len(HUES)]
+            axes.plot(line.x, line.y, "o-" if line.marked else "-", ms=4, lw=1.4, label=line.label, color=colour)
+        axes.set(xlabel=chart.x_label, title=chart.title)
+        if chart.log and any(value > 0 for line in chart.lines for value in line.y):
+            axes.set_yscale("log")
+        axes.grid(alpha=0.2)
+        if 1 < len(chart.lines) <= 12:
+            axes.legend(fontsize="small")
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    drawn = text.getvalue()[text.getvalue().index("<svg") :].replace(INK, "currentColor")
+    for index, hue in enumerate(HUES):
+        drawn = drawn.replace(hue, f"var(--line-{index})")
+    return re.sub(r"(<text style=\"[^\"]*)\"", r'\1; fill: currentColor"', drawn)
 
 
 @dataclass(frozen=True, eq=False)

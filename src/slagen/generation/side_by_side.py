@@ -6,12 +6,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 IN_A_ROW = 6  # clips
+GAP = 4  # pixels between clips
 
 
 def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarray:
     """Videos (F, H, W, 3) uint8 of one size beside each other, each under its label, which may have several lines."""
     frames, height, width, _ = clips[0].shape
-    line, gap = max(16, height // 16), 4
+    line, gap = line_height(height), GAP
     band = line * max(label.count("\n") + 1 for label in labels)
     columns = min(IN_A_ROW, len(clips))
     rows = -(-len(clips) // columns)
@@ -26,3 +27,14 @@ def side_by_side(clips: Sequence[np.ndarray], labels: Sequence[str]) -> np.ndarr
         canvas[:, top : top + band, left : left + width] = np.asarray(title)
         canvas[:, top + band : top + band + height, left : left + width] = clip
     return canvas
+
+
+def line_height(height: int) -> int:
+    """Pixels of a line of a label above clips of a height."""
+    return max(16, height // 16)
+
+
+def part_of(video: np.ndarray, index: int, height: int, width: int) -> np.ndarray:
+    """A clip cut out of `side_by_side` of one row whose labels have one line: (F, height, width, 3) uint8."""
+    top, left = line_height(height), index * (width + GAP)
+    return video[:, top : top + height, left : left + width]

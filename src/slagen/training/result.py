@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.sla import SLAMetadata, plain_name, trained_tensors, write_sla
+from slagen.generation import report
 from slagen.io.files import write_json, writing
 from slagen.io.paths import user_path
 from slagen.packages import versions
@@ -26,7 +28,7 @@ from slagen.training.comparison import shown_clips
 from slagen.training.distributed import full_tensor, local_shard
 from slagen.training.metrics import TeacherErrors
 from slagen.training.output_folder import MARK, RESULT, TRANSFORMER_FILE
-from slagen.training.page import PAGE, write_page
+from slagen.training.page import PAGE, Trained, write_page
 from slagen.training.run import Run, measure
 from slagen.training.setup import Setup
 from slagen.training.validation import validate
@@ -174,7 +176,30 @@ def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None
     attention = "SLA" if config.attention == "sla" else f"{config.attention} attention"
     title = f"{setup.folder.resolve().name}: {source.name} with {attention}"
     layers = {"before": run.before.layers, "after": errors.layers}
-    write_page(setup.folder, title, facts, layers, [clip.caption for clip in shown_clips(run.data)])
+    captions = [clip.caption for clip in shown_clips(run.data)]
+    commands = _next_commands(setup, result, captions[0] if captions else "a red circle moving right")
+    write_page(setup.folder, Trained(title, before, after, layers, captions, run.data.fps, facts, commands))
+
+
+def _next_commands(setup: Setup, result: FinetuneResult, prompt: str) -> list[tuple[str, str]]:
+    """What to run next: a video with the trained weights, and a comparison with dense attention."""
+    asked = setup.config
+    weights = str(result.weights)
+    if weights.startswith(str(setup.folder)):  # as it was typed
+        weights = asked.output.rstrip("/") + weights.removeprefix(str(setup.folder))
+    model = "" if asked.model is None else f" --model {shlex.quote(report.shareable(asked.model) or '')}"
+    own = f"--weights {shlex.quote(report.shareable(weights) or '')}"
+    commands = [("A video with these weights", f"slagen generate {shlex.quote(prompt)}{model} {own}")]
+    if not setup.is_dense:
+        methods = f"--methods dense,{asked.attention}"
+        commands[0] = (commands[0][0], f"{commands[0][1]} --attention {asked.attention}")
+        commands.append(
+            (
+                "Beside dense attention, with times and errors",
+                f"slagen compare {shlex.quote(prompt)}{model} {own} {methods}",
+            )
+        )
+    return commands
 
 
 def _told(config: Any) -> str:
