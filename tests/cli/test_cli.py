@@ -286,7 +286,7 @@ def test_result_on_stdout_and_the_rest_on_stderr(tmp_path, capsys):
     assert re.fullmatch(r"0001-a-red-circle-s3-[0-9a-f]{8}\.mp4", path.name) and path.is_file()
     assert "uses dense attention" in err and "peak memory" not in err
     what, times, more = err.splitlines()[-3:]
-    assert re.fullmatch(rf"{re.escape(out.strip())}: 9 frames, \d\.\d s of 64x64, \d\.\d\d MiB, seed 3", what)
+    assert re.fullmatch(rf"{re.escape(out.strip())}: 9 frames, \d\.\d s of 64x64, \d+ KiB, seed 3", what)
     assert re.fullmatch(r"[\d.]+ s: .*denoise [\d.]+ \(measured: \d+% attention\).*", times)
     assert more == f"Details: slagen info {path}. To make it again: slagen replay {path}"
     for file in (path, path.with_suffix(".json")):  # with the times, which are in the report only

@@ -227,8 +227,8 @@ class WorkerLoop:
         left = "" if left_s is None else f", about {readable_duration(left_s)} left"
         total = len(self.todo)
         text = f"{len(ended)} of {total} done{left}: {prompt}"
-        about = nth("video", min(total, len(ended) + 1), total, prompt)
-        return Event("job", text, num_steps=total, done=len(ended), about=about, left_s=left_s)
+        about = nth("video", min(total, len(sampled) + 1), total, prompt)
+        return Event("job", text, num_steps=total, done=len(sampled), about=about, left_s=left_s)
 
 
 def stop_on_signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:

@@ -98,6 +98,7 @@ def finish(run: Run, seconds: float) -> FinetuneResult:
         setup.team.rank,
     )  # fmt: skip
     if run.is_first:
+        setup.emit(Event("stage", "write", about="the result and its page"))
         _write_result(run, result, after)
     setup.team.wait()
     return result

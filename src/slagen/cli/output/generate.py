@@ -36,7 +36,7 @@ def show_videos(result: GenerateResult, as_json: bool, verbose: bool = False) ->
             show_report(video.record)
         about = described_video(video.record, video.path)
         if stdout_is_terminal():
-            write(f"{video.path}: {about}")
+            write_sentence(f"{video.path}: {about}")
         else:
             write(str(video.path))
             log(f"{video.path}: {about}")
@@ -52,8 +52,12 @@ def described_video(report: VideoReport, path: Path | None) -> str:
     video = report.video
     length = f"{counted(video.frames, 'frame')}, {video.duration_s:.1f} s of {video.width}x{video.height}"
     there = path is not None and path.is_file()
-    size = f", {path.stat().st_size / 2**20:.2f} MiB" if there and path is not None else ""
+    size = "" if path is None or not there else f", {_size(path.stat().st_size)}"
     return f"{length}{size}, seed {report.settings['seed']}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def described_times(report: VideoReport) -> str:
