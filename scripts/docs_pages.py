@@ -251,8 +251,9 @@ def whole_commands() -> str:
     rows = []
     for part in (whole["generate"], whole["finetune"]):
         seconds = part.get("median_s", part["wall_s"])
-        rows.append((f"`slagen {part['command'].split()[1]}`, as the file says", f"{seconds:.1f} s"))
-    return text + "\n" + about(whole, "commands-cpu-2026-11-22.json") + table(("command", "time"), rows)
+        peak = f"{max(part['peak_memory_gib']):.2f} GiB" if "peak_memory_gib" in part else "not measured"
+        rows.append((f"`slagen {part['command'].split()[1]}`, as the file says", f"{seconds:.1f} s", peak))
+    return text + "\n" + about(whole, "commands-cpu-2026-11-22.json") + table(("command", "time", "peak memory"), rows)
 
 
 def verified_on() -> str:

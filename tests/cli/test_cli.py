@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 from wan_models import save_pipeline
 
 import slagen
-from slagen.cli.main import app, run
+from slagen.cli.main import run
 from slagen.cli.progress import NOTHING_KEPT
 from slagen.errors import SlagenError, WeightsError
 from slagen.generation.config import GenerateConfig
@@ -326,29 +325,3 @@ def test_ctrl_c_of_the_installed_command(tmp_path):
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     assert not list((tmp_path / "o").iterdir())
-
-
-def test_the_readme_names_only_commands_and_options_that_exist():
-    import typer
-
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    lines = [
-        line.strip()
-        for block in re.findall(r"```(?:bash|console)\n(.*?)```", text, re.S)
-        for line in block.splitlines()
-    ]
-    found = set()
-    for line in lines:
-        words = shlex.split(line.removeprefix("$ "), comments=True)
-        if "slagen" not in words[:6] or words[words.index("slagen") + 1].startswith("-"):
-            continue
-        name, *rest = words[words.index("slagen") + 1 :]
-        command = commands[name]
-        if rest and rest[0] in getattr(command, "commands", {}):
-            command = command.commands[rest.pop(0)]
-        found.add(name)
-        options = {o for parameter in command.params for o in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
-        given = {word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
-        assert given <= options, line
-    assert found == set(commands)

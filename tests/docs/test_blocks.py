@@ -10,8 +10,7 @@ from slagen.cli.app import app
 from slagen.errors import UsageError
 from slagen.generation import peers
 
-UNMARKED = ("README.md", "docs/command-line.md")  # whose blocks are not run
-RUN = [name for name in PAGES if name not in UNMARKED and any(block.runs for block in blocks(read(name)))]
+RUN = [name for name in PAGES if name != "docs/command-line.md" and any(block.runs for block in blocks(read(name)))]
 NOT_OURS = {"--constraint", "--nproc-per-node", "--user"}  # of pip and torchrun
 
 
@@ -52,6 +51,24 @@ def test_a_wrong_option_in_a_page_is_found():
     assert "--sparsity 0.8" in page
     assert "--sparsty" in wrong_commands(page.replace("--sparsity 0.8", "--sparsty 0.8"))[0]
     assert "valid integer" in wrong_commands(page.replace("--steps 8", "--steps many"))[0]
+
+
+def test_every_command_is_in_a_page():
+    said = {
+        given[0]
+        for name in PAGES
+        if name != "docs/command-line.md"
+        for block in blocks(read(name))
+        if block.language == "bash"
+        for statement in statements(block.code)
+        if (given := slagen_arguments(statement))
+    }
+    assert set(typer.main.get_command(app).commands) <= said
+
+
+def test_the_readmes_python_has_six_lines():
+    (block,) = (block for block in blocks(read("README.md")) if block.language == "python")
+    assert block.runs and len(block.code.splitlines()) <= 6
 
 
 def spellings() -> set[str]:

@@ -121,18 +121,6 @@ def test_weights_that_are_missing_are_told_in_the_words_of_python(toy):
         slagen.generate("a circle", model=toy, device="cpu")
 
 
-@pytest.mark.slow
-def test_the_readmes_python_runs_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"## Python\n\n```python\n(.*?)```", text, re.DOTALL)[1]
-    assert len(code.splitlines()) <= 6
-    names = {}
-    exec(code, names)
-    assert names["result"].frames.shape == (17, 128, 128, 3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["star.json", "star.mp4"]
-
-
 def test_type_checkers_see_every_public_name():
     source = Path(slagen.__file__).read_text(encoding="utf-8")
     block = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
