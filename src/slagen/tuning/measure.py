@@ -81,7 +81,8 @@ class Meter:
     Args:
         session: any attention is installed in it. plan: of the attention that is measured, for any prompt.
         store: of what is known already.
-        seconds: of each forward pass so far, and their number.
+        seconds, done: of the measurements so far, and the steps of clips in them.
+        ahead: about as many steps of clips are still to be measured, this time's included.
     """
 
     session: Session
@@ -89,7 +90,8 @@ class Meter:
     store: Store
     on_event: OnEvent
     seconds: float = 0.0
-    passes: int = 0
+    done: int = 0
+    ahead: int = 0
 
     def _record(self, clips: Sequence[Clip]) -> None:
         """Run dense attention on every clip, and then install the plan's."""
@@ -111,21 +113,22 @@ class Meter:
             self.plan, config=dataclasses.replace(self.plan.config, sparsity_schedule=text)
         ).schedule
 
-    def squares(self, text: str, clips: Sequence[Clip], steps: Sequence[int], label: str, left: int = 0) -> Squares:
+    def squares(self, text: str, clips: Sequence[Clip], steps: Sequence[int], label: str) -> Squares:
         """The squared errors of a schedule in some steps, of all clips together.
 
-        Args: label: what is being measured, for the progress. left: measurements of this size that follow.
+        Args: label: what is being measured, for the progress.
         """
         key = self.store.key([text, [[clip.plan.config.prompt, clip.plan.config.seed] for clip in clips], list(steps)])
         if key not in self.store.known:
-            self.store.add(key, self._measure(text, clips, steps, label, left))
+            self.store.add(key, self._measure(text, clips, steps, label))
+        self.ahead -= len(steps) * len(clips)
         return self.store.known[key]
 
-    def _measure(self, text: str, clips: Sequence[Clip], steps: Sequence[int], label: str, left: int) -> Squares:
+    def _measure(self, text: str, clips: Sequence[Clip], steps: Sequence[int], label: str) -> Squares:
         if any(clip.trajectory is None for clip in clips):
             self._record(clips)
-        each = len(steps) * len(clips) * (2 if (self.plan.config.guidance_scale or 0) > 1 else 1)
-        seconds = (1 + left) * each * self.seconds / self.passes if self.passes else 0
+        each = len(steps) * len(clips)
+        seconds = max(each, self.ahead) * self.seconds / self.done if self.done else 0
         self.on_event(Event("run", label + (f", {in_words(seconds)} left" if seconds else "")))
         self.on_event(Event("stage", "measure"))
         schedule, total = self.schedule(text), dict.fromkeys(steps, (0.0, 0.0))
@@ -137,7 +140,7 @@ class Meter:
             )
             for step, (error, scale) in found.items():
                 total[step] = total[step][0] + error, total[step][1] + scale
-        self.seconds, self.passes = self.seconds + time.perf_counter() - began, self.passes + each
+        self.seconds, self.done = self.seconds + time.perf_counter() - began, self.done + each
         return total
 
     def error(self, text: str, clips: Sequence[Clip], label: str) -> float:

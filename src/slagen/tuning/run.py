@@ -119,6 +119,11 @@ def _like(base: GenerateConfig, clip: GenerateConfig) -> GenerateConfig:
 
 def _tune(job: _Job, path: Path) -> Tuned:
     space, meter, plan = job.space, job.meter, job.space.plan
+    steps, count = plan.config.steps or 1, len(space.candidates)
+    for_curve = (3 * count - 1) * steps * len(job.held_out)
+    checks = (len(space.items) * count).bit_length() + 2
+    single = (count + len(space.layers) * (count - 1)) * len(space.measured_steps)
+    meter.ahead = (single + checks * steps) * len(job.clips) + for_curve
     uniform, base, changes = _measure(job)
     costs, errors = _costs(job), [[own[part] for own in changes[layer]] for part, layer in space.items]
     best = best_choices(costs, errors)
@@ -126,6 +131,7 @@ def _tune(job: _Job, path: Path) -> Tuned:
     if bound is None:
         bound = meter.error(f"0-:{plan.attention.sparsity:.12g}", job.clips, f"sparsity {plan.attention.sparsity:g}")
     chosen = _chosen(job, best, bound)
+    meter.ahead = for_curve
     shape = plan.weights.source.shape
     return Tuned(
         schedule=space.schedule(chosen[0], job.rest), max_error=bound, chosen=chosen[1], uniform=uniform,
@@ -154,11 +160,10 @@ def _measure(job: _Job) -> tuple[list[Priced], int, dict[int, list[list[float]]]
     """
     space, meter, steps = job.space, job.meter, job.space.measured_steps
     count = len(space.candidates)
-    single = len(space.layers) * (count - 1)
     everywhere, uniform = [], []
     for number, sparsity in enumerate(space.candidates):
         text, label = space.schedule(space.uniform(number), job.rest).text, f"sparsity {sparsity:g} in all layers"
-        everywhere.append(space.weighted(meter.squares(text, job.clips, steps, label, single + count - number - 1)))
+        everywhere.append(space.weighted(meter.squares(text, job.clips, steps, label)))
         uniform.append(Priced(text, sparsity, job.flops(space.uniform(number)), sum(everywhere[-1]) ** 0.5))
     base = min(range(count), key=lambda number: (uniform[number].error, uniform[number].flops))
     changes = dict[int, list[list[float]]]()
@@ -166,11 +171,10 @@ def _measure(job: _Job) -> tuple[list[Priced], int, dict[int, list[list[float]]]
         changes[layer] = []
         for number, sparsity in enumerate(space.candidates):
             choices = tuple(number if own == layer else base for _, own in space.items)
-            label, single = f"layer {layer} alone at sparsity {sparsity:g}", single - (number != base)
-            text = space.schedule(choices, job.rest).text
-            found = everywhere[base] if number == base else space.weighted(
-                meter.squares(text, job.clips, steps, label, single)
-            )  # fmt: skip
+            label, text = f"layer {layer} alone at sparsity {sparsity:g}", space.schedule(choices, job.rest).text
+            found = everywhere[base]
+            if number != base:
+                found = space.weighted(meter.squares(text, job.clips, steps, label))
             changes[layer].append([a - b for a, b in zip(found, everywhere[base], strict=True)])
     return uniform, base, changes
 
