@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from slagen.attention import registry, sparse_linear_attention
 from slagen.attention.protocol import Layer
+from slagen.attention.schedule_file import LayerSchedule
 from slagen.attention.sla import fused
 from slagen.attention.sla.config import SLAConfig
 from slagen.benchmark import clock, compare
@@ -22,9 +23,11 @@ from slagen.benchmark.methods import Contender
 from slagen.benchmark.registry import all_methods
 from slagen.benchmark.rows import BenchRow
 from slagen.benchmark.run import bench
+from slagen.benchmark.tables import short_model_cells
 from slagen.cli.main import run
 from slagen.doctor import checks as doctor
 from slagen.errors import EnvironmentProblem, UsageError
+from slagen.wan import processor
 
 QUICK = {"shapes": ("1x2x256x32",), "sparsities": (0.5,), "lengths": (), "seconds": 0.01, "device": "cpu"}
 FIELDS = {
@@ -202,9 +205,38 @@ def test_model_is_timed_dense_and_with_sla():
     assert rows[0].speedup == 1
 
 
+def test_a_schedule_runs_in_the_loop(tmp_path, monkeypatch):
+    """Every step and layer has its own config, as in `generate`, and the row says which schedule ran."""
+    schedule = LayerSchedule("mean", 6, (("0", (0.5,) * 6), ("1-", (0.5, 0.5, 0.9, 0.9, 0.9, 0.9))))
+    (tmp_path / "s.json").write_text(json.dumps(schedule.to_dict()))
+    config = BenchConfig(
+        model="tiny-wan", steps=2, methods=("mean",), block_m=16, block_n=16, device="cpu",
+        sparsity_schedule=str(tmp_path / "s.json"),
+    )  # fmt: skip
+    seen = []
+    denoising = processor.denoising
+
+    def watch(transformer, steps, dense=None, configs=None):
+        seen.append((steps, configs))
+        return denoising(transformer, steps, dense, configs)
+
+    monkeypatch.setattr(processor, "denoising", watch)
+    dense, row = bench(config).models
+    assert row.sparsity is None and row.sparsity_schedule == schedule.text and dense.sparsity_schedule is None
+    assert [steps for steps, _ in seen] == [1, 2, 2, 2] and seen[0][1] is None
+    first, last = seen[3][1]
+    assert [own.sparsity for own in first] == [0.5] * 6 and [own.sparsity for own in last] == [0.5] * 2 + [0.9] * 4
+    assert short_model_cells(row)[2] == "schedule" and row.to_dict()["sparsity_schedule"] == schedule.text
+    with pytest.raises(UsageError, match="was tuned for mean attention, but this is vsa attention. Give --method mean"):
+        dataclasses.replace(config, methods=("vsa",), sparsity_schedule=str(tmp_path / "s.json"))
+
+
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
+        ({"sparsity_schedule": "0-:0.5"}, "^--sparsity-schedule is for the denoising loop, which is not timed. Add"),
+        ({"model": "tiny-wan", "sparsity_schedule": "0-4:0.5"}, "there are 4 steps: 0 to 3"),
+        ({"model": "tiny-wan", "methods": ("sol",), "sparsity_schedule": "0:0.5"}, "none of them is measured. Leave"),
         ({"shapes": ("wan",)}, "wan-1.3b-480p.*Try --shape 1x12x8192x128"),
         ({"shapes": ("1x12x0x128",)}, "Try --shape"),
         ({"sparsities": (1.0,)}, "sparsity is 1.0"),
@@ -222,6 +254,9 @@ def test_model_is_timed_dense_and_with_sla():
         ),
     ],
     ids=[
+        "schedule-of-no-loop",
+        "schedule-steps",
+        "schedule-methods",
         "shape",
         "zero",
         "sparsity",

@@ -18,6 +18,7 @@ import typer
 from test_text import HARMFUL, HARMLESS, is_harmless
 
 from slagen.attention import registry
+from slagen.attention.schedule_file import LayerSchedule
 from slagen.attention.sla.config import SLAConfig
 from slagen.batch.result import BatchResult
 from slagen.benchmark.compare import FASTER
@@ -50,6 +51,7 @@ from slagen.maps.run import AttentionMap
 from slagen.timing import TurnTimes
 from slagen.training.data.dataset import Dataset
 from slagen.training.result import FinetuneResult
+from slagen.tuning.result import CurvePoint, Priced, Tuned
 
 HOSTILE = f"[red]a[/red] [/] [link=x] {HARMLESS} {HARMFUL}\nerror: forged"
 
@@ -140,8 +142,20 @@ SHOWN = {  # the arguments of every function that shows something, but for as_js
     ],
     "show_map": lambda: [AttentionMap(1, 0, 2, (0, 1, 2), (4, 4), 0.1, 0.5, 0.6, 0.4, {"prompt": HOSTILE},
                                       poisoned(Path("p.png")))],
+    "show_tuned": lambda: [tuned()],
     "show_error": lambda: [HOSTILE],
 }  # fmt: skip
+
+
+def tuned():
+    """A schedule of two layers with one point of its curve."""
+    priced = Priced(HOSTILE, 0.5, 10, 0.25)
+    point = CurvePoint(10, priced, dataclasses.replace(priced, sparsity=None, error=0.2))
+    return Tuned(
+        LayerSchedule(HOSTILE, 2, ((HOSTILE, (0.5, 0.9)),)), 0.3, priced, [priced], [(HOSTILE, 1)], [(HOSTILE, 2)], [0],
+        [0.5, 0.9], [], [point], {"prompt": HOSTILE}, 20, HOSTILE, {HOSTILE: "1"},
+        DEVICE, poisoned(Path("s.json")),
+    )  # fmt: skip
 
 
 MODULES = [

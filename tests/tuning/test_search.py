@@ -33,8 +33,20 @@ def test_no_other_choice_is_better_at_any_exchange_rate(seed):
         assert min(error + rate * cost for cost, error in found) == pytest.approx(
             min(error + rate * cost for cost, error in every)
         )
-    for cost, error in found:  # nothing that costs no more has a lower error, but between the corners of the hull
-        assert not any(other < error and price <= cost for price, other in every if (price, other) in found)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_between_the_corners_too_it_is_the_best_for_its_cost(seed):
+    """With costs that are whole levels of the knapsack, for every budget."""
+    source = random.Random(seed)
+    costs = [[0, 24, *source.choices((0, 4, 8, 12, 16, 20, 24), k=2)] for _ in range(4)]
+    errors = [[source.uniform(-1, 9) for _ in range(4)] for _ in range(4)]
+    found = [totals(each, costs, errors) for each in best_choices(costs, errors)]
+    every = [totals(each, costs, errors) for each in itertools.product(range(4), repeat=4)]
+    for budget in range(0, 97, 4):
+        best = min(error for cost, error in every if cost <= budget)
+        assert min(error for cost, error in found if cost <= budget) == pytest.approx(best)
+    assert len(found) == len({cost for cost, _ in found})
 
 
 def test_the_layer_that_matters_most_is_spared_first():

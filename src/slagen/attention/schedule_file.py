@@ -81,10 +81,10 @@ def names_file(value: object) -> bool:
     return isinstance(value, str) and value.lower().endswith(SUFFIX)
 
 
-def as_text(value: Any, method: str) -> Any:
+def as_text(value: Any, method: str, option: str = "--attention") -> Any:
     """A --sparsity-schedule without files: what a file says where one is named, anything else as it is.
 
-    Args: method: the attention method that will run.
+    Args: method: the attention method that will run. option: which chose it.
     Raises: as `read_schedule`, and UsageError for a schedule of another method.
     """
     if not names_file(value):
@@ -93,7 +93,7 @@ def as_text(value: Any, method: str) -> Any:
     found = read_schedule(path)
     if found.method != method:
         raise UsageError(
-            f"{path} was tuned for {found.method} attention, but this is {method} attention. Give --attention "
+            f"{path} was tuned for {found.method} attention, but this is {method} attention. Give {option} "
             f"{found.method}, or make a schedule with slagen tune --attention {method}."
         )
     return found.text

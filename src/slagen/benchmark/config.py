@@ -8,7 +8,9 @@ from slagen.attention import registry
 from slagen.attention.cubes import compact_grid
 from slagen.attention.delta.method import DELTA, check_delta
 from slagen.attention.dense.config import BACKENDS
+from slagen.attention.policy import AttentionPolicy
 from slagen.attention.protocol import Grid, Method
+from slagen.attention.schedule_file import as_text
 from slagen.attention.sla.config import Backend, FeatureMap, LinearDomain, SLAConfig
 from slagen.errors import UsageError
 from slagen.generation.config import OUTPUT, Dtype, GenerateConfig
@@ -51,6 +53,7 @@ class BenchConfig:
         linear_domain, feature_map, block_m, block_n: as in SLAConfig.
         attention_options: (name, value) of options that only some of the methods have.
         delta: correct slagen's own sparse methods by one exact query row of so many; see `attention/delta`.
+        sparsity_schedule: of the denoising loop, for every method with a sparsity, as in GenerateConfig.
         dtype: "auto" is bf16 on CUDA and fp32 elsewhere. device: "auto", "cpu", "cuda" or "cuda:N".
         backward: also time the backward pass; None does on CUDA.
         lengths: token counts of the length sweep; None doubles from 1,024 up to the shape's, () sweeps none.
@@ -100,6 +103,10 @@ class BenchConfig:
     num_frames: int | None = option(None, "Video frames in the denoising loop.", panel=WHAT)
     steps: int | None = option(None, "Steps of the denoising loop. Default: 4.", panel=WHAT)
     compile: bool = option(False, "Also time the denoising loop with torch.compile.", panel=WHAT)
+    sparsity_schedule: str | None = option(
+        None, "Sparsity by step, or by layer, in the denoising loop, as for slagen generate; or a file of slagen tune.",
+        panel=WHAT, metavar="STEPS:SPARSITY,...",
+    )  # fmt: skip
     backend: Backend = option("auto", "Implementation of SLA: auto, reference, torch or triton.", panel=HOW)
     linear_domain: LinearDomain = option("all", "Key blocks in the linear branch: all or marginal.", panel=HOW)
     feature_map: FeatureMap = option("softmax", "Feature map of the linear branch: softmax, elu or relu.", panel=HOW)
@@ -157,7 +164,8 @@ class BenchConfig:
     def _check_loop(self) -> None:
         """Raise UsageError for a denoising loop that cannot run, and for what only one has where none is timed."""
         GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
-        asked = {"--size": self.width, "--num-frames": self.num_frames, "--steps": self.steps}
+        asked: dict[str, Any] = {"--size": self.width, "--num-frames": self.num_frames, "--steps": self.steps}
+        asked["--sparsity-schedule"] = self.sparsity_schedule
         given = [name for name, value in asked.items() if value is not None] + ["--compile"] * self.compile
         if given and not self.is_loop:
             are = "is" if len(given) == 1 else "are"
@@ -166,6 +174,19 @@ class BenchConfig:
             )
         if self.width is not None and self.height is not None:
             check_grid(self.width, self.height)
+        if self.sparsity_schedule is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Have the config hold a schedule's content. Raise UsageError for one that does not fit the loop."""
+        having = [method.name for method in self.loop_methods if "sparsity" in method.option_names]
+        if not having:
+            raise UsageError(
+                "--sparsity-schedule is for methods with a sparsity, and none of them is measured. Leave it out."
+            )
+        texts = [as_text(self.sparsity_schedule, name, "--method") for name in having]
+        object.__setattr__(self, "sparsity_schedule", texts[0])
+        AttentionPolicy(sparsity_schedule=texts[0]).check_steps(self.num_steps)
 
     def _check_loop_methods(self) -> None:
         """Raise UsageError for a method that only attention calls are timed with."""

@@ -18,7 +18,9 @@ from slagen.attention.delta.method import with_delta
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.dense.kernels import SDPA, dense_kernel
 from slagen.attention.dense.method import DENSE
+from slagen.attention.policy import AttentionPolicy
 from slagen.attention.protocol import Grid, Method, Unavailable
+from slagen.attention.schedule import Schedule
 from slagen.benchmark.clock import spread
 from slagen.benchmark.compare import compare_times
 from slagen.benchmark.config import BenchConfig
@@ -41,6 +43,7 @@ class Contender:
         install: puts it into a transformer.
         sdpa: the backend of PyTorch that scaled_dot_product_attention is held to meanwhile; None is PyTorch's choice.
         delta: corrects it, if not None.
+        configs: of each step, as for `denoising`, where a schedule sets the sparsity; None keeps the one installed.
         dense_elsewhere: what `generate` runs dense unless told otherwise, and this loop does not; empty for nothing.
     """
 
@@ -51,14 +54,21 @@ class Contender:
     sdpa: SDPBackend | None = None
     delta: int | None = None
     dense_elsewhere: str = ""
+    configs: tuple[Any, ...] | None = None
 
     def held(self) -> AbstractContextManager[None]:
         """Holds PyTorch's attention, cross-attention too, to the backend."""
         return contextlib.nullcontext() if self.sdpa is None else sdpa_kernel([self.sdpa, SDPBackend.MATH])
 
+    def warm_up(self, steps: int) -> int:
+        """The steps that run before those that are timed: one, or all where they differ in what they run."""
+        return 1 if self.configs is None else steps
+
     @property
     def label(self) -> str:
         """What a note says of it."""
+        if self.configs is not None:
+            return f"{self.attention} ({self.backend}), sparsity schedule"
         return f"{self.attention} ({self.backend})" + ("" if self.sparsity is None else f", sparsity {self.sparsity:g}")
 
 
@@ -91,16 +101,17 @@ def bench_model(
         on_event(Event("job", f"loading {source.name}"))
         pipe = load_pipeline(source, device, dtype, on_part=loaded_parts(on_event))
         name, defaults = source.name, source.defaults
-    head_dim = pipe.transformer.config.attention_head_dim
+    head_dim, layers = pipe.transformer.config.attention_head_dim, pipe.transformer.config.num_layers
     width, height, num_frames = _size(config, defaults)
     factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
     grid = token_grid(width, height, num_frames, pipe.transformer.config.patch_size, *factors)
     rows = []
-    for contender in [*_dense(config, device), *_methods(config, grid, head_dim, device, dtype)]:
+    for contender in [*_dense(config, device), *_methods(config, grid, head_dim, layers, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
             label = f"{name}, {contender.label}" + ", compiled" * compiled
             on_event(Event("job", label))
-            on_event(Event("stage", "time", num_steps=config.num_steps + 1, about=label))
+            steps = config.num_steps + contender.warm_up(config.num_steps)
+            on_event(Event("stage", "time", num_steps=steps, about=label))
             if contender.dense_elsewhere:
                 text = (
                     f"{contender.attention} is timed in every step and layer, but by default slagen generate uses "
@@ -110,12 +121,13 @@ def bench_model(
             contender.install(pipe.transformer)
             try:
                 with contender.held():
-                    times = time_loop(pipe, config, defaults, compiled, on_event)
+                    times = time_loop(pipe, config, defaults, compiled, on_event, contender)
             finally:
                 remove(pipe.transformer)
             rows.append(ModelRow(
                 name, contender.attention, contender.backend, contender.sparsity, f"{width}x{height}", num_frames,
-                config.num_steps, compiled, delta=contender.delta, **vars(times),
+                config.num_steps, compiled, delta=contender.delta,
+                sparsity_schedule=None if contender.configs is None else config.sparsity_schedule, **vars(times),
             ))  # fmt: skip
     fastest = min((row.step_ms for row in rows if row.attention == "dense"), key=lambda times: times.median)
     return [
@@ -149,7 +161,7 @@ def _dense(config: BenchConfig, device: torch.device) -> list[Contender]:
 
 
 def _methods(
-    config: BenchConfig, grid: Grid, head_dim: int, device: torch.device, dtype: torch.dtype
+    config: BenchConfig, grid: Grid, head_dim: int, num_layers: int, device: torch.device, dtype: torch.dtype
 ) -> list[Contender]:
     """slagen's other methods, at each sparsity where they have one."""
     from slagen.wan.processor import install_method
@@ -164,7 +176,13 @@ def _methods(
             label = method.pick_backend(chosen, head_dim, device, dtype, own)
             put = partial(install_method, method=with_delta(method, config.delta), config=own, backend=chosen)
             dense = _dense_elsewhere(config.model, method)
-            found.append(Contender(method.name, label, sparsity, put, None, config.delta, dense))
+            configs = None
+            if sparsity is not None and config.sparsity_schedule is not None:
+                policy = AttentionPolicy(delta=config.delta, sparsity_schedule=config.sparsity_schedule)
+                corrected = with_delta(method, config.delta)
+                configs = Schedule.of(corrected, own, grid, policy, config.num_steps, num_layers).by_step
+            shown = sparsity if configs is None else None
+            found.append(Contender(method.name, label, shown, put, None, config.delta, dense, configs))
     return found
 
 
@@ -198,9 +216,12 @@ def _compiled_blocks(transformer: Any) -> Iterator[None]:
 
 def time_loop(
     pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool,
-    on_event: Callable[[Event], None] = lambda event: None,
+    on_event: Callable[[Event], None] = lambda event: None, contender: Contender | None = None,
 ) -> LoopTimes:  # fmt: skip
-    """Run the denoising loop, first one step to warm up, and split its steps; a compiled block can not be split."""
+    """Run the denoising loop, first some steps to warm up, and split its steps; a compiled block can not be split.
+
+    Args: contender: what is installed, where it is not the same in all steps.
+    """
     from slagen.wan.observe import attach_recorder
     from slagen.wan.processor import denoising
 
@@ -210,7 +231,8 @@ def time_loop(
     shape = (1, defaults.max_sequence_length, transformer.config.text_dim)
     text = [torch.randn(shape, generator=generator).to(device, transformer.dtype) for _ in range(2)]
     recorder = StepRecorder(device.type, "layer")
-    advance = counted_parts(on_event, config.num_steps + 1)
+    warm_up, configs = (1, None) if contender is None else (contender.warm_up(config.num_steps), contender.configs)
+    advance = counted_parts(on_event, config.num_steps + warm_up)
     width, height, num_frames = _size(config, defaults)
 
     def run(steps: int) -> None:
@@ -220,7 +242,7 @@ def time_loop(
             advance()
             return {}
 
-        with denoising(transformer, steps) as end_step:
+        with denoising(transformer, steps, configs=configs) as end_step:
             recorder.begin_step()
             pipe(
                 prompt_embeds=text[0], negative_prompt_embeds=text[1], width=width, height=height,
@@ -234,7 +256,7 @@ def time_loop(
             stack.enter_context(_compiled_blocks(transformer))
         else:
             stack.callback(attach_recorder(transformer, recorder))
-        run(1)
+        run(warm_up)
         recorder.steps.clear()
         run(config.num_steps)
     latency = [step.latency_ms or 0.0 for step in recorder.steps]

@@ -90,7 +90,7 @@ class ModelRow:
             attention's own time.
         step_ms, attention_ms: of a step, and of the attention in it. attention_share: of all steps' time.
         speedup: over the fastest dense row. against_dense: "faster", "slower" or "within the noise".
-        delta: as in BenchRow.
+        delta: as in BenchRow. sparsity_schedule: where one set the sparsity.
     """
 
     model: str
@@ -108,6 +108,7 @@ class ModelRow:
     speedup: float | None = None
     against_dense: str | None = None
     delta: int | None = None
+    sparsity_schedule: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""

@@ -192,7 +192,7 @@ def short_model_cells(row: ModelRow) -> list[str]:
     return [
         _named(row.attention, row),
         row.backend + ", compiled" * row.compiled,
-        _number(row.sparsity),
+        _number(row.sparsity) if row.sparsity_schedule is None else "schedule",
         _short(row.step_ms.median),
         "" if row.attention_share is None else f"{row.attention_share:.0%}",
         _speedup(row, row.attention != "dense"),

@@ -13,7 +13,7 @@ import torch
 
 from slagen.attention.schedule import Schedule
 from slagen.comparison.trajectory import Trajectory, velocity_squares
-from slagen.events import Event
+from slagen.events import Event, counted_parts
 from slagen.generation.resolve import Plan
 from slagen.generation.session import Session
 from slagen.io.documents import parse_json
@@ -97,7 +97,8 @@ class Meter:
         """Run dense attention on every clip, and then install the plan's."""
         self.session.use(clips[0].plan)
         for number, clip in enumerate(clips, 1):
-            self.on_event(Event("run", f"dense attention, prompt {number} of {len(clips)}"))
+            text = f"dense attention, prompt {number} of {len(clips)}"
+            self.on_event(Event("run", text, about=text))
             self.on_event(Event("stage", "text"))
             embeds = self.session.encode(clip.plan)
             for text in self.session.cuts(clip.plan):
@@ -124,24 +125,28 @@ class Meter:
         self.ahead -= len(steps) * len(clips)
         return self.store.known[key]
 
-    def _measure(self, text: str, clips: Sequence[Clip], steps: Sequence[int], label: str) -> Squares:
+    def _measure(self, asked: str, clips: Sequence[Clip], steps: Sequence[int], label: str) -> Squares:
         if any(clip.trajectory is None for clip in clips):
             self._record(clips)
         each = len(steps) * len(clips)
         seconds = max(each, self.ahead) * self.seconds / self.done if self.done else 0
-        self.on_event(Event("run", label + (f", {in_words(seconds)} left" if seconds else "")))
-        self.on_event(Event("stage", "measure"))
-        schedule, total = self.schedule(text), dict.fromkeys(steps, (0.0, 0.0))
+        total, text = self.done + max(each, self.ahead), label + (f", {in_words(seconds)} left" if seconds else "")
+        self.on_event(Event("run", text, num_steps=total, done=self.done, about=label, left_s=seconds or None))
+        passes = each * (2 if (self.plan.config.guidance_scale or 0) > 1 else 1)
+        self.on_event(Event("stage", "measure", num_steps=passes))
+        on_pass = counted_parts(self.on_event, passes)
+        schedule, sums = self.schedule(asked), dict.fromkeys(steps, (0.0, 0.0))
         began = time.perf_counter()
         for clip in clips:
             assert clip.trajectory is not None
             found = velocity_squares(
-                self.session.pipe.transformer, clip.trajectory, schedule.dense, schedule.by_step, steps=set(steps)
-            )
+                self.session.pipe.transformer, clip.trajectory, schedule.dense, schedule.by_step, steps=set(steps),
+                on_pass=on_pass,
+            )  # fmt: skip
             for step, (error, scale) in found.items():
-                total[step] = total[step][0] + error, total[step][1] + scale
+                sums[step] = sums[step][0] + error, sums[step][1] + scale
         self.seconds, self.done = self.seconds + time.perf_counter() - began, self.done + each
-        return total
+        return sums
 
     def error(self, text: str, clips: Sequence[Clip], label: str) -> float:
         """The velocity error of a schedule in all steps."""

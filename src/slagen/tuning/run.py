@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class _Job:
     meter: Meter
     clips: list[Clip]
     held_out: list[Clip]
+    known_flops: dict[Choices, int] = field(default_factory=dict)
 
     def priced(self, choices: Choices, clips: list[Clip], label: str) -> Priced:
         """A schedule with its cost, and its error in all steps."""
@@ -55,8 +56,10 @@ class _Job:
 
     def flops(self, choices: Choices) -> int:
         """FLOPs of self-attention in all steps, of one pass each."""
-        text = self.space.schedule(choices, self.rest).text
-        return sum(self.meter.schedule(text).flops(self.space.plan.weights.source.shape))
+        if choices not in self.known_flops:
+            schedule = self.meter.schedule(self.space.schedule(choices, self.rest).text)
+            self.known_flops[choices] = sum(schedule.flops(self.space.plan.weights.source.shape))
+        return self.known_flops[choices]
 
     @property
     def rest(self) -> int:
@@ -95,7 +98,7 @@ def tune(config: TuneConfig, on_event: OnEvent = lambda event: None) -> Tuned:
         store = Store(user_path(config.cache_dir) / "tuning" / f"{digest(about)[:16]}.jsonl", about)
         store.read()
         try:
-            result = _tune(_Job(config, space, Meter(session, plan, store, on_event), *runs), path)
+            result = _tune(_Job(config, space, Meter(session, plan, store, on_event), runs[0], runs[1]), path)
         except KeyboardInterrupt:
             if store.known:
                 note(f"{counted(len(store.known), 'measurement')} are kept. Run the same command again to resume")
