@@ -442,7 +442,7 @@ def test_ceilings_of_a_card(monkeypatch):
 
 
 def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
-    config = SimpleNamespace(attention_head_dim=16, patch_size=(1, 2, 2))
+    config = SimpleNamespace(attention_head_dim=16, num_layers=2, patch_size=(1, 2, 2))
     pipe = SimpleNamespace(
         transformer=SimpleNamespace(config=config), vae_scale_factor_spatial=8, vae_scale_factor_temporal=4
     )
