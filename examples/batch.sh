@@ -2,9 +2,9 @@
 # A batch with the bundled model. Run it again: nothing is made twice.
 set -euo pipefail
 cat > prompts.txt <<END
-a red circle moving right --steps 8
-a blue star growing on a white background --seed 42 --steps 8 --id star
-a green square falling --num-videos 2 --steps 8
+a red circle moving right --steps 4
+a blue star growing on a white background --seed 42 --steps 4 --id star
+a green square falling --num-videos 2 --steps 4
 END
 slagen batch prompts.txt --model tiny-wan --output videos
 echo "Open videos/index.html in a browser."

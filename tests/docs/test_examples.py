@@ -1,13 +1,11 @@
 """The scripts of examples/ and CITATION.cff."""
 
 import os
-import shlex
-import subprocess
-import sys
+import runpy
 
 import pytest
 import yaml
-from doc_pages import ROOT, slagen_arguments, statements
+from doc_pages import ROOT, Block, run_block, slagen_arguments, statements
 from test_blocks import parse
 
 import slagen
@@ -34,10 +32,13 @@ def test_an_example_says_what_it_is_and_its_commands_exist(file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
-def test_an_example_runs(name, tmp_path):
-    script = f'slagen() {{ {shlex.quote(sys.executable)} -m slagen "$@"; }}\nexport -f slagen\n'
-    command = [sys.executable if name.endswith(".py") else "bash", str(ROOT / "examples" / name)]
-    subprocess.run(["bash", "-ec", script + shlex.join(command)], cwd=tmp_path, check=True)
+def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    file = ROOT / "examples" / name
+    if file.suffix == ".py":
+        runpy.run_path(str(file), run_name="__main__")
+    else:
+        run_block(Block("bash", file.read_text(encoding="utf-8"), ""), tmp_path, {})
     assert name == "other_model.py" or list(tmp_path.rglob("*.mp4"))
 
 
