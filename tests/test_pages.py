@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from slagen.generation.side_by_side import side_by_side
+from slagen.generation.side_by_side import part_of, side_by_side
 from slagen.html.contact_sheet import Card, contact_sheet
 from slagen.training.log import CLIPS, StepRecord, ValidationRecord, add_line
 from slagen.training.page import Trained, verdict, write_page
@@ -111,6 +111,13 @@ def test_a_training_is_shown_with_its_curves_and_clips(page, tmp_path):
     assert page.get_by_role("heading", name="a <run>").is_visible() and page.locator("run").count() == 0
     links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
     assert len(links) == 8 and all((tmp_path / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (480, 832)])
+def test_a_clip_is_cut_out_of_those_beside_it(height, width):
+    clips = [np.full((2, height, width, 3), value, np.uint8) for value in (50, 90, 130)]
+    both = side_by_side(clips, ["dense", "b", "c"])
+    assert all((part_of(both, i, height, width) == clip).all() for i, clip in enumerate(clips))
 
 
 @pytest.mark.parametrize(("before", "after", "nearness", "told"), [

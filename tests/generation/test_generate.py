@@ -55,6 +55,11 @@ def test_a_video_and_its_report(toy, tmp_path):
     result = generate(toy_config(toy, tmp_path, save_latents=True, sparsity=0.5), events.append)
     (video,) = result.videos
     assert read_mp4(video.path).shape == (9, 128, 128, 3)
+    loading = [f"loading the {part}" for part in ("transformer", "VAE", "text encoder")]
+    assert [(event.text, event.done, event.num_steps) for event in events if event.kind == "part"] == [
+        *((text, done, 3) for done, text in enumerate(loading)),
+        *(("", frame, 3) for frame in (1, 2, 3)),  # each latent frame that is decoded
+    ]
     report = json.loads(video.report_path.read_text())
     assert report == video.report and report["schema_version"] == 1
     assert report["settings"]["seed"] == 3 and report["settings"]["sparsity"] == 0.5
