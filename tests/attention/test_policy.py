@@ -154,7 +154,8 @@ def test_the_command_line_tells_of_it(tmp_path, capsys):
     model = save_pipeline(tmp_path / "model")
     arguments = ["--model", str(model), "--size", "64x64", "--num-frames", "9", "--steps", "2", "--seed", "1"]
     more = ["--device", "cpu", "--allow-untrained", "--output", str(tmp_path / "a.mp4"), "--block-n", "16"]
-    assert slagen(["generate", "a red circle", *arguments, *more, "--dense-steps", "-1", "--dense-layers", "0"]) == 0
+    more += ["--dense-steps", "-1", "--dense-layers", "0", "--verbose"]
+    assert slagen(["generate", "a red circle", *arguments, *more]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "1 of 2 steps and 1 of 2 layers use dense attention" in told
     assert "dense attention in step 1; dense attention in layer 0" in told

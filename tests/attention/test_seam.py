@@ -347,7 +347,7 @@ def test_an_option_of_a_method_runs_from_the_command_line(anew, tmp_path, capsys
     told = json.loads(capsys.readouterr().out)
     assert cli.run(["plan", *video, *chosen[:-1]]) == 0
     assert "window: 50.00% of all query-key pairs attended exactly" in " ".join(capsys.readouterr().out.split())
-    assert cli.run(["generate", "a red circle", *video, *chosen[:-1], *more, "--overwrite"]) == 0
+    assert cli.run(["generate", "a red circle", *video, *chosen[:-1], *more, "--overwrite", "--verbose"]) == 0
     assert "window attention, 48 tokens" in " ".join(capsys.readouterr().err.split())
     assert told["attention"]["window"] == 0 and told["settings"]["attention_options"] == {"window": 0}
 

@@ -269,7 +269,8 @@ def test_the_command_line_lists_and_runs_it(tmp_path, capsys):
     assert "a wrapper --delta: Correct any sparse method" in " ".join(capsys.readouterr().out.split())
     arguments = ["--model", str(save_pipeline(tmp_path / "model")), "--size", "64x64", "--num-frames", "9"]
     arguments += ["--steps", "1", "--seed", "1", "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
-    assert slagen_command(["generate", "a", *arguments, "--attention", "mean", "--block-n", "16", "--delta", "16"]) == 0
+    arguments += ["--attention", "mean", "--block-n", "16", "--delta", "16", "--verbose"]
+    assert slagen_command(["generate", "a", *arguments]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "delta 16 -> 3 of 48 query rows computed exactly" in told
     assert "one query row in 16 attended exactly (delta)" in told

@@ -196,7 +196,7 @@ def test_the_command_line_shows_its_blocks(tmp_path, capsys):
     asked = ["a red circle", "--model", str(save_pipeline(tmp_path / "model")), "--size", "96x96", "--num-frames", "9"]
     asked += ["--attention", "vsa", "--sparsity", "0.6", "--device", "cpu"]
     output = ["--steps", "1", "--seed", "1", "--output", str(tmp_path / "a.mp4")]
-    assert slagen(["generate", *asked, *output]) == 0
+    assert slagen(["generate", *asked, *output, "--verbose"]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "4 key blocks of 64 tokens: 2 critical (50.0%), 0 marginal, 2 negligible; torch backend" in told
     assert slagen(["plan", *asked]) == 0
