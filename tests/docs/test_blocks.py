@@ -50,7 +50,7 @@ def test_a_wrong_option_in_a_page_is_found():
     page = read("docs/first-video.md")
     assert "--sparsity 0.8" in page
     assert "--sparsty" in wrong_commands(page.replace("--sparsity 0.8", "--sparsty 0.8"))[0]
-    assert "valid integer" in wrong_commands(page.replace("--steps 8", "--steps many"))[0]
+    assert "valid integer" in wrong_commands(page.replace("--steps 4", "--steps many"))[0]
 
 
 def test_every_command_is_in_a_page():
