@@ -467,7 +467,7 @@ def test_the_command_line_tells_of_it(tmp_path, capsys):
     arguments = ["--model", str(model), "--size", "64x64", "--num-frames", "9", "--steps", "3", "--seed", "1"]
     more = ["--device", "cpu", "--allow-untrained", "--output", str(tmp_path / "a.mp4"), "--block-n", "16"]
     chosen = ["--sparsity", "0.3", "--sparsity-schedule", "0:0.7", "--dense-steps", "-1"]
-    assert slagen_command(["generate", "a red circle", *arguments, *more, *chosen]) == 0
+    assert slagen_command(["generate", "a red circle", *arguments, *more, *chosen, "--verbose"]) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "note: step 0: sparsity 0.7 -> 1 of 3 key blocks per query block" in told
     assert "33.3% in step 0, 66.7% in step 1, 100.0% in step 2 of all query-key pairs exactly" in told

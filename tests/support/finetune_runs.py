@@ -29,6 +29,8 @@ def without_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "write_mp4", keep)
         patch.setattr(comparison, "read_mp4", np.load)
+        patch.setattr(page, "read_mp4", np.load)
+        patch.setattr(page, "encode_mp4", lambda frames, path, fps: None)
         patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
         patch.setattr(page, "make_thumbnail", lambda path, width: b"")
         yield
