@@ -22,17 +22,30 @@ from slagen.video import write_mp4
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_VIDEOS = dict(zip(SIZES, (144, 64, 64), strict=True))  # of each size; what is longer weighs more in a step
+MORE_VIDEOS = {  # of the shapes that sparse attention loses first
+    "star": dict(zip(SIZES, (32, 24, 64), strict=True)),
+    "triangle": dict(zip(SIZES, (0, 0, 24), strict=True)),
+}
 
 
-def prepare_data(work: Path, model: Path, num_videos: dict[Size, int] = NUM_VIDEOS) -> Path:
-    """Scenes of each size as videos with captions, encoded by `slagen finetune data`, which keeps what is there."""
+def prepare_data(
+    work: Path, model: Path, num_videos: dict[Size, int] = NUM_VIDEOS, more: dict[str, dict[Size, int]] | None = None
+) -> Path:
+    """Scenes of each size as videos with captions, encoded by `slagen finetune data`, which keeps what is there.
+
+    Args:
+        num_videos: of each size, of any shape. more: besides, by shape.
+    """
     rng = random.Random(7)
     scenes = training_scenes()
     rng.shuffle(scenes)
     folder = work / "videos"
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = [size for size, count in num_videos.items() for _ in range(count)]
-    for i, (scene, size) in enumerate(zip(scenes, sizes, strict=False)):
+    chosen = list(zip(scenes, [size for size, count in num_videos.items() for _ in range(count)], strict=False))
+    for shape, counts in (more or {}).items():
+        others = [scene for scene in scenes[len(chosen) :] if scene.shape == shape]
+        chosen += zip(others, [size for size, count in counts.items() for _ in range(count)], strict=False)
+    for i, (scene, size) in enumerate(chosen):
         text = caption(scene, rng)
         path = folder / f"{i:04d}.mp4"
         if not path.exists():
@@ -40,7 +53,7 @@ def prepare_data(work: Path, model: Path, num_videos: dict[Size, int] = NUM_VIDE
             frames = (clip.permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
             write_mp4(frames, path, FPS)
         path.with_suffix(".txt").write_text(text + "\n")
-    largest = sizes[-1]
+    largest = max(num_videos, key=lambda size: size.tokens)
     slagen("finetune", "data", str(folder), "--output", str(work / "data"), "--model", str(model), "--no-upscale",
            "--size", f"{largest.side}x{largest.side}", "--num-frames", str(largest.frames))  # fmt: skip
     return work / "data"
@@ -60,11 +73,12 @@ def main() -> None:
     parser.add_argument("--on", type=Path, help="SLA weights to start from: a copy, as the model's are replaced")
     parser.add_argument("--dtype", default="bf16", help="compute dtype (default: bf16)")
     args, more = parser.parse_known_args()
-    data = prepare_data(args.work, args.model)
+    data = prepare_data(args.work, args.model, more=MORE_VIDEOS)
     output = args.work / ("tuned-on" if args.on else "tuned")
     start = ["--weights", str(args.on.resolve())] if args.on else ["--from-dense"]
-    slagen("finetune", "--model", str(args.model), "--data", str(data), "--sparsity", "0.95", "--steps",
-           str(args.steps), "--dtype", args.dtype, "--output", str(output), *start, *more)  # fmt: skip
+    slagen("finetune", "--model", str(args.model), "--data", str(data), "--sparsity", "0.95", "--order",
+           "cube", "--optimizer", "muon", "--caption-dropout", "0.35", "--batch-size", "2", "--steps", str(args.steps),
+           "--dtype", args.dtype, "--output", str(output), *start, *more)  # fmt: skip
     shutil.copy(output / "sla.safetensors", args.model)
 
 
