@@ -16,6 +16,7 @@ from slagen.errors import UsageError, for_the_command_line, in_python
 from slagen.generation.config import GenerateConfig
 from slagen.settings import settings_of
 from slagen.training.config import DataConfig, FinetuneConfig
+from slagen.tuning.config import TuneConfig
 from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import PRESETS
 
@@ -27,6 +28,7 @@ CONFIGS = (
     BatchConfig,
     BenchConfig,
     DataConfig,
+    TuneConfig,
     *sorted(OWN, key=lambda kind: kind.__name__),
 )
 

@@ -216,7 +216,7 @@ def test_told_to_stop_in_a_validation(toy, tmp_path, monkeypatch):
     sample, asked = comparison.sample, []
 
     def signalled(run, *arguments):
-        if run.trainer.optimizer.state and not asked:
+        if run.trainer.optimizers[0].state and not asked:
             asked.append(os.kill(os.getpid(), signal.SIGTERM))
         return sample(run, *arguments)
 

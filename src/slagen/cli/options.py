@@ -21,7 +21,7 @@ class Fields:
 
     Args:
         config: the dataclass. only: its fields, by name, in the order of the config; empty takes all that have a help.
-        without: fields to leave out.
+        without: fields, and options of attention methods, to leave out.
         help: another help for a field. defaults: another default.
     """
 
@@ -35,12 +35,15 @@ class Fields:
         every = settings_of(self.config)
         return [s for s in every if s.field not in self.without and (not self.only or s.field in self.only)]
 
+    def _of_methods(self) -> list[Setting]:
+        return [setting for setting in registry.own_settings(self.config) if setting.field not in self.without]
+
     def settings(self) -> list[Setting]:
         """The options that the command has, those of attention methods among them."""
         found: list[Setting] = []
         for setting in self._fields():
             if setting.about.of_methods:
-                for own in registry.own_settings(self.config):
+                for own in self._of_methods():
                     about = dataclasses.replace(own.about, panel=setting.about.panel)
                     found.append(dataclasses.replace(own, about=about))
             elif setting.about.help:
@@ -91,7 +94,7 @@ class Fields:
                 asked = {name: given.pop(name) for name in names}
                 values["width"], values["height"] = clip_size(width=value, height=values["height"], **asked)
         for holder in (setting for setting in self._fields() if setting.about.of_methods):
-            own = {each.field: values.pop(each.field) for each in registry.own_settings(self.config)}
+            own = {each.field: values.pop(each.field) for each in self._of_methods()}
             values[holder.field] = tuple((name, value) for name, value in own.items() if value is not None)
         return values
 

@@ -16,6 +16,7 @@ TUNING = "Tuning"
 CANDIDATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95)
 MAX_CANDIDATES = 6  # a compiled block has a graph for each, and PyTorch keeps at most 8
 MAX_PARTS = 8
+TUNABLE = tuple(name for name in registry.with_option("sparsity") if name != "linear")  # which works alike at any
 
 
 def read_candidates(text: str) -> tuple[float, ...]:
@@ -76,9 +77,10 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         method = registry.get(self.base.attention)
-        if "sparsity" not in method.option_names or method.name == "linear":
-            others = " or ".join(each for each in registry.with_option("sparsity") if each != "linear")
-            raise UsageError(f"{method.name} attention has no sparsity to tune. Give --attention {others}.")
+        if method.name not in TUNABLE:
+            raise UsageError(
+                f"{method.name} attention has no sparsity to tune. Give --attention {' or '.join(TUNABLE)}."
+            )
         if self.base.sparsity_schedule is not None:
             raise UsageError("slagen tune makes a sparsity schedule, so it takes none. Leave --sparsity-schedule out.")
         for sparsity in self.candidates:
