@@ -73,9 +73,10 @@ def parse_schedule(text: object) -> list[tuple[Chosen, Sparsity]]:
     pairs = list[tuple[Chosen, Sparsity]]()
     for piece in text.split(",") if isinstance(text, str) else [""]:
         steps, _, sparsities = (part.strip() for part in piece.partition(":"))
-        ends, fraction = _range(steps), _fraction(steps)
+        ends = _range(steps)
+        chosen: Chosen | None = _fraction(steps) if ends is None else [ends]
         numbers = [number.strip() for number in sparsities.split("/")]
-        if (ends is None and fraction is None) or not all(map(_NUMBER.fullmatch, numbers)):
+        if chosen is None or not all(map(_NUMBER.fullmatch, numbers)):
             raise UsageError(
                 f"sparsity_schedule is {shown(text)}, but must be pairs STEPS:SPARSITY, separated by commas. {EXAMPLE}"
             )
@@ -86,7 +87,7 @@ def parse_schedule(text: object) -> list[tuple[Chosen, Sparsity]]:
                     f"{EXAMPLE}"
                 )
         found = tuple(map(float, numbers))
-        pairs.append((fraction if ends is None else [ends], found if len(found) > 1 else found[0]))  # type: ignore[arg-type]
+        pairs.append((chosen, found if len(found) > 1 else found[0]))
     return pairs
 
 
