@@ -1,0 +1,72 @@
+"""What GenerateConfig refuses: an attention that there is not, and options that do not go together. No torch here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from slagen.attention import registry
+from slagen.attention.policy import AttentionPolicy
+from slagen.errors import UsageError
+from slagen.io.paths import is_video, user_path
+from slagen.io.text import counted, quote_path
+
+if TYPE_CHECKING:
+    from slagen.generation.config import GenerateConfig
+
+
+def check_measurement(config: GenerateConfig) -> None:
+    """Raise UsageError for steps to run with dense attention too where that says nothing."""
+    count = config.measure_dense
+    if count is None:
+        return
+    if registry.get(config.attention).family == "dense":
+        raise UsageError(
+            "--measure-dense compares with dense attention, which this run uses already. Leave it out, or give another "
+            "--attention."
+        )
+    if config.timing == "off":
+        raise UsageError("--measure-dense measures times, but --timing off takes none. Leave one of them out.")
+    if config.steps is not None and count > config.steps:
+        raise UsageError(
+            f"measure_dense is {count}, but the run has only {counted(config.steps, 'step')}. "
+            f"Try --measure-dense {min(3, config.steps)}."
+        )
+
+
+def check_trace(config: GenerateConfig) -> None:
+    """Raise UsageError for a trace that is no .json file of its own, or one file for several videos."""
+    if config.trace is None:
+        return
+    if not config.trace.lower().endswith(".json"):
+        raise UsageError(f"trace is {quote_path(config.trace)}, but must be a file that ends in .json.")
+    if config.num_videos > 1:
+        raise UsageError(f"--trace writes one file, but --num-videos is {config.num_videos}. Leave one of them out.")
+    if is_video(config.output) and user_path(config.trace) == user_path(config.output).with_suffix(".json"):
+        raise UsageError(
+            f"trace is {quote_path(config.trace)}, which is the report of {quote_path(config.output)}. "
+            "Give another name."
+        )
+
+
+def check_attention(config: GenerateConfig) -> None:
+    """Raise UsageError for a method that there is not, and for what it does not take."""
+    method = registry.get(config.attention)
+    given = [name for name in ("sparsity", "sla_topk", "sparsity_schedule") if getattr(config, name) is not None]
+    if method.family == "dense" and given:
+        names = "--sparsity-schedule" if given == ["sparsity_schedule"] else "--sparsity and --keep"
+        raise UsageError(f"dense attention has no sparsity. Leave {names} out.")
+    if method.family == "dense" and (config.block_m is not None or config.block_n is not None):
+        raise UsageError("dense attention has no blocks. Leave --block-m and --block-n out.")
+    needed = {"sparsity_schedule": "sparsity"}  # the option that a method with this one has
+    for name, value in {**config.attention_settings, "sparsity_schedule": config.sparsity_schedule}.items():
+        if value is not None and needed.get(name, name) not in method.option_names:
+            taken = ", ".join(method.option_names) or "none"
+            others = " or ".join(f"--attention {other}" for other in registry.with_option(needed.get(name, name)))
+            advice = f"Leave it out, or give {others}." if others else "Leave it out."
+            raise UsageError(f"{name} is not an option of {method.name} attention (its options: {taken}). {advice}")
+    method.config(**dict(config.attention_options))  # it checks what is out of range
+    method.check_backend(config.backend)
+    if config.policy != AttentionPolicy() and method.family == "dense":
+        raise UsageError(
+            "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave them out."
+        )
