@@ -15,11 +15,10 @@ from slagen.errors import UsageError
 from slagen.formats.published import Sampler
 from slagen.generation import config_checks
 from slagen.io.forms import shown
-from slagen.io.paths import check_output
-from slagen.io.text import check_prompt, read_device
+from slagen.io.text import read_device
 from slagen.settings import option
 from slagen.timing import Timing
-from slagen.wan.defaults import MAX_OF_A_CLIP, MAX_STRENGTH, MIN_STRENGTH
+from slagen.wan.defaults import MAX_STRENGTH, MIN_STRENGTH
 
 MIN_TOPK = 1e-9  # of the key blocks: far less than one block of any clip
 # Literals made of the registry's names, for the command line; the configs ask the registry itself.
@@ -32,11 +31,6 @@ Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
-# What is counted, with an option that an error suggests.
-COUNTS = {
-    "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
-    "steps": "--steps 50", "num_videos": "--num-videos 4", "measure_dense": "--measure-dense 3",
-}  # fmt: skip
 # The sampling's numbers, each with its least value and an example.
 STRENGTHS = {"guidance_scale": (0.0, 5), "flow_shift": (MIN_STRENGTH, 3), "sigma_max": (MIN_STRENGTH, 80)}
 
@@ -211,9 +205,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
-        self._check_texts()
+        config_checks.check_texts(self)
         _check_kept_blocks(self)
-        self._check_whole_numbers()
+        config_checks.check_whole_numbers(self)
         _check_strengths(self)
         _check_seed(self)
         for name, choices in (("timing", Timing), ("dtype", Dtype), ("sampler", Sampler)):
@@ -223,43 +217,6 @@ class GenerateConfig:
         config_checks.check_attention(self)
         config_checks.check_measurement(self)
         config_checks.check_trace(self)
-
-    def _check_texts(self) -> None:
-        """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
-        if not self.prompt.strip():
-            raise UsageError('the prompt is empty. Describe the video, for example "a red circle moving right".')
-        check_prompt("prompt", self.prompt)
-        check_prompt("negative prompt", self.negative_prompt or "")
-        check_output(self.output)
-
-    def _check_whole_numbers(self) -> None:
-        """Raise UsageError for a count that is not a whole number or out of range."""
-        for name in (*COUNTS, "seed"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise UsageError(f"{name} is {shown(value)}, but must be a whole number.")
-        for name, most in MAX_OF_A_CLIP.items():
-            value = getattr(self, name)
-            if value is not None and value > most:
-                raise UsageError(f"{name} is {shown(value)}, but must be at most {most:,}. Try {COUNTS[name]}.")
-        if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
-            nearest = max(1, round((self.num_frames - 1) / 4) * 4 + 1)
-            raise UsageError(
-                f"num_frames is {shown(self.num_frames)}, but must be a multiple of 4, plus 1. "
-                f"Try --num-frames {nearest}."
-            )
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                example = COUNTS[name] if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
-                raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
-        if self.steps is not None and self.steps > 1000:
-            raise UsageError(
-                f"steps is {self.steps}, but the sampler has 1000 timesteps, so at most 1000 steps are "
-                "possible. Try --steps 50."
-            )
-        if (self.width is None) != (self.height is None):
-            raise UsageError("only one of width and height is given. Give both: --size 832x480.")
 
     @property
     def policy(self) -> AttentionPolicy:

@@ -7,11 +7,58 @@ from typing import TYPE_CHECKING
 from slagen.attention import registry
 from slagen.attention.policy import AttentionPolicy
 from slagen.errors import UsageError
-from slagen.io.paths import is_video, user_path
-from slagen.io.text import counted, quote_path
+from slagen.io.forms import shown
+from slagen.io.paths import check_output, is_video, user_path
+from slagen.io.text import check_prompt, counted, quote_path
+from slagen.wan.defaults import MAX_OF_A_CLIP
 
 if TYPE_CHECKING:
     from slagen.generation.config import GenerateConfig
+
+# What is counted, with an option that an error suggests.
+COUNTS = {
+    "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
+    "steps": "--steps 50", "num_videos": "--num-videos 4", "measure_dense": "--measure-dense 3",
+}  # fmt: skip
+
+
+def check_texts(config: GenerateConfig) -> None:
+    """Raise UsageError for an empty prompt, for what no prompt may hold, and for an output that is no path."""
+    if not config.prompt.strip():
+        raise UsageError('the prompt is empty. Describe the video, for example "a red circle moving right".')
+    check_prompt("prompt", config.prompt)
+    check_prompt("negative prompt", config.negative_prompt or "")
+    check_output(config.output)
+
+
+def check_whole_numbers(config: GenerateConfig) -> None:
+    """Raise UsageError for a count that is not a whole number or out of range."""
+    for name in (*COUNTS, "seed"):
+        value = getattr(config, name)
+        if value is not None and type(value) is not int:
+            raise UsageError(f"{name} is {shown(value)}, but must be a whole number.")
+    for name, most in MAX_OF_A_CLIP.items():
+        value = getattr(config, name)
+        if value is not None and value > most:
+            raise UsageError(f"{name} is {shown(value)}, but must be at most {most:,}. Try {COUNTS[name]}.")
+    if config.num_frames is not None and (config.num_frames < 1 or config.num_frames % 4 != 1):
+        nearest = max(1, round((config.num_frames - 1) / 4) * 4 + 1)
+        raise UsageError(
+            f"num_frames is {shown(config.num_frames)}, but must be a multiple of 4, plus 1. "
+            f"Try --num-frames {nearest}."
+        )
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            example = COUNTS[name] if name in ("width", "height") else f"--{name.replace('_', '-')} 1"
+            raise UsageError(f"{name} is {shown(value)}, but must be at least 1. Try {example}.")
+    if config.steps is not None and config.steps > 1000:
+        raise UsageError(
+            f"steps is {config.steps}, but the sampler has 1000 timesteps, so at most 1000 steps are "
+            "possible. Try --steps 50."
+        )
+    if (config.width is None) != (config.height is None):
+        raise UsageError("only one of width and height is given. Give both: --size 832x480.")
 
 
 def check_measurement(config: GenerateConfig) -> None:
