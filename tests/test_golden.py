@@ -141,7 +141,6 @@ def no_tasks(monkeypatch, tmp_path):
     for module, name in CHECKS:
         monkeypatch.setattr(module, name, lambda *args, **options: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(cli, "app", typer.main.get_command(cli.app))  # built once, not for each line
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -75,13 +76,14 @@ class Setting:
         return self.about.name or self.field.replace("_", "-")
 
 
-def settings_of(config: type) -> list[Setting]:
+@functools.cache  # a command asks hundreds of times, and type hints are evaluated from their text
+def settings_of(config: type) -> tuple[Setting, ...]:
     """Every field of a config, in order."""
     hints = get_type_hints(config)
-    return [
+    return tuple(
         Setting(field.name, field.default, _plain(hints[field.name]), field.metadata.get(KEY, Option()))
         for field in dataclasses.fields(config)
-    ]
+    )
 
 
 def _plain(kind: Any) -> Any:

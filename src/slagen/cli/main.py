@@ -1,9 +1,12 @@
 """Run `slagen`: call the command, and end with one message and an exit code whatever fails."""
 
+import functools
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -44,9 +47,14 @@ def run(arguments: list[str], *, own_process: bool = False) -> int:
         return _run(arguments, own_process)
 
 
+@functools.cache  # of all options of all commands: a program that calls `run` often builds it once
+def _command() -> Callable[..., Any]:
+    return typer.main.get_command(app)
+
+
 def _run(arguments: list[str], own_process: bool) -> int:
     try:
-        code = app(arguments, prog_name="slagen", obj={"own_process": own_process}, standalone_mode=False)
+        code = _command()(arguments, prog_name="slagen", obj={"own_process": own_process}, standalone_mode=False)
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
