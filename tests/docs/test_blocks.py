@@ -4,7 +4,7 @@ import re
 
 import pytest
 import typer
-from doc_pages import PAGES, blocks, read, run_block, slagen_arguments, statements
+from doc_pages import PAGES, blocks, read, run_block, slagen_arguments, small_clips, statements
 
 from slagen.cli.app import app
 from slagen.errors import UsageError
@@ -105,6 +105,7 @@ def test_a_block_that_is_not_run_says_why(name):
 def test_the_blocks_of_a_page_run_in_an_empty_folder(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in blocks(read(name)):
-        if block.runs:
-            run_block(block, tmp_path, names)
+    with small_clips():
+        for block in blocks(read(name)):
+            if block.runs:
+                run_block(block, tmp_path, names)

@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import yaml
-from doc_pages import ROOT, Block, run_block, slagen_arguments, statements
+from doc_pages import ROOT, Block, run_block, slagen_arguments, small_clips, statements
 from test_blocks import parse
 
 import slagen
@@ -35,10 +35,11 @@ def test_an_example_says_what_it_is_and_its_commands_exist(file):
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = ROOT / "examples" / name
-    if file.suffix == ".py":
-        runpy.run_path(str(file), run_name="__main__")
-    else:
-        run_block(Block("bash", file.read_text(encoding="utf-8"), ""), tmp_path, {})
+    with small_clips():
+        if file.suffix == ".py":
+            runpy.run_path(str(file), run_name="__main__")
+        else:
+            run_block(Block("bash", file.read_text(encoding="utf-8"), ""), tmp_path, {})
     assert name == "other_model.py" or list(tmp_path.rglob("*.mp4"))
 
 

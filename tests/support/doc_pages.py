@@ -1,5 +1,7 @@
 """README and the pages of docs/: their code blocks, the commands in these, and running them."""
 
+import contextlib
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -9,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from slagen.cli.main import run
+from slagen.wan.defaults import ModelDefaults
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")))
@@ -76,3 +81,19 @@ def run_block(block: Block, folder: Path, names: dict[str, Any]) -> None:
         else:
             script = f'slagen() {{ {shlex.quote(sys.executable)} -m slagen "$@"; }}\n{statement}'
             subprocess.run(["bash", "-ec", script], cwd=folder, check=True)
+
+
+@contextlib.contextmanager
+def small_clips() -> Iterator[None]:
+    """Models make clips of 64x64 pixels and five frames, in two steps, where a command says nothing else.
+
+    Most of a page's time was the decoding of clips that nobody looks at; test_generate.py makes one of full size.
+    """
+    whole = ModelDefaults.from_dict
+
+    def small(fields: dict[str, Any]) -> ModelDefaults:
+        return dataclasses.replace(whole(fields), width=64, height=64, num_frames=5, steps=2, trained_sizes=None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelDefaults, "from_dict", small)
+        yield
