@@ -1,20 +1,25 @@
 """Downloads, against a stand-in for the hub on 127.0.0.1 that is reached through HF_ENDPOINT, as a mirror is."""
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 from conftest import needs
+from huggingface_hub import constants
 from wan_models import save_pipeline
 
-pytestmark = pytest.mark.slow  # most start a process, whose imports take seconds
+from slagen.cli.main import run
+from slagen.errors import SlagenError
+from slagen.wan import hub as hub_files
 
 REPO, SHA = "Wan-AI/Wan2.1-small", "a" * 40
 FILES = {
@@ -26,20 +31,8 @@ FILES = {
 }
 FETCH = """
 import sys
-from slagen.errors import SlagenError
 from slagen.wan import hub
-try:
-    name, repo = sys.argv[1:3]
-    options = dict(local_files_only="local" in sys.argv, on_note=lambda text: print("note:", text))
-    if name == "sla":
-        print(hub.fetch_sla(repo, **options))
-    elif name == "weights":
-        print(hub.fetch_weights(repo, **options))
-    else:
-        print(hub.fetch_pipeline(repo, transformer=name == "pipeline", **options))
-except SlagenError as error:
-    print(error)
-    sys.exit(error.exit_code)
+print(hub.fetch_pipeline(sys.argv[1], transformer=True, local_files_only="local" in sys.argv, on_note=print))
 """
 
 
@@ -111,28 +104,61 @@ def hub():
         "Handler", (StandIn,), {"served": [], "cut": set(), "sizes": {}, "token": None, "files": dict(FILES)}
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     handler.url = f"http://127.0.0.1:{server.server_address[1]}"
     yield handler
     server.shutdown()
 
 
-def surroundings(url, home, **environment):
-    env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
-           "PYTHONPATH": str(Path(__file__).parents[2] / "src"), **environment}  # fmt: skip
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
-        if name not in environment:
-            env.pop(name, None)
-    return env
-
-
-def fetch(url, home, *arguments, **environment):
+def fetch_in_a_process(url, home, *arguments, **environment):
+    """What is said of a pipeline, and its folder; with the settings of the environment, which are read on import."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2] / "src"), **environment}  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", FETCH, *arguments], env=surroundings(url, home, **environment), capture_output=True,
-        text=True, timeout=1800,
-    )  # fmt: skip
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout.strip()
+        [sys.executable, "-c", FETCH, *arguments], env=env, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def hub_at(url, home, offline=False, token=None):
+    """In this process, what these settings of the environment would have set."""
+    with pytest.MonkeyPatch.context() as patch:
+        template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        found = {
+            "ENDPOINT": url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": offline,
+        }
+        for name, value in found.items():
+            patch.setattr(constants, name, value)
+        patch.setattr(time, "sleep", lambda seconds: None)  # between two tries
+        patch.delenv("HF_TOKEN", raising=False)
+        if token is not None:
+            patch.setenv("HF_TOKEN", token)
+        yield
+
+
+def fetch(url, home, name, repo, local=False, **settings):
+    """The exit code, and what is said: notes, then the folder, or the error."""
+    said = []
+    options = {"local_files_only": local, "on_note": said.append}
+    with hub_at(url, home, **settings):
+        try:
+            if name == "sla":
+                said.append(hub_files.fetch_sla(repo, **options))
+            elif name == "weights":
+                said.append(hub_files.fetch_weights(repo, **options))
+            else:
+                said.append(hub_files.fetch_pipeline(repo, transformer=name == "pipeline", **options))
+        except SlagenError as error:
+            return error.exit_code, "\n".join([*said, str(error)])
+    return 0, "\n".join(map(str, said))
 
 
 def test_what_is_wanted_is_fetched_once(hub, tmp_path):
@@ -145,8 +171,17 @@ def test_what_is_wanted_is_fetched_once(hub, tmp_path):
     assert fetch(hub.url, tmp_path, "pipeline", REPO) == (0, folder) and not hub.served
     # and with nobody to ask
     assert fetch("http://127.0.0.1:9", tmp_path, "pipeline", REPO) == (0, folder)
-    assert fetch(hub.url, tmp_path, "pipeline", REPO, HF_HUB_OFFLINE="1") == (0, folder)
-    assert fetch(hub.url, tmp_path, "pipeline", REPO, "local") == (0, folder)
+    assert fetch(hub.url, tmp_path, "pipeline", REPO, offline=True) == (0, folder)
+    assert fetch(hub.url, tmp_path, "pipeline", REPO, local=True) == (0, folder)
+
+
+@pytest.mark.slow
+def test_the_environment_is_what_huggingface_hub_reads(hub, tmp_path):
+    """HF_ENDPOINT and HF_HOME; then nobody is asked."""
+    note, folder = fetch_in_a_process(hub.url, tmp_path, REPO).splitlines()
+    assert "downloading 4 files" in note and folder.startswith(str(tmp_path / "hub"))
+    hub.served.clear()
+    assert fetch_in_a_process(hub.url, tmp_path, REPO, HF_HUB_OFFLINE="1") == folder and not hub.served
 
 
 def test_a_replaced_transformer_is_not_fetched(hub, tmp_path):
@@ -168,7 +203,7 @@ def test_sla_weights_are_fetched_alone(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_encoding_videos_fetches_no_transformer(hub, tmp_path):
+def test_encoding_videos_fetches_no_transformer(hub, tmp_path, capsys):
     needs("av", "slagen[finetune]")
     from test_videos import write_video
 
@@ -180,12 +215,10 @@ def test_encoding_videos_fetches_no_transformer(hub, tmp_path):
         (raw / f"{number}.txt").write_text("a red circle")
     command = ["finetune", "data", str(raw), "--output", str(tmp_path / "data"), "--model", REPO, "--size", "64x64",
                "--num-frames", "9", "--device", "cpu", "--json"]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "slagen", *command], env=surroundings(hub.url, tmp_path / "home"), capture_output=True,
-        text=True, timeout=1800, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "downloading" in done.stderr and json.loads(done.stdout)["training"] == 1
+    with hub_at(hub.url, tmp_path / "home"):
+        assert run(command) == 0
+    said = capsys.readouterr()
+    assert "downloading" in said.err and json.loads(said.out)["training"] == 1
     fetched = {name for name, _ in hub.served}
     assert any(name.startswith("vae/") for name in fetched) and "transformer/config.json" in fetched
     assert not [name for name in fetched if name.startswith("transformer/") and name.endswith(".safetensors")]
@@ -222,19 +255,19 @@ def test_the_transformer_that_is_not_quantised(hub, tmp_path):
 
 @pytest.mark.parametrize("case", ["unreachable", "wrong-token", "too-large", "absent", "offline"])
 def test_each_failure_is_one_message(case, hub, tmp_path):
-    url, arguments, environment = hub.url, ["pipeline", REPO], {}
+    url, arguments, settings = hub.url, ["pipeline", REPO], {}
     if case == "unreachable":
         url, words = "http://127.0.0.1:9", "cannot be reached"
     elif case == "wrong-token":
-        hub.token, environment, words = "right", {"HF_TOKEN": "hf_wrong"}, "Check HF_TOKEN"
+        hub.token, settings, words = "right", {"token": "hf_wrong"}, "Check HF_TOKEN"
     elif case == "too-large":
         hub.sizes["vae/diffusion_pytorch_model.safetensors"] = 10**17
         words = "GiB free"
     elif case == "absent":
         arguments[1], words = "Wan-AI/nothing", "Wan-AI/nothing"
     else:
-        environment, words = {"HF_HUB_OFFLINE": "1"}, "is not on this machine"
-    code, out = fetch(url, tmp_path, *arguments, **environment)
+        settings, words = {"offline": True}, "is not on this machine"
+    code, out = fetch(url, tmp_path, *arguments, **settings)
     assert code == 4 and words in out and len(out.splitlines()) == 1
     assert "hf_wrong" not in out
     assert not [p for p in tmp_path.rglob("*.safetensors")]
