@@ -76,9 +76,13 @@ class Setting:
         return self.about.name or self.field.replace("_", "-")
 
 
-@functools.cache  # a command asks hundreds of times, and type hints are evaluated from their text
 def settings_of(config: type) -> tuple[Setting, ...]:
     """Every field of a config, in order."""
+    return _settings_of(config)
+
+
+@functools.cache  # a command asks hundreds of times, and type hints are evaluated from their text
+def _settings_of(config: type) -> tuple[Setting, ...]:
     hints = get_type_hints(config)
     return tuple(
         Setting(field.name, field.default, _plain(hints[field.name]), field.metadata.get(KEY, Option()))
