@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from slagen.attention import registry
@@ -20,7 +19,6 @@ from slagen.attention.sla.functional import Branches
 from slagen.attention.sla.method import SLA
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
-from slagen.formats.checks import number_faults
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.peek import lacks_settings, peek
 from slagen.formats.side_file import SideFile
@@ -38,6 +36,7 @@ from slagen.io.forms import shown
 from slagen.io.paths import user_path
 from slagen.io.text import counted
 from slagen.settings import no_argument
+from slagen.wan.fill import fill
 from slagen.wan.folder import is_hub_id
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.hub import fetch_sla
@@ -120,7 +119,7 @@ def load_weights(
     install_method(transformer, method, config, backend=backend)
     missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
     try:
-        _fill(transformer, tensors, path, allow_untrained, missing)
+        fill(transformer, tensors, path, allow_untrained, missing)
     except SlagenError:
         remove(transformer)
         raise
@@ -181,7 +180,7 @@ def install_projections(
         tensors = {f"blocks.{i}.attn1.processor.proj_l.{name}": x for i in layers for name, x in _pair(found)}
     install_method(transformer, method, config, backend=backend)
     try:
-        _fill(transformer, tensors, path, allow_untrained, [])
+        fill(transformer, tensors, path, allow_untrained, [])
     except SlagenError:
         remove(transformer)
         raise
@@ -329,65 +328,3 @@ def _check_same_form(config: Any, trained: Any, path: str | Path, other_blocks: 
                 f"{name} is {getattr(config, name)!r}, but {path} was trained with {getattr(trained, name)!r}, and its "
                 "weights work only with the value from training. Leave the setting out."
             )
-
-
-def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """Low-rank changes added to the weights that they change, the file's own or the model's. Raises WeightsError where
-    they do not fit."""
-    changed = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
-    for name, down in tensors.items():
-        if ".lora_A." not in name:
-            continue
-        target, up = name.replace(".lora_A.", "."), tensors.get(name.replace(".lora_A.", ".lora_B."))
-        base = tensors.get(target, state.get(target))
-        if base is None or up is None or (up.shape[:1] + down.shape[1:], up.shape[1:]) != (base.shape, down.shape[:1]):
-            raise WeightsError(
-                f"{path} does not match the model, which has no layer that {name} can change. Give weights for this "
-                "model."
-            )
-        product = up.to(base.device, torch.float32) @ down.to(base.device, torch.float32)
-        changed[target] = base.to(product.device, torch.float32) + product
-    return changed
-
-
-def _untrained(method: Method, tensors: dict[str, Tensor]) -> list[str]:
-    """The names of all-zero matrices that a method's output depends on, where it cannot do without them."""
-    groups = {name: method.group(name) for name in tensors} if method.needs.weights else {}
-    used = [name for name, group in groups.items() if group is not None and group.used]
-    return [name for name in used if tensors[name].ndim > 1 and not tensors[name].any()]
-
-
-def _fill(
-    transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool,
-    missing: list[str],
-) -> None:  # fmt: skip
-    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are faults."""
-    state = transformer.state_dict()
-    faults = number_faults(tensors)
-    tensors = _multiply_out(tensors, state, path)
-    missing += [name for name in state if is_projection(name) and name not in tensors and name not in missing]
-    faults += [f"{name} is missing" for name in missing]
-    for name, tensor in tensors.items():
-        if name not in state:
-            faults.append(f"{name} is not in the model")
-        elif tensor.shape != state[name].shape:
-            faults.append(f"{name} has shape {tuple(tensor.shape)}, but {tuple(state[name].shape)} in the model")
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise WeightsError(
-            f"{path} does not match the model: {'; '.join(faults[:3])}{more}. Give weights for this model."
-        )
-    zero = _untrained(processors(transformer)[0].method, tensors)
-    if zero and not allow_untrained:
-        others = f", as are {len(zero) - 1} more" if len(zero) > 1 else ""
-        raise WeightsError(
-            f"{path} contains untrained weights: {zero[0]} is all zero{others}. "
-            "Give trained weights, or run it anyway with --allow-untrained."
-        )
-    record = installation(transformer)
-    assert record is not None
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if not is_projection(name):
-                record.replaced[name] = state[name].detach().cpu().clone()
-            state[name].copy_(tensor)
