@@ -91,6 +91,20 @@ def parse_schedule(text: object) -> list[tuple[Chosen, Sparsity]]:
     return pairs
 
 
+def for_all_steps(sparsities: Sequence[float]) -> str:
+    """The --sparsity-schedule that gives each layer its sparsity, in all steps."""
+    return "0-:" + "/".join(f"{each:.12g}" for each in sparsities)
+
+
+def in_all_steps(text: str) -> Sparsity | None:
+    """The sparsity that a --sparsity-schedule gives to all steps, however many there are; None where it does not.
+
+    Raises: UsageError as `parse_schedule`.
+    """
+    (steps, sparsity), *others = parse_schedule(text)
+    return sparsity if not others and steps in ([(0, -1)], 1.0) else None
+
+
 def scheduled(text: str | None, num_steps: int) -> tuple[Sparsity | None, ...]:
     """The sparsity of each denoising step by a --sparsity-schedule; None where no pair says it.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slagen.attention import learned
-from slagen.attention.choices import Sparsity, named_steps
+from slagen.attention.choices import Sparsity, for_all_steps, in_all_steps, named_steps
 from slagen.attention.cost import ModelShape, dense_attention_flops
 from slagen.attention.delta.method import exact_share
 from slagen.attention.policy import AttentionPolicy, DensePart
@@ -58,11 +58,7 @@ class Schedule:
             return alike.setdefault(density, own) if 0 < density < 1 else own  # otherwise it says too little
 
         for each in asked:
-            if isinstance(each, tuple) and len(each) != num_layers:
-                raise UsageError(
-                    f"sparsity_schedule has sparsities for {counted(len(each), 'layer')}, but this model has "
-                    f"{num_layers}. Give one sparsity, or make a schedule for this model with slagen tune."
-                )
+            check_num_layers(each, num_layers)
         configs = [tuple(map(of_one, each)) if isinstance(each, tuple) else of_one(each) for each in asked]
         return cls(method, grid, tuple(configs), policy, num_layers, tuple(asked))
 
@@ -170,14 +166,14 @@ class Schedule:
             lines.append(f"{named_steps(steps)}: {self._note_of(sparsity, steps[0])}")
         if rest := list(groups)[len(lines) :]:
             steps = [step for each in rest for step in groups[each]]
-            lines.append(f"{counted(len(steps), 'more step')}: {_span(self._asked_in(steps))}")
+            lines.append(f"{counted(len(steps), 'more step')}: {span(self._asked_in(steps))}")
         return lines
 
     def _note_of(self, sparsity: Sparsity, step: int) -> str:
         """What a step runs with."""
         if isinstance(sparsity, tuple):
             density = self._mean_of(step, lambda config: self.method.density(config, self.grid))
-            return f"{_span(self._asked_in([step]))} by layer -> {density:.1%} of all query-key pairs"
+            return f"{span(self._asked_in([step]))} by layer -> {density:.1%} of all query-key pairs"
         config = self.method.configure(self._in_layers(step, self.configs)[0], {"sparsity": sparsity}, self.grid)
         return self.method.note(config, {}, self.grid) or f"sparsity {sparsity:g}"
 
@@ -185,8 +181,16 @@ class Schedule:
         """The sparsities asked for in some steps, in the layers that are not dense."""
         return [each for step in steps for each in self._in_layers(step, self.sparsities or ())]
 
-    def differences(self, trained: Any) -> list[str]:
-        """What to say of weights that were trained with other settings; of the sparsity, in how many steps."""
+    def differences(self, trained: Any, layers: tuple[float, ...] | None = None) -> list[str]:
+        """What to say of weights that were trained with other settings; of the sparsity, in how many steps.
+
+        Args: layers: the sparsity of each layer in training, where it was not one for all.
+        """
+        if layers is not None:
+            same = dataclasses.replace(self._distinct[0], sparsity=trained.sparsity)
+            told = f"the weights were trained with {span(layers)} by layer, but this run uses other ones"
+            alike = set(self.sparsities or ()) == {in_all_steps(for_all_steps(layers))}
+            return [told] * (not alike) + learned.differences(same, trained)
         if self.sparsities is None:
             return learned.differences(self.configs[0], trained)
         same = dataclasses.replace(self._distinct[0], sparsity=trained.sparsity)
@@ -198,11 +202,21 @@ class Schedule:
         others = others_in(changed)
         told = (
             f"the weights were trained at sparsity {trained.sparsity:g}, but {len(changed)} of "
-            f"{counted(len(self.configs), 'step')} run with {_span(others)}"
+            f"{counted(len(self.configs), 'step')} run with {span(others)}"
         ) if others else ""  # fmt: skip
         return [told] * bool(others) + learned.differences(same, trained)
 
 
-def _span(sparsities: Sequence[float]) -> str:
+def check_num_layers(sparsity: Sparsity | None, num_layers: int) -> None:
+    """Raise UsageError for sparsities of another number of layers."""
+    if isinstance(sparsity, tuple) and len(sparsity) != num_layers:
+        raise UsageError(
+            f"sparsity_schedule has sparsities for {counted(len(sparsity), 'layer')}, but this model has "
+            f"{num_layers}. Give one sparsity, or make a schedule for this model with slagen tune."
+        )
+
+
+def span(sparsities: Sequence[float]) -> str:
+    """Sparsities in words, from the least to the highest."""
     least, most = min(sparsities), max(sparsities)
     return f"sparsity {least:g}" if least == most else f"sparsities from {least:g} to {most:g}"

@@ -18,11 +18,14 @@ KIND = "sparsity schedule"
 VERSION = 1
 MAX_LAYERS = 1000
 ADVICE = "Give a file that slagen tune wrote, or pairs STEPS:SPARSITY."
-_SPARSITY = Kind("a number of at least 0 and below 1", float, lambda value: 0 <= value < 1)
+SPARSITY = Kind("a number of at least 0 and below 1", float, lambda value: 0 <= value < 1)
+LAYERS = Kind(  # as weight files and models name them
+    f"a list of 1 to {MAX_LAYERS} sparsities", [SPARSITY], lambda value: 1 <= len(value) <= MAX_LAYERS
+)
 FORM = {
     "schema_version": int, "kind": one_of(KIND), "method": matching(r"[a-z0-9-]{1,40}", "the name of a method"),
     "num_layers": whole(1, MAX_LAYERS),
-    "schedule": [{"steps": matching(r"[-\d%.]{1,12}", "steps such as 0- or 0-9"), "sparsities": [_SPARSITY]}],
+    "schedule": [{"steps": matching(r"[-\d%.]{1,12}", "steps such as 0- or 0-9"), "sparsities": [SPARSITY]}],
 }  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def _settings_of(base: Found, target: Found) -> dict[str, str] | None:
     if found.trained_with is None:
         return None
     family = "rcm" if "rcm" in (base.sampler, target.sampler) else "flow"
-    settings = describe_settings(found.method, found.trained_with, family, found.trained)
+    settings = describe_settings(found.method, found.trained_with, family, found.trained, found.layer_sparsities)
     return {SETTINGS_METADATA: json.dumps(settings, sort_keys=True)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from slagen.attention.schedule_file import LAYERS
 from slagen.errors import WeightsError
 from slagen.io import documents
 from slagen.io.forms import Kind, one_of, whole
@@ -31,6 +32,7 @@ _POSITIVE = Kind("a list of at most 4096 numbers above 0", [float], lambda x: le
 SETTINGS_KEY = "slagen"  # in a transformer's config.json, where diffusers saved it with attention weights inside
 SLA_SETTINGS = {
     "config": dict, "sampler_family": one_of("flow", "rcm"), "trained": str, "defaults?": dict | None, "method?": str,
+    "layer_sparsities?": LAYERS,
 }  # fmt: skip
 
 FORMS: dict[str, Any] = {

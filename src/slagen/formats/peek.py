@@ -27,6 +27,7 @@ class Found:
         kind: as `identify` says it.
         trained_with: the config that its attention weights were trained with; None without any, or where metadata
             says it. method: that they are of.
+        layer_sparsities: the sparsity of each layer in training, where there was not one for all.
         sampler: the sampler that it is distilled for; None for any flow-matching one.
         trained: what was trained, as an SLA file says it; "" where that is unknown.
         lacks_settings: it holds attention weights, and nothing says what they were trained with.
@@ -42,6 +43,7 @@ class Found:
     lacks_settings: bool = False
     notes: tuple[str, ...] = ()
     few_steps: str = ""
+    layer_sparsities: tuple[float, ...] | None = None
 
 
 def lacks_settings(method: str) -> str:

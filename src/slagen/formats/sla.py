@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from slagen.attention.learned import SLA_NAME, check_known, read_config
 from slagen.attention.registry import parameter_group
+from slagen.attention.schedule_file import LAYERS
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
 from slagen.formats.model_files import SLA_FILE
+from slagen.formats.sla_settings import layers_of
 from slagen.formats.tensor_files import PICKLE_SUFFIXES
 from slagen.io.files import writing
 from slagen.io.forms import one_of, sha256
@@ -34,6 +36,7 @@ UNLISTED = 1  # the version that does not list its tensors
 FORM = {
     "format_version": int, "config": dict, "base_model": str, "base_hash": str, "trained": str, "steps": int,
     "sampler_family?": one_of("flow", "rcm"), "source_hash?": str, "method?": str,
+    "layer_sparsities?": LAYERS,
 }  # fmt: skip
 LIST = {"tensors": [str], "tensors_hash": sha256()}
 
@@ -51,6 +54,8 @@ class SLAMetadata:
         sampler_family: the sampler the weights are made for: "flow" for UniPC, Euler or DPM-Solver++, or "rcm".
         source_hash: SHA-256 of the file that they were converted from; empty where slagen trained them.
         method: the attention method that they are of. Files of SLA, and of its branches, do not name it.
+        layer_sparsities: the sparsity of each layer in training, where there was not one for all; the config then has
+            their mean.
         tensors: names of all tensors in the file; None in files of version 1, which do not list them.
         tensors_hash: `tensors_hash` of them.
     """
@@ -63,6 +68,7 @@ class SLAMetadata:
     sampler_family: str = "flow"
     source_hash: str = ""
     method: str = SLA_NAME
+    layer_sparsities: tuple[float, ...] | None = None
     format_version: int = FORMAT_VERSION
     tensors: tuple[str, ...] | None = field(default=None, compare=False)
     tensors_hash: str = field(default="", compare=False)
@@ -72,6 +78,8 @@ class SLAMetadata:
         fields = dict(self.__dict__, config=to_fields(self.config))
         if self.method == SLA_NAME:
             del fields["method"]  # as files have always been, so that any slagen reads them
+        if self.layer_sparsities is None:
+            del fields["layer_sparsities"]
         return {"slagen": json.dumps(fields, sort_keys=True)}
 
     @classmethod
@@ -100,8 +108,8 @@ class SLAMetadata:
                 "upgrade slagen, or copy or download the file again."
             )
         try:
-            config = read_config(method, fields["config"])
-            return cls(**dict(fields, config=config, tensors=None if version == UNLISTED else tuple(names)))
+            about = {"config": read_config(method, fields["config"]), "layer_sparsities": layers_of(fields)}
+            return cls(**dict(fields, **about, tensors=None if version == UNLISTED else tuple(names)))
         except UsageError as error:
             fault = str(error).removesuffix(".")
             raise WeightsError(

@@ -1,19 +1,30 @@
 """The settings that attention weights were trained with, read from slagen's own file or a saved model. No torch."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slagen.attention.learned import SLA_NAME, check_known, read_config
+from slagen.attention.schedule_file import LAYERS
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.folders import transformer_folder
 from slagen.formats.headers import read_header, read_strings
 from slagen.formats.model_files import SETTINGS_KEY, SLA_SETTINGS, read_json
 from slagen.io import documents
+from slagen.io.text import counted
 from slagen.settings import to_fields
 
 
-def read_trained_with(path: Path) -> tuple[str, Any] | None:
-    """The attention method of weights, and the config that they were trained with.
+class TrainedWith(NamedTuple):
+    """What attention weights were trained with: their method, its config, and the sparsity of each layer where there
+    was not one for all."""
+
+    method: str
+    config: Any
+    layer_sparsities: tuple[float, ...] | None
+
+
+def read_trained_with(path: Path) -> TrainedWith | None:
+    """What attention weights were trained with.
 
     They come from the metadata of slagen's own file, or from the config.json of a model in which diffusers saved the
     weights; None if neither has them.
@@ -23,23 +34,42 @@ def read_trained_with(path: Path) -> tuple[str, Any] | None:
             inner = path / "transformer"
             fields = read_json(inner / "config.json", inner)[SETTINGS_KEY]
         else:
-            fields = read_strings(path, read_header(path)["__metadata__"]["slagen"], {"config": dict, "method?": str})
+            form = {"config": dict, "method?": str, "layer_sparsities?": LAYERS}
+            fields = read_strings(path, read_header(path)["__metadata__"]["slagen"], form)
         method = fields.get("method", SLA_NAME)
-        return method, read_config(method, fields["config"])
+        return TrainedWith(method, read_config(method, fields["config"]), layers_of(fields))
     except (KeyError, UsageError):
         return None
+
+
+def layers_of(fields: dict[str, Any]) -> tuple[float, ...] | None:
+    """The sparsity of each layer, as a file's settings hold it; None where there was one for all."""
+    return tuple(map(float, fields["layer_sparsities"])) if "layer_sparsities" in fields else None
+
+
+def check_layers(path: str | Path, layers: tuple[float, ...] | None, num_layers: int) -> None:
+    """Raise WeightsError for weights with the sparsities of another number of layers than the model has."""
+    if layers is not None and len(layers) != num_layers:
+        raise WeightsError(
+            f"{path} has sparsities for {counted(len(layers), 'layer')}, but this model has {num_layers}. Give weights "
+            "for this model."
+        )
 
 
 SETTINGS_METADATA = "slagen_transformer"  # in a transformer file's metadata
 
 
-def describe_settings(method: str, config: Any, family: str, trained: str) -> dict[str, Any]:
+def describe_settings(
+    method: str, config: Any, family: str, trained: str, layers: tuple[float, ...] | None
+) -> dict[str, Any]:
     """The settings of attention weights inside a transformer, in the form that `read_settings` reads.
 
     Args:
-        method, config, family, trained: as in SLAMetadata.
+        method, config, family, trained, layers: as in SLAMetadata.
     """
-    named = {} if method == SLA_NAME else {"method": method}
+    named: dict[str, Any] = {} if method == SLA_NAME else {"method": method}
+    if layers is not None:
+        named["layer_sparsities"] = list(layers)
     return {"config": to_fields(config), "sampler_family": family, "trained": trained, **named}
 
 
@@ -65,4 +95,7 @@ def read_settings(path: Path, metadata: dict[str, Any]) -> dict[str, Any] | None
         fault = str(error).removesuffix(".")
         raise WeightsError(f"{path} has invalid attention settings ({fault}). Copy or download it again.") from error
     sampler = "rcm" if settings["sampler_family"] == "rcm" else None
-    return {"trained_with": config, "method": method, "sampler": sampler, "trained": settings["trained"]}
+    return {
+        "trained_with": config, "method": method, "sampler": sampler, "trained": settings["trained"],
+        "layer_sparsities": layers_of(settings),
+    }  # fmt: skip

@@ -21,7 +21,7 @@ from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_trained_with
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
-from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes
+from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes, with_trained_layers
 from slagen.generation.preflight import check_run
 from slagen.generation.run_estimate import (
     CpuMemory,
@@ -52,7 +52,7 @@ class _Model:
     Args:
         preset: itself, or one made from a folder. name: as `generate` shows it.
         trained: the config that its attention weights were trained with; None without any, and where only the
-            tensors show it. method: the one that they belong to.
+            tensors show it. method: the one that they belong to. layers: the sparsity of each, as in SLAMetadata.
         source: None where it is not on this machine.
     """
 
@@ -61,6 +61,7 @@ class _Model:
     trained: Any
     method: str = SLA_NAME
     source: ModelSource | None = None
+    layers: tuple[float, ...] | None = None
 
     @property
     def defaults(self) -> ModelDefaults:
@@ -108,6 +109,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     # What SLA would take is said beside dense attention.
     method = registry.get("sla") if is_dense else with_delta(method, config.delta)
     base = model.trained if model.trained is not None and suits(method, model.method) else method.config()
+    config = with_trained_layers(config, model.layers if not is_dense and suits(method, model.method) else None)
     attention = method.configure(base, method.own(config.attention_settings), grid)
     about = method.describe(attention, grid)
     schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, model.shape.num_layers)
@@ -202,7 +204,7 @@ def _notes(
     if method is None:
         notes.append("this run uses dense attention; the cost of SLA is shown for comparison")
     elif model.trained is not None and suits(method, model.method):
-        notes += schedule.differences(model.trained)
+        notes += schedule.differences(model.trained, model.layers)
     elif method.needs.weights:
         if not config.allow_untrained and _is_untuned(model.folder if config.weights is None else config.weights):
             raise never_tuned(model.name, method)
@@ -269,8 +271,8 @@ def _model(config: GenerateConfig) -> _Model:
         known = file.suffix == ".safetensors" and file.is_file()
         found = read_trained_with(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
-        method, trained = found or (SLA_NAME, preset.sla)
-        return _Model(preset, preset.name, trained, method)
+        method, trained, layers = found or (SLA_NAME, preset.sla, None)
+        return _Model(preset, preset.name, trained, method, layers=layers)
     folder = local_folder(name)
     if folder is None:
         raise UsageError(
@@ -280,9 +282,9 @@ def _model(config: GenerateConfig) -> _Model:
     source = describe_folder(folder, name)
     if found is None and weights is None:
         found = read_trained_with(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
-    method, trained = found or (SLA_NAME, None)
+    method, trained, layers = found or (SLA_NAME, None, None)
     preset = Preset(name, "", None, None, source.shape, source.defaults)
-    return _Model(preset, folder.resolve().name, trained, method, source)
+    return _Model(preset, folder.resolve().name, trained, method, source, layers)
 
 
 def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
@@ -379,7 +381,8 @@ def models() -> list[ListedModel]:
     """Every preset, as `slagen models` lists it."""
     folder = bundled_folder()
     source = describe_folder(folder, BUNDLED)
-    _, own = (read_trained_with(folder / SLA_FILE) if (folder / SLA_FILE).is_file() else None) or (SLA_NAME, None)
+    trained = read_trained_with(folder / SLA_FILE) if (folder / SLA_FILE).is_file() else None
+    own = None if trained is None else trained.config
     bundled = Preset(BUNDLED, "bundled; draws circles, squares, triangles and stars", None, None, source.shape,
                      source.defaults, own)  # fmt: skip
     return [_row(preset) for preset in (bundled, *PRESETS.values())]

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from slagen.attention.choices import for_all_steps
 from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
 from slagen.generation.sizes import check_grid
@@ -49,6 +50,17 @@ def recommended_notes(asked: GenerateConfig, filled: GenerateConfig) -> list[str
         f"using {chosen}, as recommended for {filled.model} with {filled.attention} attention; to turn this off, "
         f"give {none}"
     ]
+
+
+def with_trained_layers(config: GenerateConfig, layers: tuple[float, ...] | None) -> GenerateConfig:
+    """A config with the sparsity that each layer was trained with, where no other is asked for.
+
+    Args: layers: as in SLAMetadata.
+    """
+    asked = (config.sparsity, config.sla_topk, config.sparsity_schedule)
+    if layers is None or any(each is not None for each in asked):
+        return config
+    return dataclasses.replace(config, sparsity_schedule=for_all_steps(layers))
 
 
 def check_size(config: GenerateConfig, spatial_grid: int) -> tuple[int, int, int]:

@@ -26,9 +26,10 @@ from slagen.errors import UsageError, WeightsError
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.peek import Found, lacks_settings, peek
 from slagen.formats.sla import read_metadata
+from slagen.formats.sla_settings import check_layers
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
-from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes
+from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes, with_trained_layers
 from slagen.generation.measured_dense import check_measured, measured_steps
 from slagen.io.paths import user_path
 from slagen.io.text import counted
@@ -52,6 +53,7 @@ class Weights:
         sla_path: the file that holds them: slagen's own where `sla_alone`, otherwise the transformer's or a side file;
             None where they are not there.
         distilled: whether they are made for the rCM sampler.
+        layer_sparsities: the sparsity of each layer in training, where there was not one for all.
         few_steps: the word in a file's name or metadata that says it is distilled to few steps of another sampler.
     """
 
@@ -64,6 +66,7 @@ class Weights:
     distilled: bool
     notes: tuple[str, ...] = ()
     few_steps: str = ""
+    layer_sparsities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def find_weights(
     if found is not None and found.kind == "transformer":
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
         notes += found.notes
-    trained_with, sla_path, sla_alone, distilled = _plan_attention(config, source, found)
+    trained_with, sla_path, sla_alone, distilled, layers = _plan_attention(config, source, found)
     method = registry.get(config.attention)
     if method.family == "dense" and source.weights is not None:
         notes.append(f"dense attention uses the transformer weights in {source.weights.name}")
@@ -222,7 +225,7 @@ def find_weights(
             "go undetected"
         )
     few_steps = "" if found is None or distilled else found.few_steps
-    return Weights(source, device, dtype, trained_with, sla_path, sla_alone, distilled, tuple(notes), few_steps)
+    return Weights(source, device, dtype, trained_with, sla_path, sla_alone, distilled, tuple(notes), few_steps, layers)
 
 
 def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
@@ -235,6 +238,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     source, method = weights.source, with_delta(registry.get(config.attention), config.delta)
     notes, warnings = list(weights.notes), list[str]()
     asked, config = config, fill_defaults(config, source.defaults, weights.distilled, warnings)
+    config = with_trained_layers(config, weights.layer_sparsities)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     size = check_size(config, source.spatial_grid)
@@ -249,7 +253,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     attention = method.configure(weights.trained_with or method.config(), options, grid)
     schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, source.shape.num_layers)
     if weights.trained_with is not None and weights.sla_path is not None:
-        warnings += schedule.differences(weights.trained_with)
+        warnings += schedule.differences(weights.trained_with, weights.layer_sparsities)
     if not schedule.applies:
         check_measured(config.measure_dense, schedule.dense, method.nothing_to_skip(grid.num_tokens))
         warnings.append(f"{method.nothing_to_skip(grid.num_tokens)}, so this clip uses dense attention")
@@ -261,6 +265,8 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
         notes += schedule.notes(options)
     check_measured(config.measure_dense, schedule.dense)
     notes += recommended_notes(asked, config)
+    if asked.sparsity_schedule is None and config.sparsity_schedule is not None:
+        notes.append("each layer has the sparsity that it was trained with; --sparsity sets one for all layers")
     if (dense_note := config.policy.note(grid.num_tokens, schedule.dense)) is not None:
         notes.append(dense_note)
     backend = None
@@ -300,12 +306,13 @@ def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
 
 def _plan_attention(
     config: GenerateConfig, source: ModelSource, found: Found | None
-) -> tuple[Any, Path | None, bool, bool]:
+) -> tuple[Any, Path | None, bool, bool, tuple[float, ...] | None]:
     """What attention to run and from where.
 
     Returns: the config that its weights were trained with, the method's own where it needs some and runs without, None
-        where it has none and needs none; their file (None without any); whether that is a file of slagen's own; and
-        whether the weights in all are distilled for rCM.
+        where it has none and needs none; their file (None without any); whether that is a file of slagen's own;
+        whether the weights in all are distilled for rCM; and the sparsity that each layer was trained with, where that
+        was not one for all.
     Raises: WeightsError where a method needs weights and there are none, or ones of another method or of one branch of
         SLA alone; UsageError where weights are given that are of another method.
     """
@@ -343,7 +350,7 @@ def _plan_attention(
     if path is None:
         if method.needs.weights and not config.allow_untrained:
             raise never_tuned(source.name, method)
-        return method.config() if method.needs.weights else None, None, True, distilled
+        return method.config() if method.needs.weights else None, None, True, distilled, None
     about = metadata or inside
     assert about is not None
     branch = about.trained.rpartition(", ")[2]
@@ -352,7 +359,9 @@ def _plan_attention(
             f"{path} was trained with the {branch} branch only, and the other branch would degrade the video. Use "
             f"--attention {branch}, or run it anyway with --allow-untrained."
         )
-    return (about.trained_with if isinstance(about, Found) else about.config), path, metadata is not None, distilled
+    check_layers(path, about.layer_sparsities, source.shape.num_layers)
+    trained_with = about.trained_with if isinstance(about, Found) else about.config
+    return trained_with, path, metadata is not None, distilled, about.layer_sparsities
 
 
 def _attention_file(config: GenerateConfig, source: ModelSource, found: Found | None) -> tuple[Path | None, bool]:

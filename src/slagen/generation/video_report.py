@@ -48,7 +48,8 @@ class UsedWeights:
     Args:
         model: its name. model_file: what replaced the transformer's own weights; None where nothing did.
         model_hash: of the transformer. sla_file, sla_hash: SLA weights in a file of their own, and its SHA-256.
-        used: which they are, in words. trained, trained_steps, trained_sparsity: how those of slagen's files were.
+        used: which they are, in words. trained, trained_steps, trained_sparsity: how those of slagen's files were; the
+            sparsity is the mean of the layers.
         parameter_norms: of what an attention method other than SLA learned, by parameter group and layer.
     """
 

@@ -73,7 +73,9 @@ def sample(run: Run, pipe: Any, transformer: Any, clip: Clip, seed: int) -> np.n
         setup.base, prompt=clip.caption, seed=seed, width=width * grid, height=height * grid,
         num_frames=(frames - 1) * source.temporal_factor + 1, timing="off",
     )  # fmt: skip
-    plan = dataclasses.replace(make_plan(config, setup.weights), attention=None)
+    # what is installed stays as it is, so the plan is of no sparsities of the layers
+    plan = make_plan(config, dataclasses.replace(setup.weights, layer_sparsities=None))
+    plan = dataclasses.replace(plan, attention=None)
     texts: list[Tensor] = [run.data.example(clip).text, run.data.negative_text()]
     names = ("prompt_embeds", "negative_prompt_embeds")
     embeds: dict[str, Tensor | None] = {

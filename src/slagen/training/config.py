@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from slagen.attention import registry
 from slagen.attention.protocol import Grid, Method
+from slagen.attention.schedule_file import as_text
 from slagen.attention.sla.config import (
     BLOCK_SIZES,
     FeatureMap,
@@ -21,7 +22,7 @@ from slagen.io.forms import shown
 from slagen.io.paths import check_folder
 from slagen.io.text import read_device
 from slagen.settings import option
-from slagen.training.method_checks import InitFrom, check_backward, check_init_from, check_stages
+from slagen.training.method_checks import InitFrom, check_backward, check_init_from, check_schedule, check_stages
 from slagen.wan.defaults import MAX_STRENGTH, MAX_TRAINING
 
 
@@ -36,6 +37,7 @@ def _check_count(name: str, value: object) -> None:
 
 DATA, MODEL, TRAINING, MACHINE = "Data", "Model and attention", "Training", "Machine"
 OWN_FIELDS = ("sparsity", "negligible", "linear_domain", "feature_map", "block_m", "block_n")  # of methods' configs
+OF_SPARSITY = ("sparsity_schedule", "anneal_from")  # of methods with one
 Loss = Literal["distill", "flow"]
 Trained = Literal["all", "attn", "proj", "lora"]
 Stages = Literal["all", "router,all", "router"]
@@ -119,7 +121,10 @@ class FinetuneConfig:
         output: a folder for `sla.safetensors`, checkpoints, log, clips and page, and for the transformer where
             `weights` is a whole one of your own.
         attention: a method's name, see `slagen methods`; "dense" for a control that is tuned as long.
-        sparsity, and the five after it: as in SLAConfig; None is what the weights were trained with, or SLAConfig's.
+        sparsity, and from negligible the five after it: as in SLAConfig; None is what the weights were trained with, or
+            SLAConfig's.
+        sparsity_schedule: the sparsity of each layer, in the form of GenerateConfig; of a file that `slagen tune`
+            wrote, the config holds the content.
         attention_options: (name, value) of options that only this method has.
         anneal_from: sparsity to begin with; it rises to `sparsity` over the first half of the steps.
         loss: "distill" is the squared difference of the student's velocity from the frozen dense model's on the same
@@ -174,6 +179,12 @@ class FinetuneConfig:
         "Fraction of key blocks without exact attention. Default: the value from training, or the method's own (0.95 "
         "for sla).",
         panel=MODEL, complement="keep",
+    )  # fmt: skip
+    sparsity_schedule: str | None = option(
+        None,
+        "Sparsity of each layer, such as 0-:0.8/0.9/0.95, or a file of slagen tune that ends in .json. It must be the "
+        "same in all denoising steps, which training does not know.",
+        panel=MODEL, metavar="0-:SPARSITY/...",
     )  # fmt: skip
     negligible: float | None = option(
         None, "Fraction of key blocks that neither the exact nor the linear branch attends to.", panel=MODEL
@@ -282,6 +293,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_folder("output", self.output)
+        object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
         for name, kinds in (("loss", Loss), ("train", Trained), ("optimizer", Optimizer),
                             ("dtype", Dtype), ("parallel", Parallel), ("stages", Stages)):  # fmt: skip
             if getattr(self, name) not in get_args(kinds):
@@ -360,12 +372,13 @@ class FinetuneConfig:
 
 def _check_method(config: "FinetuneConfig", method: Method) -> None:
     """Raise UsageError for a method that cannot be trained, and for what it does not take."""
-    asked = {name: getattr(config, name) for name in OWN_FIELDS} | dict(config.attention_options)
-    for name, value in (asked | {"anneal_from": config.anneal_from}).items():
-        if value is not None and (name if name != "anneal_from" else "sparsity") not in method.option_names:
+    asked = {name: getattr(config, name) for name in (*OWN_FIELDS, *OF_SPARSITY)} | dict(config.attention_options)
+    for name, value in asked.items():
+        if value is not None and ("sparsity" if name in OF_SPARSITY else name) not in method.option_names:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(f"{name} is not an option of {method.name} attention. Leave {option} out.")
     method.config(**dict(config.attention_options))  # it checks what is out of range
+    check_schedule(config)
     check_stages(config, method)
     if config.init_from is not None:
         check_init_from(config, method)

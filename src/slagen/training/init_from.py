@@ -102,7 +102,7 @@ def fit_to_mean(setup: Setup, models: Models, data: Dataset) -> None:
         def add(module: Any, arguments: Any, output: Tensor) -> None:
             q, k, v, _ = arguments
             own = layers[index]
-            add_layer(fits[index], own, setup.attention, q, k, v, own.context.grid)
+            add_layer(fits[index], own, own.config, q, k, v, own.context.grid)
 
         return add
 
@@ -116,13 +116,14 @@ def fit_to_mean(setup: Setup, models: Models, data: Dataset) -> None:
         for handle in handles:
             handle.remove()
     before = after = 0.0
-    for layer, fit in zip(layers, fits, strict=True):
+    pairs = [(layer, fit) for layer, fit in zip(layers, fits, strict=True) if layer.config.sparsity > 0]
+    for layer, fit in pairs:
         weight, bias = fit.solve()
         with torch.no_grad():
             layer.proj_l.weight.copy_(weight)
             layer.proj_l.bias.copy_(bias)
         each = fit.errors(weight, bias)
-        before, after = before + each[0] / len(layers), after + each[1] / len(layers)
+        before, after = before + each[0] / len(pairs), after + each[1] / len(pairs)
     setup.emit(Event("note", (
         f"proj_l starts from a fit to the method mean on {len(examples)} training clips, which lowers the average "
         f"error of SLA to that method from {before:.3g} to {after:.3g}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
+from slagen.attention.choices import in_all_steps
 from slagen.attention.protocol import Method
 from slagen.errors import UsageError
 from slagen.io.forms import shown
@@ -29,6 +30,23 @@ def check_init_from(config: FinetuneConfig, method: Method) -> None:
         raise UsageError("init_from replaces trained SLA weights, so it needs --from-dense. Add --from-dense.")
     if config.context_parallel > 1:
         raise UsageError(IN_ONE_PROCESS)
+
+
+def check_schedule(config: FinetuneConfig) -> None:
+    """Raise UsageError for a --sparsity-schedule that is not the same in all steps, or beside another sparsity."""
+    text = config.sparsity_schedule
+    if text is None:
+        return
+    if in_all_steps(text) is None:
+        raise UsageError(
+            f"sparsity_schedule is {shown(text)}, but training draws noise levels and knows no denoising steps, so it "
+            "takes one sparsity for each layer, for all steps. Try --sparsity-schedule 0-:0.8/0.95, or a file that "
+            "slagen tune wrote without --step-parts."
+        )
+    if config.sparsity is not None:
+        raise UsageError(
+            f"--sparsity {config.sparsity:g} and --sparsity-schedule both set the sparsity. Give one of them."
+        )
 
 
 def check_stages(config: FinetuneConfig, method: Method) -> None:

@@ -13,7 +13,7 @@ from slagen.training.lora import LORA_RANK, add_lora
 from slagen.training.setup import Setup
 from slagen.training.trainer import Recipe
 from slagen.wan.install import install_projections, install_untrained, load_weights
-from slagen.wan.processor import install, install_method
+from slagen.wan.processor import install, install_method, set_layers
 from slagen.wan.sequence_parallel import split_tokens
 from slagen.wan.transformer import load_transformer
 
@@ -44,6 +44,8 @@ def build_models(setup: Setup) -> Models:
     student = load_transformer(source, torch.float32)
     base_hash = weights_hash(student)
     steps_before = _install_attention(student, setup, base_hash)
+    if setup.layer_sparsities is not None:
+        set_layers(student, setup.layer_configs())
     if config.train == "lora":
         add_lora(student, config.lora_rank or LORA_RANK, config.seed)
     _choose_trained(student, setup)
@@ -87,7 +89,9 @@ def _install_attention(student: Any, setup: Setup, base_hash: str) -> int:
 
 
 def _choose_trained(student: Any, setup: Setup) -> None:
-    """Set `requires_grad` on the parameters that `--train` asks for."""
+    """Set `requires_grad` on the parameters that `--train` asks for; in a layer that attends to everything, what the
+    attention learns is not reached."""
+    dense = tuple(f"blocks.{layer}." for layer, sparsity in enumerate(setup.layer_sparsities or ()) if sparsity == 0)
     for name, parameter in student.named_parameters():
         group = setup.method.group(name)
         alone = setup.config.stages == "router"  # then nothing else is reached
@@ -97,7 +101,8 @@ def _choose_trained(student: Any, setup: Setup) -> None:
         }["proj" if alone else setup.config.train]  # fmt: skip
         learns = group is None or (
             group.used and (group.stage is None or group.stage in setup.config.stages.split(","))
-        )
+            and not name.startswith(dense)
+        )  # fmt: skip
         parameter.requires_grad_(trained and learns)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slagen.attention.learned import name_in_files
 from slagen.attention.registry import parameter_group
+from slagen.attention.schedule import span
 from slagen.errors import SlagenError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
@@ -136,7 +137,7 @@ def _metadata(run: Run) -> SLAMetadata:
     return SLAMetadata(
         setup.attention, setup.weights.source.name, run.models.base_hash,
         train if attention == method else f"{train}, {attention}", run.models.steps_before + setup.schedule.steps,
-        "rcm" if setup.weights.distilled else "flow", method=method,
+        "rcm" if setup.weights.distilled else "flow", method=method, layer_sparsities=setup.layer_sparsities,
     )  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def _write_result(run: Run, result: FinetuneResult, after: TeacherErrors) -> Non
 def _write_page(run: Run, result: FinetuneResult, errors: TeacherErrors) -> None:
     setup, config, source = run.setup, run.setup.config, run.setup.weights.source
     before, after = result.teacher_error_before, result.teacher_error_after
-    about = "" if setup.is_dense else _told(setup.attention)
+    about = "" if setup.is_dense else _told(setup)
     facts = {
         "model": source.name, "attention": config.attention + about, "trained": config.train, "loss": config.loss,
         "steps": str(result.steps),
@@ -203,8 +204,11 @@ def _next_commands(setup: Setup, result: FinetuneResult, prompt: str) -> list[tu
     return commands
 
 
-def _told(config: Any) -> str:
+def _told(setup: Setup) -> str:
     """The sparsity of a method that has one, otherwise its settings."""
+    config = setup.attention
+    if setup.layer_sparsities is not None:
+        return f", {span(setup.layer_sparsities)} by layer"
     if (sparsity := getattr(config, "sparsity", None)) is not None:
         return f", sparsity {sparsity:g}"
     return "".join(f", {name.replace('_', ' ')} {value}" for name, value in to_fields(config).items())

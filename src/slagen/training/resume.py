@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from slagen.attention.choices import for_all_steps
 from slagen.errors import UsageError
 from slagen.formats.sla import find_sla_file
 from slagen.generation.embeddings import file_hashes
@@ -31,6 +32,8 @@ def run_settings(setup: Setup) -> dict[str, Any]:
     files, sla = transformer_files(source), setup.weights.sla_path
     if sla is not None and not config.from_dense and (setup.weights.sla_alone or sla.is_file()):
         files.append(find_sla_file(sla) if setup.weights.sla_alone else sla)
+    layers = setup.layer_sparsities
+    fields["sparsity_schedule"] = None if layers is None else for_all_steps(layers)
     options = {k: v for k, v in dataclasses.asdict(config.data).items() if k not in ("path", "self_generate")}
     return json.loads(json.dumps({
         **fields, **schedule, **to_fields(setup.attention), "data_options": options, "dtype": str(setup.recipe.dtype),

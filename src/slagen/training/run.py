@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from slagen.training.metrics import (
 from slagen.training.models import Models
 from slagen.training.setup import Setup
 from slagen.training.trainer import Trainer
+from slagen.wan.processor import set_layers
 
 MAX_HELD_OUT = 16  # clips that an error is measured on
 
@@ -110,10 +110,8 @@ def _begin_measuring(emit: Emit, total: int, when: str) -> Callable[[], None]:
 
 def anneal(run: Run, step: int) -> None:
     """With --anneal-from, set the sparsity of a step: it rises linearly over the first half of the steps."""
-    start, attention = run.setup.config.anneal_from, run.setup.attention
+    start = run.setup.config.anneal_from
     if start is None:
         return
     part = min(1.0, 2 * step / run.setup.schedule.steps)
-    attention = dataclasses.replace(attention, sparsity=start + (attention.sparsity - start) * part)
-    for block in run.models.student.blocks:
-        block.attn1.processor.config = attention
+    set_layers(run.models.student, run.setup.layer_configs(start, part))

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from slagen.attention import registry
+from slagen.attention.choices import in_all_steps
 from slagen.attention.learned import label, name_in_files
 from slagen.attention.protocol import Grid, Method
+from slagen.attention.schedule import check_num_layers
 from slagen.errors import UsageError, WeightsError
 from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
@@ -41,7 +43,8 @@ class Setup:
         folder: for the output. emit: called with each stage, note, warning and step.
         method: the student's attention. base: how the dense model would generate: model, device, dtype, backend.
         weights: where the model and its attention's weights lie. attention: the method's config at the end, of a
-            dense control SLA's.
+            dense control SLA's; where layers differ, with the mean of their sparsities.
+        layer_sparsities: the sparsity of each layer at the end, where there is not one for all.
         recipe: how the student is trained.
     """
 
@@ -54,11 +57,35 @@ class Setup:
     weights: Weights
     attention: Any
     recipe: Recipe
+    layer_sparsities: tuple[float, ...] | None = None
 
     @property
     def is_dense(self) -> bool:
         """Whether the student is a control, with dense attention."""
         return self.method.family == "dense"
+
+    def layer_configs(self, anneal_from: float | None = None, part: float = 1.0) -> list[Any]:
+        """The config of each layer's attention.
+
+        Args: anneal_from, part: a sparsity, and how far each layer that has a higher one has come from it.
+        """
+        final = self.layer_sparsities
+        configs = [self.attention] * self.weights.source.shape.num_layers
+        if final is not None:
+            configs = [dataclasses.replace(self.attention, sparsity=sparsity) for sparsity in final]
+        if anneal_from is None:
+            return configs
+        starts = [min(anneal_from, config.sparsity) for config in configs]
+        return [
+            dataclasses.replace(config, sparsity=start + (config.sparsity - start) * part)
+            for start, config in zip(starts, configs, strict=True)
+        ]
+
+    def sparse_configs(self, anneal_from: float | None = None, part: float = 1.0) -> list[Any]:
+        """Those of the layers that are not dense for their sparsity of 0."""
+        configs = self.layer_configs(anneal_from, part)
+        own = self.layer_sparsities or (1.0,) * len(configs)
+        return [config for config, sparsity in zip(configs, own, strict=True) if sparsity > 0] or configs
 
     @property
     def schedule(self) -> TrainingDefaults:
@@ -101,10 +128,12 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
             f"{config.optimizer} does not support FSDP's sharded parameters. Leave --optimizer out, or use --parallel "
             "ddp."
         )
-    attention = config.attention_config(weights.trained_with)
-    if config.anneal_from is not None and config.anneal_from > attention.sparsity:
+    attention, layers = config.attention_config(weights.trained_with), _layer_sparsities(config, weights)
+    if layers is not None:
+        attention = dataclasses.replace(attention, sparsity=round(sum(layers) / len(layers), 12))
+    if config.anneal_from is not None and config.anneal_from > (final := max(layers or (attention.sparsity,))):
         raise UsageError(
-            f"anneal_from is {config.anneal_from:g}, but must be at most the final sparsity, {attention.sparsity:g}. "
+            f"anneal_from is {config.anneal_from:g}, but must be at most the final sparsity, {final:g}. "
             "Give a lower value."
         )
     recipe = _recipe(config, weights, team)
@@ -127,7 +156,7 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
     if config.optimizer == "adamw8bit":
         optimizer_8bit()
     _check_output(config, folder, weights)
-    return Setup(config, folder, team, emit, method, base, weights, attention, recipe)
+    return Setup(config, folder, team, emit, method, base, weights, attention, recipe, layers)
 
 
 def default_model(name: str | None, device: str) -> str | None:
@@ -149,6 +178,19 @@ def _check_weights(config: FinetuneConfig, weights: Weights, method: Method) -> 
         )
     if (file := weights.source.weights) is not None and file.suffix == ".gguf":
         raise UsageError(f"{file} is quantised and cannot be trained. Give the model in full precision.")
+
+
+def _layer_sparsities(config: FinetuneConfig, weights: Weights) -> tuple[float, ...] | None:
+    """The sparsity of each layer: what is asked for, or that of the weights; None where there is one for all.
+
+    Raises: UsageError for sparsities of another number of layers.
+    """
+    if config.sparsity_schedule is None:
+        return weights.layer_sparsities if config.sparsity is None else None
+    asked, num_layers = in_all_steps(config.sparsity_schedule), weights.source.shape.num_layers
+    assert asked is not None
+    check_num_layers(asked, num_layers)
+    return asked if isinstance(asked, tuple) else (asked,) * num_layers
 
 
 def _recipe(config: FinetuneConfig, weights: Weights, team: Team) -> Recipe:
@@ -188,7 +230,8 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
     clips = [*data.training, *data.held_out]
     grids = {setup.grid(clip) for clip in clips}
     attention = setup.attention
-    short = [grid.num_tokens for grid in grids if not setup.is_dense and not setup.method.applies(attention, grid)]
+    sparse = [] if setup.is_dense else setup.sparse_configs()
+    short = [grid.num_tokens for grid in grids if not all(setup.method.applies(each, grid) for each in sparse)]
     if short:
         num_tokens, advice = min(short), "Give larger or longer clips"
         if (block_n := getattr(attention, "block_n", None)) is not None:
@@ -210,8 +253,7 @@ def _check_start(setup: Setup, grids: set[Grid]) -> None:
     config, start = setup.config, setup.config.anneal_from
     if start is None or (config.stages == "all" and config.train != "proj"):
         return
-    first = dataclasses.replace(setup.attention, sparsity=start)
-    if not all(setup.method.applies(first, grid) for grid in grids):
+    if not all(setup.method.applies(each, grid) for each in setup.sparse_configs(start, 0.0) for grid in grids):
         raise UsageError(
             f"with --anneal-from {start:g}, all key blocks of a clip get exact attention at first, so the weights that "
             "are trained have no effect. Give a higher --anneal-from."

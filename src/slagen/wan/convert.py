@@ -144,6 +144,7 @@ def _convert_transformer(
             sampler_family="rcm" if distilled else "flow",
             source_hash=_digest(path),
             method=found.method,
+            layer_sparsities=found.layer_sparsities,
         )
         install_method(model, registry.get(found.method), found.trained_with)
         state = model.state_dict()

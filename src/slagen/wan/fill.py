@@ -34,18 +34,24 @@ def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: st
     return changed
 
 
-def _untrained(method: Method, tensors: dict[str, Tensor]) -> list[str]:
+def _untrained(method: Method, tensors: dict[str, Tensor], layers: tuple[float, ...] | None) -> list[str]:
     """The names of all-zero matrices that a method's output depends on, where it cannot do without them."""
-    groups = {name: method.group(name) for name in tensors} if method.needs.weights else {}
+    if not method.needs.weights:
+        return []
+    dense = tuple(f"blocks.{layer}." for layer, sparsity in enumerate(layers or ()) if sparsity == 0)
+    groups = {name: method.group(name) for name in tensors if not name.startswith(dense)}
     used = [name for name, group in groups.items() if group is not None and group.used]
     return [name for name in used if tensors[name].ndim > 1 and not tensors[name].any()]
 
 
 def fill(
     transformer: WanTransformer3DModel, tensors: dict[str, Tensor], path: str | Path, allow_untrained: bool,
-    missing: list[str],
+    missing: list[str], layers: tuple[float, ...] | None = None,
 ) -> None:  # fmt: skip
-    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are faults."""
+    """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are faults.
+
+    Args: layers: the sparsity of each layer in training, where there was not one for all: one of 0 trained nothing.
+    """
     state = transformer.state_dict()
     faults = number_faults(tensors)
     tensors = _multiply_out(tensors, state, path)
@@ -61,7 +67,7 @@ def fill(
         raise WeightsError(
             f"{path} does not match the model: {'; '.join(faults[:3])}{more}. Give weights for this model."
         )
-    zero = _untrained(processors(transformer)[0].method, tensors)
+    zero = _untrained(processors(transformer)[0].method, tensors, layers)
     if zero and not allow_untrained:
         others = f", as are {len(zero) - 1} more" if len(zero) > 1 else ""
         raise WeightsError(

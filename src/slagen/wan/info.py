@@ -26,6 +26,7 @@ from slagen.wan.folder import describe_folder
 FLOAT_KINDS = {"float64", "float32", "float16", "bfloat16", "F64", "F32", "F16", "BF16"}
 LEFT_OUT = (
     "trained_with",
+    "layer_sparsities",
     "notes",
     "sla_file",
     "proj_l_norms",
@@ -120,7 +121,8 @@ class TransformerInfo(FileInfo):
     Args:
         layout: whose names its tensors have. width: of a hidden state. sampler: that its weights are for.
         sla: whether it holds SLA weights; proj_l_norms are theirs, by layer. faults: what keeps it from being loaded.
-        trained_with: the settings of its attention weights, if it records them. sla_file: the one beside it.
+        trained_with: the settings of its attention weights, if it records them. layer_sparsities: as in SLAMetadata.
+        sla_file: the one beside it.
         attention: the method of its attention weights, where that is not SLA. parameter_norms: of what that learned, by
             parameter group and layer.
     """
@@ -136,6 +138,7 @@ class TransformerInfo(FileInfo):
     faults: list[str]
     attention: str | None = None
     trained_with: Any = None
+    layer_sparsities: tuple[float, ...] | None = None
     parameter_norms: dict[str, list[float]] | None = None
     notes: list[str] | None = None
     sla_file: Info | None = None
@@ -209,7 +212,8 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     return TransformerInfo(
         **vars(file), layout=checkpoint.layout, layers=checkpoint.num_layers, width=checkpoint.width,
         quantised=quantised, sampler=found.sampler or "unipc", sla=bool(norms), proj_l_norms=norms,
-        trained=_all_trained(norms, others), faults=checkpoint.faults, trained_with=found.trained_with,
+        trained=_all_trained(norms, others, found.layer_sparsities), faults=checkpoint.faults,
+        trained_with=found.trained_with, layer_sparsities=found.layer_sparsities,
         attention=None if found.method == SLA_NAME else found.method,
         notes=notes or None, parameter_norms=others or None, sla_file=_beside(path),
     )  # fmt: skip
@@ -234,14 +238,15 @@ def _beside(folder: Path) -> Info | None:
 def _describe_sla(file: FileInfo, path: Path, tensors: dict[str, Tensor]) -> SLAInfo:
     metadata = read_metadata(path)
     norms, others = _norms(tensors)
-    of_sla = metadata.method == SLA_NAME
+    of_sla, layers = metadata.method == SLA_NAME, metadata.layer_sparsities
     left_out = {"config", "tensors"} | ({"tensors_hash"} if metadata.tensors is None else set())
     left_out |= {"method"} if of_sla else set()
+    left_out |= {"layer_sparsities"} if layers is None else set()
     about = {name: value for name, value in vars(metadata).items() if name not in left_out}
     return SLAInfo(
         **vars(file), base_model=about.pop("base_model"), trained_with=metadata.config, metadata=about,
         layers=max(map(len, [norms, *others.values()])), proj_l_norms=norms if of_sla else None,
-        trained=_all_trained(norms, others) or not (of_sla or others), parameter_norms=others or None,
+        trained=_all_trained(norms, others, layers) or not (of_sla or others), parameter_norms=others or None,
     )  # fmt: skip
 
 
@@ -251,7 +256,8 @@ def _norms(tensors: dict[str, Tensor]) -> tuple[list[float], dict[str, list[floa
     return found.pop("proj_l", []), found
 
 
-def _all_trained(norms: list[float], others: dict[str, list[float]]) -> bool:
-    """Whether every layer learned something."""
-    every = [*norms, *(norm for group in others.values() for norm in group)]
+def _all_trained(norms: list[float], others: dict[str, list[float]], layers: tuple[float, ...] | None = None) -> bool:
+    """Whether every layer learned something, but for those of sparsity 0, which attend to everything."""
+    groups, dense = [norms, *others.values()], [x == 0 for x in layers or ()]
+    every = [norm for own in groups for layer, norm in enumerate(own) if not any(dense[layer : layer + 1])]
     return bool(every) and min(every) > 0

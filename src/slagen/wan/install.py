@@ -31,6 +31,7 @@ from slagen.formats.sla import (
     weights_hash,
     write_sla,
 )
+from slagen.formats.sla_settings import check_layers
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.forms import shown
 from slagen.io.paths import user_path
@@ -40,7 +41,15 @@ from slagen.wan.fill import fill
 from slagen.wan.folder import is_hub_id
 from slagen.wan.guards import refuse_adapters, refuse_offloaded, refuse_rounded
 from slagen.wan.hub import fetch_sla
-from slagen.wan.processor import Installation, install_method, installation, processors, remove, version_of
+from slagen.wan.processor import (
+    Installation,
+    install_method,
+    installation,
+    processors,
+    remove,
+    set_layers,
+    version_of,
+)  # fmt: skip
 from slagen.wan.saved import record_settings
 
 UNTRAINED = (
@@ -102,8 +111,10 @@ def load_weights(
     metadata, tensors = _read_saved(Path(path)) or read_sla(path)
     if not suits(method, metadata.method):
         raise of_another(path, method, metadata.method)
+    layers = metadata.layer_sparsities if config is None else None
     config = config or metadata.config
     _check_same_form(config, metadata.config, path, other_blocks)
+    check_layers(path, metadata.layer_sparsities, transformer.config.num_layers)
     refuse_adapters(pipe, "loaded")
     refuse_offloaded(transformer, "loaded")
     if base_hash is None:
@@ -117,21 +128,29 @@ def load_weights(
             "model that the weights were trained from, or SLA weights for this one."
         )
     install_method(transformer, method, config, backend=backend)
+    if layers is not None:
+        set_layers(transformer, [dataclasses.replace(config, sparsity=sparsity) for sparsity in layers])
     missing = gaps(tensors, transformer.state_dict()) if metadata.tensors is None else []
     try:
-        fill(transformer, tensors, path, allow_untrained, missing)
+        fill(transformer, tensors, path, allow_untrained, missing, metadata.layer_sparsities)
     except SlagenError:
         remove(transformer)
         raise
-    _record(transformer, method, metadata.config, metadata.sampler_family, metadata.trained, Path(path))
+    _record(
+        transformer, method, metadata.config, metadata.sampler_family, metadata.trained, metadata.layer_sparsities,
+        Path(path),
+    )  # fmt: skip
     record = installation(transformer)
     assert record is not None
     record.metadata = metadata
     return metadata
 
 
-def _record(transformer: Any, method: Method, config: Any, family: str, trained: str, path: Path | None = None) -> None:
-    record_settings(transformer, name_in_files(method), config, family, trained, path)
+def _record(
+    transformer: Any, method: Method, config: Any, family: str, trained: str, layers: tuple[float, ...] | None = None,
+    path: Path | None = None,
+) -> None:  # fmt: skip
+    record_settings(transformer, name_in_files(method), config, family, trained, layers, path)
 
 
 def _fetched(path: str | Path, local_files_only: bool) -> str | Path:
@@ -154,7 +173,10 @@ def _read_saved(path: Path) -> tuple[SLAMetadata, dict[str, Tensor]] | None:
     assert isinstance(checkpoint, Checkpoint)
     family = "rcm" if found.sampler == "rcm" else "flow"
     base = state_hash(checkpoint.tensors)
-    metadata = SLAMetadata(found.trained_with, path.name, base, found.trained, 0, family, method=found.method)
+    metadata = SLAMetadata(
+        found.trained_with, path.name, base, found.trained, 0, family, method=found.method,
+        layer_sparsities=found.layer_sparsities,
+    )  # fmt: skip
     return metadata, checkpoint.projections
 
 
@@ -178,16 +200,17 @@ def install_projections(
     else:
         layers = range(transformer.config.num_layers)
         tensors = {f"blocks.{i}.attn1.processor.proj_l.{name}": x for i in layers for name, x in _pair(found)}
+    about = peek(Path(path))
     install_method(transformer, method, config, backend=backend)
     try:
-        fill(transformer, tensors, path, allow_untrained, [])
+        fill(transformer, tensors, path, allow_untrained, [], about.layer_sparsities)
     except SlagenError:
         remove(transformer)
         raise
-    about = peek(Path(path))
     _record(
-        transformer, method, about.trained_with or config, "rcm" if about.sampler == "rcm" else "flow", about.trained
-    )
+        transformer, method, about.trained_with or config, "rcm" if about.sampler == "rcm" else "flow", about.trained,
+        about.layer_sparsities,
+    )  # fmt: skip
 
 
 def _pair(side: SideFile) -> list[tuple[str, Tensor]]:

@@ -243,6 +243,12 @@ def set_config(transformer: WanTransformer3DModel, method: Method, config: Any) 
         record.hooks = _follow(transformer, record.context)
 
 
+def set_layers(transformer: WanTransformer3DModel, configs: Sequence[Any]) -> None:
+    """Have the installed attention go on with a config of its method for each layer."""
+    for processor, config in zip(processors(transformer), configs, strict=True):
+        processor.config = config
+
+
 def _follow(transformer: WanTransformer3DModel, context: StepContext) -> list[Any]:
     """Have a transformer's forward passes noted in a context. Returns the hooks' handles."""
     context.position = torch.full((2,), -1)
