@@ -20,9 +20,11 @@ mask is the source's.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slagen.attention.kept_pairs import kept_pairs
@@ -61,34 +63,37 @@ def radial_mask(config: RadialConfig, grid: Grid, device: torch.device) -> Radia
     length, size = grid.num_tokens, grid.height * grid.width
     num_rows, num_columns = config.num_blocks(length)
     with torch.inference_mode(False):
-        tokens = torch.arange(length, dtype=torch.int32)
-        frame, place = tokens // size, tokens % size
         found = [config.reach(distance, size) for distance in range(grid.num_frames)]
-        reach = torch.tensor([-1 if tokens is None else tokens for tokens in found], dtype=torch.int32)
+        reach = [-1 if tokens is None else tokens for tokens in found]
         kept = torch.zeros(num_rows, num_columns, dtype=torch.bool)
         for m in range(num_rows):
             first, last = m * config.block_m, min((m + 1) * config.block_m, length) - 1
-            seen = _tokens_that_see(first, last, size, frame, place, reach)
-            kept[m] = _blocks(seen, last - first + 1, config.block_n, num_columns)
+            dense, seen = _dense_and_seen(first, last, size, reach)
+            kept[m] = _per_block(dense, config.block_n) * 5 > _per_block(seen, config.block_n) * 3
             kept[m, first // config.block_n : last // config.block_n + 1] = True
         counts = (block_tokens(length, block, kept.device) for block in (config.block_m, config.block_n))
         return RadialMask(kept.to(device), kept_pairs(kept[None, None], *counts).to(device), length)
 
 
-def _tokens_that_see(first: int, last: int, size: int, frame: Tensor, place: Tensor, reach: Tensor) -> Tensor:
-    """How many of the queries from `first` to `last` see each key: (L,) int32 of int32 frames, places, and reaches."""
-    seen = torch.zeros_like(frame)
-    for i in range(first // size, last // size + 1):
-        start, end = max(first - i * size, 0), min(last + 1 - i * size, size)
-        far = torch.where(frame == 0, size, reach[(frame - i).abs()])
-        seen += ((place + far + 1).clamp(max=end) - (place - far).clamp(min=start)).clamp(min=0)
-    return seen
+def _dense_and_seen(first: int, last: int, size: int, reach: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which keys more than a third of the queries from `first` to `last` see, and which any of them sees: (L,) bool.
+
+    What they see of a frame depends only on how far each of their frames reaches there, and many frames share that.
+    Args: reach: by the distance of frames; -1 is nothing.
+    """
+    frames = range(first // size, last // size + 1)
+    far = [tuple(size if j == 0 else reach[abs(i - j)] for i in frames) for j in range(len(reach))]
+    kinds = list(dict.fromkeys(far))
+    sides = torch.tensor(kinds, dtype=torch.int32)[..., None]  # (kinds, frames, 1)
+    start = torch.tensor([max(first - i * size, 0) for i in frames], dtype=torch.int32)[:, None]
+    end = torch.tensor([min(last + 1 - i * size, size) for i in frames], dtype=torch.int32)[:, None]
+    place = torch.arange(size, dtype=torch.int32)
+    counts = ((place + sides + 1).minimum(end) - (place - sides).maximum(start)).clamp(min=0).sum(1, dtype=torch.int32)
+    which = torch.tensor([kinds.index(each) for each in far])
+    dense, seen = (mask.index_select(0, which).flatten() for mask in (counts * 3 > last - first + 1, counts > 0))
+    return dense, seen
 
 
-def _blocks(seen: Tensor, num_queries: int, block_n: int, num_columns: int) -> Tensor:
-    """Which key blocks are kept by a query block, of whose tokens so many see each key: (N,) bool."""
-    padded = seen.new_zeros(num_columns * block_n)
-    padded[: len(seen)] = seen
-    keys = padded.view(num_columns, block_n)
-    dense, any_seen = (keys * 3 > num_queries).sum(1), (keys > 0).sum(1)
-    return dense * 5 > any_seen * 3
+def _per_block(keys: Tensor, block_n: int) -> Tensor:
+    """How many keys of each block are marked, (N,) int32, of (L,) bool."""
+    return F.pad(keys, (0, -len(keys) % block_n)).view(-1, block_n).sum(1, dtype=torch.int32)
