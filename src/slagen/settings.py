@@ -34,6 +34,8 @@ class Option:
         in_key: its value, if it changes the video, is a part of a manifest's key; not where something else stands for
             it there, as the hash of a file for its path.
         complement: another name that takes 1 minus its value, or values.
+        training: of an attention method's config: only training uses it. Other commands understand it, do not show it,
+            and say that it has no effect.
         later: of an attention method's config: it came when files had been written without it. At its default it is
             not written, so that files and reports stay as they were.
     """
@@ -53,6 +55,7 @@ class Option:
     pixels: bool = True
     in_key: bool = True
     complement: str = ""
+    training: bool = False
     later: bool = False
 
 

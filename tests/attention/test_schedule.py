@@ -259,7 +259,11 @@ def test_a_file_is_what_it_holds(tmp_path):
     assert configs[0] == configs[1] == configs[2] and configs[0].sparsity_schedule == text
     made = generate(configs[0]).videos[0].report
     assert made["settings"]["sparsity_schedule"] == text
-    assert made["attention"]["step_densities"] == pytest.approx([5 / 6, 5 / 6, 1 / 2])
+    about = made["attention"]
+    assert about["step_densities"] == pytest.approx([5 / 6, 5 / 6, 1 / 2])
+    assert {"sparsity", "critical", "fractions"} < set(about["averaged"])
+    means = (about["sparsity"], about["critical"], about["fractions"]["critical"])
+    assert means == pytest.approx((0.8 / 3, 6.5 / 3, 6.5 / 9)) and about["key_blocks"] == 3
     (tmp_path / "a.json").unlink(missing_ok=True)
     assert replay(str(tmp_path / "a.mp4")).same
     lines = tmp_path / "p.txt"
@@ -351,6 +355,7 @@ def test_videos_and_reports(tmp_path):
     same = made(sparsity=0.3, sparsity_schedule="0-:0.7")
     assert same["latents_hash"] == plain["latents_hash"] != other["latents_hash"]
     assert same["attention"]["step_densities"] == pytest.approx([1 / 3] * 3)
+    assert same["attention"].items() >= {**plain["attention"], "density": same["attention"]["density"]}.items()
     assert same["cost"] == {**plain["cost"], **{name: same["cost"][name] for name in same["cost"] if "measured" in name
                                                 or "remaining" in name}}  # fmt: skip
     assert not {"step_densities", "sparsity_schedule"} & {*plain["attention"], *plain["settings"]}

@@ -165,7 +165,7 @@ def test_reference_is_timed_where_dense_is_no_row(toy, tmp_path):
         (["--sparsity", "0.9,x"], "sparsity is '0.9,x', but must be one or more numbers"),
         (["--sparsity", "1"], "sparsity is 1.0, but must be a number of at least 0 and below 1"),
         (["--methods", "dense", "--sparsity", "0.9"], "none of the methods dense has a sparsity"),
-        (["--methods", "dense,sla", "--tau", "1"], "tau is an option of sol, which is not among the methods"),
+        (["--methods", "dense,sla", "--tau", "1"], "tau is an option of sol, but of none of the methods"),
         (["--methods", "dense", "--dense-steps", "0"], "dense_steps does not apply to dense attention"),
         (
             ["--methods", "dense,mean", "--backend", "sage"],

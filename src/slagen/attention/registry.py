@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from slagen.attention.delta.method import DELTA, with_delta
@@ -19,6 +20,7 @@ from slagen.attention.sla2.method import SLA2
 from slagen.attention.vsa.method import VSA
 from slagen.errors import UsageError
 from slagen.io.forms import shown
+from slagen.io.text import counted
 from slagen.settings import Setting, settings_of
 
 METHODS: dict[str, Method] = {}
@@ -93,6 +95,21 @@ def with_option(name: str) -> list[str]:
     return [method.name for method in METHODS.values() if name in method.option_names]
 
 
+def without_effect(options: Iterable[str]) -> list[str]:
+    """What to say of methods' options that only training uses, where nothing is trained."""
+    known = {each.field for method in METHODS.values() for each in settings_of(method.config) if each.about.training}
+    return [
+        f"--{name.replace('_', '-')} has no effect here, because only slagen finetune uses it"
+        for name in options if name in known
+    ]  # fmt: skip
+
+
+def takers(name: str) -> str:
+    """Which methods have an option, in a few words."""
+    first, *others = with_option(name) or ["no method"]
+    return f"{first} and {counted(len(others), 'other method')}" if others else first
+
+
 def own_settings(config: type) -> list[Setting]:
     """The options that methods' configs describe, and a command's own config does not have: each once, None by default.
 
@@ -110,7 +127,8 @@ def own_settings(config: type) -> list[Setting]:
                 *others, last = with_option(setting.field)
                 names = f"{', '.join(others)} and {last}" if others else last
                 help = f"{setting.about.help} For {names} attention."
-                about = dataclasses.replace(setting.about, help=help)
+                hidden = setting.about.hidden or (setting.about.training and not trained)
+                about = dataclasses.replace(setting.about, help=help, hidden=hidden)
                 found.setdefault(setting.field, dataclasses.replace(setting, default=None, about=about))
     return list(found.values())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,6 +144,29 @@ class Schedule:
         """The fraction of all query-key pairs attended exactly, as if no layer or step were dense; the mean over the
         steps that are not."""
         return self.mean(lambda config: self.method.density(config, self.grid))
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the settings that run.
+
+        What differs between steps or layers is the mean over those that are not dense; "averaged" names it.
+        """
+        steps = self._sparse_steps() or range(len(self.configs))
+        used = dict.fromkeys(config for step in steps for config in self._in_layers(step, self.configs))
+        abouts = {config: self.method.describe(config, self.grid) for config in used}
+        first, *others = abouts.values()
+        averaged = [name for name, value in first.items() if any(each[name] != value for each in others)]
+
+        def mean(*path: str) -> float:
+            def number(config: Any) -> Any:
+                return functools.reduce(operator.getitem, path, abouts[config])
+
+            return round(self.mean(number), 12)
+
+        means = {
+            name: {key: mean(name, key) for key in first[name]} if isinstance(first[name], dict) else mean(name)
+            for name in averaged
+        }
+        return {**first, **means, **({"averaged": averaged} if averaged else {})}
 
     def planned(self, shape: ModelShape) -> dict[str, Any]:
         """What an estimate says of the steps, by field; nothing without a --sparsity-schedule."""

@@ -154,9 +154,9 @@ class BenchConfig:
             raise UsageError("--delta is for slagen's sparse methods, and none of them is measured. Leave it out.")
         for name in options:
             if not any(name in method.option_names for method in measured):
-                others = " or ".join(registry.with_option(name)) or "no method"
                 raise UsageError(
-                    f"{name} is an option of {others}, which is not among the methods measured. Leave it out."
+                    f"{name} is an option of {registry.takers(name)}, but of none of the methods measured. Leave it "
+                    "out."
                 )
         for method in measured:
             method.config(**method.own(options))

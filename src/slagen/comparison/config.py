@@ -124,9 +124,9 @@ class CompareConfig:
                         "Leave --backend out."
                     )
             elif not any(NEEDED.get(name, name) in method.option_names for method in sparse):
-                others = " or ".join(registry.with_option(NEEDED.get(name, name)))
                 raise UsageError(
-                    f"{name} is an option of {others or 'no method'}, which is not among the methods. Leave it out."
+                    f"{name} is an option of {registry.takers(NEEDED.get(name, name))}, but of none of the methods "
+                    "here. Leave it out."
                 )
 
     @property

@@ -107,10 +107,12 @@ def check_attention(config: GenerateConfig) -> None:
     needed = {"sparsity_schedule": "sparsity"}  # the option that a method with this one has
     for name, value in {**config.attention_settings, "sparsity_schedule": config.sparsity_schedule}.items():
         if value is not None and needed.get(name, name) not in method.option_names:
-            taken = ", ".join(method.option_names) or "none"
-            others = " or ".join(f"--attention {other}" for other in registry.with_option(needed.get(name, name)))
-            advice = f"Leave it out, or give {others}." if others else "Leave it out."
-            raise UsageError(f"{name} is not an option of {method.name} attention (its options: {taken}). {advice}")
+            own = needed.get(name, name)
+            others = [f", or give --attention {other}" for other in registry.with_option(own)[:1]]
+            raise UsageError(
+                f"{name} is not an option of {method.name} attention, but of {registry.takers(own)}. "
+                f"Leave it out{''.join(others)}."
+            )
     method.config(**dict(config.attention_options))  # it checks what is out of range
     method.check_backend(config.backend)
     if config.policy != AttentionPolicy() and method.family == "dense":

@@ -111,8 +111,8 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     base = model.trained if model.trained is not None and suits(method, model.method) else method.config()
     config = with_trained_layers(config, model.layers if not is_dense and suits(method, model.method) else None)
     attention = method.configure(base, method.own(config.attention_settings), grid)
-    about = method.describe(attention, grid)
     schedule = Schedule.of(method, attention, grid, config.policy, config.steps or 1, model.shape.num_layers)
+    about = schedule.describe()
     notes = _notes(config, model, None if is_dense else method, schedule, size) + notes
     part = schedule.dense
     item_bytes, guidance = 4 if config.dtype == "fp32" else 2, config.guidance_scale or 0.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from slagen.attention import registry
 from slagen.attention.choices import for_all_steps
 from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
@@ -26,6 +27,7 @@ def fill_defaults(
     defaults = for_weights(defaults, distilled)
     config = choose_sampler(config, defaults, distilled, warnings)
     missing = {name: getattr(defaults, name) for name in FILLED if getattr(config, name) is None}
+    warnings += registry.without_effect(name for name, value in config.attention_options if value is not None)
     if not distilled:
         missing |= _recommended(config)
     return dataclasses.replace(config, **missing)

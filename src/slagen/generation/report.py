@@ -188,10 +188,10 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     from slagen import machine  # with torch, which nothing else here needs
 
     plan, clock, recorder = sample.plan, sample.clock, sample.recorder
-    config, method, schedule, steps = plan.config, plan.method, plan.schedule, recorder.steps
+    config, schedule, steps = plan.config, plan.schedule, recorder.steps
     shape = plan.weights.source.shape
     about = {
-        **method.describe(plan.attention, plan.grid),
+        **schedule.describe(),
         **density_section(sample.densities, plan.dense, exact_share(plan.num_tokens, config.delta)),
         **plan.dense.to_dict(),
         **({} if schedule.by_step is None else {"step_densities": schedule.densities(sample.step_densities)}),

@@ -266,7 +266,7 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     check_measured(config.measure_dense, schedule.dense)
     notes += recommended_notes(asked, config)
     if asked.sparsity_schedule is None and config.sparsity_schedule is not None:
-        notes.append("each layer has the sparsity that it was trained with; --sparsity sets one for all layers")
+        notes.append("each layer has the sparsity that it was trained with; --sparsity gives one to all layers")
     if (dense_note := config.policy.note(grid.num_tokens, schedule.dense)) is not None:
         notes.append(dense_note)
     backend = None

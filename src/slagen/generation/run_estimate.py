@@ -103,7 +103,7 @@ class RunEstimate:
     query_blocks: int | None
     key_blocks: int | None
     tail_tokens: int | None
-    topk_blocks: int | None
+    topk_blocks: float | None
     kept_fraction: float
     flops: Flops
     flops_of: str

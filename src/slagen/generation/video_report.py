@@ -10,7 +10,7 @@ from slagen.io.forms import Kind, matching, sha256, whole
 from slagen.io.records import form_of, read_record
 
 SCHEMA_VERSION = 1
-BLOCKS = {"critical": int, "marginal": int, "negligible": int, "key_blocks": int, "block_n": int, "backend": str,
+BLOCKS = {"critical": float, "marginal": float, "negligible": float, "key_blocks": int, "block_n": int, "backend": str,
           "fractions": {"critical": float}}  # fmt: skip
 ATTENTION = Kind(
     "an object with either all of its block counts or none of them",
@@ -72,14 +72,14 @@ class UsedWeights:
 
 @dataclass(frozen=True)
 class Blocks:
-    """What becomes of the key blocks of each query block, by number; critical_share: the fraction of them attended to
-    exactly."""
+    """What becomes of the key blocks of each query block, by number, on average where steps or layers differ;
+    critical_share: the fraction of them attended to exactly."""
 
     key_blocks: int
     block_n: int
-    critical: int
-    marginal: int
-    negligible: int
+    critical: float
+    marginal: float
+    negligible: float
     critical_share: float
 
 

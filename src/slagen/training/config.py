@@ -322,22 +322,10 @@ class FinetuneConfig:
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), BLOCK_SIZES)
         method = registry.get(self.attention)
-        is_dense = method.family == "dense"
         _check_method(self, method)
-        if is_dense and self.loss != "flow":
-            raise UsageError("dense attention cannot be distilled from itself. Give --loss flow.")
-        if is_dense and self.train not in ("all", "attn"):
-            raise UsageError(f"train is {self.train}, but must be all or attn for dense attention. Give --train all.")
+        _check_learning(self, method)
         if self.lora_rank is not None and self.train != "lora":
             raise UsageError(f"--lora-rank is for --train lora, but --train is {self.train}. Leave --lora-rank out.")
-        learns = any(group.used for group in method.parameters)
-        if self.proj_multiplier is not None and not learns:
-            raise UsageError(
-                f"{self.attention} attention has no learned weights of its own, so --proj-multiplier has no effect. "
-                "Leave it out."
-            )
-        if not learns and not is_dense and self.train == "proj":
-            raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")
         if self.layer_loss > 0 and self.loss == "flow":
             raise UsageError(
                 "--layer-loss compares with the dense teacher, which --loss flow does not use. Leave one of them out."
@@ -384,3 +372,20 @@ def _check_method(config: "FinetuneConfig", method: Method) -> None:
         check_init_from(config, method)
     method.check_backend(config.backend)
     check_backward(method, config.backend)
+
+
+def _check_learning(config: "FinetuneConfig", method: Method) -> None:
+    """Raise UsageError where nothing would train, or towards nothing."""
+    is_dense = method.family == "dense"
+    if is_dense and config.loss != "flow":
+        raise UsageError("dense attention cannot be distilled from itself. Give --loss flow.")
+    if is_dense and config.train not in ("all", "attn"):
+        raise UsageError(f"train is {config.train}, but must be all or attn for dense attention. Give --train all.")
+    learns = any(group.used for group in method.parameters)
+    if config.proj_multiplier is not None and not learns:
+        raise UsageError(
+            f"{config.attention} attention has no learned weights of its own, so --proj-multiplier has no effect. "
+            "Leave it out."
+        )
+    if not learns and not is_dense and config.train == "proj":
+        raise UsageError(f"--train proj with --attention {method.name} leaves nothing to train. Try --train attn.")

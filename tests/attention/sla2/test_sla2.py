@@ -309,3 +309,18 @@ def test_cost_counts_the_router_and_the_mix(mixing):
     mix = 3 * length * dim + (2 * length * 10 * dim if mixing == "mass" else 0)
     found = sla2_attention_flops(small(mixing=mixing), ModelShape(1, 1, dim, 32, 4), length)
     assert found == exact + states + sums + router + mix
+
+
+def test_what_only_training_uses_is_shown_there_and_has_no_effect_elsewhere():
+    """The temperature of the router's soft top-k; command lines that gave it to others go on."""
+    from slagen.attention.registry import own_settings
+    from slagen.generation.config import GenerateConfig
+    from slagen.generation.estimate import plan
+    from slagen.training.config import FinetuneConfig
+
+    def hidden(config):
+        return {setting.field for setting in own_settings(config) if setting.about.hidden}
+
+    assert (hidden(GenerateConfig), hidden(FinetuneConfig)) == ({"router_tau"}, set())
+    config = GenerateConfig("a", attention="sla2", attention_options=(("router_tau", 0.5),), allow_untrained=True)
+    assert "--router-tau has no effect here, because only slagen finetune uses it" in plan(config).notes

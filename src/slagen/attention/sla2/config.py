@@ -43,6 +43,7 @@ class SLA2Config:
     router_tau: float = option(
         0.1,
         "Temperature of the soft top-k in router training; a lower value is closer to the hard top-k used afterwards.",
+        training=True,
     )
     smooth_keys: bool = option(True, "Subtract the mean key from all keys, in the router and in the linear branch.")
     mixing: Mixing = option(

@@ -107,8 +107,8 @@ def totals(report: VideoReport) -> list[str]:
     elif (blocks := attention.blocks) is not None:
         what += (
             f", {counted(blocks.key_blocks, 'key block')} of {counted(blocks.block_n, 'token')}: "
-            f"{blocks.critical} critical ({blocks.critical_share:.1%}), "
-            f"{blocks.marginal} marginal, {blocks.negligible} negligible; {attention.backend} backend"
+            f"{blocks.critical:g} critical ({blocks.critical_share:.1%}), "
+            f"{blocks.marginal:g} marginal, {blocks.negligible:g} negligible; {attention.backend} backend"
         )
     elif attention.density is not None:
         what += f", {attention.density:.1%} of all query-key pairs attended exactly; {attention.backend} backend"

@@ -82,7 +82,7 @@ def _planned_attention(estimate: RunEstimate) -> str:
     if not estimate.topk_blocks or estimate.key_blocks is None:
         return f"{settings['attention']}: {estimate.kept_fraction:.2%} of all query-key pairs attended exactly"
     return (
-        f"{_kept(settings)} -> top-k {estimate.topk_blocks} of {counted(estimate.key_blocks, 'key block')} "
+        f"{_kept(settings)} -> top-k {estimate.topk_blocks:g} of {counted(estimate.key_blocks, 'key block')} "
         f"(kept {estimate.kept_fraction:.2%})"
     )
 
