@@ -446,11 +446,6 @@ def test_one_line_says_what_is_wrong(command, arguments, said, capsys):
     assert said in " ".join(capsys.readouterr().err.split())
 
 
-def test_finetune_refuses_it(capsys):
-    assert slagen_command(["finetune", "--sparsity-schedule", "0:0.8"]) == 2
-    assert "No such option: --sparsity-schedule" in capsys.readouterr().err
-
-
 def test_lines_of_a_prompt_file(tmp_path):
     for name, text in (
         ("p.txt", "a --sparsity-schedule 0-3:0.8,4-:0.9"),

@@ -104,6 +104,15 @@ class Schedule:
         own = [self._mean_of(step, value) for step in self._sparse_steps() or range(len(self.configs))]
         return sum(own) / len(own)
 
+    @property
+    def mean_sparsity(self) -> float | None:
+        """The sparsity asked for, the mean over the steps and layers that are not dense; None of a method without."""
+        if self.sparsities is None:
+            return getattr(self.configs[0], "sparsity", None)
+        steps = self._sparse_steps() or range(len(self.configs))
+        own = [self._in_layers(step, self.sparsities) for step in steps]
+        return round(sum(sum(each) / len(each) for each in own) / len(own), 12)
+
     def _mean_of(self, step: int, value: Callable[[Any], float]) -> float:
         """The mean of a value of the config over the layers of a step that are not dense."""
         own = self._in_layers(step, self.configs)
@@ -162,10 +171,12 @@ class Schedule:
 
             return round(self.mean(number), 12)
 
-        means = {
+        means: dict[str, Any] = {
             name: {key: mean(name, key) for key in first[name]} if isinstance(first[name], dict) else mean(name)
             for name in averaged
         }
+        if self.sparsities is not None:
+            means["sparsity"] = self.mean_sparsity  # as asked for, which blocks of whole tokens only come near to
         return {**first, **means, **({"averaged": averaged} if averaged else {})}
 
     def planned(self, shape: ModelShape) -> dict[str, Any]:

@@ -184,9 +184,7 @@ def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> 
         if asked.family == "dense":
             row.sparsity = 0.0
         elif "sparsity" in asked.option_names and asked.name != "linear":
-            row.sparsity = entry.config.sparsity
-            if hasattr(plan.attention, "sparsity"):
-                row.sparsity = plan.schedule.mean(lambda config: config.sparsity)
+            row.sparsity = plan.schedule.mean_sparsity if hasattr(plan.attention, "sparsity") else entry.config.sparsity
         own = {name: value for name, value in entry.config.attention_options if value != getattr(base, name, None)}
         policy = {
             name: getattr(plan.config, name) for name in ("sparsity_schedule", "dense_steps", "dense_layers", "delta")
