@@ -4,6 +4,7 @@ Without a GPU, Triton's kernels run in its interpreter, which is chosen when Tri
 """
 
 import contextlib
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,10 @@ for ignored in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # by 
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with nan
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, for there is a test on every core
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # millions of objects of imported packages, which every collection of garbage would look through
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
