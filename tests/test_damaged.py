@@ -42,7 +42,7 @@ from slagen.training.data.dataset import Dataset
 from slagen.training.data.store import INDEX_FILE, SET_FILE, Store
 from slagen.training.data.videos import find_videos
 from slagen.training.log import StepRecord, ValidationRecord, read_log, validated
-from slagen.video import write_mp4
+from slagen.video import write_video
 from slagen.wan.folder import bundled_folder, describe_folder
 from slagen.wan.loading import load_pipeline
 
@@ -192,7 +192,7 @@ def batch_readers(folder: Path) -> dict[str, Reader]:
     (job,) = manifest.queue([Wanted(settings, 1, "a")])
     weights = UsedWeights(model="m", model_hash="m" * 64, used="base")
     video, text = out / job.name, comment(settings, "l" * 64, "f" * 64, weights)
-    write_mp4(np.zeros((5, 16, 16, 3), np.uint8), video, 8, text)
+    write_video(np.zeros((5, 16, 16, 3), np.uint8), video, 8, text)
     end = {"event": "done", "key": job.key, "sha256": "a" * 64, "latents_hash": "l" * 64, "seconds": 1.0}
     manifest.append({"event": "running", "key": job.key, "attempt": "x", "worker": "y:z:1"}, {**end, "attempt": "x"})
     shutil.copytree(out, other)

@@ -11,7 +11,7 @@ from slagen.generation.side_by_side import part_of, side_by_side
 from slagen.html.contact_sheet import Card, contact_sheet
 from slagen.training.log import CLIPS, StepRecord, ValidationRecord, add_line
 from slagen.training.page import Trained, verdict, write_page
-from slagen.video import make_thumbnail, write_mp4
+from slagen.video import make_thumbnail, write_video
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPTS = ["zebra", "apple & <b>pear</b>", "红色的圆", "\"quoted\" 'prompt'", "mango", "kiwi 🥝"]
@@ -23,7 +23,7 @@ def sheet(tmp_path):
     for index, prompt in enumerate(PROMPTS, 1):
         frames = np.full((17, 64, 96, 3), rng.integers(0, 255, 3), np.uint8)
         frames[:, :, 5 * index] = np.arange(17)[:, None, None] * 15
-        write_mp4(frames, tmp_path / f"{index}.mp4", 16)
+        write_video(frames, tmp_path / f"{index}.mp4", 16)
         thumbnail = make_thumbnail(tmp_path / f"{index}.mp4")
         cards.append(
             Card(
@@ -45,12 +45,12 @@ def training(tmp_path):
     rng = np.random.default_rng(0)
     dense = [rng.integers(0, 255, (17, 64, 96, 3), dtype=np.uint8) // 64 * 64 for _ in range(2)]
     for i, clip in enumerate(dense):
-        write_mp4(clip, tmp_path / CLIPS / f"dense-{i}.mp4", 16)
+        write_video(clip, tmp_path / CLIPS / f"dense-{i}.mp4", 16)
     for step in (0, 5, 10, 15, 20):
         names = [f"step-{step:06d}-{i}.mp4" for i in range(2)]
         for name, clip in zip(names, dense, strict=True):
             student = (clip * (step / 20)).astype(np.uint8)
-            write_mp4(side_by_side([clip, student], ["dense", f"step {step}"]), tmp_path / CLIPS / name, 16)
+            write_video(side_by_side([clip, student], ["dense", f"step {step}"]), tmp_path / CLIPS / name, 16)
         add(ValidationRecord(step, 0.6 - step / 50, names))
     for step in range(1, 21):
         add(StepRecord(step, 20, 1 / step, 0.5, 1.0, 1e-5, [step, 2 * step], 1e3, 0.0, step, 20 - step))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from scenes import FPS, SIZES, Size, caption, render, training_scenes
 
-from slagen.video import write_mp4
+from slagen.video import write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_VIDEOS = dict(zip(SIZES, (144, 64, 64), strict=True))  # of each size; what is longer weighs more in a step
@@ -51,7 +51,7 @@ def prepare_data(
         if not path.exists():
             clip = render([scene], num_frames=size.frames, size=size.side)[0]
             frames = (clip.permute(1, 2, 3, 0) + 1).mul(127.5).round().byte().numpy()
-            write_mp4(frames, path, FPS)
+            write_video(frames, path, FPS)
         path.with_suffix(".txt").write_text(text + "\n")
     largest = max(num_videos, key=lambda size: size.tokens)
     slagen("finetune", "data", str(folder), "--output", str(work / "data"), "--model", str(model), "--no-upscale",

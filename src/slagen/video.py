@@ -1,4 +1,4 @@
-"""Frames -> MP4, written whole or not at all; MP4 -> frames."""
+"""Frames -> MP4, WebM, GIF or a folder of PNG frames, written whole or not at all; MP4 -> frames."""
 
 from __future__ import annotations
 
@@ -17,52 +17,62 @@ import imageio_ffmpeg
 
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
 from slagen.io.files import scratch, writing
+from slagen.io.paths import FRAMES, GIF, VIDEO, WEBM, kind_of
 from slagen.io.reading import open_regular
 
 if TYPE_CHECKING:  # so that what a video says of itself is read without it
     import numpy as np
 
-CRF = 16  # x264 constant rate factor: visually lossless
+CRF = {VIDEO: 16, WEBM: 18}  # constant rate factor of x264 and of VP9: visually lossless
 # Converted to BT.709 at limited range and tagged so, that every player shows the same colours. The tags are set on the
 # frames: the encoder's options alone leave primaries and transfer unknown.
 COLOUR = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 )
+# A GIF's 256 colours are chosen from all of its frames.
+PALETTE = "split[frames][all];[all]palettegen[colours];[frames][colours]paletteuse"
+ENCODERS = {VIDEO: "libx264", WEBM: "libvpx-vp9", GIF: "gif", FRAMES: "png"}
+NAMES = {VIDEO: "an H.264 video", WEBM: "a VP9 video", GIF: "a GIF", FRAMES: "PNG files"}
 
 
 @cache
-def check_ffmpeg() -> None:
+def check_ffmpeg(kind: str = VIDEO) -> None:
     """Encode one black frame and discard it, so that a fault of ffmpeg is reported before a video is generated.
 
-    Once in a process. Raises EnvironmentProblem where ffmpeg is missing, does not run, or lacks the encoder.
+    Once in a process for each kind of video. Raises EnvironmentProblem where ffmpeg is missing, does not run, or lacks
+    the encoder.
     """
     given = os.environ.get("IMAGEIO_FFMPEG_EXE")
     mend = "Try pip install --force-reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to the path of an ffmpeg."
     if given:
-        mend = f"IMAGEIO_FFMPEG_EXE is set to {given!r}. Unset it, or set it to the path of an ffmpeg with libx264."
+        own = f"an ffmpeg with {ENCODERS[kind]}"
+        mend = f"IMAGEIO_FFMPEG_EXE is set to {given!r}. Unset it, or set it to the path of {own}."
     try:
         exe = imageio_ffmpeg.get_ffmpeg_exe()
         command = [exe, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-r", "1", "-i", "-"]
-        command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", "-movflags", "+empty_moov", "-"]
+        encoder = ["-c:v", ENCODERS[kind], "-f", "nut"]
+        if kind == VIDEO:
+            encoder = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-f", "mp4", "-movflags", "+empty_moov"]
+        command += [*encoder, "-"]
         done = subprocess.run(command, input=bytes(768), capture_output=True, timeout=60, check=False)
     except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
         found = f"ffmpeg, which writes the videos, cannot be run ({_last_line(error)})"
         raise EnvironmentProblem(f"{found}. {mend}") from error
-    if done.returncode != 0 or b"moov" not in done.stdout:
+    if done.returncode != 0 or (b"moov" if kind == VIDEO else b"nut/multimedia container") not in done.stdout:
         words = done.stderr.decode("utf-8", "replace").strip() or f"it exited with code {done.returncode}"
-        raise EnvironmentProblem(f"ffmpeg cannot write an H.264 video ({_last_line(words)}). {mend}")
+        raise EnvironmentProblem(f"ffmpeg cannot write {NAMES[kind]} ({_last_line(words)}). {mend}")
 
 
 def _last_line(words: object) -> str:
     return (str(words).strip().splitlines() or [type(words).__name__])[-1][:200]
 
 
-def write_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
-    """Write a video as `encode_mp4` does, whole or not at all; a file there is replaced. Raises SlagenError."""
+def write_video(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
+    """Write a video as `encode_video` does, whole or not at all; a file there is replaced. Raises SlagenError."""
     try:
         with writing(path) as part:
-            encode_mp4(frames, part, fps, comment)
+            encode_video(frames, part, fps, comment)
     except OSError as error:
         raise not_written(path, error) from error
 
@@ -79,31 +89,52 @@ def not_written(path: Path, error: BaseException) -> SlagenError:
     return SlagenError(f"{path} could not be written ({reason}). {mend}, or choose another --output.")
 
 
-def encode_mp4(frames: np.ndarray, path: Path, fps: int, comment: str = "") -> None:
-    """Make an H.264 MP4 (yuv420p, plays everywhere), and decode it as a check.
+def encode_video(frames: np.ndarray, path: Path, fps: int, comment: str = "", crf: int | None = None) -> None:
+    """Make a video of the kind that its name says, and decode it as a check.
+
+    An MP4 is H.264, a WebM is VP9, both yuv420p and tagged BT.709; a GIF has one palette for all frames and plays in a
+    loop; a name that ends in .frames is a folder of PNG files, 0001.png and so on.
 
     Args:
         frames: (F, H, W, 3) uint8 RGB, H and W even.
-        path: a file that is not there yet.
+        path: a file or folder that is not there yet.
         fps: frames a second.
-        comment: kept in the file's metadata.
-    Raises: OSError if the file cannot be written or does not read back.
+        comment: kept in the metadata of an MP4 or WebM; the others hold none.
+        crf: constant rate factor of an MP4 or WebM, lower is better; None is `CRF`.
+    Raises: OSError if the video cannot be written or does not read back.
     """
-    num_frames, height, width, _ = frames.shape
-    tag = f"comment={comment}"
+    kind, (num_frames, height, width, _) = kind_of(path), frames.shape
+    if kind == FRAMES:
+        path.mkdir()
     command: list[str | bytes] = [
         "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-        "-vf", COLOUR, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(CRF), "-preset", "medium",
-        *(["-metadata", tag if os.name == "nt" else tag.encode()] if comment else []),  # UTF-8 in any locale
-        "-movflags", "+faststart", "-f", "mp4", _name(path),
+        *_options(kind, comment, CRF.get(kind) if crf is None else crf),
+        "%04d.png" if kind == FRAMES else _name(path),
     ]  # fmt: skip
-    _encode(command, frames)
+    _encode(command, frames, path if kind == FRAMES else None)
     try:
-        read = _first_frame(path)
+        read = _first_frame(path / "0001.png" if kind == FRAMES else path)
     except (RuntimeError, StopIteration) as error:
         raise OSError(str(error).strip() or "the written video cannot be decoded") from error
     if read.shape != frames.shape[1:]:
         raise OSError(f"the written video has the wrong size, {read.shape[1]}x{read.shape[0]} pixels")
+    if kind == FRAMES and len(os.listdir(path)) != num_frames:
+        raise OSError(f"{len(os.listdir(path))} of {num_frames} frames were written")
+
+
+def _options(kind: str, comment: str, crf: int | None) -> list[str | bytes]:
+    """What ffmpeg is told of a video of a kind."""
+    tag = f"comment={comment}"
+    about: list[str | bytes] = ["-metadata", tag if os.name == "nt" else tag.encode()] if comment else []  # UTF-8
+    encoder = ["-c:v", ENCODERS[kind]]
+    lossy = ["-vf", COLOUR, *encoder, "-pix_fmt", "yuv420p", "-crf", str(crf)]
+    if kind == VIDEO:
+        return [*lossy, "-preset", "medium", *about, "-movflags", "+faststart", "-f", "mp4"]
+    if kind == WEBM:  # without a bound on the bit rate the crf alone counts
+        return [*lossy, "-b:v", "0", "-row-mt", "1", "-cpu-used", "2", *about, "-f", "webm"]
+    if kind == GIF:
+        return ["-filter_complex", PALETTE, *encoder, "-loop", "0", "-f", "gif"]
+    return [*encoder, "-f", "image2"]
 
 
 def _name(path: str | Path) -> str:
@@ -111,14 +142,15 @@ def _name(path: str | Path) -> str:
     return os.path.abspath(path)
 
 
-def _encode(command: list[str | bytes], frames: np.ndarray) -> None:
-    """Run ffmpeg on raw frames, out of reach of Ctrl-C. Raises OSError with its own last words if it fails."""
+def _encode(command: list[str | bytes], frames: np.ndarray, folder: Path | None = None) -> None:
+    """Run ffmpeg on raw frames in a folder, out of reach of Ctrl-C. Raises OSError with its own last words."""
     import numpy as np
 
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *command],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            cwd=folder,
         )  # fmt: skip
         assert process.stdin is not None
         try:
@@ -176,8 +208,14 @@ def is_mp4(path: Path) -> bool:
         return False
 
 
+def is_matroska(path: Path) -> bool:
+    """Whether a file begins as a WebM does."""
+    return other_kind(path) == MATROSKA
+
+
+MATROSKA = "a Matroska or WebM video"
 OTHER_KINDS = (  # how files of moving pictures begin that are no MP4: an offset, bytes, a name
-    (0, b"\x1a\x45\xdf\xa3", "a Matroska or WebM video"), (8, b"AVI ", "an AVI video"), (8, b"WEBP", "a WebP picture"),
+    (0, b"\x1a\x45\xdf\xa3", MATROSKA), (8, b"AVI ", "an AVI video"), (8, b"WEBP", "a WebP picture"),
     (0, b"GIF8", "a GIF"), (0, b"\x89PNG", "a PNG picture"), (0, b"\xff\xd8\xff", "a JPEG picture"),
     (0, b"FLV\x01", "a Flash video"), (0, b"OggS", "an Ogg video"), (0, b"\x30\x26\xb2\x75", "a Windows Media video"),
     (0, b"\x00\x00\x01\xba", "an MPEG video"), (0, b"\x00\x00\x01\xb3", "an MPEG video"),
@@ -203,7 +241,7 @@ def read_comment(path: Path) -> str:
     text = _run(path, ["-f", "ffmetadata", "-"]).decode("utf-8", "replace")
     if not text.startswith(";FFMETADATA"):
         check_ffmpeg()
-    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL)
+    match = re.search(r"^comment=((?:[^\\\n]|\\.)*)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)
     return re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL) if match else ""
 
 

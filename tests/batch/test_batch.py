@@ -28,7 +28,7 @@ from slagen.generation import session
 from slagen.generation.config import GenerateConfig
 from slagen.generation.replay import replay
 from slagen.generation.resolve import make_plan
-from slagen.video import read_mp4, write_mp4
+from slagen.video import read_mp4, write_video
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_report_that_cannot_be_made_again_is_told(toy, tmp_path):
     config = settings(toy, tmp_path, ["a red circle --seed 1"])
     (name,) = batch(config).made
     path = tmp_path / "out" / name
-    write_mp4(read_mp4(path), path, 8)
+    write_video(read_mp4(path), path, 8)
     manifest = Manifest(tmp_path / "out")
     (job,) = manifest.read().values()
     manifest.append({**job.result, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})

@@ -1,11 +1,14 @@
 """Latents that were kept become their video: the same file, the same metadata, nothing sampled; and ffmpeg is tried
 before anything is loaded."""
 
+import hashlib
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from wan_models import save_pipeline
@@ -47,6 +50,34 @@ def test_latents_become_the_same_video(toy, video, tmp_path, capsys):
     assert read_comment(output) == read_comment(video.path)
 
 
+def test_latents_become_a_folder_of_frames(toy, video, tmp_path, capsys):
+    """Of the report's hash; what is no frame in the folder stops --overwrite, and its report stands for metadata."""
+    output = tmp_path / "a.frames"
+    output.mkdir()
+    (output / "0012.png").touch()  # of a longer video
+    command = ["decode", str(video.latents_path), "--model", str(toy), "-o", f"{output}/", "--overwrite"]
+    assert run(command) == 0
+    names = sorted(path.name for path in output.iterdir())
+    assert names == [f"{number:04d}.png" for number in range(1, 10)]
+    frames = np.stack([np.asarray(Image.open(output / name)) for name in names])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["video"]["frames_hash"] == hashlib.sha256(frames.tobytes()).hexdigest()
+    assert report["video"]["file"] == "a.frames" and "sha256" not in report["video"]
+    capsys.readouterr()
+    assert run(["info", str(output)]) == 5 and "Give its report, a.json" in capsys.readouterr().err
+    (output / "holiday.jpg").touch()
+    assert run(command) == 2 and len(list(output.iterdir())) == 10
+
+
+def test_a_video_without_metadata(toy, video, tmp_path, capsys):
+    output = tmp_path / "a.webm"
+    command = ["decode", str(video.latents_path), "--model", str(toy), "-o", str(output)]
+    assert run([*command, "--no-metadata", "--crf", "40"]) == 0 and read_comment(output) == ""
+    assert b"red circle" not in output.read_bytes() and "a red circle" in (tmp_path / "a.json").read_text()
+    capsys.readouterr()
+    assert run(["info", str(output)]) == 5 and "Give its report, a.json" in capsys.readouterr().err
+
+
 def test_a_black_video_is_told_as_generate_tells_it(toy, video, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "slagen.generation.session.decode_latents", lambda vae, latents, on_frame: torch.zeros(9, 128, 128, 3).byte()
@@ -74,7 +105,7 @@ def test_info_shows_latents_and_how_to_decode_them(video, capsys):
 
 @pytest.fixture
 def broken_encoder(monkeypatch):
-    def fail(command, frames):
+    def fail(command, frames, folder):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mp4, "_encode", fail)
@@ -268,7 +299,13 @@ def test_what_decode_is_not_given(toy, video, tmp_path, capsys):
         ([str(tmp_path / "none")], 2, "does not exist"),
         ([path], 2, "cannot be found. Give it with --model"),
         ([path, *model], 2, "exists. Choose another --output, or replace it with --overwrite"),
-        ([path, *model, "-o", "x.gif"], 2, "must be a file that ends in .mp4"),
+        (
+            [path, *model, "-o", "x.mov"],
+            2,
+            "must be a file that ends in .mp4, .webm or .gif, or, for a folder of PNG frames",
+        ),
+        ([path, *model, "-o", "x.gif", "--crf", "20"], 2, "--crf is for .mp4 and .webm, but the output is 'x.gif'"),
+        ([path, *model, "-o", "x.webm", "--crf", "64"], 2, "crf is 64, but must be a whole number from 0 to 63"),
     ):
         assert run(["decode", *arguments]) == code, arguments
         assert words in " ".join(capsys.readouterr().err.split())

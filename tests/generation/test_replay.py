@@ -14,7 +14,7 @@ from slagen.generation.generate import generate
 from slagen.generation.provenance import Made, describe
 from slagen.generation.replay import replay
 from slagen.generation.video_report import UsedWeights
-from slagen.video import is_mp4, other_kind, read_comment, write_mp4
+from slagen.video import is_mp4, other_kind, read_comment, write_video
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_info_and_foreign_files(video, tmp_path, capsys):
     assert run(["info", str(video.report_path)]) == 0
     assert "settings.seed" in capsys.readouterr().out
     foreign = tmp_path / "foreign.mp4"
-    write_mp4(np.zeros((2, 16, 16, 3), np.uint8), foreign, 8)
+    write_video(np.zeros((2, 16, 16, 3), np.uint8), foreign, 8)
     assert read_comment(foreign) == ""
     with pytest.raises(WeightsError, match="slagen did not generate it"):
         describe(foreign)

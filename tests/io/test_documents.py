@@ -32,7 +32,7 @@ from slagen.io.forms import Fault, check, one_of, sha256, shown, whole
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.training.config import DataConfig, FinetuneConfig
-from slagen.video import write_mp4
+from slagen.video import write_video
 from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import bundled_folder, describe_folder
 
@@ -406,7 +406,7 @@ def test_the_page_of_a_tampered_folder_links_to_its_videos_alone(tmp_path):
         done = {"v": 1, "event": "done", "key": key, "sha256": "../../../../x"}
         with manifest.path.open("ab") as handle:
             handle.write(queued(key=key, name=name) + json.dumps(done).encode() + b"\n")
-    write_mp4(np.zeros((5, 16, 16, 3), np.uint8), manifest.folder / names[0], 8)
+    write_video(np.zeros((5, 16, 16, 3), np.uint8), manifest.folder / names[0], 8)
     for report in ("[]", "{", '{"cost": 3}', '{"cost": {"measured_attention_share": "x"}}', "\udcff"):
         (manifest.folder / names[0]).with_suffix(".json").write_bytes(report.encode(errors="surrogateescape"))
         page = write_page(manifest).read_text()

@@ -27,10 +27,10 @@ def without_pictures():
             np.save(file, frames)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "write_mp4", keep)
+        patch.setattr(comparison, "write_video", keep)
         patch.setattr(comparison, "read_mp4", np.load)
         patch.setattr(page, "read_mp4", np.load)
-        patch.setattr(page, "encode_mp4", lambda frames, path, fps: None)
+        patch.setattr(page, "encode_video", lambda frames, path, fps: None)
         patch.setattr(page, "draw_chart", lambda chart: "<svg></svg>")
         patch.setattr(page, "make_thumbnail", lambda path, width: b"")
         yield

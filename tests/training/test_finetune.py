@@ -218,7 +218,7 @@ def test_a_clip_that_fails_at_the_end_costs_no_weights(toy, tmp_path, monkeypatc
     def fail(*_):
         raise SlagenError("the disk is full")
 
-    monkeypatch.setattr(comparison, "write_mp4", fail)
+    monkeypatch.setattr(comparison, "write_video", fail)
     told = []
     config = settings(model, tmp_path / "out", data=data, steps=1)
     monkeypatch.setattr(loop, "validate_if_due", lambda *_: None)

@@ -9,16 +9,13 @@ from slagen.cli.options import Fields, takes
 from slagen.cli.startup import check_docstrings
 from slagen.comparison.config import TAKEN, CompareConfig, read_fractions
 from slagen.errors import GateError, UsageError
-from slagen.generation.config import ATTENTION, OUTPUT, GenerateConfig
+from slagen.generation.config import ATTENTION, OF_VIDEOS, OUTPUT, GenerateConfig
 from slagen.io.paths import user_path
 from slagen.io.text import quote_path
 from slagen.settings import without_complement
 
 # Of all methods: the command line has no option for it, or another.
-OTHERWISE = (
-    *TAKEN, "attention", "sparsity", "sla_topk", "num_videos", "save_latents", "report", "measure_dense", "trace",
-    "timing", "allow_untrained",
-)  # fmt: skip
+OTHERWISE = (*TAKEN, "attention", "sparsity", "sla_topk", "allow_untrained", *OF_VIDEOS)
 
 
 @takes(settings=CompareConfig, video=Fields(GenerateConfig, without=OTHERWISE), how=Fields(GenerateConfig, only=TAKEN))

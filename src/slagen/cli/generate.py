@@ -129,7 +129,7 @@ def read_stdin(most: int) -> bytes:
     return stream.read(most) if stream is not None else sys.stdin.read(most).encode("utf-8", "surrogatepass")
 
 
-@takes(settings=Fields(GenerateConfig, only=("device", "vae", "local_files_only", "overwrite")))
+@takes(settings=Fields(GenerateConfig, only=("device", "vae", "local_files_only", "overwrite", "crf", "no_metadata")))
 def decode_latents(
     context: typer.Context,
     *,
@@ -144,7 +144,7 @@ def decode_latents(
         typer.Option(
             "--output",
             "-o",
-            help="The video file to write. Default: the name of LATENTS, ending in .mp4.",
+            help="The video to write, .mp4, .webm, .gif or .frames. Default: the name of LATENTS, ending in .mp4.",
             metavar="FILE",
         ),
     ] = None,

@@ -7,10 +7,10 @@ import typer
 from slagen.cli.generate import read_prompt
 from slagen.cli.options import Fields, takes
 from slagen.cli.startup import start_quickly
-from slagen.generation.config import OUTPUT, GenerateConfig
+from slagen.generation.config import OF_VIDEOS, OUTPUT, GenerateConfig
 from slagen.maps.config import MapConfig
 
-LEFT_OUT = ("num_videos", "fps", "save_latents", "report", "measure_dense", "trace", "timing", "vae", "output")
+LEFT_OUT = ("fps", "vae", "output", *OF_VIDEOS)
 
 
 @takes(settings=Fields(GenerateConfig, without=LEFT_OUT), where=MapConfig)

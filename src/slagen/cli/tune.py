@@ -7,16 +7,13 @@ import typer
 from slagen.attention import registry
 from slagen.cli.options import Fields, takes
 from slagen.cli.startup import check_docstrings
-from slagen.generation.config import OUTPUT, GenerateConfig
+from slagen.generation.config import OF_VIDEOS, OUTPUT, GenerateConfig
 from slagen.tuning.config import TUNABLE, TuneConfig
 
 OF_OTHERS = tuple(  # options of methods that have no sparsity
     each.field for each in registry.own_settings(GenerateConfig) if not {*registry.with_option(each.field)} & {*TUNABLE}
 )
-LEFT_OUT = (
-    "num_videos", "fps", "save_latents", "report", "measure_dense", "trace", "timing", "vae", "output",
-    "sparsity_schedule", *OF_OTHERS,
-)  # fmt: skip
+LEFT_OUT = ("fps", "vae", "output", "sparsity_schedule", *OF_VIDEOS, *OF_OTHERS)
 
 
 @takes(

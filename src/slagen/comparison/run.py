@@ -39,10 +39,10 @@ from slagen.generation.session import Session, decode_frames
 from slagen.generation.side_by_side import side_by_side
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import reserved, write_json
-from slagen.io.paths import is_video, user_path
+from slagen.io.paths import is_taken, is_video, kind_of_output, user_path
 from slagen.io.text import counted
 from slagen.packages import versions
-from slagen.video import check_ffmpeg, write_mp4
+from slagen.video import check_ffmpeg, write_video
 from slagen.wan.observe import take_densities
 
 ATTENTION_SETTINGS = ("attention", "backend", "sparsity", "sla_topk", "allow_untrained", "num_videos", "prompt", "seed")
@@ -72,7 +72,7 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
 
     Raises: SlagenError of some kind; clips that were written before stay.
     """
-    check_ffmpeg()
+    check_ffmpeg(kind_of_output(config.base.output))
     clips = _clips(config)
     weights: dict[GenerateConfig, Weights] = {}
     entries = [_entry(row.attention, row, weights, on_event) for row in config.rows]
@@ -97,7 +97,7 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
                 labels = [_label(everyone[index].row, reference.row) for index in shown]
                 on_event(Event("stage", "write"))
                 fps = reference.plan(clip).config.fps or 1
-                write_mp4(
+                write_video(
                     side_by_side([frames[index] for index in shown], labels),
                     video,
                     fps,
@@ -330,6 +330,6 @@ def _places(config: CompareConfig, clips: list[GenerateConfig], plan: Plan) -> I
     path = videos[0].with_suffix(".json") if single else output / f"compare-{digest}.json"
     with reserved(path, videos[0]):
         for file in (*videos, path):
-            if file.exists() and not config.base.overwrite:
+            if is_taken(file, config.base.overwrite):
                 raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
         yield videos, path

@@ -34,8 +34,9 @@ def generate(
 
     Args:
         prompt: what the video shows.
-        output: a path that ends in .mp4 is the file, any other a folder; each video is written with its report. None
-            writes nothing: the frames are in the result.
+        output: a path that ends in .mp4, .webm or .gif is the file, one that ends in .frames a folder of PNG files, any
+            other a folder for videos; each video is written with its report. None writes nothing: the frames are in the
+            result.
         on_event: called with every `slagen.events.Event`: stages, steps, notes and warnings. None: warnings are
             Python's, and notes go to the logger "slagen".
         settings: any field of `GenerateConfig`: model, seed, num_videos, width, height, num_frames, steps, sparsity (or

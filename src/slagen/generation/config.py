@@ -29,6 +29,8 @@ else:
     Attention, AttentionBackend = Literal[registry.names()], Literal[registry.backend_names()]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
+# Options of commands that make videos, and not of those that only measure on them.
+OF_VIDEOS = ("num_videos", "save_latents", "report", "measure_dense", "trace", "timing", "crf", "no_metadata")
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
 # The sampling's numbers, each with its least value and an example.
@@ -72,7 +74,10 @@ class GenerateConfig:
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
         trace: a file that ends in .json, for the trace of the one video.
-        output: a path that ends in .mp4 is the file, one without a suffix or with a slash at its end a folder.
+        output: a path that ends in .mp4, .webm or .gif is the file, one that ends in .frames a folder of PNG files;
+            one without a suffix or with a slash at its end is a folder for MP4 videos.
+        crf: constant rate factor of an MP4 or WebM; None is the default of each.
+        no_metadata: the video's file does not say how it was made.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
         overwrite: replace files that are there.
     Raises: UsageError if a value is out of range, or the values do not go together.
@@ -180,7 +185,20 @@ class GenerateConfig:
     allow_untrained: bool = option(
         False, "Run SLA even if its weights are missing or all zero.", panel=ATTENTION, in_key=False
     )
-    output: str = option("outputs", "A folder, or a file that ends in .mp4.", panel=OUTPUT, short="-o", pixels=False)
+    output: str = option(
+        "outputs",
+        "A folder, or one video by the end of its name: .mp4, .webm, .gif, or .frames for a folder of PNG frames.",
+        panel=OUTPUT, short="-o", pixels=False,
+    )  # fmt: skip
+    crf: int | None = option(
+        None,
+        "Constant rate factor of the encoder; lower is better and larger. .mp4: 0 to 51, default 16. .webm: 0 to 63, "
+        "default 18.",
+        panel=OUTPUT, pixels=False,
+    )  # fmt: skip
+    no_metadata: bool = option(
+        False, "Leave prompt and settings out of the video's file; its report has them.", panel=OUTPUT, pixels=False
+    )
     overwrite: bool = option(False, "Replace existing files.", panel=OUTPUT, pixels=False)
     report: bool = option(False, "Also write the report as an HTML page beside the video.", panel=OUTPUT, pixels=False)
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
@@ -217,6 +235,7 @@ class GenerateConfig:
         config_checks.check_attention(self)
         config_checks.check_measurement(self)
         config_checks.check_trace(self)
+        config_checks.check_encoding(self.output, self.crf, self.fps)
 
     @property
     def policy(self) -> AttentionPolicy:

@@ -8,13 +8,15 @@ from slagen.attention import registry
 from slagen.attention.policy import AttentionPolicy
 from slagen.errors import UsageError
 from slagen.io.forms import shown
-from slagen.io.paths import check_output, is_video, user_path
+from slagen.io.paths import GIF, VIDEO, WEBM, check_output, is_video, kind_of_output, user_path
 from slagen.io.text import check_prompt, counted, quote_path
 from slagen.wan.defaults import MAX_OF_A_CLIP
 
 if TYPE_CHECKING:
     from slagen.generation.config import GenerateConfig
 
+MAX_CRF = {VIDEO: 51, WEBM: 63}  # what x264 and VP9 take
+MAX_GIF_FPS = 50  # a GIF counts in hundredths of a second, and players show a frame for two of them or more
 # What is counted, with an option that an error suggests.
 COUNTS = {
     "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
@@ -118,4 +120,22 @@ def check_attention(config: GenerateConfig) -> None:
     if config.policy != AttentionPolicy() and method.family == "dense":
         raise UsageError(
             "--dense-steps, --dense-layers, --min-tokens and --delta are not for dense attention. Leave them out."
+        )
+
+
+def check_encoding(output: str, crf: int | None, fps: int | None) -> None:
+    """Raise UsageError for a --crf that an output has not, and for more frames a second than a GIF can have."""
+    kind = kind_of_output(output)
+    if kind == GIF and fps is not None and fps > MAX_GIF_FPS:
+        raise UsageError(f"fps is {fps}, but a GIF has at most {MAX_GIF_FPS} frames a second. Try --fps {MAX_GIF_FPS}.")
+    if crf is None:
+        return
+    if kind not in MAX_CRF:
+        raise UsageError(
+            f"--crf is for {VIDEO} and {WEBM}, but the output is {quote_path(output)}. Leave it out, or give another "
+            "--output."
+        )
+    if type(crf) is not int or not 0 <= crf <= MAX_CRF[kind]:
+        raise UsageError(
+            f"crf is {shown(crf)}, but must be a whole number from 0 to {MAX_CRF[kind]} for {kind}. Try --crf 18."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.events import Event, loaded_parts
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
+from slagen.generation.config_checks import check_encoding
 from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
@@ -25,9 +25,9 @@ from slagen.generation.session import decode_frames, warn_of_one_colour
 from slagen.generation.video_report import Decoded, VideoReport
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json
-from slagen.io.paths import check_video, user_path
+from slagen.io.paths import check_video, is_taken, kind_of, user_path
 from slagen.io.stages import staging
-from slagen.video import check_ffmpeg, encode_mp4, not_written
+from slagen.video import check_ffmpeg, encode_video, not_written
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import check_recorded_model, resolve_model
@@ -37,7 +37,8 @@ LESS = "Close other programs, or use --device cuda if there is a GPU"  # of this
 
 def decode(
     path_text: str, output: str | None = None, *, overwrite: bool = False, model: str | None = None,
-    vae: str | None = None, device: str = "auto", local_files_only: bool = False,
+    vae: str | None = None, device: str = "auto", local_files_only: bool = False, crf: int | None = None,
+    no_metadata: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> GenerateResult:  # fmt: skip
     """Make the video of a file of latents.
@@ -45,6 +46,7 @@ def decode(
     Args:
         output: the video's file; None: the latents' name with .mp4.
         model, vae: where they lie, if not where the file says.
+        crf, no_metadata: see GenerateConfig.
     Raises: WeightsError for a damaged file or another VAE, UsageError for a video that exists or a model that only the
         file names and would be downloaded, EnvironmentProblem without ffmpeg.
     """
@@ -52,7 +54,8 @@ def decode(
     latents, about = read_latents(path)
     recorded = about.report
     target = _target(path, output)
-    check_ffmpeg()
+    check_encoding(str(target), crf, recorded.settings["fps"])
+    check_ffmpeg(kind_of(target))
     if model is None:
         check_recorded_model(path, recorded.settings["model"])
     source = _find_model(path, model or recorded.settings["model"], local_files_only, on_event)
@@ -64,7 +67,7 @@ def decode(
             on_event(Event("warning", text))
     with reserved(target, target.with_suffix(".json")):
         for file in (target, target.with_suffix(".json")):
-            if file.is_dir() or (os.path.lexists(file) and not overwrite):
+            if is_taken(file, overwrite):
                 raise UsageError(f"{file} exists. Choose another --output, or replace it with --overwrite.")
         check_writable(target.parent)
         on_event(Event("stage", "load"))
@@ -79,12 +82,13 @@ def decode(
             )
         kept = f"The latents in {path} are kept, and no video was written. Run the same command again."
         with telling_what_is_kept(lambda: kept):
-            return GenerateResult([_write(recorded, latents, decoder, place, path, target, overwrite, on_event)])
+            made = _write(recorded, latents, decoder, place, path, target, overwrite, crf, no_metadata, on_event)
+            return GenerateResult([made])
 
 
 def _write(
     recorded: VideoReport, latents: torch.Tensor, decoder: Any, place: torch.device, path: Path, target: Path,
-    overwrite: bool, on_event: Callable[[Event], None],
+    overwrite: bool, crf: int | None, no_metadata: bool, on_event: Callable[[Event], None],
 ) -> Video:  # fmt: skip
     """Decode latents, and write the video and its report."""
     settings, stages = recorded.settings, {name: s for name, s in recorded.stages_s.items() if name != "total"}
@@ -111,7 +115,7 @@ def _write(
     try:
         with staging(target.parent) as stage:
             video = stage.folder / target.name
-            encode_mp4(frames, video, settings["fps"], comment)
+            encode_video(frames, video, settings["fps"], "" if no_metadata else comment, crf)
             stages["write"] = time.perf_counter() - began
             record = dataclasses.replace(
                 recorded, created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -31,12 +31,13 @@ from slagen.generation.stage_clock import StageClock
 from slagen.generation.trace import write_trace
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json, write_text
-from slagen.io.paths import is_video, user_path
+from slagen.io.paths import FRAMES, GIF, is_video, kind_of_output, user_path
 from slagen.io.stages import staging
 from slagen.io.text import counted
-from slagen.video import check_ffmpeg, encode_mp4, not_written
+from slagen.video import check_ffmpeg, encode_video, not_written
 
 CPU = torch.device("cpu")
+PIXEL_BYTES = {GIF: 1, FRAMES: 3}  # at most; of the others a quarter
 
 
 def generate(
@@ -58,7 +59,7 @@ def generate(
     """
     clock = StageClock(0.0 if from_python else machine.process_age_s())
     clock.begin("prepare")
-    check_ffmpeg()
+    check_ffmpeg(kind_of_output(config.output))
     weights = find_weights(config, lambda text: on_event(Event("note", text)))
     plan = make_plan(config, weights)
     with enough_gpu_memory(plan.config):
@@ -188,7 +189,7 @@ def save(
             comment = report.comment(
                 sample.plan.recorded, hashes["latents_hash"], hashes["frames_hash"], sample.weights
             )
-            encode_mp4(sample.frames, video, config.fps, comment)
+            encode_video(sample.frames, video, config.fps, "" if config.no_metadata else comment, config.crf)
             record = report.video_report(sample, video, **hashes)
             going = [] if config.report or not is_report_page(page_path) else [page_path.name]  # that of the old video
             try:
@@ -198,7 +199,9 @@ def save(
                 going.append(report_path.name)
             try:
                 if config.report:
-                    page = report_page([Shown(report_path.name, record, video.read_bytes())])
+                    page = report_page(
+                        [Shown(report_path.name, record, video.read_bytes() if video.is_file() else None)]
+                    )
                     write_text(stage.folder / page_path.name, page)
             except OSError as error:
                 lost[page_path] = error
@@ -234,6 +237,8 @@ def _kept(sample: Sample, path: Path, error: SlagenError, hashes: dict[str, str]
     if kept.with_name(kept.name.removesuffix(SUFFIX) + ".mp4") != path:
         command += f" --output {shlex.quote(str(path))}"
     config = sample.plan.config
+    command += "" if config.crf is None else f" --crf {config.crf}"
+    command += " --no-metadata" if config.no_metadata else ""
     for option, value in (("--model", config.model), ("--vae", config.vae)):
         if value is not None and report.shareable(value) != value:  # what the file itself does not say
             command += f" {option} {shlex.quote(value)}"
@@ -260,7 +265,8 @@ def _claimed_paths(plan: Plan) -> Iterator[list[Path]]:
         raise SlagenError(
             f"{folder} is not writable ({error.strerror or error}). Give a folder you can write to with --output."
         ) from error
-    needed = config.num_videos * (2**20 + (config.num_frames or 0) * (config.width or 0) * (config.height or 0) // 4)
+    num_pixels = (config.num_frames or 0) * (config.width or 0) * (config.height or 0)
+    needed = config.num_videos * (2**20 + int(num_pixels * PIXEL_BYTES.get(kind_of_output(config.output), 0.25)))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise SlagenError(

@@ -139,10 +139,10 @@ REFUSED = {
         "videos are generated without torch.compile; slagen bench --compile measures how much faster it would be"),
     "vsa-sparsity": "to use VSA, give --attention vsa, and set its sparsity with --sparsity",
     "sta-mode": "sliding tile attention (STA) is not supported; slagen methods lists the attention methods",
-    "output-type": "the output is an MP4; --save-latents writes the final latents too",
+    "output-type": "the end of --output says what is written: .mp4, .webm, .gif or .frames; --save-latents writes the "
+    "final latents too",
     "interactive": "there is no interactive mode; slagen batch - reads prompts from stdin",
     "latent-path": "slagen decode FILE turns saved latents into a video",
-    "no-metadata": "the settings are always stored in the video's metadata",
     "trim-tail-frames": "frames are not trimmed; for a shorter video, lower --num-frames",
     "trust-remote-code": "slagen never runs code from a model's repository",
 }  # fmt: skip

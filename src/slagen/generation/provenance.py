@@ -11,20 +11,23 @@ from slagen.errors import UsageError, WeightsError
 from slagen.generation.video_report import FORM, RestoredReport, VideoFile, VideoReport, named_hashes
 from slagen.io.documents import parse_json, read_json
 from slagen.io.forms import Fault, check, matching
+from slagen.io.paths import GIF, WEBM, is_frames, kind_of
 from slagen.io.reading import kind_of_path
-from slagen.video import is_mp4, other_kind, read_comment
+from slagen.video import is_matroska, is_mp4, other_kind, read_comment
 
 SETTINGS = {
     **{f"{name}?": str | None for name in (
         "prompt", "negative_prompt", "model", "weights", "vae", "attention", "backend", "sampler", "dtype", "device")},
-    **{f"{name}?": int | None for name in ("num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n")},
+    **{f"{name}?": int | None for name in (
+        "num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n", "crf")},
     **{f"{name}?": float | None for name in ("guidance_scale", "flow_shift", "sigma_max", "sparsity", "sla_topk")},
-    **{f"{name}?": bool | None for name in ("allow_untrained", "ode")},
+    **{f"{name}?": bool | None for name in ("allow_untrained", "ode", "no_metadata")},
     "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
 }  # fmt: skip
 RECORDED = {
     "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
-    "video?": {"frames_hash?": str, "sha256?": str}, "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
+    "video?": {"file?": str | None, "frames_hash?": str, "sha256?": str},
+    "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
 }  # fmt: skip
 
 
@@ -45,6 +48,11 @@ class Made:
         """By option name."""
         settings: dict[str, Any] = self.content["settings"]
         return settings
+
+    @property
+    def suffix(self) -> str:
+        """Of the name of its video, such as ".mp4"."""
+        return kind_of(self.path if self.kind == "video" else self.content.get("video", {}).get("file") or "")
 
     @property
     def versions(self) -> dict[str, str]:
@@ -77,11 +85,14 @@ def describe(path: Path) -> Made | None:
         raise WeightsError(
             f"{path} {kind_of_path(path)}. Give a regular file or a folder: a video, its .json report, or weights."
         )
-    if is_mp4(path):
+    if is_mp4(path) or (kind_of(path) == WEBM and is_matroska(path)):
         return read_video(path)
+    if is_frames(path) or (kind_of(path) == GIF and other_kind(path) is not None):
+        raise WeightsError(f"{path} has no metadata. Give its report, {path.with_suffix('.json').name}.")
     if (kind := other_kind(path)) is not None:
         raise WeightsError(
-            f"{path} is {kind}. Give an MP4 that slagen generated, its .json report, or (for slagen info) weights."
+            f"{path} is {kind}. Give an MP4 or WebM that slagen generated, its .json report, or (for slagen "
+            "info) weights."
         )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
@@ -115,13 +126,14 @@ def read_made(path: Path) -> Made:
 def read_video(path: Path) -> Made:
     """What a video's metadata say. Raises WeightsError unless slagen made it."""
     foreign = f"{path} is a video, but slagen did not generate it, or its metadata is lost"
+    advice = f". Give its report, {report.name}" if (report := path.with_suffix(".json")).is_file() else ""
     text = read_comment(path)
     if not text:
-        raise WeightsError(f"{foreign}.")
+        raise WeightsError(f"{foreign}{advice}.")
     try:
         return Made(path, "video", parse_json(text, RECORDED))
     except Fault as fault:
-        raise WeightsError(f"{foreign} ({fault}).") from fault
+        raise WeightsError(f"{foreign} ({fault}){advice}.") from fault
 
 
 def restored_report(path: Path, settings: dict[str, Any], result: dict[str, Any]) -> RestoredReport:

@@ -111,7 +111,8 @@ def replay(
         with scratch() as folder:
             config = GenerateConfig(
                 **fields, width=width, height=height, ode=bool(settings.get("ode")),
-                local_files_only=local_files_only, output=output or str(folder / "replay.mp4"),
+                local_files_only=local_files_only, output=output or str(folder / f"replay{recorded.suffix}"),
+                crf=settings.get("crf"), no_metadata=bool(settings.get("no_metadata")),
             )  # fmt: skip
             with telling_what_is_kept(lambda: "Nothing was written. Run the same command again.", instead=True):
                 made = generate(config, on_event).videos[0].record

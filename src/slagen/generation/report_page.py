@@ -11,6 +11,7 @@ from slagen.generation.measured_dense import describe_dense
 from slagen.generation.stage_clock import MEASURE
 from slagen.generation.video_report import ReportedStep, StagePeaks, VideoReport
 from slagen.html import HEAD, data_uri, render
+from slagen.io.paths import FRAMES, GIF, kind_of
 
 GENERATOR = "slagen report"  # what the page says of who wrote it
 EMBEDDED = 10 * 2**20  # bytes of a video at most that the page holds; a larger one is linked
@@ -28,7 +29,7 @@ PAGE = (
   .reports { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 2rem; }
   .reports > article { min-width: 0; }
   figure { margin: .5rem 0; } figcaption { padding: .4rem .7rem; overflow-wrap: anywhere; }
-  video { max-height: 70vh; background: #0003; object-fit: contain; }
+  video, figure img { max-height: 70vh; background: #0003; object-fit: contain; display: block; width: 100%; }
   .bar { display: flex; height: 1.4rem; border-radius: .3rem; overflow: hidden; }
   .bar span { min-width: 1px; }
   .scroll { overflow-x: auto; }
@@ -69,11 +70,17 @@ PAGE = (
   {% if reports|length > 1 %}<h2>{{ r.name }}</h2>{% endif %}
   {% if r.measured %}<p><strong>{{ r.measured }}.</strong></p>{% endif %}
 
-  {% if r.video %}
+  {% if r.gif %}
+  <figure>
+    <img src="{{ r.video }}" alt="{{ r.prompt }}">
+    <figcaption>{{ r.prompt }}</figcaption>
+  </figure>
+  {% elif r.video %}
   <figure>
     <video src="{{ r.video }}" controls loop muted playsinline aria-label="{{ r.prompt }}"></video>
     <figcaption>{{ r.prompt }}</figcaption>
   </figure>
+  {% elif r.frames %}<p>{{ r.prompt }} (<a href="./{{ r.frames|urlencode }}/">the frames</a>)</p>
   {% elif r.link %}<p>The video is too large for this page: <a href="./{{ r.link|urlencode }}">{{ r.link }}</a></p>
   {% else %}<p>{{ r.prompt }} (the video is not beside its report)</p>{% endif %}
   <p>{{ r.summary }}</p>
@@ -189,7 +196,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """A report on the page: its file's name, what it says, and the MP4 beside it (None where it is not there)."""
+    """A report on the page: its file's name, what it says, and the video beside it (None where it is not there)."""
 
     name: str
     report: VideoReport
@@ -212,10 +219,13 @@ def _content(shown: Shown) -> dict[str, Any]:
         for (name, label), colour in zip(STAGES.items(), COLOURS, strict=True)
         if report.stages_s.get(name)
     ]
+    kind = kind_of(report.video.file or "")
     fits = video is not None and len(video) <= EMBEDDED
     share = cost.measured_attention_share
     return {
-        "name": shown.name, "prompt": settings["prompt"], "video": data_uri(video) if video and fits else None,
+        "name": shown.name, "prompt": settings["prompt"], "video": data_uri(video, kind) if video and fits else None,
+        "gif": kind == GIF and video is not None and fits,
+        "frames": report.video.file if kind == FRAMES else None,
         "link": report.video.file if video is not None and not fits else None,
         "summary": _summary(report), "measured": _measured(report),
         "memory": _about_memory(report.stage_memory),

@@ -177,6 +177,8 @@ class Plan:
         return {
             **{name: value for name, value in changed(c).items() if name not in {*fixed, *RECORDED_OTHERWISE}},
             **fixed,
+            **({} if c.crf is None else {"crf": c.crf}),
+            **({"no_metadata": True} if c.no_metadata else {}),
         }
 
     @property

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from slagen.generation.video_report import VideoReport
 from slagen.io.files import scratch
+from slagen.io.paths import VIDEO, kind_of
 from slagen.io.text import escaped
-from slagen.video import encode_mp4
+from slagen.video import encode_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ class Video:
     """One finished video. In a notebook it shows itself.
 
     Args:
-        path: its MP4; None where it was not written.
+        path: its file, or the folder of its frames; None where it was not written.
         report_path: the JSON beside it, None as well then.
         record: what that says: settings, versions, times, cost. `report` is the same as a dict, with the names of the
             JSON.
@@ -53,13 +54,13 @@ class Video:
         )
 
     def mp4(self) -> bytes:
-        """The video as an MP4, of its file or, where there is none, encoded from the frames. Raises OSError."""
-        if self.path is not None and self.path.is_file():
+        """The video as an MP4, of its file or, where that is none, encoded from the frames. Raises OSError."""
+        if self.path is not None and kind_of(self.path) == VIDEO and self.path.is_file():
             return self.path.read_bytes()
         if self.frames is None:
-            raise FileNotFoundError(f"{self.path} no longer exists, and its frames were not kept in memory")
+            raise FileNotFoundError(f"{self.path} is no MP4 that exists, and its frames were not kept in memory")
         with scratch() as folder:
-            encode_mp4(self.frames, folder / "video.mp4", self.record.video.fps)
+            encode_video(self.frames, folder / "video.mp4", self.record.video.fps)
             return (folder / "video.mp4").read_bytes()
 
     def _repr_html_(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from slagen.io.paths import GIF, VIDEO, WEBM
 from slagen.io.text import escaped
 
 HEAD = """<!doctype html>
@@ -36,6 +37,9 @@ def _harmless(value: Any) -> Any:
     return escaped(value) if type(value) is str else value
 
 
-def data_uri(video: bytes) -> str:
-    """An MP4 as a data URI."""
-    return "data:video/mp4;base64," + base64.b64encode(video).decode()
+TYPES = {VIDEO: "video/mp4", WEBM: "video/webm", GIF: "image/gif"}
+
+
+def data_uri(video: bytes, kind: str = VIDEO) -> str:
+    """A video of a kind as a data URI."""
+    return f"data:{TYPES[kind]};base64,{base64.b64encode(video).decode()}"

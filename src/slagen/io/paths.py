@@ -1,4 +1,4 @@
-"""Whether the path of an output means one video or a folder."""
+"""What the path of an output means: one video and of which kind, or a folder of videos."""
 
 from __future__ import annotations
 
@@ -10,24 +10,47 @@ from slagen.errors import UsageError
 from slagen.io.forms import shown
 from slagen.io.text import line, quote_path
 
-VIDEO = ".mp4"
+VIDEO, WEBM, GIF, FRAMES = ".mp4", ".webm", ".gif", ".frames"  # what a video is written as, by the end of its name
+KINDS = (VIDEO, WEBM, GIF, FRAMES)
+WANTED = f"a file that ends in {VIDEO}, {WEBM} or {GIF}, or, for a folder of PNG frames, a name that ends in {FRAMES}"
 
 
 def is_video(text: str) -> bool:
-    """Whether an output is one video's file; a slash at the end makes a folder of any name."""
-    return _suffix(text) == VIDEO
+    """Whether an output is one video; otherwise a slash at the end makes a folder of any name."""
+    return _suffix(text) in KINDS or _suffix(text.rstrip("/")) == FRAMES
+
+
+def kind_of(path: str | Path) -> str:
+    """What a video is written as, by its name: one of KINDS, an MP4 where it is none of them."""
+    suffix = Path(path).suffix.lower()
+    return suffix if suffix in KINDS else VIDEO
+
+
+def kind_of_output(text: str) -> str:
+    """What an output's videos are written as: of a folder they are MP4."""
+    return kind_of(text) if is_video(text) else VIDEO
+
+
+def is_frames(path: Path) -> bool:
+    """Whether a folder is such as slagen writes frames into, and holds nothing else."""
+    return kind_of(path) == FRAMES and path.is_dir() and all(re.fullmatch(r"\d{4,}\.png", n) for n in os.listdir(path))
+
+
+def is_taken(path: Path, overwrite: bool) -> bool:
+    """Whether something is there that must stay: anything, or, to be overwritten, a folder of anything but frames."""
+    return (path.is_dir() and not is_frames(path)) or (os.path.lexists(path) and not overwrite)
 
 
 def check_output(text: str) -> None:
     """Raise UsageError where an output is neither a video that can be written nor a folder."""
     if not is_video(text):
-        check_folder("output", text, f"a folder, or a file that ends in {VIDEO}")
+        check_folder("output", text, f"a folder, {WANTED}")
 
 
 def check_video(output: str | None) -> None:
     """Raise UsageError where an output is given that is no video's file."""
     if output is not None and not is_video(output):
-        raise UsageError(f"output is {quote_path(output)}, but must be a file that ends in {VIDEO}.")
+        raise UsageError(f"output is {quote_path(output)}, but must be {WANTED}.")
 
 
 def check_folder(name: str, text: str, wanted: str = "a folder") -> None:

@@ -16,7 +16,7 @@ from slagen.generation.side_by_side import side_by_side
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.log import CLIPS
 from slagen.training.run import Run
-from slagen.video import read_mp4, write_mp4
+from slagen.video import read_mp4, write_video
 from slagen.wan.loading import load_pipeline
 
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
@@ -49,9 +49,9 @@ def write_clips(run: Run, step: int) -> list[str]:
         student = sample(run, pipe, run.trainer.student, clip, number)
         if run.is_first:
             if dense is not None:
-                write_mp4(dense, kept, data.fps)
+                write_video(dense, kept, data.fps)
             labels = ["dense", f"{setup.config.attention}, step {step}"]
-            write_mp4(side_by_side([read_mp4(kept), student], labels), file, data.fps, clip.caption)
+            write_video(side_by_side([read_mp4(kept), student], labels), file, data.fps, clip.caption)
             files.append(file.name)
     return files
 

@@ -12,7 +12,7 @@ from slagen.html.training import ClipRow, ShownChart, ShownClip, TrainingPage
 from slagen.io.files import scratch, write_text
 from slagen.plot import Chart, Line, draw_chart
 from slagen.training.log import CLIPS, StepRecord, ValidationRecord, read_log
-from slagen.video import encode_mp4, make_thumbnail, read_mp4
+from slagen.video import encode_video, make_thumbnail, read_mp4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,7 +157,7 @@ def _psnr(clip: np.ndarray, dense: np.ndarray) -> float:
 def _small(frames: np.ndarray, fps: int) -> bytes:
     """Frames as a small MP4."""
     with scratch() as folder:
-        encode_mp4(frames, folder / "clip.mp4", fps)
+        encode_video(frames, folder / "clip.mp4", fps)
         return make_thumbnail(folder / "clip.mp4", WIDTH)
 
 
