@@ -264,7 +264,7 @@ def test_decode_out_of_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(decode, "decode_frames", out_of_memory)
     told = SimpleNamespace(settings={}, stages_s={})
     with pytest.raises(SlagenError, match="the GPU ran out of memory. Try --device cpu"):
-        decode._write(told, torch.zeros(1), None, torch.device("cpu"), tmp_path, tmp_path, False, lambda event: None)
+        decode._write(told, torch.zeros(1), None, torch.device("cpu"), tmp_path, tmp_path, False, None, False, print)
 
 
 def test_a_card_is_found_without_torch(monkeypatch):

@@ -159,6 +159,13 @@ def _hashes(sample: Sample) -> dict[str, str]:
     }
 
 
+def _comment(sample: Sample, hashes: dict[str, str]) -> str:
+    """What the video's file says of itself; empty where it is to say nothing."""
+    if sample.plan.config.no_metadata:
+        return ""
+    return report.comment(sample.plan.recorded, hashes["latents_hash"], hashes["frames_hash"], sample.weights)
+
+
 def _unwritten(sample: Sample) -> Video:
     """A video that stays in memory; its report names no file."""
     record = report.video_report(sample, None, **_hashes(sample))
@@ -186,10 +193,7 @@ def save(
     try:
         with staging(path.parent) as stage:
             video, latents = stage.folder / path.name, stage.folder / latents_path.name
-            comment = report.comment(
-                sample.plan.recorded, hashes["latents_hash"], hashes["frames_hash"], sample.weights
-            )
-            encode_video(sample.frames, video, config.fps, "" if config.no_metadata else comment, config.crf)
+            encode_video(sample.frames, video, config.fps, _comment(sample, hashes), config.crf)
             record = report.video_report(sample, video, **hashes)
             going = [] if config.report or not is_report_page(page_path) else [page_path.name]  # that of the old video
             try:
