@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from slagen.attention.schedule_file import LayerSchedule
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.peek import peek
 from slagen.formats.sla import SLAMetadata, read_metadata
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
@@ -87,6 +88,8 @@ def test_what_runs_the_weights_takes_them_unless_told_otherwise(tuned, tmp_path)
     transformer = load_transformer(describe_folder(model, "toy"), torch.float32)
     load_sla(transformer, file)
     assert [p.config.sparsity for p in processors(transformer)] == list(LAYERS)
+    transformer.save_pretrained(tmp_path / "saved" / "transformer")
+    assert peek(tmp_path / "saved").layer_sparsities == LAYERS
 
 
 @pytest.mark.slow

@@ -186,7 +186,8 @@ def normalize(name: str, *, is_training: bool = False) -> str:
     return own or NAMES.get(name.lower(), name)
 
 
-SET_IN_TRAINING = ("negligible", "linear-domain", "feature-map")  # weights of one do not suit another
+# Weights of one value do not suit another, or nothing but training uses it.
+SET_IN_TRAINING = ("negligible", "linear-domain", "feature-map", "router-tau")
 
 
 def why_not(name: str, *, is_training: bool = False) -> str | None:
