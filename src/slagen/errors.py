@@ -10,7 +10,7 @@ from contextlib import contextmanager
 FLAGS = {
     "overwrite", "allow-untrained", "ode", "report", "save-latents", "local-files-only", "from-dense", "restart",
     "retry-failed", "no-cache", "compile", "backward", "checkpointing", "tensorboard", "no-upscale", "smooth-keys",
-    "curve", "no-metadata",
+    "curve", "no-metadata", "lora-merge",
 }  # fmt: skip
 # Words behind an option that are not its value.
 NO_VALUES = {

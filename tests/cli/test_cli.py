@@ -166,9 +166,9 @@ def test_wrong_usage_is_one_message_and_exit_2(seen, capsys, arguments, words):
         ("generate x --num_steps", "Option '--num_steps' requires an argument. See slagen generate --help."),
         ("generate x --a[ 3", "No such option: --a[. See slagen generate --help."),
         ("batch p.txt --fry 3", "No such option: --fry. See slagen batch --help."),
-        ("batch p.txt --lora a",
-         "--lora is an option of other tools that slagen does not have: videos cannot be generated with LoRA weights "
-         "yet; slagen merge adds what one model learned in fine-tuning to another model."),
+        ("batch p.txt --lora_configs a",
+         "--lora_configs is an option of other tools that slagen does not have: give every LoRA file with its scale: "
+         "--lora FILE:SCALE."),
         ("batch p.txt --num-videos 2",
          "slagen batch has no --num-videos. Put --num-videos on a line of the file, or run slagen generate --prompts "
          "FILE --num-videos 2."),

@@ -231,7 +231,7 @@ def test_a_group_leaves_what_is_behind_its_command():
     [
         ("--image a.png", "--image is an option of other tools .* image-to-video is not supported yet"),
         ("--Offload_Model True", "offloads parts of the model automatically"),
-        ("--lora_weight=a", "videos cannot be generated with LoRA weights"),
+        ("--lora_configs=a", "--lora FILE:SCALE"),
         ("--steps 3 --infer_steps 4", "--steps and --infer-steps are the same option"),
         ("--task i2v-14B", "image-to-video is not supported yet"),
         ("--task s2v", "t2v-1.3b or t2v-14b"),
@@ -255,7 +255,7 @@ def test_a_group_leaves_what_is_behind_its_command():
         ("--enable_model_cpu_offload", "offloads parts of the model automatically"),
         ("--enable_cfg true", "if --guidance-scale is above 1"),
         ("--low_noise_checkpoint x", "Wan2.2"),
-        ("--lora a", "videos cannot be generated with LoRA weights"),
+        ("--save_merged_model a", "--lora FILE:SCALE"),
     ],
 )
 def test_what_is_refused_with_the_reason(line, words):

@@ -15,6 +15,7 @@ from slagen.events import Event
 from slagen.generation import prompts
 from slagen.generation.config import GenerateConfig
 from slagen.generation.embeddings import component_files, file_hashes
+from slagen.generation.lora import asked_loras
 from slagen.generation.resolve import Plan, Weights, make_plan
 from slagen.io.paths import user_path
 from slagen.io.text import counted
@@ -81,6 +82,9 @@ def queue_jobs(
     for plan, name in plans:
         settings = {key: value for key, value in plan.settings.items() if key not in NOT_IN_KEY}
         settings |= {"backend": plan.backend, "weights_hash": identity}
+        scales = [lora.scale for lora in asked_loras(plan.config.lora, plan.config.lora_scale)]
+        if loras := [[file.sha256, x] for file, x in zip(plan.weights.loras, scales, strict=True) if x]:
+            settings["loras"] = loras  # a new key only where one changes the video
         wanted.append(Wanted(settings, plan.config.seed, plan.config.slug, name))
     tasks: dict[str, Task] = {}
     for job, (plan, _) in zip(manifest.queue(wanted), plans, strict=True):

@@ -30,6 +30,8 @@ from slagen.events import Event, counted_parts, nth
 from slagen.generation import prompts
 from slagen.generation.embeddings import Embeddings
 from slagen.generation.generate import check_memory, save
+from slagen.generation.lora import asked_loras
+from slagen.generation.lora_files import describe_loras
 from slagen.generation.resolve import find_weights
 from slagen.generation.result import Video
 from slagen.generation.session import Sample, Session, free_memory
@@ -56,7 +58,10 @@ def run_worker(
     folder = user_path(config.generate.output)
     check_ffmpeg()
     weights = find_weights(config.generate, lambda text: on_event(Event("note", text)))
-    plans = plan_videos(config.generate, requests, weights)
+    base = config.generate
+    for text in describe_loras(weights.loras, asked_loras(base.lora, base.lora_scale))[0]:
+        on_event(Event("note", text))
+    plans = plan_videos(base, requests, weights)
     _warn(plans, on_event)
     on_event(Event("stage", "hash"))
     cache = user_path(config.cache_dir)
@@ -109,7 +114,8 @@ class WorkerLoop:
         embeddings = Embeddings(self.todo[0].plan, self.config.cache_dir, not self.config.no_cache)
         missing = [task for task in self.todo if not embeddings.has(task.plan)]
         self.on_event(Event("stage", "load"))
-        session = Session(self.todo[0].plan, text_encoder=bool(missing), on_event=self.on_event)
+        several = len({tuple(map(str, task.plan.loras)) for task in self.todo}) > 1
+        session = Session(self.todo[0].plan, bool(missing), on_event=self.on_event, several=several)
         if missing:
             self.on_event(Event("stage", "text", num_steps=len(missing)))
             advance = counted_parts(self.on_event, len(missing))

@@ -61,7 +61,7 @@ def run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> Non
     requests = preflight.read_batch(config)
     with GenerateProgress() as progress:
         if config.ray_address is None:
-            start_quickly(context, config.generate.weights)
+            start_quickly(context, config.generate.weights, live_lora=config.generate.live_lora)
             from slagen.batch.run import batch as task
         else:
             from slagen.batch.ray_workers import batch_on_ray as task

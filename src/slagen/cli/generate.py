@@ -69,7 +69,7 @@ def generate(
         show_plan(_estimated(config), as_json)
         return
     with GenerateProgress() as progress:
-        start_quickly(context, config.weights)
+        start_quickly(context, config.weights, live_lora=config.live_lora)
         from slagen.generation import generate as task
 
         result = task.generate(config, progress)
@@ -233,10 +233,10 @@ def replay(
     from slagen.cli.progress import GenerateProgress
     from slagen.generation import preflight, provenance
 
-    provenance.read_made(user_path(path))
+    live_lora = provenance.had_live_lora(user_path(path))
     preflight.check_model(model, weights, settings["vae"])
     with GenerateProgress() as progress:
-        start_quickly(context, "*.gguf")  # it may be
+        start_quickly(context, "*.gguf", live_lora=live_lora)  # it may be
         from slagen.generation import replay as task
 
         result = task.replay(path, output, progress, model=model, weights=weights, **settings)

@@ -7,13 +7,15 @@ import typer
 from slagen.errors import EnvironmentProblem
 
 
-def start_quickly(context: typer.Context, weights: str | None) -> None:
+def start_quickly(context: typer.Context, weights: str | None, *, live_lora: bool = False) -> None:
     """Where the process ends with this command, import no package that it does not use.
 
+    Args:
+        live_lora: a LoRA is to be computed by peft, which needs more of PyTorch than a run without.
     Raises: as `check_docstrings`.
     """
     check_docstrings()
-    if context.obj["own_process"]:
+    if context.obj["own_process"] and not live_lora:
         from slagen.wan.startup import leave_out
 
         leave_out(keep=("gguf",) if weights is not None and weights.endswith(".gguf") else ())

@@ -89,7 +89,7 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
         written: list[Path] = []
         with enough_gpu_memory(plan.config), telling_what_is_kept(lambda: _kept_so_far(written, clips)):
             on_event(Event("stage", "load"))
-            session = Session(plan, on_event=on_event)
+            session = Session(plan, on_event=on_event, several=True)
             for index, (clip, video) in enumerate(zip(clips, videos, strict=True)):
                 begin = _announcer(index, clips, everyone, config, on_event)
                 frames = _compare_clip(session, clip, reference, everyone, config, begin, on_event)

@@ -22,14 +22,13 @@ TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 _RUNS = "slagen runs Wan2.1 text-to-video transformers. Give one, for example from Wan-AI/Wan2.1-T2V-14B-Diffusers."
 _MERGE = "Merge it into its model with the tool that made it, and give the merged transformer."
 REFUSALS = {
-    "lora": "is a LoRA, not a transformer. Merge it first (in diffusers: "
-    "load_lora_weights, fuse_lora, unload_lora_weights, transformer.save_pretrained), and give the merged transformer.",
+    "lora": "is a LoRA, not a transformer. Give it with --lora.",
     "unmerged-lora": "is a transformer with a LoRA that is not merged into its weights. Merge it (peft: "
     "merge_and_unload), and give the merged transformer.",
     "lokr": f"is a LoKr adapter (LyCORIS), not a transformer. {_MERGE}",
     "loha": f"is a LoHa adapter (LyCORIS), not a transformer. {_MERGE}",
     "lycoris": f"is a LyCORIS adapter (GLoRA, OFT or BOFT), not a transformer. {_MERGE}",
-    "difference": f"is an adapter of weight differences (diff, diff_b), not a transformer. {_MERGE}",
+    "difference": "is an adapter of weight differences (diff, diff_b), not a transformer. Give it with --lora.",
     **NOT_READ,
     "vace": f"is Wan2.1 VACE, a model that edits and extends videos, or a part of it. {_RUNS}",
     "skyreels": f"is SkyReels V2 diffusion forcing, which generates videos chunk by chunk. {_RUNS}",

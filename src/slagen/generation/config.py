@@ -14,6 +14,7 @@ from slagen.attention.sla.config import BLOCK_SIZES, check_choice, check_fractio
 from slagen.errors import UsageError
 from slagen.formats.published import Sampler
 from slagen.generation import config_checks
+from slagen.generation.lora import lora_options, read_scales
 from slagen.io.forms import shown
 from slagen.io.text import read_device
 from slagen.settings import option
@@ -66,6 +67,8 @@ class GenerateConfig:
         steps: denoising steps. guidance_scale, flow_shift, sampler: see ModelDefaults.
         sigma_max, ode: first noise level of the rcm sampler, and its form without fresh noise.
         vae: another VAE's file or folder, in the original or in diffusers' names.
+        lora: LoRA files, each "FILE" or "FILE:SCALE". lora_scale: scales in place of theirs, "0.8" or "0.8,1".
+        lora_merge: merge them into the weights, or compute them beside these; None merges where that is possible.
         local_files_only: download nothing.
         seed: from 0 to 2**63 - 1; None draws one. The i-th video of a call has seed + i.
         num_videos: how many videos to make of the prompt.
@@ -181,6 +184,21 @@ class GenerateConfig:
         metavar="FILE_OR_FOLDER",
         in_key=False,
     )
+    lora: tuple[str, ...] = option(
+        (), "A LoRA for Wan2.1, and its scale, by default 1. May be repeated.", panel=VIDEO, metavar="FILE[:SCALE]",
+        in_key=False,
+    )  # fmt: skip
+    lora_scale: str | None = option(
+        None, "Scale of all LoRAs, or of each, such as 0.8,1, in place of the one given with --lora.", panel=VIDEO,
+        metavar="SCALE,...", prompt_line=True, in_key=False,
+    )  # fmt: skip
+    lora_merge: bool | None = option(
+        None,
+        "Merge LoRAs into the weights, so that they cost no time per step. Default: merge unless the weights stay "
+        "quantised.",
+        panel=VIDEO,
+        in_key=False,
+    )
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=VIDEO, pixels=False)
     allow_untrained: bool = option(
         False, "Run SLA even if its weights are missing or all zero.", panel=ATTENTION, in_key=False
@@ -223,6 +241,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
+        object.__setattr__(self, "lora", lora_options(self.lora))
+        if self.lora_scale is not None:
+            read_scales(self.lora_scale)
         config_checks.check_texts(self)
         _check_kept_blocks(self)
         config_checks.check_whole_numbers(self)
@@ -242,6 +263,12 @@ class GenerateConfig:
         """What uses dense attention whatever the method, the sparsity by step, and the correction."""
         own = registry.get(self.attention).dense_steps if self.dense_steps is None else self.dense_steps
         return AttentionPolicy(own, self.dense_layers, self.min_tokens, self.delta, self.sparsity_schedule)
+
+    @property
+    def live_lora(self) -> bool:
+        """Whether a LoRA is computed beside the weights, as with ones that stay quantised."""
+        quantised = (self.weights or "").endswith(".gguf")
+        return bool(self.lora) and (quantised if self.lora_merge is None else not self.lora_merge)
 
     @property
     def attention_settings(self) -> dict[str, Any]:

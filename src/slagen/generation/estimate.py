@@ -198,9 +198,13 @@ def _notes(
 ) -> list[str]:
     """What looks wrong; `method` is None where dense attention runs.
 
-    Raises: WeightsError for weights that were never tuned for SLA, where their headers show it.
+    Raises: WeightsError for weights that were never tuned for SLA, and LoRAs of another model, where headers show it.
     """
     defaults, notes = model.defaults, schedule.notes({}) if schedule.by_step is not None else []
+    if config.lora:
+        from slagen.generation.lora_files import lora_notes  # with torch
+
+        notes = lora_notes(config, model.shape, model.name) + notes
     if method is None:
         notes.append("this run uses dense attention; the cost of SLA is shown for comparison")
     elif model.trained is not None and suits(method, model.method):
@@ -385,15 +389,4 @@ def models() -> list[ListedModel]:
     own = None if trained is None else trained.config
     bundled = Preset(BUNDLED, "bundled; draws circles, squares, triangles and stars", None, None, source.shape,
                      source.defaults, own)  # fmt: skip
-    return [_row(preset) for preset in (bundled, *PRESETS.values())]
-
-
-def _row(preset: Preset) -> ListedModel:
-    defaults: ModelDefaults = preset.defaults
-    return ListedModel(
-        name=preset.name, about=preset.about, base=preset.base, weights=preset.weights,
-        size=f"{defaults.width}x{defaults.height}", num_frames=defaults.num_frames, steps=defaults.steps,
-        guidance_scale=defaults.guidance_scale, sampler=defaults.sampler,
-        flow_shift=None if defaults.sampler == "rcm" else defaults.flow_shift,
-        negative_prompt=defaults.negative_prompt, sla=preset.sla, recommended_attention=preset.recommended,
-    )  # fmt: skip
+    return [ListedModel.of(preset) for preset in (bundled, *PRESETS.values())]

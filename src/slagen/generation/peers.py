@@ -24,6 +24,7 @@ NAMES = {
     "attn-type": "attention",
     "model-path": "model", "ckpt-dir": "model", "task": "model",
     "dit-path": "weights", "dit": "weights", "sla-weights": "weights",
+    "lora-weight": "lora", "lora-path": "lora", "lora-multiplier": "lora-scale",
     "sample-solver": "sampler", "scheduler": "sampler", "vae-path": "vae",
     "save-file": "output", "save-path": "output", "output-path": "output", "save-result-path": "output",
     "from-file": "prompts", "prompt-txt": "prompts",
@@ -66,10 +67,7 @@ VALUES = {
 
 _IMAGE = "image-to-video is not supported yet"
 _VIDEO = "video-to-video and control videos are not supported yet"
-_LORA = (
-    "videos cannot be generated with LoRA weights yet; slagen merge adds what one model learned in fine-tuning to "
-    "another model"
-)
+_LORA = "give every LoRA file with its scale: --lora FILE:SCALE"
 _MEMORY = "slagen offloads parts of the model automatically when they do not all fit on the GPU"
 _GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
 _FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files can be given with --weights"
@@ -91,9 +89,8 @@ REFUSED = {
         ("video", "video-path", "src-video", "src-mask", "src-ref-images", "control-path", "cn", "pose",
          "audio-path"), _VIDEO),
     **dict.fromkeys(
-        ("lora", "lora-weight", "lora-weights", "lora-multiplier", "lora-path", "lora-nickname", "lora-configs",
-         "lora-scale", "lora-weight-high-noise", "lora-multiplier-high-noise", "include-patterns",
-         "exclude-patterns", "lycoris", "save-merged-model"), _LORA),
+        ("lora-weights", "lora-nickname", "lora-configs", "lora-weight-high-noise", "lora-multiplier-high-noise",
+         "include-patterns", "exclude-patterns", "lycoris", "save-merged-model"), _LORA),
     **dict.fromkeys(
         ("offload-model", "blocks-to-swap", "cpu-offload", "dit-cpu-offload", "dit-layerwise-offload",
          "text-encoder-cpu-offload", "vae-cpu-offload", "image-encoder-cpu-offload", "pin-cpu-memory", "t5-cpu",

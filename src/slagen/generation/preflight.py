@@ -9,6 +9,7 @@ from slagen.errors import UsageError
 from slagen.formats.headers import check_weights
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX
+from slagen.generation.lora import read_lora_option
 from slagen.io.paths import is_taken, is_video, user_path
 from slagen.wan.folder import describe_folder
 from slagen.wan.presets import local_folder
@@ -20,6 +21,8 @@ def check_run(config: GenerateConfig) -> None:
     Raises: as `check_model`; UsageError for a video that exists, and for a denoising step that there is not.
     """
     check_model(config.model, config.weights, config.vae)
+    for text in config.lora:
+        check_weights(user_path(read_lora_option(text).path))
     check_steps(config)
     check_output(config)
     check_trace(config)

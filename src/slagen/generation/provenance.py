@@ -10,7 +10,7 @@ from typing import Any
 from slagen.errors import UsageError, WeightsError
 from slagen.generation.video_report import FORM, RestoredReport, VideoFile, VideoReport, named_hashes
 from slagen.io.documents import parse_json, read_json
-from slagen.io.forms import Fault, check, matching
+from slagen.io.forms import Fault, check, matching, sha256
 from slagen.io.paths import GIF, WEBM, is_frames, kind_of
 from slagen.io.reading import kind_of_path
 from slagen.video import is_matroska, is_mp4, other_kind, read_comment
@@ -22,12 +22,16 @@ SETTINGS = {
         "num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n", "crf")},
     **{f"{name}?": float | None for name in ("guidance_scale", "flow_shift", "sigma_max", "sparsity", "sla_topk")},
     **{f"{name}?": bool | None for name in ("allow_untrained", "ode", "no_metadata")},
+    "lora?": [str], "lora_merge?": bool,
     "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
 }  # fmt: skip
 RECORDED = {
     "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
     "video?": {"file?": str | None, "frames_hash?": str, "sha256?": str},
-    "weights?": {"model_hash?": str | None, "sla_hash?": str | None},
+    "weights?": {
+        "model_hash?": str | None, "sla_hash?": str | None,
+        "loras?": [{"file": str, "sha256": sha256(), "scale": float}],
+    },
 }  # fmt: skip
 
 
@@ -121,6 +125,11 @@ def read_made(path: Path) -> Made:
     raise UsageError(
         f"{path} is neither a video that slagen generated nor its report. Give an .mp4 or its .json report."
     )
+
+
+def had_live_lora(path: Path) -> bool:
+    """Whether a LoRA was computed beside the weights of a video, as it or its report says. Raises as `read_made`."""
+    return read_made(path).settings.get("lora_merge") is False
 
 
 def read_video(path: Path) -> Made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from slagen.events import Event
 from slagen.formats.model_files import SLA_FILE
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import generate
+from slagen.generation.lora import read_lora_option
+from slagen.generation.lora_files import lora_file
 from slagen.generation.provenance import Made, read_made
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import scratch
@@ -100,6 +103,7 @@ def replay(
         settings["weights"] = (
             _checked(weights, recorded) if weights else _find_weights(path, recorded, settings["model"])
         )
+        settings["lora"] = _find_loras(path, recorded)
         fields = {name: settings[name] for name in AS_THEY_ARE if settings.get(name) is not None}
         width, height = (int(size) for size in settings["size"].split("x"))
         if "sparsity" in registry.get(settings["attention"]).option_names:
@@ -171,6 +175,26 @@ def _find_weights(path: Path, recorded: Made, model: str) -> str | None:
     raise UsageError(
         f"{path} was made with the weights {name}{wanted}, which cannot be found. Give them with --weights."
     )
+
+
+def _find_loras(path: Path, recorded: Made) -> list[str] | None:
+    """The LoRAs that a report names with their scales, where they lie now; None where there are none.
+
+    Raises: UsageError where one is not found.
+    """
+    hashes = [lora["sha256"] for lora in recorded.content.get("weights", {}).get("loras") or ()]
+    found = []
+    for text, expected in zip(recorded.settings.get("lora") or (), hashes, strict=True):
+        lora = read_lora_option(text)
+        places = (lora_file(user_path(lora.path)), lora_file(path.parent / lora.path))
+        place = next((each for each in places if each.is_file() and file_hash(each) == expected), None)
+        if place is None:
+            raise UsageError(
+                f"{path} was made with the LoRA {lora.path} (SHA-256 {expected[:16]}...), which cannot be found. Copy "
+                f"it to {path.parent}."
+            )
+        found.append(str(dataclasses.replace(lora, path=str(place))))
+    return found or None
 
 
 def _own_weights(model: str) -> Path | None:

@@ -169,7 +169,7 @@ def comment(
         packages: their versions; None: those installed now.
     """
     kept = {name: value for name, value in settings.items() if name not in AROUND}
-    hashes = {"model_hash": weights.model_hash, "sla_hash": weights.sla_hash}
+    hashes = {"model_hash": weights.model_hash, "sla_hash": weights.sla_hash, "loras": weights.to_dict().get("loras")}
     content = {
         "schema_version": SCHEMA_VERSION, "settings": kept, "versions": packages or versions(),
         "weights": {name: value for name, value in hashes.items() if value is not None},

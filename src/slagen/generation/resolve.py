@@ -23,16 +23,19 @@ from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
 from slagen.attention.schedule import Schedule
 from slagen.errors import UsageError, WeightsError
+from slagen.formats.lora import LoraFile
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.peek import Found, lacks_settings, peek
 from slagen.formats.sla import read_metadata
 from slagen.formats.sla_settings import check_layers
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
+from slagen.generation.few_steps import steps_warning
 from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes, with_trained_layers
+from slagen.generation.lora import AskedLora, asked_loras
+from slagen.generation.lora_files import describe_loras, find_loras
 from slagen.generation.measured_dense import check_measured, measured_steps
 from slagen.io.paths import user_path
-from slagen.io.text import counted
 from slagen.settings import changed
 from slagen.wan.folder import ModelSource, bundled_folder
 from slagen.wan.models import resolve_model
@@ -55,6 +58,7 @@ class Weights:
         distilled: whether they are made for the rCM sampler.
         layer_sparsities: the sparsity of each layer in training, where there was not one for all.
         few_steps: the word in a file's name or metadata that says it is distilled to few steps of another sampler.
+        loras: the LoRA files.
     """
 
     source: ModelSource
@@ -67,6 +71,7 @@ class Weights:
     notes: tuple[str, ...] = ()
     few_steps: str = ""
     layer_sparsities: tuple[float, ...] | None = None
+    loras: tuple[LoraFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,11 @@ class Plan:
         return schedule.dense.mean(own, full)
 
     @property
+    def loras(self) -> list[AskedLora]:
+        """The LoRAs that change the video: those whose scale is not 0."""
+        return [lora for lora in asked_loras(self.config.lora, self.config.lora_scale) if lora.scale]
+
+    @property
     def method(self) -> Method:
         """The attention method that runs."""
         return with_delta(registry.get(self.config.attention), self.config.delta)
@@ -147,6 +157,11 @@ class Plan:
             "model": c.model or weights.source.name,
             "weights": None if file is None else str(file),
             "vae": c.vae,
+            **(
+                {"lora": [str(lora) for lora in self.loras], "lora_merge": not self.config.live_lora}
+                if self.loras
+                else {}
+            ),
             "allow_untrained": c.allow_untrained,
             "attention": c.attention,
             "backend": c.backend,
@@ -188,7 +203,9 @@ class Plan:
         which would fail on any other machine and reveal the user's name."""
         paths = {name: report.shareable(getattr(self.config, name)) for name in ("model", "weights", "vae", "output")}
         name = paths["model"] or self.weights.source.name
-        return {**self.settings, **paths, "model": name, "sla_topk": self.config.sla_topk}
+        loras = [str(AskedLora(report.shareable(lora.path) or "", lora.scale)) for lora in self.loras]
+        own = {"lora": loras} if loras else {}
+        return {**self.settings, **paths, **own, "model": name, "sla_topk": self.config.sla_topk}
 
 
 def find_weights(
@@ -227,7 +244,20 @@ def find_weights(
             "go undetected"
         )
     few_steps = "" if found is None or distilled else found.few_steps
-    return Weights(source, device, dtype, trained_with, sla_path, sla_alone, distilled, tuple(notes), few_steps, layers)
+    loras = find_loras(config.lora, source.shape, source.name)
+    return Weights(
+        source,
+        device,
+        dtype,
+        trained_with,
+        sla_path,
+        sla_alone,
+        distilled,
+        tuple(notes),
+        few_steps,
+        layers,
+        loras,
+    )
 
 
 def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
@@ -244,7 +274,9 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     size = check_size(config, source.spatial_grid)
-    if (off_steps := _steps_warning(config, weights)) is not None:
+    lora_notes, lora_warnings = describe_loras(weights.loras, asked_loras(config.lora, config.lora_scale))
+    notes, warnings = notes + lora_notes, warnings + lora_warnings
+    if (off_steps := steps_warning(config, weights)) is not None:
         warnings.append(off_steps)
     if unknown := source.defaults.unknown_words(config.prompt):
         warnings.append(source.defaults.unknown_words_warning(source.name, unknown))
@@ -285,25 +317,6 @@ def _look_at(path: Path) -> Found:
     if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
         return Found("sla")
     return peek(path)
-
-
-def _steps_warning(config: GenerateConfig, weights: Weights) -> str | None:
-    """What looks wrong in steps and guidance for a transformer file, whose tensors do not say if it is distilled."""
-    steps, guidance, file = config.steps or 0, config.guidance_scale or 0.0, weights.source.weights
-    if file is None or weights.distilled:
-        return None
-    if weights.few_steps and (steps > 10 or guidance > 1):
-        return (
-            f"{file.name} has {weights.few_steps!r} in its name or metadata, so it seems to be distilled to few steps. "
-            f"Such weights need about 4 steps without guidance, not {counted(steps, 'step')} with a guidance scale of "
-            f"{guidance:g}. Try --steps 4 --guidance-scale 1 --sampler euler"
-        )
-    if not weights.few_steps and steps <= 8 and guidance > 1:
-        return (
-            f"{counted(steps, 'step')} with a guidance scale of {guidance:g} will not work well for Wan2.1. Weights "
-            "distilled to few steps need --guidance-scale 1, and all others need 20 steps or more"
-        )
-    return None
 
 
 def _plan_attention(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slagen.attention.sla.config import SLAConfig
+from slagen.wan.presets import Preset
 
 
 @dataclass(frozen=True)
@@ -153,3 +154,15 @@ class ListedModel:
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
         return {**vars(self), "sla": None if self.sla is None else self.sla.to_dict()}
+
+    @classmethod
+    def of(cls, preset: Preset) -> ListedModel:
+        """The row of a preset."""
+        defaults = preset.defaults
+        return cls(
+            name=preset.name, about=preset.about, base=preset.base, weights=preset.weights,
+            size=f"{defaults.width}x{defaults.height}", num_frames=defaults.num_frames, steps=defaults.steps,
+            guidance_scale=defaults.guidance_scale, sampler=defaults.sampler,
+            flow_shift=None if defaults.sampler == "rcm" else defaults.flow_shift,
+            negative_prompt=defaults.negative_prompt, sla=preset.sla, recommended_attention=preset.recommended,
+        )  # fmt: skip

@@ -1,6 +1,7 @@
 """A model in memory that denoises and decodes the videos of many plans."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from slagen.events import Event, loaded_parts
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.fill_defaults import SIGMA_MAX
+from slagen.generation.lora import asked_loras
 from slagen.generation.resolve import Plan
 from slagen.generation.stage_clock import StageClock
-from slagen.generation.video_report import UsedWeights
+from slagen.generation.video_report import UsedLora, UsedWeights
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import quote
@@ -27,6 +29,7 @@ from slagen.timing import StepRecorder
 from slagen.wan.dense_beside import measuring_dense
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
+from slagen.wan.lora import Loras
 from slagen.wan.observe import attach_recorder, take_densities
 from slagen.wan.processor import denoising, install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
@@ -68,14 +71,17 @@ class Session:
         plan: the first of them, which says what to load.
         text_encoder: False where all prompts are encoded already.
         pipe: a pipeline with the plan's attention in it already; None loads one.
+        several: plans with another attention, or other scales of LoRAs, will follow.
         on_event: called for each part that is loaded.
     Raises: WeightsError where weights are broken or do not fit, EnvironmentProblem where the kernels do not run.
     """
 
     def __init__(
         self, plan: Plan, text_encoder: bool = True, pipe: Any = None,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: Callable[[Event], None] = lambda event: None, *, several: bool = False,
     ) -> None:  # fmt: skip
+        self.several = several
+        self.loras: Loras | None = None
         self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
             self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="the pipeline's own")
@@ -88,13 +94,35 @@ class Session:
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
         self.about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
+        self._add_loras(plan)
 
     def use(self, plan: Plan) -> None:
         """Put another plan's attention, with its weights, into the loaded model. Raises as the constructor."""
         assert self.about.model_hash is not None
         _check_kernels(plan)
+        if self.loras is not None:
+            self.loras.remove()
         remove(self.pipe.transformer)
         self.about = _install_attention(self.pipe, plan, self.about.model_hash)
+        self._add_loras(plan)
+
+    def _add_loras(self, plan: Plan) -> None:
+        """Put the LoRAs of a run into the transformer, with a plan's scales."""
+        files = plan.weights.loras
+        self.loras = Loras(self.pipe, files, merge=not plan.config.live_lora, keep=self.several) if files else None
+        self._set_lora_scales(plan)
+
+    def _set_lora_scales(self, plan: Plan) -> None:
+        if self.loras is None:
+            return
+        asked = asked_loras(plan.config.lora, plan.config.lora_scale)
+        self.loras.set_scales([lora.scale for lora in asked])
+        used = [
+            UsedLora(file.path.name, file.sha256, lora.scale)
+            for file, lora in zip(plan.weights.loras, asked, strict=True)
+            if lora.scale
+        ]
+        self.about = dataclasses.replace(self.about, loras=used or None)
 
     @torch.inference_mode()
     def encode(self, plan: Plan) -> dict[str, torch.Tensor | None]:
@@ -134,6 +162,7 @@ class Session:
         """
         c, pipe = plan.config, self.pipe
         assert c.sampler is not None and c.flow_shift is not None and c.steps
+        self._set_lora_scales(plan)
         set_sampler(pipe, c.sampler, c.flow_shift, sigma_max=c.sigma_max or SIGMA_MAX, stochastic=not c.ode)
         if plan.attention is not None:
             set_config(pipe.transformer, plan.method, plan.attention)

@@ -41,6 +41,15 @@ class VideoFile:
         return {name: value for name, value in vars(self).items() if name != "sha256" or value is not None}
 
 
+@dataclass(frozen=True)
+class UsedLora:
+    """A LoRA file by its name and SHA-256, and its scale."""
+
+    file: str
+    sha256: str
+    scale: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class UsedWeights:
     """The weights that made a video.
@@ -51,6 +60,7 @@ class UsedWeights:
         used: which they are, in words. trained, trained_steps, trained_sparsity: how those of slagen's files were; the
             sparsity is the mean of the layers.
         parameter_norms: of what an attention method other than SLA learned, by parameter group and layer.
+        loras: that changed the weights; None where none did.
     """
 
     model: str
@@ -63,11 +73,13 @@ class UsedWeights:
     trained_steps: int | None = None
     trained_sparsity: float | None = None
     parameter_norms: dict[str, list[float]] | None = None
+    loras: list[UsedLora] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
-        known = ("trained", "trained_steps", "trained_sparsity", "parameter_norms")  # only of some weights
-        return {name: value for name, value in vars(self).items() if name not in known or value is not None}
+        known = ("trained", "trained_steps", "trained_sparsity", "parameter_norms", "loras")  # only of some weights
+        said = {**vars(self), "loras": None if self.loras is None else [dict(vars(lora)) for lora in self.loras]}
+        return {name: value for name, value in said.items() if name not in known or value is not None}
 
 
 @dataclass(frozen=True)

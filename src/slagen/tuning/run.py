@@ -92,9 +92,10 @@ def tune(config: TuneConfig, on_event: OnEvent = lambda event: None) -> Tuned:
         on_event(Event("warning", doubt))
     with _place(config, space, clips, held_out) as path, enough_gpu_memory(plan.config):
         on_event(Event("stage", "load"))
-        session = Session(dense)
-        about = [_settings(plan), session.about.model_hash, _hash_of(weights), versions(),
+        session = Session(dense, several=True)
+        about: list[Any] = [_settings(plan), session.about.model_hash, _hash_of(weights), versions(),
                  machine.describe_device(weights.device).to_dict()]  # fmt: skip
+        about += [[lora.sha256 for lora in weights.loras]] if weights.loras else []
         store = Store(user_path(config.cache_dir) / "tuning" / f"{digest(about)[:16]}.jsonl", about)
         store.read()
         try:
