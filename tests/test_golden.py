@@ -135,7 +135,8 @@ def replacement(name: str, task: Any) -> Any:
 
 @pytest.fixture
 def no_tasks(monkeypatch, tmp_path):
-    """Commands end where their work would begin; no CUDA device, no Ray, an empty folder, a prompt on stdin."""
+    """Commands end where their work would begin; no CUDA device, no Ray, an empty folder but for a
+    file of options, a prompt on stdin."""
     for module, name in TASKS:
         monkeypatch.setattr(module, name, replacement(name, getattr(module, name)))
     for module, name in CHECKS:
@@ -143,6 +144,7 @@ def no_tasks(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.yaml").touch()
 
 
 def meaning(line: str, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -1,6 +1,7 @@
 """The code blocks of README and docs/: their commands and options exist, and they run as printed."""
 
 import re
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -15,12 +16,13 @@ NOT_OURS = {"--constraint", "--nproc-per-node", "--user"}  # of pip and torchrun
 
 
 def parse(given: list[str]) -> None:
-    """Parse a command line as slagen does, without running it."""
+    """Parse a command line as slagen does, without running it or reading a file of options."""
     command, name = typer.main.get_command(app), "slagen"
     while given and given[0] in getattr(command, "commands", {}):
         name = f"{name} {given[0]}"
         command, given = command.commands[given[0]], given[1:]
-    command.make_context(name, list(given))
+    with patch("slagen.cli.parsing.read_config", return_value=None):
+        command.make_context(name, list(given))
 
 
 def wrong_commands(text: str) -> list[str]:

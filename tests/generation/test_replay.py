@@ -184,7 +184,7 @@ def test_videos_of_other_kinds_are_named(tmp_path, capsys, command, name, start,
     (tmp_path / name).write_bytes(start + bytes(400))
     assert run([command, str(tmp_path / name)]) == 5
     told = " ".join(capsys.readouterr().err.split())
-    assert kind in told and "an MP4 that slagen generated" in told
+    assert kind in told and "an MP4 or WebM that slagen generated" in told
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "json", "safetensors", "gguf", "pth"])

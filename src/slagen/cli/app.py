@@ -7,6 +7,7 @@ import typer
 
 from slagen import __version__
 from slagen.cli import batch, bench, compare, convert, doctor, finetune, generate, info, maps, tune
+from slagen.cli.config_file import takes_config
 from slagen.cli.parsing import CONTEXT, Command, Group
 
 app = typer.Typer(
@@ -59,5 +60,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, function in COMMANDS.items():
     shows_help = name in ("generate", "batch")  # without any argument
-    app.command(name, cls=Command, no_args_is_help=shows_help, context_settings=CONTEXT)(function)
+    app.command(name, cls=Command, no_args_is_help=shows_help, context_settings=CONTEXT)(takes_config(function))
 app.add_typer(finetune.tuning)

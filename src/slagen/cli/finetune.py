@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slagen.cli.config_file import takes_config
 from slagen.cli.options import Fields, takes
 from slagen.cli.parsing import CONTEXT, Command, Group
 from slagen.errors import UsageError
@@ -15,6 +16,7 @@ tuning = typer.Typer(name="finetune", cls=Group, no_args_is_help=True, context_s
 
 
 @tuning.callback(invoke_without_command=True)
+@takes_config
 @takes(clips=DataConfig, settings=FinetuneConfig)
 def finetune(
     context: typer.Context,
@@ -54,6 +56,7 @@ def finetune(
 
 
 @tuning.command("data", cls=Command, context_settings=CONTEXT)
+@takes_config
 @takes(
     clips=Fields(DataConfig, only=("held_out", "width", "height", "num_frames", "fps", "no_upscale")),
     settings=Fields(FinetuneConfig, only=("model", "seed", "dtype", "device")),

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 from typer.core import TyperCommand, TyperGroup
 
+from slagen.cli.config_file import CONFIG, read_config
 from slagen.cli.help import HelpText
 from slagen.errors import UsageError
 from slagen.generation import peers
@@ -17,7 +18,7 @@ class Help:
     """Help in plain text, with the options by panel: rich takes longer to import than all the rest of it.
 
     Other tools' spellings are put into ours before anything is parsed. And no option takes what Python calls a number
-    but no setting is: nan, inf, or more digits than 64 bits hold.
+    but no setting is: nan, inf, or more digits than 64 bits hold. What --config names is parsed before what is typed.
     """
 
     def parse_args(self, context: Any, args: list[str]) -> list[str]:
@@ -26,8 +27,23 @@ class Help:
             for parameter in self.get_params(context)  # type: ignore[attr-defined]
             for name in (*parameter.opts, *parameter.secondary_opts)
         }
-        args = peers.translate(args, takes_value, _note, is_group=isinstance(self, TyperGroup))
-        return cast(list[str], super().parse_args(context, args))  # type: ignore[misc]
+        is_group = isinstance(self, TyperGroup)
+        args = peers.translate(args, takes_value, _note, is_group=is_group)
+        file = None
+        if CONFIG in takes_value and not context.resilient_parsing:
+            file = read_config(args, self.params, context.command_path, is_group=is_group)  # type: ignore[attr-defined]
+        if file is None:
+            return cast(list[str], super().parse_args(context, args))  # type: ignore[misc]
+        context.meta[CONFIG] = file
+        try:
+            args = [*peers.translate(file.arguments, takes_value, _note), *args]
+            return cast(list[str], super().parse_args(context, args))  # type: ignore[misc]
+        except UsageError as error:
+            file.name_in(error)
+            raise
+        except Exception as error:
+            file.explain(error)
+            raise
 
     def invoke(self, context: Any) -> Any:
         for parameter in self.params:  # type: ignore[attr-defined]
@@ -40,7 +56,12 @@ class Help:
                     f"{parameter.opts[0]} is {cut(str(number), 40)}, but must be {wanted}. "
                     f"See {context.command_path} --help."
                 )
-        return super().invoke(context)  # type: ignore[misc]
+        try:
+            return super().invoke(context)  # type: ignore[misc]
+        except UsageError as error:
+            if (file := context.meta.get(CONFIG)) is not None:
+                file.name_in(error)
+            raise
 
     def get_help(self, context: Any) -> str:
         text = HelpText()

@@ -130,7 +130,7 @@ REFUSED = {
          "low-noise-checkpoint", "high-noise-checkpoint"), _TWO),
     "model-type": "the type of a model is read from its files; choose the model with --model",
     **dict.fromkeys(("workload-type", "mode", "inference-mode", "model-cls", "pipeline-config"), _ONLY),
-    **dict.fromkeys(("config-json", "config"), "give settings as options, or in a prompt file (--prompts)"),
+    "config-json": "give settings as options, or in a YAML file (--config)",
     **dict.fromkeys(
         ("enable-torch-compile", "torch-compile-kwargs", "compile", "compile-args"),
         "videos are generated without torch.compile; slagen bench --compile measures how much faster it would be"),

@@ -91,7 +91,7 @@ def describe(path: Path) -> Made | None:
         )
     if is_mp4(path) or (kind_of(path) == WEBM and is_matroska(path)):
         return read_video(path)
-    if is_frames(path) or (kind_of(path) == GIF and other_kind(path) is not None):
+    if (is_frames(path) or kind_of(path) == GIF) and path.with_suffix(".json").is_file():
         raise WeightsError(f"{path} has no metadata. Give its report, {path.with_suffix('.json').name}.")
     if (kind := other_kind(path)) is not None:
         raise WeightsError(
