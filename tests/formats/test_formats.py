@@ -1,5 +1,6 @@
 """Every public form of Wan2.1's and SLA's weights, on small models with the true names: loaded whole, or refused."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -7,9 +8,10 @@ import pickle
 import random
 import re
 
+import lora_forms
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from public_forms import SIZES, fastvideo, projections, quantised, spell, turbo, wan
 from safetensors.torch import save_file
 from wan_models import build_pipeline, build_transformer, save_pipeline
@@ -18,6 +20,7 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.headers import check_weights
 from slagen.formats.kinds import identify
+from slagen.formats.lora import check_lora, read_lora
 from slagen.formats.merge import merge
 from slagen.formats.peek import peek
 from slagen.formats.published import TURBO_SLA
@@ -30,6 +33,7 @@ from slagen.wan.convert import convert
 from slagen.wan.folder import describe_folder
 from slagen.wan.info import info
 from slagen.wan.install import install_projections
+from slagen.wan.lora import Loras
 from slagen.wan.transformer import build_transformer as load
 from slagen.wan.transformer import load_transformer
 from slagen.wan.vae import load_vae
@@ -554,3 +558,19 @@ def test_gguf(base, model, state, tmp_path):
         exact, rounded = model(**call)[0], loaded(**call)[0]
     assert 0 < ((exact - rounded).norm() / exact.norm()).item() < 0.02
     assert info(str(path)).quantised is True
+    file = tmp_path / "style.safetensors"
+    save_file({name: x.contiguous() for name, x in lora_forms.comfy(model).items()}, file)
+    lora = check_lora(read_lora(file), source.shape, "base")
+    merged, live = Loras(pipe_with(copy.deepcopy(model)), [lora], merge=True, keep=False), loaded
+    merged.set_scales([1.0])
+    Loras(pipe_with(live), [lora], merge=False, keep=False).set_scales([1.0])
+    with torch.no_grad():
+        exact, rounded = merged.transformer(**call)[0], live(**call)[0]
+    assert 0 < ((exact - rounded).norm() / exact.norm()).item() < 0.02
+    again = load_transformer(dataclasses.replace(source, weights=path), torch.float32)
+    with pytest.raises(WeightsError, match="stays quantised, so a LoRA cannot be added to it"):
+        Loras(pipe_with(again), [lora], merge=True, keep=False).set_scales([1.0])
+
+
+def pipe_with(transformer):
+    return WanPipeline(None, None, None, None, transformer=transformer)

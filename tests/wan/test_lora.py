@@ -19,6 +19,7 @@ from slagen.errors import WeightsError
 from slagen.formats.lora import check_lora, read_lora
 from slagen.generation.lora import AskedLora
 from slagen.generation.lora_files import describe_loras, lora_file
+from slagen.wan.info import info
 from slagen.wan.lora import Loras
 from slagen.wan.processor import processors
 
@@ -203,3 +204,11 @@ def test_alpha_in_the_settings_of_peft(pipe, tmp_path, rslora):
 def metadata_of(folder):
     with safe_open(folder / "adapter_model.safetensors", "pt") as handle:
         return handle.metadata()["lora_adapter_metadata"]
+
+
+def test_info_of_a_lora(pipe, tmp_path):
+    about = info(str(written(tmp_path, forms.kijai(pipe.transformer)))).to_dict()
+    found = {name: about[name] for name in ("kind", "tensors", "changed", "width", "ranks", "unmatched")}
+    assert found == {"kind": "lora", "tensors": 60, "changed": 20, "width": 32, "ranks": [4], "unmatched": []}
+    other = info(str(written(tmp_path, {"unet.conv.lora_A.weight": torch.zeros(2, 2)}, "other.safetensors")))
+    assert "none of its 1 tensor changes a layer" in other.meaning

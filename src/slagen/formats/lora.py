@@ -87,6 +87,16 @@ class LoraFile:
         """How many of its tensors change a layer."""
         return sum(map(len, self.layers.values()))
 
+    @property
+    def width(self) -> int | None:
+        """The width of the transformer that it was made for; None where no layer of attention or feed-forward says."""
+        for layer, roles in self.layers.items():
+            if re.search(r"attn[12]\.to_(q|k|v|out\.0)$|ffn\.net\.0\.proj$", layer):
+                name = roles.get("down") or roles.get("diff")
+                if name is not None and len(self.shapes[name]) == 2:
+                    return self.shapes[name][1]
+        return None
+
     def scaling(self, layer: str, rank: int) -> float:
         """What the product of a layer's two matrices is multiplied by where no alpha is among the tensors."""
         patterns = self.config.get("alpha_pattern") or {}
@@ -238,7 +248,7 @@ def check_lora(lora: LoraFile, shape: ModelShape, model: str) -> LoraFile:
         shape: of the model's transformer. model: its name, for messages.
     Raises: WeightsError where a layer has another shape in the model, or the model has none of its layers.
     """
-    width, own_width = shape.num_heads * shape.head_dim, _width(lora)
+    width, own_width = shape.num_heads * shape.head_dim, lora.width
     if own_width is not None and own_width != width:
         preset = preset_of_width(own_width)
         raise WeightsError(
@@ -269,16 +279,6 @@ def _linears(width: int, ffn_dim: int) -> list[tuple[str, tuple[int, int]]]:
     return [(name, (width, width)) for name in square] + [
         ("ffn.net.0.proj", (ffn_dim, width)), ("ffn.net.2", (width, ffn_dim))
     ]  # fmt: skip
-
-
-def _width(lora: LoraFile) -> int | None:
-    """The width of the transformer that a LoRA was made for; None where it changes no attention and no feed-forward."""
-    for layer, roles in lora.layers.items():
-        if re.search(r"attn[12]\.to_(q|k|v|out\.0)$|ffn\.net\.0\.proj$", layer):
-            name = roles.get("down") or roles.get("diff")
-            if name is not None and len(lora.shapes[name]) == 2:
-                return lora.shapes[name][1]
-    return None
 
 
 def _check_layer(lora: LoraFile, layer: str, shape: tuple[int, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from slagen.errors import UsageError
@@ -55,7 +56,8 @@ def _checked(scale: float, text: str) -> float:
 
 def lora_options(given: Any) -> tuple[str, ...]:
     """What is given as `lora`, one or several, as strings. Raises UsageError for a fault in any, and for too many."""
-    texts = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    each = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+    texts = tuple(str(one) if isinstance(one, Path) else one for one in each)
     for text in texts:
         if not isinstance(text, str):
             raise UsageError(f"lora is {shown(text)}, but must be a string, FILE or FILE:SCALE. {EXAMPLE}")

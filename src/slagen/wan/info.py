@@ -9,9 +9,11 @@ from torch import Tensor
 
 from slagen.attention.learned import SLA_NAME, matrix_norms
 from slagen.attention.sla.config import SLAConfig
+from slagen.errors import WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.headers import read_header, shard_of
 from slagen.formats.kinds import REFUSALS, identify
+from slagen.formats.lora import read_lora
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.names import transformers
 from slagen.formats.peek import lacks_settings, peek
@@ -68,6 +70,18 @@ class RefusedInfo(FileInfo):
     """A file that slagen does not take. meaning: what it is, and what to give instead."""
 
     meaning: str
+
+
+@dataclass(frozen=True)
+class LoraInfo(FileInfo):
+    """A LoRA. meaning: how it is used. changed: how many layers it changes. width: of the transformer that it is for,
+    None where its layers do not say. ranks: least and most. unmatched: tensors that change no layer."""
+
+    meaning: str
+    changed: int
+    width: int | None
+    ranks: list[int]
+    unmatched: list[str]
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,8 @@ def info(path_text: str) -> Info:
         assert isinstance(side, SideFile)
         norms = [side.weight.norm().item()]
         return SideFileInfo(**vars(file), trained_with=side.config, proj_l_norms=norms, trained=norms[0] > 0)
+    if kind in ("lora", "difference"):
+        return _describe_lora(file, path)
     if kind != "transformer":
         return RefusedInfo(**vars(file), meaning=f"this {REFUSALS[kind]}")
     parts = list(transformers(content))
@@ -216,6 +232,18 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
         trained_with=found.trained_with, layer_sparsities=found.layer_sparsities,
         attention=None if found.method == SLA_NAME else found.method,
         notes=notes or None, parameter_norms=others or None, sla_file=_beside(path),
+    )  # fmt: skip
+
+
+def _describe_lora(file: FileInfo, path: Path) -> FileInfo:
+    try:
+        lora = read_lora(path)
+    except WeightsError as error:
+        return RefusedInfo(**vars(file), meaning=str(error).removeprefix(f"{path} "))
+    ranks = sorted({lora.shapes[roles["down"]][0] for roles in lora.layers.values() if "down" in roles})
+    return LoraInfo(
+        **vars(file), meaning="a LoRA for Wan2.1; use it with --lora FILE:SCALE", changed=len(lora.layers),
+        width=lora.width, ranks=ranks[:1] + ranks[1:][-1:], unmatched=list(lora.unmatched),
     )  # fmt: skip
 
 

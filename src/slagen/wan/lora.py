@@ -102,10 +102,11 @@ class Loras:
     def _add_adapters(self, pipe: Any) -> None:
         if not USE_PEFT_BACKEND:
             raise EnvironmentProblem(NEEDS_PEFT)
-        dtype = self.transformer.dtype
+        own = self.transformer.dtype  # beside weights that stay quantised
+        dtypes = {name: x.dtype if x.is_floating_point() else own for name, x in self.parameters.items()}
         for index, changes in enumerate(self.changes):
             state = {
-                f"{layer}.{name}.weight": tensor.to(dtype)
+                f"{layer}.{name}.weight": tensor.to(dtypes[f"{layer}.weight"])
                 for layer, change in changes.items()
                 for name, tensor in (("lora_A", change.down), ("lora_B", change.up))
                 if tensor is not None

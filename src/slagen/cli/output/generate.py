@@ -118,7 +118,8 @@ def totals(report: VideoReport) -> list[str]:
         if places := attention.method.get(f"dense_{name}"):
             noun = name if len(places) > 1 else name.removesuffix("s")
             what += f"; dense attention in {noun} {', '.join(map(str, places))}"
-    lines = [what, f"weights: {report.weights.used}, model {report.weights.model}"]
+    loras = "".join(f", LoRA {lora.file} at scale {lora.scale:g}" for lora in report.weights.loras or ())
+    lines = [what, f"weights: {report.weights.used}, model {report.weights.model}{loras}"]
     if attention.mode != "dense":
         lines.append(
             f"computed, not measured: attention takes {cost.attention_tflop:.3g} TFLOP instead of "

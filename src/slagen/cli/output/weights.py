@@ -81,6 +81,9 @@ def _add_rows(table: Table, content: dict[str, Any], prefix: str) -> None:
     for name, value in content.items():
         if isinstance(value, dict):
             _add_rows(table, value, f"{prefix}{name}.")
+        elif name == "loras":
+            said = ", ".join(f"{lora['file']}:{lora['scale']:g}" for lora in value)
+            table.add_row(Cell(line(prefix + name), "dim"), line(said))
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             table.add_row(Cell(line(prefix + name), "dim"), f"{counted(len(value), 'item')} (--json shows them)")
         elif name == "proj_l_norms":
