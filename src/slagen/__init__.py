@@ -1,4 +1,4 @@
-"""slagen: fast video from Wan2.1 with sparse-linear attention.
+"""slagen: video from Wan2.1 with sparse-linear attention.
 
 The public names load what they need on first use, so that `import slagen` costs nothing.
 """

@@ -121,9 +121,9 @@ def read_made(path: Path) -> Made:
     if made is not None:
         return made
     if not path.exists():
-        raise UsageError(f"{path} does not exist. Give an .mp4 that slagen generated, or its .json report.")
+        raise UsageError(f"{path} does not exist. Give a video that slagen generated, or its .json report.")
     raise UsageError(
-        f"{path} is neither a video that slagen generated nor its report. Give an .mp4 or its .json report."
+        f"{path} is neither a video that slagen generated nor its report. Give a video or its .json report."
     )
 
 
