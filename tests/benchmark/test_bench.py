@@ -234,6 +234,7 @@ def test_a_schedule_runs_in_the_loop(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
+        ({"lora": "a:0.5"}, "^--lora is for the denoising loop, which is not timed. Add --model or --random-init"),
         ({"sparsity_schedule": "0-:0.5"}, "^--sparsity-schedule is for the denoising loop, which is not timed. Add"),
         ({"model": "tiny-wan", "sparsity_schedule": "0-4:0.5"}, "there are 4 steps: 0 to 3"),
         ({"model": "tiny-wan", "methods": ("sol",), "sparsity_schedule": "0:0.5"}, "none of them is measured. Leave"),

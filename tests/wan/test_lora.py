@@ -15,6 +15,8 @@ from wan_models import build_pipeline
 import slagen
 from slagen.attention.cost import ModelShape
 from slagen.attention.sla.config import SLAConfig
+from slagen.benchmark import loop
+from slagen.benchmark.config import BenchConfig
 from slagen.errors import WeightsError
 from slagen.formats.lora import check_lora, read_lora
 from slagen.generation.lora import AskedLora
@@ -212,3 +214,14 @@ def test_info_of_a_lora(pipe, tmp_path):
     assert found == {"kind": "lora", "tensors": 60, "changed": 20, "width": 32, "ranks": [4], "unmatched": []}
     other = info(str(written(tmp_path, {"unet.conv.lora_A.weight": torch.zeros(2, 2)}, "other.safetensors")))
     assert "none of its 1 tensor changes a layer" in other.meaning
+
+
+def test_the_denoising_loop_of_bench_has_the_lora(pipe, tmp_path):
+    path = written(tmp_path, forms.kijai(pipe.transformer))
+    for merge, told in ((None, "merged"), (False, "not merged")):
+        made, notes = copy.deepcopy(pipe), []
+        config = BenchConfig(model="toy", lora=f"{path}:0.7", lora_merge=merge)
+        assert loop._add_loras(made, config, SHAPE, "toy", notes.append) == f"{path}:0.7 ({told})"
+        torch.testing.assert_close(velocity(made), by_diffusers(pipe, path, 0.7), atol=2e-5, rtol=2e-4)
+        (note,) = notes
+        assert note.text == "LoRA style.safetensors at scale 0.7: 60 tensors for 20 layers of this model"

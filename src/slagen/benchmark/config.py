@@ -62,6 +62,7 @@ class BenchConfig:
         random_init: the same for a randomly initialised Wan of this size.
         width, height, num_frames, steps: of the denoising loop; None is the model's own size, and 4 steps.
             As `compile`, only with `model` or `random_init`.
+        lora, lora_merge: of the denoising loop, as in GenerateConfig.
         compile: run the denoising loop once more with every block of the transformer compiled.
         output: a folder for bench.json, bench.md, bench.png and bench.svg; None writes nothing.
     Raises: UsageError if a value is out of range, or the values do not go together.
@@ -102,6 +103,14 @@ class BenchConfig:
     height: int | None = option(None, "In pixels.", panel=WHAT, hidden=True)
     num_frames: int | None = option(None, "Video frames in the denoising loop.", panel=WHAT)
     steps: int | None = option(None, "Steps of the denoising loop. Default: 4.", panel=WHAT)
+    lora: tuple[str, ...] = option(
+        (), "A LoRA in the denoising loop, and its scale, as for slagen generate. May be repeated.", panel=WHAT,
+        metavar="FILE[:SCALE]",
+    )  # fmt: skip
+    lora_merge: bool | None = option(
+        None, "Merge LoRAs into the weights. Default: merge. With --no-lora-merge, they take time in each step.",
+        panel=WHAT,
+    )  # fmt: skip
     compile: bool = option(False, "Also time the denoising loop with torch.compile.", panel=WHAT)
     sparsity_schedule: str | None = option(
         None, "Sparsity by step, or by layer, in the denoising loop, as for slagen generate; or a file of slagen tune.",
@@ -163,9 +172,12 @@ class BenchConfig:
 
     def _check_loop(self) -> None:
         """Raise UsageError for a denoising loop that cannot run, and for what only one has where none is timed."""
-        GenerateConfig("-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps)
+        loop = GenerateConfig(
+            "-", width=self.width, height=self.height, num_frames=self.num_frames, steps=self.steps, lora=self.lora
+        )
+        object.__setattr__(self, "lora", loop.lora)
         asked: dict[str, Any] = {"--size": self.width, "--num-frames": self.num_frames, "--steps": self.steps}
-        asked["--sparsity-schedule"] = self.sparsity_schedule
+        asked |= {"--sparsity-schedule": self.sparsity_schedule, "--lora": self.lora or None}
         given = [name for name, value in asked.items() if value is not None] + ["--compile"] * self.compile
         if given and not self.is_loop:
             are = "is" if len(given) == 1 else "are"

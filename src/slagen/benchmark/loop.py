@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slagen import machine
+from slagen.attention.cost import ModelShape
 from slagen.attention.delta.method import with_delta
 from slagen.attention.dense.config import BACKENDS
 from slagen.attention.dense.kernels import SDPA, dense_kernel
@@ -27,6 +28,7 @@ from slagen.benchmark.config import BenchConfig
 from slagen.benchmark.methods import unavailable
 from slagen.benchmark.rows import ModelRow
 from slagen.events import Event, counted_parts, loaded_parts
+from slagen.generation.lora import asked_loras
 from slagen.generation.sizes import check_grid
 from slagen.timing import StepRecorder, Times
 from slagen.wan.defaults import ModelDefaults
@@ -89,22 +91,24 @@ def bench_model(
     from slagen.wan.loading import load_pipeline, random_pipeline
     from slagen.wan.models import resolve_model
     from slagen.wan.processor import remove
+    from slagen.wan.transformer import RANDOM_INIT
 
     name: str
     if config.random_init is not None:
         on_event(Event("job", f"initializing {config.random_init} with random weights"))
-        name, defaults = config.random_init, ModelDefaults()
+        name, defaults, shape = config.random_init, ModelDefaults(), RANDOM_INIT[config.random_init]
         pipe = random_pipeline(name, device, dtype)
     else:
         source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
         check_grid(*_size(config, source.defaults)[:2], source.spatial_grid)
         on_event(Event("job", f"loading {source.name}"))
         pipe = load_pipeline(source, device, dtype, on_part=loaded_parts(on_event))
-        name, defaults = source.name, source.defaults
+        name, defaults, shape = source.name, source.defaults, source.shape
     head_dim, layers = pipe.transformer.config.attention_head_dim, pipe.transformer.config.num_layers
     width, height, num_frames = _size(config, defaults)
     factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
     grid = token_grid(width, height, num_frames, pipe.transformer.config.patch_size, *factors)
+    loras = _add_loras(pipe, config, shape, name, on_event) if config.lora else None
     rows = []
     for contender in [*_dense(config, device), *_methods(config, grid, head_dim, layers, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
@@ -127,7 +131,8 @@ def bench_model(
             rows.append(ModelRow(
                 name, contender.attention, contender.backend, contender.sparsity, f"{width}x{height}", num_frames,
                 config.num_steps, compiled, delta=contender.delta,
-                sparsity_schedule=None if contender.configs is None else config.sparsity_schedule, **vars(times),
+                sparsity_schedule=None if contender.configs is None else config.sparsity_schedule, lora=loras,
+                **vars(times),
             ))  # fmt: skip
     fastest = min((row.step_ms for row in rows if row.attention == "dense"), key=lambda times: times.median)
     return [
@@ -191,6 +196,20 @@ def _dense_elsewhere(model: str | None, method: Method) -> str:
     policy = recommended_policy(model, method.name)
     dense = {"dense_steps": policy.dense_steps or method.dense_steps, "dense_layers": policy.dense_layers}
     return " and ".join(f"{name} {text}" for name, text in dense.items() if text is not None)
+
+
+def _add_loras(pipe: Any, config: BenchConfig, shape: ModelShape, name: str, on_event: Callable[[Event], None]) -> str:
+    """Put the LoRAs into the model; returns what its rows say of them."""
+    from slagen.generation.lora_files import describe_loras, find_loras
+    from slagen.wan.lora import Loras
+
+    files, asked = find_loras(config.lora, shape, name), asked_loras(config.lora, None)
+    for kind, texts in zip(("note", "warning"), describe_loras(files, asked), strict=True):
+        for text in texts:
+            on_event(Event(kind, text))
+    merge = config.lora_merge is not False
+    Loras(pipe, files, merge=merge, keep=False).set_scales([lora.scale for lora in asked])
+    return f"{', '.join(map(str, asked))} ({'merged' if merge else 'not merged'})"
 
 
 def _size(config: BenchConfig, defaults: ModelDefaults) -> tuple[int, int, int]:

@@ -91,6 +91,7 @@ class ModelRow:
         step_ms, attention_ms: of a step, and of the attention in it. attention_share: of all steps' time.
         speedup: over the fastest dense row. against_dense: "faster", "slower" or "within the noise".
         delta: as in BenchRow. sparsity_schedule: where one set the sparsity.
+        lora: the LoRAs with their scales, and whether they were merged; None where there are none.
     """
 
     model: str
@@ -109,10 +110,11 @@ class ModelRow:
     against_dense: str | None = None
     delta: int | None = None
     sparsity_schedule: str | None = None
+    lora: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
-        return dataclasses.asdict(self)
+        return {name: x for name, x in dataclasses.asdict(self).items() if name != "lora" or x is not None}
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from slagen.events import Event, counted_parts, nth
 from slagen.formats.peek import peek
 from slagen.generation.config import MAX_SEED, GenerateConfig
 from slagen.generation.generate import check_memory, enough_gpu_memory
+from slagen.generation.lora import asked_loras
+from slagen.generation.lora_files import describe_loras
 from slagen.generation.prompts import apply, check_count, read_prompts
 from slagen.generation.report import density_section
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
@@ -192,6 +194,8 @@ def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> 
         row.options.update(own | {name: value for name, value in policy.items() if value is not None})
         row.backend = plan.backend
         texts = [("warning", text) for text in plan.warnings]
+        loras = describe_loras(plan.weights.loras, asked_loras(plan.config.lora, plan.config.lora_scale))
+        texts += [("note", text) for text in loras[0]]
         if row.trained is False:
             texts.append(("note", f"{row.label} runs untrained, because this model has no {plan.method.name} weights"))
         for kind, text in texts:
