@@ -255,6 +255,7 @@ def test_a_schedule_runs_in_the_loop(tmp_path, monkeypatch):
         ),
     ],
     ids=[
+        "lora-of-no-loop",
         "schedule-of-no-loop",
         "schedule-steps",
         "schedule-methods",

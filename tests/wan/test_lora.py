@@ -221,7 +221,7 @@ def test_the_denoising_loop_of_bench_has_the_lora(pipe, tmp_path):
     for merge, told in ((None, "merged"), (False, "not merged")):
         made, notes = copy.deepcopy(pipe), []
         config = BenchConfig(model="toy", lora=f"{path}:0.7", lora_merge=merge)
-        assert loop._add_loras(made, config, SHAPE, "toy", notes.append) == f"{path}:0.7 ({told})"
+        assert loop._add_loras(made, config, "toy", notes.append) == f"{path}:0.7 ({told})"
         torch.testing.assert_close(velocity(made), by_diffusers(pipe, path, 0.7), atol=2e-5, rtol=2e-4)
         (note,) = notes
         assert note.text == "LoRA style.safetensors at scale 0.7: 60 tensors for 20 layers of this model"

@@ -91,24 +91,23 @@ def bench_model(
     from slagen.wan.loading import load_pipeline, random_pipeline
     from slagen.wan.models import resolve_model
     from slagen.wan.processor import remove
-    from slagen.wan.transformer import RANDOM_INIT
 
     name: str
     if config.random_init is not None:
         on_event(Event("job", f"initializing {config.random_init} with random weights"))
-        name, defaults, shape = config.random_init, ModelDefaults(), RANDOM_INIT[config.random_init]
+        name, defaults = config.random_init, ModelDefaults()
         pipe = random_pipeline(name, device, dtype)
     else:
         source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
         check_grid(*_size(config, source.defaults)[:2], source.spatial_grid)
         on_event(Event("job", f"loading {source.name}"))
         pipe = load_pipeline(source, device, dtype, on_part=loaded_parts(on_event))
-        name, defaults, shape = source.name, source.defaults, source.shape
+        name, defaults = source.name, source.defaults
     head_dim, layers = pipe.transformer.config.attention_head_dim, pipe.transformer.config.num_layers
     width, height, num_frames = _size(config, defaults)
     factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
     grid = token_grid(width, height, num_frames, pipe.transformer.config.patch_size, *factors)
-    loras = _add_loras(pipe, config, shape, name, on_event) if config.lora else None
+    loras = _add_loras(pipe, config, name, on_event) if config.lora else None
     rows = []
     for contender in [*_dense(config, device), *_methods(config, grid, head_dim, layers, device, dtype)]:
         for compiled in (False, True) if config.compile else (False,):
@@ -198,11 +197,13 @@ def _dense_elsewhere(model: str | None, method: Method) -> str:
     return " and ".join(f"{name} {text}" for name, text in dense.items() if text is not None)
 
 
-def _add_loras(pipe: Any, config: BenchConfig, shape: ModelShape, name: str, on_event: Callable[[Event], None]) -> str:
+def _add_loras(pipe: Any, config: BenchConfig, name: str, on_event: Callable[[Event], None]) -> str:
     """Put the LoRAs into the model; returns what its rows say of them."""
     from slagen.generation.lora_files import describe_loras, find_loras
     from slagen.wan.lora import Loras
 
+    c = pipe.transformer.config
+    shape = ModelShape(c.num_layers, c.num_attention_heads, c.attention_head_dim, c.ffn_dim, text_tokens=512)
     files, asked = find_loras(config.lora, shape, name), asked_loras(config.lora, None)
     for kind, texts in zip(("note", "warning"), describe_loras(files, asked), strict=True):
         for text in texts:
