@@ -67,6 +67,7 @@ def test_latents_become_a_folder_of_frames(toy, video, tmp_path, capsys):
     assert run(["info", str(output)]) == 5 and "Give its report, a.json" in capsys.readouterr().err
     (output / "holiday.jpg").touch()
     assert run(command) == 2 and len(list(output.iterdir())) == 10
+    assert "folder of other files, which slagen does not replace" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_video_without_metadata(toy, video, tmp_path, capsys):

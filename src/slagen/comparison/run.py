@@ -41,7 +41,7 @@ from slagen.generation.session import Session, decode_frames
 from slagen.generation.side_by_side import side_by_side
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import reserved, write_json
-from slagen.io.paths import is_taken, is_video, kind_of_output, user_path
+from slagen.io.paths import check_not_taken, is_video, kind_of_output, user_path
 from slagen.io.text import counted
 from slagen.packages import versions
 from slagen.video import check_ffmpeg, write_video
@@ -334,6 +334,5 @@ def _places(config: CompareConfig, clips: list[GenerateConfig], plan: Plan) -> I
     path = videos[0].with_suffix(".json") if single else output / f"compare-{digest}.json"
     with reserved(path, videos[0]):
         for file in (*videos, path):
-            if is_taken(file, config.base.overwrite):
-                raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
+            check_not_taken(file, config.base.overwrite, "--output or --seed")
         yield videos, path

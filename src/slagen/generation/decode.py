@@ -25,7 +25,7 @@ from slagen.generation.session import decode_frames, warn_of_one_colour
 from slagen.generation.video_report import Decoded, VideoReport
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json
-from slagen.io.paths import check_video, is_taken, kind_of, user_path
+from slagen.io.paths import check_not_taken, check_video, kind_of, user_path
 from slagen.io.stages import staging
 from slagen.video import check_ffmpeg, encode_video, not_written
 from slagen.wan.folder import ModelSource
@@ -67,8 +67,7 @@ def decode(
             on_event(Event("warning", text))
     with reserved(target, target.with_suffix(".json")):
         for file in (target, target.with_suffix(".json")):
-            if is_taken(file, overwrite):
-                raise UsageError(f"{file} exists. Choose another --output, or replace it with --overwrite.")
+            check_not_taken(file, overwrite)
         check_writable(target.parent)
         on_event(Event("stage", "load"))
         decoder = load_pipeline(

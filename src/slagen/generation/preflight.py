@@ -10,7 +10,7 @@ from slagen.formats.headers import check_weights
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX
 from slagen.generation.lora import read_lora_option
-from slagen.io.paths import is_taken, is_video, user_path
+from slagen.io.paths import check_not_taken, is_video, user_path
 from slagen.wan.folder import describe_folder
 from slagen.wan.presets import local_folder
 
@@ -73,5 +73,4 @@ def check_free(video: Path, config: GenerateConfig) -> None:
     latents = [video.with_suffix(SUFFIX)] if config.save_latents else []
     page = [video.with_suffix(".html")] if config.report else []
     for file in (video, video.with_suffix(".json"), *latents, *page):
-        if is_taken(file, config.overwrite):
-            raise UsageError(f"{file} exists. Choose another --output or --seed, or replace it with --overwrite.")
+        check_not_taken(file, config.overwrite, "--output or --seed")

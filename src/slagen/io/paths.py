@@ -36,9 +36,17 @@ def is_frames(path: Path) -> bool:
     return kind_of(path) == FRAMES and path.is_dir() and all(re.fullmatch(r"\d{4,}\.png", n) for n in os.listdir(path))
 
 
-def is_taken(path: Path, overwrite: bool) -> bool:
-    """Whether something is there that must stay: anything, or, to be overwritten, a folder of anything but frames."""
-    return (path.is_dir() and not is_frames(path)) or (os.path.lexists(path) and not overwrite)
+def check_not_taken(path: Path, overwrite: bool, other: str = "--output") -> None:
+    """Raise UsageError where something is there that must stay: anything unless it is to be overwritten, and in any
+    case a folder of anything but frames.
+
+    Args:
+        other: the options that name another path.
+    """
+    if path.is_dir() and not is_frames(path):
+        raise UsageError(f"{path} is a folder of other files, which slagen does not replace. Choose another {other}.")
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"{path} exists. Choose another {other}, or replace it with --overwrite.")
 
 
 def check_output(text: str) -> None:
