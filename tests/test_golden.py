@@ -135,8 +135,8 @@ def replacement(name: str, task: Any) -> Any:
 
 @pytest.fixture
 def no_tasks(monkeypatch, tmp_path):
-    """Commands end where their work would begin; no CUDA device, no Ray, an empty folder but for a
-    file of options, a prompt on stdin."""
+    """Commands end where their work would begin; no CUDA device, no Ray, a folder with no more than
+    an empty file of options, a prompt on stdin."""
     for module, name in TASKS:
         monkeypatch.setattr(module, name, replacement(name, getattr(module, name)))
     for module, name in CHECKS:

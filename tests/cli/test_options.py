@@ -28,7 +28,7 @@ class Toy(GenerateConfig):
 
 READERS = (
     "cli.main", "cli.app", "cli.generate", "cli.batch", "cli.info", "cli.finetune", "generation.prompts",
-    "generation.report", "generation.resolve", "generation.replay", "batch.queue",
+    "generation.report", "generation.resolve", "generation.recorded", "batch.queue",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_a_new_option_of_generate_is_one_field(toy, tmp_path, capsys, monkeypatc
     file.write_text("a red circle --sparkle 2")
     [request] = toy("generation.prompts").read_prompts(str(file))
     assert request.fields == {"sparkle": 2}
-    assert "sparkle" in toy("generation.replay").AS_THEY_ARE
+    assert "sparkle" in toy("generation.recorded").AS_THEY_ARE
     resolve, not_in_key = toy("generation.resolve"), toy("batch.queue").NOT_IN_KEY
     for value in (0, 3):
         plan = resolve.make_plan(Toy("a red circle", seed=1, model="tiny-wan", device="cpu", sparkle=value))

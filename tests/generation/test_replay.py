@@ -46,6 +46,61 @@ def test_made_again_it_is_the_same(video, source):
     assert set(result.hashes) == (found if source == "path" else {*found, "file"})
 
 
+CHANGES = [
+    ("", {}),
+    ("--seed 5 --steps 1", {"seed": 5, "steps": 1}),
+    ("other --sparsity 0.6", {"prompt": "other", "sparsity": 0.6}),
+    ("--sla-topk 0.4 --size 64x64", {"sparsity": None, "sla_topk": 0.4, "width": 64, "height": 64}),
+    ("--attention dense", {"attention": "dense", "sparsity": None}),
+    ("--sampler euler --fps 4", {"sampler": "euler", "fps": 4}),
+    ("--sampler rcm", {"sampler": "rcm", "flow_shift": None}),
+]
+
+
+@pytest.mark.parametrize(("line", "changed"), CHANGES, ids=[line for line, _ in CHANGES])
+def test_from_a_report_options_change_what_they_say(video, tmp_path, monkeypatch, line, changed):
+    """All that makes the latents is taken over, but for what is typed and what only belonged to that."""
+    seen = []
+    monkeypatch.setattr("slagen.generation.generate.generate", lambda config, on_event: seen.append(config))
+    monkeypatch.setattr("slagen.cli.output.generate.show_videos", lambda *given: None)
+    output = str(tmp_path / "y.gif")
+    assert run(["generate", *line.split(), "--from", str(video.report_path), "-o", output, "--timing", "off"]) == 0
+    told = video.report["settings"]
+    same = {"prompt": told["prompt"], "model": str(video.path.parent / "toy"), "output": output, "timing": "off",
+            "negative_prompt": told["negative_prompt"], "width": 128, "height": 128, "num_frames": 9, "seed": 3,
+            "fps": told["fps"], "steps": 2, "sampler": "unipc", "guidance_scale": told["guidance_scale"],
+            "flow_shift": told["flow_shift"], "dtype": "fp32", "device": "cpu", "allow_untrained": True,
+            "sparsity": 0.5, "backend": told["backend"]}  # fmt: skip
+    if "dense" in line:
+        del same["backend"]
+    assert seen == [GenerateConfig(**{**same, **changed})]
+
+
+def test_from_a_report_the_latents_are_the_same(video, tmp_path, capsys):
+    again = tmp_path / "y.frames"
+    assert run(["generate", "--from", str(video.report_path), "-o", str(again), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["latents_hash"] == video.report["latents_hash"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"schema_version": 2}, 5, "was written by a newer version of slagen (format 2). Upgrade slagen."),
+        ({"settings": {"prompt": 3}}, 5, '"settings.prompt" is a number, but must be text'),
+        ({"settings": {"prompt": "x", "model": "tiny-wan", "size": "64x64"}}, 2, "cannot reproduce: 'attention'"),
+        ("{", 5, "it is not valid JSON"),
+    ],
+    ids=["newer", "wrong", "lacking", "broken"],
+)
+def test_a_report_that_cannot_be_taken_is_one_message(video, tmp_path, capsys, change, code, words):
+    content = change if isinstance(change, str) else json.dumps({**video.report, **change})
+    (tmp_path / "x.json").write_text(content)
+    assert run(["generate", "--from", str(tmp_path / "x.json"), "-o", str(tmp_path / "y.mp4")]) == code
+    told = capsys.readouterr().err
+    assert words in " ".join(told.split()) and told.count("error:") == 1
+    assert run(["generate", "--from", str(tmp_path / "x.json"), "--prompts", "p.txt"]) == 2
+
+
 def test_other_metadata_around_the_same_frames_is_no_difference(video, tmp_path, capsys):
     """Another version of slagen may write another comment into the file: every report of before failed."""
     content = json.loads(video.report_path.read_text())
@@ -145,7 +200,7 @@ def test_the_bundled_weights_of_another_installation(monkeypatch, tmp_path):
     """Reports named them where they lay: `weights` of another machine fails, though the same file is here."""
     import hashlib
 
-    from slagen.generation.replay import _find_weights
+    from slagen.generation.recorded import _find_weights
     from slagen.wan.folder import bundled_folder
 
     own = hashlib.sha256((bundled_folder() / "sla.safetensors").read_bytes()).hexdigest()

@@ -27,7 +27,7 @@ SAME = (
     {"--size", "--width", "--height", "--resolution", "--aspect-ratio"}, {"--sparsity", "--keep", "--sla-topk"},
     {"--prompt", "--prompts"},
 )  # fmt: skip
-NEAR = 0.6  # how alike two names must be, from 0 to 1, for the one to be suggested for the other
+NEAR = 0.7  # how alike two names must be, from 0 to 1, for the one to be suggested for the other
 
 
 def takes_config(function: Callable[..., None]) -> Callable[..., None]:

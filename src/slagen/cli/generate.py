@@ -35,6 +35,15 @@ def generate(
         str | None,
         typer.Option(help="A file of prompts, as for slagen batch.", rich_help_panel=VIDEO, metavar="FILE"),
     ] = None,
+    from_report: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="The report (.json) of a video, or the video: generate it again, changed as other options say.",
+            rich_help_panel=VIDEO,
+            metavar="REPORT",
+        ),
+    ] = None,
     settings: dict[str, Any],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only estimate the run, as slagen plan does.", rich_help_panel=OUTPUT)
@@ -54,8 +63,11 @@ def generate(
         _check_prompts(words, prompt, dry_run, settings["overwrite"])
     if verbose and (prompts is not None or dry_run):
         raise UsageError("--verbose prints the steps of a single video. Leave it out.")
-    text = read_prompt(words, prompt) if prompts is None else "-"
-    config = GenerateConfig(prompt=text, **settings)
+    if from_report is not None and prompts is not None:
+        raise UsageError("--from makes one video, but --prompts gives many. Leave one of them out.")
+    if from_report is None or words is not None or prompt is not None:
+        settings["prompt"] = read_prompt(words, prompt) if prompts is None else "-"
+    config = GenerateConfig(**settings) if from_report is None else _config_again(context, from_report, settings)
     from slagen.cli.output.generate import show_videos
     from slagen.cli.output.plan import show_plan
     from slagen.cli.progress import GenerateProgress
@@ -74,6 +86,22 @@ def generate(
 
         result = task.generate(config, progress)
     show_videos(result, as_json, verbose)
+
+
+def _typed(context: typer.Context) -> set[str]:
+    """The names of the options that were given, on the command line or in a file."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    names = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
+    return names | ({"prompt"} if "words" in names else set())
+
+
+def _config_again(context: typer.Context, report: str, settings: dict[str, Any]) -> GenerateConfig:
+    """What made a video, with what the command line says otherwise."""
+    from slagen.generation.recorded import changed_again, reproducible
+
+    fields = changed_again(report, settings, _typed(context))
+    with reproducible(user_path(report)):
+        return GenerateConfig(**fields)
 
 
 def _estimated(config: GenerateConfig) -> Any:

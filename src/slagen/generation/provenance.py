@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from slagen.errors import UsageError, WeightsError
-from slagen.generation.video_report import FORM, RestoredReport, VideoFile, VideoReport, named_hashes
+from slagen.generation.video_report import FORM, SCHEMA_VERSION, RestoredReport, VideoFile, VideoReport, named_hashes
 from slagen.io.documents import parse_json, read_json
-from slagen.io.forms import Fault, check, matching, sha256
+from slagen.io.forms import Fault, check, matching, sha256, whole
 from slagen.io.paths import GIF, WEBM, is_frames, kind_of
 from slagen.io.reading import kind_of_path
 from slagen.video import is_matroska, is_mp4, other_kind, read_comment
@@ -26,7 +26,7 @@ SETTINGS = {
     "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
 }  # fmt: skip
 RECORDED = {
-    "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
+    "schema_version?": whole(1, 10**6), "settings": SETTINGS, "latents_hash": str, "versions?": {str: str},
     "video?": {"file?": str | None, "frames_hash?": str, "sha256?": str},
     "weights?": {
         "model_hash?": str | None, "sla_hash?": str | None,
@@ -100,7 +100,16 @@ def describe(path: Path) -> Made | None:
         )
     if path.suffix.lower() != ".json" or not path.is_file():
         return None
-    return Made(path, "report", read_json(path, RECORDED, advice="Give a complete report that slagen wrote."))
+    return _of_this_version(
+        Made(path, "report", read_json(path, RECORDED, advice="Give a complete report that slagen wrote."))
+    )
+
+
+def _of_this_version(made: Made) -> Made:
+    """Raise WeightsError for what a newer version of slagen recorded."""
+    if (version := made.content.get("schema_version", SCHEMA_VERSION)) > SCHEMA_VERSION:
+        raise WeightsError(f"{made.path} was written by a newer version of slagen (format {version}). Upgrade slagen.")
+    return made
 
 
 def timed_report(made: Made) -> VideoReport | None:
@@ -140,7 +149,7 @@ def read_video(path: Path) -> Made:
     if not text:
         raise WeightsError(f"{foreign}{advice}.")
     try:
-        return Made(path, "video", parse_json(text, RECORDED))
+        return _of_this_version(Made(path, "video", parse_json(text, RECORDED)))
     except Fault as fault:
         raise WeightsError(f"{foreign} ({fault}){advice}.") from fault
 
