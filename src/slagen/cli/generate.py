@@ -59,14 +59,13 @@ def generate(
 
     Example: slagen generate "a red circle moving right" --seed 7 --output circle.mp4
     """
-    if prompts is not None:
-        _check_prompts(words, prompt, dry_run, settings["overwrite"])
     if verbose and (prompts is not None or dry_run):
         raise UsageError("--verbose prints the steps of a single video. Leave it out.")
-    if from_report is not None and prompts is not None:
-        raise UsageError("--from makes one video, but --prompts gives many. Leave one of them out.")
-    if from_report is None or words is not None or prompt is not None:
-        settings["prompt"] = read_prompt(words, prompt) if prompts is None else "-"
+    if prompts is not None:
+        _check_prompts(words, prompt, dry_run, settings["overwrite"], from_report)
+        settings["prompt"] = "-"
+    elif from_report is None or words is not None or prompt is not None:
+        settings["prompt"] = read_prompt(words, prompt)
     config = GenerateConfig(**settings) if from_report is None else _config_again(context, from_report, settings)
     from slagen.cli.output.generate import show_videos
     from slagen.cli.output.plan import show_plan
@@ -117,8 +116,12 @@ def _estimated(config: GenerateConfig) -> Any:
     return planning.plan(config, kind)
 
 
-def _check_prompts(words: str | None, prompt: str | None, dry_run: bool, overwrite: bool) -> None:
+def _check_prompts(
+    words: str | None, prompt: str | None, dry_run: bool, overwrite: bool, from_report: str | None
+) -> None:
     """Raise UsageError for what does not go with --prompts."""
+    if from_report is not None:
+        raise UsageError("--from makes one video, but --prompts gives many. Leave one of them out.")
     if words is not None or prompt is not None:
         raise UsageError("both a prompt and --prompts are given. Give one of them.")
     if dry_run:
