@@ -18,6 +18,8 @@ from slagen.io.forms import Fault
 from slagen.io.paths import check_video, user_path
 from slagen.io.text import LONG_DASH, MAX_PROMPT, quote_path
 
+AGAIN = "The report (.json) of a video, or the video: generate it again, changed as other options say."
+
 
 @takes(settings=GenerateConfig)
 def generate(
@@ -36,13 +38,7 @@ def generate(
         typer.Option(help="A file of prompts, as for slagen batch.", rich_help_panel=VIDEO, metavar="FILE"),
     ] = None,
     from_report: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            help="The report (.json) of a video, or the video: generate it again, changed as other options say.",
-            rich_help_panel=VIDEO,
-            metavar="REPORT",
-        ),
+        str | None, typer.Option("--from", help=AGAIN, rich_help_panel=VIDEO, metavar="REPORT")
     ] = None,
     settings: dict[str, Any],
     dry_run: Annotated[
