@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import lora_forms as forms
 import pytest
@@ -163,6 +164,7 @@ def test_faulty_options(fields, words):
 
 
 def test_scales_of_one_video():
+    assert GenerateConfig("a", lora=[Path("b") / "c.safetensors", "d:0.5"]).lora == ("b/c.safetensors", "d:0.5")
     assert [x.scale for x in asked_loras(("a:2", "b"), None)] == [2, 1]
     assert [x.scale for x in asked_loras(("a:2", "b"), "0.5")] == [0.5, 0.5]
     assert [x.scale for x in asked_loras(("a:2", "b"), "0.5,0")] == [0.5, 0]

@@ -80,10 +80,23 @@ def test_forms_that_diffusers_passes_over_mean_the_same(pipe, tmp_path, form):
     torch.testing.assert_close(velocity(made), expected, atol=2e-5, rtol=2e-4)
 
 
+FLAT = {
+    "lora_unet_blocks_0_cross_attn_o": "blocks.0.attn2.to_out.0",
+    "lora_unet_blocks_1_ffn_2": "blocks.1.ffn.net.2",
+    "lora_unet_time_projection_1": "condition_embedder.time_proj",
+    "lora_unet_head_head": "proj_out",
+    "lycoris_blocks_1_ffn_net_0_proj": "blocks.1.ffn.net.0.proj",
+    "lycoris_blocks_0_attn1_to_out_0": "blocks.0.attn1.to_out.0",
+    "lora_transformer_condition_embedder_text_embedder_linear_2": "condition_embedder.text_embedder.linear_2",
+}
+
+
 def test_every_name_of_a_pair_is_read(tmp_path):
-    for pair in LORA_PAIRS:
-        found = read_lora(written(tmp_path, lora(pair), f"{LORA_PAIRS.index(pair)}.safetensors"))
-        assert {layer: set(roles) for layer, roles in found.layers.items()} == {"blocks.0.attn1.to_q": {"down", "up"}}
+    wanted = [(pair, "blocks.0.attn1.to_q") for pair in LORA_PAIRS]
+    wanted += [(f"{name}.lora_{{}}.weight:down up", layer) for name, layer in FLAT.items()]
+    for number, (pair, layer) in enumerate(wanted):
+        found = read_lora(written(tmp_path, lora(pair), f"{number}.safetensors"))
+        assert {name: set(roles) for name, roles in found.layers.items()} == {layer: {"down", "up"}}
 
 
 def test_several_loras_whose_scales_change(pipe, tmp_path):

@@ -41,7 +41,7 @@ _PAIR = re.compile(r"\.lora(?:_linear_layer\.|[._])(A|B|down|up)(?:\.\w+)??(?:\.
 _SINGLE = re.compile(r"\.(alpha|diff|diff_b)\Z")
 _OF_DORA = re.compile(r"\.(?:dora_scale|lora_magnitude_vector)\b")
 # kohya writes underscores for the dots of a layer's name; these are between two parts of a name.
-_FLAT = re.compile(r"lora_(?:unet|transformer)_")
+_FLAT = re.compile(r"(?:lora_(?:unet|transformer)|lycoris)_")
 _DOTS = tuple(
     (re.compile(pattern), target)
     for pattern, target in (

@@ -70,7 +70,7 @@ def lora_options(given: Any) -> tuple[str, ...]:
 def read_scales(text: str) -> tuple[float, ...]:
     """The scales of "0.8" or "0.8,1". Raises UsageError."""
     try:
-        return tuple(_checked(float(part), part) for part in text.split(","))
+        return tuple(_checked(float(part), part) for part in str(text).split(","))
     except ValueError:
         raise UsageError(
             f"lora_scale is {shown(text)}, but must be a number, or one for each LoRA, separated by commas. "
