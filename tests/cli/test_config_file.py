@@ -76,7 +76,7 @@ def test_the_file_wins_over_the_environment(monkeypatch, tmp_path):
     ("content", "words"),
     [
         ("num_frame: 9", "f.yaml: num_frame is not an option of slagen generate. Did you mean num_frames?"),
-        ("colour: red", "f.yaml: colour is not an option of slagen generate. See slagen generate --help."),
+        ("hue: red", "f.yaml: hue is not an option of slagen generate. See slagen generate --help."),
         ("steps: many", "steps in f.yaml is 'many', but must be a whole number."),
         ("steps: 2.5", "steps in f.yaml is '2.5', but must be a whole number."),
         ("dtype: fp64", "dtype in f.yaml is 'fp64', but must be one of auto, bf16, fp16, fp32."),
