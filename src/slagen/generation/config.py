@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 else:
     Attention, AttentionBackend = Literal[registry.names()], Literal[registry.backend_names()]
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
+Offload = Literal["auto", "none", "model", "group", "sequential"]
+VaeTiling = Literal["auto", "on", "off"]
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
 # Options of commands that make videos, and not of those that only measure on them.
 OF_VIDEOS = ("num_videos", "save_latents", "report", "measure_dense", "trace", "timing", "crf", "no_metadata")
@@ -74,6 +76,7 @@ class GenerateConfig:
         num_videos: how many videos to make of the prompt.
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        offload: which parts are on the GPU at a time, see generation/offload.py. vae_tiling: decode in tiles.
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
         trace: a file that ends in .json, for the trace of the one video.
@@ -126,6 +129,12 @@ class GenerateConfig:
         "auto", "auto is bf16 on CUDA (fp16 on cards without bf16), and fp32 on a CPU.", panel=SAMPLING
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
+    offload: Offload = option(
+        "auto",
+        "What is on the GPU at a time: none offloads nothing, model keeps one part there, group one block, sequential "
+        "one layer. auto goes by the free memory.",
+        panel=SAMPLING, pixels=False,
+    )  # fmt: skip
     attention: Attention = option(
         "sla", "Attention method. The command slagen methods describes them.", panel=ATTENTION
     )
@@ -199,6 +208,12 @@ class GenerateConfig:
         panel=VIDEO,
         in_key=False,
     )
+    vae_tiling: VaeTiling = option(
+        "auto",
+        "Decode in tiles, on or off: less memory, 1.65 times the FLOPs. auto does where whole frames do not fit on the "
+        "GPU.",
+        panel=VIDEO, metavar="on|off|auto",
+    )  # fmt: skip
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=VIDEO, pixels=False)
     allow_untrained: bool = option(
         False, "Run SLA even if its weights are missing or all zero.", panel=ATTENTION, in_key=False
@@ -249,7 +264,9 @@ class GenerateConfig:
         config_checks.check_whole_numbers(self)
         _check_strengths(self)
         _check_seed(self)
-        for name, choices in (("timing", Timing), ("dtype", Dtype), ("sampler", Sampler)):
+        config_checks.check_offload(self)
+        choices_of = {"timing": Timing, "dtype": Dtype, "sampler": Sampler, "offload": Offload, "vae_tiling": VaeTiling}
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in get_args(choices) and (name, value) != ("sampler", None):
                 raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")

@@ -82,6 +82,14 @@ def check_measurement(config: GenerateConfig) -> None:
         )
 
 
+def check_offload(config: GenerateConfig) -> None:
+    """Raise UsageError for parts of a model that are to be moved to a GPU on a device that is none."""
+    if config.offload not in ("auto", "none") and config.device == "cpu":
+        raise UsageError(
+            f"--offload {config.offload} moves parts of the model to a GPU, but --device is cpu. Leave --offload out."
+        )
+
+
 def check_trace(config: GenerateConfig) -> None:
     """Raise UsageError for a trace that is no .json file of its own, or one file for several videos."""
     if config.trace is None:

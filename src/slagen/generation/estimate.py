@@ -311,7 +311,6 @@ def _memory(
     """
     shape, folder = model.shape, model.folder
     hidden = memory.denoising(shape, tokens, item_bytes) + kept
-    decode = 4 * 4 * (96 * 4 * size[0] * size[1])  # four float32 activations of the widest layer, for four frames
     if folder is None:
         weights = {
             "text": item_bytes * TEXT_ENCODER_PARAMETERS, "denoise": item_bytes * transformer_parameters(shape),
@@ -321,8 +320,7 @@ def _memory(
         sizes = {part: sum(f.stat().st_size for f in (folder / part).glob("*.safetensors"))
                  for part in ("text_encoder", "transformer", "vae")}  # fmt: skip
         weights = {"text": sizes["text_encoder"], "denoise": sizes["transformer"], "decode": sizes["vae"]}
-        decode = decode // 4
-    activations = {"text": 0, "denoise": hidden, "decode": decode}
+    activations = {"text": 0, "denoise": hidden, "decode": cpu.decode * GIB}
     return RunMemory(
         stages={stage: StageMemory(weights[stage] / GIB, activations[stage] / GIB) for stage in weights},
         gpu_peak_all_resident=(sum(weights.values()) + max(activations.values())) / GIB,

@@ -120,6 +120,7 @@ def _make(
     embeds = session.encode(plan)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
+    session.release_text_encoder()
 
     videos: list[Video] = []
     with telling_what_is_kept(lambda: _kept_so_far(plan.config, len(videos))):

@@ -68,7 +68,10 @@ VALUES = {
 _IMAGE = "image-to-video is not supported yet"
 _VIDEO = "video-to-video and control videos are not supported yet"
 _LORA = "give every LoRA file with its scale: --lora FILE:SCALE"
-_MEMORY = "slagen offloads parts of the model automatically when they do not all fit on the GPU"
+_MEMORY = (
+    "slagen offloads parts of the model automatically when they do not all fit on the GPU; --offload model, group or "
+    "sequential says how"
+)
 _GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
 _FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files can be given with --weights"
 _REWRITE = "slagen does not rewrite prompts; give the full prompt"
@@ -78,7 +81,7 @@ _CACHE = "step caching is not supported; every step is computed"
 _CFG = "the guidance scale is the same in every step; set it with --guidance-scale"
 _TWO = f"Wan2.2 with its two transformers is not supported, and {_CFG}"
 _DENSE_IS = "--attention dense is full attention, and uses PyTorch's scaled_dot_product_attention"
-_TILES = "VAE tiling is not supported; the VAE decodes one latent frame at a time"
+_TILES = "the VAE decodes one latent frame at a time, and in tiles of 256x256 pixels with --vae-tiling on"
 _ONLY = "slagen generates videos from text only"
 # Their options that slagen has not, and why, in one line.
 REFUSED = {
@@ -111,7 +114,7 @@ REFUSED = {
         "to use FlashAttention, give --attention dense --backend flash-attn"),
     **dict.fromkeys(("sage-attn", "sageattn"), "to use SageAttention, give --attention dense --backend sage"),
     **dict.fromkeys(
-        ("vae-tiling", "enable-vae-tiling", "vae-slicing", "enable-vae-slicing", "vae-chunk-size",
+        ("enable-vae-tiling", "vae-slicing", "enable-vae-slicing", "vae-chunk-size",
          "vae-spatial-tile-sample-min-size", "vae-sp"), _TILES),
     **dict.fromkeys(
         ("embedded-cfg-scale", "embedded-guidance-scale"), f"Wan's models have no embedded guidance; {_CFG}"),

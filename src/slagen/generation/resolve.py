@@ -22,7 +22,7 @@ from slagen.attention.learned import SLA_NAME, label, of_another, suits
 from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
 from slagen.attention.schedule import Schedule
-from slagen.errors import UsageError, WeightsError
+from slagen.errors import EnvironmentProblem, UsageError, WeightsError
 from slagen.formats.lora import LoraFile
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.peek import Found, lacks_settings, peek
@@ -219,6 +219,11 @@ def find_weights(
     Raises: SlagenError of some kind where they are not there, broken, or do not suit the attention asked for.
     """
     device = machine.pick_device(config.device)
+    if config.offload not in ("auto", "none") and device.type != "cuda":
+        raise EnvironmentProblem(
+            f"--offload {config.offload} moves parts of the model to a GPU, but PyTorch {torch.__version__} sees none. "
+            "Leave --offload out, or install a CUDA build of PyTorch."
+        )
     dtype = machine.pick_dtype(config.dtype, device)
     notes: list[str] = []
     found = None if config.weights is None else _look_at(user_path(config.weights))

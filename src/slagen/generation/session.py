@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,28 +13,32 @@ import torch
 
 from slagen.attention.learned import SLA_NAME, label, matrix_norms, name_in_files
 from slagen.attention.protocol import Method
-from slagen.errors import SlagenError
+from slagen.errors import SlagenError, UsageError
 from slagen.events import Event, loaded_parts
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.lora import asked_loras
+from slagen.generation.offload import STAGES, Placement, Sizes, choose, next_setting, stage_sizes
 from slagen.generation.resolve import Plan
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.video_report import UsedLora, UsedWeights
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
-from slagen.io.text import quote
+from slagen.io.text import counted, quote
 from slagen.timing import StepRecorder
 from slagen.wan.dense_beside import measuring_dense
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
 from slagen.wan.lora import Loras
 from slagen.wan.observe import attach_recorder, take_densities
+from slagen.wan.placement import CPU, largest_tensor, part_bytes, place, release_text_encoder
 from slagen.wan.processor import denoising, install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents
+
+LARGE = 2**28  # bytes
 
 
 @dataclass
@@ -71,7 +75,8 @@ class Session:
         plan: the first of them, which says what to load.
         text_encoder: False where all prompts are encoded already.
         pipe: a pipeline with the plan's attention in it already; None loads one.
-        several: plans with another attention, or other scales of LoRAs, will follow.
+        several: plans with another attention, or other scales of LoRAs, will follow. Parts of the model are moved to
+            the GPU as a whole then, or not at all, and there is room for the text encoder to stay.
         on_event: called for each part that is loaded.
     Raises: WeightsError where weights are broken or do not fit, EnvironmentProblem where the kernels do not run.
     """
@@ -80,8 +85,9 @@ class Session:
         self, plan: Plan, text_encoder: bool = True, pipe: Any = None,
         on_event: Callable[[Event], None] = lambda event: None, *, several: bool = False,
     ) -> None:  # fmt: skip
-        self.several = several
+        self.several = several or pipe is not None
         self.loras: Loras | None = None
+        self.placement = Placement("none", False, "")
         self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
             self.pipe, self.about = pipe, UsedWeights(model=plan.weights.source.name, used="the pipeline's own")
@@ -89,12 +95,60 @@ class Session:
         weights, vae = plan.weights, plan.config.vae
         _check_kernels(plan)
         self.pipe = load_pipeline(
-            weights.source, weights.device, weights.dtype, None if vae is None else user_path(vae),
+            weights.source, CPU, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder, on_part=loaded_parts(on_event),
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
         self.about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
         self._add_loras(plan)
+        self._place(plan, on_event)
+
+    def _place(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
+        """Move the model to its device, as its memory allows, and say how."""
+        config, device = plan.config, plan.weights.device
+        if self.several and config.offload in ("group", "sequential"):
+            raise UsageError(
+                f"--offload {config.offload} moves single layers, whose weights cannot be changed between videos, as "
+                "prompts with other LoRA scales do. Try --offload model."
+            )
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            self.placement = choose(self._sizes(plan), free, config.offload, config.vae_tiling, whole=self.several)
+            on_event(Event("note", self.placement.reason))
+        else:
+            self.placement = Placement("none", config.vae_tiling == "on", "")
+        if self.placement.tiling:
+            self.pipe.vae.enable_tiling()
+        with self._within_memory("load", plan):
+            place(self.pipe, device, self.placement.offload)
+
+    def _sizes(self, plan: Plan) -> Sizes:
+        """What the plan's video takes on a card."""
+        pipe, c, weights = self.pipe, plan.config, plan.weights
+        assert c.width and c.height and c.num_frames
+        text, transformer, vae = part_bytes(pipe)
+        denoise, decode, tiled = stage_sizes(
+            weights.source.shape, plan.num_tokens, dict(pipe.vae.config), (c.width, c.height, c.num_frames),
+            weights.dtype.itemsize,
+        )  # fmt: skip
+        return Sizes(
+            text, largest_tensor(pipe.text_encoder), transformer, weights.source.shape.num_layers, vae,
+            denoise + plan.remembered.num_bytes, decode, tiled,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _within_memory(self, stage: str, plan: Plan) -> Iterator[None]:
+        """Raise SlagenError where the GPU runs out of memory in a stage: what was free before, what to try next."""
+        device, c = plan.weights.device, plan.config
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise SlagenError(
+                f"the GPU ran out of memory in {STAGES[stage]} at {c.width}x{c.height}, "
+                f"{counted(c.num_frames or 0, 'frame')}; {free / 2**30:.1f} GiB were free before it. "
+                f"{next_setting(stage, self.placement, whole=self.several)}"
+            ) from error
 
     def use(self, plan: Plan) -> None:
         """Put another plan's attention, with its weights, into the loaded model. Raises as the constructor."""
@@ -127,11 +181,13 @@ class Session:
     @torch.inference_mode()
     def encode(self, plan: Plan) -> dict[str, torch.Tensor | None]:
         """The embeddings of a plan's prompt and, where it is guided, its negative prompt."""
-        prompt, negative = self.pipe.encode_prompt(
-            prompt=plan.config.prompt, negative_prompt=plan.config.negative_prompt,
-            do_classifier_free_guidance=(plan.config.guidance_scale or 0) > 1,
-            max_sequence_length=plan.weights.source.defaults.max_sequence_length, device=self.pipe._execution_device,
-        )  # fmt: skip
+        with self._within_memory("text", plan):
+            prompt, negative = self.pipe.encode_prompt(
+                prompt=plan.config.prompt, negative_prompt=plan.config.negative_prompt,
+                do_classifier_free_guidance=(plan.config.guidance_scale or 0) > 1,
+                max_sequence_length=plan.weights.source.defaults.max_sequence_length,
+                device=self.pipe._execution_device,
+            )  # fmt: skip
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
     def cuts(self, plan: Plan) -> list[str]:
@@ -145,8 +201,10 @@ class Session:
 
     def release_text_encoder(self) -> None:
         """Give its memory back: every prompt is encoded."""
-        self.pipe.text_encoder = self.pipe.tokenizer = None
-        free_memory()
+        large = part_bytes(self.pipe)[0] > LARGE
+        release_text_encoder(self.pipe)
+        if large:  # looking for what nothing refers to takes longer than a small model's video
+            free_memory()
 
     @torch.no_grad()
     def denoise(
@@ -167,7 +225,8 @@ class Session:
         if plan.attention is not None:
             set_config(pipe.transformer, plan.method, plan.attention)
         on_event(Event("stage", "denoise", num_steps=c.steps))
-        latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step)
+        with self._within_memory("denoise", plan):
+            latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step)
         if not torch.isfinite(latents).all():
             raise SlagenError(
                 f"the latents for seed {c.seed} contain NaN or Inf, so no video was written. "
@@ -197,7 +256,8 @@ class Session:
 
         clock.begin("decode")
         clock.set_apart(sum(step.dense.extra_ms for step in recorder.steps if step.dense) / 1e3)
-        frames = decode_frames(self.pipe.vae, latents, on_event)
+        with self._within_memory("decode", plan):
+            frames = decode_frames(self.pipe.vae, latents, on_event)
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
         latents = latents.float().cpu().contiguous()
         return Sample(plan, frames, latents, recorder, clock, self.about, self.pipe.vae, densities, by_step)

@@ -111,7 +111,7 @@ def draw(config: MapConfig, on_event: OnEvent = lambda event: None) -> Attention
 def _capture(plan: Plan, layer: int, step: int, on_event: OnEvent) -> tuple[Tensor, Tensor, BlockMap]:
     """q and k (1, H, L, D) of a layer in the conditional pass of a step, and what its method keeps of them."""
     on_event(Event("stage", "load"))
-    session = Session(plan, on_event=on_event)
+    session = Session(plan, on_event=on_event, several=True)
     if not hasattr(processors(session.pipe.transformer)[layer], "kept_blocks"):
         raise without_map(plan.method.name)
     on_event(Event("stage", "text"))

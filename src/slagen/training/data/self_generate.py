@@ -92,7 +92,7 @@ def _generate(job: Job, clips: list[_Planned], texts: dict[str, str]) -> None:
     missing = [text for text, name in texts.items() if name not in store]
     if todo or missing:
         job.emit(Event("stage", "load"))
-        session = Session(clips[0].plan, on_event=job.emit)
+        session = Session(clips[0].plan, on_event=job.emit, several=True)
         encode_texts(session.pipe, missing, texts, store, job.source, job.emit)
         session.release_text_encoder()
     for number, (name, plan) in enumerate(todo):
