@@ -25,6 +25,9 @@ from slagen.cli.app import app
 from slagen.generation import peers
 from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
+from slagen.generation.memory import GIB
+from slagen.generation.offload import choose, of_published
+from slagen.wan.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
@@ -183,6 +186,24 @@ def memory() -> str:
     return table(("model", "video", "tokens", "GPU memory", "with offload", "download"), rows)
 
 
+CARDS = (8, 12, 24, 48, 80, 141)  # GB
+
+
+def placements() -> str:
+    """What --offload auto and --vae-tiling auto choose on an empty card, half a GiB of which is taken."""
+    rows = []
+    for card in CARDS:
+        for model in ("1.3b", "14b"):
+            for size in ("832x480", "1280x720"):
+                width, height = map(int, size.split("x"))
+                sizes = of_published(PRESETS[f"wan2.1-t2v-{model}"].shape, (width, height, 81))
+                found = choose(sizes, int((card - 0.5) * GIB))
+                need = found.reason.partition(") takes ")[2]
+                rows.append((f"{card} GB", f"{model.upper()}, {size}", found.offload, "on" if found.tiling else "off",
+                             need.partition(", and ")[0] + ", not enough" * ("may not be" in need)))  # fmt: skip
+    return table(("card", "model, video", "offload", "VAE tiling", "at most"), rows)
+
+
 PLANNED = (
     ("turbowan2.1-t2v-1.3b-480p", "832x480", "sla"), ("wan2.1-t2v-1.3b", "832x480", "sol"),
     ("wan2.1-t2v-14b", "832x480", "sol"), ("wan2.1-t2v-14b", "1280x720", "sol"),
@@ -292,6 +313,7 @@ MADE: dict[str, Callable[[], str]] = {
     "refused": refused, "trainer refused": trainer_refused, "tuning curves": tuning_curves,
     "short curves": short_curves, "quality": quality, "attention cpu": attention_cpu,
     "whole commands": whole_commands, "verified on": verified_on, "methods": methods, "memory": memory,
+    "placements": placements,
 }  # fmt: skip
 
 

@@ -209,6 +209,19 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_model_of_a_card": ("pick_device(device).type == 'cuda'", "DEFAULT_ON_CUDA")
     },
     "training/finetune.py::finetune": {"test_finetune_out_of_memory": ("torch.OutOfMemoryError",)},
+    "generation/session.py::Session._place": {
+        "test_offload.py::test_the_model_is_placed_by_the_cards_free_memory": (
+            "device.type == 'cuda'",
+            "torch.cuda.mem_get_info",
+        ),
+    },
+    "generation/session.py::Session._within_memory": {
+        "test_offload.py::test_out_of_memory_names_the_stage_and_the_next_setting": (
+            "device.type == 'cuda'",
+            "torch.OutOfMemoryError",
+            "torch.cuda.mem_get_info",
+        ),
+    },
     "generation/session.py::free_memory": {
         "test_memory_is_given_back": ("torch.cuda.is_available", "torch.cuda.empty_cache")
     },

@@ -69,7 +69,8 @@ class Sizes:
         if offload == "group":
             return {"text": self.vae + self.largest, "denoise": self.vae + blocks + self.denoise,
                     "decode": self.vae + decode}  # fmt: skip
-        return {"text": self.largest, "denoise": blocks // 8 + self.denoise, "decode": decode}
+        return {"text": self.vae + self.largest, "denoise": self.vae + blocks // 8 + self.denoise,
+                "decode": self.vae + decode}  # fmt: skip
 
 
 @dataclass(frozen=True)

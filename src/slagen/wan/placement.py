@@ -14,12 +14,13 @@ def place(pipe: WanPipeline, device: torch.device, offload: str) -> None:
 
     Args:
         offload: "none" moves all parts. With "model" each is there while it runs. With "group" the VAE stays there,
-            and the transformer's blocks and the text encoder's layers are moved one by one. With "sequential" every
-            layer of every part is.
+            and the transformer's blocks and the text encoder's layers are moved one by one. With "sequential" the
+            transformer's layers are.
     """
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
+        pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, "vae"]  # it is small, and hashed afterwards
         pipe.enable_sequential_cpu_offload(device=device)
     elif offload == "group":
         if pipe.text_encoder is not None:  # whose blocks lie deeper than diffusers looks for them
