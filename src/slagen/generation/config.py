@@ -139,11 +139,9 @@ class GenerateConfig:
         "sla", "Attention method. The command slagen methods describes them.", panel=ATTENTION
     )
     backend: AttentionBackend = option(
-        "auto",
-        "Implementation of the attention method. The command slagen methods lists the choices.",
-        panel=ATTENTION,
-        metavar="NAME",
-    )
+        "auto", "Implementation of the attention method. The command slagen methods lists the choices.",
+        panel=ATTENTION, metavar="NAME",
+    )  # fmt: skip
     sparsity: float | None = option(
         None,
         "Fraction of key blocks without exact attention, from 0 to below 1. Default: the value from training, or the "
@@ -187,12 +185,9 @@ class GenerateConfig:
         metavar="FILE_OR_FOLDER", in_key=False,
     )  # fmt: skip
     vae: str | None = option(
-        None,
-        "VAE to use instead of the model's own, such as Wan2.1_VAE.pth.",
-        panel=VIDEO,
-        metavar="FILE_OR_FOLDER",
+        None, "VAE to use instead of the model's own, such as Wan2.1_VAE.pth.", panel=VIDEO, metavar="FILE_OR_FOLDER",
         in_key=False,
-    )
+    )  # fmt: skip
     lora: tuple[str, ...] = option(
         (), "A LoRA for Wan2.1, and its scale, by default 1. May be repeated.", panel=VIDEO, metavar="FILE[:SCALE]",
         in_key=False,
@@ -204,10 +199,8 @@ class GenerateConfig:
     lora_merge: bool | None = option(
         None,
         "Merge LoRAs into the weights, so that they cost no time per step. Default: merge unless the weights stay "
-        "quantised.",
-        panel=VIDEO,
-        in_key=False,
-    )
+        "quantised.", panel=VIDEO, in_key=False,
+    )  # fmt: skip
     vae_tiling: VaeTiling = option(
         "auto",
         "Decode in tiles, on or off: less memory, 1.65 times the FLOPs. auto does where whole frames do not fit on the "
@@ -238,17 +231,12 @@ class GenerateConfig:
     timing: Timing = option(
         "layer",
         "Measure the time of attention per step, per layer, with its parts, or not at all: step, layer, part or off.",
-        panel=OUTPUT,
-        pixels=False,
-    )
-
+        panel=OUTPUT, pixels=False,
+    )  # fmt: skip
     measure_dense: int | None = option(
-        None,
-        "Run this many of the steps with dense attention too, and report the measured speed-up.",
-        panel=OUTPUT,
+        None, "Run this many of the steps with dense attention too, and report the measured speed-up.", panel=OUTPUT,
         pixels=False,
-    )
-
+    )  # fmt: skip
     trace: str | None = option(
         None, "Also write a trace of stages, steps and layers, for ui.perfetto.dev or chrome://tracing.", panel=OUTPUT,
         metavar="FILE.json", pixels=False,
