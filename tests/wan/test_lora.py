@@ -158,6 +158,8 @@ def test_what_is_no_lora_for_the_model_is_refused(pipe, tmp_path):
     refused(tmp_path, half, "blocks.0.ffn.net.0.proj lacks one of its two matrices")
     other = {**tensors, "diffusion_model.blocks.1.ffn.0.lora_up.weight": torch.zeros(63, 4)}
     refused(tmp_path, other, r"changes a weight by \(63, 4\) times \(4, 32\), but the model's is \(64, 32\)")
+    other = {**tensors, "diffusion_model.blocks.1.ffn.0.alpha": torch.zeros(2)}
+    refused(tmp_path, other, r"the alpha of blocks.1.ffn.net.0.proj has the shape \(2,\), but must be one number")
     text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 8)}
     refused(tmp_path, text, "none of its 1 tensor changes a layer, such as lora_te_text_model")
     later = {name.replace("blocks.0", "blocks.7"): x for name, x in tensors.items() if "blocks.0" in name}
@@ -238,3 +240,15 @@ def test_the_denoising_loop_of_bench_has_the_lora(pipe, tmp_path):
         torch.testing.assert_close(velocity(made), by_diffusers(pipe, path, 0.7), atol=2e-5, rtol=2e-4)
         (note,) = notes
         assert note.text == "LoRA style.safetensors at scale 0.7: 60 tensors for 20 layers of this model"
+
+
+def test_whole_differences_beside_the_settings_of_peft(pipe, tmp_path):
+    """A layer without a pair of matrices has no rank, by which alpha was divided."""
+    tensors = {name: x.clone() for name, x in forms.distilled(pipe.transformer).items()}
+    settings = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 4})
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
+    made, loras = with_loras(pipe, tmp_path / "a.safetensors")
+    loras.set_scales([1.0])
+    plain, expected = with_loras(pipe, written(tmp_path, tensors))
+    expected.set_scales([1.0])
+    assert torch.equal(velocity(made), velocity(plain))

@@ -103,7 +103,7 @@ class LoraFile:
         own = next((x for name, x in patterns.items() if f".{layer}".endswith(f".{name.removeprefix('^')}")), None)
         alpha = self.config.get("lora_alpha") if own is None else own
         root = math.sqrt(rank) if self.config.get("use_rslora") else rank
-        return 1.0 if alpha is None else alpha / root
+        return alpha / root if alpha is not None and rank else 1.0
 
     def __hash__(self) -> int:
         return hash(self.sha256)
@@ -293,6 +293,8 @@ def _check_layer(lora: LoraFile, layer: str, shape: tuple[int, ...]) -> None:
         flat = (*up[:1], math.prod(down[1:]))
         if not down or math.prod(up[1:]) != down[0] or flat != (*shape[:1], math.prod(shape[1:])):
             fault = f"{layer} changes a weight by {up} times {down}, but the model's is {shape}"
+    if math.prod(found.get("alpha", ())) != 1:
+        fault = f"the alpha of {layer} has the shape {found['alpha']}, but must be one number"
     for role, wanted in (("diff", shape), ("diff_b", shape[:1]), ("bias", shape[:1])):
         if role in found and found[role] != wanted:
             fault = f"{layer} changes a tensor by {found[role]}, but the model's is {wanted}"
