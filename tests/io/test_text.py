@@ -102,7 +102,7 @@ def test_stdin_that_is_closed_or_without_end(monkeypatch, capsys):
     assert run(["generate", "-"]) == 2 and "at most 20,000" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["clip.gif", "clip.webm", "o/x.MOV", "a.mkv", "x.json", "tuned.safetensors", "[x].PnG",
+@pytest.mark.parametrize("name", ["clip.apng", "o/x.MOV", "a.mkv", "x.json", "tuned.safetensors", "[x].PnG",
                                   "x.mp4 "])  # fmt: skip
 def test_an_output_is_a_video_or_a_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -141,14 +141,14 @@ def test_an_empty_path_is_refused(line, tmp_path, monkeypatch, capsys):
 def test_outputs_that_are_none_are_refused_by_every_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in (
-        "generate x -o a.gif",
-        "batch f -o a.gif",
-        "plan x -o a.gif",
+        "generate x -o a.mov",
+        "batch f -o a.mov",
+        "plan x -o a.mov",
         "bench -o a.json",
         "convert x a.pth",
         "finetune data d -o a.mp4",
-        "finetune --data d -o a.gif",
-        "replay x -o a.gif",
+        "finetune --data d -o a.mov",
+        "replay x -o a.mov",
         "replay x -o a",
     ):
         assert run(command.split()) == 2
