@@ -99,6 +99,7 @@ def test_tuned_weights_run_in_their_rows_and_leave_dense_as_it_was(tmp_path, cap
     code = command([
         "compare", "a red circle moving right", "--model", "tiny-wan", "--device", "cpu", "--methods", "sla,dense,sla",
         "--steps", "2", "--seed", "1", "--repeats", "1", "--no-controls", "--json", "-o", str(tmp_path / "c.mp4"),
+        "--size", "64x64", "--num-frames", "5",
     ])  # fmt: skip
     assert code == 0
     found = json.loads(capsys.readouterr().out)
