@@ -216,7 +216,7 @@ def test_a_black_video_is_told(monkeypatch):
     torch.nn.init.zeros_(session.pipe.vae.decoder.conv_out.weight)
     torch.nn.init.constant_(session.pipe.vae.decoder.conv_out.bias, -2.0)
     monkeypatch.setattr(
-        Session, "denoise", lambda self, plan, embeds, on_event: (torch.zeros(1, 4, 2, 4, 4), SimpleNamespace(steps=[]))
+        Session, "denoise", lambda *given, **options: (torch.zeros(1, 4, 2, 4, 4), SimpleNamespace(steps=[]))
     )
     told = []
     plan = SimpleNamespace(config=GenerateConfig("a red circle", seed=7), schedule=SimpleNamespace(by_step=None))

@@ -17,7 +17,9 @@ PARTLY_FAILED = 3  # the exit code where some videos of a batch failed
 @takes(
     sharing=BatchConfig,
     settings=Fields(
-        GenerateConfig, without=("num_videos", "overwrite", "trace"), help={"output": "The folder for the videos."}
+        GenerateConfig,
+        without=("num_videos", "overwrite", "trace", "preview"),
+        help={"output": "The folder for the videos."},
     ),
 )
 def batch(

@@ -63,6 +63,8 @@ def _config(given: dict[str, Any]) -> GenerateConfig:
     values = {name: _plain(name, value, known[name]) for name, value in given.items() if value is not None}
     if given.get("save_latents") and given["output"] is None:
         raise UsageError("--save-latents writes a file, but there is no output. Give a path with --output.")
+    if given.get("preview") and given["output"] is None:
+        raise UsageError("--preview writes a file, but there is no output. Give a path with --output.")
     options = {setting.field: values.pop(setting.field) for setting in own if setting.field in values}
     if options:
         values["attention_options"] = tuple({**dict(values.get("attention_options", ())), **options}.items())

@@ -33,7 +33,17 @@ Offload = Literal["auto", "none", "model", "group", "sequential"]
 VaeTiling = Literal["auto", "on", "off"]
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
 # Options of commands that make videos, and not of those that only measure on them.
-OF_VIDEOS = ("num_videos", "save_latents", "report", "measure_dense", "trace", "timing", "crf", "no_metadata")
+OF_VIDEOS = (
+    "num_videos",
+    "save_latents",
+    "report",
+    "measure_dense",
+    "trace",
+    "timing",
+    "crf",
+    "no_metadata",
+    "preview",
+)
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
 # The sampling's numbers, each with its least value and an example.
@@ -84,6 +94,7 @@ class GenerateConfig:
             one without a suffix or with a slash at its end is a folder for MP4 videos.
         crf: constant rate factor of an MP4 or WebM; None is the default of each.
         no_metadata: the video's file does not say how it was made.
+        preview: steps from one picture of the latents to the next; None makes none.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
         overwrite: replace files that are there.
     Raises: UsageError if a value is out of range, or the values do not go together.
@@ -221,6 +232,11 @@ class GenerateConfig:
         "Constant rate factor of the encoder; lower is better and larger. .mp4: 0 to 51, default 16. .webm: 0 to 63, "
         "default 18.",
         panel=OUTPUT, pixels=False,
+    )  # fmt: skip
+    preview: int | None = option(
+        None, "Write a small picture of the latents beside the video every N steps, VIDEO.preview.png, until it is "
+        "complete.",
+        panel=OUTPUT, metavar="N", pixels=False,
     )  # fmt: skip
     no_metadata: bool = option(
         False, "Leave prompt and settings out of the video's file; its report has them.", panel=OUTPUT, pixels=False

@@ -21,6 +21,7 @@ MAX_GIF_FPS = 50  # a GIF counts in hundredths of a second, and players show a f
 COUNTS = {
     "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
     "steps": "--steps 50", "num_videos": "--num-videos 4", "measure_dense": "--measure-dense 3",
+    "preview": "--preview 5",
 }  # fmt: skip
 
 

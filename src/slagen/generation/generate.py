@@ -23,6 +23,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.pages import is_report_page
 from slagen.generation.preflight import check_free, check_output, check_trace
+from slagen.generation.preview import Preview
 from slagen.generation.report_page import Shown, report_page
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.result import GenerateResult, Video
@@ -129,10 +130,13 @@ def _make(
             one = dataclasses.replace(plan, config=config)
             about = nth("video", index + 1, plan.config.num_videos, config.prompt)
             on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
-            sample = session.sample(one, embeds, clock, on_event)
-            video = (
-                _unwritten(sample) if paths is None else save(sample, paths[index], on_event, replace=config.overwrite)
-            )
+            with _previewing(one, session, paths[index] if paths else None, on_event) as preview:
+                sample = session.sample(one, embeds, clock, on_event, preview)
+                video = (
+                    _unwritten(sample)
+                    if paths is None
+                    else save(sample, paths[index], on_event, replace=config.overwrite)
+                )
             if config.trace is not None:
                 write_trace(sample, user_path(config.trace))
                 on_event(Event("note", f"the trace is in {config.trace}; open it at ui.perfetto.dev"))
@@ -140,6 +144,21 @@ def _make(
             clock = StageClock()  # start, load and text are shared: counted once, with the first video
             clock.watch(memory)
     return videos
+
+
+@contextmanager
+def _previewing(
+    plan: Plan, session: Session, video: Path | None, on_event: Callable[[Event], None]
+) -> Iterator[Preview | None]:
+    """The preview of one video, which goes when the block ends; None where none is asked for."""
+    if plan.config.preview is None or video is None:
+        yield None
+        return
+    preview = Preview(video, plan.config.preview, session.pipe.vae, on_event)
+    try:
+        yield preview
+    finally:
+        preview.close()
 
 
 def _kept_so_far(config: GenerateConfig, made: int) -> str:

@@ -11,6 +11,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX
 from slagen.generation.lora import read_lora_option
 from slagen.io.paths import check_not_taken, is_video, user_path
+from slagen.io.reading import open_regular
 from slagen.wan.folder import describe_folder
 from slagen.wan.presets import local_folder
 
@@ -26,6 +27,19 @@ def check_run(config: GenerateConfig) -> None:
     check_steps(config)
     check_output(config)
     check_trace(config)
+
+
+PREVIEW = ".preview.png"
+PREVIEW_MARK = "slagen preview"  # what a picture says of who wrote it
+
+
+def is_preview(path: Path) -> bool:
+    """Whether a file is a picture of --preview, as a run that was killed leaves it."""
+    try:
+        with open_regular(path) as handle:
+            return PREVIEW_MARK.encode() in handle.read(256)
+    except OSError:
+        return False
 
 
 def check_trace(config: GenerateConfig) -> None:
@@ -72,5 +86,7 @@ def check_free(video: Path, config: GenerateConfig) -> None:
     """Raise UsageError where a video, its report or its latents would replace what is there, unless that is wanted."""
     latents = [video.with_suffix(SUFFIX)] if config.save_latents else []
     page = [video.with_suffix(".html")] if config.report else []
-    for file in (video, video.with_suffix(".json"), *latents, *page):
+    picture = [video.with_suffix(PREVIEW)] if config.preview else []
+    pictures = [path for path in picture if not is_preview(path)]
+    for file in (video, video.with_suffix(".json"), *latents, *page, *pictures):
         check_not_taken(file, config.overwrite, "--output or --seed")

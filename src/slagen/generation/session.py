@@ -20,6 +20,7 @@ from slagen.generation import report
 from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.lora import asked_loras
 from slagen.generation.offload import STAGES, Placement, Sizes, choose, next_setting, stage_sizes
+from slagen.generation.preview import Preview
 from slagen.generation.resolve import Plan
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.video_report import UsedLora, UsedWeights
@@ -213,8 +214,10 @@ class Session:
         embeds: dict[str, torch.Tensor | None],
         on_event: Callable[[Event], None],
         after_step: Callable[[], None] = lambda: None,
+        preview: Preview | None = None,
     ) -> tuple[torch.Tensor, StepRecorder]:
-        """One video's final latents, (1, C, T, h, w), and its steps; `after_step` is called after each.
+        """One video's final latents, (1, C, T, h, w), and its steps; `after_step` is called after each, and `preview`
+        draws some.
 
         Raises: SlagenError where the latents are not finite.
         """
@@ -226,7 +229,7 @@ class Session:
             set_config(pipe.transformer, plan.method, plan.attention)
         on_event(Event("stage", "denoise", num_steps=c.steps))
         with self._within_memory("denoise", plan):
-            latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step)
+            latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step, preview)
         if not torch.isfinite(latents).all():
             raise SlagenError(
                 f"the latents for seed {c.seed} contain NaN or Inf, so no video was written. "
@@ -241,21 +244,23 @@ class Session:
         embeds: dict[str, torch.Tensor | None],
         clock: StageClock,
         on_event: Callable[[Event], None],
+        preview: Preview | None = None,
     ) -> Sample:
         """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
         clock.begin("denoise")
         transformer, by_step = self.pipe.transformer, list[list[float | None]]()
         take_densities(transformer)  # what a clip that failed has left
         if plan.schedule.by_step is None:
-            latents, recorder = self.denoise(plan, embeds, on_event)
+            latents, recorder = self.denoise(plan, embeds, on_event, preview=preview)
             densities = take_densities(transformer)
         else:
             count = lambda: by_step.append(take_densities(transformer))  # noqa: E731
-            latents, recorder = self.denoise(plan, embeds, on_event, count)
+            latents, recorder = self.denoise(plan, embeds, on_event, count, preview)
             densities = [_mean(layer) for layer in zip(*by_step, strict=True)]
 
         clock.begin("decode")
         clock.set_apart(sum(step.dense.extra_ms for step in recorder.steps if step.dense) / 1e3)
+        clock.set_apart(preview.seconds if preview else 0.0, "preview")
         with self._within_memory("decode", plan):
             frames = decode_frames(self.pipe.vae, latents, on_event)
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
@@ -343,10 +348,11 @@ def _denoise(
     embeds: dict[str, Any],
     on_event: Callable[[Event], None],
     count: Callable[[], None],
+    preview: Preview | None,
 ) -> tuple[Any, StepRecorder]:
     """Run the sampling loop; returns the final latents (1, C, T, h, w) and the recorder with its steps.
 
-    Args: count: called after each step.
+    Args: count: called after each step. preview: draws the latents of some.
     """
     config, schedule = plan.config, plan.schedule
     recorder = StepRecorder(plan.weights.device.type, config.timing, keep=config.trace is not None)
@@ -356,6 +362,8 @@ def _denoise(
         step = recorder.end_step(float(timestep))
         end_step()
         count()
+        if preview is not None and preview.take(pipe.scheduler, step.index, tensors["latents"]):
+            recorder.begin_step()  # the next one begins behind the picture
         on_event(Event("step", "denoise", step, config.steps or 0))
         return {}
 

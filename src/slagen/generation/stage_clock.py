@@ -64,11 +64,11 @@ class StageClock:
             self.peaks_gib[self._stage] = None if self.overlapped else self.memory.take()
         self._last, self._stage = now, None
 
-    def set_apart(self, seconds: float) -> None:
-        """So much of the denoising was only for a measurement: a stage of its own, which the total leaves out."""
+    def set_apart(self, seconds: float, stage: str = MEASURE) -> None:
+        """So much of the denoising was for something else: a stage of its own; the total leaves out MEASURE."""
         if seconds:
             self._seconds["denoise"] -= seconds
-            self._seconds[MEASURE] = self._seconds.get(MEASURE, 0.0) + seconds
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds
 
     def read(self) -> dict[str, float]:
         """End the stage that goes on: the seconds of each stage, and as "total" their sum without `MEASURE`."""
