@@ -223,19 +223,15 @@ class GenerateConfig:
         False, "Run SLA even if its weights are missing or all zero.", panel=ATTENTION, in_key=False
     )
     output: str = option(
-        "outputs",
-        "A folder, or one video by the end of its name: .mp4, .webm, .gif, or .frames for a folder of PNG frames.",
+        "outputs", "A folder, or one video that ends in .mp4, .webm, .gif, or .frames (a folder of PNG frames).",
         panel=OUTPUT, short="-o", pixels=False,
     )  # fmt: skip
     crf: int | None = option(
-        None,
-        "Constant rate factor of the encoder; lower is better and larger. .mp4: 0 to 51, default 16. .webm: 0 to 63, "
-        "default 18.",
+        None, "Constant rate factor; lower is better and larger: 0 to 51 for .mp4 (default 16), to 63 for .webm (18).",
         panel=OUTPUT, pixels=False,
     )  # fmt: skip
     preview: int | None = option(
-        None, "Write a small picture of the latents beside the video every N steps, VIDEO.preview.png, until it is "
-        "complete.",
+        None, "Write a small picture of the latents every N steps, to VIDEO.preview.png until the video is complete.",
         panel=OUTPUT, metavar="N", pixels=False,
     )  # fmt: skip
     no_metadata: bool = option(
