@@ -219,7 +219,10 @@ def test_a_black_video_is_told(monkeypatch):
         Session, "denoise", lambda *given, **options: (torch.zeros(1, 4, 2, 4, 4), SimpleNamespace(steps=[]))
     )
     told = []
-    plan = SimpleNamespace(config=GenerateConfig("a red circle", seed=7), schedule=SimpleNamespace(by_step=None))
+    plan = SimpleNamespace(
+        config=GenerateConfig("a red circle", seed=7), schedule=SimpleNamespace(by_step=None),
+        weights=SimpleNamespace(device=torch.device("cpu")),
+    )  # fmt: skip
     session.sample(plan, {}, StageClock(), told.append)
     assert [event.text for event in told if event.kind == "warning"] == [
         "every pixel of the video with seed 7 has the same colour, RGB 0, 0, 0"

@@ -55,7 +55,7 @@ class BatchConfig:
         if self.generate.trace is not None:
             raise UsageError("--trace writes the trace of one video, but a batch generates many. Leave --trace out.")
         if self.generate.preview is not None:
-            raise UsageError("--preview shows one video, but a batch generates many. Leave --preview out.")
+            raise UsageError("--preview writes pictures of one video, but a batch generates many. Leave --preview out.")
         if self.ray_workers is not None and self.ray_address is None:
             raise UsageError(f"ray_workers is {self.ray_workers}, but Ray is not used. Add --ray.")
         if self.ray_workers is not None and not 1 <= self.ray_workers <= MAX_VIDEOS:
