@@ -27,9 +27,11 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.estimate import plan
 from slagen.generation.memory import GIB
 from slagen.generation.offload import choose, of_published
+from slagen.io.text import counted
 from slagen.wan.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ("circle", "square", "triangle", "star")  # that the bundled model draws
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PART = re.compile(r"(<!-- made by scripts/docs_pages\.py: ([\w -]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -237,17 +239,20 @@ def short_curves() -> str:
 
 def quality() -> str:
     """How many held-out prompts the bundled model gets right."""
-    found = read("tiny-wan-quality-cpu-2026-11-22.json")
-    head = ("row", "colour", "shape", "motion", "background", "all four", "error to dense")
-    rows = [
-        (
-            row["row"],
-            *[f"{100 * row[key]:.0f} %" for key in ("colour", "shape", "motion", "background", "all")],
-            f"{row['error_to_dense']:.3f}",
-        )
-        for row in found["rows"]
-    ]
-    return about(found) + table(head, rows)
+    head = ("row", "prompts", "colour", "shape", "motion", "background", "all four", *SHAPES, "error to dense")
+    parts = []
+    for path in sorted(RESULTS.glob("tiny-wan-quality-*.json")):
+        found = read(path.name)
+        rows = []
+        for row in found["rows"]:
+            rates = [
+                *map(row.get, ("colour", "shape", "motion", "background", "all")),
+                *map(row["by_shape"].get, SHAPES),
+            ]
+            error = "" if row["error_to_dense"] is None else f"{row['error_to_dense']:.3f}"
+            rows.append((row["row"], str(row["clips"]), *[f"{100 * rate:.0f} %" for rate in rates], error))
+        parts.append(f"At {found['size']}, " + about(found, path.name) + table(head, rows))
+    return "\n".join(parts)
 
 
 def attention_cpu() -> str:
@@ -300,7 +305,7 @@ def about(found: dict[str, Any], name: str = "") -> str:
     machine = found.get("machine") or found.get("device")
     date = found.get("date") or machine["date"]
     cores = machine.get("threads") or machine.get("cores")
-    return f"`{name or found['file']}`: {machine['cpu']}, {cores} cores, {date[:10]}.\n\n"
+    return f"`{name or found['file']}`: {machine['cpu']}, {counted(cores, 'core')}, {date[:10]}.\n\n"
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

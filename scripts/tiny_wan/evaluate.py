@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import random
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from encode import held_out_scenes
 from scenes import SHAPES, SIZES, Size, caption
 
 from slagen.formats.sla import read_sla
+from slagen.io.files import writing
 from slagen.machine import DTYPES, describe_device
 from slagen.packages import versions
 from slagen.wan.install import apply_sla, load_sla, remove_sla
@@ -49,10 +50,20 @@ def held_out(count: int, seed: int = 1000) -> tuple[list, list[str], list[int]]:
 
 
 @torch.inference_mode()
-def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int, size: Size = SIZES[0]) -> torch.Tensor:
-    """Final latents (N, C, T, h, w), in batches; every clip has its own generator, as in `slagen generate`."""
+def sample(
+    pipe, prompts: list[str], seeds: list[int], defaults, steps: int, size: Size = SIZES[0], kept: Path | None = None
+) -> torch.Tensor:
+    """Final latents (N, C, T, h, w), in batches; every clip has its own generator, as in `slagen generate`.
+
+    With a folder `kept`, each batch is written there and read instead of made again.
+    """
     out, batch = [], max(1, 1280 // size.tokens)
     for i in range(0, len(prompts), batch):
+        count = len(prompts[i : i + batch])
+        path = kept and kept / f"{i}-{i + count}.pt"
+        if path and path.exists():
+            out.append(torch.load(path))
+            continue
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
         out.append(
             pipe(
@@ -61,7 +72,18 @@ def sample(pipe, prompts: list[str], seeds: list[int], defaults, steps: int, siz
                 max_sequence_length=defaults.max_sequence_length, output_type="latent",
             ).frames.float()
         )  # fmt: skip
+        if path:
+            with writing(path) as part:
+                torch.save(out[-1], part)
     return torch.cat(out)
+
+
+def place(folder: Path, settings: list[object], weights: list[Path]) -> Path:
+    """A folder for the latents of one row, named by its settings and the contents of its weights."""
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in weights]
+    found = folder / hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()[:16]
+    found.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 def main() -> None:
@@ -76,6 +98,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--keep", type=Path, help="folder for latents, with which a run that was stopped goes on")
     parser.add_argument("--frames", type=Path, help="save each row's clips as a .pt file in this folder")
     args = parser.parse_args()
     if args.clips < len(SHAPES):
@@ -87,11 +110,16 @@ def main() -> None:
     size = next(size for size in SIZES if str(size) == args.size)
     results, dense = [], None
     for row in args.rows:
-        began = time.perf_counter()
         pipe = load_pipeline(source, device, DTYPES[args.dtype])
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe, row, args.weights or source.folder, args.sparsity)
-        latents = sample(pipe, prompts, seeds, source.defaults, steps, size)
+        kept = None
+        if args.keep:
+            weights = [Path(source.folder) / "transformer" / "diffusion_pytorch_model.safetensors"]
+            weights += [] if row == "dense" else [args.weights or Path(source.folder) / "sla.safetensors"]
+            settings = [row, args.size, args.dtype, steps, args.sparsity, args.seed]
+            kept = place(args.keep, settings, weights)
+        latents = sample(pipe, prompts, seeds, source.defaults, steps, size, kept)
         dense = latents if row == "dense" else dense
         with torch.inference_mode():
             clips = [decode_latents(pipe.vae, z[None]) for z in latents]
@@ -111,7 +139,6 @@ def main() -> None:
             "by_shape": shapes, "template_overlap": sum(v.overlap for v in verdicts) / len(verdicts),
             "roundness_of_circles": sum(round_ones) / len(round_ones) if round_ones else None,
             "error_to_dense": None if dense is None else ((latents - dense).norm() / dense.norm()).item(),
-            "seconds": time.perf_counter() - began,
         }  # fmt: skip
         results.append(result)
         print(json.dumps(result), flush=True)

@@ -339,12 +339,17 @@ def test_the_bundled_model_is_small_and_whole():
 
 def test_a_size_the_bundled_model_was_not_trained_at_is_told_once(toy, tmp_path):
     """A 256x256 clip was a grid of dots, and one of 5 frames began broken, without a word."""
-    for changes in (dict(width=256, height=256), dict(num_frames=5), dict(width=112, height=128)):
+    small, large = "Try --size 128x128 --num-frames 17", "Try --size 256x256 --num-frames 33"
+    for changes, advice in (
+        (dict(width=256, height=256), large), (dict(num_frames=5), small), (dict(width=112, height=128), small),
+        (dict(width=512, height=256, num_frames=33), large),
+    ):  # fmt: skip
         (text,) = make_plan(GenerateConfig("a red circle moving right", model="tiny-wan", **changes)).warnings
-        assert "trained only at 128x128 with 17 frames" in text
-        assert text.endswith("Try --size 128x128 --num-frames 17")
-    fits = GenerateConfig("a red circle", model="tiny-wan", width=128, height=128, num_frames=17)
-    assert make_plan(fits).warnings == []
+        assert "trained only at 128x128 with 17 frames, 192x192 with 33 frames, 256x256 with 33 frames, and" in text
+        assert text.endswith(advice)
+    for side, num_frames in ((128, 17), (192, 33), (256, 33)):
+        fits = GenerateConfig("a red circle", model="tiny-wan", width=side, height=side, num_frames=num_frames)
+        assert make_plan(fits).warnings == []
     model = Path(shutil.copytree(toy, tmp_path / "sized"))
     sizes = [dict(width=width, height=64, num_frames=9) for width in (64, 256)]
     (model / "slagen.json").write_text(json.dumps({"trained_sizes": sizes}))
@@ -381,7 +386,7 @@ def test_trained_weights_run_with_other_blocks(tmp_path):
     (video,) = generate(config, events.append).videos
     told = [event.text for event in events if event.kind in ("note", "warning")]
     assert "the weights were trained with blocks of 16x16 tokens, but this run uses 32x16" in told
-    assert "sla-topk 0.1 -> 2 of 20 key blocks per query block" in told
+    assert "sla-topk 0.1 -> 2 of 20 key blocks per query block, tokens in cube order" in told
     assert (video.report["attention"]["query_blocks"], video.report["attention"]["critical"]) == (10, 2)
 
 

@@ -98,8 +98,10 @@ def test_the_bundled_model_is_planned_as_it_runs():
     assert (content.tokens, content.key_blocks, content.topk_blocks) == (320, 20, 1)
     assert content.trained_sparsity == 0.95 and not content.downloads and not content.notes
     assert any("trained at sparsity 0.95" in text for text in plan(sparsity=0.8).notes)
-    (note,) = plan(width=256, height=256, num_frames=33).notes
-    assert "This video is 256x256 with 33 frames. Try --size 128x128 --num-frames 17" in note
+    large = plan(width=256, height=256, num_frames=33)
+    assert (large.tokens, large.key_blocks, large.topk_blocks, large.notes) == (2304, 144, 7, [])
+    (note,) = plan(width=320, height=256, num_frames=33).notes
+    assert "This video is 320x256 with 33 frames. Try --size 256x256 --num-frames 33" in note
 
 
 def test_a_top_k_counts_as_published_and_a_sparsity_as_ours(capsys):
