@@ -378,7 +378,7 @@ def test_sla_weights_saved_by_diffusers_make_the_same_video(saved, tmp_path):
     for name in ("base", "saved"):
         report = run_long(saved / name, tmp_path, name, steps=2, save_latents=True)
         latents.append(load_file(tmp_path / f"{name}.latents.safetensors")["latents"])
-    assert report["attention"]["block_n"] == 16 and read_trained_with(saved / "saved") == ("sla", OWN)
+    assert report["attention"]["block_n"] == 16 and read_trained_with(saved / "saved") == ("sla", OWN, None)
     torch.testing.assert_close(*latents, rtol=0, atol=1e-4)  # other addresses, other order of sums
     pipe = build_pipeline(**forms.SIZES)
     assert load_sla(pipe, saved / "saved").config == OWN  # in Python too

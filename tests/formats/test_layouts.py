@@ -72,12 +72,12 @@ def test_other_files_are_told_as_before_beside_a_new_format(state, monkeypatch):
     assert {name: identify(form) for name, form in forms.items()} == before == dict.fromkeys(forms, "transformer")
 
 
-def test_foreign_names_stand_in_one_file():
-    """So that a new form needs no other; all else speaks of diffusers' names."""
+def test_foreign_names_stand_in_two_files():
+    """So that a new form of weights or of LoRAs needs no other; all else speaks of diffusers' names."""
     package = Path(layouts.__file__).parent.parent
     foreign = re.compile(r"self_attn|time_projection|fc_in|time_modulation|attn_impl")
-    files = [path for path in package.rglob("*.py") if foreign.search(path.read_text())]
-    assert [path.relative_to(package).as_posix() for path in files] == ["formats/layouts.py"]
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if foreign.search(path.read_text())}
+    assert files == {"formats/layouts.py", "formats/lora.py"}
 
 
 def test_a_projection_is_found_where_its_form_puts_it():

@@ -100,7 +100,7 @@ def test_a_changed_byte_of_sla_weights_is_refused(components):
 def unlisted(file):
     """The tensors and the metadata of an SLA file as slagen wrote it before it listed them."""
     metadata, tensors = read_sla(file)
-    fields = {name: value for name, value in vars(metadata).items() if not name.startswith("tensors")}
+    fields = {name: value for name, value in vars(metadata).items() if not name.startswith(("tensors", "layer_"))}
     fields |= {"format_version": 1, "config": metadata.config.to_dict()}
     return tensors, {"slagen": json.dumps(fields)}
 
