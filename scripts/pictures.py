@@ -65,7 +65,9 @@ def slagen(command: str, prompt: str, seed: int, output: Path, *options: str) ->
 
 def write_gif(path: Path, frames: np.ndarray) -> None:
     """Write frames (N, H, W, 3) uint8 at 8 per second, the last one for half a second longer."""
-    pictures = [Image.fromarray(frame) for frame in frames]
+    whole = [Image.fromarray(frame) for frame in frames]
+    colours = whole[len(whole) // 2].quantize(48)  # one palette and no dithering keep the file small
+    pictures = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in whole]
     pictures += [pictures[-1]] * 4
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=125, loop=0)
