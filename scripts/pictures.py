@@ -66,7 +66,7 @@ def slagen(command: str, prompt: str, seed: int, output: Path, *options: str) ->
 def write_gif(path: Path, frames: np.ndarray) -> None:
     """Write frames (N, H, W, 3) uint8 at 8 per second, the last one for half a second longer."""
     whole = [Image.fromarray(frame) for frame in frames]
-    colours = whole[len(whole) // 2].quantize(48)  # one palette and no dithering keep the file small
+    colours = whole[len(whole) // 2].quantize(24)  # one palette and no dithering keep the file small
     pictures = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in whole]
     pictures += [pictures[-1]] * 4
     buffer = io.BytesIO()
