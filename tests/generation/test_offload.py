@@ -11,6 +11,9 @@ from wan_models import build_pipeline
 from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run as command
 from slagen.errors import SlagenError
+from slagen.formats.layouts import LINEARS_OF_A_BLOCK
+from slagen.formats.quantised import Codes
+from slagen.formats.quantised_linear import keep_quantised
 from slagen.generation import session as sessions
 from slagen.generation.config import GenerateConfig
 from slagen.generation.offload import Placement, choose, next_setting, of_published
@@ -22,6 +25,7 @@ from slagen.wan.presets import PRESETS
 
 CPU = torch.device("cpu")
 GIB = 2**30
+is_linear = LINEARS_OF_A_BLOCK.fullmatch
 SIZES = {"480p": (832, 480, 81), "720p": (1280, 720, 81)}
 # By GB of the card, of which half a GiB is taken: 1.3B at 480p and 720p, 14B at 480p and 720p; + decodes in tiles.
 CHOSEN = {
@@ -78,8 +82,11 @@ def test_offload_without_a_gpu_is_refused(capsys, monkeypatch):
     assert command(["generate", "x", "--vae-tiling", "maybe"]) == 2
 
 
-@pytest.mark.parametrize("offload", ["model", "group", "sequential"])
-def test_moving_parts_changes_no_video(offload, monkeypatch):
+@pytest.mark.parametrize(
+    ("offload", "quantised"),
+    [("model", False), ("group", False), ("sequential", False), ("group", True), ("sequential", True)],
+)
+def test_moving_parts_changes_no_video(offload, quantised, monkeypatch):
     """With the CPU in the card's place, whose hooks are the same; the text encoder is released in between."""
     layers = accelerate.cpu_offload  # which fails with the name that diffusers has for this device, cpu:0
     monkeypatch.setattr(accelerate, "cpu_offload", lambda part, device, **options: layers(part, CPU, **options))
@@ -87,6 +94,10 @@ def test_moving_parts_changes_no_video(offload, monkeypatch):
     def latents(how):
         pipe = build_pipeline()
         apply_sla(pipe, SLAConfig(sparsity=0.6, block_m=16, block_n=16))
+        if quantised:
+            scale, tensors = torch.tensor(0.01), pipe.transformer.state_dict()
+            codes = {name: Codes((x / scale).to(torch.int8), scale) for name, x in tensors.items() if is_linear(name)}
+            keep_quantised(pipe.transformer, codes, torch.float32)
         place(pipe, CPU, how)
         embeds, negative = pipe.encode_prompt("a red circle", max_sequence_length=8, device=CPU)
         release_text_encoder(pipe)

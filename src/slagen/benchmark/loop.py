@@ -101,7 +101,7 @@ def bench_model(
         source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
         check_grid(*_size(config, source.defaults)[:2], source.spatial_grid)
         on_event(Event("job", f"loading {source.name}"))
-        pipe = load_pipeline(source, device, dtype, on_part=loaded_parts(on_event))
+        pipe = load_pipeline(source, device, dtype, quantised=True, on_part=loaded_parts(on_event))
         name, defaults = source.name, source.defaults
     head_dim, layers = pipe.transformer.config.attention_head_dim, pipe.transformer.config.num_layers
     width, height, num_frames = _size(config, defaults)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from slagen.formats.quantised import Codes
+
 
 @dataclass
 class Checkpoint:
@@ -14,10 +16,11 @@ class Checkpoint:
     Args:
         path: the file or folder it was read from.
         layout: the form's name in LAYOUTS.
-        tensors: of the transformer; what was int8 or fp8 is multiplied out.
+        tensors: of the transformer; what was int8 or fp8 is multiplied out, unless kept.
         projections: what an attention method learned (of SLA `proj_l`), by the processors' names; empty where there is
             none of it in the file.
         forms: what each tensor of 8 bits was in the file, such as "int8"; here it is of the kind that was asked for.
+        kept: of these, the weights that stay as they are in the file; `tensors` has their shapes and no values.
         faults: what is wrong in the file itself, reported together with what does not fit a model.
     """
 
@@ -26,6 +29,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     projections: dict[str, Tensor]
     forms: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Codes] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
 
     @property

@@ -15,13 +15,16 @@ from slagen.formats.quantised import FLOATS
 from slagen.io.text import counted, cut
 
 
-def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers: int, head_dim: int) -> None:
+def check_fit(
+    checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers: int, head_dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     """Check a checkpoint against a model: every tensor there once, in the model's shape and in a usual dtype.
 
     TurboDiffusion's patch embedding, a matrix in its files, is given its five dimensions here.
 
     Args:
-        shapes: of the model's tensors, by name.
+        shapes: of the model's tensors, by name. dtype: that weights which stay quantised are computed in.
     Raises: WeightsError that lists the first eight faults.
     """
     tensors, faults = checkpoint.tensors, list(checkpoint.faults)
@@ -49,6 +52,7 @@ def check_fit(checkpoint: Checkpoint, shapes: dict[str, torch.Size], num_layers:
         if name in expected and tensor.shape != expected[name]
     ]
     faults += number_faults(held, checkpoint.forms)
+    faults += [f"{name} contains NaN or Inf" for name, codes in checkpoint.kept.items() if not codes.is_finite(dtype)]
     if faults:
         more = f"; and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise WeightsError(

@@ -1,4 +1,4 @@
-"""Dequantise int8 and fp8 weights: weight x scale, in every public spelling of the two.
+"""Weights of int8 and fp8 with their scales, in every public spelling of the two, and their product.
 
     weight                      fp8 without a scale                 Kijai's and Comfy's e4m3fn and e5m2
     weight, scale_weight        fp8, one scale a tensor             Comfy's and Kijai's scaled fp8, marked `scaled_fp8`
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slagen.formats.bounds import is_finite
 from slagen.io.documents import parse_json
 from slagen.io.forms import Fault
 
@@ -52,19 +53,73 @@ _OF_TOOLS = (  # what no other form has among its names
 _PACKED_KINDS = ("uint8", "U8", "F4", "F8_E8M0", "float8_e8m0fnu", "float4_e2m1fn_x2")
 
 
-@dataclass
-class Plain:
-    """Tensors by name, with scales multiplied into them.
+@dataclass(frozen=True)
+class Codes:
+    """A weight of 8 bits, or any other that has a scale.
 
     Args:
-        tensors: all others than weights of 8 bits are as they were.
-        forms: what each weight of 8 bits was, by its name here: "int8", "float8_e4m3fn" or "float8_e5m2".
+        values: (out, in) int8 or fp8.
+        scale: float32, by which they are multiplied: one, () ; one a row, (out, 1); one a block, (out / block,
+            in / block) rounded up; None without any.
+        block: rows and columns that share a scale; 0 where no blocks do.
+    """
+
+    values: Tensor
+    scale: Tensor | None
+    block: int = 0
+
+    @property
+    def form(self) -> str:
+        """The dtype of the values, such as "int8"."""
+        return str(self.values.dtype).removeprefix("torch.")
+
+    def on_meta(self) -> Codes:
+        """Its shape and dtypes, without values."""
+        return Codes(self.values.to("meta"), self.scale, self.block)
+
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """The weight: values x scale in float32, rounded once to `dtype`."""
+        if self.scale is None or self.values.is_meta:
+            return self.values.to(dtype)
+        wide = self.values.to(torch.float32)
+        if not self.block:
+            return wide.mul_(self.scale).to(dtype)
+        rows, columns = wide.shape
+        by_row = self.scale.repeat_interleave(self.block, 0)[:rows]  # (out, in / block)
+        if columns % self.block == 0:
+            wide.unflatten(1, (-1, self.block)).mul_(by_row[..., None])
+        else:
+            wide.mul_(by_row.repeat_interleave(self.block, 1)[:, :columns])
+        return wide.to(dtype)
+
+    def is_finite(self, dtype: torch.dtype) -> bool:
+        """Whether no number of the product is NaN or Inf."""
+        if self.values.is_meta:
+            return True
+        if self.values.dtype == torch.float8_e4m3fn:
+            broken = self.values.view(torch.uint8) & 0x7F == 0x7F
+        elif self.values.dtype == torch.float8_e5m2:
+            broken = self.values.view(torch.uint8) & 0x7C == 0x7C
+        else:
+            broken = torch.zeros(())
+        if broken.any():
+            return False
+        largest = 128.0 if self.values.dtype == torch.int8 else torch.finfo(self.values.dtype).max
+        scale = 1.0 if self.scale is None else self.scale.abs().max().item()
+        return largest * scale <= torch.finfo(dtype).max or is_finite(self.product(dtype))
+
+
+@dataclass
+class Plain:
+    """What a file's tensors are, by name, without scales and marks.
+
+    Args:
+        tensors: weights of 8 bits as `Codes`; all others are as they were.
         faults: what is wrong with them.
         turbo: whether TurboDiffusion's names are there.
     """
 
     tensors: dict[str, Any] = field(default_factory=dict)
-    forms: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     turbo: bool = False
 
@@ -94,8 +149,8 @@ def form_not_read(values: Mapping[str, Any]) -> str | None:
     return None
 
 
-def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: bool = False) -> Plain:
-    """Every weight of 8 bits in `dtype`, with its scale multiplied in; scales and marks are left out.
+def with_scales(values: Mapping[str, Any], shapes_only: bool = False) -> Plain:
+    """Every weight of 8 bits with its scale.
 
     Args:
         values: tensors under names without prefixes; other values are passed on.
@@ -128,33 +183,30 @@ def multiply_out(values: Mapping[str, Any], dtype: torch.dtype, shapes_only: boo
             plain.faults.append(f"{target} appears twice")
         if name not in scales and scaled_fp8 and value.ndim == 2:
             plain.faults.append(f"{name} is {value.dtype} but has no scale, although other tensors have one")
-        plain.forms[target] = str(value.dtype).removeprefix("torch.")
         shown = value.to("meta") if shapes_only else value
-        plain.tensors[target] = _product(name, shown, scales.get(name), values, dtype, plain.faults)
+        plain.tensors[target] = _codes(name, shown, scales.get(name), values, plain.faults)
     return plain
 
 
-def _product(
-    name: str, value: Tensor, scale_name: str | None, values: Mapping[str, Any], dtype: torch.dtype, faults: list[str]
-) -> Tensor:
+def _codes(name: str, value: Tensor, scale_name: str | None, values: Mapping[str, Any], faults: list[str]) -> Codes:
     if scale_name is None:
-        return value.to(dtype)
+        return Codes(value, None)
     scale = values[scale_name]
-    wide = _spread(name, value, scale, values)
-    if wide is None:
+    codes = _scaled(name, value, scale, values)
+    if codes is None:
         kind = f"shape {tuple(scale.shape)} and {scale.dtype}" if isinstance(scale, Tensor) else type(scale).__name__
         faults.append(
             f"{name} is {value.dtype} of shape {tuple(value.shape)} with scales of {kind}, but must be int8 or fp8 "
             f"with one scale, one per row, or one per block of {QUANT_BLOCK} x {QUANT_BLOCK}"
         )
-        return value.to(dtype)
+        return Codes(value, None)
     if not torch.isfinite(scale.float()).all():
         faults.append(f"{name} has scales that are NaN or Inf")
-    return value.to(dtype) if value.is_meta else (value.float() * wide).to(dtype)
+    return codes
 
 
-def _spread(name: str, value: Tensor, scale: Any, values: Mapping[str, Any]) -> Tensor | None:
-    """A weight's scale, float32, so that it multiplies the weight (out, in); None where its shape says nothing."""
+def _scaled(name: str, value: Tensor, scale: Any, values: Mapping[str, Any]) -> Codes | None:
+    """A weight with its scale; None where the scale's shape says nothing."""
     if not isinstance(scale, Tensor) or scale.dtype not in FLOATS or value.dtype not in (torch.int8, *FP8, *FLOATS):
         return None
     turbo, rows = name.endswith(".int8_weight"), value.shape[0] if value.ndim else 0
@@ -162,17 +214,16 @@ def _spread(name: str, value: Tensor, scale: Any, values: Mapping[str, Any]) -> 
         return None
     scale = scale.float()
     if scale.numel() == 1 and not turbo:
-        return scale.reshape(())
+        return Codes(value, scale.reshape(()))
     if tuple(scale.shape) in ((rows,), (rows, 1)) and not turbo:
-        return scale.reshape(rows, *[1] * (value.ndim - 1))
+        return Codes(value, scale.reshape(rows, *[1] * (value.ndim - 1)))
     mark = values.get(f"{name.rpartition('.')[0]}.comfy_quant")
     block = _comfy(mark).get("group_size", QUANT_BLOCK)
     if not isinstance(block, int) or block < 1 or value.ndim != 2 or scale.ndim != 2:
         return None
     if tuple(scale.shape) != tuple(-(-size // block) for size in value.shape):
         return None
-    wide = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)
-    return wide[:, : value.shape[1]]
+    return Codes(value, scale, block)
 
 
 def _comfy(mark: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from slagen.attention.schedule_file import LAYERS
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.headers import read_strings
 from slagen.formats.model_files import SLA_FILE
+from slagen.formats.quantised_linear import plain_tensors
 from slagen.formats.sla_settings import layers_of
 from slagen.formats.tensor_files import PICKLE_SUFFIXES
 from slagen.io.files import writing
@@ -169,13 +171,17 @@ def gaps(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
 
 def weights_hash(transformer: nn.Module) -> str:
     """SHA-256 of a transformer's tensors by name, rounded to bfloat16 so that the load dtype does not matter."""
-    return state_hash(transformer.state_dict())
+    return _hash(plain_tensors(transformer))
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
     """`weights_hash` of a transformer with these tensors by name."""
+    return _hash(sorted(state.items()))
+
+
+def _hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,7 +16,7 @@ from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.layouts import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, learned
 from slagen.formats.names import inside, transformers
-from slagen.formats.quantised import multiply_out
+from slagen.formats.quantised import Codes, with_scales
 from slagen.formats.side_file import SideFile, read_side_file
 from slagen.formats.tensor_files import read_tensors
 
@@ -28,6 +28,7 @@ def read_checkpoint(
     projections_only: bool = False,
     part: str | None = None,
     shapes_only: bool = False,
+    keep_quantised: bool = False,
 ) -> Checkpoint | SideFile:
     """Read a transformer, or SimpleTuner's side file, whatever its form.
 
@@ -36,6 +37,7 @@ def read_checkpoint(
         projections_only: leave all tensors out but what an attention method learned.
         part: which transformer, where the file holds several.
         shapes_only: do not dequantise: tensors that are int8 or fp8 get a shape and no values.
+        keep_quantised: leave the int8 and fp8 weights of the blocks' linear layers as they are, as `kept`.
     Raises: WeightsError if the file is broken, or holds something else. `check_fit` compares it with a model.
     """
     content = read_tensors(path)
@@ -47,7 +49,7 @@ def read_checkpoint(
     values, twice = tensors_of_one(path, content, part)
     if projections_only:
         values = {name: value for name, value in values.items() if learned(name) or "proj_l" in name}
-    checkpoint = _checkpoint(path, values, dtype, shapes_only)
+    checkpoint = _checkpoint(path, values, dtype, shapes_only, keep_quantised)
     checkpoint.faults += [f"{name} appears twice" for name in twice]
     return checkpoint
 
@@ -76,18 +78,26 @@ def tensors_of_one(path: Path, content: dict[str, Any], part: str | None) -> tup
     return values, twice
 
 
-def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_only: bool) -> Checkpoint:
-    plain = multiply_out(content, dtype, shapes_only)
+def _checkpoint(
+    path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_only: bool, keep_quantised: bool
+) -> Checkpoint:
+    plain = with_scales(content, shapes_only)
     names = plain.tensors
     layout = max(LAYOUTS.values(), key=lambda layout: sum(layout.rename(name) is not None for name in names))
     checkpoint = Checkpoint(path, layout.name, {}, {}, faults=plain.faults)
     faults = checkpoint.faults
     spellings: dict[str, set[str]] = {}
-    for name, value in names.items():
-        if not isinstance(value, Tensor):
-            faults.append(f"{name} is of type {type(value).__name__}, not a tensor")
+    for name, read in names.items():
+        if not isinstance(read, Tensor | Codes):
+            faults.append(f"{name} is of type {type(read).__name__}, not a tensor")
             continue
         target = layout.rename(name)
+        keep = False
+        if isinstance(read, Codes):
+            keep = (
+                keep_quantised and read.values.element_size() == 1 and bool(LINEARS_OF_A_BLOCK.fullmatch(target or ""))
+            )
+        value = read if isinstance(read, Tensor) else (read.on_meta() if keep else read).product(dtype)
         if parts := learned(name):
             layer, place, own_name = parts
             spellings.setdefault(own_name.split(".")[0], set()).add(f"{place}.".lstrip(".") + own_name.split(".")[0])
@@ -97,8 +107,10 @@ def _checkpoint(path: Path, content: dict[str, Any], dtype: torch.dtype, shapes_
             faults.append(f"{name} is unexpected")
         else:
             checkpoint.tensors[target] = value
-        if name in plain.forms and target is not None:
-            checkpoint.forms[target] = plain.forms[name]
+        if isinstance(read, Codes) and target is not None:
+            checkpoint.forms[target] = read.form
+            if keep:
+                checkpoint.kept[target] = read
     for group, places in spellings.items():
         if len(places) > 1:
             faults.append(f"{group} has {len(places)} different names ({', '.join(sorted(places))})")

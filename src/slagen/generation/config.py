@@ -209,8 +209,8 @@ class GenerateConfig:
     )  # fmt: skip
     lora_merge: bool | None = option(
         None,
-        "Merge LoRAs into the weights, so that they cost no time per step. Default: merge unless the weights stay "
-        "quantised.", panel=VIDEO, in_key=False,
+        "Merge LoRAs into the weights, so that they cost no time per step. Default: merge, except into GGUF "
+        "weights.", panel=VIDEO, in_key=False,
     )  # fmt: skip
     vae_tiling: VaeTiling = option(
         "auto",

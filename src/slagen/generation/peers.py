@@ -119,7 +119,7 @@ REFUSED = {
     **dict.fromkeys(
         ("embedded-cfg-scale", "embedded-guidance-scale"), f"Wan's models have no embedded guidance; {_CFG}"),
     **dict.fromkeys(("enable-cfg", "use-cfg"), "guidance is used if --guidance-scale is above 1"),
-    "quant-linear": "quantised files, such as those ending in -quant.pth, are recognised automatically",
+    "quant-linear": "quantised files, such as those ending in -quant.pth, are recognised, and stay quantised in memory",
     "default-norm": "the model's original normalization layers are always used",
     **dict.fromkeys(
         ("use-prompt-extend", "prompt-extend-method", "prompt-extend-model", "prompt-extend-target-lang",

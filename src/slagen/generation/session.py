@@ -15,6 +15,7 @@ from slagen.attention.learned import SLA_NAME, label, matrix_norms, name_in_file
 from slagen.attention.protocol import Method
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event, loaded_parts
+from slagen.formats.quantised_linear import describe, largest_product
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.fill_defaults import SIGMA_MAX
@@ -97,11 +98,14 @@ class Session:
         _check_kernels(plan)
         self.pipe = load_pipeline(
             weights.source, CPU, weights.dtype, None if vae is None else user_path(vae),
-            text_encoder=text_encoder, on_part=loaded_parts(on_event),
+            text_encoder=text_encoder, quantised=True, on_part=loaded_parts(on_event),
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
         self.about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
         self._add_loras(plan)
+        for text in describe(self.pipe.transformer), self.loras and self.loras.describe():
+            if text:
+                on_event(Event("note", text))
         self._place(plan, on_event)
 
     def _place(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
@@ -132,6 +136,7 @@ class Session:
             weights.source.shape, plan.num_tokens, dict(pipe.vae.config), (c.width, c.height, c.num_frames),
             weights.dtype.itemsize,
         )  # fmt: skip
+        denoise += largest_product(pipe.transformer)
         return Sizes(
             text, largest_tensor(pipe.text_encoder), transformer, weights.source.shape.num_layers, vae,
             denoise + plan.remembered.num_bytes, decode, tiled,

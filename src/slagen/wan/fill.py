@@ -11,11 +11,12 @@ from torch import Tensor
 from slagen.attention.protocol import Method
 from slagen.errors import WeightsError
 from slagen.formats.checks import number_faults
+from slagen.formats.quantised_linear import multiply_out
 from slagen.formats.sla import is_projection
 from slagen.wan.processor import installation, processors
 
 
-def _multiply_out(tensors: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
+def _add_low_rank(tensors: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """Low-rank changes added to the weights that they change, the file's own or the model's. Raises WeightsError where
     they do not fit."""
     changed = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
@@ -50,11 +51,14 @@ def fill(
 ) -> None:  # fmt: skip
     """Check every tensor against the model, then copy them in and keep what they replace; `missing` ones are faults.
 
+    Weights of 8 bits that the file changes are held in full from then on.
+
     Args: layers: the sparsity of each layer in training, where there was not one for all: one of 0 trained nothing.
     """
+    multiply_out(transformer, {name.replace(".lora_A.", ".") for name in tensors})
     state = transformer.state_dict()
     faults = number_faults(tensors)
-    tensors = _multiply_out(tensors, state, path)
+    tensors = _add_low_rank(tensors, state, path)
     missing += [name for name in state if is_projection(name) and name not in tensors and name not in missing]
     faults += [f"{name} is missing" for name in missing]
     for name, tensor in tensors.items():

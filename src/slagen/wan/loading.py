@@ -36,6 +36,7 @@ def load_pipeline(
     *,
     text_encoder: bool = True,
     transformer: bool = True,
+    quantised: bool = False,
     on_part: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> WanPipeline:
     """Load a pipeline: transformer and text encoder in `dtype`, the VAE in float32, on the device as memory allows.
@@ -45,6 +46,7 @@ def load_pipeline(
     Args:
         vae: a file or folder of another VAE, in the original or in diffusers' names.
         text_encoder: False leaves text encoder and tokenizer out. transformer: False leaves it out.
+        quantised: the transformer's weights of int8 and fp8 stay so, and are multiplied out as they are used.
         on_part: called with what is loaded next, how many parts are loaded, and of how many, before each.
     Raises: WeightsError if a file is broken, or a component's tensors are not its model's: one is missing or one too
         many, or has another shape, another dtype, or NaN or Inf.
@@ -60,7 +62,7 @@ def load_pipeline(
     parts: dict[str, Any] = {"transformer": None, "text_encoder": None}
     if transformer:
         on_part("the transformer", 0, total)
-        parts["transformer"] = load_transformer(source, dtype)
+        parts["transformer"] = load_transformer(source, dtype, quantised=quantised)
     on_part("the VAE", int(transformer), total)
     parts["vae"] = load_vae(vae or source.folder / "vae", source.folder / "vae")
     if text_encoder:

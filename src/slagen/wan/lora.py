@@ -13,6 +13,8 @@ from torch import Tensor
 
 from slagen.errors import EnvironmentProblem, WeightsError
 from slagen.formats.lora import LayerChange, LoraFile, read_changes
+from slagen.formats.quantised_linear import multiply_out
+from slagen.io.text import counted
 
 NEEDS_PEFT = (
     "a LoRA that is not merged into the weights needs peft. Install it: pip install 'slagen[lora]'. Or merge it: "
@@ -32,7 +34,9 @@ class Loras:
         files: as `check_lora` returned them. merge: merge them, or keep them live.
         keep: keep a copy of each weight that is changed, in the memory of the CPU, so that `set_scales` can be called
             again, and `remove`.
-    Raises: WeightsError where a file does not fit or weights are quantised; EnvironmentProblem where peft is missing.
+    Attributes: multiplied_out: how many weights of 8 bits are held in full, because they are changed.
+    Raises: WeightsError where a file does not fit, or GGUF weights are to be changed; EnvironmentProblem where peft is
+        missing.
     """
 
     def __init__(self, pipe: Any, files: Sequence[LoraFile], *, merge: bool, keep: bool) -> None:
@@ -42,7 +46,8 @@ class Loras:
         parameters = dict(self.transformer.named_parameters())
         shapes = {name: _shape(parameter) for name, parameter in parameters.items()}
         self.changes = [read_changes(file, shapes) for file in files]
-        self.parameters = parameters  # by their names before peft gives them others
+        self.multiplied_out = multiply_out(self.transformer, _changed_weights(self.changes, merge))
+        self.parameters = dict(self.transformer.named_parameters())  # by their names before peft gives them others
         if not merge:
             self._add_adapters(pipe)
 
@@ -61,6 +66,13 @@ class Loras:
             self.changes = []
         if not self.merge:
             _set_adapters(self.transformer, [_name(index) for index in range(len(wanted))], wanted)
+
+    def describe(self) -> str | None:
+        """What a note says of weights of 8 bits that are changed; None where there are none."""
+        if not self.multiplied_out:
+            return None
+        text = f"the LoRA changes {counted(self.multiplied_out, 'weight')} in 8 bits, which a run holds in full then"
+        return f"{text}; --no-lora-merge leaves them in 8 bits" if self.merge else text
 
     def remove(self) -> None:
         """Put back the weights as they were."""
@@ -121,6 +133,12 @@ class Loras:
             {layer: dataclasses.replace(change, down=None, up=None) for layer, change in changes.items()}
             for changes in self.changes
         ]
+
+
+def _changed_weights(changes: Sequence[dict[str, LayerChange]], merge: bool) -> set[str]:
+    """The weights that LoRAs change in place, by name."""
+    each = [(layer, change) for one in changes for layer, change in one.items()]
+    return {f"{layer}.weight" for layer, change in each if merge or change.weight is not None}
 
 
 def _name(index: int) -> str:

@@ -13,6 +13,7 @@ from slagen.formats.checks import check_fit
 from slagen.formats.folders import component_files
 from slagen.formats.gguf_files import check_values
 from slagen.formats.model_files import read_json
+from slagen.formats.quantised_linear import keep_quantised
 from slagen.formats.transformer import read_checkpoint
 from slagen.io.files import scratch
 from slagen.wan.building import cast_tensors, no_random_init, reading_from
@@ -21,15 +22,17 @@ from slagen.wan.hub import closed_hub
 from slagen.wan.presets import WAN_1_3B, WAN_14B
 
 
-def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3DModel:
+def load_transformer(source: ModelSource, dtype: torch.dtype, *, quantised: bool = False) -> WanTransformer3DModel:
     """The transformer of a model, from its folder or from the file that replaces it; on the CPU, in eval mode.
 
+    Args:
+        quantised: weights of int8 and fp8 stay so, and are multiplied out as they are used.
     Raises: WeightsError unless every tensor is there, once, in the right shape.
     """
     config = source.folder / "transformer"
     if source.weights is None:
         component_files(config)
-    checkpoint = read_checkpoint(source.weights or config, dtype)
+    checkpoint = read_checkpoint(source.weights or config, dtype, keep_quantised=quantised)
     if not isinstance(checkpoint, Checkpoint):
         raise WeightsError(
             f"{source.weights} contains only attention weights, not a transformer. Give it with --weights."
@@ -38,7 +41,8 @@ def load_transformer(source: ModelSource, dtype: torch.dtype) -> WanTransformer3
 
 
 def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: torch.dtype) -> WanTransformer3DModel:
-    """A transformer with a checkpoint's weights in `dtype`, but for what diffusers keeps in float32.
+    """A transformer with a checkpoint's weights in `dtype`, but for what diffusers keeps in float32, and what is
+    kept quantised.
 
     Args:
         config: as in a transformer's config.json.
@@ -49,9 +53,8 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
         model = WanTransformer3DModel.from_config(config)
     state = model.state_dict()
     heads = model.config
-    check_fit(
-        checkpoint, {name: tensor.shape for name, tensor in state.items()}, heads.num_layers, heads.attention_head_dim
-    )
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    check_fit(checkpoint, shapes, heads.num_layers, heads.attention_head_dim, dtype)
     if checkpoint.path.suffix == ".gguf":  # stays quantised, multiplied out by diffusers as it is used
         check_values(checkpoint.path)
         with scratch() as folder, closed_hub(), reading_from(str(checkpoint.path)):
@@ -63,7 +66,8 @@ def build_transformer(checkpoint: Checkpoint, config: dict[str, Any], dtype: tor
             ).eval()
     kept = set(WanTransformer3DModel._keep_in_fp32_modules)
     model.load_state_dict(cast_tensors(checkpoint.tensors, dtype, kept, checkpoint.path), strict=True, assign=True)
-    return model.requires_grad_(True).eval()
+    keep_quantised(model, checkpoint.kept, dtype)
+    return model.requires_grad_(not checkpoint.kept).eval()
 
 
 RANDOM_INIT = {"wan-1.3b": WAN_1_3B, "wan-14b": WAN_14B}
