@@ -50,8 +50,16 @@ class CubeOrder:
 
     def reordered(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend in cube order: q, k, v and the result (B, H, L, D) in raster order; `attend` gets the sequence."""
-        q, k, v = (x.index_select(2, self.order) for x in (q, k, v))
-        return attend(q, k, v).index_select(2, self.inverse)
+        q, k, v = (_rows(x, self.order) for x in (q, k, v))
+        return _rows(attend(q, k, v), self.inverse)
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, H, L, D) in another order, with the same layout in memory; whole tokens where their heads lie
+    together, as a model has them, which is many times faster."""
+    if x.stride(1) < x.stride(2):
+        return x.transpose(1, 2).index_select(1, index).transpose(1, 2)
+    return x.index_select(2, index)
 
 
 def to_slots(x: Tensor, slots: Tensor, num_cubes: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from slagen.cli import streams
+from slagen.cli import allocator, streams
 from slagen.cli.app import app
 from slagen.errors import Interrupted, UsageError, for_the_command_line
 from slagen.interrupts import ENDING, INTERRUPTED
@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is not None:
         sys.exit(run(arguments))
     streams.mend()
+    allocator.keep_freed_memory()
     try:
         os.getcwd()
     except OSError as error:  # MKL and others end the process over it

@@ -10,7 +10,11 @@ Means are mixed over the domain of each query block, and over the features:
 Every quotient lies in [0, 1] and is the exponential of a difference of logs, so features far apart neither overflow
 nor vanish from both sides of a fraction. The gradients are products of the same quotients.
 
-In the domain "all" one state serves every query, so W is multiplied into it once. In "marginal" mixing is one matrix
+In the domain "all" one state serves every query, so W is multiplied into it once. With softmax features it holds no
+quotients and logs, but the sums themselves, over L: phi(Q) @ (H z / L), over phi(Q) @ (z / L + e / L), since the
+features of a query sum to 1. They are bounded, and where they vanish so does their part of O^l, because of e.
+
+In "marginal" mixing is one matrix
 product, of the 0/1 domain (M, N) with the means (N, D * D) times z_nd / Z_d, where Z_d sums over all blocks, and
 z_d / Z_d is divided out again: D N / (2 block_m block_n topk) of the sparse branch's operations, a third for D = 128,
 blocks of 64 and one block in 20, whatever L is. Where z_d / Z_d is hardly a number of the dtype for some query block
@@ -20,7 +24,7 @@ A domain may also be of degrees: c_in in [0, 1] of key block n for query block i
 then c_in z_nd. The gradient of log c_in is that of log z_nd, summed over the features and the rows of the block.
 
 The states are the logs of z (G, N, D) and the means H (G, N, D, D), one for each key block, or with N = 1 for the
-domain "all"; G, R and blocks are as in `blocks.py`. The log of 0 is -inf.
+domain "all", or the sums told above; G, R and blocks are as in `blocks.py`. The log of 0 is -inf.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,6 +44,20 @@ def _join(x: Tensor, config: SLAConfig) -> Tensor:
     return x.flatten(1, 2).unsqueeze(1) if config.linear_domain == "all" else x
 
 
+def _is_of_sums(config: SLAConfig) -> bool:
+    """Whether the one state holds sums; see the head of this file."""
+    return config.linear_domain == "all" and config.feature_map == "softmax"
+
+
+def _key_weights(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice, Tensor]]:
+    """Split the key blocks as `_key_runs`: slices of blocks, and phi(K) / L, 0 after the end."""
+    step = in_a_run(4 * k[:, 0].numel())
+    for j in range(0, k.shape[1], step):
+        weights = k[:, j : j + step].softmax(-1).mul_(1 / length)
+        weights.flatten(1, 2)[:, max(0, length - j * k.shape[2]) :] = 0
+        yield slice(j, j + step), _join(weights, config)
+
+
 def _key_runs(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice, Tensor]]:
     """Split the key blocks into runs of about RUN_BYTES: slices of blocks, and log phi(K), -inf after the end."""
     step = in_a_run(4 * k[:, 0].numel())
@@ -50,7 +68,13 @@ def _key_runs(k: Tensor, config: SLAConfig, length: int) -> Iterator[tuple[slice
 
 
 def key_states(k: Tensor, v: Tensor, config: SLAConfig, length: int) -> tuple[Tensor, Tensor]:
-    """Log z and H of each key block, or of all."""
+    """Log z and H of each key block, or of all; or of all, z / L + e / L and H z / L."""
+    if _is_of_sums(config):
+        z, sums = k.new_full((len(k), 1, k.shape[3]), EPSILON["all"] / length), k.new_zeros(1)
+        for run, weights in _key_weights(k, config, length):
+            z += weights.sum(2)
+            sums = sums + weights.mT @ _join(v[:, run], config)
+        return z, sums
     parts = []
     for run, logs in _key_runs(k, config, length):
         weights, z = _normalise(logs, 2)
@@ -115,15 +139,23 @@ def _mix_each(z: Tensor, means: Tensor, domain: Tensor) -> tuple[Tensor, Tensor,
     return z, (shares @ means.transpose(1, 2)).transpose(1, 2), torch.ones_like(z), unmix
 
 
+def _state_weights(k: Tensor, config: SLAConfig, length: int, z: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Split the key blocks into runs: slices of blocks, of their states, and how much of its state each key makes."""
+    if _is_of_sums(config):
+        yield from ((run, slice(None), weights) for run, weights in _key_weights(k, config, length))
+        return
+    z = z.masked_fill(z == -torch.inf, 0)
+    for run, logs in _key_runs(k, config, length):
+        where = slice(None) if config.linear_domain == "all" else run
+        yield run, where, (logs - z[:, where, None]).exp_()
+
+
 def states_backward(
     k: Tensor, v: Tensor, config: SLAConfig, length: int, z: Tensor, dstates: Tensor, dk: Tensor, dv: Tensor
 ) -> None:
     """Add to dk and dv; the gradients of the states are those of sums, not of means: they come mixed."""
-    z = z.masked_fill(z == -torch.inf, 0)
-    for run, logs in _key_runs(k, config, length):
-        where = slice(None) if config.linear_domain == "all" else run
+    for run, where, weights in _state_weights(k, config, length, z):
         dsums, dtotal = dstates[:, where, :, :-1], dstates[:, where, None, :, -1]
-        weights = (logs - z[:, where, None]).exp_()
         dlogs = (_join(v[:, run], config) @ dsums.mT).add_(dtotal).mul_(weights)
         dk[:, run] += _feature_logs_backward(dlogs.view(dk[:, run].shape), k[:, run], config.feature_map)
         dv[:, run] += (weights @ dsums).view(dv[:, run].shape)
@@ -133,6 +165,10 @@ def linear_rows(
     q: Tensor, z: Tensor, means: Tensor, domain: Tensor | None, config: SLAConfig
 ) -> tuple[Tensor, Tensor, Tensor | None, Unmix | None, Tensor]:
     """u over the total, then H times the total, the total and the function of `_mix`, or H, None and None; and O^l."""
+    if _is_of_sums(config):
+        weights = _join(q.softmax(-1), config)
+        weights.div_(weights @ z[..., None])
+        return weights, means, z, None, weights @ means
     total = unmix = None
     if domain is not None:
         z, means, total, unmix = _mix(z, means, domain)
