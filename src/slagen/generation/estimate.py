@@ -14,23 +14,27 @@ from slagen.attention.learned import SLA_NAME, label, of_another, suits
 from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
 from slagen.attention.schedule import Schedule
-from slagen.errors import SlagenError, UsageError
+from slagen.errors import UsageError
 from slagen.formats.headers import read_header, read_strings
+from slagen.formats.held import transformer_files
 from slagen.formats.model_files import SETTINGS_KEY, SLA_FILE
 from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_trained_with
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
 from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes, with_trained_layers
+from slagen.generation.planned_memory import (
+    TEXT_ENCODER_PARAMETERS,
+    VAE_PARAMETERS,
+    PlannedMemory,
+    transformer_parameters,
+)
 from slagen.generation.preflight import check_run
 from slagen.generation.run_estimate import (
-    CpuMemory,
     Download,
     Flops,
     ListedModel,
     RunEstimate,
-    RunMemory,
-    StageMemory,
     TotalFlops,
 )  # fmt: skip
 from slagen.io.paths import is_video, user_path
@@ -38,9 +42,6 @@ from slagen.wan.defaults import ModelDefaults
 from slagen.wan.folder import BUNDLED, ModelSource, bundled_folder, describe_folder, token_grid
 from slagen.wan.presets import CUDA_DEFAULT, PRESETS, Preset, local_folder, never_tuned
 
-# Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
-TEXT_ENCODER_PARAMETERS = 5_680_000_000
-VAE_PARAMETERS = 126_900_000
 GIB = 2**30
 NO_PROMPT = "prompt"  # where only the rest of a run is planned
 
@@ -53,7 +54,7 @@ class _Model:
         preset: itself, or one made from a folder. name: as `generate` shows it.
         trained: the config that its attention weights were trained with; None without any, and where only the
             tensors show it. method: the one that they belong to. layers: the sparsity of each, as in SLAMetadata.
-        source: None where it is not on this machine.
+        source: None where it is not on this machine. weights: the transformer file that is used instead of its own.
     """
 
     preset: Preset
@@ -62,6 +63,7 @@ class _Model:
     method: str = SLA_NAME
     source: ModelSource | None = None
     layers: tuple[float, ...] | None = None
+    weights: Path | None = None
 
     @property
     def defaults(self) -> ModelDefaults:
@@ -117,9 +119,10 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     part = schedule.dense
     item_bytes, guidance = 4 if config.dtype == "fp32" else 2, config.guidance_scale or 0.0
     kept = Remembered.of(method, attention, model.shape, grid, item_bytes, guidance, part)
-    cpu = _cpu_need(config, model, tokens, size).keeping(kept.num_bytes)
-    if device == "cpu" and (lack := _lack(cpu, *size)) is not None:
+    takes = PlannedMemory(config, model.shape, model.source, model.weights, tokens, size, kept.num_bytes)
+    if device == "cpu" and (lack := takes.lack()) is not None:
         notes.append(lack)
+    notes += takes.notes(device)
     notes += [config.policy.note(tokens, part) or ""] * (part.share > 0 and schedule.applies)
     notes += kept.notes(method.name) + recommended_notes(asked, config)
     flops = _flops(model, schedule)
@@ -141,7 +144,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
         forward_passes=passes,
         total_flops=TotalFlops(passes * flops.dense_forward, passes * flops.sla_forward),
         device=device,
-        memory_gib=_memory(model, tokens, size, _in_gib(cpu), item_bytes, kept.num_bytes),
+        memory_gib=takes.to_run_memory(),
         downloads=_downloads(model.preset),
         outputs=_outputs(asked),
         notes=notes,
@@ -269,14 +272,14 @@ def _model(config: GenerateConfig) -> _Model:
     name = config.model or BUNDLED
     preset = PRESETS.get(name)
     weights = None if config.weights is None else user_path(config.weights)
-    found = None
+    found, whole = None, weights if weights is not None and transformer_files(weights) else None
     if weights is not None:
         file = weights / SLA_FILE if (weights / SLA_FILE).is_file() else weights
         known = file.suffix == ".safetensors" and file.is_file()
         found = read_trained_with(file) if known or (file / "transformer" / "config.json").is_file() else None
     if preset is not None:
         method, trained, layers = found or (SLA_NAME, preset.sla, None)
-        return _Model(preset, preset.name, trained, method, layers=layers)
+        return _Model(preset, preset.name, trained, method, layers=layers, weights=whole)
     folder = local_folder(name)
     if folder is None:
         raise UsageError(
@@ -288,70 +291,8 @@ def _model(config: GenerateConfig) -> _Model:
         found = read_trained_with(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
     method, trained, layers = found or (SLA_NAME, None, None)
     preset = Preset(name, "", None, None, source.shape, source.defaults)
-    return _Model(preset, folder.resolve().name, trained, method, source, layers)
-
-
-def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
-    """Parameters of a Wan2.1 text-to-video transformer with (1, 2, 2) patches; 1,418,996,800 for 1.3B."""
-    width, ffn, patch = shape.num_heads * shape.head_dim, shape.ffn_dim, channels * 4
-    linear = width * width + width
-    attention = 4 * linear + 2 * width
-    block = 2 * attention + 2 * width + (width * ffn + ffn) + (ffn * width + width) + 6 * width
-    time = (256 * width + width) + linear + 6 * linear
-    text = (text_dim * width + width) + linear
-    return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
-
-
-def _memory(
-    model: _Model, tokens: int, size: tuple[int, int, int], cpu: CpuMemory, item_bytes: int, kept: int
-) -> RunMemory:
-    """Estimates for a card: weights (of a folder: its files), and what a stage needs beside them.
-
-    Args: kept: bytes that the attention remembers from step to step.
-    """
-    shape, folder = model.shape, model.folder
-    hidden = memory.denoising(shape, tokens, item_bytes) + kept
-    if folder is None:
-        weights = {
-            "text": item_bytes * TEXT_ENCODER_PARAMETERS, "denoise": item_bytes * transformer_parameters(shape),
-            "decode": 4 * VAE_PARAMETERS,
-        }  # fmt: skip
-    else:
-        sizes = {part: sum(f.stat().st_size for f in (folder / part).glob("*.safetensors"))
-                 for part in ("text_encoder", "transformer", "vae")}  # fmt: skip
-        weights = {"text": sizes["text_encoder"], "denoise": sizes["transformer"], "decode": sizes["vae"]}
-    activations = {"text": 0, "denoise": hidden, "decode": cpu.decode * GIB}
-    return RunMemory(
-        stages={stage: StageMemory(weights[stage] / GIB, activations[stage] / GIB) for stage in weights},
-        gpu_peak_all_resident=(sum(weights.values()) + max(activations.values())) / GIB,
-        gpu_peak_offloaded=max(weights[stage] + activations[stage] for stage in weights) / GIB,
-        host=sum(weights.values()) / GIB,
-        estimated=True,
-        cpu=cpu,
-    )
-
-
-def _lack(needed: memory.Need, width: int, height: int, num_frames: int) -> str | None:
-    """What `generate` would say of a CPU's memory, a warning or its refusal; None where the run fits."""
-    try:
-        return memory.check(needed, width, height, num_frames)
-    except SlagenError as error:
-        return str(error)
-
-
-def _cpu_need(config: GenerateConfig, model: _Model, tokens: int, size: tuple[int, int, int]) -> memory.Need:
-    """Estimates of the host's memory for a run on a CPU, where everything is loaded at once."""
-    item_bytes = 2 if config.dtype in ("bf16", "fp16") else 4
-    if model.source is not None:
-        return memory.need(model.source, *size, item_bytes)
-    weights = item_bytes * (TEXT_ENCODER_PARAMETERS + transformer_parameters(model.shape)) + 4 * VAE_PARAMETERS
-    stages = memory.activations(model.shape, tokens, memory.WAN_VAE, size[0] * size[1], size[2], item_bytes)
-    return memory.Need(weights, 0, *stages)
-
-
-def _in_gib(needed: memory.Need) -> CpuMemory:
-    sizes = (needed.weights, needed.denoise, needed.decode, needed.likely, max(0, memory.memory_left()[0]))
-    return CpuMemory(*(size / GIB for size in sizes))
+    source = dataclasses.replace(source, weights=whole)
+    return _Model(preset, folder.resolve().name, trained, method, source, layers, whole)
 
 
 def _downloads(preset: Preset) -> list[Download]:

@@ -90,7 +90,9 @@ def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
         return None
     assert config.width and config.height and config.num_frames
     size = (config.width, config.height, config.num_frames)
-    needed = memory.need(weights.source, *size, weights.dtype.itemsize).keeping(plan.remembered.num_bytes)
+    merges = bool(config.lora) and not config.live_lora
+    needed = memory.need(weights.source, *size, weights.dtype.itemsize, merges=merges)
+    needed = needed.keeping(plan.remembered.num_bytes)
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 
 

@@ -8,7 +8,6 @@ less and 0.1 GiB more from 512x512 on, with SLA and with full attention alike, f
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,14 +18,13 @@ from typing import Any
 import psutil
 
 from slagen.attention.cost import ModelShape
-from slagen.errors import SlagenError, WeightsError
-from slagen.formats.headers import read_header
+from slagen.errors import SlagenError
+from slagen.formats.held import Held, held, transformer_files
 from slagen.formats.model_files import read_json
 from slagen.io.text import counted
 from slagen.wan.folder import ModelSource
 
 GIB = 2**30
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 DECODER_COPIES = 20  # activations of the decoder's last width, four frames of float32, that are there at once
 DECODER_BYTES = GIB // 10  # whatever the size
 FRAME_BYTES = 36  # of a pixel of each frame: three colours as the decoder gives them, put together, and rounded
@@ -69,24 +67,39 @@ class Need:
 
 def need(
     source: ModelSource, width: int, height: int, num_frames: int, item_bytes: int, *,
-    parts: tuple[str, ...] = ("text_encoder", "transformer", "vae"),
+    parts: tuple[str, ...] = ("text_encoder", "transformer", "vae"), merges: bool = False,
 ) -> Need:  # fmt: skip
     """What a video of this size takes on a CPU.
 
     Args:
         item_bytes: of one number of text encoder and transformer; the VAE's are float32.
         parts: that are loaded.
+        merges: LoRAs are merged into the transformer, so that none of its weights stays in 8 bits.
     Raises: WeightsError for a folder that is no model.
     """
-    weights = fresh = 0
+    weights = fresh = multiplied = 0
     for part in parts:
-        replaced = source.weights if part == "transformer" else None
-        for file in [replaced] if replaced is not None else (source.folder / part).glob("*.safetensors"):
-            here, copied = _in_memory(file, 4 if part == "vae" else item_bytes)
-            weights, fresh = weights + here, fresh + copied
+        found = held_by(source, part, item_bytes, merges=merges)
+        weights, fresh = weights + found.held, fresh + found.fresh
+        multiplied += multiplying_out(source.shape, item_bytes) if found.in_8_bits else 0
     vae = read_json(source.folder / "vae" / "config.json", source.folder)
     tokens = source.token_grid(width, height, num_frames).num_tokens if "transformer" in parts else 0
-    return Need(weights, fresh, *activations(source.shape, tokens, vae, width * height, num_frames, item_bytes))
+    denoise, *others = activations(source.shape, tokens, vae, width * height, num_frames, item_bytes)
+    return Need(weights, fresh, denoise + multiplied, *others)
+
+
+def held_by(source: ModelSource, part: str, item_bytes: int, *, merges: bool = False) -> Held:
+    """What one of a model's parts takes in memory; arguments as of `need`."""
+    if part != "transformer":
+        return held((source.folder / part).glob("*.safetensors"), 4 if part == "vae" else item_bytes)
+    files = transformer_files(source.weights or source.folder / part)
+    found = held(files, item_bytes)
+    return found.full(item_bytes) if merges and not any(file.suffix == ".gguf" for file in files) else found
+
+
+def multiplying_out(shape: ModelShape, item_bytes: int) -> int:
+    """Bytes that multiplying out the largest weight of 8 bits takes: in float32, and in the dtype computed in."""
+    return shape.num_heads * shape.head_dim * shape.ffn_dim * (4 + item_bytes)
 
 
 def activations(
@@ -113,23 +126,6 @@ def denoising(shape: ModelShape, tokens: int, item_bytes: int) -> int:
 def has_card() -> bool:
     """Whether NVIDIA's driver is on this machine; without torch, which only knows the GPUs that it can use."""
     return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
-
-
-def _in_memory(file: Path, item_bytes: int) -> tuple[int, int]:
-    """Bytes of a file's weights when they are loaded, and of those that are converted and so no copy of the file."""
-    if file.suffix != ".safetensors" or not file.is_file():
-        return file.stat().st_size if file.is_file() else 0, 0
-    try:
-        header = read_header(file)
-    except WeightsError:
-        return 0, 0  # said better when it is loaded
-    whole = fresh = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = math.prod(entry["shape"]) * (item_bytes if entry["dtype"] in ITEM_BYTES else 1)
-            whole += size
-            fresh += size if ITEM_BYTES.get(entry["dtype"], item_bytes) != item_bytes else 0
-    return whole, fresh
 
 
 def check(needed: Need, width: int, height: int, num_frames: int, advice: str | None = None) -> str | None:
@@ -168,10 +164,10 @@ def _process_limits() -> Iterator[tuple[int, str]]:
     import resource
 
     used = psutil.Process().memory_info()
-    for kind, held, name in ((resource.RLIMIT_AS, used.vms, "ulimit -v"), (resource.RLIMIT_DATA, _data(), "ulimit -d")):
+    for kind, size, name in ((resource.RLIMIT_AS, used.vms, "ulimit -v"), (resource.RLIMIT_DATA, _data(), "ulimit -d")):
         limit = resource.getrlimit(kind)[0]
         if limit != resource.RLIM_INFINITY:
-            yield limit - held, f"the {name} limit"
+            yield limit - size, f"the {name} limit"
 
 
 def _data() -> int:

@@ -12,6 +12,7 @@ from slagen.attention.sla.config import SLAConfig
 from slagen.errors import WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.headers import read_header, shard_of
+from slagen.formats.held import held, transformer_files
 from slagen.formats.kinds import REFUSALS, identify
 from slagen.formats.lora import read_lora
 from slagen.formats.model_files import SLA_FILE
@@ -37,6 +38,7 @@ LEFT_OUT = (
     "trained_sizes",
     "vocabulary",
     "example_prompt",
+    "memory_gib",
 )  # of the JSON, where there is none
 
 
@@ -137,6 +139,7 @@ class TransformerInfo(FileInfo):
         sla: whether it holds SLA weights; proj_l_norms are theirs, by layer. faults: what keeps it from being loaded.
         trained_with: the settings of its attention weights, if it records them. layer_sparsities: as in SLAMetadata.
         sla_file: the one beside it.
+        memory_gib: what weights of 8 bits take, which stay so in memory, and what they would in bf16; None for others.
         attention: the method of its attention weights, where that is not SLA. parameter_norms: of what that learned, by
             parameter group and layer.
     """
@@ -156,6 +159,7 @@ class TransformerInfo(FileInfo):
     parameter_norms: dict[str, list[float]] | None = None
     notes: list[str] | None = None
     sla_file: Info | None = None
+    memory_gib: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,8 +235,15 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
         trained=_all_trained(norms, others, found.layer_sparsities), faults=checkpoint.faults,
         trained_with=found.trained_with, layer_sparsities=found.layer_sparsities,
         attention=None if found.method == SLA_NAME else found.method,
-        notes=notes or None, parameter_norms=others or None, sla_file=_beside(path),
+        notes=notes or None, parameter_norms=others or None, sla_file=_beside(path), memory_gib=_memory(path),
     )  # fmt: skip
+
+
+def _memory(path: Path) -> dict[str, float] | None:
+    found = held(transformer_files(path), 2)
+    if not found.in_8_bits:
+        return None
+    return {"held": round(found.held / 2**30, 3), "bf16": round(found.full(2).held / 2**30, 3)}
 
 
 def _describe_lora(file: FileInfo, path: Path) -> FileInfo:
