@@ -120,8 +120,6 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     item_bytes, guidance = 4 if config.dtype == "fp32" else 2, config.guidance_scale or 0.0
     kept = Remembered.of(method, attention, model.shape, grid, item_bytes, guidance, part)
     takes = PlannedMemory(config, model.shape, model.source, model.weights, tokens, size, kept.num_bytes)
-    if device == "cpu" and (lack := takes.lack()) is not None:
-        notes.append(lack)
     notes += takes.notes(device)
     notes += [config.policy.note(tokens, part) or ""] * (part.share > 0 and schedule.applies)
     notes += kept.notes(method.name) + recommended_notes(asked, config)

@@ -106,7 +106,7 @@ class PlannedMemory:
         """Of a number on a card."""
         return 4 if self.config.dtype == "fp32" else 2
 
-    def lack(self) -> str | None:
+    def _lack(self) -> str | None:
         """What `generate` would say of a CPU's memory, a warning or its refusal; None where the run fits."""
         try:
             return memory.check(self._cpu(), *self.size)
@@ -114,12 +114,13 @@ class PlannedMemory:
             return str(error)
 
     def notes(self, device: str | None) -> list[str]:
-        """What is said of weights that stay in 8 bits."""
+        """What is said of a CPU's memory, and of weights that stay in 8 bits; `device` is the kind that it runs on."""
         item_bytes = 4 if device == "cpu" and self.config.dtype == "auto" else self._item_bytes
-        own = self._own(item_bytes)
-        if not own.in_8_bits:
-            return []
-        return [
-            f"weights in 8 bits stay so: the transformer takes {own.held / GIB:.2f} GiB of memory instead of "
-            f"{own.full(item_bytes).held / GIB:.2f}"
-        ]
+        own, lack = self._own(item_bytes), self._lack() if device == "cpu" else None
+        notes = [] if lack is None else [lack]
+        if own.in_8_bits:
+            notes.append(
+                f"weights in 8 bits stay so: the transformer takes {own.held / GIB:.2f} GiB of memory instead of "
+                f"{own.full(item_bytes).held / GIB:.2f}"
+            )
+        return notes
