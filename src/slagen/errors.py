@@ -14,10 +14,10 @@ FLAGS = {
 }  # fmt: skip
 # Words behind an option that are not its value.
 NO_VALUES = {
-    "adds", "and", "are", "begins", "both", "compares", "corrects", "counts", "excludes", "for", "generates", "gives",
-    "has", "holds", "in", "is", "makes", "may", "measures", "names", "needs", "or", "out", "over", "saves", "say",
-    "says", "select", "selects", "starts", "takes", "the", "those", "to", "too", "tries", "wants", "was", "where",
-    "with", "writes", "wrote",
+    "adds", "and", "are", "begins", "both", "compares", "compiles", "corrects", "counts", "excludes", "for",
+    "generates", "gives", "has", "holds", "in", "is", "makes", "may", "measures", "names", "needs", "or", "out", "over",
+    "saves", "say", "says", "select", "selects", "starts", "takes", "the", "those", "to", "too", "tries", "wants",
+    "was", "where", "with", "would", "writes", "wrote",
 }  # fmt: skip
 _SPELLINGS = re.compile(
     r"(?P<kept>\b(?:pip install|torchrun|ray start|slagen [a-z]+)\b.*?(?=\.\s|$)|(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w))"

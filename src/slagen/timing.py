@@ -211,7 +211,8 @@ class DenseTimes:
 @dataclass
 class StepTimes:
     """Where one denoising step's time went, in milliseconds. `attention_ms` lists the forward passes in order,
-    `parts_ms` has what `part` timed of all of them; what was run with dense attention beside them is in `dense` only.
+    `parts_ms` has what `part` timed of all of them; what was run with dense attention beside them is in `dense` only,
+    and what torch.compile took in `compile_ms`.
     """
 
     index: int
@@ -222,6 +223,7 @@ class StepTimes:
     parts_ms: dict[str, float] = field(default_factory=dict)
     num_spans: int = 0
     dense: DenseTimes | None = None
+    compile_ms: float = 0.0
 
     @property
     def attention_share(self) -> float | None:
@@ -251,6 +253,7 @@ class StepRecorder:
         self._origin: Any = None
         self._pass = -1
         self._dense: bool | None = None  # within a dense pass: whether it counts
+        self._compile_ms = 0.0
         self._start: Any = None
 
     @property
@@ -293,9 +296,14 @@ class StepRecorder:
         finally:
             self._dense = None
 
+    def compiled(self, ms: float) -> None:
+        """So many milliseconds of this step were spent in torch.compile."""
+        self._compile_ms += ms
+
     def end_step(self, timestep: float) -> StepTimes:
         """Close the step, read its spans, and begin the next one."""
-        step = StepTimes(len(self.steps), timestep)
+        step = StepTimes(len(self.steps), timestep, compile_ms=self._compile_ms)
+        self._compile_ms = 0.0
         if self.enabled:
             self.clock.add("step", self._start, self.clock.mark())
             for key, duration, start_ms in self.clock.read(self._origin):
@@ -316,6 +324,8 @@ class StepRecorder:
                     step.layers_ms[layer] += duration
         if step.dense is not None and step.latency_ms is not None:
             step.latency_ms -= step.dense.extra_ms
+        if step.latency_ms is not None:  # on CUDA a little ran meanwhile
+            step.latency_ms = max(0.0, step.latency_ms - step.compile_ms)
         self.steps.append(step)
         self.begin_step()
         return step

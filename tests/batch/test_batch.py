@@ -176,18 +176,18 @@ def test_a_report_that_cannot_be_made_again_is_told(toy, tmp_path):
 
 def test_one_failure_does_not_stop_the_rest(toy, tmp_path, monkeypatch):
     lines = ["a red circle --seed 1", "a circle --seed 2", "red --seed 3"]
-    real = session._denoise
+    real = session.run_denoising
 
     def fail(pipe, plan, *rest):
         if plan.config.seed == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(pipe, plan, *rest)
 
-    monkeypatch.setattr(session, "_denoise", fail)
+    monkeypatch.setattr(session, "run_denoising", fail)
     result = batch(settings(toy, tmp_path, lines))
     ((_, reason),) = result.failed
     assert len(result.made) == 2 and reason.startswith("the GPU ran out of memory in denoising at 64x64, 5 frames;")
-    monkeypatch.setattr(session, "_denoise", real)
+    monkeypatch.setattr(session, "run_denoising", real)
     again = batch(settings(toy, tmp_path, lines))
     assert not again.made and "--retry-failed" in again.failed[0][1]
     third = batch(settings(toy, tmp_path, lines, retry_failed=True))

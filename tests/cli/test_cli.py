@@ -253,7 +253,12 @@ INTERRUPTED = {
 def test_every_long_command_tells_of_an_interrupt(monkeypatch, capsys, command):
     """A note of the task says what is kept; without one, nothing is."""
     arguments, task = INTERRUPTED[command]
-    for check in ("provenance.had_live_lora", "latents.read_about", "preflight.check_model", "preflight.check_steps"):
+    for check in (
+        "provenance.needed_all_of_torch",
+        "latents.read_about",
+        "preflight.check_model",
+        "preflight.check_steps",
+    ):
         monkeypatch.setattr(f"slagen.generation.{check}", lambda *given, **options: None)
     monkeypatch.setattr("slagen.training.preflight.check_training", lambda config: None)
     for kept in ("Step 3 of 9 is saved in o. Run the same command again to resume.", ""):

@@ -393,7 +393,7 @@ TASKS = (
 )  # fmt: skip
 CHECKS = (  # of what lies at the paths of a command line, before its task
     "generation.preflight.check_run", "generation.preflight.check_model", "batch.preflight.read_batch",
-    "training.preflight.check_training", "training.preflight.check_data", "generation.provenance.had_live_lora",
+    "training.preflight.check_training", "training.preflight.check_data", "generation.provenance.needed_all_of_torch",
     "generation.latents.read_about",
 )  # fmt: skip
 

@@ -194,7 +194,7 @@ def test_a_clip_of_one_block_runs_dense_and_says_so(toy, tmp_path):
 
 def test_latents_that_are_not_finite_write_nothing(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "slagen.generation.session._denoise", lambda *a: (torch.full((1, 4, 3, 16, 16), torch.nan), None)
+        "slagen.generation.session.run_denoising", lambda *a: (torch.full((1, 4, 3, 16, 16), torch.nan), None)
     )
     with pytest.raises(SlagenError, match="contain NaN or Inf"):
         generate(toy_config(toy, tmp_path))

@@ -91,7 +91,8 @@ class RecordedTimes:
 
     def _key(self, task: Task) -> str:
         plan = task.plan
-        return digest([*self.about, denoising_flops(task), _num_pixels(task), str(plan.weights.dtype), plan.backend])
+        how = [str(plan.weights.dtype), plan.backend, *["compiled"] * plan.config.compile]
+        return digest([*self.about, denoising_flops(task), _num_pixels(task), *how])
 
     def _known(self) -> dict[str, list[float]]:
         try:

@@ -199,7 +199,7 @@ class WorkerLoop:
                 sha256=video.record.video.sha256, latents_hash=video.record.latents_hash,
             )  # fmt: skip
             (self.result.made if counts else self.result.elsewhere).append(task.job.name)
-            self.times.add(task, seconds)
+            self.times.add(task, seconds - video.record.stages_s.get("compile", 0.0))
         finally:
             attempt.lock.release()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -222,18 +222,6 @@ def _size(config: BenchConfig, defaults: ModelDefaults) -> tuple[int, int, int]:
     )
 
 
-@contextlib.contextmanager
-def _compiled_blocks(transformer: Any) -> Iterator[None]:
-    """Compile every block for the length of the `with` block."""
-    torch._dynamo.reset()  # one attention after the other in the same blocks must not add up to the limit of recompiles
-    transformer.compile_repeated_blocks(dynamic=False)
-    try:
-        yield
-    finally:
-        for block in transformer.blocks:
-            block._compiled_call_impl = None
-
-
 def time_loop(
     pipe: Any, config: BenchConfig, defaults: ModelDefaults, compiled: bool,
     on_event: Callable[[Event], None] = lambda event: None, contender: Contender | None = None,
@@ -242,6 +230,7 @@ def time_loop(
 
     Args: contender: what is installed, where it is not the same in all steps.
     """
+    from slagen.wan.compiling import compile_blocks
     from slagen.wan.observe import attach_recorder
     from slagen.wan.processor import denoising
 
@@ -273,7 +262,8 @@ def time_loop(
 
     with torch.inference_mode(), contextlib.ExitStack() as stack:
         if compiled:
-            stack.enter_context(_compiled_blocks(transformer))
+            torch._dynamo.reset()  # one attention after another in the same blocks must not add up to a limit
+            stack.callback(compile_blocks(transformer, whole=False))
         else:
             stack.callback(attach_recorder(transformer, recorder))
         run(warm_up)

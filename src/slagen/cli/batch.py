@@ -63,7 +63,8 @@ def run_batch(context: typer.Context, config: BatchConfig, as_json: bool) -> Non
     requests = preflight.read_batch(config)
     with GenerateProgress() as progress:
         if config.ray_address is None:
-            start_quickly(context, config.generate.weights, live_lora=config.generate.live_lora)
+            base = config.generate
+            start_quickly(context, base.weights, all_of_torch=base.live_lora or base.compile)
             from slagen.batch.run import batch as task
         else:
             from slagen.batch.ray_workers import batch_on_ray as task

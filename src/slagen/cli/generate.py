@@ -76,7 +76,7 @@ def generate(
         show_plan(_estimated(config), as_json)
         return
     with GenerateProgress() as progress:
-        start_quickly(context, config.weights, live_lora=config.live_lora)
+        start_quickly(context, config.weights, all_of_torch=config.live_lora or config.compile)
         from slagen.generation import generate as task
 
         result = task.generate(config, progress)
@@ -260,10 +260,10 @@ def replay(
     from slagen.cli.progress import GenerateProgress
     from slagen.generation import preflight, provenance
 
-    live_lora = provenance.had_live_lora(user_path(path))
+    all_of_torch = provenance.needed_all_of_torch(user_path(path))
     preflight.check_model(model, weights, settings["vae"])
     with GenerateProgress() as progress:
-        start_quickly(context, "*.gguf", live_lora=live_lora)  # it may be
+        start_quickly(context, "*.gguf", all_of_torch=all_of_torch)  # it may be
         from slagen.generation import replay as task
 
         result = task.replay(path, output, progress, model=model, weights=weights, **settings)

@@ -40,7 +40,7 @@ def attention(
     preflight.check_model(base.model, base.weights, base.vae)
     preflight.check_steps(base)
     with GenerateProgress() as progress:
-        start_quickly(context, base.weights, live_lora=base.live_lora)
+        start_quickly(context, base.weights, all_of_torch=base.live_lora)
         from slagen.maps import run as task
 
         result = task.draw(config, progress)

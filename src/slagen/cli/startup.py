@@ -7,15 +7,15 @@ import typer
 from slagen.errors import EnvironmentProblem
 
 
-def start_quickly(context: typer.Context, weights: str | None, *, live_lora: bool = False) -> None:
+def start_quickly(context: typer.Context, weights: str | None, *, all_of_torch: bool = False) -> None:
     """Where the process ends with this command, import no package that it does not use.
 
     Args:
-        live_lora: a LoRA is to be computed by peft, which needs more of PyTorch than a run without.
+        all_of_torch: blocks are to be compiled, or a LoRA computed by peft, which needs more of PyTorch.
     Raises: as `check_docstrings`.
     """
     check_docstrings()
-    if context.obj["own_process"] and not live_lora:
+    if context.obj["own_process"] and not all_of_torch:
         from slagen.wan.startup import leave_out
 
         leave_out(keep=("gguf",) if weights is not None and weights.endswith(".gguf") else ())

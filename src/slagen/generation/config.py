@@ -43,6 +43,7 @@ OF_VIDEOS = (
     "crf",
     "no_metadata",
     "preview",
+    "compile",
 )
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
@@ -87,6 +88,7 @@ class GenerateConfig:
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
         offload: which parts are on the GPU at a time, see generation/offload.py. vae_tiling: decode in tiles.
+        compile: the transformer's blocks, see wan/compiling.py.
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
         trace: a file that ends in .json, for the trace of the one video.
@@ -146,6 +148,7 @@ class GenerateConfig:
         "one layer. auto goes by the free memory.",
         panel=SAMPLING, pixels=False,
     )  # fmt: skip
+    compile: bool = option(False, "Compile the transformer's blocks, in the first step of each size.", panel=SAMPLING)
     attention: Attention = option(
         "sla", "Attention method. The command slagen methods describes them.", panel=ATTENTION
     )
@@ -265,11 +268,8 @@ class GenerateConfig:
         _check_strengths(self)
         _check_seed(self)
         config_checks.check_offload(self)
-        choices_of = {"timing": Timing, "dtype": Dtype, "sampler": Sampler, "offload": Offload, "vae_tiling": VaeTiling}
-        for name, choices in choices_of.items():
-            value = getattr(self, name)
-            if value not in get_args(choices) and (name, value) != ("sampler", None):
-                raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
+        config_checks.check_compile(self)
+        _check_choices(self)
         config_checks.check_attention(self)
         config_checks.check_measurement(self)
         config_checks.check_trace(self)
@@ -306,6 +306,15 @@ class GenerateConfig:
         """The prompt as a part of a file name."""
         plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
+
+
+def _check_choices(config: GenerateConfig) -> None:
+    """Raise UsageError for a value that is none of its option's."""
+    choices_of = {"timing": Timing, "dtype": Dtype, "sampler": Sampler, "offload": Offload, "vae_tiling": VaeTiling}
+    for name, choices in choices_of.items():
+        value = getattr(config, name)
+        if value not in get_args(choices) and (name, value) != ("sampler", None):
+            raise UsageError(f"{name} is {shown(value)}, but must be one of {', '.join(get_args(choices))}.")
 
 
 def _check_kept_blocks(config: GenerateConfig) -> None:

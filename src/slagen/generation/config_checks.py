@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_CRF = {VIDEO: 51, WEBM: 63}  # what x264 and VP9 take
 MAX_GIF_FPS = 50  # a GIF counts in hundredths of a second, and players show a frame for two of them or more
+MOVES_LAYERS = ("group", "sequential")  # of --offload: parts of blocks are moved to the GPU one by one
 # What is counted, with an option that an error suggests.
 COUNTS = {
     "width": "--size 832x480", "height": "--size 832x480", "num_frames": "--num-frames 81", "fps": "--fps 16",
@@ -88,6 +89,28 @@ def check_offload(config: GenerateConfig) -> None:
     if config.offload not in ("auto", "none") and config.device == "cpu":
         raise UsageError(
             f"--offload {config.offload} moves parts of the model to a GPU, but --device is cpu. Leave --offload out."
+        )
+
+
+def check_compile(config: GenerateConfig) -> None:
+    """Raise UsageError for what cannot be had of compiled blocks."""
+    if not config.compile:
+        return
+    if config.offload in MOVES_LAYERS:
+        raise UsageError(
+            f"--compile needs whole blocks on the GPU, but --offload {config.offload} moves parts of them. "
+            "Leave one of them out, or try --offload model."
+        )
+    if config.live_lora:
+        raise UsageError(
+            "--compile would compile a LoRA that is not merged anew for each of its scales. Leave --no-lora-merge out, "
+            "or --compile."
+        )
+    if config.timing == "part" or config.measure_dense is not None:
+        option = "--timing part" if config.timing == "part" else "--measure-dense"
+        raise UsageError(
+            f"{option} times attention, which is not timed by itself in compiled blocks. Leave one of "
+            f"{option} and --compile out."
         )
 
 

@@ -28,6 +28,7 @@ NAMES = {
     "sample-solver": "sampler", "scheduler": "sampler", "vae-path": "vae",
     "save-file": "output", "save-path": "output", "output-path": "output", "save-result-path": "output",
     "from-file": "prompts", "prompt-txt": "prompts",
+    "enable-torch-compile": "compile",
 }  # fmt: skip
 # Those of their trainers, for fine-tuning.
 TRAINER_NAMES = {
@@ -135,8 +136,9 @@ REFUSED = {
     **dict.fromkeys(("workload-type", "mode", "inference-mode", "model-cls", "pipeline-config"), _ONLY),
     "config-json": "give settings as options, or in a YAML file (--config)",
     **dict.fromkeys(
-        ("enable-torch-compile", "torch-compile-kwargs", "compile", "compile-args"),
-        "videos are generated without torch.compile; slagen bench --compile measures how much faster it would be"),
+        ("torch-compile-kwargs", "compile-args", "compile-backend", "compile-mode", "compile-dynamic",
+         "compile-fullgraph", "compile-cache-size-limit"),
+        "--compile compiles every block as one graph with Inductor, anew for each size"),
     "vsa-sparsity": "to use VSA, give --attention vsa, and set its sparsity with --sparsity",
     "sta-mode": "sliding tile attention (STA) is not supported; slagen methods lists the attention methods",
     "output-type": "the end of --output says what is written: .mp4, .webm, .gif or .frames; --save-latents writes the "

@@ -136,9 +136,13 @@ def read_made(path: Path) -> Made:
     )
 
 
-def had_live_lora(path: Path) -> bool:
-    """Whether a LoRA was computed beside the weights of a video, as it or its report says. Raises as `read_made`."""
-    return read_made(path).settings.get("lora_merge") is False
+def needed_all_of_torch(path: Path) -> bool:
+    """Whether a LoRA was computed beside the weights of a video, or blocks were compiled, as it or its report says.
+
+    Raises: as `read_made`.
+    """
+    settings = read_made(path).settings
+    return settings.get("lora_merge") is False or bool(settings.get("compile"))
 
 
 def read_video(path: Path) -> Made:

@@ -85,6 +85,7 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
             attention_share=step.attention_share,
             layers_ms=list(step.layers_ms) or None,
             parts_ms=dict(step.parts_ms) or None,
+            compile_ms=step.compile_ms or None,
         )
         rows.append(row)
     return rows
@@ -116,8 +117,14 @@ def layer_section(steps: list[StepTimes]) -> list[ReportedLayer]:
     return [ReportedLayer(i, sum(times)) for i, times in enumerate(zip(*timed, strict=True))]
 
 
-def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> Overhead:
-    """How the times were taken, and what taking them cost: spans x measured cost of one, as a share of the steps."""
+def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float, compiled: bool = False) -> Overhead:
+    """How the times were taken, and what taking them cost: spans x measured cost of one, as a share of the steps.
+
+    Args: compiled: nothing was timed inside the blocks.
+    """
+    means = (
+        "the choice of key blocks, the attention itself and proj_l, but not the projections to q, k, v and the output"
+    )
     spans = sum(s.num_spans + 1 for s in steps) if level != "off" else 0
     latency = sum(s.latency_ms or 0.0 for s in steps)
     return Overhead(
@@ -125,8 +132,7 @@ def timing_section(level: str, steps: list[StepTimes], span_cost_ms: float) -> O
         spans=spans,
         span_cost_ms=span_cost_ms if spans else 0.0,
         overhead_share=spans * span_cost_ms / latency if latency else 0.0,
-        attention_means="the choice of key blocks, the attention itself and proj_l, but not the projections to q, k, v "
-        "and the output",
+        attention_means="nothing: blocks are compiled, and attention is not timed by itself" if compiled else means,
     )
 
 
@@ -211,7 +217,9 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         steps=step_section(steps),
         layers=layer_section(steps),
         cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(sample.densities), steps),
-        timing=timing_section(config.timing, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0),
+        timing=timing_section(
+            recorder.level, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0, config.compile
+        ),
         stages_s=clock.read(),  # last, for all of the above takes time too
         stage_memory=memory_section(clock),
         peak_memory_gib=clock.memory.most() if clock.memory else machine.peak_memory_gib(plan.weights.device),

@@ -16,8 +16,8 @@ from slagen.io.paths import FRAMES, GIF, kind_of
 GENERATOR = "slagen report"  # what the page says of who wrote it
 EMBEDDED = 10 * 2**20  # bytes of a video at most that the page holds; a larger one is linked
 STAGES = {"start": "start-up", "prepare": "preparing", "load": "loading", "text": "text encoder",
-          "denoise": "denoising", MEASURE: "measuring dense attention", "preview": "preview", "decode": "decoding",
-          "wait": "waiting", "write": "writing"}  # fmt: skip
+          "denoise": "denoising", MEASURE: "measuring dense attention", "preview": "preview",
+          "compile": "compiling", "decode": "decoding", "wait": "waiting", "write": "writing"}  # fmt: skip
 
 PAGE = (
     HEAD
@@ -177,6 +177,7 @@ COLOURS = (
     "var(--attention)",
     "#fb8f44",
     "#bc4c9c",
+    "#9a6700",
     "#1a7f37",
     "#d4a72c",
     "#cf222e",

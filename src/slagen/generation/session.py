@@ -18,6 +18,8 @@ from slagen.events import Event, loaded_parts
 from slagen.formats.quantised_linear import describe, largest_product
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
+from slagen.generation.config_checks import MOVES_LAYERS
+from slagen.generation.denoise import run_denoising
 from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.lora import asked_loras
 from slagen.generation.offload import STAGES, Placement, Sizes, choose, next_setting, stage_sizes
@@ -29,13 +31,13 @@ from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
 from slagen.io.text import counted, quote
 from slagen.timing import StepRecorder
-from slagen.wan.dense_beside import measuring_dense
+from slagen.wan.compiling import check_compiler, compile_blocks
 from slagen.wan.install import install_projections, install_untrained, load_weights
 from slagen.wan.loading import load_pipeline
 from slagen.wan.lora import Loras
-from slagen.wan.observe import attach_recorder, take_densities
+from slagen.wan.observe import take_densities
 from slagen.wan.placement import CPU, largest_tensor, part_bytes, place, release_text_encoder
-from slagen.wan.processor import denoising, install_method, remove, set_config
+from slagen.wan.processor import install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents
@@ -107,11 +109,13 @@ class Session:
             if text:
                 on_event(Event("note", text))
         self._place(plan, on_event)
+        if plan.config.compile:
+            compile_blocks(self.pipe.transformer)
 
     def _place(self, plan: Plan, on_event: Callable[[Event], None]) -> None:
         """Move the model to its device, as its memory allows, and say how."""
         config, device = plan.config, plan.weights.device
-        if self.several and config.offload in ("group", "sequential"):
+        if self.several and config.offload in MOVES_LAYERS:
             raise UsageError(
                 f"--offload {config.offload} moves single layers, whose weights cannot be changed between videos, as "
                 "prompts with other LoRA scales do. Try --offload model."
@@ -120,6 +124,11 @@ class Session:
             free, _ = torch.cuda.mem_get_info(device)
             self.placement = choose(self._sizes(plan), free, config.offload, config.vae_tiling, whole=self.several)
             on_event(Event("note", self.placement.reason))
+            if config.compile and self.placement.offload in MOVES_LAYERS:
+                raise UsageError(
+                    f"--compile needs whole blocks on the GPU, and the model does not fit there: "
+                    f"{self.placement.reason}. Leave --compile out, or try --offload model."
+                )
         else:
             self.placement = Placement("none", config.vae_tiling == "on", "")
         if self.placement.tiling:
@@ -234,7 +243,7 @@ class Session:
             set_config(pipe.transformer, plan.method, plan.attention)
         on_event(Event("stage", "denoise", num_steps=c.steps))
         with self._within_memory("denoise", plan):
-            latents, recorder = _denoise(pipe, plan, embeds, on_event, after_step, preview)
+            latents, recorder = run_denoising(pipe, plan, embeds, on_event, after_step, preview)
         if not torch.isfinite(latents).all():
             raise SlagenError(
                 f"the latents for seed {c.seed} contain NaN or Inf, so no video was written. "
@@ -266,6 +275,7 @@ class Session:
         clock.begin("decode")
         clock.set_apart(sum(step.dense.extra_ms for step in recorder.steps if step.dense) / 1e3)
         clock.set_apart(preview.seconds if preview else 0.0, "preview")
+        clock.set_apart(sum(step.compile_ms for step in recorder.steps) / 1e3, "compile")
         with self._within_memory("decode", plan):
             frames = decode_frames(self.pipe.vae, latents, on_event)
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)
@@ -280,7 +290,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _check_kernels(plan: Plan) -> None:
-    """Raise EnvironmentProblem where the kernels of a plan's backend do not run."""
+    """Raise EnvironmentProblem where the kernels of a plan's backend do not run, or nothing can be compiled."""
+    if plan.config.compile:
+        check_compiler(plan.weights.device)
     if plan.backend is not None and plan.method.check is not None:
         weights = plan.weights
         plan.method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
@@ -345,50 +357,3 @@ def _install_attention(pipe: Any, plan: Plan, model_hash: str) -> UsedWeights:
 def _norms(pipe: Any, method: Method) -> dict[str, list[float]] | None:
     """The norms of what an attention method other than SLA has learned; None where that is nothing."""
     return None if name_in_files(method) == SLA_NAME else matrix_norms(pipe.transformer.state_dict()) or None
-
-
-def _denoise(
-    pipe: Any,
-    plan: Plan,
-    embeds: dict[str, Any],
-    on_event: Callable[[Event], None],
-    count: Callable[[], None],
-    preview: Preview | None,
-) -> tuple[Any, StepRecorder]:
-    """Run the sampling loop; returns the final latents (1, C, T, h, w) and the recorder with its steps.
-
-    Args: count: called after each step. preview: draws the latents of some.
-    """
-    config, schedule = plan.config, plan.schedule
-    recorder = StepRecorder(plan.weights.device.type, config.timing, keep=config.trace is not None)
-    detach = attach_recorder(pipe.transformer, recorder)
-
-    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        step = recorder.end_step(float(timestep))
-        end_step()
-        count()
-        if preview is not None and preview.take(pipe.scheduler, step.index, tensors["latents"]):
-            recorder.begin_step()  # the next one begins behind the picture
-        on_event(Event("step", "denoise", step, config.steps or 0))
-        return {}
-
-    generator = torch.Generator().manual_seed(config.seed)  # type: ignore[arg-type]
-    if config.sampler == "rcm":
-        assert config.width and config.height and config.num_frames
-        frames = (config.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
-        height, width = (size // pipe.vae_scale_factor_spatial for size in (config.height, config.width))
-        pipe.scheduler.generator = generator
-        shape = (1, pipe.transformer.config.in_channels, frames, height, width)
-        embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
-    with contextlib.ExitStack() as stack:
-        stack.callback(detach)
-        end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0, schedule.dense, schedule.by_step))
-        stack.enter_context(measuring_dense(pipe.transformer, recorder, plan.measured_steps))
-        recorder.begin_step()
-        output = pipe(
-            **embeds, height=config.height, width=config.width, num_frames=config.num_frames,
-            num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=generator,
-            output_type="latent", callback_on_step_end=after_step,
-            max_sequence_length=plan.weights.source.defaults.max_sequence_length,
-        )  # fmt: skip
-    return output.frames, recorder

@@ -140,7 +140,8 @@ class ReportedAttention:
 @dataclass(frozen=True)
 class ReportedStep:
     """The times of a denoising step; None where they were not taken. Attention: of both passes, of each, of each layer
-    in both passes, and of each of its parts in all layers and both passes."""
+    in both passes, and of each of its parts in all layers and both passes. latency_ms leaves out compile_ms, which
+    torch.compile took."""
 
     step: int
     timestep: float
@@ -151,10 +152,12 @@ class ReportedStep:
     attention_share: float | None
     layers_ms: list[float] | None = None
     parts_ms: dict[str, float] | None = None
+    compile_ms: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
-        return {name: value for name, value in vars(self).items() if name != "parts_ms" or value is not None}
+        rare = ("parts_ms", "compile_ms")
+        return {name: value for name, value in vars(self).items() if name not in rare or value is not None}
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def totals(report: VideoReport) -> list[str]:
         )
     elif attention.density is not None:
         what += f", {attention.density:.1%} of all query-key pairs attended exactly; {attention.backend} backend"
+    if report.settings.get("compile"):
+        what += "; compiled blocks"
     if "delta" in attention.method:
         what += f"; one query row in {attention.method['delta']} attended exactly (delta)"
     for name in ("steps", "layers"):
