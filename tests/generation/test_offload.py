@@ -10,7 +10,7 @@ from wan_models import build_pipeline
 
 from slagen.attention.sla.config import SLAConfig
 from slagen.cli.main import run as command
-from slagen.errors import SlagenError
+from slagen.errors import SlagenError, UsageError
 from slagen.formats.layouts import LINEARS_OF_A_BLOCK
 from slagen.formats.quantised import Codes
 from slagen.formats.quantised_linear import keep_quantised
@@ -144,6 +144,9 @@ def test_the_model_is_placed_by_the_cards_free_memory(monkeypatch):
     assert [event.kind for event in said] == ["note", "note"] and "0.5 GiB are free" in said[1].text
     session._place(made, said.append)
     assert placed[-1] == (CPU, "none") and len(said) == 2
+    compiled = dataclasses.replace(on_card(made), config=dataclasses.replace(made.config, compile=True))
+    with pytest.raises(UsageError, match=r"--compile needs whole blocks .* offload sequential .* 0\.5 GiB are free"):
+        session._place(compiled, said.append)
 
 
 def test_out_of_memory_names_the_stage_and_the_next_setting(monkeypatch):

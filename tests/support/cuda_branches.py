@@ -215,6 +215,12 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
             "torch.cuda.mem_get_info",
         ),
     },
+    "wan/compiling.py::check_compiler": {
+        "test_compiling.py::test_without_a_compiler_nothing_is_loaded": ("device.type == 'cuda'",)
+    },
+    "wan/compiling.py::compiling": {
+        "test_compiling.py::test_what_a_compiler_says_is_one_line": ("torch.OutOfMemoryError",)
+    },
     "generation/session.py::Session._within_memory": {
         "test_offload.py::test_out_of_memory_names_the_stage_and_the_next_setting": (
             "device.type == 'cuda'",
