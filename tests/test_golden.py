@@ -87,8 +87,8 @@ def compare(name: str, found: dict[str, Any], *, forever: bool = False) -> None:
 
 
 CHECKS = (  # of what lies at the paths of a command line, before its task
-    (preflight, "check_run"), (preflight, "check_model"), (batch_preflight, "read_batch"),
-    (training_preflight, "check_training"), (training_preflight, "check_data"),
+    (preflight, "check_run"), (preflight, "check_model"), (preflight, "check_processes"),
+    (batch_preflight, "read_batch"), (training_preflight, "check_training"), (training_preflight, "check_data"),
     (provenance, "needed_all_of_torch"), (latents, "read_about"), (headers, "check_weights"), (prompts, "read_prompts"),
 )  # fmt: skip
 

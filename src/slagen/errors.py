@@ -10,14 +10,14 @@ from contextlib import contextmanager
 FLAGS = {
     "overwrite", "allow-untrained", "ode", "report", "save-latents", "local-files-only", "from-dense", "restart",
     "retry-failed", "no-cache", "compile", "backward", "checkpointing", "tensorboard", "no-upscale", "smooth-keys",
-    "curve", "no-metadata", "lora-merge",
+    "curve", "no-metadata", "lora-merge", "cfg-parallel",
 }  # fmt: skip
 # Words behind an option that are not its value.
 NO_VALUES = {
-    "adds", "and", "are", "begins", "both", "compares", "compiles", "corrects", "counts", "excludes", "for",
-    "generates", "gives", "has", "holds", "in", "is", "makes", "may", "measures", "names", "needs", "or", "out", "over",
-    "saves", "say", "says", "select", "selects", "starts", "takes", "the", "those", "to", "too", "tries", "wants",
-    "was", "where", "with", "would", "writes", "wrote",
+    "above", "adds", "and", "are", "begins", "both", "compares", "compiles", "computes", "corrects", "counts",
+    "excludes", "for", "generates", "gives", "has", "holds", "in", "is", "leaves", "makes", "may", "measures", "names",
+    "needs", "or", "out", "over", "runs", "saves", "say", "says", "select", "selects", "starts", "takes", "the",
+    "those", "to", "too", "tries", "wants", "was", "where", "with", "would", "writes", "wrote",
 }  # fmt: skip
 _SPELLINGS = re.compile(
     r"(?P<kept>\b(?:pip install|torchrun|ray start|slagen [a-z]+)\b.*?(?=\.\s|$)|(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w))"
@@ -117,6 +117,13 @@ class GateError(SlagenError):
     exit_code = 6
 
 
+class PeerFailed(SlagenError):
+    """Another process of this run failed first, and says why."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run failed. Its message says why.")
+
+
 class Interrupted(SlagenError):
     """The user or the system ended the command; the message says what is kept and how to go on."""
 
@@ -124,6 +131,7 @@ class Interrupted(SlagenError):
 
 
 STAGE = "while "  # a note of an error that begins so says at what the run was
+FAILED_IN = "in process "  # and one that begins so, in which of several processes it was
 NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc", "bad allocation")
 
 

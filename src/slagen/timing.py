@@ -16,6 +16,7 @@ _timed: ContextVar[tuple[SpanClock, tuple[int, int]] | None] = ContextVar("timed
 _NOT_TIMED = nullcontext()
 
 
+COMMUNICATION = "communication"
 MIN_REPEATS, MAX_REPEATS, TURNS = 3, 100, 5  # of one measurement
 
 
@@ -213,6 +214,7 @@ class StepTimes:
     """Where one denoising step's time went, in milliseconds. `attention_ms` lists the forward passes in order,
     `parts_ms` has what `part` timed of all of them; what was run with dense attention beside them is in `dense` only,
     and what torch.compile took in `compile_ms`.
+    `communication_ms`: what was exchanged with other processes, and waiting for them; None where there are none.
     """
 
     index: int
@@ -224,6 +226,7 @@ class StepTimes:
     num_spans: int = 0
     dense: DenseTimes | None = None
     compile_ms: float = 0.0
+    communication_ms: float | None = None
 
     @property
     def attention_share(self) -> float | None:
@@ -340,10 +343,18 @@ def part(name: str) -> AbstractContextManager[None]:
     return _NOT_TIMED if timed is None else timed[0].span((*timed[1], name))
 
 
+def communicating(recorder: StepRecorder | None) -> AbstractContextManager[None]:
+    """Time a block that exchanges tensors with other processes, where a recorder is given."""
+    return _NOT_TIMED if recorder is None or not recorder.enabled else recorder.clock.span(COMMUNICATION)
+
+
 def _add(step: StepTimes, key: Any, duration: float) -> None:
     """Note a span that is not one of the step's own attention."""
     if key == "step":
         step.latency_ms = duration
+        return
+    if key == COMMUNICATION:
+        step.communication_ms = (step.communication_ms or 0.0) + duration
         return
     dense = step.dense = step.dense or DenseTimes()
     if key == "pass":

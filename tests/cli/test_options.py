@@ -246,8 +246,10 @@ def test_a_group_leaves_what_is_behind_its_command():
         ("--enable-vae-tiling", "in tiles of 256x256 pixels with --vae-tiling on"),
         ("--video in.mp4", "video-to-video"),
         ("--model_type x", "choose the model with --model"),
-        ("--nproc 2", "each video is generated on one GPU"),
-        ("--ulysses-degree 2", "each video is generated on one GPU"),
+        ("--nproc 2", "start torchrun --nproc-per-node N -m slagen generate"),
+        ("--ulysses-degree 2", "start torchrun --nproc-per-node N -m slagen generate"),
+        ("--ring_degree 2", "key blocks are chosen among all of them"),
+        ("--dit_fsdp", "each of them holds the whole model"),
         ("--dit-precision bf16", "slagen computes in"),
         ("--vae-precision fp16", "slagen computes in"),
         ("--embedded-cfg-scale 6", "no embedded guidance"),
@@ -279,7 +281,7 @@ def test_no_wrong_guess(capsys, command):
 
     assert run([*command.split(), "--ulysses_size", "8"]) == 2
     err = capsys.readouterr().err
-    assert "each video is generated on one GPU" in " ".join(err.split()) and "Did you mean" not in err
+    assert "to generate one video on N GPUs" in " ".join(err.split()) and "Did you mean" not in err
 
 
 @pytest.mark.parametrize(

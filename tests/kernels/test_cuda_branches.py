@@ -224,7 +224,8 @@ def test_each_process_takes_its_card(card, monkeypatch):
     started = []
     monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: started.append(backend))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: iter([(dist.HashStore(), 11, 16)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append(backend))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: started.append("ended"))
     monkeypatch.setattr(dist, "get_node_local_rank", lambda default: 3)
     monkeypatch.setattr(dist, "get_rank", lambda: 11)

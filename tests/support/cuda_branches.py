@@ -278,8 +278,8 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "benchmark/other_libraries.py::_flex_tiles": {"test_flex_gets_tiles_on_a_card": ("setting.device.type != 'cuda'",)},
     "training/distributed.py::Team.share": {"test_each_process_takes_its_card": ("self.device.type == 'cuda'",)},
-    "training/distributed.py::_check_cards": {"test_more_processes_than_cards": ("torch.cuda.device_count",)},
-    "training/distributed.py::join": {
+    "processes.py::_check_cards": {"test_more_processes_than_cards": ("torch.cuda.device_count",)},
+    "processes.py::joined": {
         "test_each_process_takes_its_card": ("device.type == 'cuda'", "'nccl'", "'cuda'", "torch.cuda.set_device")
     },
     "generation/resolve.py::find_weights": {"test_the_model_of_a_card": ("device.type != 'cuda'",)},

@@ -343,13 +343,15 @@ class Method:
             "--backend out for auto."
         )
 
-    def check_context_parallel(self) -> None:
+    def check_context_parallel(
+        self, sharing: str = "--context-parallel gives each process", advice: str = "Leave --context-parallel out"
+    ) -> None:
         """Raise UsageError where processes that share a clip's tokens, and each layer's heads, cannot run it."""
         missing = ["the hidden states of all tokens"] * self.needs.hidden_states + ["all heads"] * self.needs.all_heads
         if missing:
             raise UsageError(
-                f"{self.name} attention needs {' and '.join(missing)} of a layer in one process, but "
-                "--context-parallel gives each process only some of them. Leave --context-parallel out."
+                f"{self.name} attention needs {' and '.join(missing)} of a layer in one process, but {sharing} only "
+                f"some of them. {advice}."
             )
 
     def pick_backend(self, name: str, head_dim: int, device: torch.device, dtype: torch.dtype, config: Any) -> str:

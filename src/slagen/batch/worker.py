@@ -34,7 +34,8 @@ from slagen.generation.lora import asked_loras
 from slagen.generation.lora_files import describe_loras
 from slagen.generation.resolve import find_weights
 from slagen.generation.result import Video
-from slagen.generation.session import Sample, Session, free_memory
+from slagen.generation.sample import Sample
+from slagen.generation.session import Session, free_memory
 from slagen.generation.stage_clock import StageClock
 from slagen.interrupts import ENDING, stopping, telling_what_is_kept
 from slagen.io.paths import user_path

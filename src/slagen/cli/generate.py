@@ -68,6 +68,7 @@ def generate(
     from slagen.cli.progress import GenerateProgress
     from slagen.generation import preflight
 
+    preflight.check_processes(config, "--prompts" if prompts is not None else "--dry-run" if dry_run else "")
     if prompts is not None:
         run_batch(context, BatchConfig(prompts, config), as_json)
         return

@@ -10,7 +10,8 @@ from typing import Any
 
 import typer
 
-from slagen.cli import allocator, streams
+from slagen import torchrun
+from slagen.cli import allocator, ranks, streams
 from slagen.cli.app import app
 from slagen.errors import Interrupted, UsageError, for_the_command_line
 from slagen.interrupts import ENDING, INTERRUPTED
@@ -55,7 +56,8 @@ def _command() -> Callable[..., Any]:
 
 def _run(arguments: list[str], own_process: bool) -> int:
     try:
-        code = _command()(arguments, prog_name="slagen", obj={"own_process": own_process}, standalone_mode=False)
+        with ranks.quiet():
+            code = _command()(arguments, prog_name="slagen", obj={"own_process": own_process}, standalone_mode=False)
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
@@ -64,7 +66,9 @@ def _run(arguments: list[str], own_process: bool) -> int:
         from slagen.cli import usage
 
         _debug()
-        text, code = usage.explain(error, arguments)
+        explained, code = usage.explain(error, arguments)
+        if (text := ranks.worded(error, explained)) is None:
+            return code
         if isinstance(error, Interrupted):
             _show_error(text)
             return code
@@ -72,7 +76,7 @@ def _run(arguments: list[str], own_process: bool) -> int:
             typer.echo(text, err=True)
         else:
             _show_error(text)
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and torchrun.rank() == 0:
         _show_error("interrupted. Finished files are kept, unfinished ones are removed. Run the same command again.")
     return code if isinstance(code, int) else 0
 

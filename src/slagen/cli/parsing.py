@@ -7,6 +7,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from slagen.cli.config_file import CONFIG, read_config
 from slagen.cli.help import HelpText
+from slagen.cli.ranks import check_command
 from slagen.errors import UsageError
 from slagen.generation import peers
 from slagen.io.text import cut
@@ -85,7 +86,9 @@ class Help:
 
 
 class Command(Help, TyperCommand):
-    pass
+    def invoke(self, context: Any) -> Any:
+        check_command(context.command_path)
+        return super().invoke(context)
 
 
 class Group(Help, TyperGroup):

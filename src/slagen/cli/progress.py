@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
@@ -34,8 +33,8 @@ UNITS = {"denoise": "step", "decode": "latent frame", "train": "step"}  # what a
 
 
 def say_loading() -> None:
-    """A line on stderr where torch is not imported yet, which takes seconds; of several processes the first says it."""
-    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+    """A line on stderr where torch is not imported yet, which takes seconds."""
+    if "torch" not in sys.modules:
         console.log(LOADING)
 
 

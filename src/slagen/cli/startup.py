@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from slagen import torchrun
 from slagen.errors import EnvironmentProblem
 
 
@@ -15,7 +16,7 @@ def start_quickly(context: typer.Context, weights: str | None, *, all_of_torch: 
     Raises: as `check_docstrings`.
     """
     check_docstrings()
-    if context.obj["own_process"] and not all_of_torch:
+    if context.obj["own_process"] and not all_of_torch and torchrun.size() == 1:
         from slagen.wan.startup import leave_out
 
         leave_out(keep=("gguf",) if weights is not None and weights.endswith(".gguf") else ())

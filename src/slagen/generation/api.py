@@ -65,6 +65,11 @@ def _config(given: dict[str, Any]) -> GenerateConfig:
         raise UsageError("--save-latents writes a file, but there is no output. Give a path with --output.")
     if given.get("preview") and given["output"] is None:
         raise UsageError("--preview writes a file, but there is no output. Give a path with --output.")
+    if given.get("cfg_parallel"):
+        raise UsageError(
+            "--cfg-parallel is for the command under torchrun, and a call from Python runs in one process. Leave "
+            "--cfg-parallel out."
+        )
     options = {setting.field: values.pop(setting.field) for setting in own if setting.field in values}
     if options:
         values["attention_options"] = tuple({**dict(values.get("attention_options", ())), **options}.items())

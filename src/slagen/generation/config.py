@@ -44,6 +44,7 @@ OF_VIDEOS = (
     "no_metadata",
     "preview",
     "compile",
+    "cfg_parallel",
 )
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
@@ -89,6 +90,7 @@ class GenerateConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         offload: which parts are on the GPU at a time, see generation/offload.py. vae_tiling: decode in tiles.
         compile: the transformer's blocks, see wan/compiling.py.
+        cfg_parallel: the processes that torchrun started share the two passes of guidance, see generation/sharing.py.
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
         trace: a file that ends in .json, for the trace of the one video.
@@ -107,8 +109,7 @@ class GenerateConfig:
         None, "What the video should not show.", panel=VIDEO, short="-n", prompt_line=True
     )
     model: str | None = option(
-        None,
-        "A preset, a model folder, or a Hugging Face id. The command slagen models lists the presets. Default: "
+        None, "A preset, a model folder, or a Hugging Face id. The command slagen models lists the presets. Default: "
         "turbowan2.1-t2v-1.3b-480p with a CUDA device, otherwise the bundled tiny-wan.",
         panel=VIDEO, short="-m", in_key=False,
     )  # fmt: skip
@@ -143,9 +144,13 @@ class GenerateConfig:
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
     offload: Offload = option(
-        "auto",
-        "What is on the GPU at a time: none offloads nothing, model keeps one part there, group one block, sequential "
-        "one layer. auto goes by the free memory.",
+        "auto", "What is on the GPU at a time: none offloads nothing, model keeps one part there, group one block, "
+        "sequential one layer. auto goes by the free memory.",
+        panel=SAMPLING, pixels=False,
+    )  # fmt: skip
+    cfg_parallel: bool = option(
+        False,
+        "Under torchrun, compute the two passes of guidance in two halves of the processes, at the same time.",
         panel=SAMPLING, pixels=False,
     )  # fmt: skip
     compile: bool = option(False, "Compile the transformer's blocks, in the first step of each size.", panel=SAMPLING)
@@ -157,21 +162,18 @@ class GenerateConfig:
         panel=ATTENTION, metavar="NAME",
     )  # fmt: skip
     sparsity: float | None = option(
-        None,
-        "Fraction of key blocks without exact attention, from 0 to below 1. Default: the value from training, or the "
-        "method's own.",
+        None, "Fraction of key blocks without exact attention, from 0 to below 1. Default: the value from training, "
+        "or the method's own.",
         panel=ATTENTION, prompt_line=True, complement="keep",
     )  # fmt: skip
     sla_topk: float | None = option(
-        None,
-        "Fraction of key blocks with exact attention (1 - sparsity). Their number is rounded down, as in the published "
-        "SLA code.",
+        None, "Fraction of key blocks with exact attention (1 - sparsity). Their number is rounded down, as in the "
+        "published SLA code.",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     sparsity_schedule: str | None = option(
-        None,
-        "Sparsity of single denoising steps, with steps as in --dense-steps: 0-9:0.8,10-:0.95. All other steps have "
-        "--sparsity. 0-:0.8/0.9/0.95 is for each layer, or give a file of slagen tune that ends in .json.",
+        None, "Sparsity of single denoising steps, with steps as in --dense-steps: 0-9:0.8,10-:0.95. All other steps "
+        "have --sparsity. 0-:0.8/0.9/0.95 is for each layer, or give a file of slagen tune that ends in .json.",
         panel=ATTENTION, metavar="STEPS:SPARSITY,...", prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(
@@ -182,9 +184,8 @@ class GenerateConfig:
     block_n: int | None = option(None, "Key columns per block. Default: as for --block-m.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
-        None,
-        "Denoising steps with dense attention, such as 0-9,-1 (-1 is the last step; 10- means from step 10 on), or 20% "
-        "for the first 20%.",
+        None, "Denoising steps with dense attention, such as 0-9,-1 (-1 is the last step; 10- means from step 10 on), "
+        "or 20% for the first 20%.",
         panel=ATTENTION, prompt_line=True,
     )  # fmt: skip
     dense_layers: str | None = option(
@@ -216,9 +217,8 @@ class GenerateConfig:
         "weights.", panel=VIDEO, in_key=False,
     )  # fmt: skip
     vae_tiling: VaeTiling = option(
-        "auto",
-        "Decode in tiles, on or off: less memory, 1.65 times the FLOPs. auto does where whole frames do not fit on the "
-        "GPU.",
+        "auto", "Decode in tiles, on or off: less memory, 1.65 times the FLOPs. auto does where whole frames do not "
+        "fit on the GPU.",
         panel=VIDEO, metavar="on|off|auto",
     )  # fmt: skip
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=VIDEO, pixels=False)

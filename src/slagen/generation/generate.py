@@ -25,9 +25,11 @@ from slagen.generation.pages import is_report_page
 from slagen.generation.preflight import check_free, check_output, check_trace
 from slagen.generation.preview import Preview
 from slagen.generation.report_page import Shown, report_page
-from slagen.generation.resolve import Plan, find_weights, make_plan
+from slagen.generation.resolve import Plan
 from slagen.generation.result import GenerateResult, Video
-from slagen.generation.session import Sample, Session
+from slagen.generation.sample import Sample
+from slagen.generation.session import Session
+from slagen.generation.sharing import ALONE, Sharing, sharing
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.trace import write_trace
 from slagen.interrupts import telling_what_is_kept
@@ -55,16 +57,18 @@ def generate(
         on_event: called for every stage, step, note and warning.
         from_python: hand back the frames too, and do not count the time since the process began.
         write: False writes no file, wherever the config's output is.
-    Returns: the videos, each written with its report.
+    Returns: the videos, each written with its report. Under torchrun, all processes make them together, and the first
+        has them; a call from Python runs in its process alone.
     Raises: SlagenError of some kind. Videos that were finished before stay.
     """
     clock = StageClock(0.0 if from_python else machine.process_age_s())
     clock.begin("prepare")
     check_ffmpeg(kind_of_output(config.output))
-    weights = find_weights(config, lambda text: on_event(Event("note", text)))
-    plan = make_plan(config, weights)
-    with enough_gpu_memory(plan.config):
-        return GenerateResult(_run(plan, clock, on_event, from_python, write))
+    with nullcontext(ALONE) if from_python else sharing(config) as shared:
+        tell = on_event if shared.first else lambda event: None
+        plan = shared.plan(config, lambda text: tell(Event("note", text)))
+        with enough_gpu_memory(plan.config):
+            return GenerateResult(_run(plan, clock, tell, from_python, write and shared.first, shared))
 
 
 @contextmanager
@@ -97,7 +101,7 @@ def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
 
 
 def _run(
-    plan: Plan, clock: StageClock, on_event: Callable[[Event], None], from_python: bool, write: bool
+    plan: Plan, clock: StageClock, on_event: Callable[[Event], None], from_python: bool, write: bool, shared: Sharing
 ) -> list[Video]:
     for text in plan.notes:
         on_event(Event("note", text))
@@ -106,21 +110,23 @@ def _run(
     if (doubt := check_memory(plan)) is not None:
         on_event(Event("warning", doubt))
     with _claimed_paths(plan) if write else nullcontext() as paths:
-        return _make(plan, clock, paths, on_event, from_python)
+        shared.member.wait()
+        return _make(plan, clock, paths, on_event, from_python, shared)
 
 
 def _make(
-    plan: Plan, clock: StageClock, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool
-) -> list[Video]:
+    plan: Plan, clock: StageClock, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool,
+    shared: Sharing,
+) -> list[Video]:  # fmt: skip
     clock.begin("load")
     memory = machine.PeakMemory(plan.weights.device)
     clock.watch(memory)
     on_event(Event("stage", "load"))
-    session = Session(plan, on_event=on_event)
+    session = shared.load(plan, on_event)
 
     clock.begin("text")
     on_event(Event("stage", "text"))
-    embeds = session.encode(plan)
+    embeds = shared.encode(session, plan)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
     session.release_text_encoder()
@@ -133,7 +139,9 @@ def _make(
             about = nth("video", index + 1, plan.config.num_videos, config.prompt)
             on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
             with _previewing(one, session, paths[index] if paths else None, on_event) as preview:
-                sample = session.sample(one, embeds, clock, on_event, preview)
+                sample = shared.sample(session, one, embeds, clock, on_event, preview)
+                if sample is None:
+                    continue
                 video = (
                     _unwritten(sample)
                     if paths is None

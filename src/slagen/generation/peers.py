@@ -29,6 +29,7 @@ NAMES = {
     "save-file": "output", "save-path": "output", "output-path": "output", "save-result-path": "output",
     "from-file": "prompts", "prompt-txt": "prompts",
     "enable-torch-compile": "compile",
+    "use-cfg-parallel": "cfg-parallel", "enable-cfg-parallel": "cfg-parallel",
 }  # fmt: skip
 # Those of their trainers, for fine-tuning.
 TRAINER_NAMES = {
@@ -73,7 +74,13 @@ _MEMORY = (
     "slagen offloads parts of the model automatically when they do not all fit on the GPU; --offload model, group or "
     "sequential says how"
 )
-_GPUS = "each video is generated on one GPU; slagen batch --ray distributes videos over all GPUs"
+_GPUS = (
+    "to generate one video on N GPUs (Ulysses), start torchrun --nproc-per-node N -m slagen generate; slagen batch "
+    "--ray distributes videos over GPUs"
+)
+_RING = f"ring attention sees only some of the keys at a time, but key blocks are chosen among all of them; {_GPUS}"
+_WHOLE = "under torchrun, processes share the work of a video, and each of them holds the whole model"
+_HALVES = "under torchrun, --cfg-parallel runs the two passes of guidance in two halves of the processes"
 _FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight files can be given with --weights"
 _REWRITE = "slagen does not rewrite prompts; give the full prompt"
 _TEXT = "the text encoder is loaded from the model's folder, given with --model"
@@ -101,9 +108,13 @@ REFUSED = {
          "vae-cache-cpu", "offload-inactive-dit", "lazy-loading", "enable-model-cpu-offload",
          "enable-sequential-cpu-offload", "enable-group-offload"), _MEMORY),
     **dict.fromkeys(
-        ("ulysses-size", "ring-size", "ulysses-degree", "ring-degree", "nproc", "nproc-per-node", "t5-fsdp",
-         "dit-fsdp", "num-gpus", "sp-size", "tp-size", "hsdp-shard-dim", "hsdp-replicate-dim",
-         "use-fsdp-inference", "distributed-executor-backend", "master-port"), _GPUS),
+        ("ulysses-size", "ulysses-degree", "nproc", "nproc-per-node", "num-gpus", "sp-size", "sp-degree",
+         "seq-p-size", "distributed-executor-backend", "master-port"), _GPUS),
+    **dict.fromkeys(("ring-size", "ring-degree"), _RING),
+    **dict.fromkeys(
+        ("t5-fsdp", "dit-fsdp", "tp-size", "tensor-p-size", "hsdp-shard-dim", "hsdp-replicate-dim",
+         "use-fsdp-inference"), _WHOLE),
+    **dict.fromkeys(("cfg-p-size", "cfg-size", "cfg-degree", "cfg-parallel-size", "cfg-parallel-degree"), _HALVES),
     **dict.fromkeys(
         ("fp8", "fp8-scaled", "fp8-fast", "fp8-t5", "fp8-base", "quantization", "quantize", "quant", "vae-dtype",
          "convert-model-dtype", "dit-precision", "vae-precision", "text-encoder-precision",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from slagen import torchrun
 from slagen.errors import UsageError
 from slagen.formats.headers import check_weights
 from slagen.generation.config import GenerateConfig
@@ -27,6 +28,54 @@ def check_run(config: GenerateConfig) -> None:
     check_steps(config)
     check_output(config)
     check_trace(config)
+
+
+def check_processes(config: GenerateConfig, elsewhere: str = "") -> None:
+    """Raise UsageError for what the processes that torchrun started cannot do together, and for --cfg-parallel alone.
+
+    Args:
+        elsewhere: an option by which the command does something else than to make one video, in one process.
+    """
+    size, start = torchrun.size(), "torchrun --nproc-per-node 2 -m slagen generate"
+    if config.cfg_parallel and elsewhere == "--prompts":
+        raise UsageError("--cfg-parallel is for one video, but --prompts gives many. Leave one of them out.")
+    if config.cfg_parallel and size == 1 and not elsewhere:
+        raise UsageError(
+            f"--cfg-parallel needs an even number of processes. Start them with {start}, or leave --cfg-parallel out."
+        )
+    if size == 1:
+        return
+    if elsewhere:
+        raise UsageError(
+            f"{elsewhere} runs in one process, but torchrun started {size} processes. Start slagen without torchrun."
+        )
+    if config.cfg_parallel and size % 2:
+        raise UsageError(
+            f"--cfg-parallel needs an even number of processes, but torchrun started {size}. Try {start}, or leave "
+            "--cfg-parallel out."
+        )
+    if config.cfg_parallel and config.guidance_scale is not None and config.guidance_scale <= 1:
+        raise one_pass(config.guidance_scale)
+    if config.offload not in ("auto", "none"):
+        raise UsageError(
+            f"--offload {config.offload} does not run in several processes: each keeps its model on its own GPU. Leave "
+            "--offload out."
+        )
+    for option, given in (("--measure-dense", config.measure_dense), ("--compile", config.compile)):
+        if given:
+            raise UsageError(f"{option} runs in one process. Leave it out, or start slagen without torchrun.")
+    if config.device.startswith("cuda:"):
+        raise UsageError(
+            f"--device {config.device} names one GPU, but under torchrun each process takes its own. Try --device cuda."
+        )
+
+
+def one_pass(guidance_scale: float) -> UsageError:
+    """What is said of --cfg-parallel without guidance."""
+    return UsageError(
+        "--cfg-parallel computes the two passes of guidance at the same time, but the guidance scale is "
+        f"{guidance_scale:g}, so there is only one pass. Leave --cfg-parallel out, or give a --guidance-scale above 1."
+    )
 
 
 PREVIEW = ".preview.png"

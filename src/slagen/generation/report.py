@@ -32,7 +32,7 @@ from slagen.settings import names_where
 from slagen.timing import StepTimes
 
 if TYPE_CHECKING:
-    from slagen.generation.session import Sample
+    from slagen.generation.sample import Sample
     from slagen.generation.stage_clock import StageClock
 
 COMMENT_BYTES = 32 * 1024
@@ -193,14 +193,14 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     """The report of a video, whose file may not be there yet."""
     from slagen import machine  # with torch, which nothing else here needs
 
-    plan, clock, recorder = sample.plan, sample.clock, sample.recorder
+    plan, clock, done, recorder = sample.plan, sample.clock, sample.denoised, sample.denoised.recorder
     config, schedule, steps = plan.config, plan.schedule, recorder.steps
     shape = plan.weights.source.shape
     about = {
         **schedule.describe(),
-        **density_section(sample.densities, plan.dense, exact_share(plan.num_tokens, config.delta)),
+        **density_section(done.densities, plan.dense, exact_share(plan.num_tokens, config.delta)),
         **plan.dense.to_dict(),
-        **({} if schedule.by_step is None else {"step_densities": schedule.densities(sample.step_densities)}),
+        **({} if schedule.by_step is None else {"step_densities": schedule.densities(done.step_densities)}),
     }  # fmt: skip
     passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(
@@ -214,9 +214,10 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         latents_hash=latents_hash,
         attention=ReportedAttention(config.attention, plan.num_tokens, about, plan.backend),
         measured_dense=dense_section(steps),
+        processes=sample.processes,
         steps=step_section(steps),
         layers=layer_section(steps),
-        cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(sample.densities), steps),
+        cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(done.densities), steps),
         timing=timing_section(
             recorder.level, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0, config.compile
         ),

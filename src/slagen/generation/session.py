@@ -4,8 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from slagen.generation.lora import asked_loras
 from slagen.generation.offload import STAGES, Placement, Sizes, choose, next_setting, stage_sizes
 from slagen.generation.preview import Preview
 from slagen.generation.resolve import Plan
+from slagen.generation.sample import Denoised, Sample, mean
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.video_report import UsedLora, UsedWeights
 from slagen.io.paths import user_path
@@ -43,33 +43,6 @@ from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
 from slagen.wan.vae import decode_latents
 
 LARGE = 2**28  # bytes
-
-
-@dataclass
-class Sample:
-    """One video, sampled and decoded but not written.
-
-    Args:
-        plan: what it was made with.
-        frames: (F, H, W, 3) uint8.
-        latents: (1, C, T, h, w) float32 on the CPU.
-        recorder: its steps.
-        clock: of its stages, which goes on until it is written.
-        weights: what the report says of them.
-        vae: what decoded it.
-        densities: the fraction of all query-key pairs that each layer attended exactly; None where it does not say.
-        step_densities: the same in each step, where a --sparsity-schedule sets the sparsity of steps.
-    """
-
-    plan: Plan
-    frames: np.ndarray
-    latents: torch.Tensor
-    recorder: StepRecorder
-    clock: StageClock
-    weights: UsedWeights
-    vae: Any = None
-    densities: Sequence[float | None] = ()
-    step_densities: Sequence[Sequence[float | None]] = ()
 
 
 class Session:
@@ -262,31 +235,31 @@ class Session:
     ) -> Sample:
         """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
         clock.begin("denoise")
+        denoised = self.denoised(plan, embeds, on_event, preview)
+        clock.begin("decode")
+        clock.set_apart(sum(step.dense.extra_ms for step in denoised.recorder.steps if step.dense) / 1e3)
+        clock.set_apart(preview.seconds if preview else 0.0, "preview")
+        clock.set_apart(sum(step.compile_ms for step in denoised.recorder.steps) / 1e3, "compile")
+        with self._within_memory("decode", plan):
+            frames = decode_frames(self.pipe.vae, denoised.latents, on_event)
+        warn_of_one_colour(frames, plan.config.seed or 0, on_event)
+        latents = denoised.latents.float().cpu().contiguous()
+        return Sample(plan, frames, latents, denoised, clock, self.about, self.pipe.vae)
+
+    @torch.inference_mode()
+    def denoised(
+        self, plan: Plan, embeds: dict[str, torch.Tensor | None], on_event: Callable[[Event], None],
+        preview: Preview | None = None,
+    ) -> Denoised:  # fmt: skip
+        """Denoise one video, and note what its layers attend to. Raises as `denoise`."""
         transformer, by_step = self.pipe.transformer, list[list[float | None]]()
         take_densities(transformer)  # what a clip that failed has left
         if plan.schedule.by_step is None:
             latents, recorder = self.denoise(plan, embeds, on_event, preview=preview)
-            densities = take_densities(transformer)
-        else:
-            count = lambda: by_step.append(take_densities(transformer))  # noqa: E731
-            latents, recorder = self.denoise(plan, embeds, on_event, count, preview)
-            densities = [_mean(layer) for layer in zip(*by_step, strict=True)]
-
-        clock.begin("decode")
-        clock.set_apart(sum(step.dense.extra_ms for step in recorder.steps if step.dense) / 1e3)
-        clock.set_apart(preview.seconds if preview else 0.0, "preview")
-        clock.set_apart(sum(step.compile_ms for step in recorder.steps) / 1e3, "compile")
-        with self._within_memory("decode", plan):
-            frames = decode_frames(self.pipe.vae, latents, on_event)
-        warn_of_one_colour(frames, plan.config.seed or 0, on_event)
-        latents = latents.float().cpu().contiguous()
-        return Sample(plan, frames, latents, recorder, clock, self.about, self.pipe.vae, densities, by_step)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are known; None where none is."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+            return Denoised(latents, recorder, take_densities(transformer))
+        count = lambda: by_step.append(take_densities(transformer))  # noqa: E731
+        latents, recorder = self.denoise(plan, embeds, on_event, count, preview)
+        return Denoised(latents, recorder, [mean(layer) for layer in zip(*by_step, strict=True)], by_step)
 
 
 def _check_kernels(plan: Plan) -> None:

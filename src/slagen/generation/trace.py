@@ -12,7 +12,7 @@ from slagen.packages import versions
 from slagen.timing import PlacedSpan, StepTimes
 
 if TYPE_CHECKING:
-    from slagen.generation.session import Sample
+    from slagen.generation.sample import Sample
     from slagen.generation.stage_clock import Lap
 
 HOST, DEVICE = 1, 2  # rows of the trace: stages on the host's clock, steps on the device's
@@ -26,7 +26,7 @@ MEASURED = {
 
 def write_trace(sample: Sample, path: Path) -> None:
     """Write the trace of a video whose stages have ended. Raises SlagenError where it cannot be written."""
-    config, recorder = sample.plan.config, sample.recorder
+    config, recorder = sample.plan.config, sample.denoised.recorder
     content = {
         "traceEvents": trace_events(
             sample.clock.laps, recorder.steps, recorder.spans, (recorder.origin_s - sample.clock.began) * 1e6,

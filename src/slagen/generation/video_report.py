@@ -246,6 +246,35 @@ class Overhead:
 
 
 @dataclass(frozen=True)
+class ProcessShare:
+    """What one of several processes did. Times of all steps, in milliseconds; None where they were not taken.
+
+    Args:
+        passes: of each step: "all", "conditional" or "unconditional". heads: of each layer. tokens: outside attention.
+        denoise_ms: the steps. attention_ms, communication_ms: the attention in them, and the exchange with other
+            processes, which waits for the slowest.
+    """
+
+    rank: int
+    device: str
+    passes: str
+    heads: int
+    tokens: int
+    denoise_ms: float | None
+    attention_ms: float | None
+    communication_ms: float | None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that made a video together, by rank, and by what they communicate: "gloo" or "nccl"."""
+
+    backend: str
+    cfg_parallel: bool
+    ranks: list[ProcessShare]
+
+
+@dataclass(frozen=True)
 class Decoded:
     """Where and with what `slagen decode` made the video of saved latents."""
 
@@ -262,7 +291,7 @@ class VideoReport:
         stages_s: seconds by stage, and their sum as "total". wall_s: measured by itself, from the start of the process,
             or of this video where it is not the run's first, until the report; None where that is not one run.
         measured_dense: of --measure-dense. stage_memory: None in reports of older versions.
-        decoded: of a video that `slagen decode` made.
+        decoded: of a video that `slagen decode` made. processes: None for one; times are those of the first.
     """
 
     schema_version: int
@@ -285,6 +314,7 @@ class VideoReport:
     measured_dense: MeasuredDense | None = None
     stage_memory: StagePeaks | None = None
     decoded: Decoded | None = None
+    processes: Processes | None = None
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> VideoReport:
@@ -308,7 +338,9 @@ class VideoReport:
             del content["stage_memory"]
         else:
             content["stage_memory"] = asdict(self.stage_memory)
-        del content["measured_dense"]
+        del content["measured_dense"], content["processes"]
+        if self.processes is not None:
+            content["processes"] = asdict(self.processes)
         if self.measured_dense is not None:
             content = {"measured_dense": asdict(self.measured_dense), **content}
         if decoded is None:

@@ -5,11 +5,9 @@ A single process is a team of one, without a process group.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -17,27 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from slagen.errors import EnvironmentProblem, UsageError
-from slagen.io.text import counted
+from slagen.errors import UsageError
+from slagen.processes import Member, joined
 from slagen.training.config import Parallel
-
-TIMEOUT = timedelta(days=1)  # the other processes wait while the first prepares the data
 
 
 @dataclass(frozen=True)
-class Team:
+class Team(Member):
     """This process's place among those that train together.
 
     Args:
-        rank: of this process; 0 is the first, which writes files. size: number of processes.
-        device: this process's own. kind: "alone", "ddp" or "fsdp".
+        kind: "alone", "ddp" or "fsdp".
         context: number of consecutive ranks that share the tokens of a clip. context_group: their process group, where
             there are several.
     """
 
-    rank: int
-    size: int
-    device: torch.device
     kind: str
     context: int = 1
     context_group: Any = None
@@ -51,23 +43,6 @@ class Team:
     def data_size(self) -> int:
         """Number of parts that a batch is divided into."""
         return self.size // self.context
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Wait for all processes (a barrier)."""
-        if self.size > 1:
-            dist.barrier()
-
-    def agree(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
-        if self.size == 1:
-            return flag
-        said = torch.tensor([float(flag)], device=self.device)
-        dist.all_reduce(said, op=dist.ReduceOp.MAX)
-        return bool(said.item())
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over all processes, in place."""
@@ -133,56 +108,25 @@ class Team:
 
 @contextmanager
 def join(device: torch.device, parallel: Parallel, context: int = 1) -> Iterator[Team]:
-    """Join the processes that torchrun started, for the length of the block.
+    """Join the processes that torchrun started to train together, for the length of the block.
 
     Args:
-        device: the requested one; on CUDA each process takes the GPU of its local rank.
+        device: the requested one.
         context: number of processes that share the tokens of a clip.
-    Raises: UsageError for options of several processes without torchrun, EnvironmentProblem where the processes cannot
-        connect, or there are more of them than GPUs on this machine.
+    Raises: UsageError for options of several processes without torchrun; as `joined`.
     """
-    if not dist.is_torchelastic_launched():
-        if parallel != "auto" or context > 1:
-            option = f"--context-parallel {context}" if context > 1 else f"--parallel {parallel}"
-            raise UsageError(
-                f"{option} needs several processes. Start them with torchrun --nproc-per-node 2 -m slagen ..."
-            )
-        yield Team(0, 1, device, "alone")
-        return
-    if device.type == "cuda":
-        _check_cards()
-    started = not dist.is_initialized()
-    if started:
-        try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        except (RuntimeError, ValueError) as error:
-            raise EnvironmentProblem(
-                f"the processes that torchrun started cannot connect to each other: {error}"
-            ) from error
-    try:
-        if device.type == "cuda":
-            device = torch.device("cuda", dist.get_node_local_rank(0))
-            torch.cuda.set_device(device)
-        rank, size = dist.get_rank(), dist.get_world_size()
+    alone = not dist.is_torchelastic_launched()
+    if alone and (parallel != "auto" or context > 1):
+        option = f"--context-parallel {context}" if context > 1 else f"--parallel {parallel}"
+        raise UsageError(f"{option} needs several processes. Start them with torchrun --nproc-per-node 2 -m slagen ...")
+    with joined(device) as member:
+        rank, size = member.rank, member.size
         if size % context:
             raise UsageError(f"context_parallel is {context}, but must divide the number of processes, {size}.")
         groups = [dist.new_group(range(i, i + context)) for i in range(0, size, context)] if context > 1 else None
         own = None if groups is None else groups[rank // context]
-        yield Team(rank, size, device, "fsdp" if parallel == "fsdp" else "ddp", context, own)
-    finally:
-        if started:
-            dist.destroy_process_group()
-
-
-def _check_cards() -> None:
-    """Raise EnvironmentProblem, in every process, where torchrun started more of them here than there are GPUs."""
-    started = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_node_local_rank(0) + 1))
-    cards = torch.cuda.device_count()
-    if started > cards:
-        raise EnvironmentProblem(
-            f"torchrun started {counted(started, 'process')} on this machine, and each needs its own GPU, but PyTorch "
-            f"sees {counted(cards, 'CUDA device')}. Try torchrun --nproc-per-node {cards}."
-        )
+        kind = "alone" if alone else "fsdp" if parallel == "fsdp" else "ddp"
+        yield Team(rank, size, member.device, kind, context, own)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from slagen.formats.model_files import SLA_FILE
 from slagen.generation.config import CACHE, GenerateConfig
 from slagen.generation.resolve import Weights, find_weights
 from slagen.io.paths import user_path
-from slagen.io.text import quote
 from slagen.machine import pick_device, pick_dtype
 from slagen.training.config import FinetuneConfig
 from slagen.training.data.dataset import Clip, Dataset
@@ -225,10 +224,8 @@ def _check_output(config: FinetuneConfig, folder: Path, weights: Weights) -> Non
 
 
 def check_tokens(setup: Setup, data: Dataset) -> None:
-    """Raise UsageError where a clip is too short for sparse attention, or its tokens cannot be shared evenly, or where
-    nothing that trains is reached at first."""
-    clips = [*data.training, *data.held_out]
-    grids = {setup.grid(clip) for clip in clips}
+    """Raise UsageError where a clip is too short for sparse attention, or nothing that trains is reached at first."""
+    grids = {setup.grid(clip) for clip in [*data.training, *data.held_out]}
     attention = setup.attention
     sparse = [] if setup.is_dense else setup.sparse_configs()
     short = [grid.num_tokens for grid in grids if not all(setup.method.applies(each, grid) for each in sparse)]
@@ -238,13 +235,6 @@ def check_tokens(setup: Setup, data: Dataset) -> None:
             advice += ", or a smaller --block-n" if num_tokens <= block_n else ", or a higher --sparsity"
         raise UsageError(f"a clip is too short: {setup.method.nothing_to_skip(num_tokens)}. {advice}.")
     _check_start(setup, grids)
-    parts = setup.config.context_parallel
-    for clip in clips:
-        if setup.num_tokens(clip) % parts:
-            raise UsageError(
-                f"the clip {quote(clip.caption)} has {setup.num_tokens(clip)} tokens, which cannot be divided evenly "
-                f"among {parts} processes. Give another --context-parallel, or clips of another size."
-            )
 
 
 def _check_start(setup: Setup, grids: set[Grid]) -> None:

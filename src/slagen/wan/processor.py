@@ -21,11 +21,11 @@ from slagen.attention.sla.config import Backend, SLAConfig
 from slagen.attention.sla.functional import Branches
 from slagen.errors import UsageError
 from slagen.formats.sla import SLAMetadata
-from slagen.timing import StepRecorder
+from slagen.timing import StepRecorder, communicating
 from slagen.wan.guards import refuse_fused, refuse_offloaded
 from slagen.wan.rotary import BlockMeans, Rotary, norm_and_rotate
 from slagen.wan.saved import forget_settings
-from slagen.wan.sequence_parallel import to_heads, to_tokens
+from slagen.wan.sequence_parallel import TokenGroup
 
 Watch = Callable[[Any, Tensor, Tensor, Tensor, Tensor, Inputs], None]  # of a processor, q, k, v, o (B, H, L, D)
 
@@ -61,7 +61,7 @@ class _Processor:
     rotary_backend: Backend = "auto"  # of the norm and rotation around the attention
     recorder: StepRecorder | None = None  # `attach_recorder` gives one
     watch: Watch | None = None  # `watching` gives one
-    token_group: Any = None  # the processes that share a clip's tokens, see sequence_parallel.py
+    token_group: TokenGroup | None = None  # the processes that share a clip's tokens
     kept: dict[str, Any] | None = None  # the layer's memory in this pass
     runs_dense: bool = False  # in this step, whatever the method
 
@@ -80,9 +80,11 @@ class _Processor:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, means: BlockMeans | None) -> Tensor:
             if self.token_group is not None:
-                q, k, v = (to_heads(x, self.token_group) for x in (q, k, v))
-                inputs = Inputs(self.place, self.context, kept=self.kept)
-                return to_tokens(self._timed(q, k, v, inputs), self.token_group)
+                with communicating(self.recorder):
+                    q, k, v = (self.token_group.to_heads(x) for x in (q, k, v))
+                o = self._timed(q, k, v, Inputs(self.place, self.context, kept=self.kept))
+                with communicating(self.recorder):
+                    return self.token_group.to_tokens(o)
             return self._timed(q, k, v, Inputs(self.place, self.context, hidden_states, means, self.kept))
 
         # Of a process's own tokens no blocks can be formed: they are those of the whole clip.

@@ -220,7 +220,7 @@ def test_a_clip_that_failed_counts_in_no_density(tmp_path):
     with pytest.raises(RuntimeError, match="stopped"):
         session.sample(failing, session.encode(failing), StageClock(), fail)
     found = session.sample(plan, session.encode(plan), StageClock(), lambda event: None)
-    assert found.densities == pytest.approx([1 / 3, 1 / 3])
+    assert found.denoised.densities == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_sla_of_weights_without_it_offers_sol(tmp_path, capsys):

@@ -26,7 +26,10 @@ def show_videos(result: GenerateResult, as_json: bool, verbose: bool = False) ->
 
     Args:
         verbose: print each report's table and totals too.
+    Of several processes, the first has the videos, and the others print nothing.
     """
+    if not result.videos:
+        return
     if as_json:
         rows = [{"video": str(v.path), "report": str(v.report_path), **v.record.to_dict()} for v in result.videos]
         write_json(rows if len(rows) > 1 else rows[0])
