@@ -16,8 +16,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FLOORS = (
     {"errors", "packages", "interrupts", "device", "torchrun"},
     {"io"},
-    {"machine", "timing", "plot", "html", "video", "settings", "events", "processes"},
-    {"kernels"},
+    {"machine", "timing", "plot", "html", "video", "settings", "events"},
+    {"kernels", "processes"},
     {"attention"},
     {"formats"},
     {"wan"},
