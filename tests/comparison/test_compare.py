@@ -95,16 +95,18 @@ def test_errors_are_those_of_a_hand_written_comparison(toy, tmp_path):
 
 
 def test_tuned_weights_run_in_their_rows_and_leave_dense_as_it_was(tmp_path, capsys):
-    """The bundled model: its SLA weights overwrite the transformer's own."""
+    """The bundled model: its SLA weights overwrite the transformer's own. A control gives no warning."""
     code = command([
         "compare", "a red circle moving right", "--model", "tiny-wan", "--device", "cpu", "--methods", "sla,dense,sla",
-        "--steps", "2", "--seed", "1", "--repeats", "1", "--no-controls", "--json", "-o", str(tmp_path / "c.mp4"),
+        "--steps", "2", "--seed", "1", "--repeats", "1", "--json", "-o", str(tmp_path / "c.mp4"),
         "--size", "64x64", "--num-frames", "5",
     ])  # fmt: skip
     assert code == 0
-    found = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    found = json.loads(said.out)
     first, dense, again = found["methods"]
-    assert found["controls"] == [] and first["trained"] is True
+    assert [row["method"] for row in found["controls"]] == ["random", "other-seed"] and first["trained"] is True
+    assert "selector" not in said.err
     assert dense["velocity_error"] == 0 and dense["latent_error"] == 0
     assert first["velocity_error"] == again["velocity_error"] > 0
     assert (tmp_path / "c.mp4").exists() and json.loads((tmp_path / "c.json").read_text()) == found

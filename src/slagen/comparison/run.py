@@ -83,7 +83,7 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
     everyone = [*entries, *([] if given else [reference])]
     controls = [_entry(name, row, weights, on_event) for name, row in config.control_rows.items()]
     everyone += controls
-    _announce(everyone, clips[0], on_event)
+    _announce(everyone, controls, clips[0], on_event)
     plan = reference.plan(clips[0])
     if (doubt := check_memory(plan)) is not None:
         on_event(Event("warning", doubt))
@@ -176,8 +176,9 @@ def with_suiting_weights(config: GenerateConfig) -> GenerateConfig:
     return dataclasses.replace(config, weights=None)
 
 
-def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> None:
-    """Fill in what a row's plan says of it, and hand out the plans' notes and warnings, each once."""
+def _announce(entries: list[Entry], controls: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> None:
+    """Fill in what a row's plan says of it, and hand out the plans' notes and warnings, each once; no warnings of
+    controls, which differ on purpose."""
     said = set()
     for entry in entries:
         plan, row = entry.plan(clip), entry.row
@@ -193,7 +194,7 @@ def _announce(entries: list[Entry], clip: GenerateConfig, on_event: OnEvent) -> 
         }
         row.options.update(own | {name: value for name, value in policy.items() if value is not None})
         row.backend = plan.backend
-        texts = [("warning", text) for text in plan.warnings]
+        texts = [("warning", text) for text in plan.warnings if not any(entry is other for other in controls)]
         loras = describe_loras(plan.weights.loras, asked_loras(plan.config.lora, plan.config.lora_scale))
         texts += [("note", text) for text in loras[0]]
         if row.trained is False:
