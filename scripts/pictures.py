@@ -27,7 +27,7 @@ BLOCKS = ("--block-m", "16", "--block-n", "16")
 MAPS = {"sla": (), "mean": BLOCKS, "sol": BLOCKS, "vsa": (), "radial": BLOCKS, "nabla": ("--sliding-tile", "none")}
 
 
-def clips(folder: Path, seed: int) -> None:
+def clips(folder: Path, seed: int, _: Path | None) -> None:
     """weights/clips.gif: four prompts at the default size."""
     for i, prompt in enumerate(PROMPTS):
         slagen("generate", prompt, seed, folder / f"{i}.mp4")
@@ -37,7 +37,7 @@ def clips(folder: Path, seed: int) -> None:
     write_gif(ROOT / "weights" / "clips.gif", wide)
 
 
-def side_by_side(folder: Path, seed: int) -> None:
+def side_by_side(folder: Path, seed: int, _: Path | None) -> None:
     """docs/images/compare.gif: one prompt with dense attention and with SLA, and their times.
 
     The file of the comparison goes to benchmarks/results/.
@@ -47,9 +47,12 @@ def side_by_side(folder: Path, seed: int) -> None:
     shutil.copyfile(folder / "made.json", ROOT / "benchmarks" / "results" / "compare-tiny-wan-cpu.json")
 
 
-def maps(folder: Path, seed: int) -> None:
-    """docs/images/METHOD.png: the softmax by pairs of blocks, beside what the method attends to exactly."""
-    for name, options in MAPS.items():
+def maps(folder: Path, seed: int, sla2: Path | None) -> None:
+    """docs/images/METHOD.png: the softmax by pairs of blocks, beside what the method attends to exactly.
+
+    sla2: weights with a router, as `slagen finetune --attention sla2` writes; None leaves its picture as it is.
+    """
+    for name, options in MAPS.items() if sla2 is None else [*MAPS.items(), ("sla2", ("--weights", str(sla2)))]:
         where = ("--steps", "8", "--layer", "2", "--step", "4", "--head", "0", "--attention", name)
         slagen("attention", PROMPTS[0], seed, folder / "map.png", "--overwrite", *where, *LARGE, *options)
         picture = Image.open(folder / "map.png").convert("RGB")
@@ -79,10 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="+", choices=list(made))
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--sla2", type=Path, help="weights of sla2 attention, for its block map")
     args = parser.parse_args()
     for what in args.what:
         with tempfile.TemporaryDirectory() as folder:
-            made[what](Path(folder), args.seed)
+            made[what](Path(folder), args.seed, args.sla2)
 
 
 if __name__ == "__main__":
