@@ -5,6 +5,7 @@ Without a GPU, Triton's kernels run in its interpreter, which is chosen when Tri
 
 import contextlib
 import gc
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from cuda_branches import reached
 
 from slagen.errors import for_the_command_line
+from slagen.generation import config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,6 +27,7 @@ for ignored in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):  # by 
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
+NUMBERS = itertools.count()
 torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with nan
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, for there is a test on every core
@@ -47,6 +50,18 @@ def messages_name_options() -> Iterator[None]:
     """Errors as the command line words them; `in_python` is tested in test_errors.py."""
     with for_the_command_line():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Encoded prompts are neither taken from this machine's cache nor left there."""
+    config.CACHE = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test encodes its prompts itself."""
+    monkeypatch.setattr(config, "CACHE", f"{config.CACHE}/{next(NUMBERS)}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -18,7 +18,7 @@ PARTLY_FAILED = 3  # the exit code where some videos of a batch failed
     sharing=BatchConfig,
     settings=Fields(
         GenerateConfig,
-        without=("num_videos", "overwrite", "trace", "preview", "cfg_parallel"),
+        without=("num_videos", "overwrite", "trace", "preview", "cfg_parallel", "cache_dir", "no_cache"),
         help={"output": "The folder for the videos."},
     ),
 )

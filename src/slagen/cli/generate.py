@@ -12,7 +12,7 @@ from slagen.cli.batch import run_batch
 from slagen.cli.options import Fields, takes
 from slagen.cli.startup import start_quickly
 from slagen.errors import GateError, UsageError
-from slagen.generation.config import OUTPUT, VIDEO, GenerateConfig
+from slagen.generation.config import CACHE, OUTPUT, VIDEO, GenerateConfig
 from slagen.io.documents import decode
 from slagen.io.forms import Fault
 from slagen.io.paths import check_video, user_path
@@ -70,7 +70,7 @@ def generate(
 
     preflight.check_processes(config, "--prompts" if prompts is not None else "--dry-run" if dry_run else "")
     if prompts is not None:
-        run_batch(context, BatchConfig(prompts, config), as_json)
+        run_batch(context, _as_batch(prompts, config), as_json)
         return
     preflight.check_run(config)
     if dry_run:
@@ -82,6 +82,10 @@ def generate(
 
         result = task.generate(config, progress)
     show_videos(result, as_json, verbose)
+
+
+def _as_batch(prompts: str, config: GenerateConfig) -> BatchConfig:
+    return BatchConfig(prompts, config, cache_dir=config.cache_dir or CACHE, no_cache=config.no_cache)
 
 
 def _typed(context: typer.Context) -> set[str]:

@@ -217,7 +217,13 @@ def _generate(device: torch.device) -> str:
     backend = choose_backend(torch.empty(1, 1, 1, 64, device=device))
     with scratch() as folder:
         config = GenerateConfig(
-            PROMPT, model="tiny-wan", backend=backend, steps=4, seed=0, output=str(folder / "video.mp4")
+            PROMPT,
+            model="tiny-wan",
+            backend=backend,
+            steps=4,
+            seed=0,
+            output=str(folder / "video.mp4"),
+            no_cache=True,
         )
         video = generate(config).videos[0]
         size = len(video.mp4())

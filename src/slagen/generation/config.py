@@ -4,6 +4,7 @@ import dataclasses
 import re
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from slagen.attention import registry
@@ -16,6 +17,7 @@ from slagen.formats.published import Sampler
 from slagen.generation import config_checks
 from slagen.generation.lora import lora_options, read_scales
 from slagen.io.forms import shown
+from slagen.io.paths import user_path
 from slagen.io.text import read_device
 from slagen.settings import option
 from slagen.timing import Timing
@@ -45,6 +47,8 @@ OF_VIDEOS = (
     "preview",
     "compile",
     "cfg_parallel",
+    "cache_dir",
+    "no_cache",
 )
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
@@ -101,6 +105,7 @@ class GenerateConfig:
         preview: steps from one picture of the latents to the next; None makes none.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
         overwrite: replace files that are there.
+        cache_dir: where encoded prompts are kept; None is CACHE. no_cache: keep none, and load the text encoder.
     Raises: UsageError if a value is out of range, or the values do not go together.
     """
 
@@ -256,6 +261,13 @@ class GenerateConfig:
         None, "Also write a trace of stages, steps and layers, for ui.perfetto.dev or chrome://tracing.", panel=OUTPUT,
         metavar="FILE.json", pixels=False,
     )  # fmt: skip
+    cache_dir: str | None = option(
+        None, f"Folder for encoded prompts, which need no text encoder the next time. Default: {CACHE}.", panel=OUTPUT,
+        metavar="FOLDER", pixels=False,
+    )  # fmt: skip
+    no_cache: bool = option(
+        False, "Keep no encoded prompts, and load the text encoder in any case.", panel=OUTPUT, pixels=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
@@ -306,6 +318,11 @@ class GenerateConfig:
         """The prompt as a part of a file name."""
         plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
+
+
+def cache_folder(config: GenerateConfig) -> Path:
+    """The folder of the cache. Raises UsageError for what no path can be."""
+    return user_path(config.cache_dir or CACHE)
 
 
 def _check_choices(config: GenerateConfig) -> None:

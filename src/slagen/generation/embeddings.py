@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slagen.io.documents import read_json
 from slagen.io.files import sweep, write_json, writing
 from slagen.io.paths import user_path
 from slagen.io.reading import digest, file_hash
+from slagen.packages import state, versions
 
 SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
 
@@ -27,21 +29,44 @@ SAVED_EVERY_S = 20.0  # of hashing, which a killed run loses at most
 class Embeddings:
     """Prompts as the text encoder gives them, in memory and, if asked, on disk.
 
-    A file is named by a hash of the encoder's and tokenizer's files, the text, its length and dtype: it is never stale.
+    A file is named by a hash of the encoder's and tokenizer's files, the text, its length and dtype, the kind of device
+    and the packages that compute it: it is never stale.
+
+    Args:
+        part: the folder in the cache.
+    Attributes: damaged: files that were read and are not what was written.
     """
 
-    def __init__(self, plan: Plan, cache_dir: str, on_disk: bool) -> None:
-        weights = plan.weights
-        self.cache = user_path(cache_dir)
-        self.folder = self.cache / "embeddings" if on_disk else None
+    def __init__(self, plan: Plan, cache_dir: str | Path, on_disk: bool, part: str = "embeddings") -> None:
+        self.plan, self.cache, self.part = plan, user_path(cache_dir), part
+        self.folder = self.cache / part if on_disk else None
         if self.folder is not None:
             sweep(self.folder)
-        files = component_files(weights.source.folder, ("text_encoder", "tokenizer"))
-        self.about = [
-            file_hashes(files, self.cache), weights.source.defaults.max_sequence_length, str(weights.dtype)
-        ]  # fmt: skip
+        self.files = component_files(plan.weights.source.folder, ("text_encoder", "tokenizer"))
         self.memory: dict[str, torch.Tensor] = {}
         self.whole: set[str] = set()  # keys of files that were read and are what was written
+        self.damaged: list[Path] = []
+
+    @cached_property
+    def about(self) -> list[Any]:
+        """What all keys depend on."""
+        weights, packages = self.plan.weights, versions()
+        return [
+            file_hashes(self.files, self.cache), weights.source.defaults.max_sequence_length, str(weights.dtype),
+            weights.device.type, [packages.get(name) for name in ("torch", "transformers", "diffusers")], state("ftfy"),
+        ]  # fmt: skip
+
+    def read(self, plan: Plan) -> bool:
+        """Whether a plan's texts are all known; they are in memory then, whatever happens to their files."""
+        for text in texts_of(plan):
+            key = self._key(text)
+            tensor = self._read(key)
+            if tensor is None:
+                return False
+            self.memory[key] = tensor
+            with contextlib.suppress(OSError):
+                os.utime(self._path(key))  # what was used last is deleted last
+        return True
 
     def has(self, plan: Plan) -> bool:
         """Whether a plan's texts are all known."""
@@ -56,7 +81,7 @@ class Embeddings:
                 try:
                     self.folder.mkdir(parents=True, exist_ok=True)
                     with writing(self._path(key)) as part:
-                        save_file({"embeds": tensor}, part, metadata={"sha256": tensor_hash(tensor)})
+                        save_file({"embeds": tensor}, part, metadata={"sha256": _hash(tensor)})
                     continue
                 except (OSError, SafetensorError):
                     self.folder = None
@@ -72,7 +97,7 @@ class Embeddings:
         return digest([*self.about, text])
 
     def _path(self, key: str) -> Path:
-        return self.cache / "embeddings" / f"{key}.safetensors"
+        return self.cache / self.part / f"{key}.safetensors"
 
     def _known(self, text: str) -> bool:
         key = self._key(text)
@@ -91,12 +116,21 @@ class Embeddings:
 
     def _read(self, key: str) -> torch.Tensor | None:
         """What a file holds; None unless that is what was written."""
+        path = self._path(key)
         try:
-            with safe_open(self._path(key), framework="pt") as handle:
+            with safe_open(path, framework="pt") as handle:
                 tensor, metadata = handle.get_tensor("embeds"), handle.metadata() or {}
         except (OSError, SafetensorError):
-            return None
-        return tensor if metadata.get("sha256") == tensor_hash(tensor) else None
+            tensor, metadata = None, {}
+        if tensor is not None and metadata.get("sha256") == _hash(tensor):
+            return tensor
+        if path.exists() and path not in self.damaged:
+            self.damaged.append(path)
+        return None
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    return digest([str(tensor.dtype), list(tensor.shape), tensor_hash(tensor)])
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -120,6 +154,21 @@ def file_hashes(files: list[Path], cache: Path) -> str:
     return digest([list(pair) for pair in zip(names, content_hashes(files, cache), strict=True)])
 
 
+def are_hashed(files: list[Path], cache: Path) -> bool:
+    """Whether the hashes of files are kept, so that `content_hashes` reads none."""
+    known = _known_hashes(cache / "hashes.json")
+    return all(known.get(_name(file), [])[:2] == _stamp(file) for file in files)
+
+
+def _name(file: Path) -> str:
+    return os.fsencode(file.resolve()).decode("latin-1")  # a file's name need not be text
+
+
+def _stamp(file: Path) -> list[int]:
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def content_hashes(files: list[Path], cache: Path) -> list[str]:
     """SHA-256 of each file. They are kept in `cache` by path, size and time, so that a file is read once."""
     sweep(cache)
@@ -127,9 +176,7 @@ def content_hashes(files: list[Path], cache: Path) -> list[str]:
     known = _known_hashes(store)
     found, changed, saved = [], False, time.monotonic()
     for number, file in enumerate(files):
-        status = file.stat()
-        name = os.fsencode(file.resolve()).decode("latin-1")  # a file's name need not be text
-        stamp = [status.st_size, status.st_mtime_ns]
+        name, stamp = _name(file), _stamp(file)
         entry = known.get(name)
         if entry is None or entry[:2] != stamp:
             entry, changed = [*stamp, file_hash(file)], True

@@ -24,6 +24,7 @@ from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, late
 from slagen.generation.pages import is_report_page
 from slagen.generation.preflight import check_free, check_output, check_trace
 from slagen.generation.preview import Preview
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.report_page import Shown, report_page
 from slagen.generation.resolve import Plan
 from slagen.generation.result import GenerateResult, Video
@@ -83,11 +84,11 @@ def enough_gpu_memory(config: GenerateConfig) -> Iterator[None]:
         ) from error
 
 
-def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
+def check_memory(plan: Plan, *, loaded: bool = False, text_encoder: bool = True) -> str | None:
     """A warning where a CPU may not have the memory for a video. Raises SlagenError where it surely has not.
 
     Args:
-        loaded: whether the weights are there already.
+        loaded: whether the weights are there already. text_encoder: whether it is loaded.
     """
     weights, config = plan.weights, plan.config
     if weights.device != CPU:
@@ -95,7 +96,8 @@ def check_memory(plan: Plan, *, loaded: bool = False) -> str | None:
     assert config.width and config.height and config.num_frames
     size = (config.width, config.height, config.num_frames)
     merges = bool(config.lora) and not config.live_lora
-    needed = memory.need(weights.source, *size, weights.dtype.itemsize, merges=merges)
+    parts = (*["text_encoder"] * text_encoder, "transformer", "vae")
+    needed = memory.need(weights.source, *size, weights.dtype.itemsize, parts=parts, merges=merges)
     needed = needed.keeping(plan.remembered.num_bytes)
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 
@@ -107,26 +109,28 @@ def _run(
         on_event(Event("note", text))
     for text in plan.warnings:
         on_event(Event("warning", text))
-    if (doubt := check_memory(plan)) is not None:
+    prompts = PromptCache(plan, on_event, use=shared.first)
+    if (doubt := check_memory(plan, text_encoder=not prompts.known)) is not None:
         on_event(Event("warning", doubt))
     with _claimed_paths(plan) if write else nullcontext() as paths:
         shared.member.wait()
-        return _make(plan, clock, paths, on_event, from_python, shared)
+        return _make(plan, prompts, clock, paths, on_event, from_python, shared)
 
 
 def _make(
-    plan: Plan, clock: StageClock, paths: list[Path] | None, on_event: Callable[[Event], None], from_python: bool,
-    shared: Sharing,
+    plan: Plan, prompts: PromptCache, clock: StageClock, paths: list[Path] | None, on_event: Callable[[Event], None],
+    from_python: bool, shared: Sharing,
 ) -> list[Video]:  # fmt: skip
     clock.begin("load")
     memory = machine.PeakMemory(plan.weights.device)
     clock.watch(memory)
     on_event(Event("stage", "load"))
-    session = shared.load(plan, on_event)
+    session = shared.load(plan, prompts, on_event)
 
     clock.begin("text")
-    on_event(Event("stage", "text"))
-    embeds = shared.encode(session, plan)
+    if not prompts.known:
+        on_event(Event("stage", "text"))
+    embeds = shared.encode(session, prompts)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
     session.release_text_encoder()

@@ -84,7 +84,7 @@ def replay(
     with scratch() as folder, reproducible(path):
         config = GenerateConfig(
             **fields, local_files_only=local_files_only, output=output or str(folder / f"replay{recorded.suffix}"),
-            crf=settings.get("crf"), no_metadata=bool(settings.get("no_metadata")),
+            crf=settings.get("crf"), no_metadata=bool(settings.get("no_metadata")), no_cache=True,
         )  # fmt: skip
         with telling_what_is_kept(lambda: "Nothing was written. Run the same command again.", instead=True):
             made = generate(config, on_event).videos[0].record

@@ -76,7 +76,8 @@ class Session:
             text_encoder=text_encoder, quantised=True, on_part=loaded_parts(on_event),
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
-        self.about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
+        about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
+        self.about = about if text_encoder else dataclasses.replace(about, cached_prompt=True)
         self._add_loras(plan)
         for text in describe(self.pipe.transformer), self.loras and self.loras.describe():
             if text:

@@ -17,6 +17,7 @@ from slagen.events import Event
 from slagen.generation.config import GenerateConfig
 from slagen.generation.preflight import one_pass
 from slagen.generation.preview import Preview
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.sample import Denoised, Sample, mean
 from slagen.generation.session import Session
@@ -78,18 +79,18 @@ class Sharing:
             raise one_pass(plan.config.guidance_scale or 0)
         return plan
 
-    def load(self, plan: Plan, on_event: Callable[[Event], None]) -> Session:
+    def load(self, plan: Plan, prompts: PromptCache, on_event: Callable[[Event], None]) -> Session:
         """The model of this process. Raises: as `Session`."""
-        session = Session(plan, text_encoder=self.first, on_event=on_event)
+        session = Session(plan, text_encoder=self.first and not prompts.known, on_event=on_event)
         if self.tokens is not None:
             split_tokens(session.pipe.transformer, self.tokens)
         if self.pair is not None:
             split_guidance(session.pipe.transformer, self.pair)
         return session
 
-    def encode(self, session: Session, plan: Plan) -> dict[str, torch.Tensor | None]:
-        """The embeddings of a plan's texts, which the first process computes."""
-        embeds = session.encode(plan) if self.first else {}
+    def encode(self, session: Session, prompts: PromptCache) -> dict[str, torch.Tensor | None]:
+        """The embeddings of a plan's texts, which the first process knows or computes."""
+        embeds = prompts.embeds(session) if self.first else {}
         if self.member.size == 1:
             return embeds
         told = self.member.told({name: None if x is None else x.cpu() for name, x in embeds.items()})

@@ -61,6 +61,7 @@ class UsedWeights:
             sparsity is the mean of the layers.
         parameter_norms: of what an attention method other than SLA learned, by parameter group and layer.
         loras: that changed the weights; None where none did.
+        cached_prompt: the prompts were known, so no text encoder was loaded; None where one was.
     """
 
     model: str
@@ -74,10 +75,11 @@ class UsedWeights:
     trained_sparsity: float | None = None
     parameter_norms: dict[str, list[float]] | None = None
     loras: list[UsedLora] | None = None
+    cached_prompt: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
-        known = ("trained", "trained_steps", "trained_sparsity", "parameter_norms", "loras")  # only of some weights
+        known = ("trained", "trained_steps", "trained_sparsity", "parameter_norms", "loras", "cached_prompt")  # of some
         said = {**vars(self), "loras": None if self.loras is None else [dict(vars(lora)) for lora in self.loras]}
         return {name: value for name, value in said.items() if name not in known or value is not None}
 

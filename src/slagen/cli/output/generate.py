@@ -73,7 +73,8 @@ def described_times(report: VideoReport) -> str:
             parts.append(f"denoise {seconds:.1f} (measured: {share:.0%} attention)")
         elif seconds >= SHORTEST_S:
             parts.append(f"{name} {seconds:.1f}")
-    return f"{sum(stages.values()):.1f} s: {', '.join(parts)}"
+    known = "; the prompt was known, so no text encoder was loaded" if report.weights.cached_prompt else ""
+    return f"{sum(stages.values()):.1f} s: {', '.join(parts)}{known}"
 
 
 def measured_first(report: VideoReport) -> list[str]:
@@ -137,6 +138,7 @@ def totals(report: VideoReport) -> list[str]:
             f"{report.timing.overhead_share:.2%}"
         )
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages_s.items())
+    spent += " (no text encoder was loaded: the prompt was known)" if report.weights.cached_prompt else ""
     lines.append(f"time in seconds: {spent}; peak memory {report.peak_memory_gib:.2f} GiB")
     lines.append(f"seed {report.settings['seed']}, hash of the latents {report.latents_hash[:12]}")
     return lines
