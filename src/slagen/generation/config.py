@@ -50,6 +50,10 @@ OF_VIDEOS = (
     "cache_dir",
     "no_cache",
 )
+NOT_DENSE = (  # of another attention than dense
+    "sparsity", "sla_topk", "sparsity_schedule", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens",
+    "delta", "measure_dense",
+)  # fmt: skip
 CACHE = "~/.cache/slagen"  # of hashes and prompt embeddings
 MAX_SEED = 2**63 - 1
 # The sampling's numbers, each with its least value and an example.
@@ -272,20 +276,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
         object.__setattr__(self, "lora", lora_options(self.lora))
-        if self.lora_scale is not None:
-            read_scales(self.lora_scale)
-        config_checks.check_texts(self)
-        _check_kept_blocks(self)
-        config_checks.check_whole_numbers(self)
-        _check_strengths(self)
-        _check_seed(self)
-        config_checks.check_offload(self)
-        config_checks.check_compile(self)
-        _check_choices(self)
-        config_checks.check_attention(self)
-        config_checks.check_measurement(self)
-        config_checks.check_trace(self)
-        config_checks.check_encoding(self.output, self.crf, self.fps)
+        _check(self)
 
     @property
     def policy(self) -> AttentionPolicy:
@@ -307,10 +298,7 @@ class GenerateConfig:
 
     def with_dense_attention(self) -> "GenerateConfig":
         """The same with dense attention, without the options of another method."""
-        none = dict.fromkeys(
-            ("sparsity", "sla_topk", "sparsity_schedule", "block_m", "block_n", "dense_steps", "dense_layers",
-             "min_tokens", "delta", "measure_dense")
-        )  # fmt: skip
+        none = dict.fromkeys(NOT_DENSE)
         return dataclasses.replace(self, attention="dense", backend="auto", attention_options=(), **none)  # type: ignore[arg-type]
 
     @property
@@ -318,6 +306,24 @@ class GenerateConfig:
         """The prompt as a part of a file name."""
         plain = unicodedata.normalize("NFKD", self.prompt.lower()).encode("ascii", "ignore").decode()
         return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-") or "video"
+
+
+def _check(config: GenerateConfig) -> None:
+    """Raise UsageError if a value is out of range, or the values do not go together."""
+    if config.lora_scale is not None:
+        read_scales(config.lora_scale)
+    config_checks.check_texts(config)
+    _check_kept_blocks(config)
+    config_checks.check_whole_numbers(config)
+    _check_strengths(config)
+    _check_seed(config)
+    config_checks.check_offload(config)
+    config_checks.check_compile(config)
+    _check_choices(config)
+    config_checks.check_attention(config)
+    config_checks.check_measurement(config)
+    config_checks.check_trace(config)
+    config_checks.check_encoding(config.output, config.crf, config.fps)
 
 
 def cache_folder(config: GenerateConfig) -> Path:
