@@ -28,6 +28,7 @@ from slagen.generation.estimate import plan
 from slagen.generation.memory import GIB
 from slagen.generation.offload import choose, of_published
 from slagen.io.text import counted
+from slagen.wan.caches import CACHES
 from slagen.wan.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +207,23 @@ def placements() -> str:
     return table(("card", "model, video", "offload", "VAE tiling", "at most"), rows)
 
 
+SKIPS = {
+    "first-block": "all other blocks, where the first one's residual has changed by less than `threshold`",
+    "mag": "a pass, where the ratios by which residuals grow keep the error that adds up under `threshold`",
+    "sea": "a pass, where the filtered latents have changed by less than `threshold` since the last one that ran",
+    "taylorseer": "passes between every `cache_interval`-th one, whose result is extrapolated",
+}
+
+
+def caches() -> str:
+    """The caches of --cache with their parameters."""
+    rows = []
+    for name, parameters in CACHES.items():
+        given = [key if each.default is None else f"{key}={each.default:g}" for key, each in parameters.items()]
+        rows.append((f"`{name}`", SKIPS[name], ", ".join(f"`{text}`" for text in given + ["ratios"] * (name == "mag"))))
+    return table(("cache", "skips", "parameters with their defaults"), rows)
+
+
 PLANNED = (
     ("turbowan2.1-t2v-1.3b-480p", "832x480", "sla"), ("wan2.1-t2v-1.3b", "832x480", "sol"),
     ("wan2.1-t2v-14b", "832x480", "sol"), ("wan2.1-t2v-14b", "1280x720", "sol"),
@@ -318,7 +336,7 @@ MADE: dict[str, Callable[[], str]] = {
     "refused": refused, "trainer refused": trainer_refused, "tuning curves": tuning_curves,
     "short curves": short_curves, "quality": quality, "attention cpu": attention_cpu,
     "whole commands": whole_commands, "verified on": verified_on, "methods": methods, "memory": memory,
-    "placements": placements,
+    "placements": placements, "caches": caches,
 }  # fmt: skip
 
 

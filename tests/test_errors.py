@@ -17,6 +17,7 @@ from slagen.generation.config import GenerateConfig
 from slagen.settings import settings_of
 from slagen.training.config import DataConfig, FinetuneConfig
 from slagen.tuning.config import TuneConfig
+from slagen.wan.caches import CACHES
 from slagen.wan.folder import BUNDLED
 from slagen.wan.presets import PRESETS
 
@@ -97,7 +98,8 @@ def messages() -> list[str]:
 def test_a_word_behind_an_option_is_known():
     """As a value of it, or as none: or a message from Python says sampler='is'."""
     choices = {str(v) for kind in CONFIGS for s in settings_of(kind) for v in get_args(s.kind)}
-    values = choices | {BUNDLED, *PRESETS, "cpu", "auto", "cuda", "480p"}
+    values = choices | {BUNDLED, *PRESETS, *CACHES, "cpu", "auto", "cuda", "480p"}
+    values |= {"mag:calibrate=1", "mag:ratios=report.json"}
     found = messages()
     assert len(found) > 100
     words = {word for text in found for word in re.findall(r"='([a-z][^']*)'", in_python(text))}

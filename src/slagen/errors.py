@@ -15,9 +15,10 @@ FLAGS = {
 # Words behind an option that are not its value.
 NO_VALUES = {
     "above", "adds", "and", "are", "begins", "both", "compares", "compiles", "computes", "corrects", "counts",
-    "excludes", "for", "generates", "gives", "has", "holds", "in", "is", "leaves", "loads", "makes", "may", "measures",
-    "names", "needs", "or", "out", "over", "runs", "saves", "say", "says", "select", "selects", "starts", "takes",
-    "the", "those", "to", "too", "tries", "wants", "was", "where", "with", "would", "writes", "wrote",
+    "decides", "excludes", "for", "generates", "gives", "has", "holds", "in", "is", "leaves", "loads", "makes", "may",
+    "measures", "names", "needs", "or", "out", "over", "runs", "saves", "say", "says", "select", "selects", "skips",
+    "starts", "takes", "the", "those", "to", "too", "tries", "wants", "was", "where", "with", "would", "writes",
+    "wrote",
 }  # fmt: skip
 _SPELLINGS = re.compile(
     r"(?P<kept>\b(?:pip install|torchrun|ray start|slagen [a-z]+)\b.*?(?=\.\s|$)|(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w))"

@@ -215,6 +215,7 @@ class StepTimes:
     `parts_ms` has what `part` timed of all of them; what was run with dense attention beside them is in `dense` only,
     and what torch.compile took in `compile_ms`.
     `communication_ms`: what was exchanged with other processes, and waiting for them; None where there are none.
+    `blocks_ran`: the passes of each block that a cache did not skip.
     """
 
     index: int
@@ -227,11 +228,12 @@ class StepTimes:
     dense: DenseTimes | None = None
     compile_ms: float = 0.0
     communication_ms: float | None = None
+    blocks_ran: list[int] | None = None
 
     @property
     def attention_share(self) -> float | None:
         """Fraction of the step spent in self-attention, None where it was not timed."""
-        if not self.latency_ms or not self.num_spans:
+        if not self.latency_ms or not self.attention_ms:
             return None
         return sum(self.attention_ms) / self.latency_ms
 
@@ -244,19 +246,22 @@ class StepRecorder:
 
     Args:
         keep: all spans, with where they began, for a trace.
+        num_layers: that the report lists, also where one is skipped; otherwise up to the last one that ran.
     """
 
-    def __init__(self, device_type: str, level: Timing, keep: bool = False) -> None:
+    def __init__(self, device_type: str, level: Timing, keep: bool = False, num_layers: int = 0) -> None:
         self.level = level
         self.clock = SpanClock(device_type)
         self.steps: list[StepTimes] = []
         self.spans: list[PlacedSpan] = []
+        self.cache_ratios: list[float] | None = None  # that a cache has measured, by step
         self.origin_s = 0.0  # when the first step began, by `time.perf_counter`
         self._keep = keep
         self._origin: Any = None
         self._pass = -1
         self._dense: bool | None = None  # within a dense pass: whether it counts
         self._compile_ms = 0.0
+        self.num_layers = num_layers
         self._start: Any = None
 
     @property
@@ -307,6 +312,9 @@ class StepRecorder:
         """Close the step, read its spans, and begin the next one."""
         step = StepTimes(len(self.steps), timestep, compile_ms=self._compile_ms)
         self._compile_ms = 0.0
+        if self.enabled:  # blocks that were skipped took none
+            step.attention_ms = [0.0] * (self._pass + 1)
+            step.layers_ms = [0.0] * (self.num_layers if self.level in ("layer", "part") else 0)
         if self.enabled:
             self.clock.add("step", self._start, self.clock.mark())
             for key, duration, start_ms in self.clock.read(self._origin):

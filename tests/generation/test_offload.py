@@ -1,6 +1,7 @@
 """Where a model's parts are during a run: chosen from free memory, told with the reason, without effect on pixels."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import accelerate
 import pytest
@@ -19,6 +20,8 @@ from slagen.generation.config import GenerateConfig
 from slagen.generation.offload import Placement, choose, next_setting, of_published
 from slagen.generation.resolve import make_plan
 from slagen.generation.session import Session
+from slagen.wan.caches import read_cache
+from slagen.wan.caching import caching
 from slagen.wan.install import apply_sla
 from slagen.wan.placement import place, release_text_encoder
 from slagen.wan.presets import PRESETS
@@ -83,10 +86,11 @@ def test_offload_without_a_gpu_is_refused(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("offload", "quantised"),
-    [("model", False), ("group", False), ("sequential", False), ("group", True), ("sequential", True)],
-)
-def test_moving_parts_changes_no_video(offload, quantised, monkeypatch):
+    ("offload", "quantised", "cached"),
+    [("model", False, False), ("group", False, True), ("sequential", False, True), ("group", True, False),
+     ("sequential", True, False)],
+)  # fmt: skip
+def test_moving_parts_changes_no_video(offload, quantised, cached, monkeypatch):
     """With the CPU in the card's place, whose hooks are the same; the text encoder is released in between."""
     layers = accelerate.cpu_offload  # which fails with the name that diffusers has for this device, cpu:0
     monkeypatch.setattr(accelerate, "cpu_offload", lambda part, device, **options: layers(part, CPU, **options))
@@ -102,11 +106,13 @@ def test_moving_parts_changes_no_video(offload, quantised, monkeypatch):
         embeds, negative = pipe.encode_prompt("a red circle", max_sequence_length=8, device=CPU)
         release_text_encoder(pipe)
         pipe.set_progress_bar_config(disable=True)
-        with torch.no_grad():
+        skips = caching(pipe.transformer, read_cache("first-block:threshold=100"), 2) if cached else nullcontext()
+        with torch.no_grad(), skips as count:
             found = pipe(
                 prompt_embeds=embeds, negative_prompt_embeds=negative, height=64, width=64, num_frames=5,
                 num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent",
             ).frames  # fmt: skip
+        assert count is None or count.take() == [4, 2]
         return found, pipe.vae.decode(found, return_dict=False)[0]
 
     for one, other in zip(latents(offload), latents("none"), strict=True):

@@ -129,6 +129,14 @@ class Schedule:
         are not."""
         return round(self.mean(lambda config: self._flops_with(config, shape)))
 
+    def flops_by_layer(self, step: int, shape: ModelShape) -> list[float]:
+        """FLOPs of self-attention in a forward pass of a step if all layers had the config of one, as if none were
+        dense; for each layer."""
+        own = self.configs[step]
+        configs = own if isinstance(own, tuple) else (own,) * self.num_layers
+        known = {config: self._flops_with(config, shape) for config in configs}
+        return [known[config] for config in configs]
+
     def flops(self, shape: ModelShape) -> list[int]:
         """FLOPs of self-attention in a forward pass of each step."""
         full = dense_attention_flops(shape, self.grid.num_tokens)

@@ -92,6 +92,7 @@ class RecordedTimes:
     def _key(self, task: Task) -> str:
         plan = task.plan
         how = [str(plan.weights.dtype), plan.backend, *["compiled"] * plan.config.compile]
+        how += [] if plan.config.cache is None else [plan.config.cache]
         return digest([*self.about, denoising_flops(task), _num_pixels(task), *how])
 
     def _known(self) -> dict[str, list[float]]:

@@ -21,6 +21,7 @@ from slagen.io.paths import user_path
 from slagen.io.text import read_device
 from slagen.settings import option
 from slagen.timing import Timing
+from slagen.wan.caches import read_cache
 from slagen.wan.defaults import MAX_STRENGTH, MIN_STRENGTH
 
 MIN_TOPK = 1e-9  # of the key blocks: far less than one block of any clip
@@ -49,6 +50,7 @@ OF_VIDEOS = (
     "cfg_parallel",
     "cache_dir",
     "no_cache",
+    "cache",
 )
 NOT_DENSE = (  # of another attention than dense
     "sparsity", "sla_topk", "sparsity_schedule", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens",
@@ -97,7 +99,7 @@ class GenerateConfig:
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
         offload: which parts are on the GPU at a time, see generation/offload.py. vae_tiling: decode in tiles.
-        compile: the transformer's blocks, see wan/compiling.py.
+        compile: the transformer's blocks, see wan/compiling.py. cache: see wan/caches.py.
         cfg_parallel: the processes that torchrun started share the two passes of guidance, see generation/sharing.py.
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
         measure_dense: so many steps are run with dense attention too, to measure the speed-up.
@@ -163,6 +165,10 @@ class GenerateConfig:
         panel=SAMPLING, pixels=False,
     )  # fmt: skip
     compile: bool = option(False, "Compile the transformer's blocks, in the first step of each size.", panel=SAMPLING)
+    cache: str | None = option(
+        None, "Skip blocks in steps that change little: first-block, mag, sea or taylorseer, with parameters behind a "
+        "colon, as in first-block:threshold=0.1.", panel=SAMPLING, metavar="NAME",
+    )  # fmt: skip
     attention: Attention = option(
         "sla", "Attention method. The command slagen methods describes them.", panel=ATTENTION
     )
@@ -276,6 +282,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity_schedule", as_text(self.sparsity_schedule, self.attention))
         object.__setattr__(self, "lora", lora_options(self.lora))
+        object.__setattr__(self, "cache", None if self.cache is None else read_cache(self.cache).text)
         _check(self)
 
     @property
@@ -317,13 +324,8 @@ def _check(config: GenerateConfig) -> None:
     config_checks.check_whole_numbers(config)
     _check_strengths(config)
     _check_seed(config)
-    config_checks.check_offload(config)
-    config_checks.check_compile(config)
     _check_choices(config)
-    config_checks.check_attention(config)
-    config_checks.check_measurement(config)
-    config_checks.check_trace(config)
-    config_checks.check_encoding(config.output, config.crf, config.fps)
+    config_checks.check_together(config)
 
 
 def cache_folder(config: GenerateConfig) -> Path:

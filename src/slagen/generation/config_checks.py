@@ -92,6 +92,37 @@ def check_offload(config: GenerateConfig) -> None:
         )
 
 
+def check_together(config: GenerateConfig) -> None:
+    """Raise UsageError for options that do not go together."""
+    check_offload(config)
+    check_compile(config)
+    check_cache(config)
+    check_attention(config)
+    check_measurement(config)
+    check_trace(config)
+    check_encoding(config.output, config.crf, config.fps)
+
+
+def check_cache(config: GenerateConfig) -> None:
+    """Raise UsageError for what a run that skips blocks cannot be."""
+    if config.cache is None:
+        return
+    if config.compile:
+        raise UsageError(
+            "--cache decides before each block whether it runs, which compiled blocks do not. Leave one of --cache and "
+            "--compile out."
+        )
+    if config.measure_dense is not None:
+        raise UsageError(
+            "--measure-dense runs steps once more, which --cache would take for further ones. Leave one of them out."
+        )
+    if registry.get(config.attention).memory is not None:
+        raise UsageError(
+            f"{config.attention} attention remembers its last step in each layer, and --cache skips layers. Leave "
+            "--cache out, or give another --attention."
+        )
+
+
 def check_compile(config: GenerateConfig) -> None:
     """Raise UsageError for what cannot be had of compiled blocks."""
     if not config.compile:

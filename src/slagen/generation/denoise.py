@@ -12,6 +12,8 @@ from slagen.events import Event
 from slagen.generation.preview import Preview
 from slagen.generation.resolve import Plan
 from slagen.timing import StepRecorder
+from slagen.wan.caches import read_cache
+from slagen.wan.caching import caching
 from slagen.wan.compiling import compiling
 from slagen.wan.dense_beside import measuring_dense
 from slagen.wan.observe import attach_recorder
@@ -32,10 +34,14 @@ def run_denoising(
     """
     config, schedule = plan.config, plan.schedule
     level = "step" if config.compile and config.timing != "off" else config.timing
-    recorder = StepRecorder(plan.weights.device.type, level, keep=config.trace is not None)
+    cache = None if config.cache is None else read_cache(config.cache)
+    layers = 0 if cache is None else len(pipe.transformer.blocks)
+    recorder = StepRecorder(plan.weights.device.type, level, keep=config.trace is not None, num_layers=layers)
 
     def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         step = recorder.end_step(float(timestep))
+        if blocks is not None:
+            step.blocks_ran = blocks.take()
         end_step()
         count()
         if preview is not None and preview.take(pipe.scheduler, step.index, tensors["latents"]):
@@ -58,6 +64,7 @@ def run_denoising(
             stack.callback(attach_recorder(pipe.transformer, recorder))
         end_step = stack.enter_context(denoising(pipe.transformer, config.steps or 0, schedule.dense, schedule.by_step))
         stack.enter_context(measuring_dense(pipe.transformer, recorder, plan.measured_steps))
+        blocks = None if cache is None else stack.enter_context(caching(pipe.transformer, cache, config.steps or 0))
         recorder.begin_step()
         output = pipe(
             **embeds, height=config.height, width=config.width, num_frames=config.num_frames,
@@ -65,6 +72,8 @@ def run_denoising(
             output_type="latent", callback_on_step_end=after_step,
             max_sequence_length=plan.weights.source.defaults.max_sequence_length,
         )  # fmt: skip
+    if blocks is not None:
+        recorder.cache_ratios = blocks.ratios
     return output.frames, recorder
 
 

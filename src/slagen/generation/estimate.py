@@ -223,6 +223,8 @@ def _notes(
             )  # fmt: skip
     elif schedule.by_step is None and schedule.applies:
         notes += schedule.notes(method.own(config.attention_settings))
+    if config.cache is not None:
+        notes.append("what the cache skips is not known before the run, so FLOPs and time are those of all blocks")
     if method is not None and not schedule.applies:
         notes.append(f"{schedule.method.nothing_to_skip(schedule.grid.num_tokens)}, so this clip uses dense attention")
     unknown = defaults.unknown_words(config.prompt) if config.prompt != NO_PROMPT else []

@@ -85,7 +85,7 @@ _FP8 = "slagen computes in bf16, fp16 or fp32 (--dtype); fp8 and int8 weight fil
 _REWRITE = "slagen does not rewrite prompts; give the full prompt"
 _TEXT = "the text encoder is loaded from the model's folder, given with --model"
 _LAYER = "skip-layer guidance is not supported"
-_CACHE = "step caching is not supported; every step is computed"
+_CACHE = "TeaCache is not in diffusers; --cache first-block skips blocks in a similar way"
 _CFG = "the guidance scale is the same in every step; set it with --guidance-scale"
 _TWO = f"Wan2.2 with its two transformers is not supported, and {_CFG}"
 _DENSE_IS = "--attention dense is full attention, and uses PyTorch's scaled_dot_product_attention"
@@ -138,7 +138,8 @@ REFUSED = {
          "use-prompt-enhancer"), _REWRITE),
     **dict.fromkeys(("t5", "text-encoder-path", "t5-tokenizer-path", "override-text-encoder-safetensors"), _TEXT),
     **dict.fromkeys(("slg-layers", "slg-scale", "slg-start", "slg-end", "slg-mode"), _LAYER),
-    **dict.fromkeys(("teacache-thresh", "enable-teacache", "use-teacache", "feature-caching"), _CACHE),
+    **dict.fromkeys(("teacache-thresh", "enable-teacache", "use-teacache"), _CACHE),
+    "feature-caching": "--cache first-block, mag, sea or taylorseer skips blocks",
     **dict.fromkeys(
         ("cfg-skip-mode", "cfg-apply-ratio", "guidance-scale-high-noise", "timestep-boundary", "boundary",
          "boundary-ratio", "dit-high-noise", "high-noise-model-path", "low-noise-model-path",

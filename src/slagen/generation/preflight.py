@@ -61,7 +61,8 @@ def check_processes(config: GenerateConfig, elsewhere: str = "") -> None:
             f"--offload {config.offload} does not run in several processes: each keeps its model on its own GPU. Leave "
             "--offload out."
         )
-    for option, given in (("--measure-dense", config.measure_dense), ("--compile", config.compile)):
+    alone = {"--measure-dense": config.measure_dense, "--compile": config.compile, "--cache": config.cache}
+    for option, given in alone.items():
         if given:
             raise UsageError(f"{option} runs in one process. Leave it out, or start slagen without torchrun.")
     if config.device.startswith("cuda:"):

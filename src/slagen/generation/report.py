@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from slagen.attention.cost import ModelShape, dense_attention_flops, other_flops
 from slagen.attention.delta.method import exact_share
 from slagen.attention.policy import DensePart
+from slagen.generation import step_cache
 from slagen.generation.config import GenerateConfig
 from slagen.generation.measured_dense import dense_section
 from slagen.generation.video_report import (
@@ -40,18 +41,20 @@ AROUND = names_where(GenerateConfig, lambda option: not option.pixels)  # settin
 
 
 def cost_section(
-    shape: ModelShape, num_tokens: int, num_passes: int, attention_flops: int, steps: list[StepTimes]
-) -> Cost:
+    shape: ModelShape, num_tokens: int, num_passes: int, attention_flops: float, steps: list[StepTimes],
+    share: float = 1.0,
+) -> Cost:  # fmt: skip
     """What dense attention would have cost, what was spent, and how near that is to the limit Amdahl's law sets.
 
     Args:
         num_passes: forward passes of the whole run.
         attention_flops: of the attention that ran, in one pass.
         steps: as timed.
+        share: of all blocks, those that ran.
     """
     dense, other = dense_attention_flops(shape, num_tokens), other_flops(shape, num_tokens)
     ceiling = (dense + other) / other
-    speedup = (dense + other) / (attention_flops + other)
+    speedup = (dense + other) / (attention_flops + share * other)
     timed = [s for s in steps if s.attention_share is not None]
     latency = sum(s.latency_ms or 0.0 for s in timed)
     attention = sum(sum(s.attention_ms) for s in timed)
@@ -59,7 +62,7 @@ def cost_section(
         forward_passes=num_passes,
         dense_attention_tflop=dense * num_passes / 1e12,
         attention_tflop=attention_flops * num_passes / 1e12,
-        other_tflop=other * num_passes / 1e12,
+        other_tflop=share * other * num_passes / 1e12,
         attention_flops_saved=1 - attention_flops / dense,
         dense_attention_share_of_flops=dense / (dense + other),
         amdahl_ceiling=ceiling,
@@ -74,7 +77,7 @@ def step_section(steps: list[StepTimes]) -> list[ReportedStep]:
     """The steps as the report lists them."""
     rows = []
     for step in steps:
-        passes = step.attention_ms if step.num_spans else []
+        passes = step.attention_ms
         row = ReportedStep(
             step=step.index,
             timestep=step.timestep,
@@ -196,13 +199,22 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
     plan, clock, done, recorder = sample.plan, sample.clock, sample.denoised, sample.denoised.recorder
     config, schedule, steps = plan.config, plan.schedule, recorder.steps
     shape = plan.weights.source.shape
+    passes, ran = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1), step_cache.blocks_ran(steps)
+    exact = exact_share(plan.num_tokens, config.delta)
+    if ran is None:
+        counted = density_section(done.densities, plan.dense, exact)
+        flops, share = float(plan.attention_flops(done.densities)), 1.0
+    else:
+        counted = step_cache.density_section(plan, done.densities, ran)
+        flops = step_cache.attention_flops(plan, done.densities, ran) / passes
+        share = sum(map(sum, ran)) / (passes * shape.num_layers)
+    by_step = schedule.by_step is not None and ran is None  # with skipped blocks it would be of some layers only
     about = {
         **schedule.describe(),
-        **density_section(done.densities, plan.dense, exact_share(plan.num_tokens, config.delta)),
+        **counted,
         **plan.dense.to_dict(),
-        **({} if schedule.by_step is None else {"step_densities": schedule.densities(done.step_densities)}),
+        **({"step_densities": schedule.densities(done.step_densities)} if by_step else {}),
     }  # fmt: skip
-    passes = len(steps) * (2 if (config.guidance_scale or 0) > 1 else 1)
     return VideoReport(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -214,10 +226,11 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         latents_hash=latents_hash,
         attention=ReportedAttention(config.attention, plan.num_tokens, about, plan.backend),
         measured_dense=dense_section(steps),
+        cache=step_cache.use_of(plan, recorder),
         processes=sample.processes,
         steps=step_section(steps),
         layers=layer_section(steps),
-        cost=cost_section(shape, plan.num_tokens, passes, plan.attention_flops(done.densities), steps),
+        cost=cost_section(shape, plan.num_tokens, passes, flops, steps, share),
         timing=timing_section(
             recorder.level, steps, recorder.clock.cost_ms() if recorder.enabled else 0.0, config.compile
         ),

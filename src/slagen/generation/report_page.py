@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slagen.generation.cache_use import describe_use
 from slagen.generation.measured_dense import describe_dense
 from slagen.generation.stage_clock import MEASURE
 from slagen.generation.video_report import ReportedStep, StagePeaks, VideoReport
@@ -274,6 +275,8 @@ def _summary(report: VideoReport) -> str:
         f"{report.attention.mode} attention over {report.attention.tokens:,} tokens",
         f"{report.stages_s['total']:.1f} s in all",
     ]
+    if report.cache is not None:
+        parts.append(describe_use(report.cache))
     if cost.measured_attention_share is not None:
         parts.append(f"attention took {cost.measured_attention_share:.0%} of the steps' time")
     if report.attention.density is not None:

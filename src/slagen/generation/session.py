@@ -17,6 +17,7 @@ from slagen.events import Event, loaded_parts
 from slagen.formats.quantised_linear import describe, largest_product
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
+from slagen.generation.cache_use import describe_use
 from slagen.generation.config_checks import MOVES_LAYERS
 from slagen.generation.denoise import run_denoising
 from slagen.generation.fill_defaults import SIGMA_MAX
@@ -26,6 +27,7 @@ from slagen.generation.preview import Preview
 from slagen.generation.resolve import Plan
 from slagen.generation.sample import Denoised, Sample, mean
 from slagen.generation.stage_clock import StageClock
+from slagen.generation.step_cache import use_of
 from slagen.generation.video_report import UsedLora, UsedWeights
 from slagen.io.paths import user_path
 from slagen.io.reading import file_hash
@@ -241,6 +243,8 @@ class Session:
         clock.set_apart(sum(step.dense.extra_ms for step in denoised.recorder.steps if step.dense) / 1e3)
         clock.set_apart(preview.seconds if preview else 0.0, "preview")
         clock.set_apart(sum(step.compile_ms for step in denoised.recorder.steps) / 1e3, "compile")
+        if (use := use_of(plan, denoised.recorder)) is not None:
+            on_event(Event("note", describe_use(use)))
         with self._within_memory("decode", plan):
             frames = decode_frames(self.pipe.vae, denoised.latents, on_event)
         warn_of_one_colour(frames, plan.config.seed or 0, on_event)

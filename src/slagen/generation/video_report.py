@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slagen.device import Device
+from slagen.generation.cache_use import StepCacheUse
 from slagen.io.forms import Kind, matching, sha256, whole
 from slagen.io.records import form_of, read_record
 
@@ -142,8 +143,7 @@ class ReportedAttention:
 @dataclass(frozen=True)
 class ReportedStep:
     """The times of a denoising step; None where they were not taken. Attention: of both passes, of each, of each layer
-    in both passes, and of each of its parts in all layers and both passes. latency_ms leaves out compile_ms, which
-    torch.compile took."""
+    in both passes, and of each of its parts in all of these. latency_ms leaves out what compile_ms was for."""
 
     step: int
     timestep: float
@@ -293,7 +293,7 @@ class VideoReport:
         stages_s: seconds by stage, and their sum as "total". wall_s: measured by itself, from the start of the process,
             or of this video where it is not the run's first, until the report; None where that is not one run.
         measured_dense: of --measure-dense. stage_memory: None in reports of older versions.
-        decoded: of a video that `slagen decode` made. processes: None for one; times are those of the first.
+        decoded: of a `slagen decode`. processes: None for one; times are those of the first. cache: what it skipped.
     """
 
     schema_version: int
@@ -315,6 +315,7 @@ class VideoReport:
     wall_s: float | None = None
     measured_dense: MeasuredDense | None = None
     stage_memory: StagePeaks | None = None
+    cache: StepCacheUse | None = None
     decoded: Decoded | None = None
     processes: Processes | None = None
 
@@ -340,9 +341,11 @@ class VideoReport:
             del content["stage_memory"]
         else:
             content["stage_memory"] = asdict(self.stage_memory)
-        del content["measured_dense"], content["processes"]
+        del content["measured_dense"], content["processes"], content["cache"]
         if self.processes is not None:
             content["processes"] = asdict(self.processes)
+        if self.cache is not None:
+            content["cache"] = self.cache.to_dict()
         if self.measured_dense is not None:
             content = {"measured_dense": asdict(self.measured_dense), **content}
         if decoded is None:

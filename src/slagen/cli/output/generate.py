@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from slagen.attention.choices import named_steps
 from slagen.cli.console import log, log_table, stdout_is_terminal, write, write_json, write_sentence, write_table
 from slagen.cli.table import Cell, Table
+from slagen.generation.cache_use import describe_use
 from slagen.generation.measured_dense import describe_dense
 from slagen.io.text import counted
 
@@ -132,6 +133,8 @@ def totals(report: VideoReport) -> list[str]:
             f"{cost.dense_attention_tflop:.3g} with dense attention, so all forward passes take "
             f"{cost.flops_speedup:.2f}x fewer FLOPs; with free attention it would be {cost.amdahl_ceiling:.2f}x"
         )
+    if report.cache is not None:
+        lines.append(describe_use(report.cache))
     if cost.measured_attention_share is not None:
         lines.append(
             f"attention time: {cost.measured_attention_share:.1%} of the step time; the overhead of timing is "
