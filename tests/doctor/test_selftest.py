@@ -35,8 +35,8 @@ def test_everything_a_cpu_can(small, tmp_path, capsys):
     content = json.loads(file.read_text())
     assert json.loads(capsys.readouterr().out) == content
     names = [check["name"] for check in content["checks"]]
-    assert names[0] == "doctor" and names[-2:] == ["generate", "bench"]
-    assert len(names) == 3 + 4
+    assert names[0] == "doctor" and names[-3:] == ["VAE in bf16", "generate", "bench"]
+    assert len(names) == 4 + 4
     assert all(check["status"] == "ok" and check["seconds"] >= 0 and check["detail"] for check in content["checks"])
     assert content["machine"]["versions"]["torch"] and content["machine"]["name"]
     assert [row["method"] for row in content["bench"]] == ["sla", "sdpa"]
@@ -60,7 +60,7 @@ def test_a_failure_stops_no_other(small, tmp_path, capsys, monkeypatch):
     assert status["generate"] == ("failed", "ZeroDivisionError: by nothing")
     assert status["bench"] == ("ok", "fast")
     said = capsys.readouterr()
-    assert "3 of 7 checks failed. The first is torch fp32, head dimension 128, domain all" in said.err
+    assert "3 of 8 checks failed. The first is torch fp32, head dimension 128, domain all" in said.err
     assert str(file) in said.out
 
 
@@ -97,7 +97,7 @@ def test_what_is_missing_is_the_environment(small, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(selftest, "_generate", lacking)
     monkeypatch.setattr(selftest, "_bench", lambda device, rows: "fast")
     assert run(["doctor", "--selftest", "--output", str(tmp_path / "result.json")]) == 4
-    assert "1 of 7 checks could not run. The first is generate: diffusers is not installed" in capsys.readouterr().err
+    assert "1 of 8 checks could not run. The first is generate: diffusers is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,17 @@ from slagen.io.text import quote_path
 from slagen.settings import without_complement
 
 # Of all methods: the command line has no option for it, or another.
-OTHERWISE = (*TAKEN, "attention", "sparsity", "sla_topk", "allow_untrained", "vae_tiling", "offload", *OF_VIDEOS)
+OTHERWISE = (
+    *TAKEN,
+    "attention",
+    "sparsity",
+    "sla_topk",
+    "allow_untrained",
+    "vae_tiling",
+    "vae_dtype",
+    "offload",
+    *OF_VIDEOS,
+)
 
 
 @takes(settings=CompareConfig, video=Fields(GenerateConfig, without=OTHERWISE), how=Fields(GenerateConfig, only=TAKEN))

@@ -10,7 +10,7 @@ from slagen.cli.startup import start_quickly
 from slagen.generation.config import OF_VIDEOS, OUTPUT, GenerateConfig
 from slagen.maps.config import MapConfig
 
-LEFT_OUT = ("fps", "vae", "vae_tiling", "offload", "output", *OF_VIDEOS)
+LEFT_OUT = ("fps", "vae", "vae_tiling", "vae_dtype", "offload", "output", *OF_VIDEOS)
 
 
 @takes(settings=Fields(GenerateConfig, without=LEFT_OUT), where=MapConfig)

@@ -7,6 +7,7 @@ A check that fails stops no other.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tempfile
 import time
@@ -122,6 +123,7 @@ def selftest(on_note: Callable[[str], None] = lambda text: None) -> Selftest:
                     (f"{name}, {dtype}, head dimension {head_dim}", partial(_tried, device, dtype, head_dim, *tried))
                     for name, tried in OTHER_KERNELS.items()
                 ]
+    parts += [("VAE in bf16", partial(_vae_in_bf16, device))]
     parts += [("generate", partial(_generate, device)), ("bench", partial(_bench, device, rows))]
     checks = []
     for name, part in parts:
@@ -208,6 +210,29 @@ def _torch_trial(q: torch.Tensor, config: SLAConfig) -> str | None:
     with torch.enable_grad():
         found, truth = results("torch", inputs), results("reference", [x.double() for x in inputs])
     return fused.first_fault(found, truth, q.dtype)
+
+
+@torch.inference_mode()
+def _vae_in_bf16(device: torch.device) -> str:
+    """The bundled VAE's frames in bf16 beside those in fp32, and the time of both: what --vae-dtype bf16 would do."""
+    from slagen.wan.folder import bundled_folder
+    from slagen.wan.vae import decode_latents, load_vae
+
+    folder = bundled_folder() / "vae"
+    frames, times = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        vae = load_vae(folder, folder, dtype).to(device)
+        drawn = torch.randn(1, vae.config.z_dim, 2, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+        frames.append(decode_latents(vae, drawn).float())
+        began = time.perf_counter()
+        decode_latents(vae, drawn)  # ends on the CPU, so the GPU has done all
+        times.append(time.perf_counter() - began)
+    off = (frames[0] - frames[1]).abs()
+    psnr = 20 * math.log10(255 / max(off.square().mean().sqrt().item(), 1e-9))
+    return (
+        f"frames of random latents differ by at most {off.max().item():.0f} of 255 from those in fp32, PSNR "
+        f"{psnr:.1f} dB; {1e3 * times[1]:.1f} ms instead of {1e3 * times[0]:.1f}"
+    )
 
 
 def _generate(device: torch.device) -> str:

@@ -34,6 +34,7 @@ else:
 Dtype = Literal["auto", "bf16", "fp16", "fp32"]
 Offload = Literal["auto", "none", "model", "group", "sequential"]
 VaeTiling = Literal["auto", "on", "off"]
+VaeDtype = Literal["auto", "bf16", "fp32"]
 VIDEO, SAMPLING, ATTENTION, OUTPUT = "Video", "Sampling", "Attention", "Output"  # panels of the help
 # Options of commands that make videos, and not of those that only measure on them.
 OF_VIDEOS = (
@@ -99,6 +100,7 @@ class GenerateConfig:
         dtype: of transformer and text encoder; "auto" is bf16 on CUDA (fp16 on cards without it) and fp32 elsewhere.
         device: "auto", "cpu", "cuda" or "cuda:N".
         offload: which parts are on the GPU at a time, see generation/offload.py. vae_tiling: decode in tiles.
+        vae_dtype: of the VAE; "auto" is fp32 until bf16 has been measured on cards.
         compile: the transformer's blocks, see wan/compiling.py. cache: see wan/caches.py.
         cfg_parallel: the processes that torchrun started share the two passes of guidance, see generation/sharing.py.
         timing: "layer" times attention by layer, "part" its parts too, "step" by step only, "off" not at all.
@@ -236,6 +238,10 @@ class GenerateConfig:
         "fit on the GPU.",
         panel=VIDEO, metavar="on|off|auto",
     )  # fmt: skip
+    vae_dtype: VaeDtype = option(
+        "auto", "Compute type of the VAE, bf16 or fp32. bf16 takes half the memory; auto is fp32.", panel=VIDEO,
+        metavar="bf16|fp32|auto",
+    )  # fmt: skip
     local_files_only: bool = option(False, "Use local files only; download nothing.", panel=VIDEO, pixels=False)
     allow_untrained: bool = option(
         False, "Run SLA even if its weights are missing or all zero.", panel=ATTENTION, in_key=False
@@ -298,6 +304,11 @@ class GenerateConfig:
         return bool(self.lora) and (quantised if self.lora_merge is None else not self.lora_merge)
 
     @property
+    def vae_bytes(self) -> int:
+        """Bytes of a number of the VAE."""
+        return 2 if self.vae_dtype == "bf16" else 4
+
+    @property
     def attention_settings(self) -> dict[str, Any]:
         """What is asked for of the attention method, by option; None where nothing is."""
         own = {name: getattr(self, name) for name in ("sparsity", "sla_topk", "block_m", "block_n")}
@@ -335,7 +346,8 @@ def cache_folder(config: GenerateConfig) -> Path:
 
 def _check_choices(config: GenerateConfig) -> None:
     """Raise UsageError for a value that is none of its option's."""
-    choices_of = {"timing": Timing, "dtype": Dtype, "sampler": Sampler, "offload": Offload, "vae_tiling": VaeTiling}
+    choices_of = {"timing": Timing, "dtype": Dtype, "sampler": Sampler, "offload": Offload, "vae_tiling": VaeTiling,
+                  "vae_dtype": VaeDtype}  # fmt: skip
     for name, choices in choices_of.items():
         value = getattr(config, name)
         if value not in get_args(choices) and (name, value) != ("sampler", None):

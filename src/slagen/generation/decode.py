@@ -31,6 +31,7 @@ from slagen.video import check_ffmpeg, encode_video, not_written
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import check_recorded_model, resolve_model
+from slagen.wan.vae import vae_dtype_of
 
 LESS = "Close other programs, or use --device cuda if there is a GPU"  # of this machine's memory
 
@@ -72,7 +73,8 @@ def decode(
         on_event(Event("stage", "load"))
         decoder = load_pipeline(
             source, place, torch.float32, None if own is None else user_path(own), text_encoder=False,
-            transformer=False, on_part=loaded_parts(on_event),
+            transformer=False, vae_dtype=vae_dtype_of(recorded.settings.get("vae_dtype")),
+            on_part=loaded_parts(on_event),
         ).vae  # fmt: skip
         if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(

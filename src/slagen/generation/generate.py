@@ -97,7 +97,8 @@ def check_memory(plan: Plan, *, loaded: bool = False, text_encoder: bool = True)
     size = (config.width, config.height, config.num_frames)
     merges = bool(config.lora) and not config.live_lora
     parts = (*["text_encoder"] * text_encoder, "transformer", "vae")
-    needed = memory.need(weights.source, *size, weights.dtype.itemsize, parts=parts, merges=merges)
+    needed = memory.need(weights.source, *size, weights.dtype.itemsize, parts=parts, merges=merges,
+                         vae_bytes=config.vae_bytes)  # fmt: skip
     needed = needed.keeping(plan.remembered.num_bytes)
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 

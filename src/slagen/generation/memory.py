@@ -67,31 +67,31 @@ class Need:
 
 def need(
     source: ModelSource, width: int, height: int, num_frames: int, item_bytes: int, *,
-    parts: tuple[str, ...] = ("text_encoder", "transformer", "vae"), merges: bool = False,
+    parts: tuple[str, ...] = ("text_encoder", "transformer", "vae"), merges: bool = False, vae_bytes: int = 4,
 ) -> Need:  # fmt: skip
     """What a video of this size takes on a CPU.
 
     Args:
-        item_bytes: of one number of text encoder and transformer; the VAE's are float32.
+        item_bytes: of one number of text encoder and transformer. vae_bytes: of the VAE.
         parts: that are loaded.
         merges: LoRAs are merged into the transformer, so that none of its weights stays in 8 bits.
     Raises: WeightsError for a folder that is no model.
     """
     weights = fresh = multiplied = 0
     for part in parts:
-        found = held_by(source, part, item_bytes, merges=merges)
+        found = held_by(source, part, vae_bytes if part == "vae" else item_bytes, merges=merges)
         weights, fresh = weights + found.held, fresh + found.fresh
         multiplied += multiplying_out(source.shape, item_bytes) if found.in_8_bits else 0
     vae = read_json(source.folder / "vae" / "config.json", source.folder)
     tokens = source.token_grid(width, height, num_frames).num_tokens if "transformer" in parts else 0
-    denoise, *others = activations(source.shape, tokens, vae, width * height, num_frames, item_bytes)
+    denoise, *others = activations(source.shape, tokens, vae, width * height, num_frames, item_bytes, vae_bytes)
     return Need(weights, fresh, denoise + multiplied, *others)
 
 
 def held_by(source: ModelSource, part: str, item_bytes: int, *, merges: bool = False) -> Held:
     """What one of a model's parts takes in memory; arguments as of `need`."""
     if part != "transformer":
-        return held((source.folder / part).glob("*.safetensors"), 4 if part == "vae" else item_bytes)
+        return held((source.folder / part).glob("*.safetensors"), item_bytes)
     files = transformer_files(source.weights or source.folder / part)
     found = held(files, item_bytes)
     return found.full(item_bytes) if merges and not any(file.suffix == ".gguf" for file in files) else found
@@ -103,16 +103,22 @@ def multiplying_out(shape: ModelShape, item_bytes: int) -> int:
 
 
 def activations(
-    shape: ModelShape, tokens: int, vae: dict[str, Any], pixels: int, num_frames: int, item_bytes: int
+    shape: ModelShape,
+    tokens: int,
+    vae: dict[str, Any],
+    pixels: int,
+    num_frames: int,
+    item_bytes: int,
+    vae_bytes: int = 4,
 ) -> tuple[int, int, int]:
     """What denoising and decoding take beside the weights, and what the larger takes without doubt, in bytes.
 
     Args:
-        vae: its config. pixels: of a frame.
+        vae: its config. pixels: of a frame. item_bytes: of one number of the transformer. vae_bytes: of the VAE.
     """
     denoise = denoising(shape, tokens, item_bytes)
     last = (vae.get("decoder_base_dim") or vae.get("base_dim") or 96) / (vae.get("patch_size") or 1) ** 2
-    decode = DECODER_BYTES + int(pixels * (DECODER_COPIES * 4 * 4 * last + FRAME_BYTES * num_frames))
+    decode = DECODER_BYTES + int(pixels * (DECODER_COPIES * 4 * vae_bytes * last + FRAME_BYTES * num_frames))
     part = SURELY_MEASURED if vae.get("is_residual") else SURELY
     return denoise, decode, int(max(denoise / 2, part * decode))
 

@@ -83,16 +83,22 @@ class Placement:
 
 
 def stage_sizes(
-    shape: ModelShape, tokens: int, vae: dict[str, Any], size: tuple[int, int, int], item_bytes: int
+    shape: ModelShape,
+    tokens: int,
+    vae: dict[str, Any],
+    size: tuple[int, int, int],
+    item_bytes: int,
+    vae_bytes: int = 4,
 ) -> tuple[int, int, int]:
     """Bytes that denoising, decoding, and decoding in tiles take beside the weights.
 
     Args:
         vae: its config. size: width and height in pixels, frames. item_bytes: of one number of the transformer.
+        vae_bytes: of one of the VAE.
     """
     width, height, num_frames = size
-    denoise, decode, _ = memory.activations(shape, tokens, vae, width * height, num_frames, item_bytes)
-    _, tile, _ = memory.activations(shape, tokens, vae, TILE * TILE, 0, item_bytes)
+    denoise, decode, _ = memory.activations(shape, tokens, vae, width * height, num_frames, item_bytes, vae_bytes)
+    _, tile, _ = memory.activations(shape, tokens, vae, TILE * TILE, 0, item_bytes, vae_bytes)
     return denoise, decode, min(decode, tile + memory.FRAME_BYTES * num_frames * width * height)
 
 

@@ -116,7 +116,7 @@ REFUSED = {
          "use-fsdp-inference"), _WHOLE),
     **dict.fromkeys(("cfg-p-size", "cfg-size", "cfg-degree", "cfg-parallel-size", "cfg-parallel-degree"), _HALVES),
     **dict.fromkeys(
-        ("fp8", "fp8-scaled", "fp8-fast", "fp8-t5", "fp8-base", "quantization", "quantize", "quant", "vae-dtype",
+        ("fp8", "fp8-scaled", "fp8-fast", "fp8-t5", "fp8-base", "quantization", "quantize", "quant",
          "convert-model-dtype", "dit-precision", "vae-precision", "text-encoder-precision",
          "text-encoder-precisions"), _FP8),
     "xformers": f"xFormers is not used; {_DENSE_IS}",

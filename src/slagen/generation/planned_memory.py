@@ -66,11 +66,12 @@ class PlannedMemory:
         """Of the host's memory on a CPU, where everything is loaded at once."""
         item_bytes = 2 if self.config.dtype in ("bf16", "fp16") else 4
         if self.source is not None:
-            return memory.need(self.source, *self.size, item_bytes, merges=self._merges).keeping(self.kept)
+            return memory.need(self.source, *self.size, item_bytes, merges=self._merges,
+                               vae_bytes=self.config.vae_bytes).keeping(self.kept)  # fmt: skip
         width, height, num_frames = self.size
         own = self._own(item_bytes)
         transformer = own.held or item_bytes * transformer_parameters(self.shape)
-        weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + 4 * VAE_PARAMETERS
+        weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + self.config.vae_bytes * VAE_PARAMETERS
         stages = memory.activations(self.shape, self.tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
         return memory.Need(weights, own.fresh, *stages).keeping(self.kept)
 
@@ -80,7 +81,7 @@ class PlannedMemory:
         if self.source is None:
             weights = {
                 "text": item_bytes * TEXT_ENCODER_PARAMETERS, "denoise": item_bytes * transformer_parameters(shape),
-                "decode": 4 * VAE_PARAMETERS,
+                "decode": self.config.vae_bytes * VAE_PARAMETERS,
             }  # fmt: skip
         else:
             sizes = {part: sum(f.stat().st_size for f in (self.source.folder / part).glob("*.safetensors"))

@@ -42,7 +42,7 @@ from slagen.wan.placement import CPU, largest_tensor, part_bytes, place, release
 from slagen.wan.processor import install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
-from slagen.wan.vae import decode_latents
+from slagen.wan.vae import decode_latents, vae_dtype_of
 
 LARGE = 2**28  # bytes
 
@@ -75,7 +75,8 @@ class Session:
         _check_kernels(plan)
         self.pipe = load_pipeline(
             weights.source, CPU, weights.dtype, None if vae is None else user_path(vae),
-            text_encoder=text_encoder, quantised=True, on_part=loaded_parts(on_event),
+            text_encoder=text_encoder, quantised=True, vae_dtype=vae_dtype_of(plan.config.vae_dtype),
+            on_part=loaded_parts(on_event),
         )  # fmt: skip
         self.tokenizer = self.pipe.tokenizer
         about = _install_attention(self.pipe, plan, weights_hash(self.pipe.transformer))
@@ -119,7 +120,7 @@ class Session:
         text, transformer, vae = part_bytes(pipe)
         denoise, decode, tiled = stage_sizes(
             weights.source.shape, plan.num_tokens, dict(pipe.vae.config), (c.width, c.height, c.num_frames),
-            weights.dtype.itemsize,
+            weights.dtype.itemsize, c.vae_bytes,
         )  # fmt: skip
         denoise += largest_product(pipe.transformer)
         return Sizes(

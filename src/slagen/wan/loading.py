@@ -37,9 +37,10 @@ def load_pipeline(
     text_encoder: bool = True,
     transformer: bool = True,
     quantised: bool = False,
+    vae_dtype: torch.dtype = torch.float32,
     on_part: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> WanPipeline:
-    """Load a pipeline: transformer and text encoder in `dtype`, the VAE in float32, on the device as memory allows.
+    """Load a pipeline: transformer and text encoder in `dtype`, the VAE in `vae_dtype`, on the device as memory allows.
 
     Nothing is ever cast after loading: norms, time embedding and rotary tables are float32 from the first.
 
@@ -64,7 +65,7 @@ def load_pipeline(
         on_part("the transformer", 0, total)
         parts["transformer"] = load_transformer(source, dtype, quantised=quantised)
     on_part("the VAE", int(transformer), total)
-    parts["vae"] = load_vae(vae or source.folder / "vae", source.folder / "vae")
+    parts["vae"] = load_vae(vae or source.folder / "vae", source.folder / "vae", vae_dtype)
     if text_encoder:
         on_part("the text encoder", total - 1, total)
         parts["text_encoder"] = load_text_encoder(source.folder / "text_encoder", dtype)

@@ -19,8 +19,8 @@ from slagen.formats.vae import rename_vae
 from slagen.wan.building import no_random_init, reading_from
 
 
-def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
-    """A VAE from a file or folder in the original or in diffusers' names, float32.
+def load_vae(path: Path, config: Path | None, dtype: torch.dtype = torch.float32) -> AutoencoderKLWan:
+    """A VAE from a file or folder in the original or in diffusers' names, float32 unless asked otherwise.
 
     Args:
         config: the folder of a VAE whose config.json says its sizes and the statistics of its latents; None: Wan2.1's.
@@ -41,8 +41,13 @@ def load_vae(path: Path, config: Path | None) -> AutoencoderKLWan:
     if "conv1.weight" in tensors:
         tensors = rename_vae(tensors, vae.config.num_res_blocks)
     check_fit(Checkpoint(path, "vae", tensors, {}), {name: x.shape for name, x in vae.state_dict().items()}, 0, 0)
-    vae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True, assign=True)
+    vae.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
     return vae.eval()
+
+
+def vae_dtype_of(name: str | None) -> torch.dtype:
+    """The dtype of --vae-dtype: float32 unless bf16 is asked for, whose frames nobody has measured on a card yet."""
+    return torch.bfloat16 if name == "bf16" else torch.float32
 
 
 def decode_latents(
