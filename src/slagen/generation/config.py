@@ -194,10 +194,9 @@ class GenerateConfig:
         panel=ATTENTION, metavar="STEPS:SPARSITY,...", prompt_line=True,
     )  # fmt: skip
     block_m: int | None = option(
-        None,
-        "Query rows per block: 16, 32, 64 or 128. Default: the value from training, or the method's default.",
+        None, "Query rows per block: 16, 32, 64 or 128. Default: the value from training, or the method's default.",
         panel=ATTENTION,
-    )
+    )  # fmt: skip
     block_n: int | None = option(None, "Key columns per block. Default: as for --block-m.", panel=ATTENTION)
     attention_options: tuple[tuple[str, Any], ...] = option((), panel=ATTENTION, of_methods=True)
     dense_steps: str | None = option(
@@ -229,8 +228,7 @@ class GenerateConfig:
         metavar="SCALE,...", prompt_line=True, in_key=False,
     )  # fmt: skip
     lora_merge: bool | None = option(
-        None,
-        "Merge LoRAs into the weights, so that they cost no time per step. Default: merge, except into GGUF "
+        None, "Merge LoRAs into the weights, so that they cost no time per step. Default: merge, except into GGUF "
         "weights.", panel=VIDEO, in_key=False,
     )  # fmt: skip
     vae_tiling: VaeTiling = option(
@@ -304,11 +302,6 @@ class GenerateConfig:
         return bool(self.lora) and (quantised if self.lora_merge is None else not self.lora_merge)
 
     @property
-    def vae_bytes(self) -> int:
-        """Bytes of a number of the VAE."""
-        return 2 if self.vae_dtype == "bf16" else 4
-
-    @property
     def attention_settings(self) -> dict[str, Any]:
         """What is asked for of the attention method, by option; None where nothing is."""
         own = {name: getattr(self, name) for name in ("sparsity", "sla_topk", "block_m", "block_n")}
@@ -337,6 +330,11 @@ def _check(config: GenerateConfig) -> None:
     _check_seed(config)
     _check_choices(config)
     config_checks.check_together(config)
+
+
+def vae_bytes(config: GenerateConfig) -> int:
+    """Bytes of a number of the VAE."""
+    return 2 if config.vae_dtype == "bf16" else 4
 
 
 def cache_folder(config: GenerateConfig) -> Path:

@@ -19,7 +19,7 @@ from slagen.errors import SlagenError
 from slagen.events import Event, nth
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
-from slagen.generation.config import GenerateConfig
+from slagen.generation.config import GenerateConfig, vae_bytes
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.pages import is_report_page
 from slagen.generation.preflight import check_free, check_output, check_trace
@@ -98,7 +98,7 @@ def check_memory(plan: Plan, *, loaded: bool = False, text_encoder: bool = True)
     merges = bool(config.lora) and not config.live_lora
     parts = (*["text_encoder"] * text_encoder, "transformer", "vae")
     needed = memory.need(weights.source, *size, weights.dtype.itemsize, parts=parts, merges=merges,
-                         vae_bytes=config.vae_bytes)  # fmt: skip
+                         vae_bytes=vae_bytes(config))  # fmt: skip
     needed = needed.keeping(plan.remembered.num_bytes)
     return memory.check(dataclasses.replace(needed, weights=0, fresh=0) if loaded else needed, *size)
 

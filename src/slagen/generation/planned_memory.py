@@ -9,7 +9,7 @@ from slagen.attention.cost import ModelShape
 from slagen.errors import SlagenError
 from slagen.formats.held import Held, held, transformer_files
 from slagen.generation import memory
-from slagen.generation.config import GenerateConfig
+from slagen.generation.config import GenerateConfig, vae_bytes
 from slagen.generation.memory import GIB
 from slagen.generation.run_estimate import CpuMemory, RunMemory, StageMemory
 from slagen.wan.folder import ModelSource
@@ -67,11 +67,11 @@ class PlannedMemory:
         item_bytes = 2 if self.config.dtype in ("bf16", "fp16") else 4
         if self.source is not None:
             return memory.need(self.source, *self.size, item_bytes, merges=self._merges,
-                               vae_bytes=self.config.vae_bytes).keeping(self.kept)  # fmt: skip
+                               vae_bytes=vae_bytes(self.config)).keeping(self.kept)  # fmt: skip
         width, height, num_frames = self.size
         own = self._own(item_bytes)
         transformer = own.held or item_bytes * transformer_parameters(self.shape)
-        weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + self.config.vae_bytes * VAE_PARAMETERS
+        weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + vae_bytes(self.config) * VAE_PARAMETERS
         stages = memory.activations(self.shape, self.tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
         return memory.Need(weights, own.fresh, *stages).keeping(self.kept)
 
@@ -81,7 +81,7 @@ class PlannedMemory:
         if self.source is None:
             weights = {
                 "text": item_bytes * TEXT_ENCODER_PARAMETERS, "denoise": item_bytes * transformer_parameters(shape),
-                "decode": self.config.vae_bytes * VAE_PARAMETERS,
+                "decode": vae_bytes(self.config) * VAE_PARAMETERS,
             }  # fmt: skip
         else:
             sizes = {part: sum(f.stat().st_size for f in (self.source.folder / part).glob("*.safetensors"))

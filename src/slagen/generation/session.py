@@ -18,6 +18,7 @@ from slagen.formats.quantised_linear import describe, largest_product
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.cache_use import describe_use
+from slagen.generation.config import vae_bytes
 from slagen.generation.config_checks import MOVES_LAYERS
 from slagen.generation.denoise import run_denoising
 from slagen.generation.fill_defaults import SIGMA_MAX
@@ -120,7 +121,7 @@ class Session:
         text, transformer, vae = part_bytes(pipe)
         denoise, decode, tiled = stage_sizes(
             weights.source.shape, plan.num_tokens, dict(pipe.vae.config), (c.width, c.height, c.num_frames),
-            weights.dtype.itemsize, c.vae_bytes,
+            weights.dtype.itemsize, vae_bytes(c),
         )  # fmt: skip
         denoise += largest_product(pipe.transformer)
         return Sizes(
