@@ -94,13 +94,10 @@ def joined(device: torch.device) -> Iterator[Member]:
     except Exception as error:
         if not _fails_first(store):
             raise PeerFailed from error
+        failure = _said_of(error)
         if rank:
-            error.add_note(f"{FAILED_IN}{rank}")
-        if isinstance(error, dist.DistError) or any(words in str(error) for words in ENDED):
-            raise SlagenError(
-                "another process of this run ended without a message. The system may have ended it for lack of memory."
-            ) from error
-        raise
+            failure.add_note(f"{FAILED_IN}{rank}")
+        raise failure from (None if failure is error else error)
     if store is not None:  # after a failure the process ends, and waiting for the others might take forever
         dist.destroy_process_group()
 
@@ -120,6 +117,15 @@ def _connect(backend: str) -> dist.Store | None:
             f"the processes that torchrun started cannot connect to each other: {error}"
         ) from error
     return store
+
+
+def _said_of(error: Exception) -> Exception:
+    """The error itself, or where it is about the connection what has become of the other process."""
+    if isinstance(error, dist.DistError) or any(words in str(error) for words in ENDED):
+        return SlagenError(
+            "another process of this run ended without a message. The system may have ended it for lack of memory."
+        )
+    return error
 
 
 def _fails_first(store: dist.Store | None) -> bool:

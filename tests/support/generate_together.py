@@ -1,9 +1,10 @@
 """Videos of a tiny Wan made by some processes together, and by one: final latents, and what the command says."""
 
-import functools
 import json
+import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -11,7 +12,9 @@ from wan_models import build_transformer
 
 from slagen.attention import registry
 from slagen.cli.main import run
+from slagen.errors import WeightsError
 from slagen.generation.config import GenerateConfig
+from slagen.generation.session import Session
 from slagen.generation.sharing import sharing
 from slagen.processes import Member, joined
 from slagen.wan.processor import denoising, install_method
@@ -100,8 +103,14 @@ def make(model: str, weights: str, out: str, which: str) -> None:
             save_file(found, Path(out) / "latents.safetensors")
 
 
-def command(*commands: list[str]) -> int:
-    """Run commands, one after the other, as `slagen` would. Returns the last exit code."""
+def command(arguments: list[str], fails: bool) -> None:
+    """Run a command as `slagen` would, and print its exit code. One that fails does so in the second process only."""
     torch.set_num_threads(1)
-    with joined(torch.device("cpu")):
-        return functools.reduce(lambda _, arguments: run(arguments), commands, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        if fails and os.environ["RANK"] == "1":
+            patch.setattr(Session, "denoised", _fail)
+        print(run(arguments), flush=True)
+
+
+def _fail(*args: object, **options: object) -> None:
+    raise WeightsError("a layer is broken.")

@@ -57,15 +57,17 @@ class Session:
         pipe: a pipeline with the plan's attention in it already; None loads one.
         several: plans with another attention, or other scales of LoRAs, will follow. Parts of the model are moved to
             the GPU as a whole then, or not at all, and there is room for the text encoder to stay.
-        on_event: called for each part that is loaded.
+        on_event: called for each part that is loaded. parts: processes that share the tokens of each pass.
     Raises: WeightsError where weights are broken or do not fit, EnvironmentProblem where the kernels do not run.
     """
 
     def __init__(
         self, plan: Plan, text_encoder: bool = True, pipe: Any = None,
         on_event: Callable[[Event], None] = lambda event: None, *, several: bool = False,
+        parts: int = 1,
     ) -> None:  # fmt: skip
         self.several = several or pipe is not None
+        self.parts = parts
         self.loras: Loras | None = None
         self.placement = Placement("none", False, "")
         self.tokenizer = None if pipe is None else pipe.tokenizer
@@ -126,7 +128,7 @@ class Session:
         denoise += largest_product(pipe.transformer)
         return Sizes(
             text, largest_tensor(pipe.text_encoder), transformer, weights.source.shape.num_layers, vae,
-            denoise + plan.remembered.num_bytes, decode, tiled,
+            (denoise + plan.remembered.num_bytes) // self.parts, decode, tiled,
         )  # fmt: skip
 
     @contextlib.contextmanager

@@ -81,7 +81,7 @@ class Sharing:
 
     def load(self, plan: Plan, prompts: PromptCache, on_event: Callable[[Event], None]) -> Session:
         """The model of this process. Raises: as `Session`."""
-        session = Session(plan, text_encoder=self.first and not prompts.known, on_event=on_event)
+        session = Session(plan, text_encoder=self.first and not prompts.known, on_event=on_event, parts=self.parts)
         if self.tokens is not None:
             split_tokens(session.pipe.transformer, self.tokens)
         if self.pair is not None:

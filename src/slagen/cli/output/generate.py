@@ -47,6 +47,8 @@ def show_videos(result: GenerateResult, as_json: bool, verbose: bool = False) ->
         for text in () if verbose else measured_first(video.record):
             log(text)
         log(described_times(video.record))
+        for text in () if verbose else described_processes(video.record):
+            log(text)
     file = shlex.quote(str(result.videos[-1].path))
     log(f"Details: slagen info {file}. To make it again: slagen replay {file}")
 
@@ -76,6 +78,19 @@ def described_times(report: VideoReport) -> str:
             parts.append(f"{name} {seconds:.1f}")
     known = "; the prompt was known, so no text encoder was loaded" if report.weights.cached_prompt else ""
     return f"{sum(stages.values()):.1f} s: {', '.join(parts)}{known}"
+
+
+def described_processes(report: VideoReport) -> list[str]:
+    """What several processes shared, and what communication took; empty for one process."""
+    processes = report.processes
+    if processes is None:
+        return []
+    ranks = processes.ranks
+    passes = ", the two passes of guidance in one half of them each" if processes.cfg_parallel else ""
+    heads = f", {counted(ranks[0].heads, 'head')} and {ranks[0].tokens:,} of {report.attention.tokens:,} tokens each"
+    shares = [r.communication_ms / r.denoise_ms for r in ranks if r.communication_ms is not None and r.denoise_ms]
+    took = f"; measured: communication and waiting took {min(shares):.0%} to {max(shares):.0%}" if shares else ""
+    return [f"{counted(len(ranks), 'process')} ({processes.backend}){passes}{heads}{took}"]
 
 
 def measured_first(report: VideoReport) -> list[str]:
@@ -143,6 +158,7 @@ def totals(report: VideoReport) -> list[str]:
     spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages_s.items())
     spent += " (no text encoder was loaded: the prompt was known)" if report.weights.cached_prompt else ""
     lines.append(f"time in seconds: {spent}; peak memory {report.peak_memory_gib:.2f} GiB")
+    lines += described_processes(report)
     lines.append(f"seed {report.settings['seed']}, hash of the latents {report.latents_hash[:12]}")
     return lines
 
