@@ -34,6 +34,7 @@ def torchrun(monkeypatch):
         (2, "generate x --offload group", "--offload group does not run in several processes"),
         (2, "generate x --measure-dense 2", "--measure-dense runs in one process. Leave it out"),
         (2, "generate x --compile", "--compile runs in one process. Leave it out"),
+        (2, "generate x --cache first-block", "--cache runs in one process. Leave it out"),
         (2, "generate x --device cuda:1", "names one GPU, but under torchrun each process takes its own"),
         (2, "generate x --dry-run", "--dry-run runs in one process, but torchrun started 2 processes."),
         (2, "generate --prompts p.txt", "--prompts runs in one process, but torchrun started 2 processes."),

@@ -14,6 +14,7 @@ from slagen.attention import registry
 from slagen.cli.main import run
 from slagen.errors import WeightsError
 from slagen.generation.config import GenerateConfig
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.session import Session
 from slagen.generation.sharing import sharing
 from slagen.processes import Member, joined
@@ -21,7 +22,16 @@ from slagen.wan.processor import denoising, install_method
 from slagen.wan.sequence_parallel import split_tokens
 
 # 80 x 80 pixels and 9 frames are 3 x 5 x 5 = 75 tokens: 5 blocks of 16, the last one of 11. 2 processes have 38 and 37.
-CLIP = {"width": 80, "height": 80, "num_frames": 9, "steps": 2, "seed": 3, "device": "cpu", "guidance_scale": 3.0}
+CLIP = {
+    "width": 80,
+    "height": 80,
+    "num_frames": 9,
+    "steps": 2,
+    "seed": 3,
+    "device": "cpu",
+    "guidance_scale": 3.0,
+    "no_cache": True,
+}
 SMALL = {"block_m": 16, "block_n": 16}
 BLOCKS = {"sparsity": 0.5, **SMALL}
 CUBES = (("order", "cube"),)
@@ -53,8 +63,9 @@ def latents(config: GenerateConfig) -> tuple[torch.Tensor, list[float | None]]:
     """Final latents, and what each layer's heads here attended exactly."""
     with sharing(config) as shared:
         plan = shared.plan(config, lambda text: None)
-        session = shared.load(plan, lambda event: None)
-        done = session.denoised(plan, shared.encode(session, plan), lambda event: None)
+        prompts = PromptCache(plan, lambda event: None, use=shared.first)
+        session = shared.load(plan, prompts, lambda event: None)
+        done = session.denoised(plan, shared.encode(session, prompts), lambda event: None)
     return done.latents, list(done.densities)
 
 
