@@ -17,6 +17,7 @@ from slagen.cli.main import run as run_cli
 from slagen.errors import UsageError
 from slagen.formats.sla import SLAMetadata, weights_hash
 from slagen.generation.config import GenerateConfig
+from slagen.generation.provenance import read_made
 from slagen.generation.sharing import Sharing
 from slagen.processes import Member
 from slagen.wan.install import save_sla
@@ -84,6 +85,7 @@ def test_the_command_in_two_processes(model, tmp_path, capsys):
     said, other = (Path(tmp_path / f"rank{rank}.txt.err").read_text() for rank in (0, 1))
     assert "2 processes (gloo), 2 heads and 38 of 75 tokens each; measured: communication" in said and other == ""
     report = json.loads((tmp_path / "good.json").read_text())
+    assert report["settings"]["processes"] == 2 == read_made(video).settings["processes"]
     shares = report["processes"]["ranks"]
     assert [share["tokens"] for share in shares] == [38, 37] and not report["processes"]["cfg_parallel"]
     assert all(0 < share["communication_ms"] < share["denoise_ms"] for share in shares)

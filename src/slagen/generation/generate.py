@@ -198,7 +198,7 @@ def _comment(sample: Sample, hashes: dict[str, str]) -> str:
     """What the video's file says of itself; empty where it is to say nothing."""
     if sample.plan.config.no_metadata:
         return ""
-    return report.comment(sample.plan.recorded, hashes["latents_hash"], hashes["frames_hash"], sample.weights)
+    return report.comment(report.recorded(sample), hashes["latents_hash"], hashes["frames_hash"], sample.weights)
 
 
 def _unwritten(sample: Sample) -> Video:

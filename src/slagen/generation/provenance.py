@@ -19,7 +19,7 @@ SETTINGS = {
     **{f"{name}?": str | None for name in (
         "prompt", "negative_prompt", "model", "weights", "vae", "attention", "backend", "sampler", "dtype", "device")},
     **{f"{name}?": int | None for name in (
-        "num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n", "crf")},
+        "num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n", "crf", "processes")},
     **{f"{name}?": float | None for name in ("guidance_scale", "flow_shift", "sigma_max", "sparsity", "sla_topk")},
     **{f"{name}?": bool | None for name in ("allow_untrained", "ode", "no_metadata")},
     "lora?": [str], "lora_merge?": bool,

@@ -192,6 +192,12 @@ def comment(
     return text
 
 
+def recorded(sample: Sample) -> dict[str, Any]:
+    """The settings of a sampled video, with the number of processes where several made it, which round otherwise."""
+    several = {} if sample.processes is None else {"processes": len(sample.processes.ranks)}
+    return {**sample.plan.recorded, **several}
+
+
 def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_hash: str) -> VideoReport:
     """The report of a video, whose file may not be there yet."""
     from slagen import machine  # with torch, which nothing else here needs
@@ -219,7 +225,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         video=video_section(path, sample.frames.shape, config.fps or 1, frames_hash),
-        settings=plan.recorded,
+        settings=recorded(sample),
         versions=versions(),
         device=machine.describe_device(plan.weights.device),
         weights=sample.weights,
