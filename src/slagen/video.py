@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import imageio_ffmpeg
 
 from slagen.errors import EnvironmentProblem, SlagenError, WeightsError
-from slagen.io.files import scratch, writing
+from slagen.io.files import replace_bytes, scratch, writing
 from slagen.io.paths import FRAMES, GIF, VIDEO, WEBM, kind_of
 from slagen.io.reading import open_regular
 
@@ -103,23 +103,84 @@ def encode_video(frames: np.ndarray, path: Path, fps: int, comment: str = "", cr
         crf: constant rate factor of an MP4 or WebM, lower is better; None is `CRF`.
     Raises: OSError if the video cannot be written or does not read back.
     """
-    kind, (num_frames, height, width, _) = kind_of(path), frames.shape
-    if kind == FRAMES:
-        path.mkdir()
-    command: list[str | bytes] = [
-        "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-",
-        *_options(kind, comment, CRF.get(kind) if crf is None else crf),
-        "%04d.png" if kind == FRAMES else _name(path),
-    ]  # fmt: skip
-    _encode(command, frames, path if kind == FRAMES else None)
-    try:
-        read = _first_frame(path / "0001.png" if kind == FRAMES else path)
-    except (RuntimeError, StopIteration) as error:
-        raise OSError(str(error).strip() or "the written video cannot be decoded") from error
-    if read.shape != frames.shape[1:]:
-        raise OSError(f"the written video has the wrong size, {read.shape[1]}x{read.shape[0]} pixels")
-    if kind == FRAMES and len(os.listdir(path)) != num_frames:
-        raise OSError(f"{len(os.listdir(path))} of {num_frames} frames were written")
+    with VideoWriter(path, frames.shape[1:3], fps, comment, crf) as writer:
+        writer.write(frames)
+        writer.finish(len(frames))
+
+
+class VideoWriter:
+    """A video that ffmpeg encodes while its frames come; what is not finished when the block ends is stopped.
+
+    Args:
+        path, fps, comment, crf: as in `encode_video`. size: height and width of the frames.
+    Raises: OSError.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], fps: int, comment: str = "", crf: int | None = None) -> None:
+        self.path, self.size, self.kind = path, size, kind_of(path)
+        if self.kind == FRAMES:
+            path.mkdir()
+        command: list[str | bytes] = [
+            "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{size[1]}x{size[0]}", "-r", str(fps), "-i", "-",
+            *_options(self.kind, comment, CRF.get(self.kind) if crf is None else crf),
+            "%04d.png" if self.kind == FRAMES else _name(path),
+        ]  # fmt: skip
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the writer
+        try:
+            self._process = subprocess.Popen(  # out of reach of Ctrl-C
+                [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *command],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._errors, start_new_session=True,
+                cwd=path if self.kind == FRAMES else None,
+            )  # fmt: skip
+        except BaseException:
+            self._errors.close()
+            raise
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        with contextlib.suppress(BrokenPipeError):  # of what was not written yet
+            self._process.stdin.close()  # type: ignore[union-attr]
+        self._errors.close()
+
+    def write(self, frames: np.ndarray) -> None:
+        """Hand on some frames, (f, H, W, 3) uint8 RGB."""
+        import numpy as np
+
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and `finish` says why
+            for frame in frames:
+                self._process.stdin.write(np.ascontiguousarray(frame).data)
+
+    def finish(self, num_frames: int, replacing: tuple[str, str] | None = None) -> None:
+        """Wait for the video, and decode it as a check.
+
+        Args:
+            num_frames: that were handed on.
+            replacing: a text in its comment, and another one of the same length in its place.
+        Raises: OSError with ffmpeg's own last words.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        status = self._process.wait()
+        _check_limit(status)
+        if status:
+            self._errors.seek(0)
+            raise OSError(self._errors.read().decode("utf-8", "replace").strip() or f"ffmpeg exited with code {status}")
+        if replacing is not None and self.kind in (VIDEO, WEBM):
+            replace_bytes(self.path, *(text.encode() for text in replacing))
+        try:
+            read = _first_frame(self.path / "0001.png" if self.kind == FRAMES else self.path)
+        except (RuntimeError, StopIteration) as error:
+            raise OSError(str(error).strip() or "the written video cannot be decoded") from error
+        if read.shape[:2] != tuple(self.size):
+            raise OSError(f"the written video has the wrong size, {read.shape[1]}x{read.shape[0]} pixels")
+        if self.kind == FRAMES and len(os.listdir(self.path)) != num_frames:
+            raise OSError(f"{len(os.listdir(self.path))} of {num_frames} frames were written")
 
 
 def _options(kind: str, comment: str, crf: int | None) -> list[str | bytes]:
@@ -140,32 +201,6 @@ def _options(kind: str, comment: str, crf: int | None) -> list[str | bytes]:
 def _name(path: str | Path) -> str:
     """A path as ffmpeg takes it: absolute, for `take:1.mp4` would be a protocol and `-x.mp4` an option."""
     return os.path.abspath(path)
-
-
-def _encode(command: list[str | bytes], frames: np.ndarray, folder: Path | None = None) -> None:
-    """Run ffmpeg on raw frames in a folder, out of reach of Ctrl-C. Raises OSError with its own last words."""
-    import numpy as np
-
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *command],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
-            cwd=folder,
-        )  # fmt: skip
-        assert process.stdin is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended, and says why
-                for frame in frames:
-                    process.stdin.write(np.ascontiguousarray(frame).data)
-                process.stdin.close()
-            status = process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        _check_limit(status)
-        if status:
-            errors.seek(0)
-            raise OSError(errors.read().decode("utf-8", "replace").strip() or f"ffmpeg exited with code {status}")
 
 
 def _check_limit(status: int) -> None:

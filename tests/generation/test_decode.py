@@ -81,7 +81,8 @@ def test_a_video_without_metadata(toy, video, tmp_path, capsys):
 
 def test_a_black_video_is_told_as_generate_tells_it(toy, video, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        "slagen.generation.session.decode_latents", lambda vae, latents, on_frame: torch.zeros(9, 128, 128, 3).byte()
+        "slagen.generation.frames.stream_latents",
+        lambda vae, latents, take, on_frame: take(torch.zeros(9, 128, 128, 3).byte()),
     )
     assert run(["decode", str(video.latents_path), "--model", str(toy), "-o", str(tmp_path / "v.mp4")]) == 0
     assert "every pixel of the video with seed 3 has the same colour, RGB 0, 0, 0" in capsys.readouterr().err
@@ -106,10 +107,10 @@ def test_info_shows_latents_and_how_to_decode_them(video, capsys):
 
 @pytest.fixture
 def broken_encoder(monkeypatch):
-    def fail(command, frames, folder):
+    def fail(*given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mp4, "_encode", fail)
+    monkeypatch.setattr(mp4.VideoWriter, "finish", fail)
     return monkeypatch
 
 

@@ -262,8 +262,8 @@ def out_of_memory(*args, **options):
 
 
 def test_decode_out_of_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(decode, "decode_frames", out_of_memory)
-    told = SimpleNamespace(settings={}, stages_s={})
+    monkeypatch.setattr(decode, "decode_into", out_of_memory)
+    told = SimpleNamespace(settings={"fps": 8}, stages_s={})
     with pytest.raises(SlagenError, match="the GPU ran out of memory. Try --device cpu"):
         decode._write(told, torch.zeros(1), None, torch.device("cpu"), tmp_path, tmp_path, False, None, False, print)
 

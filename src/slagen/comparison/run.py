@@ -31,13 +31,14 @@ from slagen.errors import UsageError
 from slagen.events import Event, counted_parts, nth
 from slagen.formats.peek import peek
 from slagen.generation.config import MAX_SEED, GenerateConfig
+from slagen.generation.frames import decode_frames
 from slagen.generation.generate import check_memory, enough_gpu_memory
 from slagen.generation.lora import asked_loras
 from slagen.generation.lora_files import describe_loras
 from slagen.generation.prompts import apply, check_count, read_prompts
 from slagen.generation.report import density_section
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
-from slagen.generation.session import Session, decode_frames
+from slagen.generation.session import Session
 from slagen.generation.side_by_side import side_by_side
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import reserved, write_json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,16 +17,15 @@ from slagen.events import Event, loaded_parts
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.config_checks import check_encoding
+from slagen.generation.frames import EncodedFrames, decode_into
 from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
 from slagen.generation.result import GenerateResult, Video
-from slagen.generation.session import decode_frames, warn_of_one_colour
 from slagen.generation.video_report import Decoded, VideoReport
 from slagen.interrupts import telling_what_is_kept
 from slagen.io.files import check_writable, reserved, write_json
 from slagen.io.paths import check_not_taken, check_video, kind_of, user_path
-from slagen.io.stages import staging
-from slagen.video import check_ffmpeg, encode_video, not_written
+from slagen.video import check_ffmpeg, not_written
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
 from slagen.wan.models import check_recorded_model, resolve_model
@@ -92,35 +90,48 @@ def _write(
     overwrite: bool, crf: int | None, no_metadata: bool, on_event: Callable[[Event], None],
 ) -> Video:  # fmt: skip
     """Decode latents, and write the video and its report."""
-    settings, stages = recorded.settings, {name: s for name, s in recorded.stages_s.items() if name != "total"}
-    began = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            frames = decode_frames(decoder, latents.to(place), on_event)
-    except torch.OutOfMemoryError as error:
-        raise SlagenError("the GPU ran out of memory. Try --device cpu.") from error
-    stages["decode"] = time.perf_counter() - began
-    warn_of_one_colour(frames, settings["seed"], on_event)
-    on_event(Event("stage", "write"))
-    began = time.perf_counter()
-    frames_hash = hashlib.sha256(frames.tobytes()).hexdigest()
-    if recorded.video.frames_hash != frames_hash:
-        text = (
-            "the frames are not identical to those of the original run, which can happen on another device or with "
-            "other package versions"
+
+    def comment(frames_hash: str) -> str:
+        if no_metadata:
+            return ""
+        return report.comment(
+            settings, recorded.latents_hash, frames_hash, weights=recorded.weights, packages=recorded.versions
         )
-        on_event(Event("note", text))
-    comment = report.comment(
-        settings, recorded.latents_hash, frames_hash, weights=recorded.weights, packages=recorded.versions
-    )
+
+    settings, stages = recorded.settings, {name: s for name, s in recorded.stages_s.items() if name != "total"}
+    with EncodedFrames(target, settings["fps"], crf, keep=False) as frames:
+        frames.comment = comment
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                decode_into(frames, decoder, latents.to(place), on_event)
+        except torch.OutOfMemoryError as error:
+            raise SlagenError("the GPU ran out of memory. Try --device cpu.") from error
+        stages["decode"] = time.perf_counter() - began
+        frames.warn_of_one_colour(settings["seed"], on_event)
+        on_event(Event("stage", "write"))
+        began = time.perf_counter()
+        if recorded.video.frames_hash != frames.sha256:
+            text = (
+                "the frames are not identical to those of the original run, which can happen on another device or with "
+                "other package versions"
+            )
+            on_event(Event("note", text))
+        return _publish(recorded, frames, comment, stages, began, place, path, target, overwrite)
+
+
+def _publish(
+    recorded: VideoReport, frames: EncodedFrames, comment: Callable[[str], str], stages: dict[str, float],
+    began: float, place: torch.device, path: Path, target: Path, overwrite: bool,
+) -> Video:  # fmt: skip
+    """Write the video, whose writing began by `time.perf_counter`, and its report."""
     try:
-        with staging(target.parent) as stage:
+        with frames.staged(target, frames.fps, comment, frames.crf) as stage:
             video = stage.folder / target.name
-            encode_video(frames, video, settings["fps"], "" if no_metadata else comment, crf)
             stages["write"] = time.perf_counter() - began
             record = dataclasses.replace(
                 recorded, created=datetime.now(UTC).isoformat(timespec="seconds"),
-                video=report.video_section(video, frames.shape, settings["fps"], frames_hash),
+                video=report.video_section(video, frames.shape, frames.fps, frames.sha256),
                 stages_s={**stages, "total": sum(stages.values())}, wall_s=None,
                 decoded=Decoded(packages.versions(), machine.describe_device(place)),
             )  # fmt: skip

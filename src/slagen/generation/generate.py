@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import shlex
@@ -20,6 +21,7 @@ from slagen.events import Event, nth
 from slagen.formats.sla import weights_hash
 from slagen.generation import memory, report
 from slagen.generation.config import GenerateConfig, vae_bytes
+from slagen.generation.frames import EncodedFrames, Frames
 from slagen.generation.latents import SUFFIX, keep_latents, latents_beside, latents_hash, write_latents
 from slagen.generation.pages import is_report_page
 from slagen.generation.preflight import check_free, check_output, check_trace
@@ -34,11 +36,10 @@ from slagen.generation.sharing import ALONE, Sharing, sharing
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.trace import write_trace
 from slagen.interrupts import telling_what_is_kept
-from slagen.io.files import check_writable, reserved, write_json, write_text
+from slagen.io.files import check_writable, delete, reserved, write_json, write_text
 from slagen.io.paths import FRAMES, GIF, is_video, kind_of_output, user_path
-from slagen.io.stages import staging
 from slagen.io.text import counted
-from slagen.video import check_ffmpeg, encode_video, not_written
+from slagen.video import check_ffmpeg, not_written
 
 CPU = torch.device("cpu")
 PIXEL_BYTES = {GIF: 1, FRAMES: 3}  # at most; of the others a quarter
@@ -143,22 +144,36 @@ def _make(
             one = dataclasses.replace(plan, config=config)
             about = nth("video", index + 1, plan.config.num_videos, config.prompt)
             on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
-            with _previewing(one, session, paths[index] if paths else None, on_event) as preview:
-                sample = shared.sample(session, one, embeds, clock, on_event, preview)
+            path = paths[index] if paths else None
+            streamed = path if shared.member.size == 1 else None  # what others did is told when all are done
+            with _previewing(one, session, path, on_event) as preview, _taking(one, streamed, from_python) as taking:
+                sample = shared.sample(session, one, embeds, clock, on_event, preview, *taking)
                 if sample is None:
                     continue
-                video = (
-                    _unwritten(sample)
-                    if paths is None
-                    else save(sample, paths[index], on_event, replace=config.overwrite)
-                )
+                video = _unwritten(sample) if path is None else save(sample, path, on_event, replace=config.overwrite)
             if config.trace is not None:
                 write_trace(sample, user_path(config.trace))
                 on_event(Event("note", f"the trace is in {config.trace}; open it at ui.perfetto.dev"))
-            videos.append(dataclasses.replace(video, frames=sample.frames if from_python else None))
+            videos.append(dataclasses.replace(video, frames=sample.frames.whole() if from_python else None))
             clock = StageClock()  # start, load and text are shared: counted once, with the first video
             clock.watch(memory)
     return videos
+
+
+@contextmanager
+def _taking(plan: Plan, path: Path | None, keep: bool) -> Iterator[tuple[Frames, Callable[[Sample], None]]]:
+    """What takes the frames of a video, and encodes them for a path; and what it is told before the first."""
+    if path is None:
+        yield Frames(), lambda sample: None
+        return
+    config = plan.config
+    assert config.fps
+    with EncodedFrames(path, config.fps, config.crf, keep) as frames:
+
+        def begin(sample: Sample) -> None:
+            frames.comment = functools.partial(_comment, sample)
+
+        yield frames, begin
 
 
 @contextmanager
@@ -190,15 +205,15 @@ def _kept_so_far(config: GenerateConfig, made: int) -> str:
 def _hashes(sample: Sample) -> dict[str, str]:
     return {
         "latents_hash": latents_hash(sample.latents),
-        "frames_hash": hashlib.sha256(sample.frames.tobytes()).hexdigest(),
+        "frames_hash": sample.frames.sha256,
     }
 
 
-def _comment(sample: Sample, hashes: dict[str, str]) -> str:
+def _comment(sample: Sample, frames_hash: str) -> str:
     """What the video's file says of itself; empty where it is to say nothing."""
     if sample.plan.config.no_metadata:
         return ""
-    return report.comment(report.recorded(sample), hashes["latents_hash"], hashes["frames_hash"], sample.weights)
+    return report.comment(report.recorded(sample), latents_hash(sample.latents), frames_hash, sample.weights)
 
 
 def _unwritten(sample: Sample) -> Video:
@@ -226,9 +241,8 @@ def save(
     report_path, latents_path, page_path = (path.with_suffix(suffix) for suffix in (".json", SUFFIX, ".html"))
     lost: dict[Path, Exception] = {}
     try:
-        with staging(path.parent) as stage:
+        with sample.frames.staged(path, config.fps, functools.partial(_comment, sample), config.crf) as stage:
             video, latents = stage.folder / path.name, stage.folder / latents_path.name
-            encode_video(sample.frames, video, config.fps, _comment(sample, hashes), config.crf)
             record = report.video_report(sample, video, **hashes)
             going = [] if config.report or not is_report_page(page_path) else [page_path.name]  # that of the old video
             try:
@@ -250,7 +264,7 @@ def save(
                     write_latents(latents, sample.latents, weights_hash(sample.vae), record)
             except (OSError, SafetensorError) as error:
                 lost[latents_path] = error
-                latents.unlink(missing_ok=True)
+                delete(latents)
             if not latents.exists():
                 going += latents_beside(path)
             stage.publish(replace=replace, without=tuple(going))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from slagen.generation.frames import Frames
 from slagen.generation.resolve import Plan
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.video_report import Processes, UsedWeights
@@ -37,7 +37,7 @@ class Sample:
 
     Args:
         plan: what it was made with.
-        frames: (F, H, W, 3) uint8.
+        frames: (F, H, W, 3) uint8, whole where they are kept.
         latents: (1, C, T, h, w) float32 on the CPU.
         denoised: its steps, and what they attended to.
         clock: of its stages, which goes on until it is written.
@@ -47,7 +47,7 @@ class Sample:
     """
 
     plan: Plan
-    frames: np.ndarray
+    frames: Frames
     latents: torch.Tensor
     denoised: Denoised
     clock: StageClock

@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from slagen.attention.learned import SLA_NAME, label, matrix_norms, name_in_files
@@ -22,6 +21,7 @@ from slagen.generation.config import vae_bytes
 from slagen.generation.config_checks import MOVES_LAYERS
 from slagen.generation.denoise import run_denoising
 from slagen.generation.fill_defaults import SIGMA_MAX
+from slagen.generation.frames import Frames, decode_into
 from slagen.generation.lora import asked_loras
 from slagen.generation.offload import STAGES, Placement, Sizes, choose, next_setting, stage_sizes
 from slagen.generation.preview import Preview
@@ -43,7 +43,7 @@ from slagen.wan.placement import CPU, largest_tensor, part_bytes, place, release
 from slagen.wan.processor import install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
-from slagen.wan.vae import decode_latents, vae_dtype_of
+from slagen.wan.vae import vae_dtype_of
 
 LARGE = 2**28  # bytes
 
@@ -239,8 +239,13 @@ class Session:
         clock: StageClock,
         on_event: Callable[[Event], None],
         preview: Preview | None = None,
+        frames: Frames | None = None,
+        begin: Callable[[Sample], None] = lambda sample: None,
     ) -> Sample:
-        """Denoise and decode one video. Raises SlagenError for latents that are not finite."""
+        """Denoise and decode one video. Raises SlagenError for latents that are not finite.
+
+        Args: frames: what takes them; None keeps them. begin: called with the sample before its first frame.
+        """
         clock.begin("denoise")
         denoised = self.denoised(plan, embeds, on_event, preview)
         clock.begin("decode")
@@ -249,11 +254,14 @@ class Session:
         clock.set_apart(sum(step.compile_ms for step in denoised.recorder.steps) / 1e3, "compile")
         if (use := use_of(plan, denoised.recorder)) is not None:
             on_event(Event("note", describe_use(use)))
-        with self._within_memory("decode", plan):
-            frames = decode_frames(self.pipe.vae, denoised.latents, on_event)
-        warn_of_one_colour(frames, plan.config.seed or 0, on_event)
+        frames = frames or Frames()
         latents = denoised.latents.float().cpu().contiguous()
-        return Sample(plan, frames, latents, denoised, clock, self.about, self.pipe.vae)
+        sample = Sample(plan, frames, latents, denoised, clock, self.about, self.pipe.vae)
+        begin(sample)
+        with self._within_memory("decode", plan):
+            decode_into(frames, self.pipe.vae, denoised.latents, on_event)
+        frames.warn_of_one_colour(plan.config.seed or 0, on_event)
+        return sample
 
     @torch.inference_mode()
     def denoised(
@@ -278,20 +286,6 @@ def _check_kernels(plan: Plan) -> None:
     if plan.backend is not None and plan.method.check is not None:
         weights = plan.weights
         plan.method.check(plan.backend, weights.source.head_dim, weights.device, weights.dtype, plan.attention)
-
-
-def decode_frames(vae: Any, latents: torch.Tensor, on_event: Callable[[Event], None]) -> np.ndarray:
-    """The stage "decode": latents (1, C, T, h, w) to frames (F, H, W, 3) uint8. Raises as `decode_latents`."""
-    total = latents.shape[2]
-    on_event(Event("stage", "decode", num_steps=total))
-    return decode_latents(vae, latents, lambda done: on_event(Event("part", num_steps=total, done=done))).numpy()
-
-
-def warn_of_one_colour(frames: np.ndarray, seed: int, on_event: Callable[[Event], None]) -> None:
-    """Warn if frames (F, H, W, 3) uint8 all have one colour."""
-    if (frames == frames[0, 0, 0]).all():
-        colour = ", ".join(map(str, frames[0, 0, 0]))
-        on_event(Event("warning", f"every pixel of the video with seed {seed} has the same colour, RGB {colour}"))
 
 
 def texts_of(plan: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from slagen import torchrun
 from slagen.errors import UsageError
 from slagen.events import Event
 from slagen.generation.config import GenerateConfig
+from slagen.generation.frames import Frames
 from slagen.generation.preflight import one_pass
 from slagen.generation.preview import Preview
 from slagen.generation.prompt_cache import PromptCache
@@ -98,11 +99,11 @@ class Sharing:
 
     def sample(
         self, session: Session, plan: Plan, embeds: dict[str, torch.Tensor | None], clock: StageClock,
-        on_event: Callable[[Event], None], preview: Preview | None,
+        on_event: Callable[[Event], None], preview: Preview | None, frames: Frames, begin: Callable[[Sample], None],
     ) -> Sample | None:  # fmt: skip
         """Denoise one video, and decode it in the first process; None in the others. Raises: as `Session.sample`."""
         if self.first:
-            sample = session.sample(plan, embeds, clock, on_event, preview)
+            sample = session.sample(plan, embeds, clock, on_event, preview, frames, begin)
             if self.member.size == 1:
                 return sample
             own: Denoised = sample.denoised

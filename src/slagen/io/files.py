@@ -67,6 +67,17 @@ def append(path: Path, data: bytes) -> None:
     _put(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, data)
 
 
+def replace_bytes(path: Path, old: bytes, new: bytes) -> None:
+    """Put other bytes, as many, in the place of those that a file holds once. Raises OSError where it does not."""
+    assert len(old) == len(new)
+    with open(path, "r+b") as handle:
+        data = handle.read()
+        if data.count(old) != 1:
+            raise OSError(f"the file holds what it says of itself {data.count(old)} times")
+        handle.seek(data.index(old))
+        handle.write(new)
+
+
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A folder for what is of no use afterwards, on the disk for temporary files; what killed runs left there goes."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from slagen.events import Event, nth
+from slagen.generation.frames import decode_frames
 from slagen.generation.resolve import make_plan
-from slagen.generation.session import Session, decode_frames
+from slagen.generation.session import Session
 from slagen.generation.side_by_side import side_by_side
 from slagen.training.data.dataset import Clip, Dataset
 from slagen.training.log import CLIPS

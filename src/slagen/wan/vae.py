@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from slagen.errors import SlagenError, WeightsError
 from slagen.formats.bounds import is_finite
@@ -53,41 +54,86 @@ def vae_dtype_of(name: str | None) -> torch.dtype:
 def decode_latents(
     vae: AutoencoderKLWan, latents: torch.Tensor, on_frame: Callable[[int], None] = lambda done: None
 ) -> torch.Tensor:
-    """Latents (1, C, T, h, w), normalised, to video frames (F, H, W, 3) uint8 on the CPU.
+    """All frames of a video, (F, H, W, 3) uint8 on the CPU; arguments and errors as of `stream_latents`."""
+    parts: list[torch.Tensor] = []
+    stream_latents(vae, latents, parts.append, on_frame)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def stream_latents(
+    vae: AutoencoderKLWan,
+    latents: torch.Tensor,
+    take: Callable[[torch.Tensor], None],
+    on_frame: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Latents (1, C, T, h, w), normalised, to video frames, which are handed on as they are decoded.
 
     Args:
+        take: called with the frames of each latent frame, (f, H, W, 3) uint8 on the CPU; with all of them at once where
+            the VAE decodes in tiles.
         on_frame: called with the number of latent frames that are decoded, after each.
     Raises: SlagenError for values that are not finite, WeightsError for a video without any content, but for a black
         or white one, which a prompt may ask for.
     """
     mean, std = (x.to(latents.device) for x in _statistics(vae))
-    done = 0
+    done, patch = 0, vae.config.patch_size
+    converted = _Frames(latents.shape[-1], take)
 
-    def count(*_: Any) -> None:
+    def decoded(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         nonlocal done
         done += 1
         on_frame(done)
+        if vae.use_tiling:
+            return None
+        values = output if patch is None else unpatchify(output, patch)
+        converted.add(values.clamp(-1, 1))
+        return output[..., :0, :0]  # of which diffusers makes a video without any pixels
 
-    handle = vae.decoder.register_forward_hook(count)  # which decodes one latent frame after the other
+    handle = vae.decoder.register_forward_hook(decoded)  # which decodes one latent frame after the other
     try:
-        video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0][0].float()
+        video = vae.decode((latents.float() * std + mean).to(vae.dtype), return_dict=False)[0]
     finally:
         handle.remove()
-    if not is_finite(video):
-        raise SlagenError(
-            "the VAE produced NaN or Inf from these latents, so there is no video. Try other settings, or "
-            "another VAE with --vae."
-        )
-    side = video.shape[-1] // latents.shape[-1]  # of the square of pixels that a latent stands for
-    squares = video.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (3, F, h, side, w, side)
-    first = squares[:, :1, :1, :, :1]
-    if (squares == first).all() and (first.abs() < 1).any():
-        raise WeightsError(
-            "the decoded video is one constant colour in every frame, so the weights of the VAE or the "
-            "transformer are damaged or do not fit together. Download the model again."
-        )
-    frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-    return frames.permute(1, 2, 3, 0).cpu()
+    if vae.use_tiling:
+        converted.add(video)
+    converted.check()
+
+
+class _Frames:
+    """Decoded values to frames, checked.
+
+    Args: columns: of the latents. take: as in `stream_latents`.
+    """
+
+    def __init__(self, columns: int, take: Callable[[torch.Tensor], None]) -> None:
+        self.columns, self.take = columns, take
+        self.first: torch.Tensor | None = None  # the first square of pixels that a latent stands for
+        self.alike = True
+
+    def add(self, video: torch.Tensor) -> None:
+        """Values (1, 3, f, H, W) from -1 to 1. Raises SlagenError for those that are not finite."""
+        video = video[0].float()
+        if not is_finite(video):
+            raise SlagenError(
+                "the VAE produced NaN or Inf from these latents, so there is no video. Try other settings, or "
+                "another VAE with --vae."
+            )
+        if self.alike:
+            side = video.shape[-1] // self.columns
+            squares = video.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (3, f, h, side, w, side)
+            self.first = squares[:, :1, :1, :, :1].clone() if self.first is None else self.first
+            self.alike = bool((squares == self.first).all())
+        frames = video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        self.take(frames.permute(1, 2, 3, 0).cpu())
+
+    def check(self) -> None:
+        """Raise WeightsError for a video of one colour, unless that is black or white."""
+        if self.first is not None and self.alike and (self.first.abs() < 1).any():
+            raise WeightsError(
+                "the decoded video is one constant colour in every frame, so the weights of the VAE or the "
+                "transformer are damaged or do not fit together. Download the model again."
+            )
 
 
 def encode_video(vae: AutoencoderKLWan, frames: torch.Tensor) -> torch.Tensor:
