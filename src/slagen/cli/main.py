@@ -1,6 +1,7 @@
 """Run `slagen`: call the command, and end with one message and an exit code whatever fails."""
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(UsageError.exit_code)
     code = run(sys.argv[1:], own_process=True)
     sys.stdout.flush()
+    gc.freeze()  # or Python, before it ends, looks for garbage among all objects of PyTorch, for a second or more
     sys.exit(code)
 
 
