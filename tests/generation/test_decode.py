@@ -324,7 +324,7 @@ def ffmpeg(monkeypatch):
 @pytest.mark.parametrize("program", ["/nowhere/ffmpeg", "/bin/false", "/bin/true", "/", "ffmpeg-of-nobody"])
 def test_a_broken_ffmpeg_is_found_before_anything_is_loaded(toy, video, tmp_path, capsys, monkeypatch, ffmpeg, program):
     """It came up after sampling, was blamed on the disk's free space, and nothing was kept."""
-    for place in ("generation.generate.Session", "generation.decode.load_pipeline", "training.setup.find_weights",
+    for place in ("generation.sharing.Session", "generation.decode.load_pipeline", "training.setup.find_weights",
                   "batch.worker.find_weights"):  # fmt: skip
         monkeypatch.setattr(f"slagen.{place}", lambda *a, **k: pytest.fail("a model is looked for"))
     (tmp_path / "p.txt").write_text("a red circle")

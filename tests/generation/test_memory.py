@@ -38,7 +38,7 @@ def small(monkeypatch, gib):
 
 def test_what_surely_does_not_fit_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
     """It died after 74 s with DefaultCPUAllocator and "a bug in slagen"."""
-    monkeypatch.setattr("slagen.generation.generate.Session", lambda *a, **k: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("slagen.generation.sharing.Session", lambda *a, **k: pytest.fail("a model is loaded"))
     small(monkeypatch, 1.9)
     command = ["generate", "a red circle", "--model", "tiny-wan", "--device", "cpu", "--size", "1024x1024"]
     assert run([*command, "--attention", "dense", "--output", str(tmp_path / "o")]) == 1

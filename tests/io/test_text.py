@@ -70,7 +70,7 @@ def test_text_that_is_no_utf8_is_refused_before_anything_is_loaded(tmp_path, mon
     def load(*arguments, **options):
         raise AssertionError("loaded")
 
-    for place in ("generation.generate.Session", "batch.worker.Session", "training.data.self_generate.Session"):
+    for place in ("generation.sharing.Session", "batch.worker.Session", "training.data.self_generate.Session"):
         monkeypatch.setattr(f"slagen.{place}", load)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.txt").write_text("a circle\n")
