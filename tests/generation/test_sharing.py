@@ -79,8 +79,9 @@ def test_the_command_in_two_processes(model, tmp_path, capsys):
     pipe, weights = model
     line = ["generate", "a red circle", "--model", pipe, "--weights", weights, "--size", "80x80", "--num-frames", "9",
             "--steps", "2", "--seed", "3", "--guidance-scale", "3", "--device", "cpu", "--no-cache"]  # fmt: skip
-    video = tmp_path / "good.mp4"
-    first, second = run_together(command, [[*line, "-o", str(video)], False], tmp_path)
+    video, trace = tmp_path / "good.mp4", tmp_path / "trace" / "of.json"
+    trace.parent.mkdir()
+    first, second = run_together(command, [[*line, "-o", str(video), "--trace", str(trace)], False], tmp_path)
     assert (first.split(), second.split()) == ([str(video), "0"], ["0"])
     said, other = (Path(tmp_path / f"rank{rank}.txt.err").read_text() for rank in (0, 1))
     assert "2 processes (gloo), 2 heads and 38 of 75 tokens each; measured: communication" in said and other == ""
@@ -89,6 +90,8 @@ def test_the_command_in_two_processes(model, tmp_path, capsys):
     shares = report["processes"]["ranks"]
     assert [share["tokens"] for share in shares] == [38, 37] and not report["processes"]["cfg_parallel"]
     assert all(0 < share["communication_ms"] < share["denoise_ms"] for share in shares)
+    kinds = [event.get("cat") for event in json.loads(trace.read_text())["traceEvents"]]
+    assert (kinds.count("communication"), kinds.count("layer")) == (2 * 2 * (2 * 2 + 1), 2 * 2 * 2)  # steps x passes
     assert run_cli(["info", str(video)]) == 0
     assert "2 processes (gloo)" in " ".join(capsys.readouterr().out.split())
     bad = tmp_path / "bad"

@@ -9,7 +9,7 @@ from slagen.errors import SlagenError
 from slagen.io.files import write_text
 from slagen.io.text import to_json
 from slagen.packages import versions
-from slagen.timing import PlacedSpan, StepTimes
+from slagen.timing import COMMUNICATION, PlacedSpan, StepTimes
 
 if TYPE_CHECKING:
     from slagen.generation.sample import Sample
@@ -65,6 +65,8 @@ def _of_span(span: PlacedSpan, steps: list[StepTimes], denoising_us: float) -> d
     if key == "step":
         about["timestep"] = steps[span.step].timestep
         return _event(f"step {span.step + 1}", "step", DEVICE, start, length, about)
+    if key == COMMUNICATION:
+        return _event("exchange with other processes", COMMUNICATION, DEVICE, start, length, about)
     if key in MEASURED:
         return _event(MEASURED[key], "measure", DEVICE, start, length, about)
     number, layer, *part = key
