@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from slagen.attention.sla.config import SLAConfig  # noqa: E402
 from slagen.kernels import rotary as rotary_kernel  # noqa: E402
 from slagen.kernels import selection  # noqa: E402
 from slagen.kernels.launches import launches  # noqa: E402
-from slagen.wan import processor as processor_module  # noqa: E402
 from slagen.wan import rotary  # noqa: E402
 from slagen.wan.processor import install, make_processor  # noqa: E402
 
@@ -410,9 +410,9 @@ def test_a_layer_that_chooses_no_blocks_wants_no_means(monkeypatch):
 
 def test_a_share_of_the_tokens_has_no_blocks(monkeypatch):
     """Blocks are those of the whole clip, so the operator takes its means after the exchange."""
-    monkeypatch.setattr(processor_module, "to_heads", lambda x, group: x)
-    monkeypatch.setattr(processor_module, "to_tokens", lambda x, group: x)
-    found = layer_launches(SLAConfig(0.6, block_m=32, block_n=16), monkeypatch, lambda p: setattr(p, "token_group", 1))
+    group = SimpleNamespace(to_heads=lambda x: x, to_tokens=lambda x: x)
+    config = SLAConfig(0.6, block_m=32, block_n=16)
+    found = layer_launches(config, monkeypatch, lambda processor: setattr(processor, "token_group", group))
     assert "pool_kernel" in found
 
 
