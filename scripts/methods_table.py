@@ -172,7 +172,7 @@ def capture(size: Size) -> list[Captured]:
         torch.serialization.add_safe_globals([Captured, Layer, Grid])
         return torch.load(path, weights_only=True)
     source = resolve_model("tiny-wan", "cpu")
-    pipe = load_pipeline(source, torch.device("cpu"), torch.float32)
+    pipe = load_pipeline(source, torch.float32)
     set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
     dense = registry.get("dense")
     install_method(pipe.transformer, dense, dense.config())

@@ -137,7 +137,7 @@ def model_readers(folder: Path) -> dict[str, Reader]:
     shutil.copy(bundled_folder() / "slagen.json", model)
 
     def load() -> None:
-        load_pipeline(describe_folder(model, "x"), torch.device("cpu"), torch.float32)
+        load_pipeline(describe_folder(model, "x"), torch.float32)
 
     return {name: Reader(4, "json", model / name, load) for name in CONFIGS}
 

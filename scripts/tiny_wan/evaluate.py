@@ -110,7 +110,7 @@ def main() -> None:
     size = next(size for size in SIZES if str(size) == args.size)
     results, dense = [], None
     for row in args.rows:
-        pipe = load_pipeline(source, device, DTYPES[args.dtype])
+        pipe = load_pipeline(source, DTYPES[args.dtype]).to(device)
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe, row, args.weights or source.folder, args.sparsity)
         kept = None

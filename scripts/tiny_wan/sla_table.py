@@ -128,7 +128,7 @@ def adherence(run: Run) -> dict:
     scenes, prompts, seeds = held_out(NUM_CLIPS)
 
     def latents(prepare) -> tuple[torch.Tensor, WanPipeline]:
-        pipe = load_pipeline(source, device, torch.bfloat16)
+        pipe = load_pipeline(source, torch.bfloat16).to(device)
         set_sampler(pipe, source.defaults.sampler, source.defaults.flow_shift)
         prepare(pipe)
         return sample(pipe, prompts, seeds, source.defaults, source.defaults.steps, run.size), pipe

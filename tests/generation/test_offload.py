@@ -15,7 +15,7 @@ from slagen.errors import SlagenError, UsageError
 from slagen.formats.layouts import LINEARS_OF_A_BLOCK
 from slagen.formats.quantised import Codes
 from slagen.formats.quantised_linear import keep_quantised
-from slagen.generation import session as sessions
+from slagen.generation import placing
 from slagen.generation.config import GenerateConfig
 from slagen.generation.offload import Placement, choose, next_setting, of_published
 from slagen.generation.resolve import make_plan
@@ -141,14 +141,20 @@ def on_card(plan):
 def test_the_model_is_placed_by_the_cards_free_memory(monkeypatch):
     made = plan()
     card, placed, said = fake_card(monkeypatch), [], []
-    monkeypatch.setattr(sessions, "place", lambda pipe, device, offload: placed.append((device, offload)))
+    monkeypatch.setattr(placing, "place", lambda pipe, device, offload: placed.append((device, offload)))
     session = Session(made, pipe=build_pipeline())
     session.several = False
     for card.free_bytes in (80 * GIB, GIB // 2):
         session._place(on_card(made), said.append)
     assert placed == [(CARD, "none"), (CARD, "sequential")] and session.pipe.vae.use_tiling
+    told = session.placement.to_record()
+    assert (told.offload, told.vae_tiling, told.reason) == ("sequential", True, said[1].text)
+    assert told.expected_gib.keys() == {"text", "denoise", "decode"} and min(told.expected_gib.values()) > 0
     assert [event.kind for event in said] == ["note", "note"] and "0.5 GiB are free" in said[1].text
     session._place(made, said.append)
+    assert (
+        session.placement.to_record().expected_gib is None and session.placement.reason == "the model runs on the CPU"
+    )
     assert placed[-1] == (CPU, "none") and len(said) == 2
     compiled = dataclasses.replace(on_card(made), config=dataclasses.replace(made.config, compile=True))
     with pytest.raises(UsageError, match=r"--compile needs whole blocks .* offload sequential .* 0\.5 GiB are free"):

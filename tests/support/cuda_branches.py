@@ -209,9 +209,9 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
         "test_the_model_of_a_card": ("pick_device(device).type == 'cuda'", "DEFAULT_ON_CUDA")
     },
     "training/finetune.py::finetune": {"test_finetune_out_of_memory": ("torch.OutOfMemoryError",)},
-    "generation/session.py::Session._place": {
+    "generation/placing.py::choose_placement": {
         "test_offload.py::test_the_model_is_placed_by_the_cards_free_memory": (
-            "device.type == 'cuda'",
+            "device.type != 'cuda'",
             "torch.cuda.mem_get_info",
         ),
     },
@@ -303,9 +303,6 @@ BRANCHES: dict[str, dict[str, tuple[str, ...]]] = {
     "timing.py::SpanClock.mark": {"test_spans_on_a_card": ("self.on_cuda", "torch.cuda.Event")},
     "timing.py::SpanClock.origin": {"test_spans_on_a_card": ("self.on_cuda",)},
     "timing.py::SpanClock.read": {"test_spans_on_a_card": ("self.on_cuda",)},
-    "wan/loading.py::place": {
-        "test_parts_move_one_at_a_time_to_a_small_card": ("device.type != 'cuda'", "torch.cuda.mem_get_info")
-    },
     "wan/models.py::resolve_model": {"test_the_model_of_a_card": ("device_type == 'cuda'", "CUDA_DEFAULT")},
     "wan/rotary.py::_is_proven": {
         "test_rotary.py::test_nothing_is_tried_while_a_graph_is_captured": (

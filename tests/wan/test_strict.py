@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder):
-    return load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+    return load_pipeline(resolve_model(str(folder), "cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,6 @@ def test_weights_beyond_float16_are_refused_in_float16(folder, components):
         save_file(tensors, file, metadata={"format": "pt"})
         try:
             with pytest.raises(WeightsError, match="beyond the range of float16"):
-                load_pipeline(describe_folder(folder, "toy"), CPU, torch.float16)
+                load_pipeline(describe_folder(folder, "toy"), torch.float16)
         finally:
             file.write_bytes(whole)

@@ -157,7 +157,7 @@ def test_true_head_size_saved_in_shards_and_reloaded(tmp_path):
     pipe = build_pipeline(head_dim=128)
     pipe.save_pretrained(tmp_path / "pipe", max_shard_size="300KB")
     assert (tmp_path / "pipe/transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
-    loaded = load_pipeline(resolve_model(str(tmp_path / "pipe"), "cpu"), CPU, torch.float32)
+    loaded = load_pipeline(resolve_model(str(tmp_path / "pipe"), "cpu"), torch.float32)
     dense = run(loaded)
     torch.testing.assert_close(dense, run(pipe), atol=1e-5, rtol=1e-4)
     base = {name: tensor.clone() for name, tensor in loaded.transformer.state_dict().items()}
@@ -169,7 +169,7 @@ def test_true_head_size_saved_in_shards_and_reloaded(tmp_path):
     train(loaded.transformer)
     expected = run(loaded)
     save_sla(loaded, tmp_path / "sla", metadata, base)
-    again = load_pipeline(resolve_model(str(tmp_path / "pipe"), "cpu"), CPU, torch.float32)
+    again = load_pipeline(resolve_model(str(tmp_path / "pipe"), "cpu"), torch.float32)
     assert slagen.load_sla(again, tmp_path / "sla") == metadata
     torch.testing.assert_close(run(again), expected, atol=1e-5, rtol=1e-4)
 
@@ -183,7 +183,7 @@ def test_the_file_holds_what_was_trained_and_nothing_else(trained):
 
 def test_loading_replaces_the_base_and_removing_puts_it_back(trained):
     folder, file, trained_pipe = trained
-    pipe = load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+    pipe = load_pipeline(resolve_model(str(folder), "cpu"), torch.float32)
     before = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
     load_sla(pipe, file)
     torch.testing.assert_close(run(pipe), run(trained_pipe), atol=1e-5, rtol=1e-4)
@@ -233,7 +233,7 @@ def test_saving_what_was_trained_needs_its_base(tmp_path):
 )
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(trained, change, words):
     folder, file, _ = trained
-    pipe = load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+    pipe = load_pipeline(resolve_model(str(folder), "cpu"), torch.float32)
     before = run(pipe)
     rewrite(file, change)
     with pytest.raises(WeightsError, match=words):
@@ -244,7 +244,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(trained, change,
 def test_all_zero_projections_load_when_allowed(trained):
     folder, file, _ = trained
     rewrite(file, lambda t: t["blocks.0.attn1.processor.proj_l.weight"].zero_())
-    pipe = load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+    pipe = load_pipeline(resolve_model(str(folder), "cpu"), torch.float32)
     load_sla(pipe, file, allow_untrained=True)
     assert not pipe.transformer.blocks[0].attn1.processor.proj_l.weight.any()
 
@@ -288,8 +288,8 @@ def test_files_that_are_no_sla_weights_are_refused(trained, tmp_path):
 def test_the_hash_does_not_depend_on_the_load_dtype(tmp_path):
     folder = save_pipeline(tmp_path / "pipe")
     source = resolve_model(str(folder), "cpu")
-    full = load_pipeline(source, CPU, torch.float32)
-    half = load_pipeline(source, CPU, torch.bfloat16)
+    full = load_pipeline(source, torch.float32)
+    half = load_pipeline(source, torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16
     assert half.transformer.blocks[0].scale_shift_table.dtype == torch.float32
     assert half.vae.dtype == torch.float32
@@ -298,7 +298,7 @@ def test_the_hash_does_not_depend_on_the_load_dtype(tmp_path):
 
 def test_sla_runs_in_a_bfloat16_pipeline_with_float32_projections(trained):
     folder, file, _ = trained
-    pipe = load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.bfloat16)
+    pipe = load_pipeline(resolve_model(str(folder), "cpu"), torch.bfloat16)
     load_sla(pipe, file)
     assert all(p.proj_l.weight.dtype == torch.float32 for p in processors(pipe.transformer))
     assert torch.isfinite(run(pipe)).all()
@@ -380,7 +380,7 @@ def test_a_missing_tensor_is_refused(tmp_path, part):
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"1 faulty tensor\).* is missing"):
-        load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+        load_pipeline(resolve_model(str(folder), "cpu"), torch.float32)
 
 
 def test_a_truncated_shard_is_refused(tmp_path):
@@ -388,7 +388,7 @@ def test_a_truncated_shard_is_refused(tmp_path):
     file = folder / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(WeightsError, match="incomplete"):
-        load_pipeline(resolve_model(str(folder), "cpu"), CPU, torch.float32)
+        load_pipeline(resolve_model(str(folder), "cpu"), torch.float32)
 
 
 def test_models_that_are_none_are_refused(tmp_path):

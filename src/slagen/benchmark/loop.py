@@ -88,21 +88,9 @@ def bench_model(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_event: Callable[[Event], None]
 ) -> list[ModelRow]:
     """Time the denoising loop with dense attention, and with SLA and every method named or in no need of weights."""
-    from slagen.wan.loading import load_pipeline, random_pipeline
-    from slagen.wan.models import resolve_model
     from slagen.wan.processor import remove
 
-    name: str
-    if config.random_init is not None:
-        on_event(Event("job", f"initializing {config.random_init} with random weights"))
-        name, defaults = config.random_init, ModelDefaults()
-        pipe = random_pipeline(name, device, dtype)
-    else:
-        source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
-        check_grid(*_size(config, source.defaults)[:2], source.spatial_grid)
-        on_event(Event("job", f"loading {source.name}"))
-        pipe = load_pipeline(source, device, dtype, quantised=True, on_part=loaded_parts(on_event))
-        name, defaults = source.name, source.defaults
+    pipe, name, defaults = _load(config, device, dtype, on_event)
     head_dim, layers = pipe.transformer.config.attention_head_dim, pipe.transformer.config.num_layers
     width, height, num_frames = _size(config, defaults)
     factors = pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
@@ -211,6 +199,40 @@ def _add_loras(pipe: Any, config: BenchConfig, name: str, on_event: Callable[[Ev
     merge = config.lora_merge is not False
     Loras(pipe, files, merge=merge, keep=False).set_scales([lora.scale for lora in asked])
     return f"{', '.join(map(str, asked))} ({'merged' if merge else 'not merged'})"
+
+
+def _load(
+    config: BenchConfig, device: torch.device, dtype: torch.dtype, on_event: Callable[[Event], None]
+) -> tuple[Any, str, ModelDefaults]:
+    """The model on its device, its name, and its own settings."""
+    from slagen.wan.loading import load_pipeline, random_pipeline
+    from slagen.wan.models import resolve_model
+
+    if config.random_init is not None:
+        on_event(Event("job", f"initializing {config.random_init} with random weights"))
+        return random_pipeline(config.random_init, device, dtype), config.random_init, ModelDefaults()
+    source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
+    width, height, num_frames = _size(config, source.defaults)
+    check_grid(width, height, source.spatial_grid)
+    on_event(Event("job", f"loading {source.name}"))
+    pipe = load_pipeline(source, dtype, quantised=True, on_part=loaded_parts(on_event))
+    _place(pipe, source, device, dtype, (width, height, num_frames), on_event)
+    return pipe, source.name, source.defaults
+
+
+def _place(
+    pipe: Any, source: Any, device: torch.device, dtype: torch.dtype, size: tuple[int, int, int],
+    on_event: Callable[[Event], None],
+) -> None:  # fmt: skip
+    """Move a model to its device, whole parts at a time, for its attention is exchanged there."""
+    from slagen.generation.placing import choose_placement, move, sizes_of
+
+    tokens = source.token_grid(*size).num_tokens
+    placement = choose_placement(
+        device, lambda: sizes_of(pipe, source.shape, tokens, size, dtype.itemsize),
+        lambda text: on_event(Event("note", text)), whole=True,
+    )  # fmt: skip
+    move(pipe, device, placement)
 
 
 def _size(config: BenchConfig, defaults: ModelDefaults) -> tuple[int, int, int]:

@@ -142,7 +142,7 @@ def _bundled_model() -> Finding:
         from slagen.wan.models import resolve_model
 
         source = resolve_model("tiny-wan", "cpu")
-        pipe = load_pipeline(source, torch.device("cpu"), torch.float32)
+        pipe = load_pipeline(source, torch.float32)
     except ImportError as error:
         return _not_checked("bundled model", error)
     except SlagenError as error:

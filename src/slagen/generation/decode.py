@@ -20,6 +20,7 @@ from slagen.generation.config_checks import check_encoding
 from slagen.generation.frames import EncodedFrames, decode_into
 from slagen.generation.generate import CPU
 from slagen.generation.latents import SUFFIX, latents_beside, read_latents
+from slagen.generation.placing import choose_placement, move, sizes_of
 from slagen.generation.result import GenerateResult, Video
 from slagen.generation.video_report import Decoded, VideoReport
 from slagen.interrupts import telling_what_is_kept
@@ -69,16 +70,23 @@ def decode(
             check_not_taken(file, overwrite)
         check_writable(target.parent)
         on_event(Event("stage", "load"))
-        decoder = load_pipeline(
-            source, place, torch.float32, None if own is None else user_path(own), text_encoder=False,
+        pipe = load_pipeline(
+            source, torch.float32, None if own is None else user_path(own), text_encoder=False,
             transformer=False, vae_dtype=vae_dtype_of(recorded.settings.get("vae_dtype")),
             on_part=loaded_parts(on_event),
-        ).vae  # fmt: skip
+        )  # fmt: skip
+        decoder = pipe.vae
         if weights_hash(decoder) != about.vae_hash or latents.shape[1] != decoder.config.z_dim:
             raise WeightsError(
                 f"{path} was generated for a different VAE than {own or f'that of {source.name}'}. Give the right VAE "
                 "with --vae, or the folder of its model with --model."
             )
+        placement = choose_placement(
+            place, lambda: sizes_of(pipe, source.shape, 0, size, 4, vae_bytes=decoder.dtype.itemsize),
+            lambda text: on_event(Event("note", text)), "none", _tiling(recorded),
+        )  # fmt: skip
+        move(pipe, place, placement)
+        recorded = dataclasses.replace(recorded, placement=placement.to_record())
         kept = f"The latents in {path} are kept, and no video was written. Run the same command again."
         with telling_what_is_kept(lambda: kept):
             made = _write(recorded, latents, decoder, place, path, target, overwrite, crf, no_metadata, on_event)
@@ -142,6 +150,13 @@ def _publish(
     except OSError as error:
         raise not_written(target, error) from error
     return Video(target, target.with_suffix(".json"), record, path)
+
+
+def _tiling(recorded: VideoReport) -> str:
+    """As the run decoded that kept the latents, for tiles change the frames a little."""
+    placement = recorded.placement
+    asked = str(recorded.settings.get("vae_tiling", "auto"))
+    return asked if placement is None or asked != "auto" else "on" if placement.vae_tiling else "auto"
 
 
 def _target(path: Path, output: str | None) -> Path:

@@ -6,13 +6,14 @@ decoding as it was measured on a CPU (`memory.activations`). No torch here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from slagen.attention.cost import ModelShape
 from slagen.generation import memory
-from slagen.generation.estimate import TEXT_ENCODER_PARAMETERS, VAE_PARAMETERS, transformer_parameters
 from slagen.generation.memory import GIB
+from slagen.generation.planned_memory import TEXT_ENCODER_PARAMETERS, VAE_PARAMETERS, transformer_parameters
 from slagen.wan.folder import token_grid
 
 RESERVE = GIB * 3 // 4  # for libraries' workspaces, and what is lost between allocations
@@ -75,11 +76,35 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a model are during a run, whether the VAE decodes in tiles, and why."""
+    """Where the parts of a model are during a run, whether the VAE decodes in tiles, and why.
+
+    Args:
+        peaks: the most bytes on the GPU that are expected in each stage; empty on a CPU.
+    """
 
     offload: str
     tiling: bool
     reason: str
+    peaks: Mapping[str, int] = field(default_factory=dict)
+
+    def to_record(self) -> ReportedPlacement:
+        """As the report has it."""
+        peaks = {stage: size / GIB for stage, size in self.peaks.items()}
+        return ReportedPlacement(self.offload, self.tiling, self.reason, peaks or None)
+
+
+@dataclass(frozen=True)
+class ReportedPlacement:
+    """Where the model's parts were, as `--offload` and `--vae-tiling` say it, and why.
+
+    Args:
+        expected_gib: the most on the GPU in each stage, as it was expected; None on a CPU.
+    """
+
+    offload: str
+    vae_tiling: bool
+    reason: str
+    expected_gib: dict[str, float] | None
 
 
 def stage_sizes(
@@ -139,7 +164,7 @@ def choose(
         reason += ", which may not be enough; a smaller --size or a lower --num-frames takes less"
     elif refused:
         reason += f"; {refused[0]}"
-    return Placement(mode, tiling, reason)
+    return Placement(mode, tiling, reason, peaks)
 
 
 def _named(mode: str, tiling: bool) -> str:

@@ -242,6 +242,7 @@ def video_report(sample: Sample, path: Path | None, latents_hash: str, frames_ha
         ),
         stages_s=clock.read(),  # last, for all of the above takes time too
         stage_memory=memory_section(clock),
+        placement=sample.placement.to_record(),
         peak_memory_gib=clock.memory.most() if clock.memory else machine.peak_memory_gib(plan.weights.device),
         wall_s=clock.wall_s(),
         since_process_start_s=machine.process_age_s(),

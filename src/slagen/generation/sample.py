@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from slagen.generation.frames import Frames
+from slagen.generation.offload import Placement
 from slagen.generation.resolve import Plan
 from slagen.generation.stage_clock import StageClock
 from slagen.generation.video_report import Processes, UsedWeights
@@ -44,6 +45,7 @@ class Sample:
         weights: what the report says of them.
         vae: what decoded it.
         processes: that made it together; None for one.
+        placement: where the model's parts were.
     """
 
     plan: Plan
@@ -54,6 +56,7 @@ class Sample:
     weights: UsedWeights
     vae: Any = None
     processes: Processes | None = None
+    placement: Placement = Placement("none", False, "")
 
 
 def mean(values: Sequence[float | None]) -> float | None:

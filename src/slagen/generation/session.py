@@ -13,7 +13,7 @@ from slagen.attention.learned import SLA_NAME, label, matrix_norms, name_in_file
 from slagen.attention.protocol import Method
 from slagen.errors import SlagenError, UsageError
 from slagen.events import Event, loaded_parts
-from slagen.formats.quantised_linear import describe, largest_product
+from slagen.formats.quantised_linear import describe
 from slagen.formats.sla import SLAMetadata, find_sla_file, weights_hash
 from slagen.generation import report
 from slagen.generation.cache_use import describe_use
@@ -23,7 +23,8 @@ from slagen.generation.denoise import run_denoising
 from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.frames import Frames, decode_into
 from slagen.generation.lora import asked_loras
-from slagen.generation.offload import STAGES, Placement, Sizes, choose, next_setting, stage_sizes
+from slagen.generation.offload import STAGES, Placement, Sizes, next_setting
+from slagen.generation.placing import choose_placement, move, sizes_of
 from slagen.generation.preview import Preview
 from slagen.generation.resolve import Plan
 from slagen.generation.sample import Denoised, Sample, mean
@@ -39,7 +40,7 @@ from slagen.wan.install import install_projections, install_untrained, load_weig
 from slagen.wan.loading import load_pipeline
 from slagen.wan.lora import Loras
 from slagen.wan.observe import take_densities
-from slagen.wan.placement import CPU, largest_tensor, part_bytes, place, release_text_encoder
+from slagen.wan.placement import part_bytes, release_text_encoder
 from slagen.wan.processor import install_method, remove, set_config
 from slagen.wan.samplers import set_sampler
 from slagen.wan.texts import describe_cut, load_tokenizer, may_be_cut
@@ -77,7 +78,7 @@ class Session:
         weights, vae = plan.weights, plan.config.vae
         _check_kernels(plan)
         self.pipe = load_pipeline(
-            weights.source, CPU, weights.dtype, None if vae is None else user_path(vae),
+            weights.source, weights.dtype, None if vae is None else user_path(vae),
             text_encoder=text_encoder, quantised=True, vae_dtype=vae_dtype_of(plan.config.vae_dtype),
             on_part=loaded_parts(on_event),
         )  # fmt: skip
@@ -100,35 +101,25 @@ class Session:
                 f"--offload {config.offload} moves single layers, whose weights cannot be changed between videos, as "
                 "prompts with other LoRA scales do. Try --offload model."
             )
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            self.placement = choose(self._sizes(plan), free, config.offload, config.vae_tiling, whole=self.several)
-            on_event(Event("note", self.placement.reason))
-            if config.compile and self.placement.offload in MOVES_LAYERS:
-                raise UsageError(
-                    f"--compile needs whole blocks on the GPU, and the model does not fit there: "
-                    f"{self.placement.reason}. Leave --compile out, or try --offload model."
-                )
-        else:
-            self.placement = Placement("none", config.vae_tiling == "on", "")
-        if self.placement.tiling:
-            self.pipe.vae.enable_tiling()
+        self.placement = choose_placement(
+            device, lambda: self._sizes(plan), lambda text: on_event(Event("note", text)), config.offload,
+            config.vae_tiling, whole=self.several,
+        )  # fmt: skip
+        if config.compile and self.placement.offload in MOVES_LAYERS:
+            raise UsageError(
+                f"--compile needs whole blocks on the GPU, and the model does not fit there: "
+                f"{self.placement.reason}. Leave --compile out, or try --offload model."
+            )
         with self._within_memory("load", plan):
-            place(self.pipe, device, self.placement.offload)
+            move(self.pipe, device, self.placement)
 
     def _sizes(self, plan: Plan) -> Sizes:
         """What the plan's video takes on a card."""
-        pipe, c, weights = self.pipe, plan.config, plan.weights
+        c, weights = plan.config, plan.weights
         assert c.width and c.height and c.num_frames
-        text, transformer, vae = part_bytes(pipe)
-        denoise, decode, tiled = stage_sizes(
-            weights.source.shape, plan.num_tokens, dict(pipe.vae.config), (c.width, c.height, c.num_frames),
-            weights.dtype.itemsize, vae_bytes(c),
-        )  # fmt: skip
-        denoise += largest_product(pipe.transformer)
-        return Sizes(
-            text, largest_tensor(pipe.text_encoder), transformer, weights.source.shape.num_layers, vae,
-            (denoise + plan.remembered.num_bytes) // self.parts, decode, tiled,
+        return sizes_of(
+            self.pipe, weights.source.shape, plan.num_tokens, (c.width, c.height, c.num_frames), weights.dtype.itemsize,
+            vae_bytes=vae_bytes(c), remembered=plan.remembered.num_bytes,
         )  # fmt: skip
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from slagen.device import Device
 from slagen.generation.cache_use import StepCacheUse
+from slagen.generation.offload import ReportedPlacement
 from slagen.io.forms import Kind, matching, sha256, whole
 from slagen.io.records import form_of, read_record
 
@@ -315,6 +316,7 @@ class VideoReport:
     wall_s: float | None = None
     measured_dense: MeasuredDense | None = None
     stage_memory: StagePeaks | None = None
+    placement: ReportedPlacement | None = None
     cache: StepCacheUse | None = None
     decoded: Decoded | None = None
     processes: Processes | None = None
@@ -337,13 +339,10 @@ class VideoReport:
         decoded = content.pop("decoded")
         if self.wall_s is None:
             del content["wall_s"]
-        if self.stage_memory is None:
-            del content["stage_memory"]
-        else:
-            content["stage_memory"] = asdict(self.stage_memory)
-        del content["measured_dense"], content["processes"], content["cache"]
-        if self.processes is not None:
-            content["processes"] = asdict(self.processes)
+        del content["measured_dense"], content["cache"]
+        for name in ("stage_memory", "placement", "processes"):
+            value = content.pop(name)
+            content |= {} if value is None else {name: asdict(value)}
         if self.cache is not None:
             content["cache"] = self.cache.to_dict()
         if self.measured_dense is not None:

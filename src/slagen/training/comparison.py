@@ -19,6 +19,7 @@ from slagen.training.log import CLIPS
 from slagen.training.run import Run
 from slagen.video import read_mp4, write_video
 from slagen.wan.loading import load_pipeline
+from slagen.wan.placement import place
 
 SHOWN_PROMPTS = 2  # prompts with side-by-side clips
 
@@ -34,9 +35,8 @@ def write_clips(run: Run, step: int) -> list[str]:
     """
     setup, data = run.setup, run.data
     files = []
-    pipe = load_pipeline(
-        setup.weights.source, setup.team.device, setup.recipe.dtype, text_encoder=False, transformer=False
-    )
+    pipe = load_pipeline(setup.weights.source, setup.recipe.dtype, text_encoder=False, transformer=False)
+    place(pipe, setup.team.device, "none")
     shown = shown_clips(data)
     for number, clip in enumerate(shown):
         kept = setup.folder / CLIPS / f"dense-{number}.mp4"

@@ -1,4 +1,4 @@
-"""Load a Wan2.1 text-to-video pipeline from a model's folder, every part checked, and place it on its device."""
+"""Load a Wan2.1 text-to-video pipeline from a model's folder, every part checked."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ from slagen.wan.text_encoder import load_text_encoder
 from slagen.wan.transformer import RANDOM_INIT, load_transformer, wan_config
 from slagen.wan.vae import load_vae
 
-ACTIVATIONS_GIB = 8  # room to leave on the card beside the weights: a 480p denoising step or VAE decode
-
 
 def load_pipeline(
     source: ModelSource,
-    device: torch.device,
     dtype: torch.dtype,
     vae: Path | None = None,
     *,
@@ -40,7 +37,7 @@ def load_pipeline(
     vae_dtype: torch.dtype = torch.float32,
     on_part: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> WanPipeline:
-    """Load a pipeline: transformer and text encoder in `dtype`, the VAE in `vae_dtype`, on the device as memory allows.
+    """Load a pipeline: transformer and text encoder in `dtype`, the VAE in `vae_dtype`, on the CPU.
 
     Nothing is ever cast after loading: norms, time embedding and rotary tables are float32 from the first.
 
@@ -83,7 +80,6 @@ def load_pipeline(
             )
             raise WeightsError(f"{source.folder / 'tokenizer'} {what}. Download the model again.")
     pipe.set_progress_bar_config(disable=True)
-    place(pipe, device)
     return pipe
 
 
@@ -102,17 +98,3 @@ def random_pipeline(name: str, device: torch.device, dtype: torch.dtype) -> WanP
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer.eval(), scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def place(pipe: WanPipeline, device: torch.device) -> None:
-    """Move a pipeline to its device; on a card too small for all of it at once, one component at a time."""
-    if device.type != "cuda":
-        pipe.to(device)
-        return
-    parts = [part for part in (pipe.transformer, pipe.text_encoder, pipe.vae) if part is not None]
-    needed = sum(t.numel() * t.element_size() for part in parts for t in part.state_dict().values())
-    free, _ = torch.cuda.mem_get_info(device)
-    if len(parts) == 1 or needed + ACTIVATIONS_GIB * 2**30 <= free:
-        pipe.to(device)
-    else:
-        pipe.enable_model_cpu_offload(device=device)

@@ -11,6 +11,7 @@ import torch
 from slagen.errors import UsageError
 from slagen.events import Event, counted_parts, loaded_parts
 from slagen.generation.embeddings import content_hashes
+from slagen.generation.placing import choose_placement, move, sizes_of
 from slagen.generation.resolve import Weights
 from slagen.generation.sizes import check_grid
 from slagen.io.files import append
@@ -25,6 +26,7 @@ from slagen.training.data.store import DECODED_FILE, Store
 from slagen.training.data.videos import SourceVideo, find_videos
 from slagen.wan.folder import ModelSource
 from slagen.wan.loading import load_pipeline
+from slagen.wan.placement import release_text_encoder
 from slagen.wan.texts import describe_cut
 from slagen.wan.vae import encode_video
 
@@ -140,11 +142,12 @@ def _encode(job: Job, pending: Sequence[_Pending], texts: dict[str, str]) -> Non
     if pending or missing:
         job.emit(Event("stage", "load"))
         pipe = load_pipeline(
-            job.source, job.weights.device, job.weights.dtype, text_encoder=bool(missing), transformer=False,
+            job.source, job.weights.dtype, text_encoder=bool(missing), transformer=False,
             on_part=loaded_parts(job.emit),
         )  # fmt: skip
+        _place(job, pipe, pending)
         encode_texts(pipe, missing, texts, job.store, job.source, job.emit)
-        pipe.text_encoder = pipe.tokenizer = None
+        release_text_encoder(pipe)
     try:
         for number, clip in enumerate(pending):
             job.emit(clip_event("encoding", "clip", number, len(pending), clip.video.path.name))
@@ -153,6 +156,17 @@ def _encode(job: Job, pending: Sequence[_Pending], texts: dict[str, str]) -> Non
                 job.store.add(clip.name, encode_video(pipe.vae, frames), str(clip.video.path))
     finally:
         job.store.flush()
+
+
+def _place(job: Job, pipe: Any, pending: Sequence[_Pending]) -> None:
+    """Move the VAE and the text encoder to the device; one at a time where it has not the memory for both."""
+    specs = [clip.spec for clip in pending]
+    largest = max(specs, key=lambda spec: spec.width * spec.height * spec.num_frames, default=None)
+    size = (0, 0, 0) if largest is None else (largest.width, largest.height, largest.num_frames)
+    weights = job.weights
+    sizes = lambda: sizes_of(pipe, job.source.shape, 0, size, weights.dtype.itemsize)  # noqa: E731
+    note = lambda text: job.emit(Event("note", text))  # noqa: E731
+    move(pipe, weights.device, choose_placement(weights.device, sizes, note, vae_tiling="off", whole=True))
 
 
 @torch.inference_mode()
