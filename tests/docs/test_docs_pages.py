@@ -106,6 +106,7 @@ def test_the_option_tables_of_other_tools_are_those_that_slagen_understands():
 GIVEN = {
     "24 GB": "the memory of a card by its maker",
     "6 GB": "computed by slagen plan",
+    "1 GiB": "the limit of the kept prompts",
     "1.16 ms": "estimated by slagen doctor --kernels",
     "1.03 ms": "estimated by slagen doctor --kernels",
 }
