@@ -247,7 +247,7 @@ class Session:
             on_event(Event("note", describe_use(use)))
         frames = frames or Frames()
         latents = denoised.latents.float().cpu().contiguous()
-        sample = Sample(plan, frames, latents, denoised, clock, self.about, self.pipe.vae)
+        sample = Sample(plan, frames, latents, denoised, clock, self.about, self.pipe.vae, placement=self.placement)
         begin(sample)
         with self._within_memory("decode", plan):
             decode_into(frames, self.pipe.vae, denoised.latents, on_event)
