@@ -59,9 +59,12 @@ def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test encodes its prompts itself."""
-    monkeypatch.setattr(config, "CACHE", f"{config.CACHE}/{next(NUMBERS)}")
+def own_cache() -> Iterator[None]:
+    """Each test encodes its prompts itself. (Not by `monkeypatch`, which must be set up after a test's own fixtures, for
+    it puts back what it found.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "CACHE", f"{config.CACHE}/{next(NUMBERS)}")
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

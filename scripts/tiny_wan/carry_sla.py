@@ -16,7 +16,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.sla import read_sla, weights_hash
+from slagen.formats.sla import read_sla, tensors_hash, weights_hash
 
 
 def main() -> None:
@@ -32,7 +32,9 @@ def main() -> None:
         raise SystemExit(f"{args.old / SLA_FILE} was not trained with the transformer in {args.old}.")
     carried = {k: (x + after[k] - before[k] if k in after else x).half() for k, x in tensors.items()}
     config = metadata.config if args.order is None else dataclasses.replace(metadata.config, order=args.order)
-    metadata = dataclasses.replace(metadata, base_hash=weights_hash(new), config=config)
+    metadata = dataclasses.replace(
+        metadata, base_hash=weights_hash(new), config=config, tensors_hash=tensors_hash(carried)
+    )
     save_file(carried, args.new / SLA_FILE, metadata=metadata.to_strings())
     print(args.new / SLA_FILE)
 

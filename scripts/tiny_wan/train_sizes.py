@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument(
         "--fresh", type=float, default=0.2, help="new clips to add for each clip that is trained on (default: 0.2)"
     )
+    parser.add_argument(
+        "--stars", type=float, default=1.0, help="how often a star is drawn for each other shape (default: 1)"
+    )
     parser.add_argument("--save-minutes", type=float, default=5.0, help="minutes between two checkpoints")
     parser.add_argument("--threads", type=int, help="number of CPU threads (default: PyTorch's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -160,7 +163,8 @@ def main() -> None:
         size = rng.choices(SIZES, [SHARES[s] for s in SIZES])[0]
         batch = max(1, per_step // size.tokens)
         pool = min(len(scenes), 2 * batch + 8 + int(step * SHARES[size] * batch * args.fresh))
-        picks = rng.sample(range(pool), batch)
+        weights = [args.stars if scene.shape == "star" else 1.0 for scene in scenes[:pool]]
+        picks = rng.choices(range(pool), weights, k=batch)
         x0 = latents.get("training", scenes, picks, size)
         texts = ["" if rng.random() < CAPTION_DROP else caption(scenes[i], rng) for i in picks]
         noise = torch.randn(x0.shape, generator=generator)

@@ -296,7 +296,8 @@ def test_a_replay_does_not_take_what_a_preset_recommends_since(tmp_path, monkeyp
 @pytest.mark.slow
 def test_the_bundled_model_runs_with_its_dense_weights(tmp_path, capsys):
     """Its folder has weights tuned for SLA, which spoil any other attention: they stay where they are."""
-    command = ["generate", "a red circle moving right", "--steps", "1", "--seed", "1", "--device", "cpu", "--json"]
+    command = ["generate", "a red circle moving right", "--steps", "1", "--seed", "1", "--device", "cpu", "--json",
+               "--no-cache"]  # fmt: skip
     reports = {}
     for name, *options in (["sol"], ["mean", "--sparsity", "0.8"], ["dense"]):
         output = tmp_path / f"{name}.mp4"
