@@ -60,8 +60,8 @@ def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache() -> Iterator[None]:
-    """Each test encodes its prompts itself. (Not by `monkeypatch`, which must be set up after a test's own fixtures, for
-    it puts back what it found.)"""
+    """Each test encodes its prompts itself. (Not by `monkeypatch`, which must be set up after a test's own fixtures,
+    for it puts back what it found.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "CACHE", f"{config.CACHE}/{next(NUMBERS)}")
         yield
