@@ -212,7 +212,7 @@ def test_a_video_of_one_colour_or_none_is_named():
 
 def test_a_black_video_is_told(monkeypatch):
     session = Session.__new__(Session)
-    session.pipe, session.about = build_pipeline(), None
+    session.pipe, session.about, session.placement = build_pipeline(), None, None
     torch.nn.init.zeros_(session.pipe.vae.decoder.conv_out.weight)
     torch.nn.init.constant_(session.pipe.vae.decoder.conv_out.bias, -2.0)
     monkeypatch.setattr(
