@@ -86,7 +86,8 @@ def export(init: Path, out: Path, model: WanTransformer3DModel) -> None:
     """The folder of `init` with another transformer, float16, and without the SLA weights that fit the old one."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(init, out, ignore=shutil.ignore_patterns("sla.safetensors", "transformer"))
-    fresh = WanTransformer3DModel.from_config(model.config)
+    own = {name: value for name, value in model.config.items() if name != "_name_or_path"}  # of this machine
+    fresh = WanTransformer3DModel.from_config(own)
     fresh.load_state_dict(model.state_dict())
     fresh.half().save_pretrained(out / "transformer")
     defaults = json.loads((out / "slagen.json").read_text())
