@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slagen.attention.protocol import Inputs
 from slagen.attention.sla.block_map import block_scores, critical_indices
 from slagen.attention.sla.config import SLAConfig
 from slagen.io.files import write_json
@@ -47,14 +48,14 @@ def main() -> None:
                     ratio = union_ratio(q[:, :, tokens], k[:, :, tokens], config)
                     ratios.setdefault((order, block, sparsity), []).append(ratio)
 
-    pipe = load_pipeline(resolve_model("tiny-wan", "cpu"), torch.device("cpu"), torch.float32)
+    pipe = load_pipeline(resolve_model("tiny-wan", "cpu"), torch.float32)
     install(pipe.transformer, None)
     for processor in processors(pipe.transformer):
         attend = processor._operator
 
-        def noted(q: Tensor, k: Tensor, v: Tensor, attend=attend) -> Tensor:
+        def noted(q: Tensor, k: Tensor, v: Tensor, inputs: Inputs, attend=attend) -> Tensor:
             note(q, k)
-            return attend(q, k, v)
+            return attend(q, k, v, inputs)
 
         processor._operator = noted
     with torch.inference_mode():

@@ -15,7 +15,7 @@ def calls(monkeypatch):
     library = SimpleNamespace(mallopt=lambda *given: found.append(given))
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(allocator.sys, "platform", "linux")
-    for name in (*allocator.OWN, "THP_MEM_ALLOC_ENABLE"):
+    for name in (*allocator.OF_THE_USER, "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.delenv(name, raising=False)
     return found
 
@@ -27,7 +27,7 @@ def test_freed_memory_is_kept_and_pages_are_huge(calls, monkeypatch):
     assert dict(calls) == allocator.SETTINGS and os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
-@pytest.mark.parametrize("name", allocator.OWN)
+@pytest.mark.parametrize("name", allocator.OF_THE_USER)
 def test_what_the_user_has_set_stays(calls, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     allocator.keep_freed_memory()

@@ -10,6 +10,7 @@ from slagen.errors import UsageError
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
 from slagen.generation.decode import decode
+from slagen.generation.estimate import plan
 from slagen.generation.generate import generate
 from slagen.wan.presets import WAN_1_3B
 
@@ -42,3 +43,12 @@ def test_bf16_takes_half_of_what_decoding_takes(tmp_path):
     sizes = [decode - memory.DECODER_BYTES for _, decode, _ in sizes]
     assert sizes[0] == 2 * sizes[1]
     assert "PSNR" in _vae_in_bf16(torch.device("cpu"))
+
+
+def test_a_plan_of_a_model_that_is_not_here_counts_it():
+    """Its decoding was counted in float32 all the same."""
+    names = ("fp32", "bf16")
+    whole, half = (plan(GenerateConfig("x", model="wan2.1-t2v-1.3b", vae_dtype=name)).memory_gib for name in names)
+    assert half.stages["decode"].weights == whole.stages["decode"].weights / 2
+    assert half.stages["decode"].activations < 0.7 * whole.stages["decode"].activations
+    assert half.cpu.decode < 0.7 * whole.cpu.decode

@@ -72,7 +72,9 @@ class PlannedMemory:
         own = self._own(item_bytes)
         transformer = own.held or item_bytes * transformer_parameters(self.shape)
         weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + vae_bytes(self.config) * VAE_PARAMETERS
-        stages = memory.activations(self.shape, self.tokens, memory.WAN_VAE, width * height, num_frames, item_bytes)
+        stages = memory.activations(
+            self.shape, self.tokens, memory.WAN_VAE, width * height, num_frames, item_bytes, vae_bytes(self.config)
+        )
         return memory.Need(weights, own.fresh, *stages).keeping(self.kept)
 
     def to_run_memory(self) -> RunMemory:

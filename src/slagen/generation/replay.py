@@ -82,7 +82,8 @@ def replay(
     given = {"model": model, "vae": vae, "weights": _checked(weights, recorded) if weights else None}
     fields, settings = fields_again(recorded, given), recorded.settings
     if (count := settings.get("processes")) is not None:
-        on_event(Event("note", f"{count} processes made this video, and round otherwise than one, so it may differ"))
+        text = f"{count} processes made this video. One rounds differently, so the latents may differ slightly"
+        on_event(Event("note", text))
     with scratch() as folder, reproducible(path):
         config = GenerateConfig(
             **fields, local_files_only=local_files_only, output=output or str(folder / f"replay{recorded.suffix}"),

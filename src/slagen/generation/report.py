@@ -193,7 +193,7 @@ def comment(
 
 
 def recorded(sample: Sample) -> dict[str, Any]:
-    """The settings of a sampled video, with the number of processes where several made it, which round otherwise."""
+    """The settings of a sampled video, with the number of processes where several made it: one rounds differently."""
     several = {} if sample.processes is None else {"processes": len(sample.processes.ranks)}
     return {**sample.plan.recorded, **several}
 

@@ -10,21 +10,25 @@ Means are mixed over the domain of each query block, and over the features:
 Every quotient lies in [0, 1] and is the exponential of a difference of logs, so features far apart neither overflow
 nor vanish from both sides of a fraction. The gradients are products of the same quotients.
 
-In the domain "all" one state serves every query, so W is multiplied into it once. With softmax features it holds no
-quotients and logs, but the sums themselves, over L: phi(Q) @ (H z / L), over phi(Q) @ (z / L + e / L), since the
-features of a query sum to 1. They are bounded, and where they vanish so does their part of O^l, because of e.
+In the domain "all" one state serves every query, so W is multiplied into it once. With softmax features no
+logarithm is needed. The state is the sums divided by L, H z / L and z / L + e / L, where e / L may be added to every
+feature because the features of a query sum to 1:
 
-In "marginal" mixing is one matrix
-product, of the 0/1 domain (M, N) with the means (N, D * D) times z_nd / Z_d, where Z_d sums over all blocks, and
-z_d / Z_d is divided out again: D N / (2 block_m block_n topk) of the sparse branch's operations, a third for D = 128,
-blocks of 64 and one block in 20, whatever L is. Where z_d / Z_d is hardly a number of the dtype for some query block
-and feature, the run of that block takes every z_nd / z_d by itself, and one matrix product for each feature.
+    O^l_i = phi(q_i) . (H z / L) / phi(q_i) . (z / L + e / L)
+
+Nothing overflows, because phi(k_j)_d <= 1, and where z_d vanishes, so does its part of O^l, because of e.
+
+In "marginal" mixing is one matrix product, of the 0/1 domain (M, N) with the means (N, D * D) times z_nd / Z_d, where
+Z_d sums over all blocks, and z_d / Z_d is divided out again: D N / (2 block_m block_n topk) of the sparse branch's
+operations, a third for D = 128, blocks of 64 and one block in 20, whatever L is. Where z_d / Z_d is hardly a number of
+the dtype for some query block and feature, the run of that block takes every z_nd / z_d by itself, and one matrix
+product for each feature.
 
 A domain may also be of degrees: c_in in [0, 1] of key block n for query block i, given as log c. Every z_nd above is
 then c_in z_nd. The gradient of log c_in is that of log z_nd, summed over the features and the rows of the block.
 
 The states are the logs of z (G, N, D) and the means H (G, N, D, D), one for each key block, or with N = 1 for the
-domain "all", or the sums told above; G, R and blocks are as in `blocks.py`. The log of 0 is -inf.
+domain "all", or the sums above; G, R and blocks are as in `blocks.py`. The log of 0 is -inf.
 """
 
 from collections.abc import Callable, Iterator
