@@ -87,7 +87,7 @@ def test_the_file_wins_over_the_environment(monkeypatch, tmp_path):
         ("{sparsity: 0.5, keep: 0.5}", "f.yaml: keep and sparsity are both given"),
         ("{steps: 4, num_steps: 5}", "f.yaml: steps and num_steps are the same option. Keep one of them."),
         ("i2v: 3", "f.yaml: i2v is not an option"),
-        ("image: a.png", "f.yaml: image is an option of other tools that slagen does not have: image-to-video"),
+        ("clip: a.pth", "f.yaml: clip is an option of other tools that slagen does not have: the image encoder"),
         ("- a", "f.yaml contains a list, but must contain options by name."),
         ("a: [", "f.yaml:2:1: it is not valid YAML"),
         ("config: f.yaml", "f.yaml: config is not an option"),

@@ -229,11 +229,14 @@ def test_a_group_leaves_what_is_behind_its_command():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--image a.png", "--image is an option of other tools .* image-to-video is not supported yet"),
+        (
+            "--last_frame a.png",
+            "is an option of other tools .* FLF2V, with a last image",
+        ),
         ("--Offload_Model True", "offloads parts of the model automatically"),
         ("--lora_configs=a", "--lora FILE:SCALE"),
         ("--steps 3 --infer_steps 4", "--steps and --infer-steps are the same option"),
-        ("--task i2v-14B", "image-to-video is not supported yet"),
+        ("--task i2v-A14B", "Wan2.2, with its two transformers, is not supported"),
         ("--task s2v", "t2v-1.3b or t2v-14b"),
         ("--video_size 480", "needs two numbers"),
         ("--task vace-1.3B", "task is 'vace-1.3B', but VACE is not supported yet. Try --task t2v-1.3b"),
@@ -291,7 +294,8 @@ def test_no_wrong_guess(capsys, command):
         ("a --resolution 480p --aspect_ratio 9:16", {"width": 480, "height": 832}),
         ("a --size 720p", {"width": 1280, "height": 720}),
         ("a --seed -1", {}),
-        ("a --image x", "image-to-video is not supported yet"),
+        ("a --ei x", "FLF2V"),
+        ("a --i x", {"image": "x"}),
         ("a --size 480p --w 832 --h 480", "each set the size of the video"),
     ],
 )

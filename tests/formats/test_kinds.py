@@ -233,7 +233,7 @@ def other_kinds(state):  # noqa: F811
     for kind, names in forms.VARIANTS.items():
         yield kind, {**forms.wan(state), **{name: torch.zeros(2, 2) for name in names}}, kind
     yield "vace module", {name: torch.zeros(2, 2) for name in forms.VARIANTS["vace"]}, "vace"
-    yield "Wan2.2 I2V-A14B", forms.with_channels(state, 36, 16), "image-to-video"
+    yield "Wan2.2 I2V-A14B", forms.with_channels(state, 36, 16), "wan2.2-image-to-video"
     yield "Wan2.2 TI2V-5B", forms.with_channels(state, 48, 48), "ti2v-5b"
     yield "Fun-Control", {**forms.with_channels(state, 48, 16), "img_emb.proj.0.weight": torch.zeros(2)}, "control"
     yield "Wan2.2 Fun-Control", forms.with_channels(state, 52, 16), "control"

@@ -104,7 +104,11 @@ def test_what_cannot_be_is_refused_in_the_words_of_python(settings, message):
         ("num_inference_steps", "generate() has no argument 'num_inference_steps'. Did you mean steps?"),
         ("guidance_scal", "generate() has no argument 'guidance_scal'. Did you mean guidance_scale?"),
         ("size", "generate() has no argument 'size'. Give width and height."),
-        ("image", "generate() has no argument 'image': image-to-video is not supported yet."),
+        (
+            "last_frame",
+            "generate() has no argument 'last_frame': only the image that a video begins with "
+            "can be given, with image=; FLF2V, with a last image, is not supported.",
+        ),
     ],
 )
 def test_an_argument_that_there_is_not(name, message):

@@ -68,7 +68,7 @@ def test_a_line_replaces_the_command_lines_settings(tmp_path):
         ("a --g 3 --g 2", ".txt", ":1:9: --g is given twice"),
         ('{"promt": "b"}', ".jsonl", r":1: promt is unknown; did you mean prompt\? A line can set prompt, size, "),
         ('{"prompt": "b", "model": "x"}', ".jsonl", ":1: model is the same for all prompts"),
-        ('{"prompt": "b", "image": "x"}', ".jsonl", ":1: image is an option of other tools"),
+        ('{"prompt": "b", "last_frame": "x"}', ".jsonl", ":1: last_frame is an option of other tools"),
         ('{"prompt": "b", "seed": 1, "d": 2}', ".jsonl", "seed and d both set the seed"),
         (
             '[{"prompt": "a"}]',

@@ -432,7 +432,7 @@ def test_models_run_with_the_dense_backends_of_a_card(card, monkeypatch):
     pipe = SimpleNamespace(
         transformer=SimpleNamespace(config=config), vae_scale_factor_spatial=8, vae_scale_factor_temporal=4
     )
-    source = SimpleNamespace(name="toy", defaults=ModelDefaults(), spatial_grid=16)
+    source = SimpleNamespace(name="toy", defaults=ModelDefaults(), spatial_grid=16, takes_image=False)
     monkeypatch.setattr(loop, "_place", lambda *args: None)
     monkeypatch.setattr(models, "resolve_model", lambda *args, **options: source)
     monkeypatch.setattr(loading, "load_pipeline", lambda *args, **options: pipe)

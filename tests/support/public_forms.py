@@ -55,6 +55,24 @@ def wan(state):
     return renamed
 
 
+IMAGE = {"add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img"}
+EMBEDDER = {"norm1": "proj.0", "ff.net.0.proj": "proj.1", "ff.net.2": "proj.3", "norm2": "proj.4"}
+
+
+def wan_image(state):
+    """The original repository's names of an image-to-video transformer."""
+    own, top = {}, "condition_embedder.image_embedder."
+    for name in [*state]:
+        place, _, kind = name.rpartition(".")
+        if name.startswith(top):
+            own[f"img_emb.{EMBEDDER[place.removeprefix(top)]}.{kind}"] = state[name]
+        elif place.rpartition(".")[2] in IMAGE:
+            layer = place.split(".")[1]
+            own[f"blocks.{layer}.cross_attn.{IMAGE[place.rpartition('.')[2]]}.{kind}"] = state[name]
+    rest = {name: x for name, x in state.items() if not name.startswith(top) and not any(n in name for n in IMAGE)}
+    return {**wan(rest), **own}
+
+
 def fastvideo(state):
     return _rename(state, FAST_TOP, FAST_BLOCK)
 
@@ -213,5 +231,4 @@ VARIANTS = {  # kind: tensors that tell it, of the public files
     "animate": ("face_adapter.fuser_blocks.0.k_norm.weight", "motion_encoder.dec.direction.weight"),
     "control": ("control_adapter.conv.weight", "control_adapter.residual_blocks.0.conv1.weight"),
     "first-last": ("img_emb.emb_pos", "img_emb.proj.0.weight", "blocks.0.cross_attn.k_img.weight"),
-    "image-to-video": ("img_emb.proj.0.weight", "blocks.0.cross_attn.k_img.weight"),
 }

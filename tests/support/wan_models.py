@@ -3,9 +3,22 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 
 def build_transformer(num_heads: int = 2, head_dim: int = 16, num_layers: int = 2, seed: int = 0):
@@ -42,6 +55,25 @@ def build_pipeline(**transformer) -> WanPipeline:
         transformer=model,
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
+
+
+def build_image_pipeline() -> WanImageToVideoPipeline:
+    """The same for image-to-video, with CLIP of two layers."""
+    text, latents = build_pipeline(), 4
+    torch.manual_seed(1)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=16, in_channels=2 * latents + 4,
+        out_channels=latents, text_dim=32, freq_dim=32, ffn_dim=64, num_layers=2, rope_max_seq_len=64, image_dim=24,
+        added_kv_proj_dim=32,
+    )  # fmt: skip
+    clip = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return WanImageToVideoPipeline(
+        tokenizer=text.tokenizer, text_encoder=text.text_encoder, vae=text.vae, scheduler=text.scheduler,
+        transformer=transformer.eval(), image_encoder=CLIPVisionModel(clip).eval(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28),
+    )  # fmt: skip
 
 
 def save_pipeline(folder: Path, **transformer) -> Path:

@@ -398,7 +398,7 @@ def test_models_that_are_none_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="no model_index.json"):
         resolve_model(str(tmp_path / "empty"), "cpu")
     (tmp_path / "empty" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(WeightsError, match="FluxPipeline, not a WanPipeline"):
+    with pytest.raises(WeightsError, match="FluxPipeline, but slagen runs a WanPipeline"):
         resolve_model(str(tmp_path / "empty"), "cpu")
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match="is a file"):

@@ -21,7 +21,7 @@ def read_batch(config: BatchConfig) -> list[Request]:
         raise UsageError(
             f"{user_path(base.output)} is a single file, but a batch writes many. Choose a folder with --output."
         )
-    check_model(base.model, base.weights, base.vae)
+    check_model(base.model, base.weights, base.vae, image=None)
     _check_steps(base, requests)
     return requests
 

@@ -101,6 +101,7 @@ def identity_of_weights(weights: Weights, vae: str | None, cache: Path) -> str:
     """A hash of every file whose content changes pixels."""
     source = weights.source
     parts = ("text_encoder", "tokenizer", "scheduler") + (() if vae else ("vae",))
+    parts += ("image_encoder", "image_processor") if source.takes_image else ()
     files = component_files(source.folder, parts if source.weights else (*parts, "transformer"))
     for path in (source.weights, weights.sla_path, user_path(vae) if vae else None):
         if path is not None:

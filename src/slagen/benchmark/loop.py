@@ -205,6 +205,7 @@ def _load(
     config: BenchConfig, device: torch.device, dtype: torch.dtype, on_event: Callable[[Event], None]
 ) -> tuple[Any, str, ModelDefaults]:
     """The model on its device, its name, and its own settings."""
+    from slagen.wan.folder import check_image
     from slagen.wan.loading import load_pipeline, random_pipeline
     from slagen.wan.models import resolve_model
 
@@ -212,6 +213,7 @@ def _load(
         on_event(Event("job", f"initializing {config.random_init} with random weights"))
         return random_pipeline(config.random_init, device, dtype), config.random_init, ModelDefaults()
     source = resolve_model(config.model, device.type, on_note=lambda text: on_event(Event("note", text)))
+    check_image(source.name, source.takes_image, False)
     width, height, num_frames = _size(config, source.defaults)
     check_grid(width, height, source.spatial_grid)
     on_event(Event("job", f"loading {source.name}"))

@@ -196,7 +196,7 @@ def decode_latents(
 
     check_video(output)
     latents.read_about(user_path(path))
-    preflight.check_model(model, vae=settings["vae"])
+    preflight.check_model(model, vae=settings["vae"], image=None)
     with GenerateProgress() as progress:
         start_quickly(context, None)
         from slagen.generation import decode as task
@@ -266,7 +266,7 @@ def replay(
     from slagen.generation import preflight, provenance
 
     all_of_torch = provenance.needed_all_of_torch(user_path(path))
-    preflight.check_model(model, weights, settings["vae"])
+    preflight.check_model(model, weights, settings["vae"], image=None)
     with GenerateProgress() as progress:
         start_quickly(context, "*.gguf", all_of_torch=all_of_torch)  # it may be
         from slagen.generation import replay as task

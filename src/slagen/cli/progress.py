@@ -21,6 +21,7 @@ STAGES = {
     "hash": "hashing the weights",
     "load": "loading the model",
     "text": "encoding the prompt",
+    "image": "encoding the image",
     "measure": "measuring",
     "denoise": "denoising",
     "decode": "decoding",

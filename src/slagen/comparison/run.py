@@ -29,6 +29,7 @@ from slagen.comparison.result import Comparison, Row, Runs
 from slagen.comparison.trajectory import Trajectory, measure_deviation
 from slagen.errors import UsageError
 from slagen.events import Event, counted_parts, nth
+from slagen.formats.kinds import TRANSFORMERS
 from slagen.formats.peek import peek
 from slagen.generation.config import MAX_SEED, GenerateConfig
 from slagen.generation.frames import decode_frames
@@ -172,7 +173,7 @@ def with_suiting_weights(config: GenerateConfig) -> GenerateConfig:
     if config.weights is None:
         return config
     found = peek(user_path(config.weights))
-    if found.kind == "transformer" or suits(registry.get(config.attention), found.method):
+    if found.kind in TRANSFORMERS or suits(registry.get(config.attention), found.method):
         return config
     return dataclasses.replace(config, weights=None)
 

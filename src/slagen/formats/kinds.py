@@ -19,8 +19,12 @@ from slagen.io.text import line
 
 TEXT_ENCODER_HOME = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
-_RUNS = "slagen runs Wan2.1 text-to-video transformers. Give one, for example from Wan-AI/Wan2.1-T2V-14B-Diffusers."
+_RUNS = (
+    "slagen runs Wan2.1 text-to-video and image-to-video transformers. Give one, for example from "
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers."
+)
 _MERGE = "Merge it into its model with the tool that made it, and give the merged transformer."
+TRANSFORMERS = ("transformer", "image-to-video")
 REFUSALS = {
     "lora": "is a LoRA, not a transformer. Give it with --lora.",
     "unmerged-lora": "is a transformer with a LoRA that is not merged into its weights. Merge it (peft: "
@@ -36,13 +40,15 @@ REFUSALS = {
     "animate": f"is Wan2.2 Animate, which animates a given character. {_RUNS}",
     "control": f"is a transformer controlled by a video or a camera path (such as Fun-Control). {_RUNS}",
     "first-last": f"is Wan2.1 FLF2V, which generates the frames between a first and a last image. {_RUNS}",
-    "image-to-video": f"is an image-to-video transformer. {_RUNS}",
+    "wan2.2-image-to-video": "is one of the two image-to-video transformers of Wan2.2 A14B, for high or low noise, "
+    f"which make a video together. {_RUNS}",
     "ti2v-5b": f"is Wan2.2 TI2V-5B, whose latents have 48 channels and need a different VAE. {_RUNS}",
     "conditioned": "is a Wan transformer with more input than output channels, so it needs more than a text prompt. "
     f"{_RUNS}",
     "text-encoder": "is a T5 text encoder, not a transformer. slagen reads it only from a model folder in diffusers "
     f"format. Give one with --model, such as {TEXT_ENCODER_HOME}.",
-    "image-encoder": f"is a CLIP image encoder, for image-to-video. {_RUNS}",
+    "image-encoder": "is a CLIP image encoder, for image-to-video. slagen reads it only from a model folder in "
+    "diffusers format. Give one with --model, such as Wan-AI/Wan2.1-I2V-14B-480P-Diffusers.",
     "vae": "is a VAE, not a transformer. Give it with --vae, or make a diffusers folder: slagen convert FILE FOLDER.",
     "wan2.2-vae": "is the VAE of Wan2.2 TI2V-5B (48 channels). Wan2.1 needs Wan2.1_VAE.pth. Give that with --vae.",
     "tiny-vae": "is a tiny autoencoder for previews (TAE). Give Wan2.1_VAE.pth with --vae.",
@@ -79,7 +85,7 @@ _OTHERS = (  # that are no transformer
 
 
 def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
-    """The kind of a file: "transformer", "sla", "side-file", or a name in REFUSALS.
+    """The kind of a file: one of TRANSFORMERS, "sla", "side-file", or a name in REFUSALS.
 
     Args:
         entries: its names; or names with tensors or entries of a safetensors header, for kinds that only shapes show.
@@ -103,8 +109,7 @@ def identify(entries: Mapping[str, Any] | Iterable[str]) -> str:
     known = sum(any(layout.rename(_as_weight(name)) for layout in LAYOUTS.values()) for name in weights)
     if known > len(weights) / 2:
         return _by_channels(values) or "transformer"
-    pictures = any(re.search(_PICTURES, name) for name in values)
-    return _first(_OTHERS, values) or ("image-to-video" if pictures else "unknown")
+    return _first(_OTHERS, values) or "unknown"
 
 
 def _first(table: tuple[tuple[str, str], ...], names: Iterable[str]) -> str | None:
@@ -132,7 +137,8 @@ def _shape_by_name(values: Mapping[str, Any], wanted: str) -> tuple[int, ...]:
 
 
 def _by_channels(values: Mapping[str, Any]) -> str | None:
-    """The kind by the numbers of channels alone: Wan2.2's image-to-video has the same names as text-to-video."""
+    """The kind by the numbers of channels, and by whether there is a place for an image encoder's output: the
+    image-to-video transformers of Wan2.2 have the same names as those of text-to-video."""
     pictures = any(re.search(_PICTURES, name) for name in values)
     patch, out = (_shape_by_name(values, name) for name in ("patch_embedding.weight", "proj_out.weight"))
     volume = math.prod(patch[2:]) if len(patch) == 5 else 4
@@ -141,9 +147,9 @@ def _by_channels(values: Mapping[str, Any]) -> str | None:
     taken, given = (patch[1] if len(patch) == 5 else patch[1] // volume), out[0] // volume
     if taken == given:
         return "ti2v-5b" if given == 48 else "image-to-video" if pictures else None
-    if taken in (2 * given, 3 * given, 3 * given + 4):
-        return "control"
-    return "image-to-video" if pictures or taken == 2 * given + 4 else "conditioned"
+    if taken == 2 * given + 4:
+        return "image-to-video" if pictures else "wan2.2-image-to-video"
+    return "control" if taken in (2 * given, 3 * given, 3 * given + 4) else "conditioned"
 
 
 _EXPERT = re.compile(r"wan[-_. ]?2[._]?2|(?<![a-z])a14b|(high|low)[-_ ]?noise", re.IGNORECASE)

@@ -101,6 +101,12 @@ _WAN = (
     (rf"blocks\.(\d+)\.cross_attn\.([qkv]){_END}", r"blocks.\1.attn2.to_\2.\3"),
     (rf"blocks\.(\d+)\.cross_attn\.o{_END}", r"blocks.\1.attn2.to_out.0.\2"),
     (r"blocks\.(\d+)\.cross_attn\.norm_([qk])\.weight", r"blocks.\1.attn2.norm_\2.weight"),
+    (rf"blocks\.(\d+)\.cross_attn\.([kv])_img{_END}", r"blocks.\1.attn2.add_\2_proj.\3"),
+    (r"blocks\.(\d+)\.cross_attn\.norm_k_img\.weight", r"blocks.\1.attn2.norm_added_k.weight"),
+    (rf"img_emb\.proj\.0{_END}", r"condition_embedder.image_embedder.norm1.\1"),
+    (rf"img_emb\.proj\.1{_END}", r"condition_embedder.image_embedder.ff.net.0.proj.\1"),
+    (rf"img_emb\.proj\.3{_END}", r"condition_embedder.image_embedder.ff.net.2.\1"),
+    (rf"img_emb\.proj\.4{_END}", r"condition_embedder.image_embedder.norm2.\1"),
     (rf"blocks\.(\d+)\.norm3{_END}", r"blocks.\1.norm2.\2"),
     (rf"blocks\.(\d+)\.ffn\.0{_END}", r"blocks.\1.ffn.net.0.proj.\2"),
     (rf"blocks\.(\d+)\.ffn\.2{_END}", r"blocks.\1.ffn.net.2.\2"),
@@ -130,6 +136,9 @@ _DIFFUSERS = (
     (r"((?:blocks\.\d+\.)?scale_shift_table)", r"\1"),
     (rf"(blocks\.\d+\.attn[12]\.(?:to_[qkv]|to_out\.0)){_END}", r"\1.\2"),
     (r"(blocks\.\d+\.attn[12]\.norm_[qk]\.weight)", r"\1"),
+    (rf"(blocks\.\d+\.attn2\.add_[kv]_proj){_END}", r"\1.\2"),
+    (r"(blocks\.\d+\.attn2\.norm_added_k\.weight)", r"\1"),
+    (rf"(condition_embedder\.image_embedder\.(?:norm[12]|ff\.net\.(?:0\.proj|2))){_END}", r"\1.\2"),
     (rf"(blocks\.\d+\.(?:norm2|ffn\.net\.0\.proj|ffn\.net\.2)){_END}", r"\1.\2"),
 )
 OWN_SPELLING = "attn1.processor"  # where slagen puts what is learned, so that diffusers saves it under this name
@@ -145,7 +154,7 @@ register(Layout(
 register(Layout(
     "wan", _WAN, projections=("self_attn.attn_op.local_attn",),
     starts=(r"patch_embedding\.", r"(?:time|text)_embedding\.\d", r"time_projection\.1", r"head\.(?:head|modulation)",
-            r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]\.|ffn\.[02]\.|norm3\.|modulation$)"),
+            r"img_emb\.proj\.", r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]\.|ffn\.[02]\.|norm3\.|modulation$)"),
 ))  # fmt: skip
 register(Layout(
     "fastvideo", _FASTVIDEO, projections=("attn1.attn_impl",),

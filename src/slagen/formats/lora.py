@@ -26,7 +26,7 @@ from slagen.attention.cost import ModelShape
 from slagen.errors import WeightsError
 from slagen.formats.bounds import is_finite
 from slagen.formats.headers import read_header, read_strings
-from slagen.formats.kinds import REFUSALS, hints, identify, shape_of
+from slagen.formats.kinds import REFUSALS, TRANSFORMERS, hints, identify, shape_of
 from slagen.formats.layouts import LAYOUTS
 from slagen.formats.names import transformers
 from slagen.formats.published import preset_of_width
@@ -139,7 +139,7 @@ def _read(path: Path, size: int, changed_ns: int) -> LoraFile:
     content: dict[str, Any] = read_header(path) if path.suffix == ".safetensors" else read_tensors(path)
     metadata = content.pop("__metadata__", None) or {}
     kind = "sla" if "slagen" in metadata else identify(content)
-    if kind in ("transformer", "sla", "side-file"):
+    if kind in (*TRANSFORMERS, "sla", "side-file"):
         raise WeightsError(f"{path} holds {_KINDS[kind]}, not a LoRA. Give it with --weights.")
     if kind in ("lokr", "loha", "lycoris", "unmerged-lora"):
         raise WeightsError(f"{path} {REFUSALS[kind].replace('not a transformer', 'which slagen does not apply')}")
@@ -187,7 +187,7 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return config
 
 
-_KINDS = {"transformer": "a transformer", "sla": "attention weights", "side-file": "SLA weights"}
+_KINDS = {**dict.fromkeys(TRANSFORMERS, "a transformer"), "sla": "attention weights", "side-file": "SLA weights"}
 
 
 def _layers(names: Iterable[str]) -> tuple[dict[str, dict[str, str]], tuple[str, ...]]:

@@ -9,7 +9,7 @@ from slagen.attention.learned import SLA_NAME, label, owner
 from slagen.errors import WeightsError
 from slagen.formats.folders import component_files, transformer_folder
 from slagen.formats.headers import check_no_shard, read_header
-from slagen.formats.kinds import REFUSALS, hints, identify
+from slagen.formats.kinds import REFUSALS, TRANSFORMERS, hints, identify
 from slagen.formats.layouts import OWN_SPELLING, learned
 from slagen.formats.names import other_parts
 from slagen.formats.published import FASTWAN_VSA, TURBO_SLA, Sampler
@@ -24,7 +24,7 @@ class Found:
     """What a weight file is, without its tensors being read.
 
     Args:
-        kind: as `identify` says it.
+        kind: as `identify` says it: one of TRANSFORMERS, "sla" or "side-file".
         trained_with: the config that its attention weights were trained with; None without any, or where metadata
             says it. method: that they are of.
         layer_sparsities: the sparsity of each layer in training, where there was not one for all.
@@ -75,7 +75,7 @@ def peek(path: Path, part: str | None = None) -> Found:
     kind = identify(content)
     if kind == "side-file":
         return Found(kind, trained_with=read_side_file(path, content).config)
-    if kind not in ("transformer", "sla"):
+    if kind not in (*TRANSFORMERS, "sla"):
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     values, _ = tensors_of_one(path, content, part)
     notes, few_steps = hints(path, metadata)
@@ -87,9 +87,9 @@ def peek(path: Path, part: str | None = None) -> Found:
     if OWN_SPELLING in spellings:
         settings = read_settings(path, metadata) or {"lacks_settings": True, "method": owner(spellings[OWN_SPELLING])}
         return dataclasses.replace(found, **settings)
-    if kind == "transformer" and any("to_gate_compress" in name for name in spellings.values()):
+    if kind in TRANSFORMERS and any("to_gate_compress" in name for name in spellings.values()):
         return dataclasses.replace(found, trained_with=FASTWAN_VSA, method="vsa")
-    if kind == "transformer" and spellings:
+    if kind in TRANSFORMERS and spellings:
         return dataclasses.replace(found, trained_with=TURBO_SLA, sampler="rcm")
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slagen.errors import UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
-from slagen.formats.kinds import REFUSALS, identify
+from slagen.formats.kinds import REFUSALS, TRANSFORMERS, identify
 from slagen.formats.layouts import LAYOUTS, LINEARS_OF_A_BLOCK, OWN_SPELLING, learned
 from slagen.formats.names import inside, transformers
 from slagen.formats.quantised import Codes, with_scales
@@ -44,7 +44,7 @@ def read_checkpoint(
     kind = identify(content)
     if kind == "side-file":
         return read_side_file(path, content)
-    if kind not in ("transformer", "sla"):
+    if kind not in (*TRANSFORMERS, "sla"):
         raise WeightsError(f"{path} {REFUSALS[kind]}")
     values, twice = tensors_of_one(path, content, part)
     if projections_only:

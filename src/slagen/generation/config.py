@@ -52,6 +52,7 @@ OF_VIDEOS = (
     "cache_dir",
     "no_cache",
     "cache",
+    "image",
 )
 NOT_DENSE = (  # of another attention than dense
     "sparsity", "sla_topk", "sparsity_schedule", "block_m", "block_n", "dense_steps", "dense_layers", "min_tokens",
@@ -110,6 +111,7 @@ class GenerateConfig:
             one without a suffix or with a slash at its end is a folder for MP4 videos.
         crf: constant rate factor of an MP4 or WebM; None is the default of each.
         no_metadata: the video's file does not say how it was made.
+        image: that the video begins with, for an image-to-video model.
         preview: steps from one picture of the latents to the next; None makes none.
         report: also write the report as a page. save_latents: also write the final latents, as safetensors.
         overwrite: replace files that are there.
@@ -125,6 +127,10 @@ class GenerateConfig:
         None, "A preset, a model folder, or a Hugging Face id. The command slagen models lists the presets. Default: "
         "turbowan2.1-t2v-1.3b-480p with a CUDA device, otherwise the bundled tiny-wan.",
         panel=VIDEO, short="-m", in_key=False,
+    )  # fmt: skip
+    image: str | None = option(
+        None, "Image that the video begins with, for an image-to-video model.", panel=VIDEO, short="-i", metavar="FILE",
+        prompt_line=True, in_key=False,
     )  # fmt: skip
     width: int | None = option(
         None, "Width x height in pixels, such as 832x480, or 480p or 720p.", panel=VIDEO, metavar="WxH", is_size=True,
@@ -158,12 +164,10 @@ class GenerateConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", panel=SAMPLING, read=read_device, in_key=False)
     offload: Offload = option(
         "auto", "What is on the GPU at a time: none offloads nothing, model keeps one part there, group one block, "
-        "sequential one layer. auto goes by the free memory.",
-        panel=SAMPLING, pixels=False,
+        "sequential one layer. auto goes by the free memory.", panel=SAMPLING, pixels=False,
     )  # fmt: skip
     cfg_parallel: bool = option(
-        False,
-        "Under torchrun, compute the two passes of guidance in two halves of the processes, at the same time.",
+        False, "Under torchrun, compute the two passes of guidance in two halves of the processes, at the same time.",
         panel=SAMPLING, pixels=False,
     )  # fmt: skip
     compile: bool = option(False, "Compile the transformer's blocks, in the first step of each size.", panel=SAMPLING)
@@ -233,8 +237,7 @@ class GenerateConfig:
     )  # fmt: skip
     vae_tiling: VaeTiling = option(
         "auto", "Decode in tiles, on or off: less memory, 1.65 times the FLOPs. auto does where whole frames do not "
-        "fit on the GPU.",
-        panel=VIDEO, metavar="on|off|auto",
+        "fit on the GPU.", panel=VIDEO, metavar="on|off|auto",
     )  # fmt: skip
     vae_dtype: VaeDtype = option(
         "auto", "Compute type of the VAE, bf16 or fp32. bf16 takes half the memory; auto is fp32.", panel=VIDEO,
@@ -263,9 +266,8 @@ class GenerateConfig:
     report: bool = option(False, "Also write the report as an HTML page beside the video.", panel=OUTPUT, pixels=False)
     save_latents: bool = option(False, "Also write the final latents.", panel=OUTPUT, pixels=False)
     timing: Timing = option(
-        "layer",
-        "Measure the time of attention per step, per layer, with its parts, or not at all: step, layer, part or off.",
-        panel=OUTPUT, pixels=False,
+        "layer", "Measure the time of attention per step, per layer, with its parts, or not at all: step, layer, part "
+        "or off.", panel=OUTPUT, pixels=False,
     )  # fmt: skip
     measure_dense: int | None = option(
         None, "Run this many of the steps with dense attention too, and report the measured speed-up.", panel=OUTPUT,

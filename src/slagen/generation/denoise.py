@@ -55,8 +55,10 @@ def run_denoising(
         frames = (config.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
         height, width = (size // pipe.vae_scale_factor_spatial for size in (config.height, config.width))
         pipe.scheduler.generator = generator
-        shape = (1, pipe.transformer.config.in_channels, frames, height, width)
+        shape = (1, pipe.transformer.config.out_channels, frames, height, width)
         embeds = {**embeds, "latents": pipe.scheduler.initial_latents(shape, pipe._execution_device)}
+    # prepared before: only its size counts
+    image = {} if plan.picture is None else {"image": torch.zeros(1, 3, config.height or 0, config.width or 0)}
     with contextlib.ExitStack() as stack:
         if config.compile:  # nothing is timed inside
             stack.enter_context(compiling(_described(plan), recorder.compiled))
@@ -67,7 +69,7 @@ def run_denoising(
         blocks = None if cache is None else stack.enter_context(caching(pipe.transformer, cache, config.steps or 0))
         recorder.begin_step()
         output = pipe(
-            **embeds, height=config.height, width=config.width, num_frames=config.num_frames,
+            **embeds, **image, height=config.height, width=config.width, num_frames=config.num_frames,
             num_inference_steps=config.steps, guidance_scale=config.guidance_scale, generator=generator,
             output_type="latent", callback_on_step_end=after_step,
             max_sequence_length=plan.weights.source.defaults.max_sequence_length,

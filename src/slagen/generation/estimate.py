@@ -22,8 +22,15 @@ from slagen.formats.names import is_untuned
 from slagen.formats.sla_settings import read_trained_with
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig
-from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes, with_trained_layers
+from slagen.generation.fill_defaults import (
+    check_size,
+    fill_defaults,
+    recommended_notes,
+    with_image,
+    with_trained_layers,
+)
 from slagen.generation.planned_memory import (
+    IMAGE_ENCODER_PARAMETERS,
     TEXT_ENCODER_PARAMETERS,
     VAE_PARAMETERS,
     PlannedMemory,
@@ -72,11 +79,13 @@ class _Model:
 
     def size(self, config: GenerateConfig) -> tuple[tuple[int, int, int], Grid]:
         """Width, height and frames of a filled config, and its tokens. Raises UsageError as `check_grid`."""
-        if self.source is None:
-            size = check_size(config, 16)
-            return size, token_grid(*size)
-        size = check_size(config, self.source.spatial_grid)
-        return size, self.source.token_grid(*size)
+        size = check_size(config, self.spatial_grid)
+        return size, token_grid(*size) if self.source is None else self.source.token_grid(*size)
+
+    @property
+    def spatial_grid(self) -> int:
+        """Width and height of its tokens, in pixels."""
+        return 16 if self.source is None else self.source.spatial_grid
 
     @property
     def folder(self) -> Path | None:
@@ -103,6 +112,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     config, device = _placed(config, device)
     model = _model(config)
     notes = list[str]()
+    config, _ = with_image(config, model.name, model.preset.takes_image, model.defaults, model.spatial_grid)
     asked, config = config, fill_defaults(config, model.defaults, _distilled(config, model.defaults), notes)
     size, grid = model.size(config)
     tokens = grid.num_tokens
@@ -119,7 +129,7 @@ def plan(config: GenerateConfig, device: str | None = None) -> RunEstimate:
     part = schedule.dense
     item_bytes, guidance = 4 if config.dtype == "fp32" else 2, config.guidance_scale or 0.0
     kept = Remembered.of(method, attention, model.shape, grid, item_bytes, guidance, part)
-    takes = PlannedMemory(config, model.shape, model.source, model.weights, tokens, size, kept.num_bytes)
+    takes = PlannedMemory(config, model.preset, model.source, model.weights, tokens, size, kept.num_bytes)
     notes += takes.notes(device)
     notes += [config.policy.note(tokens, part) or ""] * (part.share > 0 and schedule.applies)
     notes += kept.notes(method.name) + recommended_notes(asked, config)
@@ -290,7 +300,7 @@ def _model(config: GenerateConfig) -> _Model:
     if found is None and weights is None:
         found = read_trained_with(folder / SLA_FILE if (folder / SLA_FILE).is_file() else folder)
     method, trained, layers = found or (SLA_NAME, None, None)
-    preset = Preset(name, "", None, None, source.shape, source.defaults)
+    preset = Preset(name, "", None, None, source.shape, source.defaults, takes_image=source.takes_image)
     source = dataclasses.replace(source, weights=whole)
     return _Model(preset, folder.resolve().name, trained, method, source, layers, whole)
 
@@ -299,8 +309,9 @@ def _downloads(preset: Preset) -> list[Download]:
     """What a first run fetches, by parameters; the hub is asked for the true sizes then."""
     if preset.base is None:
         return []
-    transformer = 2 * transformer_parameters(preset.shape)
+    transformer = 2 * transformer_parameters(preset.shape, takes_image=preset.takes_image)
     shared = 2 * TEXT_ENCODER_PARAMETERS + 4 * VAE_PARAMETERS
+    shared += 4 * IMAGE_ENCODER_PARAMETERS if preset.takes_image else 0
     base = shared + (0 if preset.weights else transformer)
     rows = [Download(preset.base, base / GIB)]
     if preset.weights is not None:

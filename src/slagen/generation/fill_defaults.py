@@ -6,8 +6,10 @@ from slagen.attention import registry
 from slagen.attention.choices import for_all_steps
 from slagen.errors import UsageError
 from slagen.generation.config import GenerateConfig
+from slagen.generation.picture import Picture, look_at
 from slagen.generation.sizes import check_grid
 from slagen.wan.defaults import ModelDefaults
+from slagen.wan.folder import check_image
 from slagen.wan.presets import check_sampler, recommended_policy
 
 SIGMA_MAX = 80.0  # of the rCM sampler: what TurboDiffusion's text-to-video script takes
@@ -31,6 +33,25 @@ def fill_defaults(
     if not distilled:
         missing |= _recommended(config)
     return dataclasses.replace(config, **missing)
+
+
+def with_image(
+    config: GenerateConfig, name: str, takes_image: bool, defaults: ModelDefaults, spatial_grid: int = 16
+) -> tuple[GenerateConfig, Picture | None]:
+    """The image of a config, and the config in its aspect ratio and the area of the model's clips, where no size is
+    asked for.
+
+    Args: name, takes_image: of the model.
+    Raises: UsageError for an image that is none, and unless one is given to a model that takes one.
+    """
+    check_image(name, takes_image, config.image is not None)
+    if config.image is None:
+        return config, None
+    picture = look_at(config.image)
+    if config.width is None and config.height is None:
+        width, height = picture.size_of(defaults.width * defaults.height, max(16, spatial_grid))
+        config = dataclasses.replace(config, width=width, height=height)
+    return config, picture
 
 
 def _recommended(config: GenerateConfig) -> dict[str, str]:

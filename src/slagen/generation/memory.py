@@ -31,6 +31,7 @@ FRAME_BYTES = 36  # of a pixel of each frame: three colours as the decoder gives
 SURELY_MEASURED, SURELY = 0.9, 0.5  # of what decoding is said to take: by a decoder as the bundled one, and by another
 WAN_VAE = {"base_dim": 96}  # Wan2.1's, as far as it matters here
 NO_LIMIT = 2**60
+IMAGE_ENCODER = "image_encoder"  # a part of image-to-video models, in float32 on the CPU
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ def need(
         found = held_by(source, part, vae_bytes if part == "vae" else item_bytes, merges=merges)
         weights, fresh = weights + found.held, fresh + found.fresh
         multiplied += multiplying_out(source.shape, item_bytes) if found.in_8_bits else 0
+    if source.takes_image and "transformer" in parts:
+        found = held_by(source, IMAGE_ENCODER, 4)
+        weights, fresh = weights + found.held, fresh + found.fresh
     vae = read_json(source.folder / "vae" / "config.json", source.folder)
     tokens = source.token_grid(width, height, num_frames).num_tokens if "transformer" in parts else 0
     denoise, *others = activations(source.shape, tokens, vae, width * height, num_frames, item_bytes, vae_bytes)

@@ -31,7 +31,8 @@ CHOICES = (
     ("none", False), ("model", False), ("none", True), ("model", True), ("group", False), ("group", True),
     ("sequential", False), ("sequential", True),
 )  # fmt: skip
-STAGES = {"load": "loading", "text": "the text encoder", "denoise": "denoising", "decode": "decoding"}
+STAGES = {"load": "loading", "text": "the text encoder", "image": "encoding the image",
+          "denoise": "denoising", "decode": "decoding"}  # fmt: skip
 
 
 @dataclass(frozen=True)

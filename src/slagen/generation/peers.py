@@ -28,7 +28,7 @@ NAMES = {
     "sample-solver": "sampler", "scheduler": "sampler", "vae-path": "vae",
     "save-file": "output", "save-path": "output", "output-path": "output", "save-result-path": "output",
     "from-file": "prompts", "prompt-txt": "prompts",
-    "enable-torch-compile": "compile",
+    "enable-torch-compile": "compile", "image-path": "image",
     "use-cfg-parallel": "cfg-parallel", "enable-cfg-parallel": "cfg-parallel",
 }  # fmt: skip
 # Those of their trainers, for fine-tuning.
@@ -41,7 +41,7 @@ TRAINER_NAMES = {
 # musubi's and kohya's letters, which a line of a prompt file takes too.
 LETTERS = {
     "w": "width", "h": "height", "f": "num-frames", "d": "seed", "s": "steps", "g": "guidance-scale",
-    "l": "guidance-scale", "fs": "flow-shift", "n": "negative-prompt",
+    "l": "guidance-scale", "fs": "flow-shift", "n": "negative-prompt", "i": "image",
 }  # fmt: skip
 HEIGHT_FIRST = ("video-size", "target-shape")  # musubi's and LightX2V's, with two values: height and width
 
@@ -57,7 +57,7 @@ _SAMPLERS = {
 }  # fmt: skip
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 # Wan's --task, and TurboDiffusion's names of models.
-TASKS = {"t2v-1.3b": "wan2.1-t2v-1.3b", "t2v-14b": "wan2.1-t2v-14b"}
+TASKS = {"t2v-1.3b": "wan2.1-t2v-1.3b", "t2v-14b": "wan2.1-t2v-14b", "i2v-14b": "wan2.1-i2v-14b-480p"}
 MODELS = {"Wan2.1-1.3B": "wan2.1-t2v-1.3b", "Wan2.1-14B": "wan2.1-t2v-14b"}
 # Their values, in small letters, by the spelling of the option that they are given with.
 VALUES = {
@@ -67,7 +67,9 @@ VALUES = {
     "optimizer-type": {},
 }  # fmt: skip
 
-_IMAGE = "image-to-video is not supported yet"
+_LAST = "only the image that a video begins with can be given, with --image; FLF2V, with a last image, is not supported"
+_CLIP = "the image encoder is loaded from the model's folder, given with --model"
+_CROP = "with --image and no --size, a video has the aspect ratio of its image"
 _VIDEO = "video-to-video and control videos are not supported yet"
 _LORA = "give every LoRA file with its scale: --lora FILE:SCALE"
 _MEMORY = (
@@ -90,12 +92,13 @@ _CFG = "the guidance scale is the same in every step; set it with --guidance-sca
 _TWO = f"Wan2.2 with its two transformers is not supported, and {_CFG}"
 _DENSE_IS = "--attention dense is full attention, and uses PyTorch's scaled_dot_product_attention"
 _TILES = "the VAE decodes one latent frame at a time, and in tiles of 256x256 pixels with --vae-tiling on"
-_ONLY = "slagen generates videos from text only"
+_ONLY = "slagen generates videos from text, and from an image with --image"
 # Their options that slagen has not, and why, in one line.
 REFUSED = {
     **dict.fromkeys(
-        ("image", "image-path", "images", "first-frame", "last-frame", "last-frame-path", "end-image-path", "clip",
-         "one-frame-inference", "control-image-path", "i", "ei", "adaptive-resolution"), _IMAGE),
+        ("images", "first-frame", "last-frame", "last-frame-path", "end-image-path", "one-frame-inference",
+         "control-image-path", "ei"), _LAST),
+    "clip": _CLIP, "adaptive-resolution": _CROP,
     **dict.fromkeys(
         ("video", "video-path", "src-video", "src-mask", "src-ref-images", "control-path", "cn", "pose",
          "audio-path"), _VIDEO),
@@ -280,9 +283,10 @@ def _of_task(value: str) -> str | None:
     small = value.strip().lower()
     if small in TASKS or small == "t2v":
         return TASKS.get(small)
-    if small.startswith(("i2v", "flf2v", "ti2v")):
-        raise UsageError(f"task is {quote(value)}, but {_IMAGE}.")
     for start, reason in (
+        ("flf2v", "FLF2V, with a last image, is not supported"),
+        ("i2v-a", "Wan2.2, with its two transformers, is not supported"),
+        ("ti2v", "Wan2.2 TI2V-5B is not supported"),
         ("vace", "VACE is not supported yet"),
         ("t2i", "images are not supported: slagen generates videos"),
     ):

@@ -13,21 +13,31 @@ from slagen.generation.config import GenerateConfig, vae_bytes
 from slagen.generation.memory import GIB
 from slagen.generation.run_estimate import CpuMemory, RunMemory, StageMemory
 from slagen.wan.folder import ModelSource
+from slagen.wan.presets import Preset
 
 # Parameters of the parts that all Wan2.1 models share (diffusers, rounded).
 TEXT_ENCODER_PARAMETERS = 5_680_000_000
 VAE_PARAMETERS = 126_900_000
+IMAGE_ENCODER_PARAMETERS = 630_800_000  # of image-to-video models, in float32 on the CPU
+IMAGE_DIM = 1280  # numbers of a token of CLIP's
 
 
-def transformer_parameters(shape: ModelShape, text_dim: int = 4096, channels: int = 16) -> int:
-    """Parameters of a Wan2.1 text-to-video transformer with (1, 2, 2) patches; 1,418,996,800 for 1.3B."""
+def transformer_parameters(
+    shape: ModelShape, text_dim: int = 4096, channels: int = 16, *, takes_image: bool = False
+) -> int:
+    """Parameters of a Wan2.1 transformer with (1, 2, 2) patches; 1,418,996,800 for 1.3B."""
     width, ffn, patch = shape.num_heads * shape.head_dim, shape.ffn_dim, channels * 4
     linear = width * width + width
     attention = 4 * linear + 2 * width
     block = 2 * attention + 2 * width + (width * ffn + ffn) + (ffn * width + width) + 6 * width
     time = (256 * width + width) + linear + 6 * linear
     text = (text_dim * width + width) + linear
-    return shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
+    count = shape.num_layers * block + (patch * width + width) + time + text + (width * patch + patch) + 2 * width
+    if not takes_image:
+        return count
+    block, taken = 2 * linear + width, (channels + 4) * 4  # keys and values of the image; its latents, and a mask
+    embedder = 2 * IMAGE_DIM + IMAGE_DIM * (IMAGE_DIM + 1) + (IMAGE_DIM * width + width) + 2 * width
+    return count + shape.num_layers * block + taken * width + embedder
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class PlannedMemory:
     """What a run takes, by sizes and the headers of weight files.
 
     Args:
+        preset: the model, or one made from its folder.
         source: where the model lies; None where it is not on this machine.
         weights: the transformer file that is used instead of its own.
         tokens: of the clip. size: width and height in pixels, frames.
@@ -42,7 +53,7 @@ class PlannedMemory:
     """
 
     config: GenerateConfig
-    shape: ModelShape
+    preset: Preset
     source: ModelSource | None
     weights: Path | None
     tokens: int
@@ -70,19 +81,29 @@ class PlannedMemory:
                                vae_bytes=vae_bytes(self.config)).keeping(self.kept)  # fmt: skip
         width, height, num_frames = self.size
         own = self._own(item_bytes)
-        transformer = own.held or item_bytes * transformer_parameters(self.shape)
+        transformer = own.held or item_bytes * transformer_parameters(
+            self.preset.shape, takes_image=self.preset.takes_image
+        )
         weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + vae_bytes(self.config) * VAE_PARAMETERS
+        weights += 4 * IMAGE_ENCODER_PARAMETERS if self.preset.takes_image else 0
         stages = memory.activations(
-            self.shape, self.tokens, memory.WAN_VAE, width * height, num_frames, item_bytes, vae_bytes(self.config)
+            self.preset.shape,
+            self.tokens,
+            memory.WAN_VAE,
+            width * height,
+            num_frames,
+            item_bytes,
+            vae_bytes(self.config),
         )
         return memory.Need(weights, own.fresh, *stages).keeping(self.kept)
 
     def to_run_memory(self) -> RunMemory:
         """Estimates for a card, weights (of a folder: its files) and what a stage needs beside them, and for a CPU."""
-        shape, item_bytes, cpu = self.shape, self._item_bytes, self._cpu()
+        shape, item_bytes, cpu = self.preset.shape, self._item_bytes, self._cpu()
         if self.source is None:
             weights = {
-                "text": item_bytes * TEXT_ENCODER_PARAMETERS, "denoise": item_bytes * transformer_parameters(shape),
+                "text": item_bytes * TEXT_ENCODER_PARAMETERS,
+                "denoise": item_bytes * transformer_parameters(shape, takes_image=self.preset.takes_image),
                 "decode": vae_bytes(self.config) * VAE_PARAMETERS,
             }  # fmt: skip
         else:
@@ -99,7 +120,7 @@ class PlannedMemory:
             stages={stage: StageMemory(weights[stage] / GIB, activations[stage] / GIB) for stage in weights},
             gpu_peak_all_resident=(sum(weights.values()) + max(activations.values())) / GIB,
             gpu_peak_offloaded=max(weights[stage] + activations[stage] for stage in weights) / GIB,
-            host=sum(weights.values()) / GIB,
+            host=(sum(weights.values()) + (4 * IMAGE_ENCODER_PARAMETERS if self.preset.takes_image else 0)) / GIB,
             estimated=True,
             cpu=CpuMemory(*(size / GIB for size in sizes_gib)),
         )

@@ -11,9 +11,10 @@ from slagen.formats.headers import check_weights
 from slagen.generation.config import GenerateConfig
 from slagen.generation.latents import SUFFIX
 from slagen.generation.lora import read_lora_option
+from slagen.generation.picture import look_at
 from slagen.io.paths import check_not_taken, is_video, user_path
 from slagen.io.reading import open_regular
-from slagen.wan.folder import describe_folder
+from slagen.wan.folder import check_image, describe_folder
 from slagen.wan.presets import local_folder
 
 
@@ -22,7 +23,9 @@ def check_run(config: GenerateConfig) -> None:
 
     Raises: as `check_model`; UsageError for a video that exists, and for a denoising step that there is not.
     """
-    check_model(config.model, config.weights, config.vae)
+    if config.image is not None:
+        look_at(config.image)
+    check_model(config.model, config.weights, config.vae, image=config.image is not None)
     for text in config.lora:
         check_weights(user_path(read_lora_option(text).path))
     check_steps(config)
@@ -107,17 +110,23 @@ def check_steps(config: GenerateConfig) -> None:
         config.policy.check_steps(config.steps)
 
 
-def check_model(model: str | None, weights: str | None = None, vae: str | None = None) -> None:
+def check_model(
+    model: str | None, weights: str | None = None, vae: str | None = None, *, image: bool | None = False
+) -> None:
     """Check what a model is loaded from by its small files and the headers of safetensors files.
 
-    Raises: UsageError for an unknown model or a path that does not exist, WeightsError for broken files.
+    Args: image: whether videos begin with one; None where some may.
+    Raises: UsageError for an unknown model, a path that does not exist, and a model that needs an image or takes none;
+        WeightsError for broken files.
     """
     for path in (weights, vae):
         if path is not None:
             check_weights(user_path(path))
     folder = None if model is None else local_folder(model)
     if folder is not None:
-        describe_folder(folder, folder.resolve().name)
+        source = describe_folder(folder, folder.resolve().name)
+        if image is not None:
+            check_image(source.name, source.takes_image, image)
 
 
 def check_output(config: GenerateConfig) -> None:

@@ -22,7 +22,7 @@ SETTINGS = {
         "num_frames", "fps", "steps", "seed", "num_videos", "block_m", "block_n", "crf", "processes")},
     **{f"{name}?": float | None for name in ("guidance_scale", "flow_shift", "sigma_max", "sparsity", "sla_topk")},
     **{f"{name}?": bool | None for name in ("allow_untrained", "ode", "no_metadata")},
-    "lora?": [str], "lora_merge?": bool,
+    "lora?": [str], "lora_merge?": bool, "image?": str, "image_sha256?": sha256(),
     "size?": matching(r"\d{1,5}x\d{1,5}", "width x height in pixels"),
 }  # fmt: skip
 RECORDED = {

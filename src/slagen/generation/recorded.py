@@ -37,7 +37,7 @@ def fields_again(recorded: Made, given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of GenerateConfig that make a video again: those that change its pixels.
 
     Args:
-        given: of model, weights, vae and lora those that are not to be looked for where the report says.
+        given: of model, weights, vae, image and lora those that are not to be looked for where the report says.
     Raises: UsageError for settings that slagen does not support, and for what lies at another place now.
     """
     path, settings = recorded.path, dict(recorded.settings)
@@ -50,6 +50,7 @@ def fields_again(recorded: Made, given: Mapping[str, Any]) -> dict[str, Any]:
         settings["model"] = given.get("model") or _find(path, "model", settings["model"])
         settings["vae"] = given.get("vae") or _find(path, "vae", settings.get("vae"))
         settings["weights"] = given.get("weights") or _find_weights(path, recorded, settings["model"])
+        settings["image"] = given.get("image") or _find_image(path, settings)
         settings["lora"] = given.get("lora") or _find_loras(path, recorded)
         fields = {name: settings[name] for name in AS_THEY_ARE if settings.get(name) is not None}
         fields["width"], fields["height"] = (int(size) for size in settings["size"].split("x"))
@@ -130,6 +131,20 @@ def _find_weights(path: Path, recorded: Made, model: str) -> str | None:
     wanted = f" (SHA-256 {expected[:16]}...)" if expected else ""
     raise UsageError(
         f"{path} was made with the weights {name}{wanted}, which cannot be found. Give them with --weights."
+    )
+
+
+def _find_image(path: Path, settings: Mapping[str, Any]) -> str | None:
+    """The image that a report names, where it lies now; None where there is none. Raises UsageError."""
+    name, expected = settings.get("image"), settings.get("image_sha256")
+    if name is None:
+        return None
+    for candidate in (user_path(name), path.parent / name):
+        if candidate.is_file() and file_hash(candidate) == expected:
+            return str(candidate)
+    raise UsageError(
+        f"{path} begins with the image {name} (SHA-256 {str(expected)[:16]}...), which cannot be found. Copy it to "
+        f"{path.parent}."
     )
 
 

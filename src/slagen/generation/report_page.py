@@ -17,7 +17,7 @@ from slagen.io.paths import FRAMES, GIF, kind_of
 GENERATOR = "slagen report"  # what the page says of who wrote it
 EMBEDDED = 10 * 2**20  # bytes of a video at most that the page holds; a larger one is linked
 STAGES = {"start": "start-up", "prepare": "preparing", "load": "loading", "text": "text encoder",
-          "denoise": "denoising", MEASURE: "measuring dense attention", "preview": "preview",
+          "image": "image", "denoise": "denoising", MEASURE: "measuring dense attention", "preview": "preview",
           "compile": "compiling", "decode": "decoding", "wait": "waiting", "write": "writing"}  # fmt: skip
 
 PAGE = (
@@ -175,6 +175,7 @@ COLOURS = (
     "#6e7781",
     "#bf8700",
     "#8250df",
+    "#2da44e",
     "var(--attention)",
     "#fb8f44",
     "#bc4c9c",

@@ -18,28 +18,34 @@ from slagen import machine
 from slagen.attention import registry
 from slagen.attention.cost import dense_attention_flops
 from slagen.attention.delta.method import with_delta
-from slagen.attention.learned import SLA_NAME, label, of_another, suits
+from slagen.attention.learned import label, suits
 from slagen.attention.policy import DensePart, Remembered
 from slagen.attention.protocol import Grid, Method
 from slagen.attention.schedule import Schedule
-from slagen.errors import EnvironmentProblem, UsageError, WeightsError
+from slagen.errors import EnvironmentProblem
+from slagen.formats.kinds import TRANSFORMERS
 from slagen.formats.lora import LoraFile
 from slagen.formats.model_files import SLA_FILE
-from slagen.formats.peek import Found, lacks_settings, peek
 from slagen.formats.sla import read_metadata
-from slagen.formats.sla_settings import check_layers
 from slagen.generation import report
 from slagen.generation.config import GenerateConfig
 from slagen.generation.few_steps import steps_warning
-from slagen.generation.fill_defaults import check_size, fill_defaults, recommended_notes, with_trained_layers
+from slagen.generation.fill_defaults import (
+    check_size,
+    fill_defaults,
+    recommended_notes,
+    with_image,
+    with_trained_layers,
+)
 from slagen.generation.lora import AskedLora, asked_loras
 from slagen.generation.lora_files import describe_loras, find_loras
 from slagen.generation.measured_dense import check_measured, measured_steps
+from slagen.generation.picture import Picture
+from slagen.generation.planned_attention import look_at_weights, plan_attention
 from slagen.io.paths import user_path
 from slagen.settings import changed
-from slagen.wan.folder import ModelSource, bundled_folder
+from slagen.wan.folder import ModelSource, bundled_folder, check_image_weights
 from slagen.wan.models import resolve_model
-from slagen.wan.presets import never_tuned
 
 # Recorded in another form: as "size"; only if they are not as trained; as options of the method.
 RECORDED_OTHERWISE = ("width", "height", "block_m", "block_n", "attention_options")
@@ -85,6 +91,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     backend: str | None = None  # what the attention will run on; None is PyTorch's choice for dense attention
+    picture: Picture | None = None  # that the video begins with
 
     @property
     def num_tokens(self) -> int:
@@ -187,6 +194,7 @@ class Plan:
             "output": c.output,
             "save_latents": c.save_latents,
             "overwrite": c.overwrite,
+            **({} if self.picture is None else {"image": c.image, "image_sha256": self.picture.sha256}),
         }
         # What has come since counts only where it is not at its default, so that a batch begun without it goes on.
         return {
@@ -201,7 +209,8 @@ class Plan:
         """The settings as a report and a video record them: None for the model's own weights and for a top-k that was
         not asked for (of 100 blocks a sparsity of 0.71 keeps 29, and a top-k of 0.29 keeps 28), and no full paths,
         which would fail on any other machine and reveal the user's name."""
-        paths = {name: report.shareable(getattr(self.config, name)) for name in ("model", "weights", "vae", "output")}
+        names = ("model", "weights", "vae", "output", *(["image"] if self.picture else []))
+        paths = {name: report.shareable(getattr(self.config, name)) for name in names}
         name = paths["model"] or self.weights.source.name
         loras = [str(AskedLora(report.shareable(lora.path) or "", lora.scale)) for lora in self.loras]
         own = {"lora": loras} if loras else {}
@@ -226,17 +235,18 @@ def find_weights(
         )
     dtype = machine.pick_dtype(config.dtype, device)
     notes: list[str] = []
-    found = None if config.weights is None else _look_at(user_path(config.weights))
+    found = None if config.weights is None else look_at_weights(user_path(config.weights))
     source = resolve_model(
-        config.model, device.type, own_transformer=transformer and (found is None or found.kind != "transformer"),
+        config.model, device.type, own_transformer=transformer and (found is None or found.kind not in TRANSFORMERS),
         local_files_only=config.local_files_only, on_note=on_note,
     )  # fmt: skip
     if config.model is None and device.type != "cuda":
         notes.append(f"no CUDA device found: using the bundled model {source.name}; choose another with --model")
-    if found is not None and found.kind == "transformer":
+    if found is not None and found.kind in TRANSFORMERS:
+        check_image_weights(source, user_path(config.weights or ""), found.kind)
         source = dataclasses.replace(source, weights=user_path(config.weights or ""))
         notes += found.notes
-    trained_with, sla_path, sla_alone, distilled, layers = _plan_attention(config, source, found)
+    trained_with, sla_path, sla_alone, distilled, layers = plan_attention(config, source, found)
     method = registry.get(config.attention)
     if method.family == "dense" and source.weights is not None:
         notes.append(f"dense attention uses the transformer weights in {source.weights.name}")
@@ -274,11 +284,14 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     weights = weights or find_weights(config)
     source, method = weights.source, with_delta(registry.get(config.attention), config.delta)
     notes, warnings = list(weights.notes), list[str]()
+    config, picture = with_image(config, source.name, source.takes_image, source.defaults, source.spatial_grid)
     asked, config = config, fill_defaults(config, source.defaults, weights.distilled, warnings)
     config = with_trained_layers(config, weights.layer_sparsities)
     if config.seed is None:
         config = dataclasses.replace(config, seed=secrets.randbelow(2**31))
     size = check_size(config, source.spatial_grid)
+    if picture is not None and (small := picture.enlarged(*size[:2])) is not None:
+        warnings.append(small)
     lora_notes, lora_warnings = describe_loras(weights.loras, asked_loras(config.lora, config.lora_scale))
     notes, warnings = notes + lora_notes, warnings + lora_warnings
     if (off_steps := steps_warning(config, weights)) is not None:
@@ -312,84 +325,6 @@ def make_plan(config: GenerateConfig, weights: Weights | None = None) -> Plan:
     if method.family != "dense" or config.backend != "auto":
         backend = method.pick_backend(config.backend, source.head_dim, weights.device, weights.dtype, attention)
         notes.append(f"{label(method.name)} runs on the {backend} backend")
-    made = Plan(config, weights, attention, grid, notes, warnings, backend)
+    made = Plan(config, weights, attention, grid, notes, warnings, backend, picture)
     notes += made.remembered.notes(method.name)
     return made
-
-
-def _look_at(path: Path) -> Found:
-    """What --weights names. A folder may hold a transformer, SLA weights, or, as `slagen convert` writes it, both."""
-    if path.is_dir() and not (path / "transformer").is_dir() and (path / SLA_FILE).is_file():
-        return Found("sla")
-    return peek(path)
-
-
-def _plan_attention(
-    config: GenerateConfig, source: ModelSource, found: Found | None
-) -> tuple[Any, Path | None, bool, bool, tuple[float, ...] | None]:
-    """What attention to run and from where.
-
-    Returns: the config that its weights were trained with, the method's own where it needs some and runs without, None
-        where it has none and needs none; their file (None without any); whether that is a file of slagen's own;
-        whether the weights in all are distilled for rCM; and the sparsity that each layer was trained with, where that
-        was not one for all.
-    Raises: WeightsError where a method needs weights and there are none, or ones of another method or of one branch of
-        SLA alone; UsageError where weights are given that are of another method.
-    """
-    method = registry.get(config.attention)
-    given = found is not None and found.kind in ("sla", "side-file")
-    path, alone = _attention_file(config, source, found)
-    own = source.folder / "transformer"
-    if path is not None:
-        inside = None if alone else found
-    elif source.weights is not None:
-        inside = peek(source.weights)
-    else:  # diffusers may have saved attention weights with the model itself
-        inside = peek(own) if any(own.glob("*.safetensors")) else None
-    if path is None and inside is not None and inside.trained_with is not None:
-        path, alone = source.weights or own, False
-    metadata = read_metadata(path) if path is not None and alone else None
-    if metadata is not None:
-        distilled = metadata.sampler_family == "rcm"
-    elif source.weights is not None or (inside is not None and inside.trained_with is not None and not given):
-        distilled = inside is not None and inside.sampler == "rcm"
-    else:
-        distilled = source.defaults.sampler == "rcm"
-    of = metadata.method if metadata is not None else SLA_NAME if inside is None else inside.method
-    if not suits(method, of):
-        if given:
-            raise UsageError(
-                f"{method.name} attention does not use {label(of)} weights. Leave --weights out, or give --attention "
-                f"{of}."
-            )
-        if path is not None and method.needs.weights and not config.allow_untrained:
-            raise of_another(path, method, of)
-        path = None
-    elif inside is not None and inside.lacks_settings:
-        raise WeightsError(f"{source.weights or source.folder} {lacks_settings(inside.method)}")
-    if path is None:
-        if method.needs.weights and not config.allow_untrained:
-            raise never_tuned(source.name, method)
-        return method.config() if method.needs.weights else None, None, True, distilled, None
-    about = metadata or inside
-    assert about is not None
-    branch = about.trained.rpartition(", ")[2]
-    if branch in ("linear", "sparse") and config.attention == "sla" and not config.allow_untrained:
-        raise WeightsError(
-            f"{path} was trained with the {branch} branch only, and the other branch would degrade the video. Use "
-            f"--attention {branch}, or run it anyway with --allow-untrained."
-        )
-    check_layers(path, about.layer_sparsities, source.shape.num_layers)
-    trained_with = about.trained_with if isinstance(about, Found) else about.config
-    return trained_with, path, metadata is not None, distilled, about.layer_sparsities
-
-
-def _attention_file(config: GenerateConfig, source: ModelSource, found: Found | None) -> tuple[Path | None, bool]:
-    """The file with the attention's weights alone, given or beside the model, and whether it is slagen's own."""
-    if found is not None and found.kind in ("sla", "side-file"):
-        return user_path(config.weights or ""), found.kind == "sla"
-    if found is None and source.weights is None and (source.folder / SLA_FILE).is_file():
-        return source.folder / SLA_FILE, True
-    if source.weights is not None and source.weights.is_dir() and (source.weights / SLA_FILE).is_file():
-        return source.weights / SLA_FILE, True
-    return None, True

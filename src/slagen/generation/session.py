@@ -24,6 +24,7 @@ from slagen.generation.fill_defaults import SIGMA_MAX
 from slagen.generation.frames import Frames, decode_into
 from slagen.generation.lora import asked_loras
 from slagen.generation.offload import STAGES, Placement, Sizes, next_setting
+from slagen.generation.picture import Picture
 from slagen.generation.placing import choose_placement, move, sizes_of
 from slagen.generation.preview import Preview
 from slagen.generation.resolve import Plan
@@ -70,6 +71,8 @@ class Session:
         self.several = several or pipe is not None
         self.parts = parts
         self.loras: Loras | None = None
+        self.image_encoder: Any = None
+        self.image: tuple[Picture, int | None, int | None, int | None] | None = None  # prepared, and for which clip
         self.placement = Placement("none", False, "")
         self.tokenizer = None if pipe is None else pipe.tokenizer
         if pipe is not None:
@@ -176,6 +179,23 @@ class Session:
             )  # fmt: skip
         return {"prompt_embeds": prompt, "negative_prompt_embeds": negative}
 
+    @torch.inference_mode()
+    def encode_image(self, plan: Plan, clock: StageClock, on_event: Callable[[Event], None]) -> None:
+        """Prepare the image of a plan, where it has one that was not prepared last. Raises: as the constructor."""
+        c, picture = plan.config, plan.picture
+        if picture is None or self.image == (asked := (picture, c.width, c.height, c.num_frames)):
+            return
+        assert c.width and c.height and c.num_frames
+        clock.begin("image")
+        on_event(Event("stage", "image"))
+        if self.image_encoder is None:
+            from slagen.wan.image_to_video import ImageEncoder  # with CLIP, which no other model needs
+
+            self.image_encoder = ImageEncoder(plan.weights.source.folder)
+        with self._within_memory("image", plan):
+            self.pipe.encode(self.image_encoder, picture.cropped(c.width, c.height), c.num_frames)
+        self.image = asked
+
     def cuts(self, plan: Plan) -> list[str]:
         """Warnings for a plan's prompt and negative prompt if the text encoder does not read them to the end."""
         limit = plan.weights.source.defaults.max_sequence_length
@@ -237,6 +257,7 @@ class Session:
 
         Args: frames: what takes them; None keeps them. begin: called with the sample before its first frame.
         """
+        self.encode_image(plan, clock, on_event)
         clock.begin("denoise")
         denoised = self.denoised(plan, embeds, on_event, preview)
         clock.begin("decode")

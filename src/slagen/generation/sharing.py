@@ -108,6 +108,7 @@ class Sharing:
                 return sample
             own: Denoised = sample.denoised
         else:
+            session.encode_image(plan, StageClock(), on_event)
             sample, own = None, session.denoised(plan, embeds, on_event)
         done = self.member.collected((self._share(plan, own), own.densities, own.step_densities))
         if sample is None:

@@ -30,6 +30,7 @@ from slagen.training.method_checks import IN_ONE_PROCESS, check_backward
 from slagen.training.output_folder import TRANSFORMER_FILE
 from slagen.training.trainer import Recipe, optimizer_8bit
 from slagen.wan.defaults import TrainingDefaults
+from slagen.wan.folder import check_image
 
 DEFAULT_ON_CUDA = "wan2.1-t2v-1.3b"  # generate's default on CUDA is a few-step model, which cannot be a teacher
 
@@ -119,6 +120,7 @@ def check_setup(config: FinetuneConfig, folder: Path, team: Team, emit: Emit) ->
         device=str(team.device), dtype=config.dtype, backend=config.backend,
     )  # fmt: skip
     weights = find_weights(base, lambda text: emit(Event("note", text)))
+    check_image(weights.source.name, weights.source.takes_image, False)
     _check_weights(config, weights, method)
     if weights.source.weights is None:
         base = dataclasses.replace(base, weights=None)  # the dense model has no use for SLA weights

@@ -18,7 +18,7 @@ from slagen.attention.cost import ModelShape
 from slagen.attention.learned import label
 from slagen.errors import SlagenError, UsageError, WeightsError
 from slagen.formats.checkpoint import Checkpoint
-from slagen.formats.kinds import identify
+from slagen.formats.kinds import TRANSFORMERS, identify
 from slagen.formats.model_files import SLA_FILE, read_json
 from slagen.formats.peek import lacks_settings, peek
 from slagen.formats.published import preset_of_width
@@ -37,7 +37,7 @@ from slagen.wan.processor import install_method
 from slagen.wan.transformer import build_transformer, wan_config
 from slagen.wan.vae import load_vae
 
-PARTS = ("scheduler", "text_encoder", "tokenizer", "vae")
+PARTS = ("scheduler", "text_encoder", "tokenizer", "vae", "image_encoder", "image_processor")
 MAX_SHARD = "5GB"
 MODEL_FILES = {"model_index.json", "config.json", "transformer"}  # one of them is in every folder that convert makes
 
@@ -116,7 +116,7 @@ def _convert_transformer(
     found = peek(path, part)
     if found.lacks_settings:
         raise WeightsError(f"{path} {lacks_settings(found.method)}")
-    checkpoint = read_checkpoint(path, dtype, part=part) if found.kind == "transformer" else None
+    checkpoint = read_checkpoint(path, dtype, part=part) if found.kind in TRANSFORMERS else None
     if not isinstance(checkpoint, Checkpoint):
         raise UsageError(
             f"{path} contains only attention weights. Use it with its model: slagen generate --model MODEL "
@@ -204,6 +204,9 @@ def _config_for(checkpoint: Checkpoint, folder: ModelSource | None) -> dict[str,
             f"{head_dim}. With --model, give the pipeline that it belongs to."
         )
     shape = ModelShape(checkpoint.num_layers, width // head_dim, head_dim, ffn_dim, 512)
+    image = tensors.get("condition_embedder.image_embedder.norm1.weight")
+    if image is not None:
+        sizes |= {"image_dim": image.shape[0], "added_kv_proj_dim": width}
     return {**wan_config(shape), **sizes}
 
 

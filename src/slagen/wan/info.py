@@ -13,7 +13,7 @@ from slagen.errors import WeightsError
 from slagen.formats.checkpoint import Checkpoint
 from slagen.formats.headers import read_header, shard_of
 from slagen.formats.held import held, transformer_files
-from slagen.formats.kinds import REFUSALS, identify
+from slagen.formats.kinds import REFUSALS, TRANSFORMERS, identify
 from slagen.formats.lora import read_lora
 from slagen.formats.model_files import SLA_FILE
 from slagen.formats.names import transformers
@@ -212,7 +212,7 @@ def info(path_text: str) -> Info:
         return SideFileInfo(**vars(file), trained_with=side.config, proj_l_norms=norms, trained=norms[0] > 0)
     if kind in ("lora", "difference"):
         return _describe_lora(file, path)
-    if kind != "transformer":
+    if kind not in TRANSFORMERS:
         return RefusedInfo(**vars(file), meaning=f"this {REFUSALS[kind]}")
     parts = list(transformers(content))
     if len(parts) > 1:
@@ -224,7 +224,9 @@ def _describe_transformer(file: FileInfo, path: Path, quantised: bool) -> Transf
     checkpoint, found = read_checkpoint(path, shapes_only=True), peek(path)
     assert isinstance(checkpoint, Checkpoint)
     norms, others = _norms(checkpoint.projections)
-    notes = [*found.notes, *([f"this {lacks_settings(found.method)}"] if found.lacks_settings else [])]
+    image = ["it generates videos from an image; use it with an image-to-video model and --image"]
+    notes = [*(image if found.kind == "image-to-video" else []), *found.notes]
+    notes += [f"this {lacks_settings(found.method)}"] if found.lacks_settings else []
     if found.few_steps:
         notes.append(
             f"its name or metadata contain {found.few_steps!r}, so it may be distilled to few steps without guidance"

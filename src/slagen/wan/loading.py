@@ -1,4 +1,4 @@
-"""Load a Wan2.1 text-to-video pipeline from a model's folder, every part checked."""
+"""Load a Wan2.1 pipeline from a model's folder, every part checked."""
 
 from __future__ import annotations
 
@@ -68,8 +68,13 @@ def load_pipeline(
         parts["text_encoder"] = load_text_encoder(source.folder / "text_encoder", dtype)
     if not text_encoder:
         parts["tokenizer"] = None
+    kind: type[WanPipeline] = WanPipeline
+    if source.takes_image:
+        from slagen.wan.image_to_video import ImageToVideo  # with CLIP, which no other model needs
+
+        kind, parts = ImageToVideo, {**parts, "image_encoder": None, "image_processor": None}
     with closed_hub(), reading_from(f"the tokenizer or scheduler of {source.folder}"):
-        pipe = WanPipeline.from_pretrained(source.folder, local_files_only=True, **parts)
+        pipe = kind.from_pretrained(source.folder, local_files_only=True, **parts)
     if text_encoder:
         known, words = pipe.text_encoder.config.vocab_size, len(pipe.tokenizer)
         if words > known or pipe.tokenizer.pad_token is None:

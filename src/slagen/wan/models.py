@@ -19,7 +19,7 @@ def resolve_model(
     local_files_only: bool = False,
     on_note: OnNote = lambda text: None,
 ) -> ModelSource:
-    """Find a model's folder, downloading a hub id, and check that it is a Wan2.1 text-to-video pipeline.
+    """Find a model's folder, downloading a hub id, and check that it is a Wan2.1 pipeline.
 
     Args:
         model: a preset, a folder or a hub id; None is TurboWan 1.3B on CUDA and the bundled model elsewhere.

@@ -17,7 +17,7 @@ from slagen.formats.published import TURBO_SLA
 from slagen.io.paths import user_path
 from slagen.io.text import quote_path
 from slagen.wan.defaults import ModelDefaults, TrainingDefaults
-from slagen.wan.folder import BUNDLED, bundled_folder, is_hub_id
+from slagen.wan.folder import BUNDLED, IMAGE_TOKENS, bundled_folder, is_hub_id
 
 # The negative prompt of the original Wan2.1 repository (wan/configs/shared_config.py): overexposed, static, blurred
 # details, subtitles, worst quality, JPEG artefacts, ugly, extra fingers, deformed, crowded, walking backwards.
@@ -28,6 +28,7 @@ WAN_NEGATIVE_PROMPT = (
 )
 WAN_1_3B = ModelShape(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, text_tokens=512)
 WAN_14B = ModelShape(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824, text_tokens=512)
+WAN_14B_IMAGE = dataclasses.replace(WAN_14B, text_tokens=512 + IMAGE_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Preset:
         sla: what its SLA weights were trained with; None where it has none.
         recommended: the attention method to run its weights with, where that is not the default.
         policy: what runs dense with that method unless it is asked for otherwise.
+        takes_image: whether it is an image-to-video model.
     """
 
     name: str
@@ -52,12 +54,15 @@ class Preset:
     sla: SLAConfig | None = None
     recommended: str | None = None
     policy: AttentionPolicy = AttentionPolicy()
+    takes_image: bool = False
 
 
 _WAN = ModelDefaults(negative_prompt=WAN_NEGATIVE_PROMPT)
 _TURBO = ModelDefaults(steps=4, guidance_scale=1.0, sampler="rcm", training=TrainingDefaults(caption_dropout=0.0))
 _WAN_720P = dataclasses.replace(_WAN, flow_shift=5.0, width=1280, height=720)
 _TURBO_720P = dataclasses.replace(_TURBO, width=1280, height=720)
+_WAN_IMAGE = dataclasses.replace(_WAN, steps=40)
+_WAN_IMAGE_720P = dataclasses.replace(_WAN_720P, steps=40)
 # As in the paper's figures for Wan, with tau 1: Sol-Attn, arXiv:2607.24027.
 _SOL = AttentionPolicy(dense_steps="20%", dense_layers="0")
 _BASE_1_3B, _BASE_14B = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
@@ -75,6 +80,10 @@ PRESETS = {
                "TurboDiffusion/TurboWan2.1-T2V-14B-480P", WAN_14B, _TURBO, TURBO_SLA),
         Preset("turbowan2.1-t2v-14b-720p", "TurboDiffusion 14B for 720p: SLA and 4 steps", _BASE_14B,
                "TurboDiffusion/TurboWan2.1-T2V-14B-720P", WAN_14B, _TURBO_720P, TURBO_SLA),
+        Preset("wan2.1-i2v-14b-480p", "Wan2.1 14B image-to-video", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", None,
+               WAN_14B_IMAGE, _WAN_IMAGE, takes_image=True),
+        Preset("wan2.1-i2v-14b-720p", "Wan2.1 14B image-to-video for 720p", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+               None, WAN_14B_IMAGE, _WAN_IMAGE_720P, takes_image=True),
     )
 }  # fmt: skip
 CUDA_DEFAULT = "turbowan2.1-t2v-1.3b-480p"  # the only public SLA weights of a size that every card runs

@@ -21,6 +21,7 @@ from slagen.training.data.encode import encode_videos
 from slagen.training.data.job import Job
 from slagen.training.data.self_generate import generate_clips
 from slagen.training.data.store import SET_FILE, Store
+from slagen.wan.folder import check_image
 
 
 def prepare(
@@ -42,6 +43,7 @@ def prepare(
         dataclasses.replace(base, attention="dense", backend="auto"),
         lambda text: on_event(Event("note", text)), transformer=config.self_generate is not None,
     )  # fmt: skip
+    check_image(weights.source.name, weights.source.takes_image, False)
     if weights.dtype == torch.float16:  # picked for a GPU without bf16
         weights = dataclasses.replace(weights, dtype=torch.float32)
     check_utf8(folder)
