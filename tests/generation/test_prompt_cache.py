@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from wan_models import save_pipeline
 
+from slagen.cli.main import run
 from slagen.generation import prompt_cache
 from slagen.generation.config import GenerateConfig, cache_folder
 from slagen.generation.generate import generate
@@ -90,20 +91,38 @@ class Encoder:
         return {"prompt_embeds": torch.randn(1, 8, 32), "negative_prompt_embeds": torch.zeros(1, 8, 32)}
 
 
+def test_known_prompts_serve_what_measures_too(toy, tmp_path, monkeypatch, capsys):
+    """compare and attention take the prompts of generate, and the other way round."""
+    options = ["--model", str(toy), "--device", "cpu", "--size", "128x128", "--num-frames", "1", "--steps", "1"]
+    options += ["--seed", "1", "--cache-dir", str(tmp_path / "cache")]
+    rows = ["--methods", "mean", "--sparsity", "0.5", "--no-controls", "--repeats", "1", "--output"]
+    made(config(toy, tmp_path))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na red\n")
+    assert run(["compare", "--prompts", str(prompts), *options, *rows, str(tmp_path / "first")]) == 0
+    monkeypatch.setattr("slagen.wan.loading.load_text_encoder", lambda *_: pytest.fail("it was loaded"))
+    capsys.readouterr()
+    assert run(["compare", "--prompts", str(prompts), *options, *rows, str(tmp_path / "again")]) == 0
+    assert "all prompts are known" in capsys.readouterr().err
+    picture = ["--attention", "mean", "--block-m", "16", "--block-n", "16", "--output", str(tmp_path / "map.png")]
+    assert run(["attention", "a red", *options, *picture]) == 0
+    assert KNOWN in capsys.readouterr().err
+
+
 def test_what_was_used_last_stays_within_the_limit(toy, tmp_path, monkeypatch):
     folder = tmp_path / "cache" / "prompts"
     plans = {name: make_plan(config(toy, tmp_path, prompt=name)) for name in ("a", "a red", "red circle", "circle")}
-    cache = lambda name: PromptCache(plans[name], lambda event: None)  # noqa: E731
+    cache = lambda name: PromptCache([plans[name]], lambda event: None)  # noqa: E731
     for age, name in enumerate(["a", "a red", "red circle"]):
         before = set(folder.glob("*"))
-        cache(name).embeds(Encoder())
+        cache(name).embeds(Encoder(), plans[name])
         for file in set(folder.glob("*")) - before:
             os.utime(file, (1000 + age, 1000 + age))
     assert len(list(folder.glob("*.safetensors"))) == 4  # three, and the empty negative one
     assert cache("a").known  # which makes it new
     size = max(file.stat().st_size for file in folder.glob("*.safetensors"))
     monkeypatch.setattr(prompt_cache, "MAX_BYTES", 3 * size)
-    cache("circle").embeds(Encoder())
+    cache("circle").embeds(Encoder(), plans["circle"])
     assert [name for name in plans if cache(name).known] == ["a", "circle"]
     assert len(list(folder.glob("*.safetensors"))) == 3
 

@@ -63,9 +63,9 @@ def latents(config: GenerateConfig) -> tuple[torch.Tensor, list[float | None]]:
     """Final latents, and what each layer's heads here attended exactly."""
     with sharing(config) as shared:
         plan = shared.plan(config, lambda text: None)
-        prompts = PromptCache(plan, lambda event: None, use=shared.first)
+        prompts = PromptCache([plan], lambda event: None, use=shared.first)
         session = shared.load(plan, prompts, lambda event: None)
-        done = session.denoised(plan, shared.encode(session, prompts), lambda event: None)
+        done = session.denoised(plan, shared.encode(session, prompts, plan), lambda event: None)
     return done.latents, list(done.densities)
 
 

@@ -13,7 +13,18 @@ from slagen.tuning.config import TUNABLE, TuneConfig
 OF_OTHERS = tuple(  # options of methods that have no sparsity
     each.field for each in registry.own_settings(GenerateConfig) if not {*registry.with_option(each.field)} & {*TUNABLE}
 )
-LEFT_OUT = ("fps", "vae", "vae_tiling", "vae_dtype", "offload", "output", "sparsity_schedule", *OF_VIDEOS, *OF_OTHERS)
+LEFT_OUT = (
+    "fps",
+    "vae",
+    "vae_tiling",
+    "vae_dtype",
+    "offload",
+    "output",
+    "sparsity_schedule",
+    "cache_dir",
+    *OF_VIDEOS,
+    *OF_OTHERS,
+)
 
 
 @takes(

@@ -36,6 +36,7 @@ from slagen.generation.frames import decode_frames
 from slagen.generation.generate import check_memory, enough_gpu_memory
 from slagen.generation.lora import asked_loras
 from slagen.generation.lora_files import describe_loras
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.prompts import apply, check_count, read_prompts
 from slagen.generation.report import density_section
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
@@ -87,16 +88,17 @@ def compare(config: CompareConfig, on_event: OnEvent = lambda event: None) -> Co
     everyone += controls
     _announce(everyone, controls, clips[0], on_event)
     plan = reference.plan(clips[0])
-    if (doubt := check_memory(plan)) is not None:
+    prompts = PromptCache([reference.plan(clip) for clip in clips], on_event)
+    if (doubt := check_memory(plan, text_encoder=not prompts.known)) is not None:
         on_event(Event("warning", doubt))
     with _places(config, clips, plan) as (videos, path):
         written: list[Path] = []
         with enough_gpu_memory(plan.config), telling_what_is_kept(lambda: _kept_so_far(written, clips)):
             on_event(Event("stage", "load"))
-            session = Session(plan, on_event=on_event, several=True)
+            session = Session(plan, not prompts.known, on_event=on_event, several=True)
             for index, (clip, video) in enumerate(zip(clips, videos, strict=True)):
                 begin = _announcer(index, clips, everyone, config, on_event)
-                frames = _compare_clip(session, clip, reference, everyone, config, begin, on_event)
+                frames = _compare_clip(session, prompts, clip, reference, everyone, config, begin, on_event)
                 shown = [index for index, entry in enumerate(everyone) if entry is given or entry is not reference]
                 labels = [_label(everyone[index].row, reference.row) for index in shown]
                 on_event(Event("stage", "write"))
@@ -208,14 +210,13 @@ def _announce(entries: list[Entry], controls: list[Entry], clip: GenerateConfig,
 
 
 def _compare_clip(
-    session: Session, clip: GenerateConfig, reference: Entry, everyone: list[Entry], config: CompareConfig,
-    begin: Callable[[str, str], None], on_event: OnEvent,
+    session: Session, prompts: PromptCache, clip: GenerateConfig, reference: Entry, everyone: list[Entry],
+    config: CompareConfig, begin: Callable[[str, str], None], on_event: OnEvent,
 ) -> list[np.ndarray]:  # fmt: skip
     """Run all rows on one clip, and add what they gave to the rows. Returns the frames of each."""
     plans, dense = [entry.plan(clip) for entry in everyone], reference.plan(clip)
     session.use(dense)
-    on_event(Event("stage", "text"))
-    embeds = session.encode(dense)
+    embeds = prompts.embeds(session, dense)
     for text in session.cuts(dense):
         on_event(Event("warning", text))
     begin("dense attention, as the reference", "")

@@ -49,8 +49,6 @@ OF_VIDEOS = (
     "preview",
     "compile",
     "cfg_parallel",
-    "cache_dir",
-    "no_cache",
     "cache",
     "image",
 )

@@ -111,7 +111,7 @@ def _run(
         on_event(Event("note", text))
     for text in plan.warnings:
         on_event(Event("warning", text))
-    prompts = PromptCache(plan, on_event, use=shared.first)
+    prompts = PromptCache([plan], on_event, use=shared.first)
     if (doubt := check_memory(plan, text_encoder=not prompts.known)) is not None:
         on_event(Event("warning", doubt))
     with _claimed_paths(plan) if write else nullcontext() as paths:
@@ -130,9 +130,7 @@ def _make(
     session = shared.load(plan, prompts, on_event)
 
     clock.begin("text")
-    if not prompts.known:
-        on_event(Event("stage", "text"))
-    embeds = shared.encode(session, prompts)
+    embeds = shared.encode(session, prompts, plan)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
     session.release_text_encoder()

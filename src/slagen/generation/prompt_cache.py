@@ -1,9 +1,9 @@
-"""The prompts of `generate`, kept on disk as the text encoder gives them: known ones need no text encoder."""
+"""Prompts kept on disk as the text encoder gives them: where all of a run's are known, none is loaded."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,35 +22,42 @@ LARGE = 2**28  # bytes of a text encoder that takes time to hash
 
 
 class PromptCache:
-    """A plan's prompts: those that are kept, or what the text encoder makes of them.
+    """The prompts of some plans of one model: those that are kept, or what the text encoder makes of them.
 
     Several runs may use one cache: a file is whole or not there, and what is used was read before the model is loaded.
 
     Args:
         use: whether this process encodes the prompts.
-    Attributes: known: whether the plan's prompts are kept, so that no text encoder is loaded.
+    Attributes: known: whether all of the plans' prompts are kept, so that no text encoder is loaded.
     """
 
-    def __init__(self, plan: Plan, on_event: Callable[[Event], None], *, use: bool = True) -> None:
-        self.plan, self.on_event = plan, on_event
-        folder = _folder(plan.config) if use else None
-        self.store = None if folder is None else Embeddings(plan, folder, True, PART)
-        self.known = self.store is not None and are_hashed(self.store.files, self.store.cache) and self.store.read(plan)
+    def __init__(self, plans: Sequence[Plan], on_event: Callable[[Event], None], *, use: bool = True) -> None:
+        self.on_event = on_event
+        folder = _folder(plans[0].config) if use else None
+        self.store = None if folder is None else Embeddings(plans[0], folder, True, PART)
+        self.known = (
+            self.store is not None
+            and are_hashed(self.store.files, self.store.cache)
+            and all(map(self.store.read, plans))
+        )
         for path in [] if self.store is None else self.store.damaged:
             on_event(Event("warning", f"{path} is damaged, so the prompt is encoded again"))
         if self.known:
-            on_event(Event("note", "the prompt is known, so the text encoder is not loaded; --no-cache loads it"))
+            what = "the prompt is" if len(plans) == 1 else "all prompts are"
+            on_event(Event("note", f"{what} known, so the text encoder is not loaded; --no-cache loads it"))
 
-    def embeds(self, session: Session) -> dict[str, torch.Tensor | None]:
-        """As `Session.sample` takes them. What the session's text encoder makes is kept, where the disk takes it."""
+    def embeds(self, session: Session, plan: Plan) -> dict[str, torch.Tensor | None]:
+        """Those of one of the plans, as `Session.sample` takes them. What the session's text encoder makes is kept,
+        where the disk takes it."""
         if self.store is not None and self.known:
-            return self.store.get(self.plan, session)
-        embeds = session.encode(self.plan)
+            return self.store.get(plan, session)
+        self.on_event(Event("stage", "text"))
+        embeds = session.encode(plan)
         if self.store is not None:
             files, cache = self.store.files, self.store.cache
             if sum(file.stat().st_size for file in files) > LARGE and not are_hashed(files, cache):
                 self.on_event(Event("stage", "hash"))
-            self.store.put(self.plan, embeds)
+            self.store.put(plan, embeds)
             _prune(self.store.cache / PART)
         return embeds
 

@@ -89,9 +89,9 @@ class Sharing:
             split_guidance(session.pipe.transformer, self.pair)
         return session
 
-    def encode(self, session: Session, prompts: PromptCache) -> dict[str, torch.Tensor | None]:
+    def encode(self, session: Session, prompts: PromptCache, plan: Plan) -> dict[str, torch.Tensor | None]:
         """The embeddings of a plan's texts, which the first process knows or computes."""
-        embeds = prompts.embeds(session) if self.first else {}
+        embeds = prompts.embeds(session, plan) if self.first else {}
         if self.member.size == 1:
             return embeds
         told = self.member.told({name: None if x is None else x.cpu() for name, x in embeds.items()})

@@ -19,6 +19,7 @@ from slagen.attention.sla.block_map import CRITICAL
 from slagen.errors import UsageError
 from slagen.events import Event, nth
 from slagen.generation.generate import check_memory, enough_gpu_memory
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.resolve import Plan, find_weights, make_plan
 from slagen.generation.session import Session
 from slagen.io.files import reserved, write_bytes, write_json
@@ -85,7 +86,8 @@ def draw(config: MapConfig, on_event: OnEvent = lambda event: None) -> Attention
     for kind, texts in (("note", plan.notes), ("warning", plan.warnings)):
         for text in texts:
             on_event(Event(kind, text))
-    if (doubt := check_memory(plan)) is not None:
+    prompts = PromptCache([plan], on_event)
+    if (doubt := check_memory(plan, text_encoder=not prompts.known)) is not None:
         on_event(Event("warning", doubt))
     picture = _place(config, plan, (layer, head, step, *token))
     with reserved(picture, picture.with_suffix(".json")):
@@ -93,7 +95,7 @@ def draw(config: MapConfig, on_event: OnEvent = lambda event: None) -> Attention
             if file.exists() and not plan.config.overwrite:
                 raise UsageError(f"{file} exists. Choose another --output, or replace it with --overwrite.")
         with enough_gpu_memory(plan.config):
-            q, k, found = _capture(plan, layer, step, on_event)
+            q, k, found = _capture(plan, prompts, layer, step, on_event)
             made = _measure(q, k, found, head, plan.grid, token)
         numbers, drawn = made
         kept = f"{numbers['kept_mass']:.1%} of the softmax in {numbers['density']:.1%} of all pairs"
@@ -108,14 +110,15 @@ def draw(config: MapConfig, on_event: OnEvent = lambda event: None) -> Attention
     return result
 
 
-def _capture(plan: Plan, layer: int, step: int, on_event: OnEvent) -> tuple[Tensor, Tensor, BlockMap]:
+def _capture(
+    plan: Plan, prompts: PromptCache, layer: int, step: int, on_event: OnEvent
+) -> tuple[Tensor, Tensor, BlockMap]:
     """q and k (1, H, L, D) of a layer in the conditional pass of a step, and what its method keeps of them."""
     on_event(Event("stage", "load"))
-    session = Session(plan, on_event=on_event, several=True)
+    session = Session(plan, not prompts.known, on_event=on_event, several=True)
     if not hasattr(processors(session.pipe.transformer)[layer], "kept_blocks"):
         raise without_map(plan.method.name)
-    on_event(Event("stage", "text"))
-    embeds = session.encode(plan)
+    embeds = prompts.embeds(session, plan)
     for text in session.cuts(plan):
         on_event(Event("warning", text))
     on_event(Event("run", about=f"{nth('clip', 1, 1, plan.config.prompt)} up to step {step}"))

@@ -73,7 +73,11 @@ class TuneConfig:
         None, "A file of prompts for --curve. Default: three other prompts for the model.", panel=TUNING, metavar="FILE"
     )
     output: str = option("outputs", "A folder, or a file that ends in .json.", panel=OUTPUT, short="-o")
-    cache_dir: str = option(CACHE, "Folder for measurements, which a repeated or interrupted call reads.", panel=OUTPUT)
+    cache_dir: str = option(
+        CACHE,
+        "Folder for measurements, which a repeated or interrupted call reads, and for encoded prompts.",
+        panel=OUTPUT,
+    )
 
     def __post_init__(self) -> None:
         method = registry.get(self.base.attention)

@@ -14,6 +14,7 @@ import torch
 from slagen.attention.schedule import Schedule
 from slagen.comparison.trajectory import Trajectory, velocity_squares
 from slagen.events import Event, counted_parts
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.resolve import Plan
 from slagen.generation.session import Session
 from slagen.io.documents import parse_json
@@ -79,13 +80,15 @@ class Meter:
     """Measures schedules of one attention on some clips.
 
     Args:
-        session: any attention is installed in it. plan: of the attention that is measured, for any prompt.
+        session: any attention is installed in it. prompts: of all clips.
+        plan: of the attention that is measured, for any prompt.
         store: of what is known already.
         seconds, done: of the measurements so far, and the steps of clips in them.
         ahead: about as many steps of clips are still to be measured, this time's included.
     """
 
     session: Session
+    prompts: PromptCache
     plan: Plan
     store: Store
     on_event: OnEvent
@@ -99,8 +102,7 @@ class Meter:
         for number, clip in enumerate(clips, 1):
             text = f"dense attention, prompt {number} of {len(clips)}"
             self.on_event(Event("run", text, about=text))
-            self.on_event(Event("stage", "text"))
-            embeds = self.session.encode(clip.plan)
+            embeds = self.prompts.embeds(self.session, clip.plan)
             for text in self.session.cuts(clip.plan):
                 self.on_event(Event("warning", text))
             clip.trajectory = Trajectory(clip.plan.config.steps or 1)

@@ -19,6 +19,7 @@ from slagen.errors import GateError, UsageError
 from slagen.events import Event
 from slagen.generation.config import GenerateConfig
 from slagen.generation.generate import check_memory, enough_gpu_memory
+from slagen.generation.prompt_cache import PromptCache
 from slagen.generation.resolve import Plan, Weights, find_weights, make_plan
 from slagen.generation.session import Session
 from slagen.io.files import reserved, write_json
@@ -75,7 +76,7 @@ def tune(config: TuneConfig, on_event: OnEvent = lambda event: None) -> Tuned:
         was measured is kept beside the output until the file is written, and the same call goes on from there.
     """
     note = lambda text: on_event(Event("note", text))  # noqa: E731
-    dense_config = config.base.with_dense_attention()
+    dense_config = dataclasses.replace(config.base.with_dense_attention(), cache_dir=config.cache_dir)
     weights, dense_weights = find_weights(config.base, note), find_weights(with_suiting_weights(dense_config))
     clips, held_out = _clips(config, weights)
     plan = make_plan(_like(config.base, clips[0]), weights)
@@ -88,18 +89,19 @@ def tune(config: TuneConfig, on_event: OnEvent = lambda event: None) -> Tuned:
     space = Space.of(plan, config.candidates, config.step_parts)
     runs = [[Clip(make_plan(_like(dense_config, clip), dense_weights)) for clip in own] for own in (clips, held_out)]
     dense = runs[0][0].plan
-    if (doubt := check_memory(dense)) is not None:
+    prompts = PromptCache([clip.plan for own in runs for clip in own], on_event)
+    if (doubt := check_memory(dense, text_encoder=not prompts.known)) is not None:
         on_event(Event("warning", doubt))
     with _place(config, space, clips, held_out) as path, enough_gpu_memory(plan.config):
         on_event(Event("stage", "load"))
-        session = Session(dense, several=True)
+        session = Session(dense, not prompts.known, several=True)
         about: list[Any] = [_settings(plan), session.about.model_hash, _hash_of(weights), versions(),
                  machine.describe_device(weights.device).to_dict()]  # fmt: skip
         about += [[lora.sha256 for lora in weights.loras]] if weights.loras else []
         store = Store(user_path(config.cache_dir) / "tuning" / f"{digest(about)[:16]}.jsonl", about)
         store.read()
         try:
-            result = _tune(_Job(config, space, Meter(session, plan, store, on_event), runs[0], runs[1]), path)
+            result = _tune(_Job(config, space, Meter(session, prompts, plan, store, on_event), runs[0], runs[1]), path)
         except KeyboardInterrupt:
             if store.known:
                 note(f"{counted(len(store.known), 'measurement')} are kept. Run the same command again to resume")
