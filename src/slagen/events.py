@@ -18,8 +18,9 @@ class Event:
     Args:
         kind: "stage" where a stage begins, "step" or "part" where a step or another part of it has ended, "note" or
             "warning" for what the user should know; of many videos, clips or measurements also "plan", and "job",
-            "run" or "clip" where one begins.
-        text: of a stage its name, of a part what is next (it may be empty), otherwise a sentence.
+            "run" or "clip" where one begins, and "picture" where a file of one is new.
+        text: of a stage its name, of a picture its path, of a part what is next (it may be empty), otherwise a
+            sentence.
         step: the times of a step that has ended.
         num_steps: of a stage its steps or other parts, of a job, run or clip how many there are; 0: not known.
         done: how many of them are done.

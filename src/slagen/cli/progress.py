@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from slagen.cli import console
+from slagen.cli.inline_images import show
 from slagen.cli.live import Activity, Pace, lines_of, live
 from slagen.cli.table import Segments
 from slagen.errors import STAGE, Interrupted
@@ -83,6 +85,8 @@ class GenerateProgress:
             self._show_training_step(event)
         elif event.kind in ("note", "warning"):
             console.log_as(event.kind, "yellow" if event.kind == "warning" else "dim", event.text)
+        elif event.kind == "picture":
+            show(Path(event.text))
         elif event.kind == "plan":
             console.log(event.text)
         elif event.kind in ("job", "run", "clip"):

@@ -97,6 +97,8 @@ class Preview:
         if not self.is_told:
             self.on_event(Event(kind, text))
             self.is_told = True
+        if kind == "note":
+            self.on_event(Event("picture", str(self.path)))
         self.seconds += time.perf_counter() - began
         return True
 
