@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 from filelock import BaseFileLock
 
@@ -29,7 +30,7 @@ from slagen.errors import SlagenError, no_memory, of_memory
 from slagen.events import Event, counted_parts, nth
 from slagen.generation import prompts
 from slagen.generation.embeddings import Embeddings
-from slagen.generation.generate import check_memory, save
+from slagen.generation.generate import check_memory, save, taking
 from slagen.generation.lora import asked_loras
 from slagen.generation.lora_files import describe_loras
 from slagen.generation.resolve import find_weights
@@ -162,19 +163,26 @@ class WorkerLoop:
             clock.watch(self.memory)
             clock.begin("prepare")
             sample: Sample | None
+            stack, path = contextlib.ExitStack(), self.manifest.folder / task.job.name
             try:
                 check_memory(task.plan, loaded=True)
-                sample = session.sample(task.plan, embeddings.get(task.plan, session), clock, self.on_event)
+                frames, begin = stack.enter_context(taking(task.plan, path, keep=False))
+                sample = session.sample(
+                    task.plan, embeddings.get(task.plan, session), clock, self.on_event, frames=frames, begin=begin
+                )
+                held = stack.pop_all()
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
                 self._fail(attempt, error)
                 sample = None
+            finally:
+                stack.close()
             if sample is None:
                 free_memory()  # what ran out of it held it until here
                 return True
             clock.overlap()
             clock.begin("wait")
             self._finish()
-            attempt.video, kept = writer.submit(save, sample, self.manifest.folder / task.job.name), True
+            attempt.video, kept = writer.submit(_save, sample, path, held), True
             self.writing = attempt
             return True
         finally:
@@ -238,7 +246,15 @@ class WorkerLoop:
         return Event("job", text, num_steps=total, done=len(sampled), about=about, left_s=left_s)
 
 
-def stop_on_signals(stop: threading.Event, on_event: Callable[[Event], None]) -> AbstractContextManager[None]:
+def _save(sample: Sample, path: Path, held: contextlib.ExitStack) -> Video:
+    """Write what was sampled, whose frames are encoded already in what is held. Raises: as `save`."""
+    with held:
+        return save(sample, path)
+
+
+def stop_on_signals(
+    stop: threading.Event, on_event: Callable[[Event], None]
+) -> contextlib.AbstractContextManager[None]:
     """SIGINT once: finish the video and stop. SIGINT again, SIGTERM or SIGHUP: stop now."""
     text = "stopping after this video; press Ctrl-C again to stop now"
     return stopping(stop, lambda: on_event(Event("warning", text)), at_once=ENDING)

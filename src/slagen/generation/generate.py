@@ -144,8 +144,8 @@ def _make(
             on_event(Event("run", num_steps=plan.config.num_videos, done=index, about=about))
             path = paths[index] if paths else None
             streamed = path if shared.member.size == 1 else None  # what others did is told when all are done
-            with _previewing(one, session, path, on_event) as preview, _taking(one, streamed, from_python) as taking:
-                sample = shared.sample(session, one, embeds, clock, on_event, preview, *taking)
+            with _previewing(one, session, path, on_event) as preview, taking(one, streamed, from_python) as taken:
+                sample = shared.sample(session, one, embeds, clock, on_event, preview, *taken)
                 if sample is None:
                     continue
                 video = _unwritten(sample) if path is None else save(sample, path, on_event, replace=config.overwrite)
@@ -159,7 +159,7 @@ def _make(
 
 
 @contextmanager
-def _taking(plan: Plan, path: Path | None, keep: bool) -> Iterator[tuple[Frames, Callable[[Sample], None]]]:
+def taking(plan: Plan, path: Path | None, keep: bool) -> Iterator[tuple[Frames, Callable[[Sample], None]]]:
     """What takes the frames of a video, and encodes them for a path; and what it is told before the first."""
     if path is None:
         yield Frames(), lambda sample: None
