@@ -3,6 +3,8 @@
 Measured with the bundled model, fp32, at 9 sizes from 128x128 with 17 frames to 1024x1024 with 17 (2026-11-25): from
 there to the peak it takes 0.17 to 2.5 GiB, of which decoding is nearly all. What is said to be needed was between 6 %
 less and 0.1 GiB more from 512x512 on, with SLA and with full attention alike, for a CPU keeps no scores of it either.
+Since then frames are handed on as they are decoded. Decoding alone took 0.40 and 0.48 GiB for 17 and 65 frames of
+256x256, 0.70 and 0.82 for 17 and 49 of 512x512 (2026-12-01): of each frame, a CPU's allocator keeps `LEFT_BYTES`.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from slagen.wan.folder import ModelSource
 
 GIB = 2**30
 DECODER_COPIES = 20  # activations of the decoder's last width, four frames of float32, that are there at once
-DECODER_BYTES = GIB // 10  # whatever the size
-FRAME_BYTES = 36  # of a pixel of each frame: three colours as the decoder gives them, put together, and rounded
+DECODER_BYTES = GIB // 8  # whatever the size
+FRAME_BYTES = 36  # of a pixel of a frame: three colours as the decoder gives them, put together, and rounded
+FRAMES = 4  # of a latent frame, which are decoded at a time and handed on
+LEFT_BYTES = 16  # of a pixel of each frame: what a CPU's allocator keeps of those that were handed on
 SURELY_MEASURED, SURELY = 0.9, 0.5  # of what decoding is said to take: by a decoder as the bundled one, and by another
 WAN_VAE = {"base_dim": 96}  # Wan2.1's, as far as it matters here
 NO_LIMIT = 2**60
@@ -114,15 +118,19 @@ def activations(
     num_frames: int,
     item_bytes: int,
     vae_bytes: int = 4,
+    *,
+    on_card: bool = False,
 ) -> tuple[int, int, int]:
     """What denoising and decoding take beside the weights, and what the larger takes without doubt, in bytes.
 
     Args:
         vae: its config. pixels: of a frame. item_bytes: of one number of the transformer. vae_bytes: of the VAE.
+        on_card: of a GPU's memory.
     """
     denoise = denoising(shape, tokens, item_bytes)
     last = (vae.get("decoder_base_dim") or vae.get("base_dim") or 96) / (vae.get("patch_size") or 1) ** 2
-    decode = DECODER_BYTES + int(pixels * (DECODER_COPIES * 4 * vae_bytes * last + FRAME_BYTES * num_frames))
+    frames = FRAME_BYTES * min(FRAMES, num_frames) + (0 if on_card else LEFT_BYTES * num_frames)
+    decode = DECODER_BYTES + int(pixels * (DECODER_COPIES * 4 * vae_bytes * last + frames))
     part = SURELY_MEASURED if vae.get("is_residual") else SURELY
     return denoise, decode, int(max(denoise / 2, part * decode))
 

@@ -6,6 +6,7 @@ decoding as it was measured on a CPU (`memory.activations`). No torch here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,9 +124,10 @@ def stage_sizes(
         vae_bytes: of one of the VAE.
     """
     width, height, num_frames = size
-    denoise, decode, _ = memory.activations(shape, tokens, vae, width * height, num_frames, item_bytes, vae_bytes)
-    _, tile, _ = memory.activations(shape, tokens, vae, TILE * TILE, 0, item_bytes, vae_bytes)
-    return denoise, decode, min(decode, tile + memory.FRAME_BYTES * num_frames * width * height)
+    takes = functools.partial(memory.activations, shape, tokens, vae, on_card=True)
+    denoise, decode, _ = takes(width * height, num_frames, item_bytes, vae_bytes)
+    _, tile, _ = takes(TILE * TILE, 0, item_bytes, vae_bytes)
+    return denoise, decode, min(decode, tile + memory.FRAME_BYTES * num_frames * width * height)  # all are there
 
 
 def of_published(shape: ModelShape, size: tuple[int, int, int], item_bytes: int = 2) -> Sizes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from slagen.attention.cost import ModelShape
 from slagen.errors import SlagenError
 from slagen.formats.held import Held, held, transformer_files
+from slagen.formats.model_files import read_json
 from slagen.generation import memory
 from slagen.generation.config import GenerateConfig, vae_bytes
 from slagen.generation.memory import GIB
@@ -114,7 +115,7 @@ class PlannedMemory:
         weights["denoise"] = own.held or weights["denoise"]
         denoise = memory.denoising(shape, self.tokens, item_bytes) + self.kept
         denoise += memory.multiplying_out(shape, item_bytes) if own.in_8_bits else 0
-        activations = {"text": 0, "denoise": denoise, "decode": cpu.decode}
+        activations = {"text": 0, "denoise": denoise, "decode": self._decoding()}
         sizes_gib = (cpu.weights, cpu.denoise, cpu.decode, cpu.likely, max(0, memory.memory_left()[0]))
         return RunMemory(
             stages={stage: StageMemory(weights[stage] / GIB, activations[stage] / GIB) for stage in weights},
@@ -124,6 +125,23 @@ class PlannedMemory:
             estimated=True,
             cpu=CpuMemory(*(size / GIB for size in sizes_gib)),
         )
+
+    def _decoding(self) -> int:
+        """Bytes that decoding takes on a card, beside the weights."""
+        width, height, num_frames = self.size
+        vae = memory.WAN_VAE
+        if self.source is not None:
+            vae = read_json(self.source.folder / "vae" / "config.json", self.source.folder)
+        return memory.activations(
+            self.preset.shape,
+            0,
+            vae,
+            width * height,
+            num_frames,
+            self._item_bytes,
+            vae_bytes(self.config),
+            on_card=True,
+        )[1]
 
     @property
     def _item_bytes(self) -> int:
