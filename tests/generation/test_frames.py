@@ -14,7 +14,7 @@ from slagen.generation.frames import EncodedFrames, Frames
 from slagen.generation.generate import generate
 from slagen.video import encode_video, read_comment, read_mp4
 from slagen.wan.folder import bundled_folder
-from slagen.wan.vae import load_vae, stream_latents
+from slagen.wan.vae import load_vae, num_parts, stream_latents
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,11 @@ def test_frames_come_by_latent_frame_and_are_those_of_the_whole(vae):
         model.enable_tiling(32, 32, 24, 24)
     latents = torch.randn(1, model.config.z_dim, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(model.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
-    parts = []
+    parts, done = [], []
     with torch.inference_mode():
-        stream_latents(model, latents, parts.append)
+        stream_latents(model, latents, parts.append, done.append)
         whole = model.decode(latents * std + mean, return_dict=False)[0][0]
+    assert done[-1] == num_parts(model, latents) == (3 * 9 if vae == "tiles" else 3)
     assert [len(part) for part in parts] == ([9] if vae == "tiles" else [1, 4, 4])
     expected = whole.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0)
     assert torch.equal(torch.cat(parts), expected)

@@ -15,7 +15,7 @@ import torch
 from slagen.events import Event
 from slagen.io.stages import Stage, staging
 from slagen.video import VideoWriter, encode_video
-from slagen.wan.vae import stream_latents
+from slagen.wan.vae import num_parts, stream_latents
 
 
 class Frames:
@@ -133,7 +133,7 @@ class EncodedFrames(Frames):
 
 def decode_into(frames: Frames, vae: Any, latents: torch.Tensor, on_event: Callable[[Event], None]) -> None:
     """The stage "decode": the frames of latents (1, C, T, h, w). Raises as `stream_latents`."""
-    total = latents.shape[2]
+    total = num_parts(vae, latents)
     on_event(Event("stage", "decode", num_steps=total))
     stream_latents(vae, latents, frames.take, lambda done: on_event(Event("part", num_steps=total, done=done)))
 

@@ -1,5 +1,6 @@
 """The VAE of a Wan model: loaded from any public form, latents to video frames and back."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def stream_latents(
     Args:
         take: called with the frames of each latent frame, (f, H, W, 3) uint8 on the CPU; with all of them at once where
             the VAE decodes in tiles.
-        on_frame: called with the number of latent frames that are decoded, after each.
+        on_frame: called with the number of `num_parts` that are decoded, after each.
     Raises: SlagenError for values that are not finite, WeightsError for a video without any content, but for a black
         or white one, which a prompt may ask for.
     """
@@ -98,6 +99,17 @@ def stream_latents(
     if vae.use_tiling:
         converted.add(video)
     converted.check()
+
+
+def num_parts(vae: AutoencoderKLWan, latents: torch.Tensor) -> int:
+    """How often the decoder runs for latents (1, C, T, h, w): once a latent frame, or a latent frame of each tile."""
+    num_frames, *sides = latents.shape[2:]
+    ratio = vae.spatial_compression_ratio
+    least = [size // ratio for size in (vae.tile_sample_min_height, vae.tile_sample_min_width)]
+    if not vae.use_tiling or all(side <= size for side, size in zip(sides, least, strict=True)):
+        return num_frames
+    strides = [size // ratio for size in (vae.tile_sample_stride_height, vae.tile_sample_stride_width)]
+    return num_frames * math.prod(-(-side // stride) for side, stride in zip(sides, strides, strict=True))
 
 
 class _Frames:
