@@ -135,6 +135,7 @@ class ListedModel:
         size: width x height in pixels. flow_shift: None where the sampler takes none.
         sla: what its SLA weights were trained with; None without any.
         recommended_attention: the attention method to run its weights with, where that is not the default.
+        takes_image: whether its videos begin with an image.
     """
 
     name: str
@@ -150,6 +151,7 @@ class ListedModel:
     negative_prompt: str
     sla: SLAConfig | None
     recommended_attention: str | None
+    takes_image: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Its object in the JSON."""
@@ -165,4 +167,5 @@ class ListedModel:
             guidance_scale=defaults.guidance_scale, sampler=defaults.sampler,
             flow_shift=None if defaults.sampler == "rcm" else defaults.flow_shift,
             negative_prompt=defaults.negative_prompt, sla=preset.sla, recommended_attention=preset.recommended,
+            takes_image=preset.takes_image,
         )  # fmt: skip

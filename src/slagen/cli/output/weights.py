@@ -29,6 +29,8 @@ def show_models(rows: list[ListedModel], as_json: bool) -> None:
         sampler += "" if row.flow_shift is None else f", shift {row.flow_shift:g}"
         sla = row.sla
         said = [f"{row.size}, {counted(row.num_frames, 'frame')}", f"{sampler}, guidance {row.guidance_scale:g}"]
+        if row.takes_image:
+            said.append("begins with an image, given with --image")
         if sla is not None:
             said.append(f"SLA trained at sparsity {sla.sparsity:g}, blocks {sla.block_m}x{sla.block_n}")
         if row.recommended_attention is not None:
