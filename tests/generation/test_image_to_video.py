@@ -29,7 +29,6 @@ CLIP = {"width": 64, "height": 48, "num_frames": 9, "steps": 2, "seed": 3, "guid
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image") / "i2v"
     build_image_pipeline().save_pretrained(folder)
-    (folder / "slagen.json").write_text(json.dumps({"max_sequence_length": 8}))
     return folder
 
 
@@ -68,7 +67,7 @@ def test_latents_are_those_of_diffusers(model, image):
     for seed in (3, 4):
         theirs = pipe(
             image=picture, prompt="a red circle", negative_prompt="", width=64, height=48, num_frames=9,
-            num_inference_steps=2, guidance_scale=3.0, max_sequence_length=8, output_type="latent",
+            num_inference_steps=2, guidance_scale=3.0, max_sequence_length=512, output_type="latent",
             generator=torch.Generator().manual_seed(seed),
         ).frames  # fmt: skip
         torch.testing.assert_close(runs.latents(config(model, image, seed=seed)), theirs, rtol=1e-4, atol=1e-4)
@@ -215,3 +214,16 @@ def test_other_models_are_named(file, changes, words, model, image, tmp_path):
             target.symlink_to(path)
     with pytest.raises(WeightsError, match=words):
         generate(config(folder, image), write=False)
+
+
+def test_a_lora_for_the_image_branch(model, image, tmp_path):
+    """It changes image-to-video models; of a text-to-video model it matches nothing."""
+    path, layer = tmp_path / "a.safetensors", "diffusion_model.blocks.0.cross_attn.k_img"
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    save_file({f"{layer}.lora_A.weight": draw(4, 32), f"{layer}.lora_B.weight": draw(32, 4)}, path)
+    plain, changed = (Runs().latents(config(model, image, lora=loras)) for loras in ((), (str(path),)))
+    assert (plain - changed).abs().max() > 1e-4
+    text = save_pipeline(tmp_path / "t2v")
+    with pytest.raises(WeightsError, match="changes no layer of t2v"):
+        find_weights(GenerateConfig("x", model=str(text), lora=(str(path),), attention="dense", device="cpu"))

@@ -221,7 +221,7 @@ def test_a_black_video_is_told(monkeypatch):
     told = []
     plan = SimpleNamespace(
         config=GenerateConfig("a red circle", seed=7), schedule=SimpleNamespace(by_step=None),
-        weights=SimpleNamespace(device=torch.device("cpu")),
+        weights=SimpleNamespace(device=torch.device("cpu")), picture=None,
     )  # fmt: skip
     session.sample(plan, {}, StageClock(), told.append)
     assert [event.text for event in told if event.kind == "warning"] == [

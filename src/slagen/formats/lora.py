@@ -151,7 +151,7 @@ def _read(path: Path, size: int, changed_ns: int) -> LoraFile:
         first = next(iter(content), "")
         raise WeightsError(
             f"{path} is no LoRA for a Wan2.1 transformer: none of its {counted(len(content), 'tensor')} changes a layer"
-            f"{f', such as {cut(first, 80)}' if first else ''}. Give a LoRA for Wan2.1 text-to-video."
+            f"{f', such as {cut(first, 80)}' if first else ''}. Give a LoRA for Wan2.1."
         )
     if sum(map(len, layers.values())) + len(unmatched) != len(content):
         raise WeightsError(
@@ -241,11 +241,14 @@ def _layer(form: Any, layer: str, role: str) -> str | None:
     return form.rename(layer) if role == "diff" else None
 
 
-def check_lora(lora: LoraFile, shape: ModelShape, model: str) -> LoraFile:
+_OF_IMAGES = re.compile(r"\.(add_[kv]_proj|norm_added_k|image_embedder)\b")
+
+
+def check_lora(lora: LoraFile, shape: ModelShape, model: str, *, takes_image: bool = False) -> LoraFile:
     """A LoRA of which a model has every layer; what is for further layers counts as unmatched.
 
     Args:
-        shape: of the model's transformer. model: its name, for messages.
+        shape: of the model's transformer. model: its name, for messages. takes_image: whether it has an image branch.
     Raises: WeightsError where a layer has another shape in the model, or the model has none of its layers.
     """
     width, own_width = shape.num_heads * shape.head_dim, lora.width
@@ -259,7 +262,7 @@ def check_lora(lora: LoraFile, shape: ModelShape, model: str) -> LoraFile:
     layers, beyond = {}, list[str]()
     for name, roles in lora.layers.items():
         block = re.match(r"blocks\.(\d+)\.(.+)", name)
-        if block is not None and int(block[1]) >= shape.num_layers:
+        if (block is not None and int(block[1]) >= shape.num_layers) or (_OF_IMAGES.search(name) and not takes_image):
             beyond += roles.values()
             continue
         layers[name] = roles
@@ -276,6 +279,7 @@ def check_lora(lora: LoraFile, shape: ModelShape, model: str) -> LoraFile:
 def _linears(width: int, ffn_dim: int) -> list[tuple[str, tuple[int, int]]]:
     """The linear layers of a block, with the shapes of their weights."""
     square = [f"attn{i}.{name}" for i in (1, 2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    square += ["attn2.add_k_proj", "attn2.add_v_proj"]
     return [(name, (width, width)) for name in square] + [
         ("ffn.net.0.proj", (ffn_dim, width)), ("ffn.net.2", (width, ffn_dim))
     ]  # fmt: skip

@@ -215,7 +215,7 @@ def _notes(
     if config.lora:
         from slagen.generation.lora_files import lora_notes  # with torch
 
-        notes = lora_notes(config, model.shape, model.name) + notes
+        notes = lora_notes(config, model.shape, model.name, model.preset.takes_image) + notes
     if method is None:
         notes.append("this run uses dense attention; the cost of SLA is shown for comparison")
     elif model.trained is not None and suits(method, model.method):

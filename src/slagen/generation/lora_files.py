@@ -22,18 +22,21 @@ def lora_file(path: Path) -> Path:
     return next((file for name in WRITTEN if (file := path / name).is_file()), path)
 
 
-def find_loras(lora: Sequence[str], shape: ModelShape, model: str) -> tuple[LoraFile, ...]:
+def find_loras(
+    lora: Sequence[str], shape: ModelShape, model: str, *, takes_image: bool = False
+) -> tuple[LoraFile, ...]:
     """The files of --lora, checked by their headers.
 
     Args:
         lora: as GenerateConfig has it. shape: of the model's transformer. model: its name, for messages.
+        takes_image: whether it is an image-to-video model.
     Raises: MissingPath where one does not exist, WeightsError where it is no LoRA for the model.
     """
     found = []
     for text in lora:
         path = lora_file(user_path(read_lora_option(text).path))
         check_weights(path)
-        found.append(check_lora(read_lora(path), shape, model))
+        found.append(check_lora(read_lora(path), shape, model, takes_image=takes_image))
     return tuple(found)
 
 
@@ -57,7 +60,8 @@ def describe_loras(files: Sequence[LoraFile], asked: Sequence[AskedLora]) -> tup
     return notes, warnings
 
 
-def lora_notes(config: GenerateConfig, shape: ModelShape, model: str) -> list[str]:
+def lora_notes(config: GenerateConfig, shape: ModelShape, model: str, takes_image: bool) -> list[str]:
     """What the LoRAs of a config change, and do not, for a plan. Raises as `find_loras` and `asked_loras`."""
-    notes, warnings = describe_loras(find_loras(config.lora, shape, model), asked_loras(config.lora, config.lora_scale))
+    files = find_loras(config.lora, shape, model, takes_image=takes_image)
+    notes, warnings = describe_loras(files, asked_loras(config.lora, config.lora_scale))
     return notes + warnings

@@ -259,7 +259,7 @@ def find_weights(
             "go undetected"
         )
     few_steps = "" if found is None or distilled else found.few_steps
-    loras = find_loras(config.lora, source.shape, source.name)
+    loras = find_loras(config.lora, source.shape, source.name, takes_image=source.takes_image)
     return Weights(
         source,
         device,

@@ -14,6 +14,7 @@ from slagen.wan.defaults import ModelDefaults
 
 BUNDLED = "tiny-wan"
 IMAGE_TOKENS = 257  # that CLIP makes of an image
+TEXT_TOKENS = 512  # of Wan2.1
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ def describe_folder(folder: Path, name: str) -> ModelSource:
             raise
         except SlagenError as error:
             raise WeightsError(f"{place if place.is_file() else folder / 'transformer'}: {error}") from error
+    if takes_image and defaults.max_sequence_length != TEXT_TOKENS:  # behind which diffusers looks for the image's
+        raise WeightsError(
+            f"{folder} has a max_sequence_length of {defaults.max_sequence_length}, but an image-to-video model needs "
+            f"{TEXT_TOKENS}. Change it in {place.name}."
+        )
     patch = tuple(transformer.get("patch_size", (1, 2, 2)))
     factor = vae.get("scale_factor_spatial", 8)
     shape = ModelShape(
