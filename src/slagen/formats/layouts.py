@@ -154,7 +154,8 @@ register(Layout(
 register(Layout(
     "wan", _WAN, projections=("self_attn.attn_op.local_attn",),
     starts=(r"patch_embedding\.", r"(?:time|text)_embedding\.\d", r"time_projection\.1", r"head\.(?:head|modulation)",
-            r"img_emb\.proj\.", r"blocks\.\d+\.(?:(?:self|cross)_attn\.(?:[qkvo]|[kv]_img)\.|ffn\.[02]\.|norm3\.|modulation$)"),
+            r"img_emb\.proj\.", r"blocks\.\d+\.cross_attn\.[kv]_img\.",
+            r"blocks\.\d+\.(?:(?:self|cross)_attn\.[qkvo]\.|ffn\.[02]\.|norm3\.|modulation$)"),
 ))  # fmt: skip
 register(Layout(
     "fastvideo", _FASTVIDEO, projections=("attn1.attn_impl",),
