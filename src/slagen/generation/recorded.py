@@ -143,8 +143,8 @@ def _find_image(path: Path, settings: Mapping[str, Any]) -> str | None:
         if candidate.is_file() and file_hash(candidate) == expected:
             return str(candidate)
     raise UsageError(
-        f"{path} begins with the image {name} (SHA-256 {str(expected)[:16]}...), which cannot be found. Copy it to "
-        f"{path.parent}."
+        f"{path} was made with the image {name} (SHA-256 {str(expected)[:16]}...), which cannot be found. Copy it to "
+        f"{path.parent}, or give it with --image to slagen generate --from."
     )
 
 
