@@ -232,7 +232,7 @@ PLANNED = (
 
 def tuning_curves() -> str:
     """The error to dense attention while tiny-wan is fine-tuned, and which prompts are right at the end."""
-    runs = json.loads((RESULTS / "tiny-wan-sla-table.json").read_text(encoding="utf-8"))["runs"]
+    runs = json.loads((RESULTS / "tiny-wan-sla-table-until-2026-11-30.json").read_text(encoding="utf-8"))["runs"]
     long = {key.split("/")[0]: run for key, run in runs.items() if key.endswith("/0.95/0/1000")}
     steps = list(next(iter(long.values()))["errors"])
     rows = []
@@ -244,7 +244,7 @@ def tuning_curves() -> str:
 
 def short_curves() -> str:
     """The same over 250 steps, for every branch, at 95 %: the mean of three seeds."""
-    runs = json.loads((RESULTS / "tiny-wan-sla-table.json").read_text(encoding="utf-8"))["runs"]
+    runs = json.loads((RESULTS / "tiny-wan-sla-table-until-2026-11-30.json").read_text(encoding="utf-8"))["runs"]
     rows, steps = [], ["0", "50", "100", "150", "200", "250"]
     for name in dict.fromkeys(key.split("/")[0] for key in runs):
         found = [runs[key] for seed in range(3) if (key := f"{name}/128x128x17/0.95/{seed}/250") in runs]
