@@ -145,7 +145,7 @@ class WorkerLoop:
         lock = self.manifest.claim(task.job)
         if lock is None:
             return False
-        kept = False
+        held, kept = contextlib.ExitStack(), False  # what the video's frames are encoded into
         try:
             jobs = self.manifest.read()
             now = jobs[task.job.key]
@@ -163,20 +163,18 @@ class WorkerLoop:
             clock.watch(self.memory)
             clock.begin("prepare")
             sample: Sample | None
-            stack, path = contextlib.ExitStack(), self.manifest.folder / task.job.name
+            path = self.manifest.folder / task.job.name
             try:
                 check_memory(task.plan, loaded=True)
-                frames, begin = stack.enter_context(taking(task.plan, path, keep=False))
+                frames, begin = held.enter_context(taking(task.plan, path, keep=False))
                 sample = session.sample(
                     task.plan, embeddings.get(task.plan, session), clock, self.on_event, frames=frames, begin=begin
                 )
-                held = stack.pop_all()
             except (SlagenError, RuntimeError, ValueError, MemoryError) as error:
                 self._fail(attempt, error)
                 sample = None
-            finally:
-                stack.close()
             if sample is None:
+                held.close()
                 free_memory()  # what ran out of it held it until here
                 return True
             clock.overlap()
@@ -187,6 +185,7 @@ class WorkerLoop:
             return True
         finally:
             if not kept:
+                held.close()
                 lock.release()
 
     def _finish(self) -> None:

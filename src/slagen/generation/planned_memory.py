@@ -86,7 +86,7 @@ class PlannedMemory:
             self.preset.shape, takes_image=self.preset.takes_image
         )
         weights = item_bytes * TEXT_ENCODER_PARAMETERS + transformer + vae_bytes(self.config) * VAE_PARAMETERS
-        weights += 4 * IMAGE_ENCODER_PARAMETERS if self.preset.takes_image else 0
+        weights += self._image_encoder
         stages = memory.activations(
             self.preset.shape,
             self.tokens,
@@ -121,10 +121,19 @@ class PlannedMemory:
             stages={stage: StageMemory(weights[stage] / GIB, activations[stage] / GIB) for stage in weights},
             gpu_peak_all_resident=(sum(weights.values()) + max(activations.values())) / GIB,
             gpu_peak_offloaded=max(weights[stage] + activations[stage] for stage in weights) / GIB,
-            host=(sum(weights.values()) + (4 * IMAGE_ENCODER_PARAMETERS if self.preset.takes_image else 0)) / GIB,
+            host=(sum(weights.values()) + self._image_encoder) / GIB,
             estimated=True,
             cpu=CpuMemory(*(size / GIB for size in sizes_gib)),
         )
+
+    @property
+    def _image_encoder(self) -> int:
+        """Bytes of the image encoder, in float32 on the CPU; 0 for a model that has none."""
+        if not self.preset.takes_image:
+            return 0
+        if self.source is None:
+            return 4 * IMAGE_ENCODER_PARAMETERS
+        return memory.held_by(self.source, memory.IMAGE_ENCODER, 4).held
 
     def _decoding(self) -> int:
         """Bytes that decoding takes on a card, beside the weights."""

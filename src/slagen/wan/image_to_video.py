@@ -55,11 +55,12 @@ class ImageToVideo(WanImageToVideoPipeline):
         """As prepared."""
         return self.embeds
 
-    def prepare_latents(  # type: ignore[no-untyped-def]
-        self, image, batch_size, num_channels_latents=16, height=480, width=832, num_frames=81, dtype=None,
-        device=None, generator=None, latents=None, last_image=None,
+    def prepare_latents(
+        self, image: Any, batch_size: int, num_channels_latents: int = 16, height: int = 480, width: int = 832,
+        num_frames: int = 81, dtype: torch.dtype | None = None, device: torch.device | None = None,
+        generator: torch.Generator | None = None, latents: Tensor | None = None, last_image: Any = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Noise, and the condition as prepared."""
+        """Noise (B, C, T, h, w), drawn where none is given, and the condition as prepared. Sizes go by that."""
         shape = batch_size, num_channels_latents, *self.condition.shape[2:]
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
